@@ -1,0 +1,50 @@
+# Everything starts here: `make train` on a fresh clone sets up, trains the demo and prints where the results lie.
+PYTHON ?= python3
+VENV   ?= .venv
+CONFIG ?= configs/demo.yaml
+ARGS   ?=
+
+BIN       := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO      := data/demo/train.jsonl
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint tensorboard base clean
+
+help: ## Show this help
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo '  Variables: CONFIG=configs/demo.yaml  ARGS="--model.lora.r 8"  PYTHON=python3.12  VENV=.venv'
+
+setup: $(INSTALLED) ## Make the virtual environment with the pinned packages
+
+# PyTorch first: any other package that asks for "torch" would otherwise choose a build of its own.
+$(INSTALLED): requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+$(DEMO): src/formtune/demo/generator.py | $(INSTALLED)
+	$(BIN)/python -m formtune.demo.generator $(dir $@)
+
+train: $(INSTALLED) $(DEMO) ## Train the demo (or CONFIG=... ARGS=...), test the best checkpoint, export the adapter
+	$(BIN)/formtune fit -c $(CONFIG) $(ARGS)
+
+test: $(INSTALLED) ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+tensorboard: $(INSTALLED) ## Look at the runs in logs/
+	$(BIN)/tensorboard --logdir logs
+
+base: $(INSTALLED) ## Build the demo's base model again (about half an hour)
+	$(BIN)/python -m formtune.demo.build_base src/formtune/demo/base
+
+clean: ## Remove the environment, the demo's data and caches (runs in logs/ stay)
+	rm -rf $(VENV) data/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests -name __pycache__ -prune -exec rm -rf {} +

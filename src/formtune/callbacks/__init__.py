@@ -1,0 +1,7 @@
+"""What happens around training: choosing the best checkpoint, showing answers, writing predictions."""
+
+from formtune.callbacks.answers import AnswerFile, WorstAnswers
+from formtune.callbacks.best_checkpoint import BestCheckpoint
+from formtune.callbacks.progress_bar import ProgressBar
+
+__all__ = ["AnswerFile", "BestCheckpoint", "ProgressBar", "WorstAnswers"]

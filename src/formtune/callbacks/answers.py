@@ -1,0 +1,87 @@
+"""Answers to read: the worst ones in TensorBoard, all of them in a file."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from formtune.formats import KINDS
+
+
+class WorstAnswers(Callback):
+    """Shows the worst answers of each evaluation beside their targets, as a text table in TensorBoard.
+
+    Args:
+        rows: Number of answers to show, format failures first.
+    """
+
+    def __init__(self, rows: int = 12) -> None:
+        self.rows = rows
+        self._failed: list[Any] = []
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self._failed += [answer for answer in outputs if answer.verdict.kind != "ok"]
+        # Format failures first, the earlier kinds (nothing there at all) before the later (a wrong value).
+        self._failed = sorted(self._failed, key=lambda a: KINDS.index(a.verdict.kind))[: self.rows]
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._show(trainer, "answers/validation")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._show(trainer, "answers/test")
+
+    def _show(self, trainer: Trainer, tag: str) -> None:
+        if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+            lines = ["| kind | why | input | target | answer |", "|---|---|---|---|---|"]
+            for a in self._failed:
+                cells = (a.verdict.kind, a.verdict.detail, a.row.source, a.row.gold or "", a.text)
+                lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+            text = "\n".join(lines) if self._failed else "every answer is right"
+            trainer.logger.experiment.add_text(tag, text, trainer.global_step)
+        self._failed = []
+
+
+def _cell(text: str, limit: int = 400) -> str:
+    text = text if len(text) <= limit else text[:limit] + " ..."
+    return "<code>" + html.escape(text).replace("|", "&#124;").replace("\n", "<br>") + "</code>"
+
+
+class AnswerFile(Callback):
+    """Writes predictions as JSON Lines: where, prompt, answer, and the contract's verdict.
+
+    Args:
+        path: File to write; under several devices each further process appends its rank to the name.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self._answers: list[Any] = []
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self._answers += outputs
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rank = trainer.global_rank
+        path = self.path.with_name(f"{self.path.name}.{rank}") if rank else self.path
+        partial = path.with_name(path.name + ".part")
+        with partial.open("w", encoding="utf-8") as file:
+            # The loader sorts by length; a reader expects the order of the prompts.
+            for a in sorted(self._answers, key=lambda a: a.row.number):
+                record = {
+                    "where": a.row.where,
+                    "prompt": a.row.source,
+                    "answer": a.text,
+                    "compliant": a.verdict.exact,
+                    "kind": a.verdict.kind,
+                    "detail": a.verdict.detail,
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        partial.replace(path)

@@ -1,0 +1,228 @@
+"""Where rows come from: each source yields plain records together with the place that a person can open.
+
+JSON Lines are read here and not by a data-frame library: those guess types (ISO dates become timestamps, missing
+keys become null, a dictionary becomes a struct) and lose the line number of whatever they cannot read.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from formtune.errors import UserError
+from formtune.formats.strict_json import loads_strict
+
+MAX_LINE_BYTES = 16 * 2**20
+
+
+class Source(ABC):
+    """Yields (record, where) pairs; subclass it to read anything else and name the class in YAML."""
+
+    @abstractmethod
+    def records(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """Yield each record as a dictionary, with `file:line` or what else finds it again."""
+
+
+class JsonLines(Source):
+    """JSON Lines: one object per line, UTF-8, blank lines skipped.
+
+    Args:
+        path: File to read.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def records(self) -> Iterator[tuple[dict[str, Any], str]]:
+        with _open(self.path) as file:
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                where = f"{self.path}:{number}"
+                if len(line) > MAX_LINE_BYTES:
+                    raise UserError(f"{where}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; split the row")
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{where}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
+                if not text:
+                    continue
+                try:
+                    record = loads_strict(text)
+                except ValueError as error:
+                    raise UserError(f"{where}: not valid JSON ({error}); mend or remove the line") from None
+                if not isinstance(record, dict):
+                    raise UserError(f"{where}: expected one JSON object per line, found {json.dumps(record)[:40]}")
+                yield record, where
+
+
+class Csv(Source):
+    """Comma-separated values with a header line, UTF-8; every value stays text.
+
+    Args:
+        path: File to read.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def records(self) -> Iterator[tuple[dict[str, Any], str]]:
+        _open(self.path).close()
+        with open(self.path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            try:
+                for record in reader:
+                    where = f"{self.path}:{reader.line_num}"
+                    if None in record or None in record.values():
+                        raise UserError(
+                            f"{where}: the row does not have the header's {len(reader.fieldnames or ())} cells"
+                        )
+                    yield record, where
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise UserError(f"{self.path}:{reader.line_num + 1}: not readable as UTF-8 CSV ({error})") from None
+
+
+class Parquet(Source):
+    """A Parquet file.
+
+    Args:
+        path: File to read.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def records(self) -> Iterator[tuple[dict[str, Any], str]]:
+        import pyarrow
+        import pyarrow.parquet
+
+        _open(self.path).close()
+        try:
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                batches = (record for batch in file.iter_batches() for record in batch.to_pylist())
+                for number, record in enumerate(batches, 1):
+                    yield record, f"{self.path}:{number}"
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{self.path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+
+
+class HuggingFace(Source):
+    """A data set of the `datasets` library: a folder written by `save_to_disk`, or a hub id.
+
+    Args:
+        path: Local folder or hub id (a hub id uses the network).
+        split: Name of the split to read.
+        name: Name of the configuration, for hub ids that have several.
+    """
+
+    def __init__(self, path: str, split: str = "train", name: str | None = None) -> None:
+        self.path, self.split, self.name = path, split, name
+
+    def records(self) -> Iterator[tuple[dict[str, Any], str]]:
+        import datasets
+
+        try:
+            if Path(self.path).is_dir():
+                loaded = datasets.load_from_disk(self.path)
+            else:
+                loaded = datasets.load_dataset(self.path, self.name)
+        except (OSError, ValueError, ConnectionError) as error:
+            raise UserError(f"{self.path}: not a readable data set ({str(error).splitlines()[0]})") from None
+        if isinstance(loaded, dict):
+            if self.split not in loaded:
+                raise UserError(f"{self.path}: no split {self.split!r}, only {', '.join(loaded)}; set `split`")
+            loaded = loaded[self.split]
+        for number, record in enumerate(loaded, 1):
+            yield record, f"{self.path}[{self.split}]:{number}"
+
+
+def open_source(path: str) -> Source:
+    """The source that reads `path`: by its ending for files, a Hugging Face data set otherwise."""
+    kind = {".jsonl": JsonLines, ".ndjson": JsonLines, ".csv": Csv, ".parquet": Parquet}.get(Path(path).suffix)
+    if kind is not None:
+        return kind(path)
+    if Path(path).is_file():
+        raise UserError(
+            f"{path}: unknown kind of file; known are .jsonl, .csv, .parquet, a data set's folder or hub id"
+        )
+    if Path(path).is_dir() or path.count("/") == 1 and not path.startswith((".", "/")):
+        return HuggingFace(path)
+    raise UserError(f"{path}: no such file or folder")
+
+
+class Columns:
+    """How a record becomes a conversation.
+
+    Args:
+        prompt: Column of the input, or a template such as `"Title: {title}\\n{body}"` over several columns.
+        completion: Column of the wanted answer.
+        messages: Column of chat turns; where a record has it, `prompt` and `completion` are not read.
+    """
+
+    def __init__(self, prompt: str = "prompt", completion: str = "completion", messages: str = "messages") -> None:
+        self.prompt, self.completion, self.messages = prompt, completion, messages
+
+    def conversation(self, record: dict[str, Any], where: str, gold: bool) -> list[dict[str, str]]:
+        """The record's turns, the last one the assistant's where `gold` is asked for and the user's otherwise.
+
+        Raises:
+            UserError: A column is missing or is not text, or the turns do not end as they must.
+        """
+        if self.messages in record:
+            return self._turns(record[self.messages], where, gold)
+        turns = [{"role": "user", "content": self._prompt(record, where)}]
+        if gold:
+            turns.append({"role": "assistant", "content": _text(record, self.completion, where)})
+        return turns
+
+    def _prompt(self, record: dict[str, Any], where: str) -> str:
+        if "{" not in self.prompt:
+            return _text(record, self.prompt, where)
+        text = self.prompt
+        for column in record:  # plain replacement: str.format would run attribute look-ups on the data
+            if "{" + column + "}" in self.prompt:
+                text = text.replace("{" + column + "}", _text(record, column, where))
+        if text == self.prompt:
+            raise UserError(f"{where}: none of the columns {', '.join(record)} stands in data.columns.prompt")
+        return text
+
+    def _turns(self, turns: Any, where: str, gold: bool) -> list[dict[str, str]]:
+        good = isinstance(turns, list) and all(
+            isinstance(t, dict)
+            and t.get("role") in ("system", "user", "assistant")
+            and isinstance(t.get("content"), str)
+            for t in turns
+        )
+        if not good:
+            raise UserError(
+                f"{where}: `{self.messages}` must be a list of turns with a role (system, user, assistant) and text"
+            )
+        turns = [{"role": t["role"], "content": t["content"]} for t in turns]
+        if not gold and turns and turns[-1]["role"] == "assistant":
+            turns = turns[:-1]
+        last = "assistant" if gold else "user"
+        if not turns or turns[-1]["role"] != last or all(t["role"] != "user" for t in turns):
+            raise UserError(
+                f"{where}: the last turn of `{self.messages}` must be the {last}'s, after one of the user's"
+            )
+        return turns
+
+
+def _text(record: dict[str, Any], column: str, where: str) -> str:
+    if column not in record:
+        raise UserError(f"{where}: no column `{column}` among {', '.join(record)}; set data.columns")
+    if not isinstance(record[column], str):
+        kind = "null" if record[column] is None else type(record[column]).__name__
+        raise UserError(f"{where}: `{column}` is {kind}, not text; write it as a string, JSON answers too")
+    return record[column]
+
+
+def _open(path: str) -> Any:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None

@@ -1,0 +1,128 @@
+"""Verdicts and losses to figures: integer sums, so that processes and uneven batches change nothing.
+
+Every rate of format and content has all rows of the set in its denominator: an answer that cannot be parsed scores 0
+and is never left out. The one exception says so in its name (`_given_valid`). Content is compared on the document that
+was found, even if text stands around it, so that a model which knows the content and not the format is told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from formtune.formats import KINDS, Format, Verdict
+
+_LADDER = ("exact", "loose", "terminated", "no_extra_text", "parse", "schema", "keys_exact", "canonical")
+
+
+class FormatMetrics(Metric):
+    """Rates of format and content, and counts of each kind of failure.
+
+    Args:
+        contract: Its fields get an accuracy each.
+    """
+
+    full_state_update = False
+
+    def __init__(self, contract: Format) -> None:
+        super().__init__()
+        self.fields = contract.fields
+        content = ("exact_match", "invented", "omitted", "ungrounded", "matched", "predicted", "gold")
+        valid = ("valid_matched", "valid_predicted", "valid_gold")
+        self._names = ["rows", *_LADDER, "joint", *content, *valid, *(f"fail/{k}" for k in KINDS)]
+        self._at = {name: i for i, name in enumerate(self._names)}
+        size = len(self._names) + len(self.fields)
+        # One vector: one exchange between processes, whatever is counted.
+        self.add_state("sums", torch.zeros(size, dtype=torch.long), dist_reduce_fx="sum")
+        self.sums: Tensor
+
+    def update(self, verdicts: Sequence[Verdict]) -> None:
+        """Count verdicts, each made with the wanted answer at hand."""
+        for verdict in verdicts:
+            content = verdict.content
+            if content is None:
+                raise ValueError("content can only be measured against a wanted answer: check(..., gold=...)")
+            counted = {name: int(getattr(verdict, name)) for name in _LADDER}
+            counted |= {"rows": 1, "joint": int(verdict.joint), f"fail/{verdict.kind}": 1}
+            counted |= {
+                "exact_match": int(content.equal),
+                "invented": int(content.invented),
+                "omitted": int(content.omitted),
+                "ungrounded": int(content.ungrounded),
+                "matched": content.matched,
+                "predicted": content.predicted,
+                "gold": content.gold,
+            }
+            if verdict.exact:
+                counted |= {f"valid_{name}": counted[name] for name in ("matched", "predicted", "gold")}
+            row = [counted.get(name, 0) for name in self._names] + [int(equal) for equal in content.fields]
+            self.sums += torch.tensor(row, device=self.sums.device)
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Numerator and denominator of each figure, by its name."""
+        sums = self.sums.tolist()
+        n = {name: sums[i] for name, i in self._at.items()}
+        rows = n["rows"]
+        found = {f"format/{name}": (n[name], rows) for name in _LADDER}
+        found["joint/exact"] = (n["joint"], rows)
+        found["content/exact_match"] = (n["exact_match"], rows)
+        found["content/field_precision"] = (n["matched"], n["predicted"])
+        found["content/field_recall"] = (n["matched"], n["gold"])
+        found["content/field_f1"] = (2 * n["matched"], n["predicted"] + n["gold"])
+        found["content/field_f1_given_valid"] = (2 * n["valid_matched"], n["valid_predicted"] + n["valid_gold"])
+        for name in ("invented", "omitted", "ungrounded"):
+            found[f"content/{name}_rate"] = (n[name], rows)
+        for i, field in enumerate(self.fields, len(self._names)):
+            found[f"content/field_acc/{field}"] = (sums[i], rows)
+        return found
+
+    def compute(self) -> dict[str, Tensor]:
+        """Every figure: rates between 0 and 1 (NaN without rows), `fail/*` as counts that sum to the rows."""
+        # 0 of 0 pairs is 0, not NaN: a model that finds nothing has found nothing.
+        rates = {
+            name: torch.tensor(k / n if n else (0.0 if self.sums[0] and "field_" in name else torch.nan))
+            for name, (k, n) in self.counts().items()
+        }
+        return rates | {f"fail/{kind}": self.sums[self._at[f"fail/{kind}"]].float() for kind in KINDS}
+
+
+class LossMetrics(Metric):
+    """Loss of the wanted answers under teacher forcing, in nats per token, split into structure and values."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("nats", "value_nats"):
+            self.add_state(name, torch.zeros((), dtype=torch.double), dist_reduce_fx="sum")
+        for name in ("tokens", "value_tokens", "rows", "exact_rows"):
+            self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, nats: Tensor, correct: Tensor, mask: Tensor, is_value: Tensor) -> None:
+        """Add a batch; all arguments have shape (rows, target columns).
+
+        Args:
+            nats: Negative log-likelihood of each target token, 0 where there is none.
+            correct: Whether the most likely token is the target.
+            mask: Where there is a target.
+            is_value: Where the target belongs to a value of the answer.
+        """
+        nats = nats.double()
+        self.nats += nats.sum()
+        self.value_nats += (nats * is_value).sum()
+        self.tokens += mask.sum()
+        self.value_tokens += is_value.sum()
+        self.rows += len(mask)
+        self.exact_rows += (correct | ~mask).all(1).sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """`loss`, `loss_structure`, `loss_value` in nats per token, `tf_exact` as a rate of rows."""
+        return {
+            "loss": self.nats / self.tokens,
+            "loss_structure": (self.nats - self.value_nats) / (self.tokens - self.value_tokens),
+            "loss_value": self.value_nats / self.value_tokens,
+            "tf_exact": self.exact_rows / self.rows,
+        }

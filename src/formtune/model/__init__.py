@@ -1,0 +1,6 @@
+"""A causal language model under LoRA, trained on answers and judged by its format contract. Knows nothing of files of rows."""
+
+from formtune.model.lora import Lora
+from formtune.model.module import FormatModule
+
+__all__ = ["FormatModule", "Lora"]

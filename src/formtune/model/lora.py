@@ -1,0 +1,155 @@
+"""Load a frozen base model and put LoRA adapters on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+from torch import nn
+
+from formtune.errors import UserError
+from formtune.rendering import check_base
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters W + (alpha / r) B A on chosen layers of a frozen base (Hu et al. 2021, arXiv:2106.09685).
+
+    Args:
+        r: Rank of the adapters; choose it by evidence among 8, 16, 32, 64.
+        alpha: Numerator of the scale alpha / r; twice the rank where it is not given.
+        dropout: Share of the adapter's inputs that is dropped in training.
+        targets: `attention` (query, key, value and output projections), `all-linear`, or names of layers.
+        rslora: Scale by alpha / sqrt(r), which keeps high ranks stable (arXiv:2312.03732).
+        dora: Learn magnitude and direction apart (arXiv:2402.09353); slower.
+        initialization: How A and B begin: true for Kaiming and zero, or a method of PEFT's that needs no data.
+        modules_to_save: Names of layers to train in full and to store with the adapter.
+    """
+
+    r: PositiveInt = 16
+    alpha: PositiveInt | None = None
+    dropout: ClosedUnitInterval = 0.05
+    targets: Literal["attention", "all-linear"] | list[str] = "attention"
+    rslora: bool = False
+    dora: bool = False
+    initialization: bool | Literal["gaussian", "pissa", "olora", "orthogonal"] = True
+    modules_to_save: list[str] = field(default_factory=list)
+
+
+def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch.device) -> Any:
+    """The base model of a folder or hub id, in `dtype`, complete to the last tensor.
+
+    Raises:
+        UserError: The folder is missing, damaged or incomplete, or asks for code of its own.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    extra: dict[str, Any] = {}
+    if quantize:
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError:
+            raise UserError("model.quantize: 4-bit needs bitsandbytes; pip install 'formtune[qlora]'") from None
+        extra["device_map"] = {"": device}
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        # Pickle files are never read: a base without safetensors is refused.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            check_base(base),
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **extra,
+        )
+    except Exception as error:  # whatever a damaged folder raises, the user's remedy is another folder
+        if isinstance(error, UserError):
+            raise
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model.base: {base} cannot be loaded ({text})") from error
+    wrong = {name: sorted(info[name]) for name in ("missing_keys", "mismatched_keys", "error_msgs") if info.get(name)}
+    if wrong:
+        # transformers would go on with random numbers in those tensors.
+        name, keys = next(iter(wrong.items()))
+        raise UserError(f"model.base: {base} is incomplete ({len(keys)} {name.replace('_', ' ')}, first {keys[0]})")
+    if next((True for p in model.parameters() if p.is_floating_point() and not torch.isfinite(p).all()), False):
+        raise UserError(f"model.base: {base} holds weights that are not finite numbers")
+    # A base may ship sampling, penalties or forced tokens, which `generate` would merge into every call.
+    model.generation_config = GenerationConfig()
+    return model
+
+
+def add_lora(model: Any, lora: Lora, quantized: bool = False) -> Any:
+    """The model with trainable adapters; everything else is frozen.
+
+    Raises:
+        UserError: A target names no layer, or tied embeddings would be torn apart by a later merge.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha or 2 * lora.r,
+        lora_dropout=lora.dropout,
+        target_modules=target_names(model, lora.targets),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights=lora.initialization,
+        modules_to_save=_known(model, lora.modules_to_save, "modules_to_save", nn.Module) or None,
+        # Conv1D (GPT-2) stores its weight transposed; PEFT wants to be told and otherwise warns.
+        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
+    )
+    if quantized:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    # from_pretrained leaves the model in evaluation mode and Lightning respects that: dropout would stay off.
+    return get_peft_model(model, config).train()
+
+
+def target_names(model: nn.Module, targets: str | list[str]) -> str | list[str]:
+    """What PEFT's `target_modules` must be, for any architecture.
+
+    `attention` means every linear layer inside a module whose class is an attention: q, k, v, o where they are apart
+    (Llama, Qwen, Mistral, Gemma), their fused forms elsewhere (qkv_proj, query_key_value, c_attn). Where a name such
+    as GPT-2's `c_proj` also stands outside attention, the parent's name goes with it.
+    """
+    if targets == "all-linear":
+        return targets
+    if isinstance(targets, list):
+        if not targets:
+            raise UserError("model.lora.targets: the list is empty; name layers, or `attention`, or `all-linear`")
+        return _known(model, targets, "targets", None)
+    inside, outside = set(), set()
+    for path, layer in model.named_modules():
+        if _is_linear(layer) and "." in path:
+            parent, _, name = path.rpartition(".")
+            if "attention" in type(model.get_submodule(parent)).__name__.lower():
+                inside.add((parent.rpartition(".")[2], name))
+            else:
+                outside.add(name)
+    if not inside:
+        raise UserError("model.lora.targets: this model has no attention layers by that name; use all-linear or a list")
+    return sorted({f"{parent}.{name}" if name in outside else name for parent, name in inside})
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+
+
+def _known(model: nn.Module, names: list[str], key: str, kind: type | None) -> list[str]:
+    """The names, if each is the end of some layer's path."""
+    layers = {path for path, layer in model.named_modules() if (isinstance(layer, kind) if kind else _is_linear(layer))}
+    for name in names:
+        if not any(path == name or path.endswith(f".{name}") for path in layers):
+            known = ", ".join(sorted({path.rpartition(".")[2] for path, m in model.named_modules() if _is_linear(m)}))
+            raise UserError(f"model.lora.{key}: no layer is called {name!r}; the linear ones are {known}")
+    return names

@@ -1,0 +1,230 @@
+"""The LightningModule: one batch is one optimizer step, and answers are judged by the contract as they are decoded."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+
+from formtune.errors import UserError
+from formtune.formats import Format, Verdict
+from formtune.metrics import FormatMetrics, LossMetrics
+from formtune.model.generation import greedy
+from formtune.model.loss import passes, target_loss
+from formtune.model.lora import Lora, add_lora, load_base
+from formtune.rendering import Renderer, Row, context_length
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model said to a row, and what the contract says of it."""
+
+    row: Row
+    text: str
+    verdict: Verdict
+
+
+class FormatModule(L.LightningModule):
+    """A causal language model with LoRA, trained on answers and judged by exact format compliance.
+
+    One batch holds the rows of one optimizer step. The step is computed in as many passes as fit `tokens_per_pass`,
+    the loss of each divided by the target tokens of the whole step on all devices: how a step is split changes
+    nothing but its memory, and every count of steps is a count of optimizer steps.
+
+    Args:
+        base: Folder or hub id of the base model.
+        format: The contract that answers must keep (follows `data.format`).
+        lora: The adapters.
+        optimizer: Optimizer of the adapters; `--model.optimizer.lr 1e-4` sets the peak learning rate.
+        warmup: Share of all steps in which the learning rate rises; it then falls along a cosine to zero.
+        max_grad_norm: Norm that gradients are clipped to; 0 switches clipping off.
+        max_new_tokens: Tokens of the longest answer that evaluation decodes.
+        tokens_per_pass: Padded tokens computed at once; lower it if memory runs out, the result stays the same.
+        gradient_checkpointing: Compute activations twice instead of keeping them: less memory, a third slower.
+        compile: Compile the training pass with torch.compile; pays off in long runs.
+        quantize: Load the frozen base in 4 bits (QLoRA, arXiv:2305.14314); needs the extra `qlora`.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        format: Format,
+        lora: Lora = Lora(),  # noqa: B008 (frozen, and jsonargparse shows its fields in --help)
+        # No weight decay: adapters begin at zero and need no pull towards it.
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-4, weight_decay=0.0, fused=True),
+        warmup: ClosedUnitInterval = 0.1,
+        max_grad_norm: NonNegativeFloat = 1.0,
+        max_new_tokens: PositiveInt = 256,
+        tokens_per_pass: PositiveInt = 16384,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        quantize: Literal["4bit"] | None = None,
+    ) -> None:
+        super().__init__()
+        # No save_hyperparameters(): on resume the checkpoint's values would silently beat YAML and flags.
+        self.automatic_optimization = False
+        self.base, self.format, self.lora, self.quantize = base, format, lora, quantize
+        self.optimizer_factory, self.warmup, self.max_grad_norm = optimizer, warmup, max_grad_norm
+        self.max_new_tokens, self.tokens_per_pass = max_new_tokens, tokens_per_pass
+        self.gradient_checkpointing, self.compile_passes = gradient_checkpointing, compile
+        self.model: Any = None
+        self.verdicts, self.losses = FormatMetrics(format), LossMetrics()
+        self._clock, self._tokens = time.perf_counter(), 0
+
+    def configure_model(self) -> None:
+        """Load the base and add the adapters; Lightning calls this before every fit, test and predict."""
+        if self.model is not None:
+            return
+        self.renderer = Renderer.load(self.base)
+        self.context = context_length(self.base)
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.trainer.precision, torch.float32)
+        base = load_base(self.base, dtype, self.quantize, self.device)
+        if base.get_input_embeddings().num_embeddings < len(self.renderer.tokenizer):
+            raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
+        if self.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = add_lora(base, self.lora, quantized=bool(self.quantize))
+        self._trained = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
+        self._pass = torch.compile(self.model, dynamic=True) if self.compile_passes else self.model
+
+    def configure_optimizers(self) -> Any:
+        from transformers import get_cosine_schedule_with_warmup
+
+        trained = [p for p in self.parameters() if p.requires_grad]
+        try:
+            optimizer = self.optimizer_factory(trained)
+        except ValueError as error:
+            raise UserError(f"model.optimizer: {error}") from error
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise UserError("trainer.max_steps: set it, since the learning rate needs an end to fall towards")
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(self.warmup * steps), int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def training_step(self, batch: list[Row], batch_idx: int) -> None:
+        """One optimizer step over the batch's rows."""
+        optimizer: Any = self.optimizers()
+        tokens = torch.tensor(sum(len(row.target) for row in batch), device=self.device)
+        tokens = self.trainer.strategy.reduce(tokens, reduce_op="sum")
+        # DDP averages the gradients of its ranks; the step's gradient is their sum over all its tokens.
+        scale = self.trainer.world_size / tokens
+        nats = torch.zeros((), device=self.device)
+        groups = list(passes(batch, self.tokens_per_pass))
+        for group in groups:
+            with contextlib.nullcontext() if group is groups[-1] else self._unsynced():
+                loss = target_loss(self._pass, [batch[i] for i in group], self.device).nats.sum()
+                self.manual_backward(loss * scale)
+            nats += loss.detach()
+        if not groups:  # fewer rows than ranks: join the gradient exchange with nothing to add
+            self.manual_backward(sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0)
+        if self.max_grad_norm:
+            if (scaler := getattr(self.trainer.precision_plugin, "scaler", None)) is not None:
+                scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
+            self.clip_gradients(optimizer, self.max_grad_norm, "norm")
+        rate = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        self._log_step(self.trainer.strategy.reduce(nats, reduce_op="sum") / tokens, rate, batch)
+
+    def _unsynced(self) -> Any:
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else contextlib.nullcontext()
+
+    def _log_step(self, loss: Tensor, rate: float, batch: list[Row]) -> None:
+        self._tokens += sum(map(len, batch))
+        figures = {"train/loss": loss, "train/learning_rate": rate}
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            now = time.perf_counter()
+            figures["train/tokens_per_second"] = self._tokens / (now - self._clock)
+            self._clock, self._tokens = now, 0
+        self.log_dict(figures, prog_bar=True, batch_size=1)
+        self._log_step_number()
+
+    def _log_step_number(self) -> None:
+        # Lightning would write step 99 for what was measured after 100 steps.
+        self.log("step", float(self.trainer.global_step), batch_size=1)
+
+    def on_train_start(self) -> None:
+        self._clock, self._tokens = time.perf_counter(), 0
+
+    def on_validation_end(self) -> None:
+        self._clock, self._tokens = time.perf_counter(), 0  # evaluation is not training time
+
+    def validation_step(self, batch: list[Row], batch_idx: int) -> list[Answer]:
+        """Loss under teacher forcing, then greedy answers and their verdicts."""
+        for group in passes(batch, self.tokens_per_pass):
+            rows = [batch[i] for i in group]
+            found = target_loss(self.model, rows, self.device)
+            width = found.mask.size(1)
+            is_value = torch.tensor([r.is_value + [False] * (width - len(r.is_value)) for r in rows])
+            self.losses.update(found.nats, found.correct, found.mask, is_value.to(self.device))
+        answers = self.answers(batch)
+        self.verdicts.update([answer.verdict for answer in answers])
+        return answers
+
+    test_step = validation_step
+
+    def predict_step(self, batch: list[Row], batch_idx: int) -> list[Answer]:
+        return self.answers(batch)
+
+    def answers(self, rows: list[Row]) -> list[Answer]:
+        """Greedy answers to the rows, in their order, judged by the contract."""
+        answers: dict[int, Answer] = {}
+        for group in passes(rows, self.tokens_per_pass, self.max_new_tokens):
+            longest = max(len(rows[i].prompt) for i in group)
+            room = min(self.max_new_tokens, (self.context or longest + self.max_new_tokens) - longest)
+            prompts = [rows[i].prompt for i in group]
+            for i, ids in zip(
+                group, greedy(self.model, prompts, self.renderer.stop_ids, room, self.device), strict=True
+            ):
+                text, finished = self.renderer.answer(ids)
+                verdict = self.format.check(text, finished=finished, gold=rows[i].gold, source=rows[i].source)
+                answers[i] = Answer(rows[i], text, verdict)
+        return [answers[i] for i in range(len(rows))]
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("", "val/")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test/", "test/")
+
+    def _log_evaluation(self, verdict_prefix: str, loss_prefix: str) -> None:
+        values = {loss_prefix + name: value for name, value in self.losses.compute().items()}
+        values |= {verdict_prefix + name: value for name, value in self.verdicts.compute().items()}
+        self.evaluation = {name: float(value) for name, value in values.items()}
+        self.counts = self.verdicts.counts()
+        shown = ("val/loss", "format/exact", "content/field_f1")
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name in shown, batch_size=1)
+        self._log_step_number()
+        self.losses.reset()
+        self.verdicts.reset()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The adapters alone: the frozen base is never written again."""
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in self._trained}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load adapters, and nothing but exactly these adapters.
+
+        Raises:
+            UserError: The state belongs to other targets or another rank, or holds numbers that are not finite.
+        """
+        own = super().state_dict()
+        odd = sorted(self._trained ^ set(state_dict)) or sorted(
+            name for name in self._trained if state_dict[name].shape != own[name].shape
+        )
+        if odd:
+            raise UserError(f"ckpt_path: the checkpoint fits another model.lora (targets or rank); first {odd[0]}")
+        if not all(torch.isfinite(value).all() for value in state_dict.values()):
+            raise UserError("ckpt_path: the checkpoint holds weights that are not finite numbers")
+        return super().load_state_dict(state_dict, strict=False, assign=assign)

@@ -1,0 +1,96 @@
+"""Tiny models and tokenizers made on the spot: every test runs without a network and in seconds."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)  # tiny models: a second thread only waits
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+# One shape per family: (config's model type, its sizes).
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SHAPES = {
+    "llama": SIZES,
+    "qwen3": SIZES | {"head_dim": 8},
+    "mistral": SIZES | {"sliding_window": 8},
+    "phi3": SIZES | {"pad_token_id": 0},
+    "gemma3_text": SIZES | {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "gpt_neox": {k: v for k, v in SIZES.items() if k != "num_key_value_heads"},
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(SPECIAL + alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|im_end|>", additional_special_tokens=SPECIAL[1:2]
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def tiny_model(shape: str = "llama", seed: int = 0, **changes):
+    """A random two-layer model of the family, float32, context 512."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 259, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 2}
+    config = AutoConfig.for_model(shape, **(sizes | SHAPES[shape] | changes))
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> str:
+    """Folder of a tiny random Llama with the byte tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"type": "integer"}, "s": {"type": "string"}},
+    "required": ["n", "s"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+def task(tmp_path):
+    """Writes a small task (schema, rows) and returns the folder and a function that writes rows."""
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+
+    def write(name: str, rows) -> str:
+        path = tmp_path / name
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return str(path)
+
+    return tmp_path, write
+
+
+def pair(n: int, prompt: str | None = None) -> dict:
+    """A row of the small task."""
+    return {"prompt": prompt or f"number {n}", "completion": json.dumps({"n": n, "s": f"x{n}"}, separators=(",", ":"))}
+
+
+def shared(path: str) -> Path:
+    """A file of the development data beside the project; skips the test where it is absent."""
+    if not (SHARED / path).exists():
+        pytest.skip(f"needs the development data ({path}), which is not part of the project")
+    return SHARED / path

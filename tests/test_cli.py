@@ -1,0 +1,260 @@
+"""The command line from YAML to adapter folder, and one line with exit code 2 for every mistake."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import SCHEMA, pair
+
+from formtune.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def project(task, base, monkeypatch):
+    """A folder with a task in YAML; the working directory of the test."""
+    folder, write = task
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("FORMTUNE_RUN", raising=False)
+    write("train.jsonl", [pair(n) for n in range(60)])
+    config = {
+        "model": {"base": base, "max_new_tokens": 24, "lora": {"r": 4}},
+        "data": {
+            "train": "train.jsonl",
+            "format": {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}},
+        },
+        "trainer": {"max_epochs": 2, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
+    }
+    Path("small.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def fit(*extra):
+    return main(["fit", "-c", "small.yaml", "--run", "one", *extra])
+
+
+def test_fit_leaves_an_adapter_that_peft_loads_alone_and_figures_before_and_after(project, base):
+    assert fit("--trainer.val_check_interval", "2", "--model.optimizer.lr", "0.01") == 0
+    run = project / "logs/small/one"
+    result = json.loads((run / "metrics.json").read_text())
+    names = set(result["before"])
+    assert {
+        "format/exact",
+        "format/loose",
+        "joint/exact",
+        "content/field_f1",
+        "content/field_acc/n",
+        "loss",
+        "tf_exact",
+    } <= names
+    assert names == set(result["after"]) and result["rows"] == result["counts"]["after"]["format/exact"][1]
+    assert sum(v for n, v in result["after"].items() if n.startswith("fail/")) == result["rows"]
+    assert result["after"]["loss"] < result["before"]["loss"]
+    assert len(list((run / "checkpoints").iterdir())) <= 2 and list(run.glob("events.*"))
+    assert json.loads((run / "adapter/contract.json").read_text())["init_args"]["schema"] == SCHEMA
+
+    code = (
+        "import sys, torch\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "base, folder = sys.argv[1:]\n"
+        "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\nassert tokenizer.chat_template\n"
+        "assert 'formtune' not in sys.modules\n"
+        "print(model(torch.tensor([[5, 6, 7]])).logits.double().sum().item())\n"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, base, run / "adapter"], capture_output=True, text=True, check=True
+    )
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter")
+    assert float(out.stdout) == pytest.approx(float(tuned(torch.tensor([[5, 6, 7]])).logits.double().sum()))
+
+
+def test_the_best_checkpoint_gives_the_exported_figures_again_and_predict_judges_answers(project, capsys):
+    assert fit() == 0
+    run = project / "logs/small/one"
+    checkpoint = (
+        f"{run}/checkpoints/step-{json.loads((run / 'metrics.json').read_text())['training']['best_step']}.ckpt"
+    )
+    capsys.readouterr()
+    assert main(["test", "-c", str(run / "config.yaml"), "--ckpt_path", checkpoint]) == 0
+    after = json.loads((run / "metrics.json").read_text())["after"]
+    assert f"{after['loss']:.4f}" in capsys.readouterr().out
+
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": "x" * n}) + "\n" for n in (3, 9, 1)))
+    arguments = ["--ckpt_path", checkpoint, "--data.prompts", "prompts.jsonl", "--answers", "out.jsonl"]
+    assert main(["predict", "-c", str(run / "config.yaml"), *arguments]) == 0
+    answers = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [a["prompt"] for a in answers] == ["xxx", "xxxxxxxxx", "x"]
+    assert all(a.keys() == {"where", "prompt", "answer", "compliant", "kind", "detail"} for a in answers)
+    assert not any(a["compliant"] != (a["kind"] == "ok") for a in answers)
+
+
+def test_validation_counts_optimizer_steps_and_ends_with_the_last_step(project):
+    assert fit("--data.rows_per_step", "5", "--trainer.val_check_interval", "4", "--trainer.max_epochs", "1") == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(project / "logs/small/one"))
+    events.Reload()
+    steps = json.loads((project / "logs/small/one/metrics.json").read_text())["training"]["steps"]
+    assert steps % 4 and [e.step for e in events.Scalars("val/loss")] == [*range(4, steps, 4), steps]
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/learning_rate", "format/exact", "fail/syntax", "test/format/exact"} <= tags
+    assert any(tag.startswith("answers/validation") for tag in events.Tags()["tensors"])
+    assert [e.step for e in events.Scalars("test/format/exact")] == [0, steps]
+
+
+def test_two_processes_train_and_measure_the_same_as_one(project):
+    # 5 rows a step are dealt as 3 and 2, and the last step of an epoch as 1 and 0 or near it.
+    from safetensors.torch import load_file
+
+    runs = {}
+    for devices in ("1", "2"):
+        arguments = ["--run", f"on{devices}", "--data.rows_per_step", "5", "--model.lora.dropout", "0"]
+        if devices == "2":
+            arguments += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+        done = subprocess.run(
+            [sys.executable, "-m", "formtune", "fit", "-c", "small.yaml", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        folder = project / f"logs/small/on{devices}"
+        runs[devices] = (
+            load_file(folder / "adapter/adapter_model.safetensors"),
+            json.loads((folder / "metrics.json").read_text()),
+        )
+    (one, one_result), (two, two_result) = runs["1"], runs["2"]
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+    assert one_result["counts"] == two_result["counts"]
+    assert one_result["after"]["loss"] == pytest.approx(two_result["after"]["loss"], abs=1e-5)
+
+
+MISTAKES = {
+    "unknown key": (["--model.lora.rnak", "3"], "did you mean model.lora.r"),
+    "wrong type": (["--model.lora.r", "many"], "model.lora.r"),
+    "rank below one": (["--model.lora.r", "0"], "model.lora.r"),
+    "no such layer": (["--model.lora.targets", "[nope]"], "no layer is called 'nope'"),
+    "negative rate": (["--model.optimizer.lr", "-1"], "model.optimizer: Invalid learning rate"),
+    "16-bit adapters": (["--trainer.precision", "bf16-true"], "trainer.precision: bf16-true would store"),
+    "no model folder": (["--model.base", "no/model/here"], "model.base: no folder no/model/here"),
+    "no data file": (["--data.train", "gone.jsonl"], "gone.jsonl: No such file"),
+    "no schema file": (["--data.format.schema", "gone.json"], "gone.json"),
+    "context too small": (["--data.max_length", "30"], "train.jsonl:1: .* tokens, the limit is 30"),
+    "schema for a regex": (
+        ["--data.format", "Regex", "--data.format.pattern", ".*", "--data.system", "{schema}"],
+        "data.system: {schema} needs a JsonSchema",
+    ),
+    "no such YAML": (["--config", "gone.yaml"], "gone.yaml: No such file"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_gets_one_line_and_exit_code_2(project, capfd, case):
+    arguments, message = MISTAKES[case]
+    assert fit(*arguments) == 2
+    error = capfd.readouterr().err.strip().splitlines()
+    assert len([line for line in error if "error:" in line]) == 1 and re.search(message, error[-1]), error
+    assert "Traceback" not in "\n".join(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "small.yaml:1: not valid YAML"),
+        ("model:\n  base: a\n  base: b\n", "small.yaml:3: .*'base' stands here twice"),
+        ("", "small.yaml: expected keys"),
+        ("- a", "small.yaml: expected keys .* found list"),
+    ],
+)
+def test_a_broken_yaml_is_named_with_its_line(project, capfd, text, message):
+    Path("small.yaml").write_text(text)
+    assert fit() == 2
+    assert re.search(message, capfd.readouterr().err)
+
+
+def test_a_used_run_folder_is_not_overwritten(project, capfd):
+    (project / "logs/small/one").mkdir(parents=True)
+    (project / "logs/small/one/x").write_text("")
+    assert fit() == 2
+    assert "already holds a run" in capfd.readouterr().err
+
+
+def test_a_missing_checkpoint_is_refused_before_the_model_loads(project, capfd):
+    assert main(["test", "-c", "small.yaml", "--ckpt_path", "gone.ckpt"]) == 2
+    assert "no file gone.ckpt" in capfd.readouterr().err
+
+
+def test_python_dash_m_finds_a_format_of_ones_own_in_the_working_directory(project):
+    Path("mine.py").write_text(
+        "from formtune.formats import Regex\n\nclass Braces(Regex):\n"
+        "    def __init__(self) -> None:\n        super().__init__(r'\\{.*\\}')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "formtune", "fit", "-c", "small.yaml", "--data.format", "mine.Braces", "--trainer.max_steps", "2"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def leaves(tree, path=()):
+    for key, value in tree.items():
+        yield from leaves(value, (*path, key)) if isinstance(value, dict) else [(*path, key)]
+
+
+def print_config(path, capfd) -> str:
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "-c", str(path), "--print_config"])
+    assert not done.value.code
+    return capfd.readouterr().out
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_leaf_of_a_shipped_yaml_changes_the_parsed_configuration(path, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert len(path.read_text().splitlines()) < 25
+    whole = print_config(path, capfd)
+    tree = yaml.safe_load(path.read_text())
+    for leaf in leaves(tree):
+        if leaf[-1] in ("base", "class_path"):  # nothing parses without them
+            continue
+        less = yaml.safe_load(path.read_text())
+        node = less
+        for key in leaf[:-1]:
+            node = node[key]
+        del node[leaf[-1]]
+        if leaf[-2:] == ("init_args", "schema"):
+            continue
+        shorter = tmp_path / path.name
+        shorter.write_text(yaml.safe_dump(less))
+        assert print_config(shorter, capfd) != whole, leaf
+
+
+def test_the_guides_values_are_the_defaults(capfd, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = yaml.safe_load(print_config(ROOT / "configs/smollm2-135m.yaml", capfd))
+    lora, trainer = config["model"]["lora"], config["trainer"]
+    assert (lora["r"], lora["alpha"], lora["dropout"], lora["targets"]) == (16, None, 0.05, "attention")
+    assert (config["data"]["rows_per_step"], config["model"]["warmup"]) == (16, 0.1)
+    assert (trainer["max_epochs"], trainer["log_every_n_steps"], trainer["val_check_interval"]) == (3, 10, 100)
+
+
+def test_folders_of_this_project_do_not_know_what_they_must_not():
+    def imports(folder):
+        return "".join(p.read_text() for p in (ROOT / "src/formtune" / folder).glob("*.py"))
+
+    assert "formtune.model" not in imports("data") and "formtune.data" not in imports("model")
+    assert not any(
+        word in imports("formats") for word in ("import torch", "lightning", "formtune.data", "formtune.model")
+    )

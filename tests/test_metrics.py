@@ -1,0 +1,84 @@
+"""Figures are sums over all rows: the same for one process, for shards and for a plain loop."""
+
+import math
+import random
+
+import pytest
+import torch
+from test_formats import CASES, CONTRACT, GOLD
+
+from formtune.formats import KINDS
+from formtune.metrics import FormatMetrics, LossMetrics
+
+VERDICTS = [CONTRACT.check(text, gold=GOLD, source="Ann") for text, *_ in CASES]
+VERDICTS += [CONTRACT.check(text, gold=GOLD, finished=False) for text in (GOLD, GOLD[:9])]
+
+
+def measured(verdicts):
+    metrics = FormatMetrics(CONTRACT)
+    metrics.update(verdicts)
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
+def test_figures_equal_a_plain_loop():
+    found, n = measured(VERDICTS), len(VERDICTS)
+    assert found["format/exact"] == pytest.approx(sum(v.kind in ("ok", "content") for v in VERDICTS) / n)
+    assert found["format/loose"] == pytest.approx(sum(v.loose for v in VERDICTS) / n)
+    assert found["joint/exact"] == pytest.approx(sum(v.kind == "ok" for v in VERDICTS) / n)
+    assert found["content/exact_match"] == pytest.approx(sum(v.content.equal for v in VERDICTS) / n)
+    for kind in KINDS:
+        assert found[f"fail/{kind}"] == sum(v.kind == kind for v in VERDICTS)
+    matched, predicted, gold = (sum(getattr(v.content, k) for v in VERDICTS) for k in ("matched", "predicted", "gold"))
+    precision, recall = matched / predicted, matched / gold
+    assert gold == 6 * n  # p, name, two items, n, d; the null is no value
+    assert found["content/field_f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    assert found["content/field_acc/c.name"] == pytest.approx(sum(v.content.fields[1] for v in VERDICTS) / n)
+
+
+def test_failures_sum_to_the_rows():
+    assert sum(value for name, value in measured(VERDICTS).items() if name.startswith("fail/")) == len(VERDICTS)
+
+
+def test_an_unparseable_answer_lowers_every_rate():
+    good = CONTRACT.check(GOLD, gold=GOLD)
+    all_good, one_bad = measured([good] * 4), measured([good] * 3 + [CONTRACT.check("no", gold=GOLD)])
+    for name, value in all_good.items():
+        if value == 1 and not name.endswith(("given_valid", "precision", "terminated")):
+            assert one_bad[name] < 1, name
+    assert one_bad["content/field_f1_given_valid"] == 1
+
+
+def test_two_shards_equal_one_set():
+    shuffled = random.Random(0).sample(VERDICTS, len(VERDICTS))
+    one, two = FormatMetrics(CONTRACT), FormatMetrics(CONTRACT)
+    one.update(shuffled[:5])
+    two.update(shuffled[5:])
+    one.sums += two.sums
+    assert {name: float(value) for name, value in one.compute().items()} == measured(VERDICTS)
+
+
+def test_counts_explain_every_rate():
+    metrics = FormatMetrics(CONTRACT)
+    metrics.update(VERDICTS)
+    for name, (k, n) in metrics.counts().items():
+        assert float(metrics.compute()[name]) == pytest.approx(k / n)
+
+
+def test_no_rows_give_nan_and_no_found_value_gives_zero():
+    assert all(math.isnan(value) for name, value in measured([]).items() if not name.startswith("fail/"))
+    assert measured([CONTRACT.check("no", gold=GOLD)])["content/field_f1"] == 0
+
+
+def test_content_without_a_wanted_answer_is_refused():
+    with pytest.raises(ValueError, match="wanted answer"):
+        FormatMetrics(CONTRACT).update([CONTRACT.check(GOLD)])
+
+
+def test_loss_is_weighted_by_tokens_and_split_into_structure_and_values():
+    metrics = LossMetrics()
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    is_value = torch.tensor([[False, True, False], [False, False, False]])
+    nats = torch.tensor([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]])
+    metrics.update(nats, torch.tensor([[True, True, False], [True, False, False]]), mask, is_value)
+    found = {name: float(value) for name, value in metrics.compute().items()}
+    assert found == {"loss": 3.0, "loss_structure": pytest.approx(10 / 3), "loss_value": 2.0, "tf_exact": 0.5}

@@ -1,0 +1,92 @@
+"""Only the answer and its end of turn are supervised, for every tokenizer at hand."""
+
+import pytest
+from conftest import byte_tokenizer, shared
+
+from formtune.errors import UserError
+from formtune.rendering import Renderer, Row, UnfitRow, check_base
+
+ANSWERS = ['{"a":"x y","b":[1,2]}', '{"name":"Zoë  🎉","n":null}', "positive", '{\n  "a": 1\n}']
+TOKENIZERS = [
+    f"tokenizers/{n}" for n in ("gpt2", "mistral-v3-instruct", "phi-3-mini-instruct", "qwen3", "smollm2-instruct")
+]
+END = {"gpt2": "<|endoftext|>", "mistral": "</s>", "phi-3": "<|end|>", "qwen3": "<|im_end|>", "smollm2": "<|im_end|>"}
+
+
+def conversation(answer, system="Be exact."):
+    return [
+        {"role": "system", "content": system},
+        {"role": "user", "content": "héllo  wörld\nsecond line"},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+@pytest.mark.parametrize("folder", [*TOKENIZERS, "models/stories260K"])
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_supervised_tokens_decode_to_the_answer_and_its_end_of_turn(folder, answer):
+    renderer = Renderer.load(str(shared(folder)))
+    [row] = renderer.encode([(conversation(answer), "f:1")])
+    assert isinstance(row, Row)
+    assert renderer.answer(row.target) == (answer, True)
+    end = renderer.tokenizer.convert_ids_to_tokens(row.target[-1])
+    assert end == next((e for name, e in END.items() if name in folder), "</s>")
+    assert row.target[-1] in renderer.stop_ids and not set(row.target[:-1]) & set(renderer.stop_ids)
+    bos = renderer.tokenizer.bos_token_id
+    assert (row.prompt + row.target)[:2] != [bos, bos]
+    if any(name in folder for name in ("mistral", "stories")):
+        assert row.prompt[0] == bos and bos not in (row.prompt + row.target)[1:]
+
+
+@pytest.mark.parametrize("folder", TOKENIZERS[1:])
+def test_training_and_prediction_see_the_same_prompt(folder):
+    renderer = Renderer.load(str(shared(folder)))
+    messages = conversation("yes")
+    [trained] = renderer.encode([(messages, "f:1")])
+    [asked] = renderer.encode([(messages[:-1], "f:1")])
+    served = renderer.tokenizer.apply_chat_template(
+        messages[:-1], add_generation_prompt=True, enable_thinking=False, return_dict=False
+    )
+    assert trained.prompt == asked.prompt == served and asked.target == [] and asked.gold is None
+
+
+def test_value_tokens_are_those_that_touch_a_value():
+    renderer = Renderer(byte_tokenizer())
+    answer = '{"n":12}'
+    [row] = renderer.encode([(conversation(answer), "f:1")], lambda text: [(5, 7)])
+    assert [c for c, is_value in zip(answer, row.is_value, strict=False) if is_value] == ["1", "2"]
+    assert len(row.is_value) == len(row.target)
+
+
+def test_earlier_assistant_turns_are_context_only():
+    renderer = Renderer(byte_tokenizer())
+    [row] = renderer.encode(
+        [([*conversation("first"), {"role": "user", "content": "q"}, *conversation("last")[2:]], "f:1")]
+    )
+    assert renderer.answer(row.target)[0] == "last" and row.source == "q"
+
+
+def test_a_template_that_trims_the_answer_makes_the_row_unfit():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content }}", "{{ m.content | trim }}")
+    [row] = Renderer(tokenizer).encode([(conversation(" padded "), "f:1")])
+    assert isinstance(row, UnfitRow) and "alters the answer" in str(row)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ bos_token }}<|im_end|>{{ messages[0].content }}", "cannot be supervised"),
+        ("{% for m in messages %}{{ m.content }} {% endfor %}", "no end-of-turn token"),
+    ],
+)
+def test_a_template_that_cannot_be_supervised_is_refused(template, message):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=message):
+        Renderer(tokenizer)
+
+
+@pytest.mark.parametrize("base", ["no/such/folder", "./here", "nowhere", "../x"])
+def test_a_mistyped_folder_is_not_looked_up_on_a_hub(base):
+    with pytest.raises(UserError, match="no folder"):
+        check_base(base)
