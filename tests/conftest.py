@@ -21,7 +21,13 @@ TEMPLATE = (
 )
 
 # One shape per family: (config's model type, its sizes).
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 SHAPES = {
     "llama": SIZES,
     "qwen3": SIZES | {"head_dim": 8},

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SCHEMA, pair
 
+from conftest import SCHEMA, pair, shared
 from formtune.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,3 +258,22 @@ def test_folders_of_this_project_do_not_know_what_they_must_not():
     assert not any(
         word in imports("formats") for word in ("import torch", "lightning", "formtune.data", "formtune.model")
     )
+
+
+def test_real_rows_and_real_weights_go_through_the_whole_path(tmp_path, monkeypatch):
+    weights, rows = shared("models/stories260K"), shared("data/snips/train.jsonl")
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text("".join(rows.read_text().splitlines(keepends=True)[:150]))
+    text = {"type": "object", "additionalProperties": {"type": ["string", "array"]}}
+    schema = {
+        "type": "object",
+        "properties": {"intent": {"type": "string"}, "slots": text},
+        "required": ["intent", "slots"],
+    }
+    Path("schema.json").write_text(json.dumps(schema))
+    arguments = ["--data.train", "train.jsonl", "--data.format", "JsonSchema", "--data.format.schema", "schema.json"]
+    arguments += ["--trainer.max_steps", "4", "--model.max_new_tokens", "160", "--trainer.limit_test_batches", "1"]
+    arguments += ["--trainer.precision", "32-true", "--trainer.enable_progress_bar", "false"]
+    assert main(["fit", "--model.base", str(weights), "--task", "real", "--run", "one", *arguments]) == 0
+    result = json.loads(Path("logs/real/one/metrics.json").read_text())
+    assert result["after"]["loss"] < result["before"]["loss"]

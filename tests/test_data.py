@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import byte_tokenizer, pair
 
+from conftest import byte_tokenizer, pair
 from formtune.data import Columns, FormatDataModule
 from formtune.data.cleaning import Example, clean, repair
 from formtune.data.module import Order

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import SHAPES, tiny_model
 
+from conftest import SHAPES, tiny_model
 from formtune.errors import UserError
 from formtune.model.generation import greedy
 from formtune.model.lora import Lora, add_lora, load_base, target_names

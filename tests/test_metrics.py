@@ -5,10 +5,10 @@ import random
 
 import pytest
 import torch
-from test_formats import CASES, CONTRACT, GOLD
 
 from formtune.formats import KINDS
 from formtune.metrics import FormatMetrics, LossMetrics
+from test_formats import CASES, CONTRACT, GOLD
 
 VERDICTS = [CONTRACT.check(text, gold=GOLD, source="Ann") for text, *_ in CASES]
 VERDICTS += [CONTRACT.check(text, gold=GOLD, finished=False) for text in (GOLD, GOLD[:9])]

@@ -3,8 +3,8 @@
 import lightning.pytorch as L
 import pytest
 import torch
-from conftest import pair
 
+from conftest import pair
 from formtune.data import FormatDataModule
 from formtune.errors import UserError
 from formtune.formats import JsonSchema
@@ -73,7 +73,7 @@ def test_gradient_checkpointing_and_clipping_work_and_checkpointing_changes_noth
 
 
 def test_a_batch_is_one_optimizer_step_and_the_rate_ends_at_zero(train):
-    trainer, module, data = train(steps=6, warmup=0.5)
+    trainer, module, _data = train(steps=6, warmup=0.5)
     assert trainer.global_step == 6
     assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
 

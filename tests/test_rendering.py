@@ -1,8 +1,8 @@
 """Only the answer and its end of turn are supervised, for every tokenizer at hand."""
 
 import pytest
-from conftest import byte_tokenizer, shared
 
+from conftest import byte_tokenizer, shared
 from formtune.errors import UserError
 from formtune.rendering import Renderer, Row, UnfitRow, check_base
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -20,37 +19,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from formtune.callbacks import AnswerFile, BestCheckpoint, ProgressBar, WorstAnswers
 from formtune.data import FormatDataModule
 from formtune.errors import UserError
 from formtune.export import export_adapter
 from formtune.model import FormatModule
-from formtune.strict_yaml import check_yaml
+from formtune.parsing import Parser, check_yaml
 from formtune.summary import print_data, print_result
 
 LOGS = Path("logs")
-
-
-class Parser(LightningArgumentParser):
-    """Says what is wrong in one line instead of a page of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
-        if unknown := re.search(r"[Uu]nrecognized arguments: --([\w.]+)|[Kk]ey '?([\w.]+)'? is not expected", text):
-            name = unknown[1] or unknown[2]
-            known = {a.dest for p in (self, *_subparsers(self)) for a in p._actions}
-            near = difflib.get_close_matches(name, known, 1) or [
-                k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]
-            ]
-            text += f"; did you mean {near[0]}?" if near else ""
-        raise UserError(text)
-
-
-def _subparsers(parser: Any) -> list[Any]:
-    action = getattr(parser, "_subcommands_action", None)
-    return list(action._name_parser_map.values()) if action else []
 
 
 class FormtuneCLI(LightningCLI):
@@ -124,12 +102,8 @@ class FormtuneCLI(LightningCLI):
         path = config.get("ckpt_path")
         if path is not None and not Path(path).is_file():
             raise UserError(f"ckpt_path: no file {path}; a run's best checkpoint is named at its end")
-        if (
-            self.subcommand == "fit"
-            and rank_zero_only.rank == 0
-            and self.run_dir.exists()
-            and any(self.run_dir.iterdir())
-        ):
+        main_process = os.environ.get("LOCAL_RANK", "0") == "0"
+        if self.subcommand == "fit" and main_process and self.run_dir.exists() and any(self.run_dir.iterdir()):
             raise UserError(f"run: {self.run_dir} already holds a run; choose another --run or leave it out")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -151,7 +125,7 @@ class FormtuneCLI(LightningCLI):
 
     def fit(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         """The whole job: base on the test rows, training, best checkpoint on the same rows, export."""
-        trainer = self.trainer
+        trainer: Any = self.trainer
         result: dict[str, Any] = {}
         if trainer.is_global_zero:
             self._save_config()
@@ -160,17 +134,14 @@ class FormtuneCLI(LightningCLI):
         result["before"], counts_before = _results(model)
         started = time.monotonic()
         trainer.fit(model, datamodule)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
         seconds = time.monotonic() - started
         steps, best = trainer.global_step, self.best.path
-        if best is None:
-            if not trainer.fast_dev_run:
-                raise UserError("no best checkpoint: no validation gave a finite loss; lower model.optimizer.lr")
+        if best is None and not trainer.fast_dev_run:
+            raise UserError("no best checkpoint: no validation gave a finite loss; lower model.optimizer.lr")
         trainer.test(model, datamodule, ckpt_path=str(best) if best else None, verbose=False)
         result["after"], counts_after = _results(model)
         result["counts"] = {"before": counts_before, "after": counts_after}
-        result["rows"] = len(datamodule.splits.rows["test"])
+        result["rows"] = counts_after["format/exact"][1]
         result["training"] = {
             "steps": steps,
             "seconds": round(seconds, 1),
@@ -290,4 +261,6 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("formtune: interrupted", file=sys.stderr)
         return 130
+    finally:
+        os.environ.pop("FORMTUNE_RUN", None)  # the next call in this process is another run
     return 0

@@ -26,6 +26,7 @@ class FormatMetrics(Metric):
     """
 
     full_state_update = False
+    sums: Tensor
 
     def __init__(self, contract: Format) -> None:
         super().__init__()
@@ -37,7 +38,6 @@ class FormatMetrics(Metric):
         size = len(self._names) + len(self.fields)
         # One vector: one exchange between processes, whatever is counted.
         self.add_state("sums", torch.zeros(size, dtype=torch.long), dist_reduce_fx="sum")
-        self.sums: Tensor
 
     def update(self, verdicts: Sequence[Verdict]) -> None:
         """Count verdicts, each made with the wanted answer at hand."""
@@ -93,6 +93,12 @@ class LossMetrics(Metric):
     """Loss of the wanted answers under teacher forcing, in nats per token, split into structure and values."""
 
     full_state_update = False
+    nats: Tensor
+    value_nats: Tensor
+    tokens: Tensor
+    value_tokens: Tensor
+    rows: Tensor
+    exact_rows: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -38,9 +38,9 @@ def print_data(splits: Splits, folder: Path | None) -> None:
     if splits.repairs:
         repairs = ", ".join(f"{count:,} {step}" for step, count in splits.repairs.most_common())
         console.print(f"inputs repaired: {repairs}", highlight=False, soft_wrap=True)
-    if (rows := len(splits.rows["train"])) < FEW_ROWS:
+    if (count := len(splits.rows["train"])) < FEW_ROWS:
         console.print(
-            f"[yellow]warning: {rows} training rows; below about {FEW_ROWS} a model learns the examples more than the "
+            f"[yellow]warning: {count} training rows; below about {FEW_ROWS} a model learns the examples more than the "
             "task, and 2,000 or more are usual for answers with many fields[/]",
             soft_wrap=True,
         )

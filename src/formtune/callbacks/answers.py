@@ -30,7 +30,8 @@ class WorstAnswers(Callback):
         # Format failures first, the earlier kinds (nothing there at all) before the later (a wrong value).
         self._failed = sorted(self._failed, key=lambda a: KINDS.index(a.verdict.kind))[: self.rows]
 
-    on_test_batch_end = on_validation_batch_end
+    def on_test_batch_end(self, *args: Any) -> None:
+        self.on_validation_batch_end(*args)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._show(trainer, "answers/validation")

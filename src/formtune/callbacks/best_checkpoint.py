@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 
@@ -81,18 +80,18 @@ class BestCheckpoint(Checkpoint):
         """File of the best checkpoint."""
         return None if self.best is None else self._files[self.best]
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step >= trainer.estimated_stepping_batches:
             trainer.should_stop = True  # makes Lightning validate the last weights too, whatever the interval
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         # Saved here and nowhere else: the score belongs to the weights that it was measured on.
         if trainer.sanity_checking or trainer.state.fn != "fit" or trainer.fast_dev_run:
             return
         metrics = trainer.callback_metrics
         score = Score(
             trainer.global_step,
-            pl_module.counts["format/exact"][0],  # type: ignore[index, operator]
+            pl_module.counts["format/exact"][0],
             float(metrics["content/field_f1"]),
             float(metrics["val/loss"]),
         )

@@ -14,7 +14,9 @@ class ProgressBar(RichProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
-        short = {name.rpartition("/")[2] if name.startswith("train/") else name: value for name, value in items.items()}
+        short: dict[str, Any] = {
+            name.rpartition("/")[2] if name.startswith("train/") else name: value for name, value in items.items()
+        }
         if "tokens_per_second" in short:
             short["tokens/s"] = f"{float(short.pop('tokens_per_second')):,.0f}"
         return short

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
@@ -111,7 +111,7 @@ class FormatDataModule(L.LightningDataModule):
             self._check(self.splits)
 
     def train_dataloader(self) -> DataLoader:
-        rows = self._rows("train")
+        rows: Any = self._rows("train")
         order = Order(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0)))
         steps = BatchSampler(order, self.rows_per_step, drop_last=False)
         return DataLoader(rows, batch_sampler=steps, collate_fn=self._deal())
@@ -132,7 +132,7 @@ class FormatDataModule(L.LightningDataModule):
         assert self.splits is not None, "setup() comes first"
         return self.splits.rows[split]
 
-    def _evaluation(self, rows: list[Row]) -> DataLoader:
+    def _evaluation(self, rows: Any) -> DataLoader:
         # Longest first: equal lengths share a batch without padding, and memory that runs out does so at once.
         rows = sorted(rows, key=len, reverse=True)
         return DataLoader(rows, batch_size=EVALUATION_ROWS, collate_fn=self._deal())

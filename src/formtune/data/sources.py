@@ -72,7 +72,7 @@ class Csv(Source):
 
     def records(self) -> Iterator[tuple[dict[str, Any], str]]:
         _open(self.path).close()
-        with open(self.path, encoding="utf-8-sig", newline="") as file:
+        with Path(self.path).open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             try:
                 for record in reader:
@@ -142,14 +142,14 @@ class HuggingFace(Source):
 
 def open_source(path: str) -> Source:
     """The source that reads `path`: by its ending for files, a Hugging Face data set otherwise."""
-    kind = {".jsonl": JsonLines, ".ndjson": JsonLines, ".csv": Csv, ".parquet": Parquet}.get(Path(path).suffix)
+    kind: Any = {".jsonl": JsonLines, ".ndjson": JsonLines, ".csv": Csv, ".parquet": Parquet}.get(Path(path).suffix)
     if kind is not None:
         return kind(path)
     if Path(path).is_file():
         raise UserError(
             f"{path}: unknown kind of file; known are .jsonl, .csv, .parquet, a data set's folder or hub id"
         )
-    if Path(path).is_dir() or path.count("/") == 1 and not path.startswith((".", "/")):
+    if Path(path).is_dir() or (path.count("/") == 1 and not path.startswith((".", "/"))):
         return HuggingFace(path)
     raise UserError(f"{path}: no such file or folder")
 
@@ -223,6 +223,6 @@ def _text(record: dict[str, Any], column: str, where: str) -> str:
 
 def _open(path: str) -> Any:
     try:
-        return open(path, "rb")
+        return Path(path).open("rb")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None

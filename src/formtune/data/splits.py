@@ -82,7 +82,8 @@ class Splitter:
 
     def split(self, train: str | Source, validation: str | float | Source, test: str | float | Source) -> Splits:
         """Rows of train, validation and test; a number is the share of train's inputs to split off by hash."""
-        done, held_out = Splits(), {}
+        done = Splits()
+        held_out: dict[str, str] = {}
         kept: dict[str, list[Example]] = {}
         for name, source in (("test", test), ("validation", validation), ("train", train)):
             kept[name] = []

@@ -63,7 +63,7 @@ def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch
         )
     try:
         # Pickle files are never read: a base without safetensors is refused.
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             check_base(base),
             dtype=dtype,
             trust_remote_code=False,
@@ -76,6 +76,7 @@ def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch
             raise
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.base: {base} cannot be loaded ({text})") from error
+    model, info = loaded
     wrong = {name: sorted(info[name]) for name in ("missing_keys", "mismatched_keys", "error_msgs") if info.get(name)}
     if wrong:
         # transformers would go on with random numbers in those tensors.

@@ -18,8 +18,8 @@ from formtune.errors import UserError
 from formtune.formats import Format, Verdict
 from formtune.metrics import FormatMetrics, LossMetrics
 from formtune.model.generation import greedy
-from formtune.model.loss import passes, target_loss
 from formtune.model.lora import Lora, add_lora, load_base
+from formtune.model.loss import passes, target_loss
 from formtune.rendering import Renderer, Row, context_length
 
 
@@ -57,7 +57,7 @@ class FormatModule(L.LightningModule):
         self,
         base: str,
         format: Format,
-        lora: Lora = Lora(),  # noqa: B008 (frozen, and jsonargparse shows its fields in --help)
+        lora: Lora = Lora(),
         # No weight decay: adapters begin at zero and need no pull towards it.
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-4, weight_decay=0.0, fused=True),
         warmup: ClosedUnitInterval = 0.1,
@@ -86,7 +86,7 @@ class FormatModule(L.LightningModule):
         self.renderer = Renderer.load(self.base)
         self.context = context_length(self.base)
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.trainer.precision, torch.float32)
-        base = load_base(self.base, dtype, self.quantize, self.device)
+        base = load_base(self.base, dtype, self.quantize, self.trainer.strategy.root_device)
         if base.get_input_embeddings().num_embeddings < len(self.renderer.tokenizer):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
         if self.gradient_checkpointing:
@@ -124,7 +124,7 @@ class FormatModule(L.LightningModule):
                 self.manual_backward(loss * scale)
             nats += loss.detach()
         if not groups:  # fewer rows than ranks: join the gradient exchange with nothing to add
-            self.manual_backward(sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0)
+            self.manual_backward(torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0)
         if self.max_grad_norm:
             if (scaler := getattr(self.trainer.precision_plugin, "scaler", None)) is not None:
                 scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
@@ -141,8 +141,9 @@ class FormatModule(L.LightningModule):
 
     def _log_step(self, loss: Tensor, rate: float, batch: list[Row]) -> None:
         self._tokens += sum(map(len, batch))
-        figures = {"train/loss": loss, "train/learning_rate": rate}
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        figures: dict[str, Any] = {"train/loss": loss, "train/learning_rate": rate}
+        trainer: Any = self.trainer
+        if trainer.global_step % trainer.log_every_n_steps == 0:
             now = time.perf_counter()
             figures["train/tokens_per_second"] = self._tokens / (now - self._clock)
             self._clock, self._tokens = now, 0
@@ -159,7 +160,7 @@ class FormatModule(L.LightningModule):
     def on_validation_end(self) -> None:
         self._clock, self._tokens = time.perf_counter(), 0  # evaluation is not training time
 
-    def validation_step(self, batch: list[Row], batch_idx: int) -> list[Answer]:
+    def validation_step(self, batch: list[Row], batch_idx: int) -> Any:
         """Loss under teacher forcing, then greedy answers and their verdicts."""
         for group in passes(batch, self.tokens_per_pass):
             rows = [batch[i] for i in group]
@@ -171,7 +172,9 @@ class FormatModule(L.LightningModule):
         self.verdicts.update([answer.verdict for answer in answers])
         return answers
 
-    test_step = validation_step
+    def test_step(self, batch: list[Row], batch_idx: int) -> Any:
+        """The same on the test rows."""
+        return self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: list[Row], batch_idx: int) -> list[Answer]:
         return self.answers(batch)
@@ -201,7 +204,8 @@ class FormatModule(L.LightningModule):
         values = {loss_prefix + name: value for name, value in self.losses.compute().items()}
         values |= {verdict_prefix + name: value for name, value in self.verdicts.compute().items()}
         self.evaluation = {name: float(value) for name, value in values.items()}
-        self.counts = self.verdicts.counts()
+        with self.verdicts.sync_context():  # compute() leaves each process with its own counts again
+            self.counts = self.verdicts.counts()
         shown = ("val/loss", "format/exact", "content/field_f1")
         for name, value in values.items():
             self.log(name, value, prog_bar=name in shown, batch_size=1)
@@ -209,7 +213,7 @@ class FormatModule(L.LightningModule):
         self.losses.reset()
         self.verdicts.reset()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The adapters alone: the frozen base is never written again."""
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in self._trained}
 

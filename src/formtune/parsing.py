@@ -1,13 +1,36 @@
-"""Look at a YAML file before it is used: what YAML readers pass over in silence is named here by file and line."""
+"""Mistakes in YAML and flags, named in one line: by file and line, or by the key and the one that may be meant."""
 
 from __future__ import annotations
 
+import difflib
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.cli import LightningArgumentParser
 
 from formtune.errors import UserError
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one line instead of a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
+        if unknown := re.search(r"[Uu]nrecognized arguments: --([\w.]+)|[Kk]ey '?([\w.]+)'? is not expected", text):
+            name = unknown[1] or unknown[2]
+            known = {a.dest for p in (self, *_subparsers(self)) for a in p._actions}
+            near = difflib.get_close_matches(name, known, 1) or [
+                k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]
+            ]
+            text += f"; did you mean {near[0]}?" if near else ""
+        raise UserError(text)
+
+
+def _subparsers(parser: Any) -> list[Any]:
+    action = getattr(parser, "_subcommands_action", None)
+    return list(action._name_parser_map.values()) if action else []
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -31,7 +54,7 @@ def check_yaml(path: str) -> None:
         UserError: It is not; names the file, the line and the reason.
     """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 (a safe loader)
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
