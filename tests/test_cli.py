@@ -50,12 +50,12 @@ def test_fit_leaves_an_adapter_that_peft_loads_alone_and_figures_before_and_afte
         "joint/exact",
         "content/field_f1",
         "content/field_acc/n",
-        "loss",
-        "tf_exact",
+        "val/loss",
+        "val/tf_exact",
     } <= names
     assert names == set(result["after"]) and result["rows"] == result["counts"]["after"]["format/exact"][1]
     assert sum(v for n, v in result["after"].items() if n.startswith("fail/")) == result["rows"]
-    assert result["after"]["loss"] < result["before"]["loss"]
+    assert result["after"]["val/loss"] < result["before"]["val/loss"]
     assert len(list((run / "checkpoints").iterdir())) <= 2 and list(run.glob("events.*"))
     assert json.loads((run / "adapter/contract.json").read_text())["init_args"]["schema"] == SCHEMA
 
@@ -135,7 +135,7 @@ def test_two_processes_train_and_measure_the_same_as_one(project):
     (one, one_result), (two, two_result) = runs["1"], runs["2"]
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
     assert one_result["counts"] == two_result["counts"]
-    assert one_result["after"]["loss"] == pytest.approx(two_result["after"]["loss"], abs=1e-5)
+    assert one_result["after"]["val/loss"] == pytest.approx(two_result["after"]["val/loss"], abs=1e-5)
 
 
 MISTAKES = {
@@ -193,13 +193,19 @@ def test_a_missing_checkpoint_is_refused_before_the_model_loads(project, capfd):
     assert "no file gone.ckpt" in capfd.readouterr().err
 
 
-def test_python_dash_m_finds_a_format_of_ones_own_in_the_working_directory(project):
+def test_python_dash_m_finds_a_format_and_a_source_of_ones_own_in_the_working_directory(project):
     Path("mine.py").write_text(
-        "from formtune.formats import Regex\n\nclass Braces(Regex):\n"
+        "from formtune.data import Source\nfrom formtune.formats import Regex\n\n"
+        "class Numbers(Source):\n    def records(self):\n"
+        "        for n in range(60):\n            yield {'prompt': str(n), 'completion': '{%d}' % n}, f'numbers:{n}'\n\n"
+        "class Braces(Regex):\n"
         "    def __init__(self) -> None:\n        super().__init__(r'\\{.*\\}')\n"
     )
+    config = yaml.safe_load(Path("small.yaml").read_text())
+    config["data"] = {"format": {"class_path": "mine.Braces"}, "train": {"class_path": "mine.Numbers"}}
+    Path("small.yaml").write_text(yaml.safe_dump(config))
     done = subprocess.run(
-        [sys.executable, "-m", "formtune", "fit", "-c", "small.yaml", "--data.format", "mine.Braces", "--trainer.max_steps", "2"],
+        [sys.executable, "-m", "formtune", "fit", "-c", "small.yaml", "--trainer.max_steps", "2"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -276,4 +282,4 @@ def test_real_rows_and_real_weights_go_through_the_whole_path(tmp_path, monkeypa
     arguments += ["--trainer.precision", "32-true", "--trainer.enable_progress_bar", "false"]
     assert main(["fit", "--model.base", str(weights), "--task", "real", "--run", "one", *arguments]) == 0
     result = json.loads(Path("logs/real/one/metrics.json").read_text())
-    assert result["after"]["loss"] < result["before"]["loss"]
+    assert result["after"]["val/loss"] < result["before"]["val/loss"]

@@ -15,7 +15,7 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1)
 
 
-def run(base, folder, write, steps=3, rows_per_step=7, lora=None, rows=40, **options):
+def run(base, folder, write, steps=3, rows_per_step=7, lora=None, rows=40, precision="32-true", **options):
     contract = JsonSchema(schema=str(folder / "schema.json"))
     # Answers of many lengths, so that a mean of means would differ from a mean over tokens.
     train = write(
@@ -33,7 +33,7 @@ def run(base, folder, write, steps=3, rows_per_step=7, lora=None, rows=40, **opt
     trainer = L.Trainer(
         max_steps=steps, max_epochs=-1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, limit_val_batches=0, default_root_dir=folder, precision="32-true",
+        use_distributed_sampler=False, limit_val_batches=0, default_root_dir=folder, precision=precision,
     )  # fmt: skip
     trainer.fit(module, data)
     return trainer, module, data
@@ -70,6 +70,26 @@ def test_the_loss_is_weighted_by_tokens_over_the_whole_step(train):
 def test_gradient_checkpointing_and_clipping_work_and_checkpointing_changes_nothing(train, clip):
     plain, checkpointed = (flat(train(max_grad_norm=clip, gradient_checkpointing=g)[1]) for g in (False, True))
     torch.testing.assert_close(plain, checkpointed, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_adapters_stay_in_32_bits_under_mixed_precision_and_learn(train, precision):
+    _, module, _ = train(precision=precision, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True), steps=8)
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in trained.values())
+    assert any(p.abs().max() > 0 for name, p in trained.items() if "lora_B" in name)
+
+
+def test_a_compiled_step_is_the_same_step(train):
+    plain, compiled = (flat(train(steps=2, compile=c)[1]) for c in (False, True))
+    torch.testing.assert_close(plain, compiled, rtol=0, atol=1e-5)
+
+
+def test_a_base_in_four_bits_is_trained_through(train):
+    pytest.importorskip("bitsandbytes", reason="needs the extra `qlora`")
+    _, module, _ = train(steps=2, quantize="4bit")
+    assert any("4bit" in type(m).__name__ for m in module.modules())
+    assert any(p.abs().max() > 0 for name, p in module.named_parameters() if "lora_B" in name)
 
 
 def test_a_batch_is_one_optimizer_step_and_the_rate_ends_at_zero(train):

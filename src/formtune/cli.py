@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 import time
 import warnings
@@ -205,16 +204,16 @@ class FormtuneCLI(LightningCLI):
                 "precision": config.trainer.precision,
                 "seed": config.seed_everything,
             }
-            shown = ("format/exact", "joint/exact", "content/field_f1", "loss")
+            shown = ("format/exact", "joint/exact", "content/field_f1", "val/loss")
             final = {f"final/{name}": result["after"][name] for name in shown}
             self.trainer.logger.log_hyperparams(parameters, final)
             self.trainer.logger.save()
 
 
 def _results(model: FormatModule) -> tuple[dict[str, float], dict[str, tuple[int, int]]]:
-    """The last evaluation's figures by their plain names, and numerator and denominator of each rate."""
-    plain = {re.sub(r"^(test|val)/", "", name): value for name, value in model.evaluation.items()}
-    return plain, model.counts
+    """The last evaluation's figures by the names they have in validation, and the counts behind each rate."""
+    plain = {name.removeprefix("test/"): value for name, value in model.evaluation.items()}
+    return {name if "/" in name else f"val/{name}": value for name, value in plain.items()}, model.counts
 
 
 def _flat(value: Any) -> Any:

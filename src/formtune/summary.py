@@ -17,8 +17,8 @@ HEADLINES = (
     "joint/exact",
     "content/exact_match",
     "content/field_f1",
-    "tf_exact",
-    "loss",
+    "val/tf_exact",
+    "val/loss",
 )
 
 
@@ -77,5 +77,5 @@ def _cell(name: str, value: float, count: tuple[int, int] | None) -> str:
     if name.startswith("fail/"):
         return f"{value:,.0f}"
     if count is None or name == "content/field_f1":
-        return f"{value:.4f}" if name == "loss" else f"{value:.1%}"
+        return f"{value:.4f}" if name == "val/loss" else f"{value:.1%}"
     return f"{value:.1%} ({count[0]:,}/{count[1]:,})"

@@ -93,7 +93,8 @@ class FormatModule(L.LightningModule):
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = add_lora(base, self.lora, quantized=bool(self.quantize))
         self._trained = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
-        self._pass = torch.compile(self.model, dynamic=True) if self.compile_passes else self.model
+        if self.compile_passes:
+            self.model.compile(dynamic=True)
 
     def configure_optimizers(self) -> Any:
         from transformers import get_cosine_schedule_with_warmup
@@ -103,6 +104,8 @@ class FormatModule(L.LightningModule):
             optimizer = self.optimizer_factory(trained)
         except ValueError as error:
             raise UserError(f"model.optimizer: {error}") from error
+        # Fused optimizers would scale 16-mixed gradients back inside step(), after they should have been clipped.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise UserError("trainer.max_steps: set it, since the learning rate needs an end to fall towards")
@@ -120,20 +123,21 @@ class FormatModule(L.LightningModule):
         groups = list(passes(batch, self.tokens_per_pass))
         for group in groups:
             with contextlib.nullcontext() if group is groups[-1] else self._unsynced():
-                loss = target_loss(self._pass, [batch[i] for i in group], self.device).nats.sum()
+                loss = target_loss(self.model, [batch[i] for i in group], self.device).nats.sum()
                 self.manual_backward(loss * scale)
             nats += loss.detach()
         if not groups:  # fewer rows than ranks: join the gradient exchange with nothing to add
             self.manual_backward(torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0)
-        if self.max_grad_norm:
-            if (scaler := getattr(self.trainer.precision_plugin, "scaler", None)) is not None:
-                scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
-            self.clip_gradients(optimizer, self.max_grad_norm, "norm")
         rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self._log_step(self.trainer.strategy.reduce(nats, reduce_op="sum") / tokens, rate, batch)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        # Here and not in training_step: under 16-mixed the gradients have just been scaled back.
+        if self.max_grad_norm:
+            self.clip_gradients(optimizer, self.max_grad_norm, "norm")
 
     def _unsynced(self) -> Any:
         strategy = self.trainer.strategy
