@@ -244,8 +244,8 @@ def main(args: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     # Lightning's notes on hardware and on its other products; warnings still come through.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     args = sys.argv[1:] if args is None else args
     try:
         for option, value in zip(args, [*args[1:], ""], strict=True):

@@ -59,7 +59,8 @@ class FormatMetrics(Metric):
             if verdict.exact:
                 counted |= {f"valid_{name}": counted[name] for name in ("matched", "predicted", "gold")}
             row = [counted.get(name, 0) for name in self._names] + [int(equal) for equal in content.fields]
-            self.sums += torch.tensor(row, device=self.sums.device)
+            # Not in place: Lightning tests in inference mode and validates outside it, with the same states.
+            self.sums = self.sums + torch.tensor(row, device=self.sums.device)
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Numerator and denominator of each figure, by its name."""
@@ -117,12 +118,12 @@ class LossMetrics(Metric):
             is_value: Where the target belongs to a value of the answer.
         """
         nats = nats.double()
-        self.nats += nats.sum()
-        self.value_nats += (nats * is_value).sum()
-        self.tokens += mask.sum()
-        self.value_tokens += is_value.sum()
-        self.rows += len(mask)
-        self.exact_rows += (correct | ~mask).all(1).sum()
+        self.nats = self.nats + nats.sum()
+        self.value_nats = self.value_nats + (nats * is_value).sum()
+        self.tokens = self.tokens + mask.sum()
+        self.value_tokens = self.value_tokens + is_value.sum()
+        self.rows = self.rows + len(mask)
+        self.exact_rows = self.exact_rows + (correct | ~mask).all(1).sum()
 
     def compute(self) -> dict[str, Tensor]:
         """`loss`, `loss_structure`, `loss_value` in nats per token, `tf_exact` as a rate of rows."""
