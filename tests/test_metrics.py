@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from formtune.formats import KINDS
+from formtune.formats import KINDS, JsonSchema
 from formtune.metrics import FormatMetrics, LossMetrics
 from test_formats import CASES, CONTRACT, GOLD
 
@@ -53,8 +53,26 @@ def test_two_shards_equal_one_set():
     one, two = FormatMetrics(CONTRACT), FormatMetrics(CONTRACT)
     one.update(shuffled[:5])
     two.update(shuffled[5:])
-    one.sums += two.sums
+    one.merge_state(two)
     assert {name: float(value) for name, value in one.compute().items()} == measured(VERDICTS)
+
+
+def test_processes_get_the_figures_and_counts_of_the_whole_and_go_on_with_their_own():
+    ranks = [FormatMetrics(CONTRACT), FormatMetrics(CONTRACT)]
+    ranks[0].update(VERDICTS[:7])
+    ranks[1].update(VERDICTS[7:])
+    sums = [rank.sums.clone() for rank in ranks]
+    for rank in ranks:
+        rank.dist_sync_fn, rank.distributed_available_fn = (lambda tensor, group: sums), lambda: True
+        assert {name: float(value) for name, value in rank.compute().items()} == measured(VERDICTS)
+        with rank.sync_context(rank.dist_sync_fn):
+            assert rank.counts()["format/exact"][1] == len(VERDICTS)
+    assert [rank.counts()["format/exact"][1] for rank in ranks] == [7, len(VERDICTS) - 7]
+
+
+def test_the_layout_has_a_rate_only_where_the_contract_declares_one():
+    assert "format/canonical" not in measured(VERDICTS)
+    assert "format/canonical" in FormatMetrics(JsonSchema({}, canonical=True)).counts()
 
 
 def test_counts_explain_every_rate():

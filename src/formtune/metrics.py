@@ -31,9 +31,11 @@ class FormatMetrics(Metric):
     def __init__(self, contract: Format) -> None:
         super().__init__()
         self.fields = contract.fields
+        # A contract that leaves the layout free has no rate of it.
+        self._ladder = _LADDER if contract.is_canonical else _LADDER[:-1]
         content = ("exact_match", "invented", "omitted", "ungrounded", "matched", "predicted", "gold")
         valid = ("valid_matched", "valid_predicted", "valid_gold")
-        self._names = ["rows", *_LADDER, "joint", *content, *valid, *(f"fail/{k}" for k in KINDS)]
+        self._names = ["rows", *self._ladder, "joint", *content, *valid, *(f"fail/{k}" for k in KINDS)]
         self._at = {name: i for i, name in enumerate(self._names)}
         size = len(self._names) + len(self.fields)
         # One vector: one exchange between processes, whatever is counted.
@@ -45,7 +47,7 @@ class FormatMetrics(Metric):
             content = verdict.content
             if content is None:
                 raise ValueError("content can only be measured against a wanted answer: check(..., gold=...)")
-            counted = {name: int(getattr(verdict, name)) for name in _LADDER}
+            counted = {name: int(getattr(verdict, name)) for name in self._ladder}
             counted |= {"rows": 1, "joint": int(verdict.joint), f"fail/{verdict.kind}": 1}
             counted |= {
                 "exact_match": int(content.equal),
@@ -67,7 +69,7 @@ class FormatMetrics(Metric):
         sums = self.sums.tolist()
         n = {name: sums[i] for name, i in self._at.items()}
         rows = n["rows"]
-        found = {f"format/{name}": (n[name], rows) for name in _LADDER}
+        found = {f"format/{name}": (n[name], rows) for name in self._ladder}
         found["joint/exact"] = (n["joint"], rows)
         found["content/exact_match"] = (n["exact_match"], rows)
         found["content/field_precision"] = (n["matched"], n["predicted"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,16 +43,18 @@ class Comparison:
 def compare(
     value: Any,
     gold: Any,
+    found: bool,
     source: str | None,
     fields: tuple[str, ...],
     sets: frozenset[str],
     derived: frozenset[str],
 ) -> Comparison:
-    """Compare a document (None where there is none) with the wanted one.
+    """Compare a document with the wanted one.
 
     Args:
         value: The document, plain data.
         gold: The wanted document.
+        found: False where there is no document: then nothing is right, not even what should be null or absent.
         source: The input that values should come from, None to leave `ungrounded` out.
         fields: Dotted paths to report one by one.
         sets: Paths of arrays whose order does not matter.
@@ -59,26 +63,25 @@ def compare(
     got, wanted = dict(_leaves(value, sets)), dict(_leaves(gold, sets))
     omitted = [p for p in wanted if p not in got]
     invented = [p for p in got if p not in wanted]
-    mismatched = [p for p in wanted if p in got and not _same(got[p], wanted[p])]
-    equal = not (omitted or invented or mismatched) and typed(value, sets) == typed(gold, sets)
+    mismatched = [p for p in wanted if p in got and not _same(got[p][0], wanted[p][0])]
+    equal = found and typed(value, sets) == typed(gold, sets)
     difference = None
     for subkind, paths in (("omitted", omitted), ("invented", invented), ("mismatch", mismatched)):
         if paths and difference is None:
             path = paths[0]
             difference = subkind, f"{path or '$'}: {_show(got, path)} instead of {_show(wanted, path)}"
     if difference is None and not equal:
-        difference = "mismatch", "nulls, empty values or types differ"
-    text = None if source is None else _normal(source)
+        difference = "mismatch", "nulls, empty values or types differ" if found else "there is no document"
+    wrong = [got[p] for p in (*invented, *mismatched)]
     return Comparison(
         equal=equal,
-        matched=sum(p in got and _same(got[p], wanted[p]) for p in wanted),
+        matched=len(wanted) - len(omitted) - len(mismatched),
         predicted=len(got),
         gold=len(wanted),
-        fields=tuple(typed(_at(value, f), sets, f) == typed(_at(gold, f), sets, f) for f in fields),
+        fields=tuple(found and typed(_at(value, f), sets, f) == typed(_at(gold, f), sets, f) for f in fields),
         omitted=bool(omitted),
         invented=bool(invented),
-        ungrounded=text is not None
-        and any(_is_ungrounded(got[p], text) for p in (*invented, *mismatched) if _plain(p) not in derived),
+        ungrounded=source is not None and _any_ungrounded([v for v, path in wrong if path not in derived], source),
         difference=difference,
     )
 
@@ -93,21 +96,25 @@ def typed(value: Any, sets: frozenset[str] = frozenset(), path: str = "") -> Any
     return type(value).__name__, value
 
 
-def _leaves(value: Any, sets: frozenset[str], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value that is not null with its path; in a set, the value itself and its count stand for the index."""
+def _leaves(value: Any, sets: frozenset[str], path: str = "", plain: str = "") -> Iterator[tuple[str, tuple[Any, str]]]:
+    """Every value that is not null: its path, and the value with its path in the schema (without indices).
+
+    In a set, the value itself and its count stand for the index.
+    """
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _leaves(inner, sets, f"{path}.{key}" if path else key)
+            dot = "." if path else ""
+            yield from _leaves(inner, sets, f"{path}{dot}{key}", f"{plain}{dot}{key}")
     elif isinstance(value, list):
         seen: Counter[Any] = Counter()
         for index, inner in enumerate(value):
             mark: Any = index
-            if path in sets:
+            if plain in sets:
                 seen[typed(inner)] += 1
                 mark = f"{inner!r}#{seen[typed(inner)]}"
-            yield from _leaves(inner, sets, f"{path}[{mark}]")
+            yield from _leaves(inner, sets, f"{path}[{mark}]", plain)
     elif value is not None:
-        yield path, value
+        yield path, (value, plain)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -117,22 +124,38 @@ def _same(a: Any, b: Any) -> bool:
 def _at(value: Any, path: str) -> Any:
     for key in path.split("."):
         if not isinstance(value, dict) or key not in value:
-            return _MISSING if path else value
+            return _MISSING
         value = value[key]
     return value
 
 
-def _plain(path: str) -> str:
-    return re.sub(r"\[.*?\]", "", path)
+def _show(values: dict[str, tuple[Any, str]], path: str) -> str:
+    return repr(values[path][0])[:60] if path in values else "nothing"
 
 
-def _show(values: dict[str, Any], path: str) -> str:
-    return repr(values[path])[:60] if path in values else "nothing"
+def _any_ungrounded(values: list[Any], source: str) -> bool:
+    """Whether a value does not occur in the source: texts as their words, numbers by what they amount to."""
+    if not values:
+        return False
+    text, numbers = _words(source), _numbers(source)
+    for value in values:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if abs(value) not in numbers:
+                return True
+        elif isinstance(value, str) and _words(value) not in text:
+            return True
+    return False
 
 
-def _normal(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.casefold()))
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
-def _is_ungrounded(value: Any, source: str) -> bool:
-    return not isinstance(value, bool) and _normal(str(value)) not in source
+def _numbers(text: str) -> set[float]:
+    """The numbers in a text, read with a comma both between thousands and before decimals (1,200.50 and 1.200,50)."""
+    found = set()
+    for token in re.findall(r"\d+(?:[.,]\d+)*", text, re.ASCII):
+        for thousands, point in ((",", "."), (".", ",")):
+            with suppress(ValueError):
+                found.add(float(token.replace(thousands, "").replace(point, ".")))
+    return found

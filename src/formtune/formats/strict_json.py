@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from formtune.formats.contract import SyntaxProblem
+from formtune.formats.verdict import SyntaxProblem
+
+MAX_DEPTH = 64  # of arrays and objects in each other: what follows values into their depth must not run out of stack
+MAX_STARTS = 64  # brackets tried as the beginning of a document within other text
+MAX_DIGITS = 300  # of an integer: more do not fit a float, and arithmetic on them raises
 
 _SPACE = " \t\n\r"
 _LITERALS = ("True", "False", "None", "NaN", "Infinity", "-Infinity", "undefined", "nan", "inf")
+# A string that never ends runs to the end of the text, so that its quotes are not tried one by one.
+_BRACKET = re.compile(r'"(?:[^"\\]|\\.?)*(?:"|\Z)|([\[{])|[\]}]', re.S)
 
 
 def loads_strict(text: str) -> Any:
@@ -19,29 +26,62 @@ def loads_strict(text: str) -> Any:
     Raises:
         SyntaxProblem: The text is not that; a ValueError whose message is one line.
     """
+    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(text) > MAX_DEPTH:
+        raise SyntaxProblem("other", f"nested deeper than {MAX_DEPTH} levels")
     try:
-        value = _DECODER.decode(text)
+        value = _STRICT.decode(text)
         if "\\u" in text or not text.isascii():
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise SyntaxProblem(_subkind(error), f"{error.msg} at column {error.colno}") from None
+        raise _problem(error) from None
     except UnicodeEncodeError:
         raise SyntaxProblem("other", "a lone surrogate is no character") from None
-    except RecursionError:
-        raise SyntaxProblem("other", "nested too deeply") from None
     except _Refused as error:
         raise SyntaxProblem(error.subkind, str(error)) from None
-    except ValueError:  # int() refuses thousands of digits
-        raise SyntaxProblem("other", "a number has too many digits") from None
+    except RecursionError:
+        raise SyntaxProblem("other", "nested too deeply") from None
     return value
 
 
-def document_end(text: str, start: int) -> int | None:
-    """Where the JSON document that begins at `start` ends, None if there is none."""
+def first_error(text: str, start: int) -> SyntaxProblem | None:
+    """Why no JSON document begins at `start`, None if one does or if only its values are refused."""
     try:
-        return _DECODER.raw_decode(text, start)[1]
+        _PLAIN.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        return _problem(error)
     except (ValueError, RecursionError):
-        return None
+        pass
+    return None
+
+
+def find_documents(text: str, start: int, brackets: str) -> Iterator[tuple[int, int]]:
+    """Spans of the outermost JSON documents that begin with one of `brackets`.
+
+    A document that breaks off is skipped as far as it was read: a part of it is no document of its own.
+    """
+    opening = re.compile(f"[{re.escape(brackets)}]")
+    for _ in range(MAX_STARTS):
+        if (match := opening.search(text, start)) is None:
+            return
+        try:
+            start = _PLAIN.raw_decode(text, match.start())[1]
+        except json.JSONDecodeError as error:
+            if "Unterminated" in error.msg:  # its position is where the string begins, and it takes all the rest
+                return
+            start = max(error.pos, match.end())
+        except (ValueError, RecursionError):
+            return
+        else:
+            yield match.start(), start
+
+
+def _depth(text: str) -> int:
+    deepest = depth = 0
+    for match in _BRACKET.finditer(text):
+        if match[0][0] != '"':
+            depth += 1 if match[1] else -1
+            deepest = max(deepest, depth)
+    return deepest
 
 
 class _Refused(ValueError):
@@ -61,15 +101,28 @@ def _finite(text: str) -> float:
     return number
 
 
+def _short(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise _Refused("other", f"an integer of {len(text)} digits")
+    return int(text)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _Refused("duplicate_key", f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _Refused("duplicate_key", f"the key {twice!r} stands twice")
     return found
 
 
-_DECODER = json.JSONDecoder(parse_constant=_constant, parse_float=_finite, object_pairs_hook=_unique)
+_STRICT = json.JSONDecoder(parse_constant=_constant, parse_float=_finite, parse_int=_short, object_pairs_hook=_unique)
+_PLAIN = json.JSONDecoder(parse_int=len)  # finds ends only: int() would raise at thousands of digits
+
+
+def _problem(error: json.JSONDecodeError) -> SyntaxProblem:
+    place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+    return SyntaxProblem(_subkind(error), f"{error.msg} at {place}")
 
 
 def _subkind(error: json.JSONDecodeError) -> str:
@@ -83,6 +136,6 @@ def _subkind(error: json.JSONDecodeError) -> str:
         return "literal"
     if not rest.strip(_SPACE) or "Unterminated" in error.msg:
         return "unbalanced"
-    if rest[0] in "'‘’“”`" or "double quotes" in error.msg:
+    if rest[0] in "'‘’“”`" or ("double quotes" in error.msg and re.match(r"\w|\$", rest)):
         return "quotes"
     return "other"

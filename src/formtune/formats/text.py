@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import regex
 from jsonargparse.typing import PositiveFloat
 
 from formtune.errors import UserError
-from formtune.formats.contract import Format, Problem, SyntaxProblem
+from formtune.formats.contract import TIMEOUT, Format, answer_start
+from formtune.formats.verdict import Problem, SyntaxProblem
+
+MAX_MATCHES = 64  # of a pattern looked at within other text
+
+_FIRST, _NEXT = re.compile(r"<([A-Za-z_][\w-]*)>"), re.compile(r"\s*<([A-Za-z_][\w-]*)>")
 
 
 class Regex(Format):
@@ -35,8 +42,8 @@ class Regex(Format):
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
         yield from super().documents(text)
         try:
-            if (match := self._pattern.search(text, timeout=self.seconds)) and match.end() > match.start():
-                yield match.span()
+            matches = islice(self._pattern.finditer(text, answer_start(text), timeout=self.seconds), MAX_MATCHES)
+            yield from _only_one(text, [match.span() for match in matches])
         except TimeoutError:
             return
 
@@ -44,14 +51,11 @@ class Regex(Format):
         match = self._match(text)
         return [match.span(name) for name in self.fields if match[name]] if self.fields else super().value_spans(text)
 
-    def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"init_args": {"pattern": self.pattern, "seconds": self.seconds}}
-
     def _match(self, text: str) -> Any:
         try:
             match = self._pattern.fullmatch(text, timeout=self.seconds)
         except TimeoutError:
-            raise SyntaxProblem("timeout", f"matching took longer than {self.seconds} s") from None
+            raise SyntaxProblem(TIMEOUT, f"matching took longer than {self.seconds} s") from None
         if match is None:
             raise SyntaxProblem("other", f"{text[:60]!r} does not match the pattern")
         return match
@@ -69,10 +73,12 @@ class Labels(Format):
             raise UserError("data.format.labels: name at least one label; each once, without spaces at its ends")
         self.labels = labels
         self.derived = frozenset({""})
+        longest_first = sorted(labels, key=len, reverse=True)
+        self._any = regex.compile(rf"(?<!\w)(?:{'|'.join(map(regex.escape, longest_first))})(?!\w)")
 
     def parse(self, text: str) -> Any:
-        if "\n" in text or text != text.strip():
-            raise SyntaxProblem("other", "a label is one line without spaces at its ends")
+        if text not in self.labels and ("\n" in text or text != text.strip() or self._any.search(text)):
+            raise SyntaxProblem("other", "not one label alone")
         return text
 
     def problems(self, value: Any) -> list[Problem]:
@@ -82,12 +88,7 @@ class Labels(Format):
 
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
         yield from super().documents(text)
-        for label in sorted(self.labels, key=len, reverse=True):
-            if match := regex.search(rf"(?<!\w){regex.escape(label)}(?!\w)", text):
-                yield match.span()
-
-    def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"init_args": {"labels": self.labels}}
+        yield from _only_one(text, [match.span() for match in self._any.finditer(text, answer_start(text))])
 
 
 class Tagged(Format):
@@ -105,16 +106,7 @@ class Tagged(Format):
         self.fields = tuple(sections)
 
     def parse(self, text: str) -> Any:
-        found = list(regex.finditer(r"<([A-Za-z_][\w-]*)>(.*?)</\1>", text, regex.S))
-        rest = regex.sub(r"\s+", "", _between(text, [m.span() for m in found]))
-        if not found or rest or text != text.strip():
-            raise SyntaxProblem(
-                "unbalanced" if "<" in rest or not found else "other", f"not sections alone: {rest[:60]!r}"
-            )
-        names = [m[1] for m in found]
-        if len(set(names)) < len(names):
-            raise SyntaxProblem("duplicate_key", "a section stands twice")
-        return {m[1]: m[2] for m in found}
+        return {name: text[start:end] for name, start, end in self._read_sections(text)}
 
     def problems(self, value: Any) -> list[Problem]:
         problems = [Problem("missing_key", "section", f"no <{s}>") for s in self.sections if s not in value]
@@ -130,15 +122,32 @@ class Tagged(Format):
             yield start, end + len(self.sections[-1]) + 3
 
     def value_spans(self, text: str) -> list[tuple[int, int]]:
-        return [m.span(2) for m in regex.finditer(r"<([A-Za-z_][\w-]*)>(.*?)</\1>", text, regex.S)]
+        return [(start, end) for _, start, end in self._read_sections(text)]
 
-    def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"init_args": {"sections": self.sections}}
+    def _read_sections(self, text: str) -> list[tuple[str, int, int]]:
+        """Name and span of each section; stops where none follows, so that time is linear whatever the text."""
+        found: list[tuple[str, int, int]] = []
+        at = 0
+        while at < len(text):
+            opening = (_NEXT if found else _FIRST).match(text, at)
+            if opening is None or (opening[1] == "think" and "think" not in self.sections):
+                raise SyntaxProblem("other", f"text outside the sections: {text[at : at + 60]!r}")
+            name = opening[1]
+            end = text.find(f"</{name}>", opening.end())
+            if end < 0:
+                raise SyntaxProblem("unbalanced", f"<{name}> has no end")
+            if any(name == other for other, *_ in found):
+                raise SyntaxProblem("duplicate_key", f"<{name}> stands twice")
+            found.append((name, opening.end(), end))
+            at = end + len(name) + 3
+        return found
 
 
-def _between(text: str, spans: list[tuple[int, int]]) -> str:
-    at, rest = 0, []
-    for start, end in spans:
-        rest.append(text[at:start])
-        at = end
-    return " ".join([*rest, text[at:]])
+def _only_one(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The one thing that stands in a text as whole words, nothing if there are several: "yes or no" is no answer."""
+
+    def is_whole(start: int, end: int) -> bool:
+        return start < end and not re.search(r"\w", text[max(start - 1, 0) : start] + text[end : end + 1])
+
+    whole = [(start, end) for start, end in spans if is_whole(start, end)]
+    return whole[:1] if len({text[start:end] for start, end in whole}) == 1 else []

@@ -1,0 +1,143 @@
+"""What a user can get wrong in a JSON Schema, found before training and said in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import referencing
+import referencing.exceptions
+import referencing.jsonschema
+import regex
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
+from formtune.errors import UserError
+from formtune.formats.keywords import FORMATS, BoundedValidator, compile_pattern, errors_in_time
+from formtune.formats.strict_json import loads_strict
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+ROOT_ONLY = ("$schema", "$id")
+
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_SINGLES = (
+    *("items", "contains", "unevaluatedItems", "additionalProperties", "propertyNames", "unevaluatedProperties"),
+    *("not", "if", "then", "else"),
+)
+_KEYWORDS = {
+    *(*Draft202012Validator.VALIDATORS, *_MAPS, *_LISTS, *_SINGLES, *ROOT_ONLY, "minContains", "maxContains"),
+    *("$anchor", "$dynamicAnchor", "$comment", "$vocabulary", "title", "description", "default", "examples"),
+    *("deprecated", "readOnly", "writeOnly", "contentEncoding", "contentMediaType", "contentSchema", "discriminator"),
+}
+
+
+def read_schema(path: str) -> Any:
+    """The schema in a file.
+
+    Raises:
+        UserError: There is no such file, or it holds no JSON.
+    """
+    try:
+        return loads_strict(Path(path).read_text(encoding="utf-8-sig").strip())
+    except OSError as error:
+        raise UserError(f"data.format.schema: {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def make_validator(schema: Any, name: str) -> Any:
+    """The validator of a schema that can judge every text: whole, without network, and known to the last keyword.
+
+    Args:
+        schema: The schema, draft 2020-12.
+        name: What to call it in messages.
+
+    Raises:
+        UserError: Names the place in the schema and the remedy.
+    """
+    if not isinstance(schema, dict):
+        raise UserError(f"{name}: expected an object as schema, found {schema!r:.40}")
+    if schema.get("$schema", DIALECT).rstrip("#") != DIALECT:
+        raise UserError(f"{name}: $schema is {schema['$schema']}, but only draft 2020-12 is read; convert the schema")
+    try:
+        # Without formats: "regex" would be checked by `re`, which knows less than what patterns run on.
+        meta = Draft202012Validator(Draft202012Validator.META_SCHEMA)
+        if error := best_match(meta.iter_errors(schema)):
+            raise UserError(f"{name}: not a JSON Schema ({error.json_path}: {error.message[:120]})")
+        # With `$schema` in it a reference to the root would leave the bounded keywords for the library's own.
+        root = {key: value for key, value in schema.items() if key not in ROOT_ONLY}
+        validator = BoundedValidator(root, registry=referencing.Registry())
+        nodes = list(_nodes(root))
+        for path, node in nodes:
+            _check_node(f"{name}: {path}", node)
+        targets = [root, *_targets(root, nodes, name)]
+    except RecursionError:
+        raise UserError(f"{name}: the schema is nested too deeply; flatten it with $defs") from None
+    used = {key for _, node in nodes for key in node}
+    if used >= {"patternProperties", "unevaluatedProperties"}:  # the library would match these by `re`
+        raise UserError(f"{name}: patternProperties with unevaluatedProperties is not read; use additionalProperties")
+    values: tuple[Any, ...] = (None, True, 0, "", [], {})
+    try:
+        for target in targets:
+            for value in values:
+                next(errors_in_time(validator.evolve(schema=target), value), None)
+    except (RecursionError, TimeoutError):
+        raise UserError(f"{name}: a $ref leads back to itself without end; put a property or items between") from None
+    return validator
+
+
+def resolver(root: Any) -> Any:
+    """Looks up `$ref` in a schema that is whole in itself; never fetches anything."""
+    resource = referencing.jsonschema.DRAFT202012.create_resource(root)
+    return referencing.Registry().with_resource("", resource).resolver()
+
+
+def _nodes(node: Any, path: str = "$") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every schema within a schema; what stands in enum, const, default and examples is data."""
+    if not isinstance(node, dict):
+        return
+    yield path, node
+    for key in _MAPS:
+        for name, inner in node.get(key, {}).items():
+            yield from _nodes(inner, f"{path}.{key}.{name}")
+    for key in _LISTS:
+        for index, inner in enumerate(node.get(key, ())):
+            yield from _nodes(inner, f"{path}.{key}[{index}]")
+    for key in _SINGLES:
+        if key in node:
+            yield from _nodes(node[key], f"{path}.{key}")
+
+
+def _check_node(place: str, node: dict[str, Any]) -> None:
+    for key in node:
+        if key not in _KEYWORDS and not key.startswith("x-"):  # a typo here would let every answer pass
+            raise UserError(f"{place}.{key}: no keyword of draft 2020-12, so it would be ignored; mend or remove it")
+        if key in ROOT_ONLY:
+            raise UserError(f"{place}.{key}: stands below the root; remove it")
+    for pattern in (*node.get("patternProperties", ()), *([node["pattern"]] if "pattern" in node else ())):
+        try:
+            compile_pattern(pattern)
+        except regex.error as error:
+            raise UserError(f"{place}: not a JSON Schema (pattern {pattern!r}: {error})") from None
+    if node.get("format", "date") not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise UserError(f"{place}.format: {node['format']!r} cannot be checked, only {known}; use a pattern")
+
+
+def _targets(root: Any, nodes: list[tuple[str, dict[str, Any]]], name: str) -> Iterator[Any]:
+    """What all references lead to."""
+    for path, node in nodes:
+        for key in ("$ref", "$dynamicRef"):
+            if key not in node:
+                continue
+            if not node[key].startswith("#"):
+                raise UserError(f"{name}: {key} {node[key]!r} leads out of the file; copy what it names into $defs")
+            try:
+                target = resolver(root).lookup(node[key]).contents
+            except referencing.exceptions.Unresolvable:
+                target = None
+            if not isinstance(target, bool) and not any(target is known for _, known in nodes):
+                raise UserError(f"{name}: {path}: a $ref leads nowhere ({node[key]!r}); mend it or add what it names")
+            yield target
