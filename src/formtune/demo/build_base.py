@@ -272,7 +272,8 @@ def encode(tokenizer, system, turns):
 
 def batches(tokenizer, steps, excluded):
     """Yield ``steps`` batches of like lengths: little padding, and few tensor shapes, for which kernels are cached."""
-    rng, done, waiting = random.Random(SEED), 0, {}
+    rng, done = random.Random(SEED), 0
+    waiting: dict[int, list] = {}
     while done < steps:
         ids, learnt = encode(tokenizer, *conversation(rng, done / steps, excluded)[1])
         length = -(-len(ids) // 16) * 16
@@ -380,7 +381,8 @@ def held_out_accuracy(model, tokenizer, excluded, count=48):
 
     Style is decided by the first three tokens; those are left out, as the random share of styles cannot be foreseen.
     """
-    rng, right = random.Random(SEED - 2), {}
+    rng = random.Random(SEED - 2)
+    right: dict[str, list] = {}
     while len(right) <= len(EXERCISES) or min(map(len, right.values())) < count:
         kind, chat = conversation(rng, 0.5, excluded)
         if len(right.setdefault(kind, [])) < count:
