@@ -239,6 +239,7 @@ def _checked_precision(precision: Any, accelerator: Any) -> str:
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 2 for a mistake of the user's."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of calls inside other libraries
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)`.*")
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")

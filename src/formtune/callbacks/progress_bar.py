@@ -1,4 +1,4 @@
-"""The progress bar, and a plain line per validation where there is no terminal to draw on."""
+"""The progress bar, and a plain line per validation that stays in the log."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
+_SHORT = {  # names that leave room for the bar on 80 columns
+    "train/loss": "loss",
+    "train/tokens_per_second": "tokens/s",
+    "val/loss": "val",
+    "format/exact": "exact",
+}
+
 
 class ProgressBar(RichProgressBar):
-    """Rich progress bar with loss, learning rate, tokens per second and the headline metrics."""
+    """Rich progress bar with training loss, tokens per second and the last validation."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        items = super().get_metrics(trainer, pl_module)
-        items.pop("v_num", None)
-        short: dict[str, Any] = {
-            name.rpartition("/")[2] if name.startswith("train/") else name: value for name, value in items.items()
-        }
-        if "tokens_per_second" in short:
-            short["tokens/s"] = f"{float(short.pop('tokens_per_second')):,.0f}"
-        return short
+        shown: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        shown = {short: shown[name] for name, short in _SHORT.items() if name in shown}
+        if "tokens/s" in shown:
+            shown["tokens/s"] = f"{float(shown['tokens/s']):,.0f}"
+        return shown
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)

@@ -213,7 +213,7 @@ class FormatModule(L.LightningModule):
         self.evaluation = {name: float(value) for name, value in values.items()}
         with self.verdicts.sync_context():  # compute() leaves each process with its own counts again
             self.counts = self.verdicts.counts()
-        shown = ("val/loss", "format/exact", "content/field_f1")
+        shown = ("val/loss", "format/exact")
         for name, value in values.items():
             self.log(name, value, prog_bar=name in shown, batch_size=1)
         self._log_step_number()
