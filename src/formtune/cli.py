@@ -25,7 +25,7 @@ from formtune.errors import UserError
 from formtune.export import export_adapter
 from formtune.model import FormatModule
 from formtune.parsing import Parser, check_yaml
-from formtune.summary import print_data, print_result
+from formtune.summary import DataTable, print_result
 
 LOGS = Path("logs")
 
@@ -108,7 +108,7 @@ class FormtuneCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config_init, "trainer")
         self.best = BestCheckpoint()
-        callbacks: list[Any] = [WorstAnswers()]
+        callbacks: list[Any] = [DataTable(), WorstAnswers()]
         if self.subcommand == "fit":
             callbacks.append(self.best)
             if config.logger is None or config.logger is True:
@@ -129,7 +129,6 @@ class FormtuneCLI(LightningCLI):
         if trainer.is_global_zero:
             self._save_config()
         trainer.test(model, datamodule, verbose=False)
-        self._print_data()
         result["before"], counts_before = _results(model)
         started = time.monotonic()
         trainer.fit(model, datamodule)
@@ -161,7 +160,6 @@ class FormtuneCLI(LightningCLI):
 
     def _evaluate(self, verb: str, **kwargs: Any) -> None:
         getattr(self.trainer, verb)(verbose=False, **kwargs)
-        self._print_data()
         values, counts = _results(self.model)
         if self.trainer.is_global_zero:
             print_result({"result": values, "counts": {"result": counts}}, None)
@@ -171,10 +169,6 @@ class FormtuneCLI(LightningCLI):
         self.trainer.predict(return_predictions=False, **kwargs)
         if self.trainer.is_global_zero:
             print(f"answers: {self.config.predict.answers}")
-
-    def _print_data(self) -> None:
-        if self.trainer.is_global_zero:
-            print_data(self.datamodule.splits, self.run_dir if self.subcommand == "fit" else None)
 
     def _save_config(self) -> None:
         config = self.config.fit.clone()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +22,19 @@ HEADLINES = (
     "val/tf_exact",
     "val/loss",
 )
+
+
+class DataTable(Callback):
+    """Prints the data as soon as it is prepared, before anything slow begins."""
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        splits = getattr(trainer.datamodule, "splits", None)
+        if splits is not None and trainer.is_global_zero and not self._done:
+            print_data(splits, Path(trainer.log_dir) if trainer.logger else None)
+            self._done = True
 
 
 def print_data(splits: Splits, folder: Path | None) -> None:
