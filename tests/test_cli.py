@@ -89,9 +89,9 @@ def test_the_best_checkpoint_gives_the_exported_figures_again_and_predict_judges
     assert f"{after['val/loss']:.4f}" in capsys.readouterr().out
 
     Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": "x" * n}) + "\n" for n in (3, 9, 1)))
-    arguments = ["--ckpt_path", checkpoint, "--data.prompts", "prompts.jsonl", "--answers", "out.jsonl"]
+    arguments = ["--ckpt_path", checkpoint, "--data.prompts", "prompts.jsonl", "--answers", "new/out.jsonl"]
     assert main(["predict", "-c", str(run / "config.yaml"), *arguments]) == 0
-    answers = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in Path("new/out.jsonl").read_text().splitlines()]
     assert [a["prompt"] for a in answers] == ["xxx", "xxxxxxxxx", "x"]
     assert all(a.keys() == {"where", "prompt", "answer", "compliant", "kind", "detail"} for a in answers)
     assert not any(a["compliant"] != (a["kind"] == "ok") for a in answers)
@@ -145,6 +145,11 @@ MISTAKES = {
     "no such layer": (["--model.lora.targets", "[nope]"], "no layer is called 'nope'"),
     "negative rate": (["--model.optimizer.lr", "-1"], "model.optimizer: Invalid learning rate"),
     "16-bit adapters": (["--trainer.precision", "bf16-true"], "trainer.precision: bf16-true would store"),
+    "nothing to judge by": (["--trainer.limit_val_batches", "0"], "limit_val_batches: 0 leaves nothing"),
+    "clipping in the trainer": (["--trainer.gradient_clip_val", "1"], "set model.max_grad_norm instead"),
+    "accumulation": (["--trainer.accumulate_grad_batches", "4"], "set data.rows_per_step instead"),
+    "no such device": (["--trainer.accelerator", "cuda"], "trainer: .*CUDA"),
+    "mistyped column": (["--data.columns.prompt", "Number {promt}"], "train.jsonl:1: no column `promt`"),
     "no model folder": (["--model.base", "no/model/here"], "model.base: no folder no/model/here"),
     "no data file": (["--data.train", "gone.jsonl"], "gone.jsonl: No such file"),
     "no schema file": (["--data.format.schema", "gone.json"], "gone.json"),
@@ -182,10 +187,19 @@ def test_a_broken_yaml_is_named_with_its_line(project, capfd, text, message):
 
 
 def test_a_used_run_folder_is_not_overwritten(project, capfd):
-    (project / "logs/small/one").mkdir(parents=True)
-    (project / "logs/small/one/x").write_text("")
+    (project / "logs/small/one/checkpoints").mkdir(parents=True)
     assert fit() == 2
     assert "already holds a run" in capfd.readouterr().err
+
+
+def test_a_trial_run_of_one_batch_leaves_no_result_and_no_traceback(project):
+    assert fit("--trainer.fast_dev_run", "true") == 0
+    assert not (project / "logs/small/one/metrics.json").exists()
+
+
+def test_a_run_without_a_logger_still_leaves_its_files(project):
+    assert fit("--trainer.logger", "false", "--trainer.max_steps", "2") == 0
+    assert {"adapter", "checkpoints", "metrics.json"} <= {p.name for p in (project / "logs/small/one").iterdir()}
 
 
 def test_a_missing_checkpoint_is_refused_before_the_model_loads(project, capfd):

@@ -97,8 +97,27 @@ def test_a_source_that_cannot_be_read_is_refused(tmp_path, path):
 
 
 def test_a_template_over_columns_is_filled_as_plain_text():
-    record = {"title": "{body.__class__}", "body": "B"}
-    assert Columns(prompt="T {title}: {body}")._prompt(record, "f:1") == "T {body.__class__}: B"
+    record = {"title": "{body} {body.__class__}", "body": "B"}
+    assert Columns(prompt="T {title}: {body}")._prompt(record, "f:1") == "T {body} {body.__class__}: B"
+    with pytest.raises(UserError, match="f:1: no column `titel`"):
+        Columns(prompt="T {titel}: {body}")._prompt(record, "f:1")
+
+
+def test_rows_under_different_system_prompts_do_not_conflict(data):
+    def row(task, n, answer):
+        turns = [("system", task), ("user", f"text {n}"), ("assistant", answer)]
+        return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+    rows = [row(t, n, f'{{"n":{n},"s":"{t}"}}') for n in range(40) for t in ("a", "b")]
+    splits = data(rows).splits
+    assert sum(map(len, splits.rows.values())) == 80 and not splits.reasons
+    for name, others in (("validation", "test"), ("train", "test"), ("train", "validation")):
+        assert not {r.source for r in splits.rows[name]} & {r.source for r in splits.rows[others]}
+
+
+def test_a_text_that_holds_a_control_token_is_refused(data):
+    with pytest.raises(UserError, match=r"train.jsonl:1: the text holds <\|im_end\|>"):
+        data([pair(1, "bye <|im_end|> now"), *(pair(n) for n in range(2, 60))])
 
 
 def test_repairs_touch_inputs_by_name_and_never_answers():

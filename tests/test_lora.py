@@ -113,10 +113,17 @@ def test_a_target_that_names_no_layer_is_refused(lora, message):
     "lora", [Lora(rslora=True), Lora(dora=True), Lora(initialization="pissa"), Lora(modules_to_save=["lm_head"])]
 )
 def test_lora_options_reach_peft(lora):
-    config = add_lora(tiny_model(), lora).peft_config["default"]
+    config = add_lora(tiny_model(tie_word_embeddings=False), lora).peft_config["default"]
     assert (config.use_rslora, config.use_dora) == (lora.rslora, lora.dora)
     assert config.init_lora_weights == lora.initialization and config.lora_alpha == 32
     assert (config.modules_to_save or []) == lora.modules_to_save
+
+
+def test_layers_trained_in_full_are_kept_in_32_bits_and_shared_embeddings_are_not_torn_apart():
+    model = add_lora(tiny_model(tie_word_embeddings=False).bfloat16(), Lora(modules_to_save=["lm_head"]))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    with pytest.raises(UserError, match="shares its embeddings"):
+        add_lora(tiny_model(tie_word_embeddings=True), Lora(modules_to_save=["lm_head"]))
 
 
 def test_an_incomplete_base_is_refused_instead_of_filled_with_random_numbers(tmp_path):

@@ -15,9 +15,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # Rows are tokenised once and up front; a fork after that would print a warning at every start of a worker.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from formtune.callbacks import AnswerFile, BestCheckpoint, ProgressBar, WorstAnswers
 from formtune.data import FormatDataModule
@@ -48,6 +50,7 @@ class FormtuneCLI(LightningCLI):
                 "log_every_n_steps": 10,
                 "val_check_interval": 100,
                 "check_val_every_n_epoch": None,  # count optimizer steps, not epochs
+                "enable_model_summary": False,
                 "num_sanity_val_steps": 0,  # the evaluation before training checks more
                 "use_distributed_sampler": False,  # rows are dealt by the data module
             },
@@ -98,12 +101,25 @@ class FormtuneCLI(LightningCLI):
         trainer = config.trainer
         trainer.precision = _checked_precision(trainer.precision, trainer.accelerator)
         trainer.default_root_dir = str(self.run_dir)
+        self._check_trainer(trainer)
         path = config.get("ckpt_path")
         if path is not None and not Path(path).is_file():
             raise UserError(f"ckpt_path: no file {path}; a run's best checkpoint is named at its end")
         main_process = os.environ.get("LOCAL_RANK", "0") == "0"
-        if self.subcommand == "fit" and main_process and self.run_dir.exists() and any(self.run_dir.iterdir()):
+        if self.subcommand == "fit" and main_process and (self.run_dir / "checkpoints").exists():
             raise UserError(f"run: {self.run_dir} already holds a run; choose another --run or leave it out")
+
+    def _check_trainer(self, trainer: Namespace) -> None:
+        """Refuse what would train for nothing, or fail only after the first evaluation."""
+        for name in {"fit": ("val", "test"), "validate": ("val",), "test": ("test",)}.get(str(self.subcommand), ()):
+            if trainer[f"limit_{name}_batches"] == 0:
+                raise UserError(f"trainer.limit_{name}_batches: 0 leaves nothing to judge the model by")
+        if trainer.gradient_clip_val:
+            raise UserError("trainer.gradient_clip_val: set model.max_grad_norm instead")
+        if trainer.accumulate_grad_batches != 1:
+            raise UserError(
+                "trainer.accumulate_grad_batches: a batch is a whole step here; set data.rows_per_step instead"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config_init, "trainer")
@@ -114,12 +130,11 @@ class FormtuneCLI(LightningCLI):
             if config.logger is None or config.logger is True:
                 kwargs["logger"] = TensorBoardLogger(LOGS, self.config.fit.task, self.config.fit.run)
         else:
-            kwargs |= {"logger": False, "enable_checkpointing": False}
+            kwargs["logger"] = False
         if self.subcommand == "predict":
             callbacks.append(AnswerFile(self.config.predict.answers))
         if config.enable_progress_bar is not False:
             callbacks.append(ProgressBar())
-        kwargs.setdefault("enable_model_summary", False)
         return self._instantiate_trainer({**config, **kwargs}, callbacks)
 
     def fit(self, model: FormatModule, datamodule: FormatDataModule) -> None:
@@ -136,7 +151,12 @@ class FormtuneCLI(LightningCLI):
         steps, best = trainer.global_step, self.best.path
         if best is None and not trainer.fast_dev_run:
             raise UserError("no best checkpoint: no validation gave a finite loss; lower model.optimizer.lr")
-        trainer.test(model, datamodule, ckpt_path=str(best) if best else None, verbose=False)
+        if best is not None:
+            # Written before the last evaluation: whatever happens there, the adapter is safe.
+            model.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+            if trainer.is_global_zero:
+                export_adapter(model, self.run_dir / "adapter", self.run_dir / "config.yaml")
+        trainer.test(model, datamodule, verbose=False)
         result["after"], counts_after = _results(model)
         result["counts"] = {"before": counts_before, "after": counts_after}
         result["rows"] = counts_after["format/exact"][1]
@@ -147,7 +167,7 @@ class FormtuneCLI(LightningCLI):
             "lowest_loss_step": self.best.lowest_loss.step if self.best.lowest_loss else None,
         }
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            self._save_result(model, result)
+            self._save_result(result)
             print_result(result, self.run_dir)
 
     def test(self, **kwargs: Any) -> None:
@@ -178,8 +198,7 @@ class FormtuneCLI(LightningCLI):
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "config.yaml").write_text(self._parser("fit").dump(config, skip_none=False), encoding="utf-8")
 
-    def _save_result(self, model: FormatModule, result: dict[str, Any]) -> None:
-        export_adapter(model, self.run_dir / "adapter", self.run_dir / "config.yaml")
+    def _save_result(self, result: dict[str, Any]) -> None:
         text = json.dumps(result, indent=2)
         (self.run_dir / "metrics.json").write_text(text + "\n", encoding="utf-8")
         if isinstance(self.trainer.logger, TensorBoardLogger):
@@ -191,7 +210,7 @@ class FormtuneCLI(LightningCLI):
                 "alpha": lora.alpha or 2 * lora.r,
                 "dropout": lora.dropout,
                 "targets": str(lora.targets),
-                "optimizer": str(_flat(config.model.optimizer)),
+                "optimizer": str(config.model.optimizer.as_dict()),
                 "warmup": config.model.warmup,
                 "rows_per_step": data.rows_per_step,
                 "epochs": config.trainer.max_epochs,
@@ -210,14 +229,8 @@ def _results(model: FormatModule) -> tuple[dict[str, float], dict[str, tuple[int
     return {name if "/" in name else f"val/{name}": value for name, value in plain.items()}, model.counts
 
 
-def _flat(value: Any) -> Any:
-    return value.as_dict() if isinstance(value, Namespace) else value
-
-
 def _checked_precision(precision: Any, accelerator: Any) -> str:
     """The precision to train in; where none is given, bfloat16 arithmetic if the hardware has it."""
-    import torch
-
     if precision is None:
         if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda"):
             return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
@@ -251,6 +264,9 @@ def main(args: list[str] | None = None) -> int:
         FormtuneCLI(args)
     except UserError as error:
         print(f"formtune: error: {error}", file=sys.stderr)
+        return 2
+    except MisconfigurationException as error:
+        print(f"formtune: error: trainer: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("formtune: interrupted", file=sys.stderr)

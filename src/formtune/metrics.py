@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from formtune.formats import KINDS, Format, Verdict
 
+EXACT = torch.float32 if torch.backends.mps.is_available() else torch.double  # Apple's GPUs have no 64 bits
 _LADDER = ("exact", "loose", "terminated", "no_extra_text", "parse", "schema", "keys_exact", "canonical")
 
 
@@ -106,7 +107,7 @@ class LossMetrics(Metric):
     def __init__(self) -> None:
         super().__init__()
         for name in ("nats", "value_nats"):
-            self.add_state(name, torch.zeros((), dtype=torch.double), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
         for name in ("tokens", "value_tokens", "rows", "exact_rows"):
             self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
@@ -119,7 +120,7 @@ class LossMetrics(Metric):
             mask: Where there is a target.
             is_value: Where the target belongs to a value of the answer.
         """
-        nats = nats.double()
+        nats = nats.to(self.nats.dtype)
         self.nats = self.nats + nats.sum()
         self.value_nats = self.value_nats + (nats * is_value).sum()
         self.tokens = self.tokens + mask.sum()

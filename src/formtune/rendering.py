@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from formtune.errors import UserError
+import jinja2
+
+from formtune.errors import UserError, first_line
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
@@ -93,7 +95,10 @@ class Renderer:
         self.stop_ids: tuple[int, ...] = tuple(eos)
         if self.templated:
             turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            prompt, full, answer = self._texts(turn)
+            try:
+                prompt, full, answer = self._texts(turn)
+            except jinja2.TemplateError as error:
+                raise UserError(f"model.base: the chat template is broken ({first_line(error)})") from None
             [(prompt_ids, target, _)] = self._tokens([(prompt, full, answer)])
             if not isinstance(target, list):
                 raise UserError(f"model.base: the chat template cannot be supervised: {target}")
@@ -118,7 +123,7 @@ class Renderer:
         try:
             return cls(AutoTokenizer.from_pretrained(base, trust_remote_code=False))
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise UserError(f"model.base: no usable tokenizer in {base}: {_first_line(error)}") from error
+            raise UserError(f"model.base: no usable tokenizer in {base}: {first_line(error)}") from error
 
     def encode(self, rows: Sequence[tuple[list[Message], str]], spans: Any = None) -> Iterable[Row | UnfitRow]:
         """Encode (messages, where) pairs; each yields its Row, or the UnfitRow that says why it cannot be one.
@@ -127,9 +132,14 @@ class Renderer:
             rows: Messages whose last turn is the assistant's, or the user's where there is no gold answer.
             spans: Function from the answer's text to the (start, end) spans of its values, in characters.
         """
-        texts = [self._texts(messages) for messages, _ in rows]
-        coded = zip(rows, texts, self._tokens(texts), strict=True)
-        for number, ((messages, where), (_, _, gold), (prompt, target, offsets)) in enumerate(coded):
+        texts = [self._fit_texts(messages) for messages, _ in rows]
+        coded = iter(self._tokens([text for text in texts if not isinstance(text, UnfitRow)]))
+        for number, ((messages, where), text) in enumerate(zip(rows, texts, strict=True)):
+            if isinstance(text, UnfitRow):
+                yield text
+                continue
+            gold = text[2]
+            prompt, target, offsets = next(coded)
             if isinstance(target, str):
                 yield UnfitRow(target)
                 continue
@@ -153,6 +163,16 @@ class Renderer:
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def _fit_texts(self, messages: list[Message]) -> tuple[str, str | None, str | None] | UnfitRow:
+        """The texts of a row, or why it has none."""
+        for token in self._control:
+            if any(token in message["content"] for message in messages):
+                return UnfitRow(f"the text holds {token}, which the tokenizer would read as a control token")
+        try:
+            return self._texts(messages)
+        except jinja2.TemplateError as error:
+            return UnfitRow(f"the chat template refuses the conversation: {first_line(error)}")
+
     def _texts(self, messages: list[Message]) -> tuple[str, str | None, str | None]:
         """The prompt's text, the whole conversation's text and the gold answer (None, None where there is none)."""
         gold = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
@@ -163,14 +183,9 @@ class Renderer:
         return prompt, None if gold is None else self._render(messages, add_generation_prompt=False), gold
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        import jinja2
-
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
-            )
-        except jinja2.TemplateError as error:
-            raise UserError(f"model.base: the chat template refuses this conversation: {_first_line(error)}") from error
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+        )
 
     def _tokens(self, texts: Sequence[tuple[str, str | None, str | None]]) -> Iterable[tuple[list[int], Any, Any]]:
         """Per row: prompt ids, target ids (or the reason why there are none) and target offsets within the answer."""
@@ -202,6 +217,10 @@ class Renderer:
                     )
 
     @functools.cached_property
+    def _control(self) -> tuple[str, ...]:
+        return tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+
+    @functools.cached_property
     def _special(self) -> frozenset[int]:
         return frozenset(self.tokenizer.added_tokens_decoder)
 
@@ -211,7 +230,3 @@ class Renderer:
         # The template already wrote the special tokens: adding them again would double the BOS.
         coded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         return list(zip(coded["input_ids"], coded["offset_mapping"], strict=True))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

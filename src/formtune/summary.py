@@ -33,7 +33,7 @@ class DataTable(Callback):
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         splits = getattr(trainer.datamodule, "splits", None)
         if splits is not None and trainer.is_global_zero and not self._done:
-            print_data(splits, Path(trainer.log_dir) if trainer.logger else None)
+            print_data(splits, Path(trainer.default_root_dir) if stage == "test" and trainer.loggers else None)
             self._done = True
 
 
@@ -83,7 +83,13 @@ def print_result(result: dict[str, Any], folder: Path | None) -> None:
         f"(lowest loss: step {training['lowest_loss_step']})",
         highlight=False,
     )
-    for what, name in (("adapter", "adapter"), ("figures", "metrics.json"), ("configuration", "config.yaml")):
+    checkpoint = f"checkpoints/step-{training['best_step']}.ckpt"
+    for what, name in (
+        ("checkpoint", checkpoint),
+        ("adapter", "adapter"),
+        ("figures", "metrics.json"),
+        ("configuration", "config.yaml"),
+    ):
         console.print(f"{what:>14}: {folder / name}", highlight=False, soft_wrap=True)
     console.print(f"{'curves':>14}: make tensorboard", highlight=False)
 

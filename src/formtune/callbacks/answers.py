@@ -66,6 +66,9 @@ class AnswerFile(Callback):
         self.path = Path(path)
         self._answers: list[Any] = []
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # now, not after all the work
+
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         self._answers += outputs
 

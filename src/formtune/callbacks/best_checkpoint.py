@@ -98,7 +98,9 @@ class BestCheckpoint(Checkpoint):
         self.scores.append(score)
         keep = contenders(self._files.keys() | {score})
         if score in keep:
-            self._files[score] = Path(trainer.log_dir or ".") / "checkpoints" / f"step-{score.step}.ckpt"
+            self._files[score] = (
+                Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints" / f"step-{score.step}.ckpt"
+            )
             trainer.save_checkpoint(self._files[score])
         for stale in self._files.keys() - keep:
             trainer.strategy.remove_checkpoint(self._files.pop(stale))

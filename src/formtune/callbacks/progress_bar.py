@@ -27,7 +27,7 @@ class ProgressBar(RichProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        if trainer.state.fn == "fit" and trainer.is_global_zero:
+        if trainer.state.fn == "fit" and trainer.is_global_zero and not trainer.sanity_checking:
             names = ("val/loss", "format/exact", "joint/exact", "content/field_f1")
             figures = "  ".join(f"{name} {float(trainer.callback_metrics[name]):.4f}" for name in names)
             print(f"step {trainer.global_step}  {figures}", flush=True)

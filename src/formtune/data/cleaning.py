@@ -47,15 +47,19 @@ class Example:
     @property
     def text(self) -> str:
         """The input with white space folded: rows that share it are duplicates or conflicts."""
-        return "\x1e".join(" ".join(m["content"].split()) for m in self.messages[:-1] if m["role"] != "system")
+        return self._folded("system", "user", "assistant")
 
     @property
     def key(self) -> str:
         """The input with case folded as well: rows that share it never stand on both sides of a split.
 
-        Coarser than `text` on purpose: "call anna" and "Call Anna" leak, but their answers may rightly differ.
+        Coarser than `text` on purpose: "call anna" and "Call Anna" leak, but their answers may rightly differ, as they
+        may under two system prompts.
         """
-        return self.text.casefold()
+        return self._folded("user", "assistant").casefold()
+
+    def _folded(self, *roles: str) -> str:
+        return "\x1e".join(" ".join(m["content"].split()) for m in self.messages[:-1] if m["role"] in roles)
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,8 +106,8 @@ class FormatDataModule(L.LightningDataModule):
             if train is None:
                 raise UserError("data.train: name a file to train on")
             self.splits = self._splitter().split(train, validation, test)
-            if self.trainer is not None and self.trainer.log_dir:
-                self._write_quarantine(Path(self.trainer.log_dir) / "quarantine.jsonl")
+            if self.trainer is not None and self.trainer.loggers:
+                self._write_quarantine(Path(self.trainer.default_root_dir) / "quarantine.jsonl")
             self._check(self.splits)
 
     def train_dataloader(self) -> DataLoader:
@@ -133,8 +133,7 @@ class FormatDataModule(L.LightningDataModule):
         return self.splits.rows[split]
 
     def _evaluation(self, rows: Any) -> DataLoader:
-        # Longest first: equal lengths share a batch without padding, and memory that runs out does so at once.
-        rows = sorted(rows, key=len, reverse=True)
+        # In the order of the file: a limited evaluation then sees rows of all lengths. The model sorts within a batch.
         return DataLoader(rows, batch_size=EVALUATION_ROWS, collate_fn=self._deal())
 
     def _deal(self) -> Callable[[list[Row]], list[Row]]:
@@ -154,7 +153,11 @@ class FormatDataModule(L.LightningDataModule):
         splitter = self._splitter()
         examples = splitter.examples(self.prompts, gold=False)
         rows = splitter.renderer.encode([(repair(e.messages, self.clean), e.where) for e in examples])
-        self.prompt_rows = [row for row in rows if isinstance(row, Row)]
+        self.prompt_rows = []
+        for example, row in zip(examples, rows, strict=True):
+            if not isinstance(row, Row):
+                raise UserError(f"{example.where}: {row}; mend or remove the prompt")
+            self.prompt_rows.append(row)
         if not self.prompt_rows:
             raise UserError(f"data.prompts: {self.prompts} holds no prompt")
         for row in self.prompt_rows:

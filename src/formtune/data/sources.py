@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from formtune.errors import UserError
+from formtune.errors import UserError, first_line
 from formtune.formats.strict_json import loads_strict
 
 MAX_LINE_BYTES = 16 * 2**20
@@ -107,7 +108,7 @@ class Parquet(Source):
                 for number, record in enumerate(batches, 1):
                     yield record, f"{self.path}:{number}"
         except pyarrow.ArrowException as error:
-            raise UserError(f"{self.path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{self.path}: not a readable Parquet file ({first_line(error)})") from None
 
 
 class HuggingFace(Source):
@@ -130,8 +131,8 @@ class HuggingFace(Source):
                 loaded = datasets.load_from_disk(self.path)
             else:
                 loaded = datasets.load_dataset(self.path, self.name)
-        except (OSError, ValueError, ConnectionError) as error:
-            raise UserError(f"{self.path}: not a readable data set ({str(error).splitlines()[0]})") from None
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self.path}: not a readable data set ({first_line(error)})") from None
         if isinstance(loaded, dict):
             if self.split not in loaded:
                 raise UserError(f"{self.path}: no split {self.split!r}, only {', '.join(loaded)}; set `split`")
@@ -149,7 +150,9 @@ def open_source(path: str) -> Source:
         raise UserError(
             f"{path}: unknown kind of file; known are .jsonl, .csv, .parquet, a data set's folder or hub id"
         )
-    if Path(path).is_dir() or (path.count("/") == 1 and not path.startswith((".", "/"))):
+    parent, name = Path(path).parent, Path(path).name
+    looks_like_id = path.count("/") == 1 and not path.startswith((".", "/")) and "." not in name
+    if Path(path).is_dir() or (looks_like_id and not parent.is_dir()):
         return HuggingFace(path)
     raise UserError(f"{path}: no such file or folder")
 
@@ -182,13 +185,8 @@ class Columns:
     def _prompt(self, record: dict[str, Any], where: str) -> str:
         if "{" not in self.prompt:
             return _text(record, self.prompt, where)
-        text = self.prompt
-        for column in record:  # plain replacement: str.format would run attribute look-ups on the data
-            if "{" + column + "}" in self.prompt:
-                text = text.replace("{" + column + "}", _text(record, column, where))
-        if text == self.prompt:
-            raise UserError(f"{where}: none of the columns {', '.join(record)} stands in data.columns.prompt")
-        return text
+        # One pass over the template: str.format would run attribute look-ups, and what the data holds stays text.
+        return re.sub(r"\{([\w .-]+)\}", lambda m: _text(record, m[1], where), self.prompt)
 
     def _turns(self, turns: Any, where: str, gold: bool) -> list[dict[str, str]]:
         good = isinstance(turns, list) and all(

@@ -9,7 +9,7 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from torch import nn
 
-from formtune.errors import UserError
+from formtune.errors import UserError, first_line
 from formtune.rendering import check_base
 
 
@@ -34,7 +34,7 @@ class Lora:
     targets: Literal["attention", "all-linear"] | list[str] = "attention"
     rslora: bool = False
     dora: bool = False
-    initialization: bool | Literal["gaussian", "pissa", "olora", "orthogonal"] = True
+    initialization: Literal[True, "gaussian", "pissa", "olora", "orthogonal"] = True
     modules_to_save: list[str] = field(default_factory=list)
 
 
@@ -74,8 +74,7 @@ def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch
     except Exception as error:  # whatever a damaged folder raises, the user's remedy is another folder
         if isinstance(error, UserError):
             raise
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.base: {base} cannot be loaded ({text})") from error
+        raise UserError(f"model.base: {base} cannot be loaded ({first_line(error)})") from error
     model, info = loaded
     wrong = {name: sorted(info[name]) for name in ("missing_keys", "mismatched_keys", "error_msgs") if info.get(name)}
     if wrong:
@@ -93,7 +92,7 @@ def add_lora(model: Any, lora: Lora, quantized: bool = False) -> Any:
     """The model with trainable adapters; everything else is frozen.
 
     Raises:
-        UserError: A target names no layer, or tied embeddings would be torn apart by a later merge.
+        UserError: A target names no layer, or the base ties its embeddings and one of them is to be trained apart.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -110,10 +109,19 @@ def add_lora(model: Any, lora: Lora, quantized: bool = False) -> Any:
         # Conv1D (GPT-2) stores its weight transposed; PEFT wants to be told and otherwise warns.
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
     )
+    tied = {"lm_head", "embed_out", "embed_tokens", "embed_in", "wte"} & set(lora.modules_to_save)
+    if tied and model.config.get_text_config().tie_word_embeddings:
+        raise UserError(
+            f"model.lora.modules_to_save: this base shares its embeddings, so {min(tied)} cannot stand alone"
+        )
     if quantized:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     # from_pretrained leaves the model in evaluation mode and Lightning respects that: dropout would stay off.
-    return get_peft_model(model, config).train()
+    tuned = get_peft_model(model, config).train()
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:  # copies of layers trained in full would stay in the base's 16 bits
+            parameter.data = parameter.data.float()
+    return tuned
 
 
 def target_names(model: nn.Module, targets: str | list[str]) -> str | list[str]:

@@ -147,10 +147,10 @@ class FormatModule(L.LightningModule):
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else contextlib.nullcontext()
 
     def _log_step(self, loss: Tensor, rate: float, batch: list[Row]) -> None:
-        self._tokens += sum(map(len, batch))
+        self._tokens += sum(map(len, batch)) * self.trainer.world_size  # ranks hold equal shares, or nearly
         figures: dict[str, Any] = {"train/loss": loss, "train/learning_rate": rate}
         trainer: Any = self.trainer
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % max(trainer.log_every_n_steps, 1) == 0:
             now = time.perf_counter()
             figures["train/tokens_per_second"] = self._tokens / (now - self._clock)
             self._clock, self._tokens = now, 0
@@ -189,9 +189,13 @@ class FormatModule(L.LightningModule):
     def answers(self, rows: list[Row]) -> list[Answer]:
         """Greedy answers to the rows, in their order, judged by the contract."""
         answers: dict[int, Answer] = {}
-        for group in passes(rows, DECODING * self.tokens_per_pass, self.max_new_tokens):
-            longest = max(len(rows[i].prompt) for i in group)
-            room = min(self.max_new_tokens, (self.context or longest + self.max_new_tokens) - longest)
+        rooms = [min(self.max_new_tokens, (self.context or 10**9) - len(row.prompt)) for row in rows]
+        # Prompts near the end of the context have less room; decoded with others they would cut those short too.
+        tight = [[i] for i, room in enumerate(rooms) if room < self.max_new_tokens]
+        free = [i for i, room in enumerate(rooms) if room == self.max_new_tokens]
+        together = passes([rows[i] for i in free], DECODING * self.tokens_per_pass, self.max_new_tokens)
+        for group in [*tight, *([free[j] for j in g] for g in together)]:
+            room = rooms[group[0]]
             prompts = [rows[i].prompt for i in group]
             for i, ids in zip(
                 group, greedy(self.model, prompts, self.renderer.stop_ids, room, self.device), strict=True
