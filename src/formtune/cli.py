@@ -145,6 +145,7 @@ class FormtuneCLI(LightningCLI):
             self._save_config()
         trainer.test(model, datamodule, verbose=False)
         result["before"], counts_before = _results(model)
+        trainer.validate(model, datamodule, verbose=False)  # the curves begin at the base
         started = time.monotonic()
         trainer.fit(model, datamodule)
         seconds = time.monotonic() - started
