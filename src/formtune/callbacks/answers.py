@@ -41,9 +41,9 @@ class WorstAnswers(Callback):
 
     def _show(self, trainer: Trainer, tag: str) -> None:
         if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
-            lines = ["| kind | why | input | target | answer |", "|---|---|---|---|---|"]
+            lines = ["| why | input | target | answer |", "|---|---|---|---|"]
             for a in self._failed:
-                cells = (a.verdict.kind, a.verdict.detail, a.row.source, a.row.gold or "", a.text)
+                cells = (f"{a.verdict.kind}: {a.verdict.detail}", a.row.source, a.row.gold or "", a.text)
                 lines.append("| " + " | ".join(map(_cell, cells)) + " |")
             text = "\n".join(lines) if self._failed else "every answer is right"
             trainer.logger.experiment.add_text(tag, text, trainer.global_step)

@@ -28,8 +28,8 @@ class Source(ABC):
         """Yield each record as a dictionary, with `file:line` or what else finds it again."""
 
 
-class JsonLines(Source):
-    """JSON Lines: one object per line, UTF-8, blank lines skipped.
+class FileSource(Source):
+    """A source that is one file.
 
     Args:
         path: File to read.
@@ -37,6 +37,10 @@ class JsonLines(Source):
 
     def __init__(self, path: str) -> None:
         self.path = path
+
+
+class JsonLines(FileSource):
+    """JSON Lines: one object per line, UTF-8, blank lines skipped."""
 
     def records(self) -> Iterator[tuple[dict[str, Any], str]]:
         with _open(self.path) as file:
@@ -61,15 +65,8 @@ class JsonLines(Source):
                 yield record, where
 
 
-class Csv(Source):
-    """Comma-separated values with a header line, UTF-8; every value stays text.
-
-    Args:
-        path: File to read.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
+class Csv(FileSource):
+    """Comma-separated values with a header line, UTF-8; every value stays text."""
 
     def records(self) -> Iterator[tuple[dict[str, Any], str]]:
         _open(self.path).close()
@@ -87,15 +84,8 @@ class Csv(Source):
                 raise UserError(f"{self.path}:{reader.line_num + 1}: not readable as UTF-8 CSV ({error})") from None
 
 
-class Parquet(Source):
-    """A Parquet file.
-
-    Args:
-        path: File to read.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
+class Parquet(FileSource):
+    """A Parquet file."""
 
     def records(self) -> Iterator[tuple[dict[str, Any], str]]:
         import pyarrow
