@@ -63,6 +63,7 @@ def check_base(base: str) -> str:
     return base
 
 
+@functools.lru_cache(maxsize=4)
 def context_length(base: str) -> int | None:
     """Tokens that the base model was made for, None where its config does not say."""
     from transformers import AutoConfig

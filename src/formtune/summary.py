@@ -33,7 +33,7 @@ class DataTable(Callback):
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         splits = getattr(trainer.datamodule, "splits", None)
         if splits is not None and trainer.is_global_zero and not self._done:
-            print_data(splits, Path(trainer.default_root_dir) if stage == "test" and trainer.loggers else None)
+            print_data(splits, Path(trainer.default_root_dir) if trainer.loggers else None)
             self._done = True
 
 
@@ -46,10 +46,9 @@ def print_data(splits: Splits, folder: Path | None) -> None:
         table.add_row(name, f"{len(rows):,}", *(f"{n:,}" for n in splits.lengths(name).values()))
     console = Console()
     console.print(table)
-    aside = ", ".join(f"{count:,} {reason}" for reason, count in splits.reasons.most_common())
     listed = f" (each with its reason in {folder / 'quarantine.jsonl'})" if folder else ""
-    if aside:
-        console.print(f"set aside: {aside}{listed}", highlight=False, soft_wrap=True)
+    if splits.set_aside:
+        console.print(f"set aside: {splits.set_aside}{listed}", highlight=False, soft_wrap=True)
     if splits.repairs:
         repairs = ", ".join(f"{count:,} {step}" for step, count in splits.repairs.most_common())
         console.print(f"inputs repaired: {repairs}", highlight=False, soft_wrap=True)

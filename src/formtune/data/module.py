@@ -175,9 +175,7 @@ class FormatDataModule(L.LightningDataModule):
             )
         empty = [name for name, rows in splits.rows.items() if not rows]
         if empty:
-            reasons = (
-                ", ".join(f"{count} {reason}" for reason, count in splits.reasons.most_common()) or "nothing set aside"
-            )
+            reasons = splits.set_aside or "nothing set aside"
             raise UserError(f"data.{empty[0]}: no row is left to use ({sum(splits.read.values())} read; {reasons})")
 
     @rank_zero_only

@@ -32,6 +32,11 @@ class Splits:
         """How many rows were set aside for each reason."""
         return Counter(row.reason for row in self.quarantine)
 
+    @property
+    def set_aside(self) -> str:
+        """The same in words, the most frequent first; empty if no row was."""
+        return ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
+
     def lengths(self, split: str) -> dict[str, int]:
         """P50, P95 and maximum of prompt and answer in tokens."""
         found = {}
