@@ -94,9 +94,15 @@ def test_content_without_a_wanted_answer_is_refused():
 
 def test_loss_is_weighted_by_tokens_and_split_into_structure_and_values():
     metrics = LossMetrics()
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    is_value = torch.tensor([[False, True, False], [False, False, False]])
-    nats = torch.tensor([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]])
-    metrics.update(nats, torch.tensor([[True, True, False], [True, False, False]]), mask, is_value)
+    is_value = torch.tensor([False, True, False, False])
+    correct = torch.tensor([True, True, False, True])
+    metrics.update(torch.tensor([1.0, 2.0, 3.0, 6.0]), correct, is_value, [3, 1])
+    metrics.compare([True, False, True])
     found = {name: float(value) for name, value in metrics.compute().items()}
-    assert found == {"loss": 3.0, "loss_structure": pytest.approx(10 / 3), "loss_value": 2.0, "tf_exact": 0.5}
+    assert found == {
+        "loss": 3.0,
+        "loss_structure": pytest.approx(10 / 3),
+        "loss_value": 2.0,
+        "tf_exact": 0.5,
+        "parity": pytest.approx(2 / 3),
+    }

@@ -103,36 +103,44 @@ class LossMetrics(Metric):
     value_tokens: Tensor
     rows: Tensor
     exact_rows: Tensor
+    compared: Tensor
+    same: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         for name in ("nats", "value_nats"):
             self.add_state(name, torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
-        for name in ("tokens", "value_tokens", "rows", "exact_rows"):
+        for name in ("tokens", "value_tokens", "rows", "exact_rows", "compared", "same"):
             self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, nats: Tensor, correct: Tensor, mask: Tensor, is_value: Tensor) -> None:
-        """Add a batch; all arguments have shape (rows, target columns).
+    def update(self, nats: Tensor, correct: Tensor, is_value: Tensor, sizes: list[int]) -> None:
+        """Add rows, their targets one after the other; tensors have the shape (targets,).
 
         Args:
-            nats: Negative log-likelihood of each target token, 0 where there is none.
+            nats: Negative log-likelihood of each target token.
             correct: Whether the most likely token is the target.
-            mask: Where there is a target.
-            is_value: Where the target belongs to a value of the answer.
+            is_value: Whether the target belongs to a value of the answer.
+            sizes: Number of targets of each row.
         """
         nats = nats.to(self.nats.dtype)
         self.nats = self.nats + nats.sum()
         self.value_nats = self.value_nats + (nats * is_value).sum()
-        self.tokens = self.tokens + mask.sum()
+        self.tokens = self.tokens + nats.numel()
         self.value_tokens = self.value_tokens + is_value.sum()
-        self.rows = self.rows + len(mask)
-        self.exact_rows = self.exact_rows + (correct | ~mask).all(1).sum()
+        self.rows = self.rows + len(sizes)
+        wrong = torch.stack([(~row).any() for row in correct.split(sizes)]).sum()
+        self.exact_rows = self.exact_rows + (len(sizes) - wrong)
+
+    def compare(self, same: list[bool]) -> None:
+        """Add rows whose answer was decoded in full too, and whether it came out the same."""
+        self.compared, self.same = self.compared + len(same), self.same + sum(same)
 
     def compute(self) -> dict[str, Tensor]:
-        """`loss`, `loss_structure`, `loss_value` in nats per token, `tf_exact` as a rate of rows."""
+        """`loss`, `loss_structure`, `loss_value` in nats per token; `tf_exact` and `parity` as rates of rows."""
         return {
             "loss": self.nats / self.tokens,
             "loss_structure": (self.nats - self.value_nats) / (self.tokens - self.value_tokens),
             "loss_value": self.value_nats / self.value_tokens,
             "tf_exact": self.exact_rows / self.rows,
+            "parity": self.same / self.compared,
         }

@@ -10,6 +10,7 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from torch import nn
 
 from formtune.errors import UserError, first_line
+from formtune.model.adapters import LoraLinear, share_inputs
 from formtune.rendering import check_base
 
 
@@ -85,6 +86,12 @@ def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch
         raise UserError(f"model.base: {base} holds weights that are not finite numbers")
     # A base may ship sampling, penalties or forced tokens, which `generate` would merge into every call.
     model.generation_config = GenerationConfig()
+    # Dropout belongs to the adapters: noise from pre-training (GPT-2 ships 0.1) would reach a frozen base's loss.
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
     return model
 
 
@@ -116,8 +123,11 @@ def add_lora(model: Any, lora: Lora, quantized: bool = False) -> Any:
         )
     if quantized:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if not (quantized or lora.dora):
+        config._register_custom_module({nn.Linear: LoraLinear})
     # from_pretrained leaves the model in evaluation mode and Lightning respects that: dropout would stay off.
     tuned = get_peft_model(model, config).train()
+    share_inputs(tuned)
     for parameter in tuned.parameters():
         if parameter.requires_grad:  # copies of layers trained in full would stay in the base's 16 bits
             parameter.data = parameter.data.float()

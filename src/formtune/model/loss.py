@@ -1,81 +1,99 @@
-"""Next-token loss of the answers, with logits for the answers alone.
-
-Rows are laid out so that all answers begin in the same column, and the logits needed are the last columns:
-
-    . . P P P | A A A A          P prompt, A answer, . padding (masked by position, never by token id,
-    P P P P P | A A . .          so that a pad token that equals the end of turn stays supervised)
-"""
+"""Next-token loss of the answers: logits exist at the predicting tokens alone, a bounded number of them at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from formtune.rendering import Row
+# Logits that exist at once: 32 MiB in float32 on a CPU, where the system hands out larger blocks anew each time, page
+# by page. A GPU wants fewer and larger products.
+LOGITS = {"cpu": 2**23 - 2**10, "cuda": 2**26}
 
 
 @dataclass(slots=True)
-class TargetLoss:
-    """Loss of a batch of answers, one entry per row and answer column; padding holds 0 and False.
+class Predictions:
+    """What a teacher-forced pass says of its targets, row after row.
 
     Args:
-        nats: Negative log-likelihood in nats, float32, shape (rows, columns).
-        correct: Whether the most likely token is the target, shape (rows, columns).
-        mask: True where there is a target, shape (rows, columns).
+        targets: What was wanted, -1 where there is no target, shape (targets,).
+        loss: Sum of `nats`, with a gradient where one was asked for.
+        nats: Negative log-likelihood of each target, float32, shape (targets,); 0 where there is no target.
+        tokens: The most likely tokens, shape (targets,); empty where a gradient was asked for.
     """
 
+    targets: Tensor
+    loss: Tensor
     nats: Tensor
-    correct: Tensor
-    mask: Tensor
+    tokens: Tensor
 
 
-def target_loss(model: Any, rows: Sequence[Row], device: torch.device) -> TargetLoss:
-    """One teacher-forced pass over prompt and answer of each row."""
-    left, right = max(len(r.prompt) for r in rows), max(len(r.target) for r in rows)
-    ids = torch.zeros(len(rows), left + right, dtype=torch.long)
-    seen = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        start, end = left - len(row.prompt), left + len(row.target)
-        ids[i, start:end] = torch.tensor(row.prompt + row.target)
-        seen[i, start:end] = 1
-    positions = (seen.cumsum(1) - 1).clamp_min(0)
-    mask = seen[:, left:].bool().to(device)
-    # The last column predicts nothing that is wanted: it is not computed.
-    logits = model(
-        input_ids=ids[:, :-1].to(device),
-        attention_mask=seen[:, :-1].to(device),
-        position_ids=positions[:, :-1].to(device),
-        logits_to_keep=right,
-        use_cache=False,
-    ).logits.float()
-    targets = ids[:, left:].to(device)
-    nats = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none") * mask
-    return TargetLoss(nats, (logits.argmax(-1) == targets) & mask, mask)
-
-
-def passes(rows: Sequence[Row], tokens: int, new_tokens: int = 0) -> Iterator[list[int]]:
-    """Split rows into groups for one pass each: indices by falling length, padded area at most `tokens`.
+def judge(head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: int) -> Predictions:
+    """Judge the last hidden states of the predicting tokens.
 
     Args:
-        rows: The rows of a step or of an evaluation batch.
-        tokens: Padded tokens of one pass; a row longer than that gets a pass of its own.
-        new_tokens: Tokens that decoding may add to each prompt; 0 for a teacher-forced pass over the whole row.
+        head: Turns hidden states into logits; may have trained parameters.
+        hidden: Shape (targets, width).
+        targets: Token ids, -1 where there is none, shape (targets,).
+        vocabulary: Number of logits per token.
     """
-    sizes = [len(r.prompt) + (new_tokens or len(r.target)) for r in rows]
-    prompts, targets = [len(r.prompt) for r in rows], [new_tokens or len(r.target) for r in rows]
-    group: list[int] = []
-    width = [0, 0]
-    for i in sorted(range(len(rows)), key=sizes.__getitem__, reverse=True):
-        wider = [max(width[0], prompts[i]), max(width[1], targets[i])]
-        if group and sum(wider) * (len(group) + 1) > tokens:
-            yield group
-            group, wider = [], [prompts[i], targets[i]]
-        group.append(i)
-        width = wider
-    if group:
-        yield group
+    size = max(1, LOGITS.get(hidden.device.type, 2**25) // vocabulary)
+    if torch.is_grad_enabled():
+        trained = [p for p in head.parameters() if p.requires_grad]
+        loss, nats = _Loss.apply(hidden, targets, head, size, *trained)
+        return Predictions(targets, loss, nats, targets.new_empty(0))
+    judged = []
+    for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+        logits = head(part).float()
+        tokens = logits.argmax(-1)
+        judged.append((_nats_in_place(logits, wanted)[0], tokens))
+    nats, tokens = (torch.cat(parts) for parts in zip(*judged, strict=True))
+    return Predictions(targets, nats.sum(), nats, tokens)
+
+
+class _Loss(torch.autograd.Function):
+    """Takes each chunk's gradient while its logits exist, so that they need be neither kept nor computed again.
+
+    The gradient of a sum depends on what comes after it by a factor only (used so by Liger, arXiv:2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Any, size: int, *trained: Tensor) -> Any:
+        grads, nats = [], []
+        trained_grads = [torch.zeros_like(p) for p in trained]
+        for part, wanted in zip(hidden.detach().split(size), targets.split(size), strict=True):
+            with torch.enable_grad():
+                logits = head(part.requires_grad_())
+            # A plain head's backward needs no logits; what a trained one saved of them is left alone.
+            found = logits.detach().to(torch.float32, copy=bool(trained))
+            loss, total = _nats_in_place(found, wanted)
+            nats.append(loss)
+            # d loss / d logits = softmax - one at the target
+            found.div_(total)
+            places = wanted.clamp_min(0).unsqueeze(-1)
+            found.scatter_add_(-1, places, -torch.ones_like(found[:, :1]))
+            found.masked_fill_((wanted < 0).unsqueeze(-1), 0.0)
+            grad, *others = torch.autograd.grad(logits, [part, *trained], found.to(logits.dtype))
+            grads.append(grad)
+            for whole, other in zip(trained_grads, others, strict=True):
+                whole += other
+        ctx.save_for_backward(torch.cat(grads), *trained_grads)
+        every = torch.cat(nats)
+        ctx.mark_non_differentiable(every)
+        return every.sum(), every
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+        hidden, *trained = (saved * grad for saved in ctx.saved_tensors)
+        return hidden, None, None, None, *trained
+
+
+def _nats_in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats of each target, 0 where it is -1, and each row's sum of exp(logit - largest); `logits` become these exps."""
+    logits -= logits.amax(-1, keepdim=True)
+    wanted = logits.gather(-1, targets.clamp_min(0).unsqueeze(-1))
+    total = logits.exp_().sum(-1, keepdim=True)
+    nats = (total.log() - wanted).squeeze(-1)
+    return nats.masked_fill(targets < 0, 0.0), total

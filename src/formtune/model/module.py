@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -12,17 +13,18 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from formtune.errors import UserError
 from formtune.formats import Format, Verdict
 from formtune.metrics import FormatMetrics, LossMetrics
-from formtune.model.generation import greedy
 from formtune.model.lora import Lora, add_lora, load_base
-from formtune.model.loss import passes, target_loss
+from formtune.model.passes import Passes, passes
 from formtune.rendering import Renderer, Row, context_length
 
-DECODING = 16  # tokens decoded together for each token of a training pass
+EVALUATION = 16  # tokens evaluated together, answers included, for each token of a training pass
+PARITY = 2  # rows of each evaluation batch that are decoded in full as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,11 @@ class FormatModule(L.LightningModule):
         if self.compile_passes:
             self.model.compile(dynamic=True)
 
+    @functools.cached_property
+    def passes(self) -> Passes:
+        """How batches go through the model; found at the first one, when the model is where it will run."""
+        return passes(self.model)
+
     def configure_optimizers(self) -> Any:
         from transformers import get_cosine_schedule_with_warmup
 
@@ -123,10 +130,10 @@ class FormatModule(L.LightningModule):
         # DDP averages the gradients of its ranks; the step's gradient is their sum over all its tokens.
         scale = self.trainer.world_size / tokens
         nats = torch.zeros((), device=self.device)
-        groups = list(passes(batch, self.tokens_per_pass))
+        groups = list(self.passes.split(batch, self.tokens_per_pass))
         for group in groups:
             with contextlib.nullcontext() if group is groups[-1] else self._unsynced():
-                loss = target_loss(self.model, [batch[i] for i in group], self.device).nats.sum()
+                loss = self.passes.predictions(group)[0].loss
                 self.manual_backward(loss * scale)
             nats += loss.detach()
         if not groups:  # fewer rows than ranks: join the gradient exchange with nothing to add
@@ -168,14 +175,18 @@ class FormatModule(L.LightningModule):
         self._clock, self._tokens = time.perf_counter(), 0  # evaluation is not training time
 
     def validation_step(self, batch: list[Row], batch_idx: int) -> Any:
-        """Loss under teacher forcing, then greedy answers and their verdicts."""
-        for group in passes(batch, self.tokens_per_pass):
-            rows = [batch[i] for i in group]
-            found = target_loss(self.model, rows, self.device)
-            width = found.mask.size(1)
-            is_value = torch.tensor([r.is_value + [False] * (width - len(r.is_value)) for r in rows])
-            self.losses.update(found.nats, found.correct, found.mask, is_value.to(self.device))
-        answers = self.answers(batch)
+        """Loss and greedy answers of the rows from the same passes, and their verdicts: the list of `Answer`."""
+        said = self._decode(batch, self.losses)
+        sample = sorted({len(batch) * i // PARITY for i in range(PARITY)}) if batch else []
+        in_full = self._decode([replace(batch[i], target=[], is_value=[]) for i in sample])
+        same = [answer == said[i] for i, answer in zip(sample, in_full, strict=True)]
+        self.losses.compare(same)
+        if not all(same):
+            rank_zero_warn(
+                f"{batch[sample[same.index(False)]].where}: decoded from its prompt this row gets another answer than when "
+                "decoded from where it leaves its target: two tokens are as likely but for rounding (see val/parity)"
+            )
+        answers = [self._judge(row, ids) for row, ids in zip(batch, said, strict=True)]
         self.verdicts.update([answer.verdict for answer in answers])
         return answers
 
@@ -184,26 +195,26 @@ class FormatModule(L.LightningModule):
         return self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: list[Row], batch_idx: int) -> list[Answer]:
-        return self.answers(batch)
+        """Greedy answers to prompts, judged by the contract."""
+        return [self._judge(row, ids) for row, ids in zip(batch, self._decode(batch), strict=True)]
 
-    def answers(self, rows: list[Row]) -> list[Answer]:
-        """Greedy answers to the rows, in their order, judged by the contract."""
-        answers: dict[int, Answer] = {}
-        rooms = [min(self.max_new_tokens, (self.context or 10**9) - len(row.prompt)) for row in rows]
-        # Prompts near the end of the context have less room; decoded with others they would cut those short too.
-        tight = [[i] for i, room in enumerate(rooms) if room < self.max_new_tokens]
-        free = [i for i, room in enumerate(rooms) if room == self.max_new_tokens]
-        together = passes([rows[i] for i in free], DECODING * self.tokens_per_pass, self.max_new_tokens)
-        for group in [*tight, *([free[j] for j in g] for g in together)]:
-            room = rooms[group[0]]
-            prompts = [rows[i].prompt for i in group]
-            for i, ids in zip(
-                group, greedy(self.model, prompts, self.renderer.stop_ids, room, self.device), strict=True
-            ):
-                text, finished = self.renderer.answer(ids)
-                verdict = self.format.check(text, finished=finished, gold=rows[i].gold, source=rows[i].source)
-                answers[i] = Answer(rows[i], text, verdict)
-        return [answers[i] for i in range(len(rows))]
+    def _decode(self, rows: list[Row], losses: LossMetrics | None = None) -> list[list[int]]:
+        """Greedy answers in token ids, in the order of the rows; the targets' loss goes to `losses`."""
+        limits = [min(self.max_new_tokens, (self.context or 10**9) - len(row.prompt)) for row in rows]
+        said: list[list[int]] = [[] for _ in rows]
+        for group in self.passes.split(rows, EVALUATION * self.tokens_per_pass, self.max_new_tokens):
+            found, answers = self.passes.answers(rows, group, self.renderer.stop_ids, limits)
+            for i, answer in zip(group.rows, answers, strict=True):
+                said[i] = answer
+            if losses is not None:
+                members = [rows[i] for i in group.rows]
+                is_value = torch.tensor([v for row in members for v in row.is_value], device=self.device)
+                losses.update(found.nats, found.tokens == found.targets, is_value, [len(row.target) for row in members])
+        return said
+
+    def _judge(self, row: Row, ids: list[int]) -> Answer:
+        text, finished = self.renderer.answer(ids)
+        return Answer(row, text, self.format.check(text, finished=finished, gold=row.gold, source=row.source))
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("", "val/")

@@ -1,0 +1,93 @@
+"""LoRA layers that read a shared input once: what query, key and value have in common is done together.
+
+Alone, each layer draws a dropout mask over the whole input, multiplies by an A of a few rows (far too thin a product
+for a processor's matrix units) and passes over its output three times. Layers that are given the same tensor share
+one mask m and one product h = (x * m) [A_1; A_2; ...]^T; each then adds alpha/r h_i B_i^T to its base's output in
+place. An element is dropped with the same probability as before; that q, k and v drop the same elements of x is the
+only difference, and none at all where the dropout is 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+
+
+class SharedInput:
+    """The first half of the adapters of layers that are called, one after the other, with the same tensor."""
+
+    def __init__(self, layers: list[LoraLinear]) -> None:
+        self.layers = layers
+        self._input: Tensor | None = None
+        self._waiting: dict[LoraLinear, Tensor] = {}
+        self.scale = 1.0  # makes up for the elements that were dropped
+
+    def down(self, layer: LoraLinear, x: Tensor) -> Tensor:
+        """x A^T of one layer, shape (..., r), with dropout in training and not yet divided by the share kept."""
+        if self._input is x and layer in self._waiting:
+            found = self._waiting.pop(layer)
+            self._input = x if self._waiting else None  # holds no activation longer than it is needed
+            return found
+        if layer is self.layers[0]:
+            # Who did not ask last time has another input, and computes for itself from now on.
+            self.layers = [one for one in self.layers if one not in self._waiting]
+            weights = [one.down for one in self.layers]
+            h = F.linear(self._drop(layer, x), torch.cat(weights) if len(weights) > 1 else weights[0])
+            self._waiting = dict(zip(self.layers, h.split([len(w) for w in weights], -1), strict=True))
+            self._input = x if len(self.layers) > 1 else None
+            return self._waiting.pop(layer)
+        return F.linear(self._drop(layer, x), layer.down)
+
+    def _drop(self, layer: LoraLinear, x: Tensor) -> Tensor:
+        dropout = layer.lora_dropout["default"]
+        share = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
+        self.scale = 1.0
+        if not share:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, share)
+        # On a CPU torch draws one number for each element, on one core. A quarter of a draw will do: 16 bits.
+        dropped = round(share * 2**16)
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+        self.scale = 2**16 / (2**16 - dropped)
+        return torch.where(keep, x, 0.0)
+
+
+class LoraLinear(Linear):
+    """PEFT's LoRA layer, its adapter computed together with those that share its input; same names, same file."""
+
+    shared: SharedInput
+
+    @property
+    def down(self) -> Tensor:
+        """A, shape (r, in features)."""
+        return self.lora_A["default"].weight  # type: ignore[return-value]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As the base layer: (..., in features) -> (..., out features)."""
+        if self.disable_adapters or self.merged or args or kwargs or self.active_adapters != ["default"]:
+            return super().forward(x, *args, **kwargs)
+        out = self.base_layer(x)
+        h = self.shared.down(self, x).to(out.dtype)
+        up = self.lora_B["default"].weight.to(out.dtype)
+        flat = out.view(-1, out.size(-1))
+        flat.addmm_(h.reshape(-1, h.size(-1)), up.T, alpha=self.scaling["default"] * self.shared.scale)
+        return out
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let adapters within one module that read inputs of the same width share the work on them."""
+    for module in model.modules():
+        groups: dict[Any, list[LoraLinear]] = {}
+        for layer in module.children():
+            if isinstance(layer, LoraLinear):
+                groups.setdefault(layer.in_features, []).append(layer)
+        for layers in groups.values():
+            shared = SharedInput(layers)
+            for layer in layers:
+                layer.shared = shared

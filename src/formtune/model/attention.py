@@ -1,0 +1,221 @@
+"""Attention within packed sequences: exact, and at the price of those pairs of tokens that see each other.
+
+On a CPU no mask is built. A token sees the segments on its path, so its softmax runs over several pieces of keys. Each
+piece is one call of a fused kernel: causal within a segment, full for all tokens behind a segment against it. A piece
+also gives z_i = logsumexp(scores_i), and the whole is out = sum_i exp(z_i - z) out_i with z = logsumexp_i z_i. In the
+backward pass each piece is given the whole's `out` and `z`, from which the kernel computes the true probabilities again
+(as ring attention does, arXiv:2310.01889).
+
+On CUDA one FlexAttention kernel skips the blocks that nobody sees (arXiv:2412.05496); elsewhere SDPA gets a mask.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from formtune.model.packing import Packed
+
+NAME = "formtune"  # as transformers knows it, once `register` was called
+
+# (layer, query, key, value, scaling, sliding window) -> output, all of shape (batch, heads, tokens, width).
+Attend = Callable[[int, Tensor, Tensor, Tensor, float | None, int | None], Tensor]
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def register() -> None:
+    """Make `NAME` an attention of transformers; it builds no mask of its own for it."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, _attention)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    attend: Attend | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    changes = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    if attention_mask is not None or changes:
+        raise NotImplementedError(f"the model's attention is a special one ({', '.join(changes) or 'its masks'})")
+    if attend is None:  # somebody calls the model as it is, on whole rows
+        if sliding_window is not None and key.size(2) > sliding_window:
+            raise NotImplementedError("rows are longer than the window: call set_attn_implementation('sdpa') first")
+        attend = _whole_rows
+    return attend(module.layer_idx, query, key, value, scaling, sliding_window).transpose(1, 2), None
+
+
+def _whole_rows(
+    layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
+    causal = query.size(2) > 1
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
+
+
+class PackedAttention:
+    """Attention of one packed sequence.
+
+    Args:
+        packed: The sequence.
+        keep: Keep every layer's keys and values in `kept`, for decoding to go on from.
+    """
+
+    def __init__(self, packed: Packed, keep: bool = False) -> None:
+        self.packed, self.keep = packed, keep
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._seen: dict[int | None, Any] = {}  # by window: who sees whom, in the form that the device wants
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """As `Attend` says; the batch is 1, and keys and values may have fewer heads than queries."""
+        if self.keep:
+            self.kept[layer] = (key, value)
+        if window is not None and self.packed.longest <= window:
+            window = None
+        if window not in self._seen:
+            device = query.device.type
+            make = {"cpu": _pieces, "cuda": _block_mask}.get(device, _dense_mask)
+            self._seen[window] = make(self.packed, window, query.device)
+        seen = self._seen[window]
+        if isinstance(seen, list):
+            return _Pieces.apply(query, key, value, seen, scaling)  # type: ignore[no-any-return]
+        if isinstance(seen, Tensor):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling, enable_gqa=True)
+        return _flex()(query, key, value, block_mask=seen, scale=scaling, enable_gqa=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Queries and the keys that they see in one call; `mask` is added to the scores where a window cuts in."""
+
+    queries: slice
+    keys: slice
+    causal: bool
+    mask: Tensor | None
+
+
+def _pieces(packed: Packed, window: int | None, device: torch.device) -> list[Piece]:
+    """Within each segment, then each shared segment as seen by the tokens that continue it."""
+    within = [Piece(slice(s.start, s.end), slice(s.start, s.end), True, None) for s in packed.segments]
+    behind = [
+        Piece(slice(s.end, s.stop), slice(s.start, s.end), False, None) for s in packed.segments if s.stop > s.end
+    ]
+    if window is None:
+        return within + behind
+    cut = []
+    for piece in within + behind:
+        ahead = packed.positions[0, piece.queries, None] - packed.positions[0, None, piece.keys]
+        seen = (ahead < window) & (ahead >= 0)
+        if not seen.any():
+            continue
+        mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+        cut.append(Piece(piece.queries, piece.keys, False, mask))
+    return cut
+
+
+class _Pieces(torch.autograd.Function):
+    """Softmax over several pieces of keys, put together by their denominators."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, pieces: list[Piece], scale: float | None
+    ) -> Tensor:
+        batch, heads, tokens, width = query.shape
+        # The model wants (batch, tokens, heads, width) next: laid out so, no copy is needed.
+        out = query.new_empty(batch, tokens, heads, width).transpose(1, 2)
+        z = torch.empty(batch, heads, tokens, dtype=torch.promote_types(query.dtype, torch.float32))
+        # The kernel takes fewer heads of keys than of queries, and then needs up to twice the time.
+        wide_key, wide_value = (x.repeat_interleave(heads // x.size(1), 1) for x in (key, value))
+        first = 0
+        for piece in pieces:
+            q, k = piece.queries, piece.keys
+            mask = None if piece.mask is None else piece.mask.to(query.dtype)
+            part, part_z = _forward(
+                query[:, :, q], wide_key[:, :, k], wide_value[:, :, k], 0.0, piece.causal, attn_mask=mask, scale=scale
+            )
+            if mask is not None:  # the kernel says z = 0 for a query that sees none of these keys
+                part_z.masked_fill_(mask.isneginf().all(-1), float("-inf"))
+            if q.start == first:  # segments cover the sequence in their order: nothing to put it together with yet
+                out[:, :, q], z[:, :, q], first = part, part_z, q.stop
+                continue
+            whole = torch.logaddexp(z[:, :, q], part_z)
+            out[:, :, q] *= (z[:, :, q] - whole).exp_().unsqueeze(-1)
+            out[:, :, q] += part * (part_z - whole).exp_().unsqueeze(-1)
+            z[:, :, q] = whole
+        ctx.save_for_backward(query, key, value, out, z)
+        ctx.pieces, ctx.scale = pieces, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        query, key, value, out, z = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in (query, key, value)]
+        first = 0
+        for piece in ctx.pieces:
+            q, k = piece.queries, piece.keys
+            mask = None if piece.mask is None else piece.mask.to(query.dtype)
+            parts = _backward(
+                grad[:, :, q],
+                query[:, :, q],
+                key[:, :, k],
+                value[:, :, k],
+                out[:, :, q],
+                z[:, :, q],
+                0.0,
+                piece.causal,
+                attn_mask=mask,
+                scale=ctx.scale,
+            )
+            within = q.start == first and q == k  # these come first and cover the sequence
+            first = q.stop if within else first
+            for whole, part, where in zip(grads, parts, (q, k, k), strict=True):
+                if within:
+                    whole[:, :, where] = part
+                else:
+                    whole[:, :, where] += part
+        return *grads, None, None
+
+
+def _see(packed: Packed, window: int | None, device: torch.device) -> Callable[..., Tensor]:
+    """Whether token q sees token k: all that either mask needs."""
+    stops, positions = packed.stops().to(device), packed.positions[0].to(device)
+
+    def see(batch: Any, head: Any, q: Tensor, k: Tensor) -> Tensor:
+        seen = (k <= q) & (q < stops[k])
+        return seen if window is None else seen & (positions[q] - positions[k] < window)
+
+    return see
+
+
+def _dense_mask(packed: Packed, window: int | None, device: torch.device) -> Tensor:
+    at = torch.arange(packed.ids.size(1), device=device)
+    return _see(packed, window, device)(0, 0, at[:, None], at[None])
+
+
+def _block_mask(packed: Packed, window: int | None, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    size = packed.ids.size(1)
+    return create_block_mask(_see(packed, window, device), None, None, size, size, device=device)
+
+
+@functools.cache
+def _flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
