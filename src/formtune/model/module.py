@@ -183,8 +183,8 @@ class FormatModule(L.LightningModule):
         self.losses.compare(same)
         if not all(same):
             rank_zero_warn(
-                f"{batch[sample[same.index(False)]].where}: decoded from its prompt this row gets another answer than when "
-                "decoded from where it leaves its target: two tokens are as likely but for rounding (see val/parity)"
+                f"{batch[sample[same.index(False)]].where}: decoded in full this row gets another answer than decoded "
+                "from where it leaves its target: two tokens are equally likely but for rounding (see val/parity)"
             )
         answers = [self._judge(row, ids) for row, ids in zip(batch, said, strict=True)]
         self.verdicts.update([answer.verdict for answer in answers])

@@ -1,0 +1,122 @@
+"""Train with formtune, as `formtune fit` does: its LightningModule under Lightning's Trainer.
+
+    python train_formtune.py MODEL ROWS.json OUT.json --precision fp32 --steps 12 --warm 2
+
+The ids come from the workload and not from formtune's data module, so that every tool is timed on the same rows in
+the same order. A step's time goes from one end of `training_step` to the next: packing, optimizer, schedule and logging
+are in it. bf16 means what the other tools' does: base weights in bfloat16, adapters in float32, autocast.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import measure
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+from train_trl import SEED, arguments
+
+from formtune.formats import JsonSchema
+from formtune.model import FormatModule, Lora
+from formtune.rendering import Row
+
+
+class Clock(Callback):
+    """Seconds and loss of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.loss: list[float] = []
+
+    def on_train_start(self, *_: Any) -> None:
+        measure.restart_peak()
+        self.baseline = measure.resident()
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.loss.append(float(trainer.callback_metrics["train/loss"]))
+        now = time.perf_counter()
+        self.seconds.append(now - self._began)
+        self._began = now
+
+
+class Rows(L.LightningDataModule):
+    """The workload's steps, as formtune's data module hands them over: rows in plain Python."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        super().__init__()
+        self.rows: Any = rows
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.rows, batch_size=measure.ROWS_PER_STEP, collate_fn=list)
+
+    def transfer_batch_to_device(self, batch: list[Row], device: torch.device, dataloader_idx: int) -> list[Row]:
+        return batch
+
+
+def rows_of(workload: dict[str, Any]) -> list[Row]:
+    """The workload's rows as the model takes them."""
+    return [
+        Row(row["prompt"], row["target"], [False] * len(row["target"]), "", "", f"row {n}", n)
+        for n, row in enumerate(workload["rows"])
+    ]
+
+
+def main() -> None:
+    """Train and write the measurements."""
+    parser = arguments()
+    parser.add_argument("--tokens", type=int, default=4096, help="token budget of one pass")
+    parser.add_argument("--share", choices=("prefixes", "nothing"), default="prefixes")
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    workload = measure.read_workload(args.rows, args.steps * measure.ROWS_PER_STEP)
+    if args.share == "nothing":
+        from formtune.model import packing
+
+        packing.GAIN = float("inf")
+    module = FormatModule(
+        base=args.model,
+        format=JsonSchema({}),
+        lora=Lora(dropout=args.dropout),
+        tokens_per_pass=args.tokens,
+        compile=args.compile,
+    )
+    clock = Clock()
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    trainer = L.Trainer(
+        max_steps=args.steps,
+        max_epochs=-1,
+        accelerator=accelerator,
+        devices=1,
+        precision="bf16-mixed" if args.precision == "bf16" else "32-true",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[clock],
+    )
+    torch.manual_seed(SEED)
+    trainer.fit(module, Rows(rows_of(workload)))
+    measure.write(
+        args.out,
+        {
+            "tool": "formtune" if args.share == "prefixes" else "formtune, nothing shared",
+            "settings": {k: str(v) for k, v in vars(args).items() if k != "out"},
+            "warm": args.warm,
+            "seconds": clock.seconds,
+            "loss": clock.loss,
+            "peak_rss_bytes": measure.peak(),
+            "baseline_rss_bytes": clock.baseline,
+            "tokens": measure.tokens_per_step(workload["rows"]),
+            "versions": measure.versions("lightning"),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
