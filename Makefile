@@ -46,5 +46,5 @@ base: $(INSTALLED) ## Build the demo's base model again (about half an hour)
 	$(BIN)/python -m formtune.demo.build_base src/formtune/demo/base
 
 clean: ## Remove the environment, the demo's data and caches (runs in logs/ stay)
-	rm -rf $(VENV) data/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) data/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache src/*.egg-info
 	find src tests -name __pycache__ -prune -exec rm -rf {} +

@@ -225,6 +225,36 @@ def test_python_dash_m_finds_a_format_and_a_source_of_ones_own_in_the_working_di
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "numpy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "verbs:"),
+        (["--help"], 0, "verbs:"),
+        (["-h"], 0, "formtune fit -c configs/demo.yaml"),
+        (["--version"], 0, r"formtune \d"),
+        (["fti", "-c", "small.yaml"], 2, "no verb 'fti'; did you mean fit?"),
+        (["deploy"], 2, "no verb 'deploy'; the verbs are fit, validate"),
+        (["-c", "small.yaml", "fit"], 2, "a verb comes first, before -c"),
+        (["fit", "-c"], 2, "-c: name the YAML of a task"),
+        (["fit", "-c", "gone.yaml"], 2, "gone.yaml: No such file"),
+        (["fit", "--config=broken.yaml"], 2, "broken.yaml:1: not valid YAML"),
+    ],
+)
+def test_help_and_mistakes_that_need_no_model_are_answered_without_importing_torch(tmp_path, arguments, code, message):
+    (tmp_path / "broken.yaml").write_text("model: [")
+    program = (
+        "import sys\nfrom formtune.cli import main\n"
+        f"code = main({arguments!r})\nassert not set({HEAVY!r}) & set(sys.modules)\nsys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert re.search(message, done.stdout if code == 0 else done.stderr)
+    assert "error:" not in done.stderr or len(done.stderr.splitlines()) == 1
+
+
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -277,8 +307,8 @@ def test_folders_of_this_project_do_not_know_what_they_must_not():
 
     for folder, walls in {
         "formats": ("torch", "lightning", "transformers", "formtune.data", "formtune.model"),
-        "data": ("transformers", "formtune.model", "formtune.cli"),
-        "model": ("formtune.data", "formtune.cli"),
+        "data": ("transformers", "formtune.model", "formtune.cli", "formtune.lightning_cli"),
+        "model": ("formtune.data", "formtune.cli", "formtune.lightning_cli"),
     }.items():
         assert not [name for name in imported(folder) if name.startswith(walls)], folder
 

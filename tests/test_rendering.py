@@ -3,6 +3,7 @@
 import pytest
 
 from conftest import byte_tokenizer, shared
+from formtune import rendering
 from formtune.errors import UserError
 from formtune.rendering import Renderer, Row, UnfitRow, check_base
 
@@ -90,3 +91,27 @@ def test_a_template_that_cannot_be_supervised_is_refused(template, message):
 def test_a_mistyped_folder_is_not_looked_up_on_a_hub(base):
     with pytest.raises(UserError, match="no folder"):
         check_base(base)
+
+
+def test_one_refused_conversation_among_many_costs_no_other_its_place(monkeypatch):
+    monkeypatch.setattr(rendering, "AT_ONCE", 7)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].content == 'odd' %}{{ raise_exception('no odd ones') }}{% endif %}" + tokenizer.chat_template
+    )
+    rows = [(conversation(str(n), "odd" if n in (3, 12) else "even"), f"f:{n}") for n in range(20)]
+    coded = list(Renderer(tokenizer).encode(rows))
+    assert [n for n, row in enumerate(coded) if isinstance(row, UnfitRow)] == [3, 12]
+    assert str(coded[3]) == "the chat template refuses the conversation: no odd ones"
+    good = [row for row in coded if isinstance(row, Row)]
+    assert [row.number for row in good] == [n for n in range(20) if n not in (3, 12)]
+    assert [row.gold for row in good] == [str(row.number) for row in good]
+
+
+def test_a_tokenizer_shipped_with_truncation_and_padding_cuts_and_fills_nothing():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=500)
+    [row] = Renderer(tokenizer).encode([(conversation("long enough"), "f:1")])
+    [plain] = Renderer(byte_tokenizer()).encode([(conversation("long enough"), "f:1")])
+    assert row == plain

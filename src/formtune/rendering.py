@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,10 @@ import jinja2
 
 from formtune.errors import UserError, first_line
 
+AT_ONCE = 1024  # rows rendered and tokenised in one call
+
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+Texts = tuple[str, str | None, str | None]  # prompt, whole conversation, gold answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +99,10 @@ class Renderer:
         self.stop_ids: tuple[int, ...] = tuple(eos)
         if self.templated:
             turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            try:
-                prompt, full, answer = self._texts(turn)
-            except jinja2.TemplateError as error:
-                raise UserError(f"model.base: the chat template is broken ({first_line(error)})") from None
-            [(prompt_ids, target, _)] = self._tokens([(prompt, full, answer)])
+            [texts] = self._texts([turn])
+            if isinstance(texts, UnfitRow):
+                raise UserError(f"model.base: {texts}")
+            [(prompt_ids, target, _)] = self._tokens([texts])
             if not isinstance(target, list):
                 raise UserError(f"model.base: the chat template cannot be supervised: {target}")
             self._lead = self._decode(target[:-1]).removesuffix("b")
@@ -126,16 +128,22 @@ class Renderer:
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise UserError(f"model.base: no usable tokenizer in {base}: {first_line(error)}") from error
 
-    def encode(self, rows: Sequence[tuple[list[Message], str]], spans: Any = None) -> Iterable[Row | UnfitRow]:
+    def encode(self, rows: Sequence[tuple[list[Message], str]], spans: Any = None) -> Iterator[Row | UnfitRow]:
         """Encode (messages, where) pairs; each yields its Row, or the UnfitRow that says why it cannot be one.
 
         Args:
             rows: Messages whose last turn is the assistant's, or the user's where there is no gold answer.
             spans: Function from the answer's text to the (start, end) spans of its values, in characters.
         """
-        texts = [self._fit_texts(messages) for messages, _ in rows]
+        # Many at once, because each call into the template engine and the tokenizer (which works on all cores) has a
+        # price; not all at once, because every token's offsets would then be in memory together.
+        for start in range(0, len(rows), AT_ONCE):
+            yield from self._encode(rows[start : start + AT_ONCE], start, spans)
+
+    def _encode(self, rows: Sequence[tuple[list[Message], str]], start: int, spans: Any) -> Iterator[Row | UnfitRow]:
+        texts = self._fit_texts([messages for messages, _ in rows])
         coded = iter(self._tokens([text for text in texts if not isinstance(text, UnfitRow)]))
-        for number, ((messages, where), text) in enumerate(zip(rows, texts, strict=True)):
+        for number, ((messages, where), text) in enumerate(zip(rows, texts, strict=True), start):
             if isinstance(text, UnfitRow):
                 yield text
                 continue
@@ -150,9 +158,10 @@ class Renderer:
                 if decoded != gold:
                     yield UnfitRow(f"the tokenizer turns the answer {gold[:40]!r} into {decoded[:40]!r}")
                     continue
-                for start, end in spans(gold) if spans else ():
+                for begin, end in spans(gold) if spans else ():
                     for i, (a, b) in enumerate(offsets):
-                        is_value[i] |= a < end and b > start
+                        if a < end and b > begin:
+                            is_value[i] = True
             source = next(m["content"] for m in reversed(messages) if m["role"] == "user")
             yield Row(prompt, target, is_value, source, gold, where, number)
 
@@ -164,39 +173,61 @@ class Renderer:
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def _fit_texts(self, messages: list[Message]) -> tuple[str, str | None, str | None] | UnfitRow:
-        """The texts of a row, or why it has none."""
-        for token in self._control:
-            if any(token in message["content"] for message in messages):
-                return UnfitRow(f"the text holds {token}, which the tokenizer would read as a control token")
-        try:
-            return self._texts(messages)
-        except jinja2.TemplateError as error:
-            return UnfitRow(f"the chat template refuses the conversation: {first_line(error)}")
+    def _fit_texts(self, rows: list[list[Message]]) -> list[Texts | UnfitRow]:
+        """The texts of each row, or why it has none."""
+        unfit = [self._control_token(messages) for messages in rows]
+        texts = iter(self._texts([messages for messages, reason in zip(rows, unfit, strict=True) if reason is None]))
+        return [next(texts) if reason is None else reason for reason in unfit]
 
-    def _texts(self, messages: list[Message]) -> tuple[str, str | None, str | None]:
-        """The prompt's text, the whole conversation's text and the gold answer (None, None where there is none)."""
-        gold = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
-        context = messages if gold is None else messages[:-1]
+    def _control_token(self, messages: list[Message]) -> UnfitRow | None:
+        for message in messages:
+            if self._control is not None and (found := self._control.search(message["content"])):
+                return UnfitRow(f"the text holds {found[0]}, which the tokenizer would read as a control token")
+        return None
+
+    def _texts(self, rows: list[list[Message]]) -> list[Texts | UnfitRow]:
+        """Per row: the prompt's text, the whole conversation's and the gold answer (None, None where there is none)."""
+        golds = [m[-1]["content"] if m[-1]["role"] == "assistant" else None for m in rows]
+        contexts = [m if gold is None else m[:-1] for m, gold in zip(rows, golds, strict=True)]
         if not self.templated:
-            return "".join(f"{m['content']}\n\n" for m in context), gold, gold
-        prompt = self._render(context, add_generation_prompt=True)
-        return prompt, None if gold is None else self._render(messages, add_generation_prompt=False), gold
+            plain = ("".join(f"{m['content']}\n\n" for m in context) for context in contexts)
+            return [(prompt, gold, gold) for prompt, gold in zip(plain, golds, strict=True)]
+        prompts = self._render(contexts, add_generation_prompt=True)
+        answered = [messages for messages, gold in zip(rows, golds, strict=True) if gold is not None]
+        wholes = iter(self._render(answered, add_generation_prompt=False))
+        texts: list[Texts | UnfitRow] = []
+        for prompt, gold in zip(prompts, golds, strict=True):
+            whole = None if gold is None else next(wholes)
+            refused = next((text for text in (prompt, whole) if isinstance(text, UnfitRow)), None)
+            texts.append(refused or (prompt, whole, gold))  # type: ignore[arg-type]
+        return texts
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
-        )
+    def _render(self, conversations: list[list[Message]], add_generation_prompt: bool) -> list[str | UnfitRow]:
+        if not conversations:
+            return []
+        try:
+            return self.tokenizer.apply_chat_template(
+                conversations, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+            )
+        except jinja2.TemplateError as error:
+            if len(conversations) == 1:
+                return [UnfitRow(f"the chat template refuses the conversation: {first_line(error)}")]
+        # One bad conversation fails the call: halve until it stands alone.
+        half = len(conversations) // 2
+        parts = (conversations[:half], conversations[half:])
+        return [text for part in parts for text in self._render(part, add_generation_prompt)]
 
-    def _tokens(self, texts: Sequence[tuple[str, str | None, str | None]]) -> Iterable[tuple[list[int], Any, Any]]:
+    def _tokens(self, texts: Sequence[Texts]) -> Iterator[tuple[list[int], Any, Any]]:
         """Per row: prompt ids, target ids (or the reason why there are none) and target offsets within the answer."""
-        prompts = self._ids([prompt for prompt, _, _ in texts])
-        wholes = iter(self._ids([full for _, full, _ in texts if full is not None]))
-        for (prompt_text, full, gold), (prompt, _) in zip(texts, prompts, strict=True):
+        prompts = self._coded([prompt for prompt, _, _ in texts])
+        wholes = iter(self._coded([full for _, full, _ in texts if full is not None]))
+        for (prompt_text, full, gold), coded in zip(texts, prompts, strict=True):
+            prompt = coded.ids
             if gold is None or full is None:
                 yield self._bos + prompt, [], []
                 continue
-            ids, offsets = next(wholes)
+            whole = next(wholes)
+            ids, offsets = whole.ids, whole.offsets
             if not self.templated:
                 yield self._bos + prompt, [*ids, self.tokenizer.eos_token_id], [*offsets, (len(gold), len(gold))]
                 continue
@@ -218,16 +249,15 @@ class Renderer:
                     )
 
     @functools.cached_property
-    def _control(self) -> tuple[str, ...]:
-        return tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+    def _control(self) -> re.Pattern[str] | None:
+        tokens = [re.escape(token.content) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return re.compile("|".join(tokens)) if tokens else None
 
     @functools.cached_property
     def _special(self) -> frozenset[int]:
         return frozenset(self.tokenizer.added_tokens_decoder)
 
-    def _ids(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        if not texts:
-            return []
-        # The template already wrote the special tokens: adding them again would double the BOS.
-        coded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        return list(zip(coded["input_ids"], coded["offset_mapping"], strict=True))
+    def _coded(self, texts: list[str]) -> Any:
+        # Straight from the tokenizer in Rust, whose truncation and padding the call in `__init__` switched off: the
+        # wrapper around it takes as long again. The template already wrote the special tokens, BOS above all.
+        return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)

@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
+from formtune.data.encoded import Splits
 from formtune.data.module import FEW_ROWS
-from formtune.data.splits import Splits
 
 HEADLINES = (
     "format/exact",
@@ -46,6 +46,8 @@ def print_data(splits: Splits, folder: Path | None) -> None:
         table.add_row(name, f"{len(rows):,}", *(f"{n:,}" for n in splits.lengths(name).values()))
     console = Console()
     console.print(table)
+    if splits.cached:
+        console.print(f"encoded rows read from {splits.cached}", highlight=False, soft_wrap=True)
     listed = f" (each with its reason in {folder / 'quarantine.jsonl'})" if folder else ""
     if splits.set_aside:
         console.print(f"set aside: {splits.set_aside}{listed}", highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,8 +16,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from formtune.data.cleaning import Step, repair
+from formtune.data.encoded import Splits
+from formtune.data.progress import shown
 from formtune.data.sources import Columns, Source
-from formtune.data.splits import BAD_REASONS, Splits, Splitter
+from formtune.data.splits import BAD_REASONS, Splitter
 from formtune.errors import UserError
 from formtune.formats import Format
 from formtune.rendering import Renderer, Row, context_length
@@ -105,7 +108,8 @@ class FormatDataModule(L.LightningDataModule):
             train, validation, test = self.sources
             if train is None:
                 raise UserError("data.train: name a file to train on")
-            self.splits = self._splitter().split(train, validation, test)
+            with self._first_process_first():
+                self.splits = self._splitter().split(train, validation, test)
             if self.trainer is not None and self.trainer.loggers:
                 self._write_quarantine(Path(self.trainer.default_root_dir) / "quarantine.jsonl")
             self._check(self.splits)
@@ -141,6 +145,21 @@ class FormatDataModule(L.LightningDataModule):
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return lambda rows: rows[rank::world]
 
+    @contextlib.contextmanager
+    def _first_process_first(self) -> Iterator[None]:
+        """The others wait for it and find its rows in the cache; where they do not, they work them out themselves."""
+        if self.trainer is None:
+            yield
+            return
+        strategy = self.trainer.strategy
+        if not self.trainer.is_global_zero:
+            strategy.barrier()
+        try:
+            yield
+        finally:  # after an error too: the others then stop with the same message
+            if self.trainer.is_global_zero:
+                strategy.barrier()
+
     def _splitter(self) -> Splitter:
         limit = min(self.max_length, context_length(self.base) or self.max_length)
         return Splitter(
@@ -154,7 +173,7 @@ class FormatDataModule(L.LightningDataModule):
         examples = splitter.examples(self.prompts, gold=False)
         rows = splitter.renderer.encode([(repair(e.messages, self.clean), e.where) for e in examples])
         self.prompt_rows = []
-        for example, row in zip(examples, rows, strict=True):
+        for example, row in zip(examples, shown(rows, len(examples), "encoding"), strict=True):
             if not isinstance(row, Row):
                 raise UserError(f"{example.where}: {row}; mend or remove the prompt")
             self.prompt_rows.append(row)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-import numpy as np
-
-from formtune.data.cleaning import Cleaned, Example, Quarantined, clean
+from formtune.data import cache
+from formtune.data.cleaning import Cleaned, Example, clean
+from formtune.data.encoded import Splits
+from formtune.data.fingerprint import fingerprint
+from formtune.data.progress import shown
 from formtune.data.sources import Columns, Source, open_source
 from formtune.formats import Format
 from formtune.rendering import Renderer, Row
@@ -17,34 +17,8 @@ from formtune.rendering import Renderer, Row
 # Reasons that speak of a mistake in the data; the others (duplicates, leaks, ...) are ordinary and only counted.
 BAD_REASONS = ("format", "too_long", "unfit")
 
-
-@dataclass(slots=True)
-class Splits:
-    """Encoded rows per split, and what became of all the others."""
-
-    rows: dict[str, list[Row]] = field(default_factory=dict)
-    read: Counter[str] = field(default_factory=Counter)
-    repairs: Counter[str] = field(default_factory=Counter)
-    quarantine: list[Quarantined] = field(default_factory=list)
-
-    @property
-    def reasons(self) -> Counter[str]:
-        """How many rows were set aside for each reason."""
-        return Counter(row.reason for row in self.quarantine)
-
-    @property
-    def set_aside(self) -> str:
-        """The same in words, the most frequent first; empty if no row was."""
-        return ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
-
-    def lengths(self, split: str) -> dict[str, int]:
-        """P50, P95 and maximum of prompt and answer in tokens."""
-        found = {}
-        for name in ("prompt", "target"):
-            sizes = [len(getattr(row, name)) for row in self.rows[split]]
-            for label, q in (("P50", 50), ("P95", 95), ("max", 100)):
-                found[f"{name} {label}"] = int(np.percentile(sizes, q, method="higher"))
-        return found
+# Of all conversations together, about a second of work: for less, a cache costs as much as it saves.
+CACHED_CHARACTERS = 500_000
 
 
 class Splitter:
@@ -77,7 +51,7 @@ class Splitter:
     def examples(self, source: str | Source, gold: bool) -> list[Example]:
         """The conversations of a source, the system prompt in front."""
         source = open_source(source) if isinstance(source, str) else source
-        found = []
+        found: list[Example] = []
         for record, where in source.records():
             messages = self.columns.conversation(record, where, gold)
             if self.system and messages[0]["role"] != "system":
@@ -86,23 +60,45 @@ class Splitter:
         return found
 
     def split(self, train: str | Source, validation: str | float | Source, test: str | float | Source) -> Splits:
-        """Rows of train, validation and test; a number is the share of train's inputs to split off by hash."""
+        """Rows of train, validation and test; a number is the share of train's inputs to split off by hash.
+
+        What was worked out before for the same rows, contract and tokenizer is read from `.cache/encoded`.
+        """
+        sources = {"test": test, "validation": validation, "train": train}
+        shares = {name: source for name, source in sources.items() if isinstance(source, float)}
+        examples = {
+            n: self.examples(source, gold=True) for n, source in sources.items() if not isinstance(source, float)
+        }
+        size = sum(len(m["content"]) for rows in examples.values() for example in rows for m in example.messages)
+        key = self._key(examples, shares) if size >= CACHED_CHARACTERS else None
+        if key is not None and (stored := cache.load(key)) is not None:
+            return stored
+        done = self._split(examples, shares)
+        if key is not None:
+            cache.store(key, done)
+        return done
+
+    def _key(self, examples: dict[str, list[Example]], shares: dict[str, float]) -> str | None:
+        settings = {
+            "shares": shares,
+            "steps": list(self.steps),
+            "max_length": self.max_length,
+            "max_new_tokens": self.max_new_tokens,
+        }
+        return fingerprint(examples, self.contract, self.renderer, settings)
+
+    def _split(self, examples: dict[str, list[Example]], shares: dict[str, float]) -> Splits:
         done = Splits()
         held_out: dict[str, str] = {}
-        kept: dict[str, list[Example]] = {}
-        for name, source in (("test", test), ("validation", validation), ("train", train)):
-            kept[name] = []
-            if isinstance(source, float):
-                continue
-            examples = self.examples(source, gold=True)
-            cleaned = clean(examples, self.contract, self.steps, held_out)
-            done.read[name] = len(examples)
+        kept: dict[str, list[Example]] = {"test": [], "validation": []}
+        for name, given in examples.items():
+            cleaned = clean(shown(given, len(given), "judging"), self.contract, self.steps, held_out)
+            done.read[name] = len(given)
             done.repairs += cleaned.repairs
             done.quarantine += cleaned.quarantine
             kept[name] = cleaned.kept
             held_out |= {example.key: example.where for example in cleaned.kept}
-        share_test = test if isinstance(test, float) else 0.0
-        share_validation = validation if isinstance(validation, float) else 0.0
+        share_test, share_validation = shares.get("test", 0.0), shares.get("validation", 0.0)
         train_examples, kept["train"] = kept["train"], []
         for example in train_examples:
             at = _hash_share(example.key)
@@ -116,7 +112,7 @@ class Splitter:
         rows = []
         coded = self.renderer.encode([(e.messages, e.where) for e in examples], self.contract.value_spans)
         aside = Cleaned()
-        for example, row in zip(examples, coded, strict=True):
+        for example, row in zip(examples, shown(coded, len(examples), "encoding"), strict=True):
             if not isinstance(row, Row):
                 aside.set_aside(example, "unfit", str(row))
             elif len(row) > self.max_length:

@@ -1,0 +1,223 @@
+"""Encoded rows are read again only if nothing that decides them has changed, and never from a damaged file."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import SCHEMA, byte_tokenizer, pair
+from formtune.data import Columns, cache, fingerprint, splits
+from formtune.data.splits import Splitter
+from formtune.formats import Format, JsonSchema
+from formtune.rendering import Renderer
+
+STEPS = ["unicode", "control", "edges"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory whose rows are many enough to be kept: some kept, some set aside, some repaired."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(splits, "CACHED_CHARACTERS", 0)
+    rows = [pair(n, f"  number {n} \u200b\U0001f389") for n in range(60)] + [pair(3, "number 4 \U0001f389"), pair(5)]
+    rows += [{"prompt": "bad", "completion": "no JSON"}, pair(70, "x" * 200), pair(71, "<|im_end|>")]
+    write(rows)
+    return tmp_path
+
+
+def write(rows):
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rows_of(path="train.jsonl"):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def split(tokenizer=None, contract=None, system=None, steps=STEPS, limits=(150, 60), shares=(0.2, 0.2), columns=None):
+    renderer = Renderer(tokenizer or byte_tokenizer())
+    splitter = Splitter(contract or JsonSchema(SCHEMA), renderer, columns or Columns(), system, steps, *limits)
+    return splitter.split("train.jsonl", *shares)
+
+
+def entries():
+    return sorted(Path(".cache/encoded").glob("*"))
+
+
+def test_what_is_read_again_is_what_was_worked_out(folder):
+    first, again = split(), split()
+    assert first.cached is None and again.cached == entries()[0] and len(entries()) == 1
+    assert again == first and list(again.rows) == list(first.rows)
+    assert {"format", "too_long", "unfit", "conflict"} <= set(again.reasons) and again.repairs and again.read
+    row = again.rows["train"][0]
+    assert all(type(token) is int for token in row.prompt) and all(type(mark) is bool for mark in row.is_value)
+
+
+def other_template():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|im_end|> ")
+    return tokenizer
+
+
+def other_vocabulary():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["number"])
+    return tokenizer
+
+
+def one_letter():
+    rows = rows_of()
+    write([{**rows[0], "prompt": rows[0]["prompt"].replace("number", "Number")}, *rows[1:]])
+
+
+def one_line_lower():
+    Path("train.jsonl").write_text("\n" + Path("train.jsonl").read_text())
+
+
+def other_columns():
+    write([{**row, "other": "y" + row["prompt"]} for row in rows_of()])
+    return Columns(prompt="other")
+
+
+CHANGES = {
+    "a letter": lambda: one_letter() or {},
+    "a line number": lambda: one_line_lower() or {},
+    "a column": lambda: {"columns": other_columns()},
+    "system prompt": lambda: {"system": "Be exact."},
+    "cleaning": lambda: {"steps": ["edges"]},
+    "a share": lambda: {"shares": (0.2, 0.3)},
+    "length": lambda: {"limits": (151, 60)},
+    "length of answers": lambda: {"limits": (150, 61)},
+    "template": lambda: {"tokenizer": other_template()},
+    "vocabulary": lambda: {"tokenizer": other_vocabulary()},
+    "schema": lambda: {"contract": JsonSchema({**SCHEMA, "description": "another"})},
+    "an argument": lambda: {"contract": JsonSchema(SCHEMA, canonical=True)},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_decides_the_rows_decides_what_is_read_again(folder, change):
+    split()
+    assert split(**CHANGES[change]()).cached is None and len(entries()) == 2
+
+
+def test_a_version_or_a_line_of_code_decides_too(folder, monkeypatch, tmp_path):
+    split()
+    monkeypatch.setattr(fingerprint, "version", lambda name: "0")
+    assert split().cached is None
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(splits, "CACHED_CHARACTERS", 0)
+    Path("code.py").write_text("a = 1")
+    monkeypatch.setattr(fingerprint, "_own_code", lambda: [Path("code.py")])
+    split()
+    assert split().cached is not None
+    Path("code.py").write_text("a = 2")
+    assert split().cached is None
+
+
+def load_format(folder, body):
+    (folder / "mine.py").write_text(
+        f"from formtune.formats import Format\nimport mine_rules\nclass Mine(Format):\n{body}\n"
+        "    def parse(self, text):\n        return mine_rules.parse(text)\n"
+    )
+    for name in ("mine", "mine_rules"):
+        sys.modules.pop(name, None)
+    import mine
+
+    return mine.Mine
+
+
+def test_a_contract_of_ones_own_is_told_by_its_code_that_of_its_neighbours_and_the_files_it_is_given(
+    folder, monkeypatch
+):
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (folder / "mine_rules.py").write_text("def parse(text):\n    return text\n")
+    (folder / "words.txt").write_text("a")
+    body = "    def __init__(self, words: str = 'words.txt') -> None:\n        pass"
+    found = load_format(folder, body)
+    split(contract=found())
+    assert split(contract=found()).cached is not None
+    (folder / "words.txt").write_text("b")
+    assert split(contract=found()).cached is None
+    (folder / "mine_rules.py").write_text("def parse(text):\n    return text + ''\n")
+    assert split(contract=load_format(folder, body)()).cached is None
+    assert split(contract=load_format(folder, body + "\n    # another")()).cached is None
+
+
+def test_a_contract_with_arguments_that_are_no_data_is_worked_out_each_time(folder):
+    class Opaque(Format):
+        def __init__(self, rule: object) -> None:
+            pass
+
+        def parse(self, text: str) -> object:
+            return text
+
+    assert [split(contract=Opaque(object())).cached for _ in range(2)] == [None, None] and not entries()
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "empty", "other format", "a folder"])
+def test_a_damaged_file_is_worked_out_and_written_again(folder, damage):
+    first = split()
+    [path] = entries()
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "a folder":
+        path.mkdir()
+        assert split() == first
+        return
+    middle = len(whole) // 2
+    path.write_bytes(
+        {
+            "cut": whole[:middle],
+            "bit": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+            "empty": b"",
+            "other format": b"PAR1" + whole,
+        }[damage]
+    )
+    again = split()
+    assert again == first and again.cached is None and path.read_bytes() == whole
+    assert split().cached == path
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(folder):
+    Path(".cache").write_text("a file in the way")
+    assert sum(map(len, split().rows.values())) and split().cached is None
+
+
+def test_a_process_killed_while_it_writes_leaves_nothing_that_is_read(folder):
+    program = (
+        "import os, time\nfrom formtune.data import cache\nfrom formtune.data.encoded import Splits\n"
+        "def stop(*_):\n    print('writing', flush=True)\n    time.sleep(60)\n"
+        "cache.os.fsync = stop\ncache.store('0' * 32, Splits(rows={'train': []}))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [path.suffix for path in entries()] == [".part"] and cache.load("0" * 32) is None
+    os.utime(entries()[0], (0, 0))
+    split()
+    assert [path.suffix for path in entries()] == [".safetensors"]
+
+
+def test_the_entries_used_last_are_kept(folder):
+    for limit in range(cache.KEPT + 3):
+        split(limits=(150, 60 + limit))
+        now = time.time() + limit - 100
+        newest = max(entries(), key=lambda path: path.stat().st_mtime)
+        os.utime(newest, (now, now))
+        if limit:
+            assert split().cached is not None  # used each time, so it stays
+    assert len(entries()) == cache.KEPT
+
+
+def test_a_few_rows_are_not_worth_a_file(folder, monkeypatch):
+    monkeypatch.setattr(splits, "CACHED_CHARACTERS", 500_000)
+    split()
+    assert not entries()
