@@ -35,7 +35,8 @@ def register() -> None:
     """Make `NAME` an attention of transformers; it builds no mask of its own for it."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, _attention)
+    # Its Python is a different program for each packed sequence, so that no compiled layer can hold it.
+    AttentionInterface.register(NAME, torch.compiler.disable(_attention))
 
 
 def _attention(
