@@ -6,10 +6,11 @@ ARGS   ?=
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+BENCH     := .venv-bench
 DEMO      := data/demo/train.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint tensorboard base clean
+.PHONY: help setup train test lint tensorboard base bench clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -45,6 +46,18 @@ tensorboard: $(INSTALLED) ## Look at the runs in logs/
 base: $(INSTALLED) ## Build the demo's base model again (about half an hour)
 	$(BIN)/python -m formtune.demo.build_base src/formtune/demo/base
 
-clean: ## Remove the environment, the demo's data and caches (runs in logs/ stay)
-	rm -rf $(VENV) data/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache src/*.egg-info
+# An environment of its own: the peers are no part of the template, and one of them asks for older packages.
+$(BENCH)/.installed: requirements.txt benchmarks/requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+bench: $(BENCH)/.installed ## Compare with other tools and write docs/benchmarks (about an hour on two cores)
+	$(BENCH)/bin/python benchmarks/run.py $(ARGS)
+
+clean: ## Remove the environments, the demo's data and caches (runs in logs/ stay)
+	rm -rf $(VENV) $(BENCH) .cache data/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests -name __pycache__ -prune -exec rm -rf {} +

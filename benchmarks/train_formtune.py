@@ -9,6 +9,7 @@ are in it. bf16 means what the other tools' does: base weights in bfloat16, adap
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -39,20 +40,31 @@ class Clock(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self.loss.append(float(trainer.callback_metrics["train/loss"]))
+        measure.synchronise()
         now = time.perf_counter()
         self.seconds.append(now - self._began)
         self._began = now
 
 
+class ConstantRate(FormatModule):
+    """Without warm-up and without the fall to zero, which both depend on the number of steps."""
+
+    def configure_optimizers(self) -> Any:
+        found = super().configure_optimizers()
+        # The rate to begin with is kept by the optimizer, whatever the schedule before has made of it.
+        return found | {"lr_scheduler": torch.optim.lr_scheduler.LambdaLR(found["optimizer"], lambda _: 1.0)}
+
+
 class Rows(L.LightningDataModule):
     """The workload's steps, as formtune's data module hands them over: rows in plain Python."""
 
-    def __init__(self, rows: list[Row]) -> None:
+    def __init__(self, rows: list[Row], rows_per_step: int) -> None:
         super().__init__()
         self.rows: Any = rows
+        self.rows_per_step = rows_per_step
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.rows, batch_size=measure.ROWS_PER_STEP, collate_fn=list)
+        return DataLoader(self.rows, batch_size=self.rows_per_step, collate_fn=list)
 
     def transfer_batch_to_device(self, batch: list[Row], device: torch.device, dataloader_idx: int) -> list[Row]:
         return batch
@@ -66,19 +78,29 @@ def rows_of(workload: dict[str, Any]) -> list[Row]:
     ]
 
 
+def weights(model: Any) -> dict[str, int]:
+    """What operations are counted by: base weights that each computed token meets, and the output layer's shape."""
+    base = model.get_base_model()
+    head = base.get_output_embeddings().weight
+    tables = {id(head), id(base.get_input_embeddings().weight)}
+    met = [p for p in base.parameters() if not p.requires_grad and p.dim() == 2 and id(p) not in tables]
+    return {"inner": sum(p.numel() for p in met), "vocabulary": head.size(0), "width": head.size(1)}
+
+
 def main() -> None:
     """Train and write the measurements."""
     parser = arguments()
     parser.add_argument("--tokens", type=int, default=4096, help="token budget of one pass")
     parser.add_argument("--share", choices=("prefixes", "nothing"), default="prefixes")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--profile", type=Path, help="write torch.profiler's table here (slows all steps down)")
     args = parser.parse_args()
-    workload = measure.read_workload(args.rows, args.steps * measure.ROWS_PER_STEP)
+    workload = measure.read_workload(args.rows, args.steps * args.rows_per_step)
     if args.share == "nothing":
         from formtune.model import packing
 
         packing.GAIN = float("inf")
-    module = FormatModule(
+    module = (ConstantRate if args.constant else FormatModule)(
         base=args.model,
         format=JsonSchema({}),
         lora=Lora(dropout=args.dropout),
@@ -101,7 +123,15 @@ def main() -> None:
         callbacks=[clock],
     )
     torch.manual_seed(SEED)
-    trainer.fit(module, Rows(rows_of(workload)))
+    rows = rows_of(workload)
+    with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profile:
+        trainer.fit(module, Rows(rows, args.rows_per_step))
+    if profile:
+        order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        args.profile.write_text(profile.key_averages().table(sort_by=order, row_limit=40), encoding="utf-8")
+    peaks = {"peak_rss_bytes": measure.peak(), "peak_gpu_bytes": measure.gpu_peak()}
+    steps = [rows[i : i + args.rows_per_step] for i in range(0, len(rows), args.rows_per_step)]
+    computed = [[group.ids.numel() for group in module.passes.split(step, args.tokens)] for step in steps]
     measure.write(
         args.out,
         {
@@ -110,9 +140,13 @@ def main() -> None:
             "warm": args.warm,
             "seconds": clock.seconds,
             "loss": clock.loss,
-            "peak_rss_bytes": measure.peak(),
+            **peaks,
             "baseline_rss_bytes": clock.baseline,
-            "tokens": measure.tokens_per_step(workload["rows"]),
+            "tokens": measure.tokens_per_step(workload["rows"], args.rows_per_step),
+            "passes": type(module.passes).__name__,
+            "computed_tokens": computed,  # of each pass of each step
+            "weights": weights(module.model),
+            "targets": [sum(len(row.target) for row in step) for step in steps],
             "versions": measure.versions("lightning"),
         },
     )

@@ -12,7 +12,7 @@ Where the recipe differs from the other tools, it stays as it is:
 
 * the loss is the mean of the micro-batches' means, not weighted by tokens; OUT.json has it as `loss_recipe`, and as
   `loss` the token-weighted one, worked out from the same numbers;
-* no gradient clipping (the recipe refuses `max_norm`), warm-up beginning at a rate of zero;
+* no gradient clipping (the recipe refuses `max_norm`), warm-up beginning at a rate of zero (without `--constant`);
 * bf16 means "bf16-true", the recipe's choice on hardware that has it: adapters and optimizer are in bfloat16, too;
 * tied embeddings are held twice;
 * no attention mask: rows are padded on the right, where nothing that counts can see the padding;
@@ -127,6 +127,7 @@ class Meter:
 
         def step(_: Any) -> None:
             original()
+            measure.synchronise()
             self.seconds.append(time.perf_counter() - self._began)
 
         scheduler.step = types.MethodType(step, scheduler)
@@ -144,7 +145,7 @@ def main() -> None:
     """Train and write the measurements."""
     args = arguments().parse_args()
     warnings.filterwarnings("ignore")
-    rows = measure.read_workload(args.rows, args.steps * measure.ROWS_PER_STEP)["rows"]
+    rows = measure.read_workload(args.rows, args.steps * args.rows_per_step)["rows"]
     with contextlib.redirect_stdout(io.StringIO()):
         folder = convert(Path(args.model))
 
@@ -162,11 +163,11 @@ def main() -> None:
     precision = {"fp32": "32-true", "bf16": "bf16-true"}[args.precision]
     fabric = L.Fabric(devices=1, precision=precision)
     fabric.launch()
-    passes = measure.ROWS_PER_STEP // args.micro
+    passes = args.rows_per_step // args.micro
     train = TrainArgs(
         save_interval=None,
         log_interval=passes,
-        global_batch_size=measure.ROWS_PER_STEP,
+        global_batch_size=args.rows_per_step,
         micro_batch_size=args.micro,
         lr_warmup_steps=max(1, -(-args.steps // 10)),
         epochs=1,
@@ -183,7 +184,9 @@ def main() -> None:
     model = fabric.setup_module(model)
     settings = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2e-4, "weight_decay": 0.0, "fused": True}}
     optimizer = fabric.setup_optimizers(instantiate_torch_optimizer(settings, model.parameters()))
-    scheduler = recipe.get_lr_scheduler(optimizer, warmup_steps=train.lr_warmup_steps, max_steps=args.steps)
+    scheduler: Any = recipe.get_lr_scheduler(optimizer, warmup_steps=train.lr_warmup_steps, max_steps=args.steps)
+    if args.constant:
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     load_checkpoint(fabric, model, folder / "lit_model.pth", strict=False)
     baseline = measure.resident()
 
@@ -215,8 +218,9 @@ def main() -> None:
             "loss": meter.per_step(weighted=True),
             "loss_recipe": meter.per_step(weighted=False),
             "peak_rss_bytes": measure.peak(),
+            "peak_gpu_bytes": measure.gpu_peak(),
             "baseline_rss_bytes": baseline,
-            "tokens": measure.tokens_per_step(rows),
+            "tokens": measure.tokens_per_step(rows, args.rows_per_step),
             "versions": measure.versions("litgpt", "lightning"),
         },
     )

@@ -58,9 +58,11 @@ class Clock(TrainerCallback):
         self._began = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
+        measure.synchronise()
         self._began = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        measure.synchronise()
         self.seconds.append(time.perf_counter() - self._began)
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
@@ -88,18 +90,19 @@ def build(args: argparse.Namespace, rows: list[measure.Row], clock: Clock, folde
         bf16=bf16,
         max_steps=args.steps,
         per_device_train_batch_size=args.micro,
-        gradient_accumulation_steps=measure.ROWS_PER_STEP // args.micro,
+        gradient_accumulation_steps=args.rows_per_step // args.micro,
         train_sampling_strategy="sequential",
         completion_only_loss=True,
         max_length=None,
         packing=False,
         loss_type="nll",
+        use_liger_kernel=args.liger,
         gradient_checkpointing=False,
         optim="adamw_torch_fused",
         learning_rate=2e-4,
         weight_decay=0.0,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,  # below 1: a share of all steps
+        lr_scheduler_type="constant" if args.constant else "cosine",
+        warmup_steps=0 if args.constant else 0.1,  # below 1: a share of all steps
         max_grad_norm=1.0,
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
@@ -140,8 +143,14 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--micro", type=int, choices=(1, 2, 4, 8, 16), default=8, help="rows of one pass")
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of 16 rows, warm-up included")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps, warm-up included")
     parser.add_argument("--warm", type=int, default=1, help="steps at the start that do not count")
+    parser.add_argument("--rows-per-step", type=int, default=measure.ROWS_PER_STEP)
+    parser.add_argument(
+        "--constant",
+        action="store_true",
+        help="a constant learning rate, so that the losses of runs of different length can be compared",
+    )
     return parser
 
 
@@ -150,10 +159,11 @@ def main() -> None:
     parser = arguments()
     parser.add_argument("--head", choices=("all", "targets"), default="all", help="positions that get logits")
     parser.add_argument("--compile", action="store_true", help="torch.compile, which recompiles for new lengths")
+    parser.add_argument("--liger", action="store_true", help="Liger's kernels (GPU; the package must be there)")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
 
-    rows = measure.read_workload(args.rows, args.steps * measure.ROWS_PER_STEP)["rows"]
+    rows = measure.read_workload(args.rows, args.steps * args.rows_per_step)["rows"]
     if args.head == "targets":
         # The name in this module decides on the positions alone; the kernels have their own and stay in torch.
         trl_utils._use_triton = lambda device: True
@@ -171,8 +181,9 @@ def main() -> None:
             "seconds": clock.seconds,
             "loss": clock.loss,
             "peak_rss_bytes": measure.peak(),
+            "peak_gpu_bytes": measure.gpu_peak(),
             "baseline_rss_bytes": baseline,
-            "tokens": measure.tokens_per_step(rows),
+            "tokens": measure.tokens_per_step(rows, args.rows_per_step),
             "versions": measure.versions("trl", "accelerate"),
         },
     )

@@ -6,11 +6,14 @@ rendered once, by formtune's own renderer, and each tool is fed the ids:
 * `shared`: one system prompt of about 285 tokens (instructions and the schema), as in most format tasks;
 * `plain`: no system prompt. What the chat template adds of its own stays, because a user gets it too (SmolLM2's adds
   "You are a helpful AI assistant ..."; the demo's adds nothing);
-* `mixed`: four system prompts of about 100, 300, 600 and 1,000 tokens, dealt at random.
+* `mixed`: four system prompts of about 100, 300, 600 and 1,000 tokens, dealt at random;
+* `growth-N`: random ids, a prefix of N tokens that all rows share, 15 of each row's own and an answer of 33. Only what
+  is computed counts here, and lengths can be chosen freely;
+* `demo`: the demo's test rows as `formtune test` gets them, with its tokenizer and system prompt, to validate on.
 
     python workloads.py OUT_DIR --steps 40
 
-writes OUT_DIR/{shared,plain,mixed}.json, each with
+writes OUT_DIR/{shared,plain,mixed,growth-0,...,demo}.json, each with
     rows: [{"prompt": [ids], "target": [ids]}, ...], the target with its end-of-turn token; 16 rows are one step
     source: where rows and tokenizer are from
     shared_prefix: tokens with which every prompt begins
@@ -23,13 +26,17 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import AutoTokenizer
 
+from formtune.data import FormatDataModule
 from formtune.demo.generator import datasets
+from formtune.formats import JsonSchema
 from formtune.rendering import Renderer, Row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +52,8 @@ LEADS = (
     "Task: structured extraction. Copy values letter for letter from the request and invent none.",
     "Read the request below, decide what it is about, and fill in the form. The form is JSON and is read by a program.",
 )
+GROWTH = (0, 128, 285, 512, 2048)
+GROWTH_ROWS = 256
 Pair = tuple[str, str]  # what is asked, what is to be answered
 
 
@@ -105,8 +114,35 @@ def common_prefix(rows: list[Row]) -> int:
     return next(same, min(len(first), len(last)))
 
 
+def growth(prefix: int, vocabulary: int, stop: int) -> list[dict[str, list[int]]]:
+    """Rows of random ids that begin with the same `prefix` tokens."""
+    dice = random.Random(SEED + prefix)
+    low = min(64, vocabulary // 2)  # below are control tokens
+
+    def ids(number: int) -> list[int]:
+        return [dice.randrange(low, vocabulary) for _ in range(number)]
+
+    shared = ids(prefix)
+    return [{"prompt": shared + ids(15), "target": [*ids(32), stop]} for _ in range(GROWTH_ROWS)]
+
+
+def demo() -> tuple[list[Row], Renderer]:
+    """The demo's test rows, cleaned, judged and rendered as configs/demo.yaml says."""
+    settings = yaml.safe_load((ROOT / "configs/demo.yaml").read_text(encoding="utf-8"))["data"]
+    schema = settings.pop("format")["init_args"]["schema"]
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: str(Path(folder) / f"{name}.jsonl") for name in ("train", "validation", "test")}
+        for name, file in files.items():
+            Path(file).write_text("".join(json.dumps(row) + "\n" for row in datasets()[name]), encoding="utf-8")
+        kept = {name: value for name, value in settings.items() if name not in files}
+        data = FormatDataModule(JsonSchema(str(ROOT / schema)), **files, **kept, tokenizer=str(DEMO / "base"))
+        data.setup("test")
+        assert data.splits is not None
+        return data.splits.rows["test"], Renderer.load(str(DEMO / "base"))
+
+
 def main() -> None:
-    """Write the three workloads."""
+    """Write the workloads."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps; 16 rows each")
@@ -177,6 +213,34 @@ def main() -> None:
             f"({targets / len(rows):.1f} in the answer), system {sizes or 'none'}, "
             f"all begin with the same {workload['shared_prefix']}"
         )
+
+    stop = renderer.stop_ids[0]
+    for prefix in GROWTH:
+        name = f"growth-{prefix}"
+        workload = {
+            "workload": name,
+            "source": {"rows": "random ids", "tokenizer": "none"},
+            "shared_prefix": prefix,
+            "model": {"vocab_size": len(tokenizer), "pad_id": stop, "stop_ids": [stop], "longest_row": prefix + 48},
+            "rows": growth(prefix, len(tokenizer), stop),
+        }
+        (args.out / f"{name}.json").write_text(json.dumps(workload), encoding="utf-8")
+    rows, renderer = demo()
+    stops = list(renderer.stop_ids)
+    workload = {
+        "workload": "demo",
+        "source": {"rows": "demo", "tokenizer": "demo"},
+        "shared_prefix": common_prefix(rows),
+        "model": {
+            "vocab_size": len(renderer.tokenizer),
+            "pad_id": renderer.tokenizer.pad_token_id if renderer.tokenizer.pad_token_id is not None else stops[0],
+            "stop_ids": stops,
+            "longest_row": max(map(len, rows)),
+        },
+        "rows": [{"prompt": row.prompt, "target": row.target} for row in rows],
+    }
+    (args.out / "demo.json").write_text(json.dumps(workload), encoding="utf-8")
+    print(f"{args.out}/demo.json: {len(rows)} rows, all begin with the same {workload['shared_prefix']}")
 
 
 if __name__ == "__main__":

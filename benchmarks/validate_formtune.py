@@ -1,0 +1,111 @@
+"""Validate as formtune does it: loss and greedy answers from the same passes, decoded where they leave their target.
+
+    python validate_formtune.py MODEL ROWS.json OUT.json --adapter none --batch 256 --max-new 256
+
+The interface is validate_generate.py's, and so is OUT.json, except that loss and answers come from the same passes and
+have no times of their own. What runs is what `FormatModule.validation_step` runs: `--batch` rows at once (the data
+module hands over 256), split by the evaluation's token budget, and the rows that are decoded in full once more, which
+show that both ways of decoding agree, are in the time as well. Judging the answers by a contract is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from peft import PeftModel
+
+from formtune.data.module import EVALUATION_ROWS
+from formtune.model.lora import load_base
+from formtune.model.module import EVALUATION, PARITY
+from formtune.model.passes import Passes, passes
+from formtune.rendering import Row
+
+
+def decode(
+    way: Passes, rows: list[Row], budget: int, max_new: int, context: int, stop: list[int]
+) -> tuple[list[list[int]], float]:
+    """As `FormatModule._decode`: the answers in the order of the rows, and the loss summed over all targets."""
+    limits = [min(max_new, context - len(row.prompt)) for row in rows]
+    said: list[list[int]] = [[] for _ in rows]
+    nats = 0.0
+    for group in way.split(rows, budget, max_new):
+        found, answers = way.answers(rows, group, stop, limits)
+        for i, answer in zip(group.rows, answers, strict=True):
+            said[i] = answer
+        nats += float(found.nats.sum())
+    return said, nats
+
+
+def main() -> None:
+    """Validate once and write the measurements."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of the base model")
+    parser.add_argument("rows", type=Path, help="workload that workloads.py wrote")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--adapter", default="none", help="folder of a PEFT adapter, or none")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--batch", type=int, default=EVALUATION_ROWS)
+    parser.add_argument("--max-new", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=4096, help="token budget of one training pass")
+    parser.add_argument("--stop", type=int, nargs="+", help="ids that end an answer (default: the workload's)")
+    parser.add_argument("--limit", type=int, help="rows to use (default: all)")
+    args = parser.parse_args()
+
+    workload = measure.read_workload(args.rows, args.limit)
+    stop = args.stop or workload["model"]["stop_ids"]
+    rows = [
+        Row(row["prompt"], row["target"], [False] * len(row["target"]), "", "", f"row {n}", n)
+        for n, row in enumerate(workload["rows"])
+    ]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    model: Any = load_base(args.model, dtype, None, device)
+    if args.adapter != "none":
+        model = PeftModel.from_pretrained(model, args.adapter)
+    model.to(device).eval()
+    context = getattr(model.config, "max_position_embeddings", 10**9)
+    baseline = measure.resident()
+    measure.restart_peak()
+
+    measure.synchronise()
+    began = time.perf_counter()
+    way, budget = passes(model), EVALUATION * args.tokens
+    given: list[list[int]] = []
+    nats, same = 0.0, []
+    for start in range(0, len(rows), args.batch):
+        batch = rows[start : start + args.batch]
+        said, part = decode(way, batch, budget, args.max_new, context, stop)
+        sample = sorted({len(batch) * i // PARITY for i in range(PARITY)})
+        blind = [replace(batch[i], target=[], is_value=[]) for i in sample]
+        in_full, _ = decode(way, blind, budget, args.max_new, context, stop)
+        same += [answer == said[i] for i, answer in zip(sample, in_full, strict=True)]
+        given += said
+        nats += part
+    measure.synchronise()
+    ended = time.perf_counter()
+    measure.write(
+        args.out,
+        {
+            "tool": "formtune",
+            "settings": {k: str(v) for k, v in vars(args).items() if k != "out"},
+            "seconds": ended - began,
+            "loss": nats / sum(len(row.target) for row in rows),
+            "peak_rss_bytes": measure.peak(),
+            "peak_gpu_bytes": measure.gpu_peak(),
+            "baseline_rss_bytes": baseline,
+            "passes": type(way).__name__,
+            "decoded_in_full": {"rows": len(same), "same": sum(same)},
+            "versions": measure.versions("lightning"),
+            "answers": given,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
