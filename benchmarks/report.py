@@ -136,7 +136,7 @@ def about_machine(results: dict[str, Any]) -> str:
     for record in ok(results, "peak"):
         gflops = record["result"]["gflops"]
         rows = [
-            [shape.replace("x", " × "), *(f"{gflops[kind][shape]:,.0f}" for kind in gflops)]
+            [shape.replace("x", " × "), *(f"{gflops[kind][shape]:,.1f}" for kind in gflops)]
             for shape in gflops["float32"]
         ]
         text += "\nThe fastest products of matrices that PyTorch does here, in GFLOP/s, best of several tries:\n\n"

@@ -14,6 +14,7 @@ is recorded with its reason and does not stop the others.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import resource
@@ -256,6 +257,11 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
+    lock = (work / "lock").open("w")  # open, and so held, until the end
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # both would be slower, and each would overwrite what the other has found
+        parser.error(f"another run measures in {work}")
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not args.fresh else {}
     if results.get("quick", args.quick) != args.quick:
         parser.error(f"{path} is of another kind of run; --fresh starts over")
