@@ -336,7 +336,7 @@ def plot_growth(results: dict[str, Any], path: Path) -> None:
     records = ok(results, "memory")
     peaks = [figures(results, record)["above"] for record in records]
     all_axes[3].plot([str(r["budget"]) for r in records], peaks, "o-", color=COLOURS["formtune"])
-    all_axes[3].set(xlabel="token budget of a pass (mixed, 135M)", ylabel="MiB above start", ylim=(0, None))
+    all_axes[3].set(xlabel="token budget (mixed, 135M)", ylabel="MiB above start", ylim=(0, None))
     for axes in all_axes:
         axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
