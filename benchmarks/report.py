@@ -27,6 +27,7 @@ NAMES = {
     "trl-targets": "TRL, logits of targets only",
     "litgpt": "LitGPT",
     "unshared": "formtune, nothing shared",
+    "generate-16": "transformers `generate`, batch 16",
     "generate-32": "transformers `generate`, batch 32",
     "generate-64": "transformers `generate`, batch 64",
 }
@@ -201,14 +202,16 @@ def validation(results: dict[str, Any]) -> str:
     """Time, answers and losses of validation."""
     text = (
         "## Validation\n\nLoss and greedy answers of the demo's test rows with the demo's base, untuned and tuned by "
-        "the demo's run: formtune against transformers (a pass for the loss, then `generate`). formtune's time has the "
+        "the demo's run, and of the first 32 rows of `shared` with a 135M model whose targets are what it says: "
+        "formtune against transformers (a pass for the loss, then `generate`). formtune's time has the "
         "rows in it that it decodes a second time in full. At most 256 new tokens. Answers are compared token by "
         "token with formtune's of the same round.\n"
     )
-    for adapter, title in (("none", "untuned"), ("tuned", "tuned")):
+    titles = {"none": "demo, untuned", "tuned": "demo, tuned"}
+    for adapter in dict.fromkeys(record["adapter"] for record in ok(results, "validate")):
         records = ok(results, "validate", adapter=adapter)
         rows = []
-        for tool in ("formtune", "generate-32", "generate-64"):
+        for tool in dict.fromkeys(record["tool"] for record in records):
             of_tool = [record for record in records if record["tool"] == tool]
             if not of_tool:
                 continue
@@ -228,7 +231,9 @@ def validation(results: dict[str, Any]) -> str:
                 ]
             )
         if rows:
-            text += "\n" + table([title, "seconds", "times formtune", "equal answers", "loss", "peak MiB"], rows)
+            text += "\n" + table(
+                [titles.get(adapter, adapter), "seconds", "times formtune", "equal answers", "loss", "peak MiB"], rows
+            )
     return text
 
 

@@ -93,6 +93,15 @@ class Bench:
     def measurements(self) -> Iterator[Measurement]:
         """All of them, in the order in which they run."""
         yield Measurement("peak", "machine", {}, [str(HERE / "measure.py"), "OUT"])
+        for adapter in ("none", "tuned"):
+            for number in range(1, self.rounds + 1):
+                yield self._validate("formtune", "validate_formtune.py", adapter, number, "--tokens", "2048")
+                for batch in ("32", "64"):
+                    name = f"generate-{batch}"
+                    yield self._validate(name, "validate_generate.py", adapter, number, "--batch", batch)
+        for number in range(1, self.rounds + 1):
+            yield self._validate_large("formtune", "validate_formtune.py", number)
+            yield self._validate_large("generate-16", "validate_generate.py", number, "--batch", "16")
         for workload in WORKLOADS:
             for number in range(1, self.rounds + 1):
                 for name, tool in TOOLS.items():
@@ -105,12 +114,6 @@ class Bench:
         for number in range(1, self.rounds + 1):
             for name, tool in (("formtune", TOOLS["formtune"]), ("unshared", UNSHARED)):
                 yield self._train("lossless", name, tool, "135M", {"workload": "shared", "round": number})
-        for adapter in ("none", "tuned"):
-            for number in range(1, self.rounds + 1):
-                yield self._validate("formtune", "validate_formtune.py", adapter, number, "--tokens", "2048")
-                for batch in ("32", "64"):
-                    name = f"generate-{batch}"
-                    yield self._validate(name, "validate_generate.py", adapter, number, "--batch", batch)
         for budget in BUDGETS:
             about = {"workload": "mixed", "budget": budget}
             yield self._train("memory", "formtune", GROWTH, "135M", about, "--tokens", str(budget))
@@ -139,6 +142,17 @@ class Bench:
             "validate", name, {"adapter": adapter, "round": number}, [str(HERE / script), *files, *options]
         )
 
+    def _validate_large(self, name: str, script: str, number: int, *more: str) -> Measurement:
+        """On a model of some size, with long prompts that begin alike, and whose every answer is right."""
+        size = "5M" if self.quick else "135M"
+        files = [str(self.work / "models" / size), str(self.said), "OUT"]
+        about = {"adapter": f"{size}, says its targets", "round": number}
+        return Measurement("validate", name, about, [str(HERE / script), *files, "--max-new", "33", *more])
+
+    @property
+    def said(self) -> Path:
+        return self.work / "workloads/said.json"
+
     @property
     def adapter(self) -> Path:
         return self.work / "logs/demo/bench/adapter"
@@ -153,6 +167,11 @@ class Bench:
         rows = self.work / "workloads"
         if any(str(rows) in word for word in words) and not (rows / "demo.json").is_file():
             self._must(str(HERE / "workloads.py"), str(rows), "--steps", "12")
+        if str(self.said) in words and not self.said.is_file():
+            size = "5M" if self.quick else "135M"
+            files = [str(self.work / "models" / size), str(rows / "shared.json"), str(self.work / "said.out")]
+            options = ["--limit", "32", "--batch", "16", "--max-new", "33", "--said", str(self.said)]
+            self._must(str(HERE / "validate_generate.py"), *files, *options)
         if str(self.adapter) in words and not self.adapter.is_dir():
             self._tune()
 

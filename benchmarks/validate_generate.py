@@ -7,6 +7,8 @@ order of the file, and computes logits for every position; `generate` takes prom
 padded on the left, until each has a stop token or `--max-new` tokens. A model with random weights never stops, so it
 shows the longest a validation can take.
 
+`--said` gives a model of any size that says its targets, as a tuned one does: run again on the workload it writes.
+
 OUT.json: seconds of both parts and in total, the loss (mean over all target tokens), answers as ids in the order of the
 rows, each up to and including its stop token.
 """
@@ -14,6 +16,7 @@ rows, each up to and including its stop token.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -80,6 +83,7 @@ def main() -> None:
     parser.add_argument("--max-new", type=int, default=128)
     parser.add_argument("--stop", type=int, nargs="+", help="ids that end an answer (default: the workload's)")
     parser.add_argument("--limit", type=int, help="rows to use (default: all)")
+    parser.add_argument("--said", type=Path, help="write the workload again, the answers as its targets")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
 
@@ -100,6 +104,9 @@ def main() -> None:
     between = time.perf_counter()
     given = answers(model, [row["prompt"] for row in rows], args.batch, args.max_new, stop, pad_id)
     ended = time.perf_counter()
+    if args.said:
+        said = [{"prompt": row["prompt"], "target": answer} for row, answer in zip(rows, given, strict=True)]
+        args.said.write_text(json.dumps(workload | {"rows": said}), encoding="utf-8")
     measure.write(
         args.out,
         {
