@@ -275,6 +275,8 @@ GROWN = {
 
 def growth(results: dict[str, Any]) -> str:
     """How formtune grows, and the memory of its budgets."""
+    if not (ok(results, "memory") or ok(results, "growth")):
+        return ""
     text = (
         "## Memory and growth\n\nformtune at several token budgets (`model.tokens_per_pass`), on `mixed` with the 135M "
         "shape. Tokens per second count every row in full, prefix included; computed tokens are those that went "
@@ -360,7 +362,8 @@ def write(results: dict[str, Any], folder: Path) -> None:
     text = "\n".join([INTRODUCTION, *filter(None, (section(results) for section in sections))])
     (folder / "README.md").write_text(text, encoding="utf-8")
     plot_ratios(results, folder / "ratios.svg")
-    plot_growth(results, folder / "growth.svg")
+    if ok(results, "growth"):
+        plot_growth(results, folder / "growth.svg")
 
 
 if __name__ == "__main__":
