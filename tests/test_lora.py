@@ -71,6 +71,13 @@ def test_dropout_drops_the_share_it_is_told_scales_up_the_rest_and_is_off_in_eva
     assert (layer.eval()(x)[:, :4] == layer.scaling["default"]).all()
 
 
+def test_dropping_everything_leaves_the_base_alone():
+    layer = add_lora(tiny_model(), Lora(r=4, dropout=1.0)).get_base_model().model.layers[0].self_attn.q_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(layer(x), layer.base_layer(x))
+
+
 def test_query_key_and_value_drop_the_same_elements_and_each_step_others():
     torch.manual_seed(0)
     attention = add_lora(tiny_model(), Lora(r=4, dropout=0.5)).get_base_model().model.layers[0].self_attn

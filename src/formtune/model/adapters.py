@@ -48,10 +48,10 @@ class SharedInput:
         self.scale = 1.0
         if not share:
             return x
-        if x.device.type != "cpu":
+        dropped = round(share * 2**16)
+        if x.device.type != "cpu" or dropped == 2**16:  # nothing is left to scale up
             return F.dropout(x, share)
         # On a CPU torch draws one number for each element, on one core. A quarter of a draw will do: 16 bits.
-        dropped = round(share * 2**16)
         draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
         self.scale = 2**16 / (2**16 - dropped)
