@@ -202,7 +202,7 @@ def validation(results: dict[str, Any]) -> str:
     """Time, answers and losses of validation."""
     text = (
         "## Validation\n\nLoss and greedy answers of the demo's test rows with the demo's base, untuned and tuned by "
-        "the demo's run, and of the first 32 rows of `shared` with a 135M model whose targets are what it says: "
+        "the demo's run, and of the first 128 rows of `shared` with a 135M model whose targets are what it says: "
         "formtune against transformers (a pass for the loss, then `generate`). formtune's time has the "
         "rows in it that it decodes a second time in full. At most 256 new tokens. Answers are compared token by "
         "token with formtune's of the same round.\n"

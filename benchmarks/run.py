@@ -170,7 +170,7 @@ class Bench:
         if str(self.said) in words and not self.said.is_file():
             size = "5M" if self.quick else "135M"
             files = [str(self.work / "models" / size), str(rows / "shared.json"), str(self.work / "said.out")]
-            options = ["--limit", "32", "--batch", "16", "--max-new", "33", "--said", str(self.said)]
+            options = ["--limit", "128", "--batch", "16", "--max-new", "33", "--said", str(self.said)]
             self._must(str(HERE / "validate_generate.py"), *files, *options)
         if str(self.adapter) in words and not self.adapter.is_dir():
             self._tune()

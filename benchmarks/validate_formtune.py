@@ -10,15 +10,14 @@ show that both ways of decoding agree, are in the time as well. Judging the answ
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import measure
 import torch
 from peft import PeftModel
+from validate_generate import arguments
 
 from formtune.data.module import EVALUATION_ROWS
 from formtune.model.lora import load_base
@@ -30,13 +29,12 @@ from formtune.rendering import Row
 def decode(
     way: Passes, rows: list[Row], budget: int, max_new: int, context: int, stop: list[int]
 ) -> tuple[list[list[int]], float]:
-    """As `FormatModule._decode`: the answers in the order of the rows, and the loss summed over all targets."""
+    """The answers in the order of the rows, and the loss summed over all targets."""
     limits = [min(max_new, context - len(row.prompt)) for row in rows]
     said: list[list[int]] = [[] for _ in rows]
     nats = 0.0
-    for group in way.split(rows, budget, max_new):
-        found, answers = way.answers(rows, group, stop, limits)
-        for i, answer in zip(group.rows, answers, strict=True):
+    for indices, found, answers in way.evaluate(rows, budget, stop, limits):
+        for i, answer in zip(indices, answers, strict=True):
             said[i] = answer
         nats += float(found.nats.sum())
     return said, nats
@@ -44,17 +42,8 @@ def decode(
 
 def main() -> None:
     """Validate once and write the measurements."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of the base model")
-    parser.add_argument("rows", type=Path, help="workload that workloads.py wrote")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--adapter", default="none", help="folder of a PEFT adapter, or none")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--batch", type=int, default=EVALUATION_ROWS)
-    parser.add_argument("--max-new", type=int, default=128)
+    parser = arguments(__doc__, batch=EVALUATION_ROWS)
     parser.add_argument("--tokens", type=int, default=4096, help="token budget of one training pass")
-    parser.add_argument("--stop", type=int, nargs="+", help="ids that end an answer (default: the workload's)")
-    parser.add_argument("--limit", type=int, help="rows to use (default: all)")
     args = parser.parse_args()
 
     workload = measure.read_workload(args.rows, args.limit)

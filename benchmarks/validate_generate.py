@@ -71,18 +71,24 @@ def answers(
     return result
 
 
-def main() -> None:
-    """Validate once and write the measurements."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None, batch: int) -> argparse.ArgumentParser:
+    """What both ways of validating take."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of the base model")
     parser.add_argument("rows", type=Path, help="workload that workloads.py wrote")
     parser.add_argument("out", type=Path)
     parser.add_argument("--adapter", default="none", help="folder of a PEFT adapter, or none")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--max-new", type=int, default=128)
     parser.add_argument("--stop", type=int, nargs="+", help="ids that end an answer (default: the workload's)")
     parser.add_argument("--limit", type=int, help="rows to use (default: all)")
+    return parser
+
+
+def main() -> None:
+    """Validate once and write the measurements."""
+    parser = arguments(__doc__, batch=32)
     parser.add_argument("--said", type=Path, help="write the workload again, the answers as its targets")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()

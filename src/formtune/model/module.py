@@ -207,12 +207,12 @@ class FormatModule(L.LightningModule):
         """Greedy answers in token ids, in the order of the rows; the targets' loss goes to `losses`."""
         limits = [min(self.max_new_tokens, (self.context or 10**9) - len(row.prompt)) for row in rows]
         said: list[list[int]] = [[] for _ in rows]
-        for group in self.passes.split(rows, EVALUATION * self.tokens_per_pass, self.max_new_tokens):
-            found, answers = self.passes.answers(rows, group, self.renderer.stop_ids, limits)
-            for i, answer in zip(group.rows, answers, strict=True):
+        budget = EVALUATION * self.tokens_per_pass
+        for indices, found, answers in self.passes.evaluate(rows, budget, self.renderer.stop_ids, limits):
+            for i, answer in zip(indices, answers, strict=True):
                 said[i] = answer
             if losses is not None:
-                members = [rows[i] for i in group.rows]
+                members = [rows[i] for i in indices]
                 is_value = torch.tensor([v for row in members for v in row.is_value], device=self.device)
                 losses.update(found.nats, found.tokens == found.targets, is_value, [len(row.target) for row in members])
         return said

@@ -52,6 +52,20 @@ class Passes(ABC):
     def _go_on(self, kept: Any, open_: list[int], begun: list[list[int]], stop: Stops, limits: list[int]) -> Answers:
         """The whole answers of the rows at the places `open_` of the pass, given their beginnings."""
 
+    def evaluate(
+        self, rows: Sequence[Row], tokens: int, stop: Stops, limits: Sequence[int]
+    ) -> Iterator[tuple[list[int], Predictions, Answers]]:
+        """Indices of some of the rows, their predictions and their greedy answers, pass after pass.
+
+        Args:
+            rows: All rows.
+            tokens: Most tokens of a pass, those that answers may still have included.
+            stop: Tokens that end an answer.
+            limits: For each row the tokens that its answer may have.
+        """
+        for group in self.split(rows, tokens, max(limits, default=0)):
+            yield (group.rows, *self.answers(rows, group, stop, limits))
+
     @torch.no_grad()
     def answers(
         self, rows: Sequence[Row], group: Any, stop: Stops, limits: Sequence[int]
