@@ -34,7 +34,7 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer
 
-from formtune.data import FormatDataModule
+from formtune.data.module import FormatDataModule
 from formtune.demo.generator import datasets
 from formtune.formats import JsonSchema
 from formtune.rendering import Renderer, Row

@@ -40,7 +40,7 @@ def rows_of(path="train.jsonl"):
 
 def split(tokenizer=None, contract=None, system=None, steps=STEPS, limits=(150, 60), shares=(0.2, 0.2), columns=None):
     renderer = Renderer(tokenizer or byte_tokenizer())
-    splitter = Splitter(contract or JsonSchema(SCHEMA), renderer, columns or Columns(), system, steps, *limits)
+    splitter = Splitter(contract or JsonSchema(SCHEMA), renderer, columns or Columns(), system, steps, (), 0.8, *limits)
     return splitter.split("train.jsonl", *shares)
 
 

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # Rows are tokenised once and up front; a fork after that would print a warning at every start of a worker.
@@ -17,6 +18,8 @@ from formtune import __version__
 from formtune.errors import UserError
 from formtune.yaml_file import check_yaml
 
+LOGS = Path("logs")  # one folder a task, one folder a run
+
 
 @dataclass(frozen=True, slots=True)
 class Verb:
@@ -24,14 +27,16 @@ class Verb:
 
     Args:
         description: One line for the help.
-        run: Function of the whole command line, verb included; imports what it needs, and raises UserError.
+        run: Function of the whole command line, verb included; imports what it needs, raises UserError, and may
+            return an exit code.
     """
 
     description: str
-    run: Callable[[list[str]], None]
+    run: Callable[[list[str]], int | None]
 
 
-def _lightning(args: list[str]) -> None:
+def _configs(args: list[str]) -> None:
+    """Refuse a broken YAML before anything slow is imported."""
     for option, value in zip(args, [*args[1:], ""], strict=True):
         name, equals, attached = option.partition("=")
         if name in ("-c", "--config"):
@@ -39,6 +44,24 @@ def _lightning(args: list[str]) -> None:
             if not path:
                 raise UserError(f"{name}: name the YAML of a task")
             check_yaml(path)
+
+
+def _audit(args: list[str]) -> int:
+    _configs(args)
+    from formtune.audit.verb import run
+
+    return run(args[1:])
+
+
+def _synthesize(args: list[str]) -> int:
+    _configs(args)
+    from formtune.synthesize import run
+
+    return run(args[1:])
+
+
+def _lightning(args: list[str]) -> None:
+    _configs(args)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of calls inside other libraries
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)`.*")
@@ -50,6 +73,8 @@ def _lightning(args: list[str]) -> None:
 
 
 VERBS = {
+    "audit": Verb("Clean and judge the rows, and say what to know of them before training; needs no model.", _audit),
+    "synthesize": Verb("Ask a teacher model for rows, and write those that keep the contract.", _synthesize),
     "fit": Verb("Evaluate the base, train the adapter, test the best checkpoint and export it.", _lightning),
     "validate": Verb("Evaluate a checkpoint (or the base) on the validation rows.", _lightning),
     "test": Verb("Evaluate a checkpoint (or the base) on the test rows.", _lightning),
@@ -74,6 +99,7 @@ def help_text() -> str:
             "  --version   Show the version",
             "",
             "examples:",
+            "  formtune audit -c configs/demo.yaml",
             "  formtune fit -c configs/demo.yaml --model.lora.r 32",
             "  formtune fit -c configs/demo.yaml --print_config=skip_default",
             "",
@@ -95,7 +121,7 @@ def main(args: list[str] | None = None) -> int:
         elif args[0] == "--version":
             print(f"formtune {__version__}")
         else:
-            _verb(args[0]).run(args)
+            return _verb(args[0]).run(args) or 0
     except UserError as error:
         print(f"formtune: error: {error}", file=sys.stderr)
         return 2

@@ -15,16 +15,18 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from formtune.callbacks import AnswerFile, BestCheckpoint, ProgressBar, WorstAnswers
-from formtune.cli import VERBS
-from formtune.data import FormatDataModule
+from formtune.callbacks import AnswerFile, BestCheckpoint, DataTable, ProgressBar, WorstAnswers
+from formtune.cli import LOGS, VERBS
+from formtune.data.module import FormatDataModule
 from formtune.errors import UserError
 from formtune.export import export_adapter
 from formtune.model import FormatModule
-from formtune.parsing import Parser
-from formtune.summary import DataTable, print_result
+from formtune.parsing import OneLine
+from formtune.summary import print_result
 
-LOGS = Path("logs")
+
+class Parser(OneLine, LightningArgumentParser):
+    """Lightning's parser with mistakes in one line."""
 
 
 class FormtuneCLI(LightningCLI):
@@ -151,6 +153,7 @@ class FormtuneCLI(LightningCLI):
         result["after"], counts_after = _results(model)
         result["counts"] = {"before": counts_before, "after": counts_after}
         result["rows"] = counts_after["format/exact"][1]
+        result["data"] = datamodule.splits.key if datamodule.splits else None  # as in audit.json
         result["training"] = {
             "steps": steps,
             "seconds": round(seconds, 1),

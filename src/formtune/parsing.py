@@ -6,13 +6,13 @@ import difflib
 import re
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser
-
 from formtune.errors import UserError
 
 
-class Parser(LightningArgumentParser):
-    """Says what is wrong in one line instead of a page of usage."""
+class OneLine:
+    """Before a parser class: says what is wrong in one line instead of a page of usage."""
+
+    _actions: Any
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import Callback
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from formtune.data.encoded import Splits
-from formtune.data.module import FEW_ROWS
 
 HEADLINES = (
     "format/exact",
@@ -22,19 +20,6 @@ HEADLINES = (
     "val/tf_exact",
     "val/loss",
 )
-
-
-class DataTable(Callback):
-    """Prints the data as soon as it is prepared, before anything slow begins."""
-
-    def __init__(self) -> None:
-        self._done = False
-
-    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        splits = getattr(trainer.datamodule, "splits", None)
-        if splits is not None and trainer.is_global_zero and not self._done:
-            print_data(splits, Path(trainer.default_root_dir) if trainer.loggers else None)
-            self._done = True
 
 
 def print_data(splits: Splits, folder: Path | None) -> None:
@@ -54,12 +39,19 @@ def print_data(splits: Splits, folder: Path | None) -> None:
     if splits.repairs:
         repairs = ", ".join(f"{count:,} {step}" for step, count in splits.repairs.most_common())
         console.print(f"inputs repaired: {repairs}", highlight=False, soft_wrap=True)
-    if (count := len(splits.rows["train"])) < FEW_ROWS:
-        console.print(
-            f"[yellow]warning: {count} training rows; below about {FEW_ROWS} a model learns the examples more than the "
-            "task, and 2,000 or more are usual for answers with many fields[/]",
-            soft_wrap=True,
-        )
+
+
+def print_audit(found: dict[str, Any], splits: Splits, folder: Path) -> None:
+    """The data table, what was found, and one line with the verdict."""
+    print_data(splits, folder)
+    console = Console()
+    for what, color in (("blockers", "red"), ("warnings", "yellow")):
+        for line in found[what]:
+            console.print(f"[{color}]{what[:-1]}:[/] {escape(line)}", highlight=False, soft_wrap=True)
+    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    looked = f", {len(found['warnings'])} to look at" if found["warnings"] else ""
+    stops = f", {len(found['blockers'])} to mend first" if found["blockers"] else ""
+    console.print(f"[bold]verdict: {found['verdict']}[/]{stops}{looked}", highlight=False, soft_wrap=True)
 
 
 def print_result(result: dict[str, Any], folder: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from formtune.callbacks.answers import AnswerFile, WorstAnswers
 from formtune.callbacks.best_checkpoint import BestCheckpoint
+from formtune.callbacks.data_table import DataTable
 from formtune.callbacks.progress_bar import ProgressBar
 
-__all__ = ["AnswerFile", "BestCheckpoint", "ProgressBar", "WorstAnswers"]
+__all__ = ["AnswerFile", "BestCheckpoint", "DataTable", "ProgressBar", "WorstAnswers"]

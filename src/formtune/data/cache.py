@@ -23,6 +23,7 @@ from safetensors.numpy import save
 
 from formtune.data.cleaning import Quarantined
 from formtune.data.encoded import Splits
+from formtune.data.styles import Mixture
 from formtune.rendering import Row
 
 FOLDER = Path(".cache/encoded")  # of the working directory, like `logs`
@@ -97,6 +98,9 @@ def _pack(splits: Splits) -> dict[str, Any]:
         "read": splits.read,
         "repairs": splits.repairs,
         "quarantine": [astuple(row) for row in splits.quarantine],
+        "mixtures": [astuple(mixture) for mixture in splits.mixtures],
+        "origins": splits.origins,
+        "key": splits.key,
     }
     return {
         "ids": np.array([token for row in rows for token in (*row.prompt, *row.target)], np.int32),
@@ -122,4 +126,7 @@ def _unpack(arrays: dict[str, Any]) -> Splits:
         read=Counter(text["read"]),
         repairs=Counter(text["repairs"]),
         quarantine=[Quarantined(*row) for row in text["quarantine"]],
+        mixtures=[Mixture(*mixture) for mixture in text["mixtures"]],
+        origins=text["origins"],
+        key=text["key"],
     )

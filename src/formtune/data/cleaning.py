@@ -1,8 +1,8 @@
-"""Repairs what is safe to repair in inputs and sets aside what cannot be trained on, each with its reason.
+"""Repairs what is safe to repair and sets aside what cannot be trained on, each with its reason.
 
 Inputs are repaired by named steps; the same steps run on the inputs of evaluation and prediction, so that the
-model never meets a text in production that was prepared in another way. Answers are judged, never rewritten.
-Nothing vanishes: every row is kept or stands in `Cleaned.quarantine` with a reason and a place.
+model never meets a text in production that was prepared in another way. Answers are judged, and rewritten only by the
+steps that a user names for them. Nothing vanishes: every row is kept or set aside with a reason and a place.
 """
 
 from __future__ import annotations
@@ -11,20 +11,29 @@ import html
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ftfy
 
 from formtune.formats import Format
 from formtune.rendering import Message
 
-Step = Literal["unicode", "control", "edges", "html", "spaces"]
+Step = Literal["encoding", "unicode", "control", "html", "spaces", "edges"]
+AnswerStep = Literal["edges", "fence", "canonical"]
 
+_FENCE = re.compile(r"```[^\n`]*\n(.*?)\n?```", re.S)
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
 # Joiners (U+200D) and direction marks carry meaning in emoji and in several scripts: they stay.
 _INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff\u00ad]")
 
+# Marks that change no meaning for a reader, unless a digit stands on both sides.
+_MARKS = re.compile(r"(?<!\d)[.,:;!?…\"'“”‘’()\[\]]|[.,:;!?…\"'“”‘’()\[\]](?!\d)")
+
+# In the order in which they run. Each is a function of the text alone.
 STEPS: dict[str, Callable[[str], str]] = {
+    "encoding": lambda text: text if text.isascii() else ftfy.fix_encoding(text),
     "unicode": lambda text: unicodedata.normalize("NFC", text),
     "control": lambda text: _INVISIBLE.sub("", text),
     "html": lambda text: html.unescape(_TAG.sub(" ", text)).replace("\xa0", " "),
@@ -35,14 +44,33 @@ STEPS: dict[str, Callable[[str], str]] = {
 
 @dataclass(slots=True)
 class Example:
-    """A conversation on its way to training: its turns (the last one the answer) and the place it came from."""
+    """A conversation on its way to training.
+
+    Args:
+        messages: Its turns, the last one the answer.
+        where: The place it came from.
+        origin: Who wrote it: "human", the name of a model, or "" where the rows do not say.
+        value: The document that its answer is, once that was judged.
+    """
 
     messages: list[Message]
     where: str
+    origin: str = ""
+    value: Any = None
 
     @property
     def gold(self) -> str:
         return self.messages[-1]["content"]
+
+    @property
+    def input(self) -> str:
+        """What the users' turns say."""
+        return "\n".join(m["content"] for m in self.messages[:-1] if m["role"] == "user")
+
+    @property
+    def system(self) -> str:
+        """What the system's turns say; equal inputs below different ones may rightly have different answers."""
+        return "\n".join(m["content"] for m in self.messages[:-1] if m["role"] == "system")
 
     @property
     def text(self) -> str:
@@ -51,12 +79,13 @@ class Example:
 
     @property
     def key(self) -> str:
-        """The input with case folded as well: rows that share it never stand on both sides of a split.
+        """The input without its case, its marks and its spacing: rows that share it never stand in two splits.
 
-        Coarser than `text` on purpose: "call anna" and "Call Anna" leak, but their answers may rightly differ, as they
+        Coarser than `text` on purpose: "call anna" and "Call Anna!" leak, but their answers may rightly differ, as they
         may under two system prompts.
         """
-        return self._folded("user", "assistant").casefold()
+        folded = unicodedata.normalize("NFKC", self._folded("user", "assistant")).casefold()
+        return " ".join(_MARKS.sub(" ", folded).split()) or folded
 
     def _folded(self, *roles: str) -> str:
         return "\x1e".join(" ".join(m["content"].split()) for m in self.messages[:-1] if m["role"] in roles)
@@ -64,25 +93,26 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """A row that was set aside."""
+    """A row that was set aside.
+
+    Args:
+        where: Its place.
+        reason: One word.
+        detail: What is wrong, in one line.
+        messages: Its turns, repaired as far as they could be.
+        other: Place of the row that it repeats or contradicts, "" if there is none.
+    """
 
     where: str
     reason: str
     detail: str
     messages: list[Message]
+    other: str = ""
 
 
-@dataclass(slots=True)
-class Cleaned:
-    """The rows kept, the rows set aside, and how many inputs each step changed."""
-
-    kept: list[Example] = field(default_factory=list)
-    quarantine: list[Quarantined] = field(default_factory=list)
-    repairs: Counter[str] = field(default_factory=Counter)
-
-    def set_aside(self, example: Example, reason: str, detail: str) -> None:
-        """Put a row into quarantine."""
-        self.quarantine.append(Quarantined(example.where, reason, detail, example.messages))
+def set_aside(example: Example, reason: str, detail: str, other: str = "") -> Quarantined:
+    """The example's entry in the quarantine."""
+    return Quarantined(example.where, reason, detail, example.messages, other)
 
 
 def repair(messages: Sequence[Message], steps: Iterable[str], repairs: Counter[str] | None = None) -> list[Message]:
@@ -100,38 +130,57 @@ def repair(messages: Sequence[Message], steps: Iterable[str], repairs: Counter[s
     return repaired
 
 
-def clean(examples: Iterable[Example], contract: Format, steps: Sequence[str], held_out: dict[str, str]) -> Cleaned:
-    """Repair, judge and deduplicate the rows of one split.
+def repair_answer(answer: str, contract: Format, steps: Sequence[str], repairs: Counter[str]) -> str:
+    """An answer that breaks its contract, or is not canonical, repaired by `steps` as far as it then keeps it.
+
+    `edges` takes white space from its ends, `fence` the code fence around it, `canonical` writes the document anew as
+    the contract would write it. A repair that does not lead to a good answer is not made.
+    """
+    mended, made = answer, []
+    for step in ("edges", "fence", "canonical"):
+        if step not in steps:
+            continue
+        before = mended
+        if step == "edges":
+            mended = mended.strip() + ("\n" if contract.trailing_newline else "")
+        elif step == "fence" and (match := _FENCE.fullmatch(mended.strip())):
+            mended = match[1]
+        elif step == "canonical" and (verdict := contract.check(mended)).schema and verdict.no_extra_text:
+            mended = contract.write(verdict.value) or mended
+        made += [step] if mended != before else []
+    if not made or not contract.check(mended).exact:
+        return answer
+    repairs.update(f"answer {step}" for step in made)
+    return mended
+
+
+def judge(
+    examples: Iterable[Example],
+    contract: Format,
+    steps: Sequence[str],
+    answer_steps: Sequence[str],
+    repairs: Counter[str],
+) -> Iterator[Example | Quarantined]:
+    """Repair and judge rows with a gold answer; each comes back with its document, or with what is wrong with it.
 
     Args:
-        examples: Rows with a gold answer.
+        examples: The rows.
         contract: Judges every answer by the rule that will judge the model's.
-        steps: Names of the repairs to run.
-        held_out: Keys of inputs that belong to evaluation, with their places; such rows are leaks here.
+        steps: Names of the repairs to run on inputs.
+        answer_steps: Names of the repairs to run on answers.
+        repairs: Counts how many texts each step changed.
 
-    Rows are set aside as `empty`, `leak`, `format` (the answer breaks the contract), `duplicate` (same input, same
-    answer: the first is kept) or `conflict` (same input, several answers: none can be trusted, none is kept).
+    A row is set aside as `empty`, or as `format` if its answer breaks the contract.
     """
-    done = Cleaned()
-    groups: dict[str, list[Example]] = {}
     for example in examples:
-        example = Example(repair(example.messages, steps, done.repairs), example.where)
-        if not example.gold.strip() or all(not m["content"].strip() for m in example.messages if m["role"] == "user"):
-            done.set_aside(example, "empty", "the input or the answer is empty")
-        elif example.key in held_out:
-            done.set_aside(example, "leak", f"the input also stands in {held_out[example.key]}")
-        elif (verdict := contract.check(example.gold)).exact:
-            groups.setdefault(example.text, []).append(example)
+        messages = repair(example.messages, steps, repairs)
+        if answer_steps:
+            messages[-1]["content"] = repair_answer(messages[-1]["content"], contract, answer_steps, repairs)
+        done = Example(messages, example.where, example.origin)
+        if not done.gold.strip() or not done.input.strip():
+            yield set_aside(done, "empty", "the input or the answer is empty")
+        elif (verdict := contract.check(done.gold)).exact:
+            done.value = verdict.value
+            yield done
         else:
-            done.set_aside(example, "format", f"{verdict.kind}: {verdict.detail}")
-    for first, *others in groups.values():
-        rival = next((o for o in others if o.gold != first.gold), None)
-        if rival is None:
-            done.kept.append(first)
-            for other in others:
-                done.set_aside(other, "duplicate", f"same input and answer as {first.where}")
-        else:
-            for example in (first, *others):
-                with_ = rival if example is first else first
-                done.set_aside(example, "conflict", f"same input as {with_.where}, another answer")
-    return done
+            yield set_aside(done, "format", f"{verdict.kind}: {verdict.detail}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from formtune.data.cleaning import Quarantined
+from formtune.data.styles import Mixture
 from formtune.rendering import Row
 
 
@@ -20,6 +22,9 @@ class Splits:
     read: Counter[str] = field(default_factory=Counter)
     repairs: Counter[str] = field(default_factory=Counter)
     quarantine: list[Quarantined] = field(default_factory=list)
+    mixtures: list[Mixture] = field(default_factory=list)
+    origins: dict[str, dict[str, int]] = field(default_factory=dict)  # rows of each split by who wrote them
+    key: str | None = None  # content hash of all that decides the rows
     cached: Path | None = field(default=None, compare=False)  # the file they were read from
 
     @property
@@ -33,10 +38,15 @@ class Splits:
         return ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
 
     def lengths(self, split: str) -> dict[str, int]:
-        """P50, P95 and maximum of prompt and answer in tokens."""
+        """P50, P95 and maximum of prompt and answer in tokens, zeros where there are no rows."""
         found = {}
         for name in ("prompt", "target"):
             sizes = [len(getattr(row, name)) for row in self.rows[split]]
             for label, q in (("P50", 50), ("P95", 95), ("max", 100)):
-                found[f"{name} {label}"] = int(np.percentile(sizes, q, method="higher"))
+                found[f"{name} {label}"] = quantile(sizes, q)
         return found
+
+
+def quantile(sizes: Sequence[int], percent: float) -> int:
+    """The size that `percent` of all sizes do not exceed: one of them, nothing in between; 0 if there are none."""
+    return int(np.percentile(sizes, percent, method="higher")) if len(sizes) else 0

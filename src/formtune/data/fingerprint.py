@@ -24,7 +24,7 @@ from formtune.data.cleaning import Example
 from formtune.formats import Format
 from formtune.rendering import Renderer
 
-PACKAGES = ("tokenizers", "transformers", "jinja2", "regex", "jsonschema", "referencing")
+PACKAGES = ("tokenizers", "transformers", "jinja2", "regex", "jsonschema", "referencing", "ftfy", "rensa")
 PACKAGE = Path(formtune.__file__).parent
 
 
@@ -54,7 +54,7 @@ def fingerprint(
     for name, rows in examples.items():
         hashed.update(f"{name} {len(rows)}".encode())
         for example in rows:
-            hashed.update(json.dumps([example.where, example.messages]).encode())
+            hashed.update(json.dumps([example.where, example.messages, example.origin]).encode())
     return hashed.hexdigest()
 
 

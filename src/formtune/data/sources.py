@@ -154,10 +154,25 @@ class Columns:
         prompt: Column of the input, or a template such as `"Title: {title}\\n{body}"` over several columns.
         completion: Column of the wanted answer.
         messages: Column of chat turns; where a record has it, `prompt` and `completion` are not read.
+        source: Column that says who wrote the row: "human", or the name of the model that did; may be absent.
     """
 
-    def __init__(self, prompt: str = "prompt", completion: str = "completion", messages: str = "messages") -> None:
-        self.prompt, self.completion, self.messages = prompt, completion, messages
+    def __init__(
+        self,
+        prompt: str = "prompt",
+        completion: str = "completion",
+        messages: str = "messages",
+        source: str = "source",
+    ) -> None:
+        self.prompt, self.completion, self.messages, self.source = prompt, completion, messages, source
+
+    def origin(self, record: dict[str, Any], where: str) -> str:
+        """Who wrote a record, "" where it does not say.
+
+        Raises:
+            UserError: The column is no text.
+        """
+        return _text(record, self.source, where) if record.get(self.source) is not None else ""
 
     def conversation(self, record: dict[str, Any], where: str, gold: bool) -> list[dict[str, str]]:
         """The record's turns, the last one the assistant's where `gold` is asked for and the user's otherwise.

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from formtune.data import cache
-from formtune.data.cleaning import Cleaned, Example, clean
+from formtune.data.cleaning import Example, judge, set_aside
 from formtune.data.encoded import Splits
 from formtune.data.fingerprint import fingerprint
 from formtune.data.progress import shown
+from formtune.data.selection import select
 from formtune.data.sources import Columns, Source, open_source
+from formtune.data.styles import mixtures
 from formtune.formats import Format
 from formtune.rendering import Renderer, Row
 
-# Reasons that speak of a mistake in the data; the others (duplicates, leaks, ...) are ordinary and only counted.
-BAD_REASONS = ("format", "too_long", "unfit")
-
 # Of all conversations together, about a second of work: for less, a cache costs as much as it saves.
 CACHED_CHARACTERS = 500_000
+
+SPLITS = ("train", "validation", "test")
+Given = str | Source
+
+
+@dataclass(slots=True)
+class Prepared:
+    """Splits with the conversations that were encoded to them.
+
+    Args:
+        splits: The rows.
+        examples: The same rows as conversations.
+        suspects: Pairs of used rows with nearly the same input and different answers that nothing explains.
+    """
+
+    splits: Splits
+    examples: dict[str, list[Example]]
+    suspects: list[tuple[Example, Example]]
 
 
 class Splitter:
@@ -30,6 +48,8 @@ class Splitter:
         columns: How records become conversations.
         system: System prompt put before conversations that have none.
         steps: Names of the cleaning steps for inputs.
+        answer_steps: Names of the repairs for answers.
+        near: Jaccard index from which on two inputs are nearly the same.
         max_length: Tokens of prompt and answer that a row may have; longer rows are set aside, never cut.
         max_new_tokens: Tokens of the longest answer that evaluation will decode.
     """
@@ -41,14 +61,16 @@ class Splitter:
         columns: Columns,
         system: str | None,
         steps: Sequence[str],
+        answer_steps: Sequence[str],
+        near: float,
         max_length: int,
         max_new_tokens: int,
     ) -> None:
         self.contract, self.renderer, self.columns = contract, renderer, columns
-        self.system, self.steps = system, steps
+        self.system, self.steps, self.answer_steps, self.near = system, steps, answer_steps, near
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
 
-    def examples(self, source: str | Source, gold: bool) -> list[Example]:
+    def examples(self, source: Given, gold: bool) -> list[Example]:
         """The conversations of a source, the system prompt in front."""
         source = open_source(source) if isinstance(source, str) else source
         found: list[Example] = []
@@ -56,76 +78,107 @@ class Splitter:
             messages = self.columns.conversation(record, where, gold)
             if self.system and messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": self.system})
-            found.append(Example(messages, where))
+            found.append(Example(messages, where, self.columns.origin(record, where)))
         return found
 
-    def split(self, train: str | Source, validation: str | float | Source, test: str | float | Source) -> Splits:
+    def split(self, train: Given, validation: Given | float, test: Given | float) -> Splits:
         """Rows of train, validation and test; a number is the share of train's inputs to split off by hash.
 
         What was worked out before for the same rows, contract and tokenizer is read from `.cache/encoded`.
         """
+        examples, shares = self._read(train, validation, test)
+        size = sum(len(m["content"]) for rows in examples.values() for example in rows for m in example.messages)
+        key = self._key(examples, shares)
+        kept = key is not None and size >= CACHED_CHARACTERS
+        if kept and (stored := cache.load(str(key))) is not None:
+            return stored
+        done = self._prepare(examples, shares, key).splits
+        if kept:
+            cache.store(str(key), done)
+        return done
+
+    def prepare(self, train: Given, validation: Given | float, test: Given | float) -> Prepared:
+        """The same, worked out anew and stored for `split` to find, with the conversations."""
+        examples, shares = self._read(train, validation, test)
+        done = self._prepare(examples, shares, self._key(examples, shares))
+        if done.splits.key is not None:
+            cache.store(done.splits.key, done.splits)
+        return done
+
+    def _read(
+        self, train: Given, validation: Given | float, test: Given | float
+    ) -> tuple[dict[str, list[Example]], dict[str, float]]:
         sources = {"test": test, "validation": validation, "train": train}
         shares = {name: source for name, source in sources.items() if isinstance(source, float)}
         examples = {
             n: self.examples(source, gold=True) for n, source in sources.items() if not isinstance(source, float)
         }
-        size = sum(len(m["content"]) for rows in examples.values() for example in rows for m in example.messages)
-        key = self._key(examples, shares) if size >= CACHED_CHARACTERS else None
-        if key is not None and (stored := cache.load(key)) is not None:
-            return stored
-        done = self._split(examples, shares)
-        if key is not None:
-            cache.store(key, done)
-        return done
+        return examples, shares
 
     def _key(self, examples: dict[str, list[Example]], shares: dict[str, float]) -> str | None:
         settings = {
             "shares": shares,
             "steps": list(self.steps),
+            "answer_steps": list(self.answer_steps),
+            "near": self.near,
             "max_length": self.max_length,
             "max_new_tokens": self.max_new_tokens,
         }
         return fingerprint(examples, self.contract, self.renderer, settings)
 
-    def _split(self, examples: dict[str, list[Example]], shares: dict[str, float]) -> Splits:
-        done = Splits()
-        held_out: dict[str, str] = {}
-        kept: dict[str, list[Example]] = {"test": [], "validation": []}
+    def _prepare(self, examples: dict[str, list[Example]], shares: Mapping[str, float], key: str | None) -> Prepared:
+        done = Splits(key=key)
+        good: dict[str, list[Example]] = {}
         for name, given in examples.items():
-            cleaned = clean(shown(given, len(given), "judging"), self.contract, self.steps, held_out)
-            done.read[name] = len(given)
-            done.repairs += cleaned.repairs
-            done.quarantine += cleaned.quarantine
-            kept[name] = cleaned.kept
-            held_out |= {example.key: example.where for example in cleaned.kept}
-        share_test, share_validation = shares.get("test", 0.0), shares.get("validation", 0.0)
-        train_examples, kept["train"] = kept["train"], []
-        for example in train_examples:
-            at = _hash_share(example.key)
-            name = "test" if at < share_test else "validation" if at < share_test + share_validation else "train"
-            kept[name].append(example)
-        for name in ("train", "validation", "test"):
-            done.rows[name] = self._encode(kept[name], done)
-        return done
+            done.read[name], good[name] = len(given), []
+            judged = judge(given, self.contract, self.steps, self.answer_steps, done.repairs)
+            for row in shown(judged, len(given), "judging"):
+                if isinstance(row, Example):
+                    good[name].append(row)
+                else:
+                    done.quarantine.append(row)
+        chosen = select(good, self.near, self.contract.sets, lambda steps, n: shown(steps, n, "comparing"))
+        done.quarantine += chosen.quarantine
+        kept: dict[str, list[Example]] = {"test": [], "validation": [], **chosen.kept}
+        kept = self._one_style(kept, done)
+        train, kept["train"] = kept["train"], []
+        test, validation = shares.get("test", 0.0), shares.get("validation", 0.0)
+        for example in train:
+            at = chosen.cluster[example.where]
+            kept["test" if at < test else "validation" if at < test + validation else "train"].append(example)
+        encoded = {name: self._encode(kept[name], done) for name in SPLITS}
+        done.rows = {name: [row for _, row in pairs] for name, pairs in encoded.items()}
+        examples = {name: [example for example, _ in pairs] for name, pairs in encoded.items()}
+        done.origins = {name: dict(Counter(e.origin for e in rows)) for name, rows in examples.items()}
+        return Prepared(done, examples, chosen.suspects)
 
-    def _encode(self, examples: list[Example], done: Splits) -> list[Row]:
+    def _one_style(self, kept: dict[str, list[Example]], done: Splits) -> dict[str, list[Example]]:
+        """Without the rows that write something in another way than most."""
+        done.mixtures = mixtures([example for rows in kept.values() for example in rows], self.contract.fields)
+        odd: dict[str, str] = defaultdict(str)
+        for mixture in done.mixtures:
+            usual = next(iter(mixture.forms))
+            for form, places in mixture.minority.items():
+                for where in places:
+                    odd[where] = odd[where] or (
+                        f"{mixture.what} of {mixture.path or 'the answer'}: {form}, most rows have {usual}"
+                    )
+        for rows in kept.values():
+            done.quarantine += [set_aside(e, "style", odd[e.where]) for e in rows if e.where in odd]
+        return {name: [e for e in rows if e.where not in odd] for name, rows in kept.items()}
+
+    def _encode(self, examples: list[Example], done: Splits) -> list[tuple[Example, Row]]:
         rows = []
         coded = self.renderer.encode([(e.messages, e.where) for e in examples], self.contract.value_spans)
-        aside = Cleaned()
         for example, row in zip(examples, shown(coded, len(examples), "encoding"), strict=True):
             if not isinstance(row, Row):
-                aside.set_aside(example, "unfit", str(row))
+                done.quarantine.append(set_aside(example, "unfit", str(row)))
             elif len(row) > self.max_length:
-                aside.set_aside(example, "too_long", f"{len(row)} tokens, the limit is {self.max_length}")
+                detail = f"{len(row)} tokens, the limit is {self.max_length}"
+                done.quarantine.append(set_aside(example, "too_long", detail))
             elif len(row.target) > self.max_new_tokens:
                 detail = f"the answer has {len(row.target)} tokens, model.max_new_tokens is {self.max_new_tokens}"
-                aside.set_aside(example, "too_long", detail)
+                done.quarantine.append(set_aside(example, "too_long", detail))
             else:
-                rows.append(row)
-        done.quarantine += aside.quarantine
+                rows.append((example, row))
         return rows
-
-
-def _hash_share(key: str) -> float:
-    """A number in [0, 1) that is a function of the text alone, so that a split survives new rows and reordering."""
-    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=6).digest(), "big") / 2**48

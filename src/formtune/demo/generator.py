@@ -215,31 +215,37 @@ def near_duplicate(message, rng):
 
 
 def messy_train(test, taken):
-    """Return the raw training rows, shuffled: 1,660 clean ones and about 340 that need cleaning."""
+    """Return the raw training rows as ``(message, answer, kind)``, shuffled.
+
+    1,660 are clean and about 340 need cleaning; ``kind`` says what was done to a row ("" for nothing).
+    """
     rng = random.Random(SEEDS["train"])
     clean = tickets(SEEDS["train"], 1850, taken)
     base, extra = clean[:1660], iter(clean[1660:])
-    rows = [(message, canonical(answer)) for message, answer in base]
-    rows += [(message, canonical(answer)) for message, answer in rng.sample(base, 60)]  # exact duplicates
-    rows += [(near_duplicate(message, rng), canonical(answer)) for message, answer in rng.sample(base, 50)]
-    for message, answer in rng.sample(base, 20):  # contradictions: the same message, another answer
+    rows = [(message, canonical(answer), "") for message, answer in base]
+    rows += [(message, canonical(answer), "duplicate") for message, answer in rng.sample(base, 60)]
+    for message, answer in rng.sample(base, 50):
+        rows.append((near_duplicate(message, rng), canonical(answer), "near-duplicate"))
+    for message, answer in rng.sample(base, 20):  # the same message, another answer
         other = rng.choice([value for value in PRIORITIES if value != answer["priority"]])
-        rows.append((message, canonical(answer | {"priority": other})))
-    rows += [(message, canonical(answer)) for message, answer in rng.sample(test, 25)]  # leaked from the test set
+        rows.append((message, canonical(answer | {"priority": other}), "contradiction"))
+    rows += [(message, canonical(answer), "leak") for message, answer in rng.sample(test, 25)]
     for number in range(90):  # seven wrong formats in turn
         message, answer = next(extra)
-        rows.append((message, list(wrong_formats(answer, rng).values())[number % 7]))
-    for _ in range(45):  # stray whitespace
+        name, text = list(wrong_formats(answer, rng).items())[number % 7]
+        rows.append((message, text, f"format: {name}"))
+    for _ in range(45):
         message, answer = next(extra)
-        rows.append((rng.choice(("  ", "\n", "\t")) + message + "  \n", f" {canonical(answer)}\n"))
-    for _ in range(20):  # zero-width and control characters inside the text
+        rows.append((rng.choice(("  ", "\n", "\t")) + message + "  \n", f" {canonical(answer)}\n", "stray white space"))
+    for _ in range(20):
         message, answer = next(extra)
         at = message.index(" ")
-        rows.append((message[:at] + rng.choice("\u200b\u200d\ufeff\x07\x0b") + message[at:], canonical(answer)))
-    for _ in range(30):  # HTML remains
+        mark = rng.choice("\u200b\u200d\ufeff\x07\x0b")
+        rows.append((message[:at] + mark + message[at:], canonical(answer), "invisible characters"))
+    for _ in range(30):
         message, answer = next(extra)
         marked = message.replace(". ", ".&nbsp;", 1).replace(" and ", " &amp; ").replace("\n", "<br>")
-        rows.append((f"<p>{marked}</p>", canonical(answer)))
+        rows.append((f"<p>{marked}</p>", canonical(answer), "HTML remains"))
     rng.shuffle(rows)
     return rows
 
@@ -249,7 +255,7 @@ def datasets():
     test = tickets(SEEDS["test"], 330)
     validation = tickets(SEEDS["validation"], 200, {message for message, _ in test})
     held_out = {message for message, _ in test + validation}
-    files = {"train": messy_train(test, held_out)}
+    files = {"train": [(message, answer) for message, answer, _ in messy_train(test, held_out)]}
     files |= {key: [(m, canonical(a)) for m, a in pairs] for key, pairs in (("validation", validation), ("test", test))}
     rows = {key: [{"prompt": p, "completion": c} for p, c in pairs] for key, pairs in files.items()}
     production = tickets(SEEDS["production"], 300, long=True)

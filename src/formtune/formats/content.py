@@ -60,7 +60,7 @@ def compare(
         sets: Paths of arrays whose order does not matter.
         derived: Paths of values that need not occur in the input.
     """
-    got, wanted = dict(_leaves(value, sets)), dict(_leaves(gold, sets))
+    got, wanted = dict(leaves(value, sets)), dict(leaves(gold, sets))
     omitted = [p for p in wanted if p not in got]
     invented = [p for p in got if p not in wanted]
     mismatched = [p for p in wanted if p in got and not _same(got[p][0], wanted[p][0])]
@@ -72,7 +72,7 @@ def compare(
             difference = subkind, f"{path or '$'}: {_show(got, path)} instead of {_show(wanted, path)}"
     if difference is None and not equal:
         difference = "mismatch", "nulls, empty values or types differ" if found else "there is no document"
-    wrong = [got[p] for p in (*invented, *mismatched)]
+    wrong = [value for value, path in (got[p] for p in (*invented, *mismatched)) if path not in derived]
     return Comparison(
         equal=equal,
         matched=len(wanted) - len(omitted) - len(mismatched),
@@ -81,7 +81,7 @@ def compare(
         fields=tuple(found and typed(_at(value, f), sets, f) == typed(_at(gold, f), sets, f) for f in fields),
         omitted=bool(omitted),
         invented=bool(invented),
-        ungrounded=source is not None and _any_ungrounded([v for v, path in wrong if path not in derived], source),
+        ungrounded=bool(wrong) and source is not None and not all(map(Words(source).hold, wrong)),
         difference=difference,
     )
 
@@ -96,7 +96,9 @@ def typed(value: Any, sets: frozenset[str] = frozenset(), path: str = "") -> Any
     return type(value).__name__, value
 
 
-def _leaves(value: Any, sets: frozenset[str], path: str = "", plain: str = "") -> Iterator[tuple[str, tuple[Any, str]]]:
+def leaves(
+    value: Any, sets: frozenset[str] = frozenset(), path: str = "", plain: str = ""
+) -> Iterator[tuple[str, tuple[Any, str]]]:
     """Every value that is not null: its path, and the value with its path in the schema (without indices).
 
     In a set, the value itself and its count stand for the index.
@@ -104,7 +106,7 @@ def _leaves(value: Any, sets: frozenset[str], path: str = "", plain: str = "") -
     if isinstance(value, dict):
         for key, inner in value.items():
             dot = "." if path else ""
-            yield from _leaves(inner, sets, f"{path}{dot}{key}", f"{plain}{dot}{key}")
+            yield from leaves(inner, sets, f"{path}{dot}{key}", f"{plain}{dot}{key}")
     elif isinstance(value, list):
         seen: Counter[Any] = Counter()
         for index, inner in enumerate(value):
@@ -112,7 +114,7 @@ def _leaves(value: Any, sets: frozenset[str], path: str = "", plain: str = "") -
             if plain in sets:
                 seen[typed(inner)] += 1
                 mark = f"{inner!r}#{seen[typed(inner)]}"
-            yield from _leaves(inner, sets, f"{path}[{mark}]", plain)
+            yield from leaves(inner, sets, f"{path}[{mark}]", plain)
     elif value is not None:
         yield path, (value, plain)
 
@@ -133,18 +135,21 @@ def _show(values: dict[str, tuple[Any, str]], path: str) -> str:
     return repr(values[path][0])[:60] if path in values else "nothing"
 
 
-def _any_ungrounded(values: list[Any], source: str) -> bool:
-    """Whether a value does not occur in the source: texts as their words, numbers by what they amount to."""
-    if not values:
-        return False
-    text, numbers = _words(source), _numbers(source)
-    for value in values:
+class Words:
+    """What a text says, to look values up in.
+
+    Args:
+        text: The text.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._words, self._numbers = _words(text), _numbers(text)
+
+    def hold(self, value: Any) -> bool:
+        """Whether the text holds a value: texts as their words, numbers by what they amount to, all else always."""
         if isinstance(value, int | float) and not isinstance(value, bool):
-            if abs(value) not in numbers:
-                return True
-        elif isinstance(value, str) and _words(value) not in text:
-            return True
-    return False
+            return abs(value) in self._numbers
+        return not isinstance(value, str) or _words(value) in self._words
 
 
 def _words(text: str) -> str:

@@ -71,9 +71,13 @@ class Format(ABC):
         for fence in islice(_FENCE.finditer(text, start), MAX_FENCES):
             yield _trimmed(text, *fence.span(1))
 
-    def canonical(self, value: Any) -> str | None:
-        """The one text that a document should have, None where every text of it is as good."""
+    def write(self, value: Any) -> str | None:
+        """The plainest text of a document, None where the format has none."""
         return None
+
+    def canonical(self, value: Any) -> str | None:
+        """The one text that a document must have, None where every text of it is as good."""
+        return self.write(value) if self.is_canonical else None
 
     def value_spans(self, text: str) -> list[tuple[int, int]]:
         """Spans of the values in a text that complies; the rest is structure."""

@@ -40,6 +40,8 @@ class JsonSchema(Format):
         canonical: Whether key order (the schema's) and white space (none) are part of the contract.
         trailing_newline: Whether exactly one line feed must follow the document.
         sets: Dotted paths of arrays whose order does not matter for content.
+        derived: Dotted paths of values that answers work out instead of copying them from the input, such as a date
+            written in another form; enums, constants and booleans are known to be.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class JsonSchema(Format):
         canonical: bool = False,
         trailing_newline: bool = False,
         sets: list[str] | None = None,
+        derived: list[str] | None = None,
     ) -> None:
         name = schema if isinstance(schema, str) else "data.format.schema"
         self.schema = read_schema(schema) if isinstance(schema, str) else schema
@@ -58,10 +61,13 @@ class JsonSchema(Format):
         self.sets = frozenset(sets or ())
         leaves = dict(self._leaves(self._root))
         self.fields = tuple(leaves)
-        self.derived = frozenset(path for path, node in leaves.items() if self._is_derived(node))
+        worked_out = [path for path, node in leaves.items() if self._is_derived(node)]
+        self.derived = frozenset([*worked_out, *(derived or ())])
         arrays = {path for path, node in leaves.items() if any("items" in part for part in self._parts(node))}
         if unknown := self.sets - arrays:
             raise UserError(f"data.format.sets: {name} declares no array at {', '.join(sorted(unknown))}")
+        if wrong := set(derived or ()) - set(leaves):
+            raise UserError(f"data.format.derived: {name} declares no value at {', '.join(sorted(wrong))}")
         # "See [1]" holds no document where only an object is wanted.
         self._brackets = {"object": "{", "array": "["}.get(str(self._root.get("type")), "{[")
 
@@ -92,9 +98,7 @@ class JsonSchema(Format):
         yield from super().documents(text)
         yield from find_documents(text, answer_start(text), self._brackets)
 
-    def canonical(self, value: Any) -> str | None:
-        if not self.is_canonical:
-            return None
+    def write(self, value: Any) -> str | None:
         return json.dumps(self._ordered(value, self._root), ensure_ascii=False, separators=(",", ":"))
 
     def value_spans(self, text: str) -> list[tuple[int, int]]:

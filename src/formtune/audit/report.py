@@ -1,0 +1,76 @@
+"""The audit as one self-contained HTML page, as JSON, and in TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from formtune.audit.pictures import pictures, svg
+
+SHOWN = 200  # rows of a reason on the page; quarantine.jsonl has all of them
+ABOUT = {
+    "empty": "The input or the answer is empty.",
+    "format": "The answer breaks the contract.",
+    "conflict": "The same or nearly the same input with another answer: none of them can be trusted.",
+    "leak": "The input belongs to a cluster of the validation or test rows.",
+    "duplicate": "The same input and answer once more; the first is used.",
+    "near_duplicate": "Nearly the same input and the same answer; the first is used.",
+    "style": "The answer writes something in another way than most do.",
+    "unfit": "The tokenizer or its template cannot carry the row unchanged.",
+    "too_long": "More tokens than the limit; nothing is ever cut.",
+}
+
+
+def write_report(found: dict[str, Any], folder: Path) -> None:
+    """Write `audit.json`, `quarantine.jsonl` and `report.html` into the folder, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found["quarantine"])
+    _write(folder / "quarantine.jsonl", rows)
+    kept = {name: value for name, value in found.items() if name != "quarantine"}
+    _write(folder / "audit.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    _write(folder / "report.html", page(found))
+
+
+def page(found: dict[str, Any]) -> str:
+    """The page."""
+    environment = Environment(
+        loader=PackageLoader("formtune.audit", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["percent"] = lambda share: f"{share:.1%}"
+    environment.filters["thousands"] = lambda number: f"{number:,}"
+    reasons: dict[str, list[dict[str, Any]]] = {}
+    for row in found["quarantine"]:
+        reasons.setdefault(row["reason"], []).append(row)
+    plots = {name: (caption, svg(figure)) for name, caption, figure in pictures(found)}
+    return environment.get_template("report.html.jinja").render(
+        found=found, reasons=reasons, plots=plots, about=ABOUT, shown=SHOWN
+    )
+
+
+def write_tensorboard(found: dict[str, Any], folder: Path) -> None:
+    """The verdict, the counts and the plots in TensorBoard's format."""
+    from torch.utils.tensorboard import SummaryWriter  # seconds: nothing before needs torch
+
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()  # an audit replaces the one before
+    with SummaryWriter(str(folder)) as writer:
+        lines = [f"**{found['verdict']}**", *(f"- blocked: {line}" for line in found["blockers"])]
+        writer.add_text("audit/verdict", "\n".join([*lines, *(f"- {line}" for line in found["warnings"])]))
+        for name, counts in (("rows", {k: v["used"] for k, v in found["rows"].items()}), ("aside", found["set_aside"])):
+            for key, count in counts.items():
+                writer.add_scalar(f"audit_{name}/{key}", count)
+        for name, _, figure in pictures(found):
+            writer.add_figure(f"audit/{name}", figure)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".part")
+    try:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

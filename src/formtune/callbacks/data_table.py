@@ -1,0 +1,24 @@
+"""The data as soon as it is prepared, before anything slow begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
+
+from formtune.summary import print_data
+
+
+class DataTable(Callback):
+    """Prints rows per split, what was repaired and what was set aside, once."""
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        splits = getattr(trainer.datamodule, "splits", None)
+        if splits is not None and trainer.is_global_zero and not self._done:
+            print_data(splits, Path(trainer.default_root_dir) if trainer.loggers else None)
+            self._done = True

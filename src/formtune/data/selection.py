@@ -1,0 +1,231 @@
+"""Which of the rows that keep their contract are used: one of each duplicate, none of a conflict, none of a leak.
+
+All rows of all splits are clustered once: by their inputs without case, marks and spacing, then by near-sameness (see
+`duplicates`). The rules, in this order:
+
+* **conflict**: rows of one split with the same input (below the same system prompt) whose answers differ are all set
+  aside, since nobody can tell which one is right. Inputs that differ in their case, marks, spacing or a mistyped letter
+  count as the same, unless they show why the answers differ: each value that differs stands in its own row's input and
+  not in both ("call Anna", "call anna"). Where a word or a number more sets two inputs apart, it may be the reason for
+  another answer ("urgent"; "8 in Roman numerals"): if the inputs do not show it, the two are **suspects**, listed for a
+  person to look at, and used.
+* **leak**: a cluster belongs to one split. Where test rows are given it is theirs, then the validation rows'; rows of
+  a later split in it are set aside.
+* **duplicate**: rows are taken in the order of their file, and one with the answer and (nearly) the input of a row that
+  was taken before is set aside. So each has a near twin among the rows that are kept, also where a chain of similar
+  rows joins two that are not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from formtune.data.cleaning import Example, Quarantined, set_aside
+from formtune.data.duplicates import components, near_pairs
+from formtune.formats.content import Words, leaves, typed
+
+WORD = 5  # letters of the shortest word in which one letter is taken for a mistake: "now" and "not" are two words
+
+
+@dataclass(slots=True)
+class Selection:
+    """The rows to use, the rows set aside, and for each used row the hash of its cluster.
+
+    Args:
+        kept: Used rows of each split.
+        quarantine: The others.
+        cluster: By place of a used row, a number in [0, 1) that all rows of its cluster have in common.
+        suspects: Pairs of rows with nearly the same input whose different answers nothing explains.
+    """
+
+    kept: dict[str, list[Example]] = field(default_factory=dict)
+    quarantine: list[Quarantined] = field(default_factory=list)
+    cluster: dict[str, float] = field(default_factory=dict)
+    suspects: list[tuple[Example, Example]] = field(default_factory=list)
+
+
+def select(
+    splits: Mapping[str, Sequence[Example]],
+    threshold: float,
+    sets: frozenset[str] = frozenset(),
+    progress: Callable[[Iterator[int], int], Iterator[int]] | None = None,
+) -> Selection:
+    """Choose the rows to use.
+
+    Args:
+        splits: Judged rows; splits that come first own what they share with later ones.
+        threshold: Jaccard index from which on two inputs are nearly the same; 1 switches that off.
+        sets: Paths of arrays in answers whose order does not matter.
+        progress: As in `near_pairs`.
+    """
+    keys: dict[str, int] = {}
+    rows = [
+        _Row(example, split, keys.setdefault(example.key, len(keys)), sets)
+        for split, examples in splits.items()
+        for example in examples
+    ]
+    groups: list[list[_Row]] = [[] for _ in keys]
+    for row in rows:
+        groups[row.at].append(row)
+    names = list(keys)
+    left, right, index = near_pairs(names if threshold < 1 else [], threshold, progress)
+    near: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for i, j, similarity in zip(left.tolist(), right.tolist(), index.tolist(), strict=True):
+        near[i].append((j, similarity))
+        near[j].append((i, similarity))
+    clusters = components(len(names), left, right).tolist()
+
+    done = Selection({split: [] for split in splits})
+    done.suspects = _mark_conflicts(groups, near)
+    owners: dict[int, _Row] = {}
+    taken: dict[int, list[_Row]] = defaultdict(list)
+    for row in rows:
+        owner = owners.get(clusters[row.at], row)
+        if row.rival is not None:
+            entry = row.aside("conflict", "same input as {}, another answer", row.rival, row.similarity)
+        elif owner.split != row.split:
+            entry = row.aside("leak", "the input also stands in {}", owner, 1.0 if owner.at == row.at else None)
+        elif twin := _twin(row, taken, near):
+            reason = "duplicate" if twin[0].text == row.text else "near_duplicate"
+            entry = row.aside(reason, "same input and answer as {}", *twin)
+        else:
+            owners.setdefault(clusters[row.at], row)
+            taken[row.at].append(row)
+            done.kept[row.split].append(row.example)
+            continue
+        done.quarantine.append(entry)
+    lowest: dict[int, float] = {}
+    for name, cluster in zip(names, clusters, strict=True):
+        lowest[cluster] = min(lowest.get(cluster, 1.0), _share(name))
+    done.cluster = {row.example.where: lowest[clusters[at]] for at, found in taken.items() for row in found}
+    return done
+
+
+class _Row:
+    """An example with what it is compared by."""
+
+    __slots__ = ("answer", "at", "example", "rival", "similarity", "split", "text")
+
+    def __init__(self, example: Example, split: str, at: int, sets: frozenset[str]) -> None:
+        self.example, self.split, self.at = example, split, at
+        self.text, self.answer = hash(example.text), hash(typed(example.value, sets))
+        self.rival: _Row | None = None
+        self.similarity = 1.0
+
+    def aside(self, reason: str, detail: str, other: _Row, similarity: float | None = 1.0) -> Quarantined:
+        where = other.example.where
+        said = detail.format(where)
+        if similarity is None:
+            said = f"the input is nearly one that stands in {where}"
+        elif similarity < 1:
+            said = said.replace("same input", f"input {similarity:.0%} the same", 1)
+        return set_aside(self.example, reason, said, where)
+
+    def comparable(self, other: _Row) -> bool:
+        return self.split == other.split and self.example.system == other.example.system
+
+
+def _mark_conflicts(
+    groups: list[list[_Row]], near: Mapping[int, list[tuple[int, float]]]
+) -> list[tuple[Example, Example]]:
+    """Give each row of a conflict its rival; returns the suspects."""
+    suspects = []
+    for at, group in enumerate(groups):
+        alike: dict[Any, _Row] = {}
+        for row in group:
+            for first in (alike.setdefault((row.split, row.text), row), _first(group, row)):
+                if _differ(first, row):
+                    _set_rivals(first, row, 1.0)
+        for other, similarity in near.get(at, ()):
+            for row in group if other > at else ():
+                first = _first(groups[other], row)
+                if not _differ(first, row):
+                    continue
+                if _mistyped(first.example.key, row.example.key):
+                    _set_rivals(first, row, similarity)
+                else:
+                    suspects.append((row.example, first.example))
+        for row in group:  # one conflict among rows of the same text speaks for them all
+            first = alike[row.split, row.text]
+            if row.rival is not None and first.rival is None:
+                first.rival, first.similarity = row, 1.0
+        for row in group:
+            first = alike[row.split, row.text]
+            if row.rival is None and first.rival is not None:
+                row.rival, row.similarity = first.rival, first.similarity
+    return suspects
+
+
+def _first(group: list[_Row], row: _Row) -> _Row:
+    """The first of a group that the row can be compared with, the row itself if there is none."""
+    return next((other for other in group if row.comparable(other)), row)
+
+
+def _differ(a: _Row, b: _Row) -> bool:
+    """Whether two answers differ and the inputs do not show why."""
+    return a.answer != b.answer and not (a.text != b.text and _explained(a.example, b.example))
+
+
+def _set_rivals(a: _Row, b: _Row, similarity: float) -> None:
+    for one, other in ((a, b), (b, a)):
+        if one.rival is None:
+            one.rival, one.similarity = other, similarity
+
+
+def _mistyped(a: str, b: str) -> bool:
+    """Whether two inputs differ in nothing but a letter in some of their longer words."""
+    pairs = list(zip(a.split(), b.split(), strict=False))
+    return len(a.split()) == len(b.split()) and all(x == y or _one_letter(x, y) for x, y in pairs)
+
+
+def _one_letter(x: str, y: str) -> bool:
+    """Whether one letter was added, left out, replaced or swapped with its neighbour; digits are no letters."""
+    if min(len(x), len(y)) < WORD or not (x.isalpha() and y.isalpha()):
+        return False
+    start = next((i for i, (p, q) in enumerate(zip(x, y, strict=False)) if p != q), min(len(x), len(y)))
+    rest = x[start:], y[start:]
+    tails = ((1, 1), (0, 1), (1, 0))
+    return any(rest[0][i:] == rest[1][j:] for i, j in tails) or (
+        rest[0][:2] == rest[1][:2][::-1] and rest[0][2:] == rest[1][2:]
+    )
+
+
+def _explained(a: Example, b: Example) -> bool:
+    """Whether every value in which two answers differ is read off its own input, and not off both."""
+    values = dict(leaves(a.value)), dict(leaves(b.value))
+    for path in values[0].keys() | values[1].keys():
+        mine, theirs = (found[path][0] if path in found else None for found in values)
+        if typed(mine) == typed(theirs):
+            continue
+        if not (_said(mine, a.input) and _said(theirs, b.input)):
+            return False
+        if _said(mine, b.input) and _said(theirs, a.input):
+            return False
+    return True
+
+
+def _said(value: Any, text: str) -> bool:
+    """Whether a text holds a value letter for letter, or a number by what it amounts to; nothing is always said."""
+    if isinstance(value, str):
+        return value in text
+    return value is None or (not isinstance(value, bool) and Words(text).hold(value))
+
+
+def _twin(
+    row: _Row, taken: Mapping[int, list[_Row]], near: Mapping[int, list[tuple[int, float]]]
+) -> tuple[_Row, float] | None:
+    """A row taken before with the same answer and the same or nearly the same input."""
+    for place, similarity in ((row.at, 1.0), *near.get(row.at, ())):
+        for other in taken.get(place, ()):
+            if other.answer == row.answer and other.comparable(row):
+                return other, similarity
+    return None
+
+
+def _share(key: str) -> float:
+    """A number in [0, 1) that is a function of the text alone, so that a split survives new rows and reordering."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=6).digest(), "big") / 2**48

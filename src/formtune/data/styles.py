@@ -1,0 +1,199 @@
+"""One format throughout: the ways in which the answers write the same thing, field by field.
+
+A contract may leave open how a date is written or whether an empty field is null or absent. A model trained on a
+mixture writes a mixture, so the less frequent ways are found here, with the rows that use them. Values that
+answers copy from their inputs are left alone: how they are written is the inputs' matter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from formtune.data.cleaning import Example
+
+MOST = 0.8  # share of a field's values that must be dates (or numbers) for it to be a field of dates
+COPIED = 0.95  # share of a field's values that stand in their inputs for it to be a copied one
+FORMS = 50  # different values at most for a field whose casing is looked at: a category, no free text
+
+_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
+_DATES = {
+    "YYYY-MM-DD": r"\d{4}-\d\d-\d\d",
+    "YYYY-MM-DDThh:mm": r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d.*",
+    "YYYY/MM/DD": r"\d{4}/\d\d?/\d\d?",
+    "D/M/YYYY": r"\d\d?/\d\d?/(?:\d{4}|\d\d)",
+    "D.M.YYYY": r"\d\d?\.\d\d?\.(?:\d{4}|\d\d)",
+    "D-M-YYYY": r"\d\d?-\d\d?-(?:\d{4}|\d\d)",
+    "D Month YYYY": rf"\d\d?(?:st|nd|rd|th)?\.? (?:of )?{_MONTH},? \d{{4}}",
+    "Month D, YYYY": rf"{_MONTH} \d\d?(?:st|nd|rd|th)?,? \d{{4}}",
+}
+_NUMBERS = {
+    "1234.5": r"[+-]?\d+(?:\.\d+)?",
+    "1,234.5": r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?",
+    "1.234,5": r"[+-]?(?:\d{1,3}(?:\.\d{3})+(?:,\d+)?|\d+,\d+)",
+    "with a unit": r"(?:[^\w\s.,+-]|[A-Za-z]{1,4})? ?[+-]?\d[\d.,]*(?: ?(?:[^\w\s.,]|[A-Za-z]{1,4}))?",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """One thing that answers write in several ways.
+
+    Args:
+        path: Dotted path of the field, "" for the whole answer.
+        what: Kind of style: `layout`, `key order`, `empty`, `date`, `number` or `case`.
+        forms: How many rows write it in each way, the most frequent first.
+        minority: For each other way, the places of the rows that use it.
+    """
+
+    path: str
+    what: str
+    forms: dict[str, int]
+    minority: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        ways = ", ".join(f"{form} {count:,}" for form, count in self.forms.items())
+        return f"{self.what} of {self.path or 'the answer'}: {ways}"
+
+
+def mixtures(examples: Sequence[Example], fields: Sequence[str] = ()) -> list[Mixture]:
+    """What the answers write in more than one way.
+
+    Args:
+        examples: Judged rows.
+        fields: Dotted paths that the contract declares; in these, null and absent are two ways of saying nothing.
+    """
+    found = [
+        _mixture("", "layout", [(form, e.where) for e in examples if (form := _layout(e.gold, e.value))]),
+        *_key_orders(examples),
+        *_empties(examples, fields),
+    ]
+    by_path: dict[str, list[tuple[Any, str, bool]]] = defaultdict(list)
+    for example in examples:
+        text = example.input
+        for path, value in _scalars(example.value):
+            copied = isinstance(value, str) and value in text
+            by_path[path].append((value, example.where, copied))
+    for path, values in by_path.items():
+        found += _values(path, values)
+    return [mixture for mixture in found if mixture is not None]
+
+
+def _mixture(path: str, what: str, seen: Sequence[tuple[str, str]]) -> Mixture | None:
+    """The mixture of (form, place) pairs, None if all have the same form."""
+    forms = Counter(form for form, _ in seen)
+    if len(forms) < 2:
+        return None
+    usual = forms.most_common(1)[0][0]
+    minority: dict[str, list[str]] = defaultdict(list)
+    for form, where in seen:
+        if form != usual and where not in minority[form][-1:]:
+            minority[form].append(where)
+    return Mixture(path, what, dict(forms.most_common()), dict(minority))
+
+
+def _layout(text: str, value: Any) -> str | None:
+    """How a JSON object or array is set out; what has no separators could be either and says nothing."""
+    if not isinstance(value, dict | list):
+        return "with a line feed at its end" if text.endswith("\n") else "without a line feed at its end"
+    outside = re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)
+    end = " and a line feed at its end" if text.endswith("\n") else ""
+    if "\n" in outside.strip():
+        return f"over several lines{end}"
+    if re.search(r"[:,] ", outside):
+        return f"with spaces{end}"
+    return f"without spaces{end}" if re.search(r"[:,]", outside) else None
+
+
+def _objects(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every object with its path."""
+    if isinstance(value, dict):
+        yield path, value
+        for key, inner in value.items():
+            yield from _objects(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _objects(inner, path)
+
+
+def _scalars(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every text and number with its path, indices left out."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _scalars(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _scalars(inner, path)
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        yield path, value
+
+
+def _key_orders(examples: Sequence[Example]) -> Iterator[Mixture | None]:
+    """Objects whose keys stand in another order than in most: pairs of keys vote on which one comes first."""
+    orders: dict[str, list[tuple[tuple[str, ...], str]]] = defaultdict(list)
+    for example in examples:
+        for path, value in _objects(example.value):
+            orders[path].append((tuple(value), example.where))
+    for path, seen in orders.items():
+        tuples = Counter(keys for keys, _ in seen)
+        if len(tuples) < 2:
+            continue
+        usual: Counter[str] = Counter()
+        for keys, count in tuples.items():
+            usual.update(dict.fromkeys(keys, count))
+        # Keys that most objects have are the form; the others are data, in the order in which the input names them.
+        form = {key for key, count in usual.items() if count > len(seen) / 2}
+        before: Counter[tuple[str, str]] = Counter()
+        for keys, count in tuples.items():
+            for pair in combinations([key for key in keys if key in form], 2):
+                before[pair] += count
+        labels = {}
+        for keys in tuples:
+            turned = [p for p in combinations([k for k in keys if k in form], 2) if before[p] < before[p[::-1]]]
+            labels[keys] = f"{turned[0][0]} before {turned[0][1]}" if turned else "the usual order"
+        yield _mixture(path, "key order", [(labels[keys], where) for keys, where in seen])
+
+
+def _empties(examples: Sequence[Example], fields: Sequence[str]) -> Iterator[Mixture | None]:
+    """Fields for which some rows write null, some an empty text and some leave the key out."""
+    for path in fields:
+        *parents, key = path.split(".")
+        seen = []
+        for example in examples:
+            holder = example.value
+            for parent in parents:
+                holder = holder.get(parent) if isinstance(holder, dict) else None
+            if isinstance(holder, dict):
+                value = holder.get(key, ...)
+                form = "absent" if value is ... else "null" if value is None else "empty text" if value == "" else ""
+                seen += [(form, example.where)] if form else []
+        yield _mixture(path, "empty", seen)
+
+
+def _values(path: str, values: list[tuple[Any, str, bool]]) -> Iterator[Mixture | None]:
+    integral = [(v, where) for v, where, _ in values if not isinstance(v, str) and v == v // 1]
+    yield _mixture(path, "number", [("5.0" if isinstance(v, float) else "5", where) for v, where in integral])
+    texts = [(value, where, copied) for value, where, copied in values if isinstance(value, str)]
+    if not texts or sum(copied for *_, copied in texts) >= COPIED * len(texts):
+        return
+    for what, patterns in (("date", _DATES), ("number", _NUMBERS)):
+        forms = [(_form(value, patterns), where) for value, where, _ in texts]
+        known = [(form, where) for form, where in forms if form]
+        if len(known) >= MOST * len(texts):
+            yield _mixture(path, what, known)
+            return
+    cases: dict[str, Counter[str]] = defaultdict(Counter)
+    for value, _, _ in texts:
+        cases[value.casefold()][value] += 1
+    if len(cases) <= FORMS:
+        for variants in cases.values():
+            if len(variants) > 1:
+                yield _mixture(path, "case", [(value, where) for value, where, _ in texts if value in variants])
+
+
+def _form(text: str, patterns: dict[str, str]) -> str | None:
+    return next((name for name, pattern in patterns.items() if re.fullmatch(pattern, text, re.I)), None)

@@ -1,0 +1,61 @@
+"""What answers write in several ways is found with the rows that write it the rarer way, and nothing else is."""
+
+import json
+
+import pytest
+
+from formtune.data.cleaning import Example
+from formtune.data.styles import mixtures
+
+
+def found(answers, inputs=None, fields=()):
+    examples = []
+    for n, answer in enumerate(answers):
+        text = answer if isinstance(answer, str) else json.dumps(answer, separators=(",", ":"))
+        said = inputs[n] if inputs else f"input {n}"
+        turns = [{"role": "user", "content": said}, {"role": "assistant", "content": text}]
+        examples.append(Example(turns, str(n), value=json.loads(text)))
+    return {(m.what, m.path): m.minority for m in mixtures(examples, fields)}
+
+
+@pytest.mark.parametrize(
+    ("answers", "what", "path", "minority"),
+    [
+        (['{"a":1,"b":2}'] * 3 + ['{"a": 1, "b": 2}'], "layout", "", {"with spaces": ["3"]}),
+        (['{"a":1}'] * 3 + ['{\n"a": 1\n}'], "layout", "", {"over several lines": ["3"]}),
+        ([{"d": "2026-01-02"}] * 4 + [{"d": "2 January 2026"}], "date", "d", {"D Month YYYY": ["4"]}),
+        ([{"d": "2026-01-02"}] * 4 + [{"d": "02/01/2026"}], "date", "d", {"D/M/YYYY": ["4"]}),
+        ([{"a": ["1200"]}] * 4 + [{"a": ["1,200"]}], "number", "a", {"1,234.5": ["4"]}),
+        ([{"a": "12.50"}] * 4 + [{"a": "12.50 EUR"}], "number", "a", {"with a unit": ["4"]}),
+        ([{"a": 5}] * 4 + [{"a": 5.0}], "number", "a", {"5.0": ["4"]}),
+        ([{"a": "High"}, {"a": "low"}, {"a": "high"}, {"a": "high"}], "case", "a", {"High": ["0"]}),
+        ([{"a": 1, "b": 2, "c": 3}] * 3 + [{"b": 2, "a": 1, "c": 3}], "key order", "", {"b before a": ["3"]}),
+        ([{"o": {"a": 1, "b": 2}}] * 3 + [{"o": {"b": 2, "a": 1}}], "key order", "o", {"b before a": ["3"]}),
+        ([{"a": None}] * 3 + [{}], "empty", "a", {"absent": ["3"]}),
+        ([{"o": {"a": None}}] * 3 + [{"o": {"a": ""}}], "empty", "o.a", {"empty text": ["3"]}),
+    ],
+)
+def test_a_minority_is_named_with_its_rows(answers, what, path, minority):
+    assert found(answers, fields=["a", "o.a"])[what, path] == minority
+
+
+@pytest.mark.parametrize(
+    ("answers", "inputs"),
+    [
+        # One way throughout; values of different size are no styles.
+        ([{"a": 5, "d": "2026-01-02"}, {"a": 7.25, "d": "2026-11-12"}], None),
+        # Copied as the inputs write them.
+        ([{"n": "Anna"}, {"n": "anna"}], ["I am Anna", "i am anna"]),
+        ([{"d": "2 May 2026"}, {"d": "2026-05-02"}], ["on 2 May 2026", "on 2026-05-02"]),
+        # Keys that only some rows have are data: their order is the input's.
+        ([{"x": 1, "s": {"p": 1}}, {"x": 1, "s": {"q": 1, "r": 1}}, {"x": 1, "s": {"r": 1, "q": 1}}], None),
+        # An optional key that is simply left out.
+        ([{"a": 1}, {}], None),
+        # Free text that happens to hold a date.
+        ([{"t": "hello there"}, {"t": "2026-01-02"}, {"t": "what now"}], None),
+        # Nothing to lay out.
+        (["{}", '{"a":1}'], None),
+    ],
+)
+def test_what_is_no_style_is_left_alone(answers, inputs):
+    assert not found(answers, inputs, fields=["a"])
