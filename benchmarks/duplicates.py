@@ -57,9 +57,10 @@ def texts_of(path: Path, number: int | None) -> list[str]:
     dice.shuffle(texts)
     original = len(texts)
     while number is not None and len(texts) < number:
-        words = texts[dice.randrange(original)].split()
-        words[dice.randrange(len(words))] = dice.choice(texts[dice.randrange(original)].split())
-        texts.append(" ".join(words))
+        words, others = (texts[dice.randrange(original)].split() for _ in range(2))
+        if words and others:
+            words[dice.randrange(len(words))] = dice.choice(others)
+            texts.append(" ".join(words))
     return texts[:number]
 
 

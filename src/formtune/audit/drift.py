@@ -28,7 +28,6 @@ def compare_inputs(train: Sequence[str], production: Sequence[str]) -> dict[str,
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import cross_val_predict
-    from sklearn.pipeline import make_pipeline
 
     dice = random.Random(0)
     ours = dice.sample(list(train), min(SAMPLE, len(train)))
@@ -45,14 +44,13 @@ def compare_inputs(train: Sequence[str], production: Sequence[str]) -> dict[str,
     }
     folds = min(5, len(ours), len(theirs))
     if folds > 1 and any(map(str.split, texts)):
-        model = make_pipeline(
-            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=50_000, token_pattern=word),
-            LogisticRegression(class_weight="balanced", max_iter=1000),
-        )
-        scores = cross_val_predict(model, texts, sides, cv=folds, method="predict_proba")[:, 1]
+        # Weights of words know nothing of the sides, so they need no fold of their own.
+        vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=50_000, token_pattern=word)
+        vectors = vectorizer.fit_transform(texts)
+        model = LogisticRegression(class_weight="balanced", max_iter=1000)
+        scores = cross_val_predict(model, vectors, sides, cv=folds, method="predict_proba")[:, 1]
         found["auc"] = max(0.5, float(roc_auc_score(sides, scores)))  # below, chance decided
-        model.fit(texts, sides)
-        names, weights = model[0].get_feature_names_out(), model[1].coef_[0]
+        names, weights = vectorizer.get_feature_names_out(), model.fit(vectors, sides).coef_[0]
         order = weights.argsort()
         found["features"] = {
             "train": [(str(names[i]), float(weights[i])) for i in order[:FEATURES]],

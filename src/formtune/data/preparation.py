@@ -1,6 +1,6 @@
 """A task's rows as its YAML describes them, and whether they may be trained on: the same for an audit and for a run.
 
-Knows neither torch nor Lightning, so that an audit answers in seconds.
+Knows no model and no Lightning, so that an audit answers in seconds.
 """
 
 from __future__ import annotations
