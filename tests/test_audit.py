@@ -23,7 +23,7 @@ from formtune.audit.report import page
 from formtune.cli import main
 from formtune.data.cleaning import Example
 from formtune.data.preparation import Preparation
-from formtune.demo.generator import datasets, messy_train, tickets
+from formtune.demo.generator import datasets, planted
 from formtune.errors import UserError
 from formtune.formats import JsonSchema, Labels
 
@@ -216,16 +216,13 @@ def demo(tmp_path_factory):
         found, splits = audit(Preparation(contract, tokenizer=str(DEMO / "base"), **(options | files)))
     finally:
         os.chdir(before)
-    test = tickets(13, 330)
-    validation = tickets(12, 200, {message for message, _ in test})
-    planted = messy_train(test, {message for message, _ in test + validation})
-    return found, {f"{files['train']}:{n}": kind for n, (_, _, kind) in enumerate(planted, 1)}, splits
+    return found, {f"{files['train']}:{n}": kind for n, kind in enumerate(planted(), 1)}, splits
 
 
 def test_every_planted_defect_is_found_and_no_clean_row_is_lost(demo):
-    found, planted, splits = demo
+    found, kinds, splits = demo
     aside = {row["where"]: row["reason"] for row in found["quarantine"]}
-    table = Counter((kind, aside.get(where, "used")) for where, kind in planted.items())
+    table = Counter((kind, aside.get(where, "used")) for where, kind in kinds.items())
     # A row and its copy are the same but for their place: whichever comes first is used. Of a contradiction both go.
     for kind, reasons in {
         "leak": {"leak"},
@@ -250,7 +247,7 @@ def test_every_planted_defect_is_found_and_no_clean_row_is_lost(demo):
         row["other_messages"] for row in found["quarantine"] if row["reason"] in ("conflict", "duplicate", "leak")
     )
     assert messages and found["repairs"]["html"] >= 30
-    used = [where for where, kind in planted.items() if where not in aside]
+    used = [where for where in kinds if where not in aside]
     assert len(used) == found["rows"]["train"]["used"]
 
 

@@ -250,12 +250,23 @@ def messy_train(test, taken):
     return rows
 
 
+def held_out():
+    """Return the test and the validation pairs."""
+    test = tickets(SEEDS["test"], 330)
+    return test, tickets(SEEDS["validation"], 200, {message for message, _ in test})
+
+
+def planted():
+    """Return what was done to each training row, in the order of the file."""
+    test, validation = held_out()
+    return [kind for _, _, kind in messy_train(test, {message for message, _ in test + validation})]
+
+
 def datasets():
     """Return all four files as ``{name: rows}``, each row a dict as it stands in the file."""
-    test = tickets(SEEDS["test"], 330)
-    validation = tickets(SEEDS["validation"], 200, {message for message, _ in test})
-    held_out = {message for message, _ in test + validation}
-    files = {"train": [(message, answer) for message, answer, _ in messy_train(test, held_out)]}
+    test, validation = held_out()
+    train = messy_train(test, {message for message, _ in test + validation})
+    files = {"train": [(message, answer) for message, answer, _ in train]}
     files |= {key: [(m, canonical(a)) for m, a in pairs] for key, pairs in (("validation", validation), ("test", test))}
     rows = {key: [{"prompt": p, "completion": c} for p, c in pairs] for key, pairs in files.items()}
     production = tickets(SEEDS["production"], 300, long=True)
