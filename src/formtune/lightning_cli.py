@@ -15,10 +15,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from formtune.callbacks import AnswerFile, BestCheckpoint, DataTable, ProgressBar, WorstAnswers
+from formtune.callbacks import AnswerFile, BestCheckpoint, DataTable, Outcomes, ProgressBar, WorstAnswers
 from formtune.cli import LOGS, VERBS
 from formtune.data.module import FormatDataModule
 from formtune.errors import UserError
+from formtune.evaluation.outcomes import write_outcomes
 from formtune.export import export_adapter
 from formtune.model import FormatModule
 from formtune.parsing import OneLine
@@ -115,8 +116,8 @@ class FormtuneCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config_init, "trainer")
-        self.best = BestCheckpoint()
-        callbacks: list[Any] = [DataTable(), WorstAnswers()]
+        self.best, self.outcomes = BestCheckpoint(), Outcomes()
+        callbacks: list[Any] = [DataTable(), WorstAnswers(), self.outcomes]
         if self.subcommand == "fit":
             callbacks.append(self.best)
             if config.logger is None or config.logger is True:
@@ -137,6 +138,7 @@ class FormtuneCLI(LightningCLI):
             self._save_config()
         trainer.test(model, datamodule, verbose=False)
         result["before"], counts_before = _results(model)
+        self._save_outcomes("before")
         trainer.validate(model, datamodule, verbose=False)  # the curves begin at the base
         started = time.monotonic()
         trainer.fit(model, datamodule)
@@ -151,6 +153,7 @@ class FormtuneCLI(LightningCLI):
                 export_adapter(model, self.run_dir / "adapter", self.run_dir / "config.yaml")
         trainer.test(model, datamodule, verbose=False)
         result["after"], counts_after = _results(model)
+        self._save_outcomes("after")
         result["counts"] = {"before": counts_before, "after": counts_after}
         result["rows"] = counts_after["format/exact"][1]
         result["data"] = datamodule.splits.key if datamodule.splits else None  # as in audit.json
@@ -191,6 +194,10 @@ class FormtuneCLI(LightningCLI):
         config.trainer.default_root_dir = None
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "config.yaml").write_text(self._parser("fit").dump(config, skip_none=False), encoding="utf-8")
+
+    def _save_outcomes(self, name: str) -> None:
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_outcomes(self.run_dir / "outcomes" / f"{name}.jsonl", self.outcomes.outcomes)
 
     def _save_result(self, result: dict[str, Any]) -> None:
         text = json.dumps(result, indent=2)

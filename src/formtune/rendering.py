@@ -41,6 +41,7 @@ class Row:
         gold: Text of the wanted answer, None where there is none.
         where: `file:line` the row came from.
         number: Position among the rows it was encoded with.
+        origin: Who wrote it: "human", the name of a model, or "" where that is not known.
     """
 
     prompt: list[int]
@@ -50,6 +51,7 @@ class Row:
     gold: str | None
     where: str
     number: int = 0
+    origin: str = ""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from formtune.data import cache
 from formtune.data.cleaning import Example, judge, set_aside
@@ -180,5 +180,5 @@ class Splitter:
                 detail = f"the answer has {len(row.target)} tokens, model.max_new_tokens is {self.max_new_tokens}"
                 done.quarantine.append(set_aside(example, "too_long", detail))
             else:
-                rows.append((example, row))
+                rows.append((example, replace(row, origin=example.origin)))
         return rows

@@ -1,0 +1,31 @@
+"""The test rows one by one, from all processes and in the order of the file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from formtune.evaluation.outcomes import Outcome, outcome
+
+
+class Outcomes(Callback):
+    """Holds the outcomes of the last test in `outcomes`, on every process."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[Outcome] = []
+        self._found: list[tuple[int, Outcome]] = []
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        contract: Any = pl_module.format
+        self._found += [(a.row.number, outcome(a.row, a.text, a.verdict, contract)) for a in outputs]
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        parts: list[Any] = [self._found]
+        if trainer.world_size > 1:
+            parts = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, self._found)
+        self.outcomes = [one for _, one in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
+        self._found = []

@@ -1,0 +1,120 @@
+"""What became of each test row, on disk: every figure and every comparison can be worked out from it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from formtune.errors import UserError
+from formtune.formats import Format, Verdict
+from formtune.formats.strict_json import loads_strict
+from formtune.rendering import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A row, its answer, and the verdict.
+
+    Args:
+        where: Place of the row; with `input` what pairs it with the same row of another run.
+        origin: Who wrote the row: "human", the name of a model, or "".
+        prompt_tokens: Tokens of the prompt.
+        target_tokens: Tokens of the wanted answer, end of turn included.
+        input: Text of the last user turn.
+        target: Text of the wanted answer.
+        answer: Text of the model's.
+        kind: Primary kind of failure, "ok" for none.
+        detail: What is wrong, in one line.
+        exact: Whether the format is kept.
+        loose: The same after removing what stands around the document.
+        joint: Whether format and content are right.
+        matched: Values that answer and target have in common.
+        predicted: Values of the answer.
+        gold: Values of the target.
+        fields: For each field of the contract, whether it is right.
+    """
+
+    where: str
+    origin: str
+    prompt_tokens: int
+    target_tokens: int
+    input: str
+    target: str
+    answer: str
+    kind: str
+    detail: str
+    exact: bool
+    loose: bool
+    joint: bool
+    matched: int
+    predicted: int
+    gold: int
+    fields: dict[str, bool]
+
+
+def outcome(row: Row, answer: str, verdict: Verdict, contract: Format) -> Outcome:
+    """The outcome of a row that has a wanted answer."""
+    content = verdict.content
+    assert content is not None and row.gold is not None, "an outcome needs a wanted answer"
+    return Outcome(
+        where=row.where,
+        origin=row.origin,
+        prompt_tokens=len(row.prompt),
+        target_tokens=len(row.target),
+        input=row.source,
+        target=row.gold,
+        answer=answer,
+        kind=verdict.kind,
+        detail=verdict.detail,
+        exact=verdict.exact,
+        loose=verdict.loose,
+        joint=verdict.joint,
+        matched=content.matched,
+        predicted=content.predicted,
+        gold=content.gold,
+        fields=dict(zip(contract.fields, content.fields, strict=True)),
+    )
+
+
+def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
+    """Write them as JSON Lines, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in outcomes)
+    partial.write_text(lines, encoding="utf-8", errors="backslashreplace")
+    partial.replace(path)
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """Read what `write_outcomes` wrote.
+
+    Raises:
+        UserError: There is no such file, or it holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}; a finished run has it") from None
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            record: Any = loads_strict(line)
+            found.append(Outcome(**record))
+        except (ValueError, TypeError):
+            raise UserError(f"{path}:{number}: not an outcome of a test row") from None
+    return found
+
+
+def rate(outcomes: Sequence[Outcome], name: str) -> tuple[int, int]:
+    """Rows for which `exact`, `loose` or `joint` holds, and all rows."""
+    return sum(getattr(one, name) for one in outcomes), len(outcomes)
+
+
+def field_f1(outcomes: Sequence[Outcome]) -> float:
+    """Micro F1 over all values; 0 where there are none."""
+    both = sum(one.matched for one in outcomes)
+    either = sum(one.predicted + one.gold for one in outcomes)
+    return 2 * both / either if either else 0.0
