@@ -18,6 +18,7 @@ from formtune.data.cleaning import Example
 
 MOST = 0.8  # share of a field's values that must be dates (or numbers) for it to be a field of dates
 COPIED = 0.95  # share of a field's values that stand in their inputs for it to be a copied one
+ALWAYS = 0.95  # share of the objects that must have a key for its place to be a matter of form
 FORMS = 50  # different values at most for a field whose casing is looked at: a category, no free text
 
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
@@ -145,8 +146,8 @@ def _key_orders(examples: Sequence[Example]) -> Iterator[Mixture | None]:
         usual: Counter[str] = Counter()
         for keys, count in tuples.items():
             usual.update(dict.fromkeys(keys, count))
-        # Keys that most objects have are the form; the others are data, in the order in which the input names them.
-        form = {key for key, count in usual.items() if count > len(seen) / 2}
+        # Keys that (nearly) all objects have are the form; others are data, in the order in which the input names them.
+        form = {key for key, count in usual.items() if count >= ALWAYS * len(seen)}
         before: Counter[tuple[str, str]] = Counter()
         for keys, count in tuples.items():
             for pair in combinations([key for key in keys if key in form], 2):
