@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,10 +20,19 @@ from formtune.callbacks import AnswerFile, BestCheckpoint, DataTable, Outcomes, 
 from formtune.cli import LOGS, VERBS
 from formtune.data.module import FormatDataModule
 from formtune.errors import UserError
-from formtune.evaluation.outcomes import write_outcomes
+from formtune.evaluation.baseline import (
+    baseline_key,
+    choose_shots,
+    few_shot_rows,
+    load_baseline,
+    prompting_verdict,
+    store_baseline,
+)
+from formtune.evaluation.outcomes import Outcome, write_outcomes
 from formtune.export import export_adapter
 from formtune.model import FormatModule
 from formtune.parsing import OneLine
+from formtune.rendering import Renderer, Row, context_length
 from formtune.summary import print_result
 
 
@@ -78,6 +88,13 @@ class FormtuneCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         kwargs["description"] = VERBS[subcommand].description
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--shots",
+                type=NonNegativeInt,
+                default=4,
+                help="Training rows in the prompt of the second baseline, as many as fit; 0 leaves it out",
+            )
         if subcommand == "predict":
             parser.add_argument("--answers", type=str, default="answers.jsonl", help="File to write, as JSON Lines")
         return parser
@@ -136,9 +153,7 @@ class FormtuneCLI(LightningCLI):
         result: dict[str, Any] = {}
         if trainer.is_global_zero:
             self._save_config()
-        trainer.test(model, datamodule, verbose=False)
-        result["before"], counts_before = _results(model)
-        self._save_outcomes("before")
+        result |= self._baselines(model, datamodule)
         trainer.validate(model, datamodule, verbose=False)  # the curves begin at the base
         started = time.monotonic()
         trainer.fit(model, datamodule)
@@ -153,8 +168,8 @@ class FormtuneCLI(LightningCLI):
                 export_adapter(model, self.run_dir / "adapter", self.run_dir / "config.yaml")
         trainer.test(model, datamodule, verbose=False)
         result["after"], counts_after = _results(model)
-        self._save_outcomes("after")
-        result["counts"] = {"before": counts_before, "after": counts_after}
+        self._save_outcomes("after", self.outcomes.outcomes)
+        result["counts"]["after"] = counts_after
         result["rows"] = counts_after["format/exact"][1]
         result["data"] = datamodule.splits.key if datamodule.splits else None  # as in audit.json
         result["training"] = {
@@ -195,9 +210,64 @@ class FormtuneCLI(LightningCLI):
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "config.yaml").write_text(self._parser("fit").dump(config, skip_none=False), encoding="utf-8")
 
-    def _save_outcomes(self, name: str) -> None:
+    def _baselines(self, model: FormatModule, datamodule: FormatDataModule) -> dict[str, Any]:
+        """The base on the test rows, plain (`before`) and with training rows in its prompt (`few_shot`)."""
+        trainer: Any = self.trainer
+        datamodule.trainer = trainer
+        datamodule.setup("test")
+        assert datamodule.splits is not None
+        test = datamodule.splits.rows["test"]
+        found: dict[str, Any] = {"counts": {}}
+        outcomes = {"without examples": self._baseline("before", test, model, datamodule, found)}
+        if shots := self.config.fit.shots:
+            renderer, contract = Renderer.load(model.base), model.format
+            context = context_length(model.base) or 10**9
+            chosen = choose_shots(datamodule.splits.rows["train"], shots, contract)
+            few, count = few_shot_rows(test, chosen, renderer, contract, context)
+            if count:
+                name = f"with {count} example{'s' if count > 1 else ''} in the prompt"
+                outcomes[name] = self._baseline("few_shot", few, model, datamodule, found)
+                found["shots"] = [row.where for row in chosen[:count]]
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            found["prompting"] = prompting_verdict(outcomes)
+            print(found["prompting"])
+        return found
+
+    def _baseline(
+        self,
+        name: str,
+        rows: list[Row],
+        model: FormatModule,
+        datamodule: FormatDataModule,
+        found: dict[str, Any],
+    ) -> list[Outcome]:
+        """Outcomes of the base on the rows, from the cache where it has them; its figures go into `found`."""
+        trainer: Any = self.trainer
+        settings = {
+            "precision": trainer.precision,
+            "quantize": model.quantize,
+            "max_new_tokens": model.max_new_tokens,
+            "batches": trainer.limit_test_batches,
+        }
+        key = baseline_key(model.base, rows, settings, model.format)
+        # On several machines some might find it and others not, and these would wait for those without end.
+        stored = load_baseline(key) if trainer.num_nodes == 1 and not trainer.fast_dev_run else None
+        if stored is None:
+            # One point of the curves belongs to step 0: the base as it will be trained, without examples.
+            datamodule.test_rows, model.logs_evaluations = rows, name == "before"
+            trainer.test(model, datamodule, verbose=False)
+            datamodule.test_rows, model.logs_evaluations = None, True
+            values, counts = _results(model)
+            stored = {"values": values, "counts": counts, "outcomes": self.outcomes.outcomes}
+            if trainer.is_global_zero and not trainer.fast_dev_run:
+                store_baseline(key, values, counts, self.outcomes.outcomes)
+        found[name], found["counts"][name] = stored["values"], stored["counts"]
+        self._save_outcomes(name, stored["outcomes"])
+        return stored["outcomes"]
+
+    def _save_outcomes(self, name: str, outcomes: list[Outcome]) -> None:
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            write_outcomes(self.run_dir / "outcomes" / f"{name}.jsonl", self.outcomes.outcomes)
+            write_outcomes(self.run_dir / "outcomes" / f"{name}.jsonl", outcomes)
 
     def _save_result(self, result: dict[str, Any]) -> None:
         text = json.dumps(result, indent=2)

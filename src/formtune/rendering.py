@@ -42,6 +42,7 @@ class Row:
         where: `file:line` the row came from.
         number: Position among the rows it was encoded with.
         origin: Who wrote it: "human", the name of a model, or "" where that is not known.
+        messages: The turns it was rendered from.
     """
 
     prompt: list[int]
@@ -52,6 +53,7 @@ class Row:
     where: str
     number: int = 0
     origin: str = ""
+    messages: Sequence[Message] = ()
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)
@@ -165,7 +167,7 @@ class Renderer:
                         if a < end and b > begin:
                             is_value[i] = True
             source = next(m["content"] for m in reversed(messages) if m["role"] == "user")
-            yield Row(prompt, target, is_value, source, gold, where, number)
+            yield Row(prompt, target, is_value, source, gold, where, number, messages=messages)
 
     def answer(self, ids: Sequence[int]) -> tuple[str, bool]:
         """Text of generated `ids` up to the first stop token, and whether there was one."""

@@ -56,7 +56,7 @@ def print_audit(found: dict[str, Any], splits: Splits, folder: Path) -> None:
 
 def print_result(result: dict[str, Any], folder: Path | None) -> None:
     """One table: every headline before and after with its count, the failures by kind, and where the files lie."""
-    views = [name for name in ("before", "after", "result") if name in result]
+    views = [name for name in ("before", "few_shot", "after", "result") if name in result]
     first = result[views[0]]
     console = Console()
     table = Table("metric", title="Result", title_justify="left")

@@ -94,7 +94,7 @@ def _pack(splits: Splits) -> dict[str, Any]:
     rows = [row for rows in splits.rows.values() for row in rows]
     text = {
         "rows": {name: len(rows) for name, rows in splits.rows.items()},
-        "texts": [(row.source, row.gold, row.where, row.origin) for row in rows],
+        "texts": [(row.source, row.gold, row.where, row.origin, row.messages) for row in rows],
         "read": splits.read,
         "repairs": splits.repairs,
         "quarantine": [astuple(row) for row in splits.quarantine],
@@ -116,10 +116,10 @@ def _unpack(arrays: dict[str, Any]) -> Splits:
     ids, marks = arrays["ids"].tolist(), arrays["is_value"].tolist()
     rows, at, mark = [], 0, 0
     for (prompt, target, number), words in zip(arrays["sizes"].tolist(), text["texts"], strict=True):
-        source, gold, where, origin = words
+        source, gold, where, origin, messages = words
         middle, end = at + prompt, at + prompt + target
         marked = marks[mark : mark + target]
-        rows.append(Row(ids[at:middle], ids[middle:end], marked, source, gold, where, number, origin))
+        rows.append(Row(ids[at:middle], ids[middle:end], marked, source, gold, where, number, origin, messages))
         at, mark = end, mark + target
     left = iter(rows)
     return Splits(

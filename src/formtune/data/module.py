@@ -53,6 +53,7 @@ class FormatDataModule(L.LightningDataModule):
         self.rows_per_step = rows_per_step
         self.preparation = Preparation(**preparation)
         self.splits: Splits | None = None
+        self.test_rows: list[Row] | None = None  # in place of the test split, such as its rows with examples in front
         self.prompt_rows: list[Row] = []
 
     def setup(self, stage: str) -> None:
@@ -80,7 +81,7 @@ class FormatDataModule(L.LightningDataModule):
         return self._evaluation(self._rows("validation"))
 
     def test_dataloader(self) -> DataLoader:
-        return self._evaluation(self._rows("test"))
+        return self._evaluation(self._rows("test") if self.test_rows is None else self.test_rows)
 
     def predict_dataloader(self) -> DataLoader:
         return self._evaluation(self.prompt_rows)

@@ -82,6 +82,7 @@ class FormatModule(L.LightningModule):
         self.gradient_checkpointing, self.compile_passes = gradient_checkpointing, compile
         self.model: Any = None
         self.verdicts, self.losses = FormatMetrics(format), LossMetrics()
+        self.logs_evaluations = True  # False keeps an evaluation that is no point of the curves out of them
         self._clock, self._tokens = time.perf_counter(), 0
 
     def configure_model(self) -> None:
@@ -234,9 +235,10 @@ class FormatModule(L.LightningModule):
         with self.verdicts.sync_context():  # compute() leaves each process with its own counts again
             self.counts = self.verdicts.counts()
         shown = ("val/loss", "format/exact")
-        for name, value in values.items():
-            self.log(name, value, prog_bar=name in shown, batch_size=1)
-        self._log_step_number()
+        if self.logs_evaluations:
+            for name, value in values.items():
+                self.log(name, value, prog_bar=name in shown, batch_size=1)
+            self._log_step_number()
         self.losses.reset()
         self.verdicts.reset()
 

@@ -1,0 +1,126 @@
+"""What prompting alone reaches: the base on the test rows, plain and with training rows as examples in its prompt.
+
+Fine-tuning is for what prompting cannot reach, so this is measured first, on the same rows, by the same renderer and
+the same contract. What was measured once for a base, rows and contract is read again from `.cache/baseline`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from formtune.evaluation.outcomes import Outcome, rate
+from formtune.evaluation.statistics import wilson
+from formtune.formats import Format
+from formtune.formats.content import leaves
+from formtune.rendering import Renderer, Row
+
+FOLDER = Path(".cache/baseline")
+KEPT = 16  # measurements
+PACKAGE = Path(__file__).parents[1]
+
+
+def choose_shots(train: Sequence[Row], count: int, contract: Format) -> list[Row]:
+    """Training rows to show, a function of their content alone; never rows of an evaluation.
+
+    Rows are taken in the order of a hash of their input; first those that show a label which none before them shows,
+    then the rest.
+    """
+    ordered = sorted(train, key=lambda row: hashlib.sha256(row.source.encode("utf-8", "surrogatepass")).digest())
+    chosen: list[Row] = []
+    shown: set[tuple[str, Any]] = set()
+    for row in ordered:
+        document = contract.check(row.gold or "").value
+        labels = {(path, str(value)) for _, (value, path) in leaves(document) if path in contract.derived}
+        if len(chosen) < count and (labels - shown or not contract.derived):
+            chosen.append(row)
+            shown |= labels
+    return (chosen + [row for row in ordered if row not in chosen])[:count]
+
+
+def few_shot_rows(
+    test: Sequence[Row], shots: Sequence[Row], renderer: Renderer, contract: Format, context: int
+) -> tuple[list[Row], int]:
+    """The test rows with as many shots in front as fit, and how many these are.
+
+    Args:
+        test: Rows with their turns.
+        shots: Rows to show, as earlier turns of the conversation.
+        renderer: Turns conversations into ids.
+        contract: Marks the values of answers.
+        context: Tokens that prompt and wanted answer may have together.
+    """
+    for count in range(len(shots), 0, -1):
+        examples = [turn for row in shots[:count] for turn in row.messages if turn["role"] != "system"]
+        conversations = []
+        for row in test:
+            system = [turn for turn in row.messages if turn["role"] == "system"]
+            rest = [turn for turn in row.messages if turn["role"] != "system"]
+            conversations.append((system + examples + rest, row.where))
+        coded = list(renderer.encode(conversations, contract.value_spans))
+        rows = [row for row in coded if isinstance(row, Row) and len(row) <= context]
+        if len(rows) == len(test):
+            return rows, count
+    return [], 0
+
+
+def baseline_key(base: str, rows: Sequence[Row], settings: dict[str, Any], contract: Format) -> str:
+    """A hash of all that decides the answers of a base: its files, the rows' ids, the settings, the code.
+
+    Weights are told apart by the names, sizes and times of their files: hashing them takes as long as loading them.
+    """
+    files = sorted(path for path in Path(base).glob("*") if path.is_file()) if Path(base).is_dir() else []
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    code = [*sorted((PACKAGE / "model").glob("*.py")), *sorted((PACKAGE / "formats").glob("*.py")), Path(__file__)]
+    hashed = hashlib.blake2b(digest_size=16)
+    known = [str(Path(base).resolve()) if files else base, stamps, settings, contract.to_dict()]
+    hashed.update(json.dumps(known, default=str).encode())
+    for path in code:
+        hashed.update(path.read_bytes())
+    for row in rows:
+        hashed.update(json.dumps([row.prompt, row.target, row.where]).encode())
+    return hashed.hexdigest()
+
+
+def load_baseline(key: str) -> dict[str, Any] | None:
+    """A measurement: its `values`, its `counts` and its `outcomes`; None if there is none."""
+    try:
+        found: dict[str, Any] = json.loads((FOLDER / f"{key}.json").read_text(encoding="utf-8"))
+        found["outcomes"] = [Outcome(**one) for one in found["outcomes"]]
+        return found
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def store_baseline(key: str, values: dict[str, float], counts: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
+    """Keep a measurement, whole or not at all; a folder that cannot be written is no reason to stop."""
+    record = {"values": values, "counts": counts, "outcomes": [asdict(one) for one in outcomes]}
+    try:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=FOLDER, suffix=".part", delete=False, encoding="ascii") as file:
+            json.dump(record, file)
+        Path(file.name).replace(FOLDER / f"{key}.json")
+        entries = sorted(FOLDER.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in entries[KEPT:]:
+            path.unlink(missing_ok=True)
+    except OSError:
+        return
+
+
+def prompting_verdict(baselines: Mapping[str, Sequence[Outcome]]) -> str:
+    """One line: what the best prompt reaches, and what is left for fine-tuning to win.
+
+    Args:
+        baselines: By what it is called, the outcomes of each prompt.
+    """
+    name = max(baselines, key=lambda name: rate(baselines[name], "exact")[0])
+    count, rows = rate(baselines[name], "exact")
+    low, high = wilson(count, rows)
+    left = 100 * (1 - count / rows)
+    worth = f"fine-tuning has at most {left:.1f} points to win" if count < rows else "nothing is left to win"
+    return f"prompting reaches {count / rows:.1%} in format ({low:.1%} to {high:.1%}), {name}; {worth}"
