@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
+from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from formtune.callbacks import AnswerFile, BestCheckpoint, DataTable, Outcomes, ProgressBar, WorstAnswers
 from formtune.cli import LOGS, VERBS
+from formtune.data.encoded import quantile
 from formtune.data.module import FormatDataModule
 from formtune.errors import UserError
 from formtune.evaluation.baseline import (
@@ -29,6 +31,7 @@ from formtune.evaluation.baseline import (
     store_baseline,
 )
 from formtune.evaluation.outcomes import Outcome, write_outcomes
+from formtune.evaluation.report import Run, write_run_report
 from formtune.export import export_adapter
 from formtune.model import FormatModule
 from formtune.parsing import OneLine
@@ -151,10 +154,14 @@ class FormtuneCLI(LightningCLI):
         """The whole job: base on the test rows, training, best checkpoint on the same rows, export."""
         trainer: Any = self.trainer
         result: dict[str, Any] = {}
+        self._kept: dict[str, list[Outcome]] = {}
         if trainer.is_global_zero:
             self._save_config()
         result |= self._baselines(model, datamodule)
         trainer.validate(model, datamodule, verbose=False)  # the curves begin at the base
+        # Evaluations draw from the same generators: training must not depend on whether a baseline was found on disk.
+        if seed := os.environ.get("PL_GLOBAL_SEED"):
+            seed_everything(int(seed), verbose=False)
         started = time.monotonic()
         trainer.fit(model, datamodule)
         seconds = time.monotonic() - started
@@ -180,6 +187,7 @@ class FormtuneCLI(LightningCLI):
         }
         if trainer.is_global_zero and not trainer.fast_dev_run:
             self._save_result(result)
+            self._write_report(result, model, datamodule)
             print_result(result, self.run_dir)
 
     def test(self, **kwargs: Any) -> None:
@@ -265,7 +273,26 @@ class FormtuneCLI(LightningCLI):
         self._save_outcomes(name, stored["outcomes"])
         return stored["outcomes"]
 
+    def _write_report(self, result: dict[str, Any], model: FormatModule, datamodule: FormatDataModule) -> None:
+        assert datamodule.splits is not None
+        preparation, splits = datamodule.preparation, datamodule.splits
+        p95 = None
+        if preparation.production is not None:
+            p95 = quantile([len(row) for row in preparation.encode_inputs(preparation.production, "production")], 95)
+        run = Run(
+            result=result,
+            outcomes=self._kept,
+            contract=model.format,
+            longest=max(len(row.prompt) for row in splits.rows["train"]),
+            production_p95=p95,
+            set_aside=dict(splits.reasons.most_common()),
+            config=(self.run_dir / "config.yaml").read_text(encoding="utf-8"),
+            base=model.base,
+        )
+        write_run_report(run, self.run_dir)
+
     def _save_outcomes(self, name: str, outcomes: list[Outcome]) -> None:
+        self._kept[name] = outcomes
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_outcomes(self.run_dir / "outcomes" / f"{name}.jsonl", outcomes)
 

@@ -80,6 +80,7 @@ def print_result(result: dict[str, Any], folder: Path | None) -> None:
     for what, name in (
         ("checkpoint", checkpoint),
         ("adapter", "adapter"),
+        ("report", "report.html"),
         ("figures", "metrics.json"),
         ("configuration", "config.yaml"),
     ):

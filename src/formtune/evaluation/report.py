@@ -1,0 +1,190 @@
+"""A run as one self-contained page, and the card of its adapter: whether it was worth it, and where it fails."""
+
+from __future__ import annotations
+
+import difflib
+import html
+import importlib.metadata
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from formtune import __version__
+from formtune.evaluation.outcomes import Outcome, field_f1, rate
+from formtune.evaluation.slices import slices
+from formtune.evaluation.statistics import rate_difference, verdict, wilson
+from formtune.formats import KINDS, Format
+from formtune.page import BLUE, GREY, ORANGE, RED, environment, svg, write_whole
+
+SHOWN = 60  # failures in the gallery
+RATES = ("exact", "loose", "joint")
+NAMES = {"before": "base", "few_shot": "base with examples", "after": "tuned", "constrained": "tuned, constrained"}
+PACKAGES = ("torch", "lightning", "transformers", "peft", "tokenizers")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a report is made of.
+
+    Args:
+        result: What `metrics.json` holds.
+        outcomes: By evaluation (`before`, `few_shot`, `after`) the outcomes of the same test rows.
+        contract: Of the task.
+        longest: Tokens of the longest prompt that was trained on.
+        production_p95: Tokens of production's prompts at P95, None where they are not known.
+        set_aside: Rows that were not used, by reason.
+        config: The configuration as YAML.
+        base: Folder or hub id of the base.
+    """
+
+    result: dict[str, Any]
+    outcomes: Mapping[str, Sequence[Outcome]]
+    contract: Format
+    longest: int
+    production_p95: int | None
+    set_aside: dict[str, int]
+    config: str
+    base: str
+
+
+def write_run_report(run: Run, folder: Path) -> None:
+    """Write `report.html` into the run's folder, and the card into its adapter if there is one."""
+    write_whole(folder / "report.html", page(run))
+    if (folder / "adapter").is_dir():
+        write_whole(folder / "adapter" / "README.md", card(run))
+
+
+def page(run: Run) -> str:
+    """The page."""
+    plots = {name: (caption, svg(figure)) for name, caption, figure in pictures(run)}
+    template = environment().get_template("evaluation/report.html.jinja")
+    return template.render(**_facts(run), plots=plots, gallery=list(gallery(run.outcomes["after"])), shown=SHOWN)
+
+
+def card(run: Run) -> str:
+    """The model card, in Markdown with the metadata that a hub reads."""
+    return environment(autoescape=False).get_template("evaluation/card.md.jinja").render(**_facts(run))
+
+
+def headline(run: Run) -> str:
+    """Whether the tuned model is better than the best prompt, in one line."""
+    best = max((name for name in ("before", "few_shot") if name in run.outcomes), key=lambda n: _exact(run.outcomes[n]))
+    before, after = run.outcomes[best], run.outcomes["after"]
+    count, rows = rate(after, "exact")
+    low, high = wilson(count, rows)
+    found = rate_difference([one.exact for one in before], [one.exact for one in after])
+    return (
+        f"{count / rows:.1%} of the answers keep the format ({low:.1%} to {high:.1%}); against the "
+        f"{NAMES[best]}'s {_exact(before) / rows:.1%}: {verdict(found)}"
+    )
+
+
+def _exact(outcomes: Sequence[Outcome]) -> int:
+    return rate(outcomes, "exact")[0]
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    views = [name for name in NAMES if name in run.outcomes]
+    table = []
+    for name, title in (("exact", "format/exact"), ("loose", "format/loose"), ("joint", "joint/exact")):
+        cells = []
+        for view in views:
+            count, rows = rate(run.outcomes[view], name)
+            cells.append((count / rows, *wilson(count, rows)) if rows else None)
+        table.append((title, cells))
+    fields = [
+        (path, [(sum(o.fields[path] for o in run.outcomes[view]), len(run.outcomes[view])) for view in views])
+        for path in run.contract.fields
+    ]
+    kinds = [
+        (kind, [sum(one.kind == kind for one in run.outcomes[view]) for view in views])
+        for kind in KINDS
+        if any(one.kind == kind for view in views for one in run.outcomes[view])
+    ]
+    parts = []
+    for one in slices(run.outcomes["after"], run.contract, run.longest, run.production_p95):
+        counts = [sum(run.outcomes[view][i].exact for i in one.rows) for view in ("before", "after")]
+        parts.append((one, counts, wilson(counts[1], len(one.rows))))
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    return {
+        "run": run,
+        "result": run.result,
+        "headline": headline(run),
+        "views": views,
+        "names": NAMES,
+        "table": table,
+        "f1": [field_f1(run.outcomes[view]) for view in views],
+        "fields": fields,
+        "kinds": kinds,
+        "parts": parts,
+        "versions": {"formtune": __version__} | versions,
+        "contract": run.contract.to_dict(),
+    }
+
+
+def gallery(outcomes: Sequence[Outcome]) -> Iterator[tuple[Outcome, Markup, Markup]]:
+    """Answers that are not right, the earlier kinds first: each with target and answer, what differs marked."""
+    failed = [one for one in outcomes if one.kind != "ok"]
+    for one in sorted(failed, key=lambda one: KINDS.index(one.kind))[:SHOWN]:
+        yield one, *_marked(one.target, one.answer)
+
+
+def _marked(target: str, answer: str) -> tuple[Markup, Markup]:
+    """Both texts as HTML, with `<del>` around what only the target and `<ins>` around what only the answer has."""
+    sides: tuple[list[str], list[str]] = ([], [])
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, target, answer, autojunk=False).get_opcodes():
+        for side, tag, part in ((sides[0], "del", target[a:b]), (sides[1], "ins", answer[c:d])):
+            text = html.escape(part)
+            side.append(text if kind == "equal" or not part else f"<{tag}>{text}</{tag}>")
+    return Markup("".join(sides[0])), Markup("".join(sides[1]))
+
+
+def pictures(run: Run) -> Iterator[tuple[str, str, Figure]]:
+    """Name, caption and figure of each plot that the run has something for."""
+    history = run.result["training"].get("history") or []
+    if len(history) > 1:
+        yield "curves", "Loss without dropout, and format, at each validation", _curves(run.result["training"])
+    yield "kinds", "What became of the test rows", _kinds(run)
+
+
+def _curves(training: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(7.5, 2.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    history = training["history"]
+    steps = [point["step"] for point in history]
+    for key, label, color in (("train_loss", "train", BLUE), ("val_loss", "validation", ORANGE)):
+        values = [point.get(key) for point in history]
+        if all(value is not None for value in values):
+            left.plot(steps, values, marker=".", color=color, label=label)
+    left.set(title="loss, nats per token", xlabel="optimizer steps", yscale="log")
+    left.legend(frameon=False, fontsize=8)
+    right.plot(steps, [100 * p["exact"] / p["rows"] for p in history], marker=".", color=BLUE, label="format/exact")
+    right.plot(steps, [100 * p["field_f1"] for p in history], marker=".", color=ORANGE, label="field F1")
+    right.set(title="% of the validation rows", xlabel="optimizer steps", ylim=(0, 102))
+    right.legend(frameon=False, fontsize=8)
+    for axis in (left, right):
+        axis.axvline(training["best_step"], color=GREY, linestyle="--", linewidth=1)
+    return figure
+
+
+def _kinds(run: Run) -> Figure:
+    views = [name for name in NAMES if name in run.outcomes]
+    figure = Figure(figsize=(7.5, 0.9 + 0.4 * len(views)), layout="constrained")
+    axis = figure.subplots()
+    colors = {"ok": "#2f9e60", "content": "#8bc6a4", "extra_text": "#e8c15c", "syntax": RED, "truncated": GREY}
+    left = np.zeros(len(views))
+    for kind in ("ok", "content", *(kind for kind in KINDS if kind not in ("ok", "content"))):
+        shares = np.array([np.mean([one.kind == kind for one in run.outcomes[view]]) for view in views])
+        if shares.any():
+            axis.barh([NAMES[view] for view in views], shares, left=left, color=colors.get(kind, ORANGE), label=kind)
+            left += shares
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1), xticks=[])
+    axis.legend(frameon=False, fontsize=8, ncols=6, loc="upper left", bbox_to_anchor=(0, 0))
+    return figure

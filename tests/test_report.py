@@ -1,0 +1,195 @@
+"""Baselines are measured before training on the same rows, and a run's page says where it fails."""
+
+import json
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import SCHEMA, byte_tokenizer, pair
+from formtune.cli import main
+from formtune.errors import UserError
+from formtune.evaluation import baseline
+from formtune.evaluation.baseline import choose_shots, few_shot_rows, prompting_verdict
+from formtune.evaluation.outcomes import Outcome, field_f1, rate, read_outcomes, write_outcomes
+from formtune.evaluation.report import Run, card, gallery, headline, page
+from formtune.evaluation.slices import slices
+from formtune.formats import JsonSchema, Labels
+from formtune.rendering import Renderer, Row
+
+
+def outcome(number, exact=True, kind="ok", tokens=10, origin="", target='{"n":1,"s":"a"}', answer=None):
+    answer = target if answer is None else answer
+    return Outcome(
+        f"f:{number}", origin, tokens, 5, f"input {number}", target, answer, kind, "why", exact, exact, kind == "ok",
+        2 if kind == "ok" else 1, 2, 2, {"n": kind == "ok", "s": True},
+    )  # fmt: skip
+
+
+def test_outcomes_survive_the_disk_and_a_foreign_file_is_named(tmp_path):
+    kept = [outcome(1), outcome(2, False, "syntax", answer="\ud800 lone")]
+    write_outcomes(tmp_path / "o" / "a.jsonl", kept[:1])
+    assert read_outcomes(tmp_path / "o" / "a.jsonl") == kept[:1]
+    assert rate(kept, "exact") == (1, 2) and field_f1(kept) == 2 * 3 / 8
+    (tmp_path / "b.jsonl").write_text('{"where": "f:1"}\n')
+    with pytest.raises(UserError, match=r"b.jsonl:1: not an outcome"):
+        read_outcomes(tmp_path / "b.jsonl")
+    with pytest.raises(UserError, match="no.jsonl: No such file"):
+        read_outcomes(tmp_path / "no.jsonl")
+
+
+def rows(renderer, number, contract):
+    texts = [(f"text {n}", contract.labels[n % 3]) for n in range(number)]
+    turns = [
+        [
+            {"role": "system", "content": "Label it."},
+            {"role": "user", "content": t},
+            {"role": "assistant", "content": a},
+        ]
+        for t, a in texts
+    ]
+    return list(renderer.encode([(t, f"f:{n}") for n, t in enumerate(turns)], contract.value_spans))
+
+
+def test_shots_are_training_rows_that_show_every_label_and_depend_on_nothing_else():
+    renderer, contract = Renderer(byte_tokenizer()), Labels(["yes", "no", "maybe"])
+    train = rows(renderer, 30, contract)
+    chosen = choose_shots(train, 3, contract)
+    assert {row.gold for row in chosen} == {"yes", "no", "maybe"}
+    assert choose_shots(train[::-1], 3, contract) == chosen
+    assert len(choose_shots(train, 5, contract)) == 5 and choose_shots(train, 2, contract) == chosen[:2]
+
+
+def test_shots_stand_between_system_prompt_and_question_and_as_many_as_fit_are_taken():
+    renderer, contract = Renderer(byte_tokenizer()), Labels(["yes", "no", "maybe"])
+    encoded = rows(renderer, 12, contract)
+    few, count = few_shot_rows(encoded[:4], encoded[4:8], renderer, contract, 10**6)
+    assert count == 4 and [row.target for row in few] == [row.target for row in encoded[:4]]
+    text = renderer.tokenizer.decode(few[0].prompt)
+    assert text.count("Label it.") == 1 and text.index("text 4") < text.index("text 7") < text.index("text 0")
+    limit = max(map(len, few)) - 1
+    fewer, count = few_shot_rows(encoded[:4], encoded[4:8], renderer, contract, limit)
+    assert count == 3 and all(len(row) <= limit for row in fewer)
+    assert few_shot_rows(encoded[:4], encoded[4:8], renderer, contract, len(encoded[0]) + 1) == ([], 0)
+
+
+def test_the_verdict_names_the_better_prompt_with_its_interval():
+    base, shots = [outcome(n, n < 5) for n in range(10)], [outcome(n, n < 8) for n in range(10)]
+    said = prompting_verdict({"without examples": base, "with 3 examples": shots})
+    assert said == (
+        "prompting reaches 80.0% in format (49.0% to 94.3%), with 3 examples; fine-tuning has at most 20.0 points to win"
+    )
+    assert "nothing is left to win" in prompting_verdict({"plain": [outcome(1)]})
+
+
+CONTRACT = JsonSchema({"properties": {"n": {"type": "integer"}, "s": {"enum": ["a", "b"]}}})
+
+
+def test_slices_hold_the_rows_that_they_name():
+    found = [
+        outcome(n, tokens=10 + n, origin="human" if n % 2 else "wise-1", target=f'{{"n":{n},"s":"{"ab"[n % 3 == 0]}"}}')
+        for n in range(40)
+    ]
+    named = {(one.group, one.name): one.rows for one in slices(found, CONTRACT, longest=40, production_p95=45)}
+    assert named["source", "human"] == tuple(range(1, 40, 2))
+    assert named["s", "b"] == tuple(range(0, 40, 3))
+    assert named["prompt tokens", "longer than any training row (40)"] == tuple(range(31, 40))
+    assert named["prompt tokens", "from production's P95 (45) on"] == tuple(range(35, 40))
+    buckets = [rows for (group, name), rows in named.items() if group == "prompt tokens" and " to " in name]
+    assert len(buckets) == 4 and sorted(row for rows in buckets for row in rows) == list(range(40))
+    assert not slices(found[:3], CONTRACT, longest=100)
+
+
+def run_of(before, after):
+    training = {"steps": 5, "seconds": 1.0, "best_step": 4, "lowest_loss_step": 3}
+    result = {"rows": len(after), "training": training, "data": "abc", "after": {"val/parity": 1.0}}
+    return Run(result, {"before": before, "after": after}, CONTRACT, 20, None, {"format": 2}, "model: {}", "some/base")
+
+
+def test_the_headline_says_whether_training_was_worth_it():
+    before = [outcome(n, n < 50) for n in range(300)]
+    assert headline(run_of(before, [outcome(n, n < 280) for n in range(300)])).endswith("16.7%: better")
+    assert "cannot tell" in headline(run_of(before, [outcome(n, n < 51) for n in range(300)]))
+    assert headline(run_of(before, [outcome(n, n < 5) for n in range(300)])).endswith("worse")
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.outside = Counter(), []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.outside += [v for k, v in attrs if k in ("src", "href") and v and not v.startswith("#")]
+
+
+def test_the_page_shows_failures_marked_and_escaped_and_loads_nothing():
+    bad = outcome(3, False, "syntax", answer='{"n":1,"s":<script>alert(1)</script>')
+    text = page(run_of([outcome(n) for n in range(9)], [*(outcome(n) for n in range(8)), bad]))
+    seen = Page()
+    seen.feed(text)
+    assert not seen.tags["script"] and not seen.outside and seen.tags["svg"] == 1
+    [(one, target, answer)] = gallery([outcome(1), bad])
+    assert one is bad and "<del>" in target and "<ins>" in answer and "<script>" not in answer
+
+
+def test_the_card_has_the_evidence_and_the_metadata():
+    text = card(run_of([outcome(n, n < 2) for n in range(9)], [outcome(n) for n in range(9)]))
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["base_model"] == "some/base" and head["library_name"] == "peft"
+    assert "| format/exact | 22.2% (6.3% to 54.7%) | 100.0% (70.1% to 100.0%) |" in text
+
+
+def test_fit_measures_the_prompted_base_first_and_only_once(task, base, monkeypatch, capsys):
+    folder, write = task
+    monkeypatch.chdir(folder)
+    write("train.jsonl", [pair(n, f"number {n * 7919} of {n}") for n in range(60)])
+    words = ["fit", "--model.base", base, "--data.train", "train.jsonl", "--data.format", "JsonSchema", "--task", "t"]
+    words += ["--data.format.schema", "schema.json", "--trainer.max_steps", "2", "--model.max_new_tokens", "24"]
+    words += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--shots", "2"]
+    assert main([*words, "--run", "one"]) == 0
+    said = capsys.readouterr().out
+    assert "prompting reaches 0.0% in format" in said and said.index("prompting") < said.index("Result")
+    run = folder / "logs/t/one"
+    first = json.loads((run / "metrics.json").read_text())
+    kept = {name: read_outcomes(run / "outcomes" / f"{name}.jsonl") for name in ("before", "few_shot", "after")}
+    assert (
+        [one.where for one in kept["before"]]
+        == [one.where for one in kept["few_shot"]]
+        == [one.where for one in kept["after"]]
+    )
+    assert min(o.prompt_tokens for o in kept["few_shot"]) > max(o.prompt_tokens for o in kept["before"])
+    train = {Path(place).name for place in first["shots"]}
+    assert len(train) == 2 and not train & {Path(one.where).name for one in kept["before"]}
+    assert rate(kept["after"], "exact") == tuple(first["counts"]["after"]["format/exact"])
+    assert (run / "report.html").is_file() and "some" not in (run / "adapter/README.md").read_text()[:10]
+
+    asked = []
+    monkeypatch.setattr(
+        "lightning.pytorch.Trainer.test",
+        lambda *args, __real=__import__("lightning.pytorch").pytorch.Trainer.test, **kw: (
+            asked.append(1),
+            __real(*args, **kw),
+        )[1],
+    )
+    assert main([*words, "--run", "two"]) == 0
+    second = json.loads((folder / "logs/t/two/metrics.json").read_text())
+    assert len(asked) == 1  # the tuned model's; the base's were found
+    assert second["before"] == first["before"] and second["few_shot"] == first["few_shot"]
+    assert second["after"] == first["after"]
+
+
+def test_another_base_or_contract_is_measured_anew(tmp_path):
+    row = Row([1, 2], [3], [True], "s", "g", "f:1")
+    (tmp_path / "config.json").write_text("{}")
+    keys = {
+        baseline.baseline_key(str(tmp_path), [row], {"precision": "32-true"}, JsonSchema(SCHEMA)),
+        baseline.baseline_key(str(tmp_path), [row], {"precision": "bf16-mixed"}, JsonSchema(SCHEMA)),
+        baseline.baseline_key(str(tmp_path), [row], {"precision": "32-true"}, JsonSchema({})),
+        baseline.baseline_key(str(tmp_path), [row, row], {"precision": "32-true"}, JsonSchema(SCHEMA)),
+    }
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    keys.add(baseline.baseline_key(str(tmp_path), [row], {"precision": "32-true"}, JsonSchema(SCHEMA)))
+    assert len(keys) == 5
