@@ -14,6 +14,7 @@ from formtune.errors import UserError
 from formtune.evaluation import baseline
 from formtune.evaluation.baseline import choose_shots, few_shot_rows, prompting_verdict
 from formtune.evaluation.outcomes import Outcome, field_f1, rate, read_outcomes, write_outcomes
+from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.evaluation.report import Run, card, gallery, headline, page
 from formtune.evaluation.slices import slices
 from formtune.formats import JsonSchema, Labels
@@ -102,9 +103,29 @@ def test_slices_hold_the_rows_that_they_name():
     assert not slices(found[:3], CONTRACT, longest=100)
 
 
+def test_a_probe_lengthens_inputs_and_keeps_answers():
+    renderer, contract = Renderer(byte_tokenizer()), Labels(["yes", "no", "maybe"])
+    encoded = rows(renderer, 60, contract)
+    lengths = probe_lengths([50, 60, 70], [100 + n for n in range(100)], context=190)
+    assert lengths == {"production P50": 150, "twice the longest training row": 140}
+    assert set(probe_lengths([50], [], 10**6)) == {
+        "train P50",
+        "train P95",
+        "train P99",
+        "twice the longest training row",
+    }
+    texts = [f"some other mail with number {n} in it" for n in range(50)]
+    found = probe_rows(encoded, texts, {"a": 150, "b": 300}, renderer, contract)
+    for name, tokens in (("a", 150), ("b", 300)):
+        assert len(found[name]) == 48
+        assert all(0.85 * tokens <= len(row.prompt) <= 1.1 * tokens for row in found[name])
+        assert [row.gold for row in found[name]] == [row.gold for row in encoded[:48]]
+        assert all(row.source.endswith(old.source) for row, old in zip(found[name], encoded, strict=False))
+
+
 def run_of(before, after):
     training = {"steps": 5, "seconds": 1.0, "best_step": 4, "lowest_loss_step": 3}
-    result = {"rows": len(after), "training": training, "data": "abc", "after": {"val/parity": 1.0}}
+    result = {"rows": len(after), "training": training, "data": "abc", "after": {"val/parity": 1.0}, "probe": []}
     return Run(result, {"before": before, "after": after}, CONTRACT, 20, None, {"format": 2}, "model: {}", "some/base")
 
 
@@ -176,7 +197,7 @@ def test_fit_measures_the_prompted_base_first_and_only_once(task, base, monkeypa
     )
     assert main([*words, "--run", "two"]) == 0
     second = json.loads((folder / "logs/t/two/metrics.json").read_text())
-    assert len(asked) == 1  # the tuned model's; the base's were found
+    assert len(asked) == 2  # the tuned model's and its probe; the base's were found
     assert second["before"] == first["before"] and second["few_shot"] == first["few_shot"]
     assert second["after"] == first["after"]
 

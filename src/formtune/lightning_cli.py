@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from formtune.evaluation.baseline import (
     store_baseline,
 )
 from formtune.evaluation.outcomes import Outcome, write_outcomes
+from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.evaluation.report import Run, write_run_report
 from formtune.export import export_adapter
 from formtune.model import FormatModule
@@ -177,6 +179,7 @@ class FormtuneCLI(LightningCLI):
         result["after"], counts_after = _results(model)
         self._save_outcomes("after", self.outcomes.outcomes)
         result["counts"]["after"] = counts_after
+        result["probe"] = self._probe(model, datamodule)
         result["rows"] = counts_after["format/exact"][1]
         result["data"] = datamodule.splits.key if datamodule.splits else None  # as in audit.json
         result["training"] = {
@@ -273,18 +276,37 @@ class FormtuneCLI(LightningCLI):
         self._save_outcomes(name, stored["outcomes"])
         return stored["outcomes"]
 
+    def _probe(self, model: FormatModule, datamodule: FormatDataModule) -> list[dict[str, Any]]:
+        """Format compliance of the tuned model on test rows that were made longer."""
+        trainer: Any = self.trainer
+        assert datamodule.splits is not None
+        rows, production = datamodule.splits.rows, datamodule.production_rows
+        room = (context_length(model.base) or 10**9) - max(len(row.target) for row in rows["test"])
+        lengths = probe_lengths([len(r.prompt) for r in rows["train"]], [len(r.prompt) for r in production], room)
+        texts = [row.source for row in production or rows["train"]]
+        longer = probe_rows(rows["test"], texts, lengths, Renderer.load(model.base), model.format)
+        if not longer or trainer.fast_dev_run:
+            return []
+        datamodule.test_rows = [replace(row, number=n) for n, row in enumerate(r for rs in longer.values() for r in rs)]
+        model.logs_evaluations = False
+        trainer.test(model, datamodule, verbose=False)
+        datamodule.test_rows, model.logs_evaluations = None, True
+        outcomes = iter(self.outcomes.outcomes)
+        found = []
+        for name, part in longer.items():
+            exact = [next(outcomes).exact for _ in part]
+            found.append({"name": name, "tokens": lengths[name], "rows": len(exact), "exact": sum(exact)})
+        return found
+
     def _write_report(self, result: dict[str, Any], model: FormatModule, datamodule: FormatDataModule) -> None:
         assert datamodule.splits is not None
-        preparation, splits = datamodule.preparation, datamodule.splits
-        p95 = None
-        if preparation.production is not None:
-            p95 = quantile([len(row) for row in preparation.encode_inputs(preparation.production, "production")], 95)
+        splits, production = datamodule.splits, datamodule.production_rows
         run = Run(
             result=result,
             outcomes=self._kept,
             contract=model.format,
             longest=max(len(row.prompt) for row in splits.rows["train"]),
-            production_p95=p95,
+            production_p95=quantile([len(row.prompt) for row in production], 95) if production else None,
             set_aside=dict(splits.reasons.most_common()),
             config=(self.run_dir / "config.yaml").read_text(encoding="utf-8"),
             base=model.base,
