@@ -34,7 +34,7 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer
 
-from formtune.data.module import FormatDataModule
+from formtune.data.preparation import Preparation
 from formtune.demo.generator import datasets
 from formtune.formats import JsonSchema
 from formtune.rendering import Renderer, Row
@@ -129,16 +129,14 @@ def growth(prefix: int, vocabulary: int, stop: int) -> list[dict[str, list[int]]
 def demo() -> tuple[list[Row], Renderer]:
     """The demo's test rows, cleaned, judged and rendered as configs/demo.yaml says."""
     settings = yaml.safe_load((ROOT / "configs/demo.yaml").read_text(encoding="utf-8"))["data"]
-    schema = settings.pop("format")["init_args"]["schema"]
+    contract = settings.pop("format")["init_args"]
     with tempfile.TemporaryDirectory() as folder:
-        files = {name: str(Path(folder) / f"{name}.jsonl") for name in ("train", "validation", "test")}
+        files = {name: str(Path(folder) / f"{name}.jsonl") for name in ("train", "validation", "test", "production")}
         for name, file in files.items():
             Path(file).write_text("".join(json.dumps(row) + "\n" for row in datasets()[name]), encoding="utf-8")
-        kept = {name: value for name, value in settings.items() if name not in files}
-        data = FormatDataModule(JsonSchema(str(ROOT / schema)), **files, **kept, tokenizer=str(DEMO / "base"))
-        data.setup("test")
-        assert data.splits is not None
-        return data.splits.rows["test"], Renderer.load(str(DEMO / "base"))
+        contract = JsonSchema(**contract | {"schema": str(ROOT / contract["schema"])})
+        splits = Preparation(contract, **(settings | files), tokenizer=str(DEMO / "base")).split()
+        return splits.rows["test"], Renderer.load(str(DEMO / "base"))
 
 
 def main() -> None:
