@@ -39,7 +39,7 @@ def fit(*extra):
     return main(["fit", "-c", "small.yaml", "--run", "one", *extra])
 
 
-def test_fit_leaves_an_adapter_that_peft_loads_alone_and_figures_before_and_after(project, base):
+def test_fit_leaves_an_adapter_that_peft_loads_alone_and_figures_before_and_after(project, base, capsys):
     assert fit("--trainer.val_check_interval", "2", "--model.optimizer.lr", "0.01") == 0
     run = project / "logs/small/one"
     result = json.loads((run / "metrics.json").read_text())
@@ -58,6 +58,11 @@ def test_fit_leaves_an_adapter_that_peft_loads_alone_and_figures_before_and_afte
     assert result["after"]["val/loss"] < result["before"]["val/loss"]
     assert len(list((run / "checkpoints").iterdir())) <= 2 and list(run.glob("events.*"))
     assert json.loads((run / "adapter/contract.json").read_text())["init_args"]["schema"] == SCHEMA
+    assert main(["compare", f"{run}:before", str(run), "--out", "gain.json"]) == 0
+    assert "\none against one:before: format/exact " in capsys.readouterr().out
+    for when, compared in zip(("before", "after"), json.loads(Path("gain.json").read_text())["runs"], strict=True):
+        figures = {name: figure["value"] for name, figure in compared["figures"].items()}
+        assert figures == pytest.approx({name: result[when][name] for name in figures})
 
     code = (
         "import sys, torch\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -241,13 +246,19 @@ HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "numpy")
         (["fit", "-c"], 2, "-c: name the YAML of a task"),
         (["fit", "-c", "gone.yaml"], 2, "gone.yaml: No such file"),
         (["fit", "--config=broken.yaml"], 2, "broken.yaml:1: not valid YAML"),
+        (["compare", "--help"], 0, "formtune compare RUN RUN"),
+        (["compare", "one"], 2, "name two runs or more"),
+        (["compare", "one", "two", "--ot", "x.json"], 2, "did you mean out?"),
+        (["compare", "one", "two"], 2, "one/outcomes/after.jsonl: No such file or directory; a finished run has it"),
     ],
 )
 def test_help_and_mistakes_that_need_no_model_are_answered_without_importing_torch(tmp_path, arguments, code, message):
     (tmp_path / "broken.yaml").write_text("model: [")
+    heavy = HEAVY[:3] if arguments[:1] == ["compare"] else HEAVY
     program = (
         "import sys\nfrom formtune.cli import main\n"
-        f"code = main({arguments!r})\nassert not set({HEAVY!r}) & set(sys.modules)\nsys.exit(code)"
+        f"try:\n    code = main({arguments!r})\nexcept SystemExit as done:\n    code = done.code\n"
+        f"assert not set({heavy!r}) & set(sys.modules)\nsys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == code, done.stderr

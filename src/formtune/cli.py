@@ -60,6 +60,12 @@ def _synthesize(args: list[str]) -> int:
     return run(args[1:])
 
 
+def _compare(args: list[str]) -> int:
+    from formtune.evaluation.compare import run
+
+    return run(args[1:])
+
+
 def _lightning(args: list[str]) -> None:
     _configs(args)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of calls inside other libraries
@@ -79,6 +85,7 @@ VERBS = {
     "validate": Verb("Evaluate a checkpoint (or the base) on the validation rows.", _lightning),
     "test": Verb("Evaluate a checkpoint (or the base) on the test rows.", _lightning),
     "predict": Verb("Answer a file of prompts and judge the answers by the contract.", _lightning),
+    "compare": Verb("Say which run is better on the same test rows, or that the rows cannot tell.", _compare),
 }
 
 
@@ -102,6 +109,7 @@ def help_text() -> str:
             "  formtune audit -c configs/demo.yaml",
             "  formtune fit -c configs/demo.yaml --model.lora.r 32",
             "  formtune fit -c configs/demo.yaml --print_config=skip_default",
+            "  formtune compare logs/demo/r16 logs/demo/r32",
             "",
             "One YAML describes a task, and every key of it can be set on the command line too. README.md shows",
             "a whole run and how to begin with rows of your own; configs/ holds YAMLs to start from.",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +100,21 @@ def read_outcomes(path: Path) -> list[Outcome]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}; a finished run has it") from None
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(io.StringIO(text), 1):  # not splitlines: an answer may hold other ends of line
         try:
             record: Any = loads_strict(line)
             found.append(Outcome(**record))
+            if not _typed(found[-1]):
+                raise TypeError
         except (ValueError, TypeError):
             raise UserError(f"{path}:{number}: not an outcome of a test row") from None
     return found
+
+
+def _typed(one: Outcome) -> bool:
+    types = {field.name: str(field.type).partition("[")[0] for field in fields(one)}
+    right = all(type(getattr(one, name)).__name__ == kind for name, kind in types.items())
+    return right and all(isinstance(value, bool) for value in one.fields.values())
 
 
 def rate(outcomes: Sequence[Outcome], name: str) -> tuple[int, int]:
