@@ -196,9 +196,9 @@ def train(teachable, task):
 
 
 def test_few_rows_and_a_high_rate_memorise_and_are_stopped(train):
-    trainer, _, watch = train(watch=OverfittingWatch(patience=2), steps=2000)
+    trainer, _, watch = train(watch=OverfittingWatch(patience=3), steps=400, lr=0.02, interval=40)
     assert watch.diagnosis.kind == "memorising", watch.diagnosis.text
-    assert trainer.global_step == watch.history[-1].step < 2000
+    assert trainer.global_step == watch.history[-1].step < 400
     assert watch.history[0].step == 0 and watch.history[-1].val_loss - watch.history[-1].train_loss > 0.1
 
 

@@ -106,11 +106,13 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
     if all(above[-LASTING:]) and _counts(train[lowest] - train[-1], train[lowest], CHANGE):
         since = found[_begin(above)].step
         kept = best(Score(v.step, v.exact, v.field_f1, v.val_loss) for v in found if v.step)
-        text = (
-            f"memorising since step {since}: {rise} while train fell {_change(train[lowest], train[-1])[1:]}; "
-            f"format/exact saturated since step {found[gains['format/exact']].step}"
-        ) + (f"; the best checkpoint is of step {kept.step}" if kept else "")
-        return Diagnosis("memorising", since, text)
+        at = gains["format/exact"]
+        parts = [
+            f"memorising since step {since}: {rise} while train fell {_change(train[lowest], train[-1])[1:]}",
+            f"format/exact saturated since step {found[at].step}" if at else "format/exact has not risen",
+            *([f"the best checkpoint is of step {kept.step}"] if kept else []),
+        ]
+        return Diagnosis("memorising", since, "; ".join(parts))
     if not any(gains.values()) and not _last_fall(train):
         text = f"not learning: neither loss has fallen in {len(found)} validations"
         return Diagnosis("not learning", start.step, text)
