@@ -12,13 +12,21 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from formtune.callbacks import AnswerFile, BestCheckpoint, DataTable, Outcomes, ProgressBar, WorstAnswers
+from formtune.callbacks import (
+    AnswerFile,
+    BestCheckpoint,
+    DataTable,
+    Outcomes,
+    OverfittingWatch,
+    ProgressBar,
+    WorstAnswers,
+)
 from formtune.cli import LOGS, VERBS
 from formtune.data.encoded import quantile
 from formtune.data.module import FormatDataModule
@@ -86,6 +94,12 @@ class FormtuneCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--task", type=str | None, help="Name of the task's folder in logs/ (default: the YAML's)")
         parser.add_argument("--run", type=str | None, help="Name of the run's folder (default: the date and time)")
+        parser.add_argument(
+            "--early_stopping",
+            type=PositiveInt | None,
+            # Off: the schedule lowers the rate over all steps, and the best checkpoint is kept in any case.
+            help="Stop fit after so many validations in a row that find it memorising or saturated (default: never)",
+        )
         parser.link_arguments("model.base", "data.tokenizer")
         parser.link_arguments("model.max_new_tokens", "data.max_new_tokens")
         parser.link_arguments("data.format", "model.format")
@@ -141,7 +155,8 @@ class FormtuneCLI(LightningCLI):
         self.best, self.outcomes = BestCheckpoint(), Outcomes()
         callbacks: list[Any] = [DataTable(), WorstAnswers(), self.outcomes]
         if self.subcommand == "fit":
-            callbacks.append(self.best)
+            self.watch = OverfittingWatch(self.config.fit.early_stopping)
+            callbacks += [self.best, self.watch]
             if config.logger is None or config.logger is True:
                 kwargs["logger"] = TensorBoardLogger(LOGS, self.config.fit.task, self.config.fit.run)
         else:
@@ -187,6 +202,7 @@ class FormtuneCLI(LightningCLI):
             "seconds": round(seconds, 1),
             "best_step": self.best.best.step if self.best.best else None,
             "lowest_loss_step": self.best.lowest_loss.step if self.best.lowest_loss else None,
+            "diagnosis": self.watch.diagnosis.text if self.watch.diagnosis else None,
         }
         if trainer.is_global_zero and not trainer.fast_dev_run:
             self._save_result(result)

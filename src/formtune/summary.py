@@ -76,6 +76,7 @@ def print_result(result: dict[str, Any], folder: Path | None) -> None:
         f"(lowest loss: step {training['lowest_loss_step']})",
         highlight=False,
     )
+    console.print(f"diagnosis: {training['diagnosis']}", highlight=False, soft_wrap=True)
     checkpoint = f"checkpoints/step-{training['best_step']}.ckpt"
     for what, name in (
         ("checkpoint", checkpoint),

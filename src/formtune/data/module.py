@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -92,6 +93,16 @@ class FormatDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         return self._evaluation(self.prompt_rows)
+
+    def training_sample(self) -> list[Row]:
+        """This process's share of a fixed sample of training rows: as many as validation sees, the same in every run.
+
+        Drawn by a generator of its own, and not evenly spaced: files made from templates repeat every so many rows.
+        """
+        assert self.trainer is not None
+        rows, validated = self._rows("train"), int(sum(self.trainer.num_val_batches)) * EVALUATION_ROWS
+        count = min(len(rows), len(self._rows("validation")), validated)
+        return self._deal()([rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), count))])
 
     def transfer_batch_to_device(self, batch: list[Row], device: torch.device, dataloader_idx: int) -> list[Row]:
         return batch  # rows are plain Python: the model makes the tensors of each pass

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from formtune.errors import UserError
 from formtune.formats import Format, Verdict
-from formtune.metrics import FormatMetrics, LossMetrics
+from formtune.metrics import EXACT, FormatMetrics, LossMetrics
 from formtune.model.lora import Lora, add_lora, load_base
 from formtune.model.passes import Passes, passes
 from formtune.rendering import Renderer, Row, context_length
@@ -221,6 +221,18 @@ class FormatModule(L.LightningModule):
     def _judge(self, row: Row, ids: list[int]) -> Answer:
         text, finished = self.renderer.answer(ids)
         return Answer(row, text, self.format.check(text, finished=finished, gold=row.gold, source=row.source))
+
+    @torch.no_grad()
+    def teacher_forced_loss(self, rows: list[Row]) -> Tensor:
+        """Loss over the rows of all processes in nats per token; each process gives its share. Decodes nothing."""
+        sums = torch.zeros(2, dtype=EXACT, device=self.device)
+        # The precision and the passes of validation, with its room for answers: equal rows get an equal loss.
+        with self.trainer.precision_plugin.forward_context():
+            for group in self.passes.split(rows, EVALUATION * self.tokens_per_pass, self.max_new_tokens):
+                nats = self.passes.predictions(group)[0].nats
+                sums += torch.stack([nats.sum(dtype=EXACT), sums.new_tensor(nats.numel())])
+        nats, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        return nats / tokens
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("", "val/")
