@@ -102,7 +102,7 @@ def test_neither_the_test_rows_nor_a_point_that_lost_a_seed_have_a_part_in_the_c
     assert findings(points, [0, 1], results)["taken"] == "r8"
     del results[0, 1]
     found = findings(points, [0, 1], results)
-    assert found["taken"] == "r16" and "not considered, since a run failed: r8" in found["reason"]
+    assert found["taken"] == "r16" and "Not considered, since a run failed: r8" in found["reason"]
     assert findings(points, [0, 1], {})["taken"] is None
 
 

@@ -31,10 +31,10 @@ def findings(
     whole = [entry for entry in entries if len(entry["runs"]) == len(seeds)]
     measured = [_measured(entry) for entry in whole]
     choice = choose(measured) if measured else None
-    reason = _reason(whole, choice) if choice else "nothing is taken: no point has finished with every seed"
+    reason = _reason(whole, choice) if choice else "Nothing is taken: no point has finished with every seed."
     lacking = [entry["name"] for entry in entries if entry not in whole]
     if choice and lacking:
-        reason += f"; not considered, since a run failed: {', '.join(lacking)}"
+        reason += f" Not considered, since a run failed: {', '.join(lacking)}."
     return {
         "rows": measured[0].rows if measured else None,
         "points": entries,
@@ -77,11 +77,14 @@ def _reason(entries: Sequence[dict[str, Any]], choice: Choice) -> str:
     size = taken["trainable_parameters"]
     as_small = sum(entries[at]["trainable_parameters"] == size for at in choice.in_content)
     best = f"the best figures of the {as_small} with " if as_small > 1 else ""
+    in_format, in_content = (
+        ", ".join(entries[at]["name"] for at in among) for among in (choice.in_format, choice.in_content)
+    )
     return (
-        f"{taken['name']} is taken: within one standard error, {len(choice.in_format)} of {len(entries)} points reach "
-        f"the best format/exact ({exact['name']}, {share(exact['validation'][FORMAT])}), {len(choice.in_content)} of "
-        f"these their best field F1 ({field_f1['name']}, {share(field_f1['validation'][CONTENT])}), and it has "
-        f"{best}the fewest trainable parameters, {size:,}"
+        f"{taken['name']} is taken. Within one standard error, or one row, of the best format/exact ({exact['name']}, "
+        f"{share(exact['validation'][FORMAT])}): {in_format}. Of these, as near to their best field F1 "
+        f"({field_f1['name']}, {share(field_f1['validation'][CONTENT])}): {in_content}. "
+        f"{taken['name']} has {best}the fewest trainable parameters, {size:,}."
     )
 
 

@@ -64,8 +64,8 @@ def _plot(points: list[dict[str, Any]], quantity: str, taken: str | None) -> Fig
         axis.errorbar(at, means, errors, fmt="o", color=color, capsize=4, alpha=0.8, label=name)
     for point in points:
         bold = point["name"] == taken
-        highest = 100 * max(point["validation"][name]["mean"] for name in METRICS)
-        axis.annotate(point["name"], (point[quantity], highest), xytext=(0, 9), textcoords="offset points", ha="center",
+        highest = 100 * max(sum(point["validation"][name].values()) for name in METRICS)  # above the error bars
+        axis.annotate(point["name"], (point[quantity], highest), xytext=(0, 5), textcoords="offset points", ha="center",
                       fontsize=8, color=RED if bold else None, weight="bold" if bold else None)  # fmt: skip
     axis.margins(x=0.12, y=0.2)
     axis.set(xlabel=quantity.replace("_", " "), ylabel="% on the validation rows")
@@ -74,5 +74,5 @@ def _plot(points: list[dict[str, Any]], quantity: str, taken: str | None) -> Fig
         ticks = sorted(set(at))
         axis.set_xticks(ticks, [f"{count:,}" for count in ticks])
         axis.minorticks_off()
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.legend(frameon=False, fontsize=8)
     return figure

@@ -45,7 +45,7 @@ examples:
   formtune sweep -c configs/demo.yaml --over 'model.lora.targets=attention,all-linear' --trainer.max_epochs 1
   formtune fit -c logs/demo/SWEEP/config.yaml
 """
-TAKEN = {  # keys of `fit` that are not the user's here
+RESERVED = {  # keys of `fit` that are not the user's here
     "run": "a sweep names its runs; name the sweep itself with --name",
     "seed_everything": "name the seeds with --seeds",
     "print_config": "a sweep prints none; formtune fit does",
@@ -83,10 +83,10 @@ def run(args: list[str], configs: Sequence[str]) -> int:
     plain = _configuration(words)
     task = yaml.safe_load(plain).get("task") or (Path(configs[0]).stem if configs else "task")
     words += ["--task", task]
-    taken = _configurations(words, points)
+    configurations = _configurations(words, points)
     keys = list(points[0].values)
-    key = hashlib.sha256("\n".join([plain, *sorted(keys)]).encode()).hexdigest()
-    name = options.name or f"sweep-{'-'.join(key.rpartition('.')[2] for key in keys)}-{key[:8]}"
+    identity = hashlib.sha256("\n".join([plain, *keys]).encode()).hexdigest()
+    name = options.name or f"sweep-{'-'.join(key.rpartition('.')[2] for key in keys)}-{identity[:8]}"
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise UserError(f"--name {name}: expected letters, digits and . + - _")
     folder = LOGS / task / name
@@ -95,19 +95,14 @@ def run(args: list[str], configs: Sequence[str]) -> int:
         for seed in seeds  # all points once before any of them twice: an unfinished sweep shows the most
         for at, point in enumerate(points)
     }
-    with _owned(folder, key) as lock:
+    with _owned(folder, identity) as lock:
         trainer = yaml.safe_load(plain).get("trainer") or {}
         results, failed = _results(jobs, points, devices(trainer), lock, folder)
-        found = {
-            "name": name,
-            "over": _over(points),
-            "seeds": seeds,
-            **findings(points, seeds, results),
-            "failed": failed,
-        }
+        found: dict[str, Any] = {"name": name, "over": _over(points), "seeds": seeds, "failed": failed}
+        found |= findings(points, seeds, results)
         (folder / "config.yaml").unlink(missing_ok=True)
         if found["taken"] is not None:
-            write_whole(folder / "config.yaml", taken[found["taken"]])
+            write_whole(folder / "config.yaml", configurations[found["taken"]])
         write_report(found, folder)
     print_sweep(found, folder)
     return int(bool(failed))
@@ -115,7 +110,7 @@ def run(args: list[str], configs: Sequence[str]) -> int:
 
 def _check_words(words: Sequence[str], points: Sequence[Point]) -> None:
     given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
-    for key, remedy in TAKEN.items():
+    for key, remedy in RESERVED.items():
         if key in given or key in points[0].values:
             raise UserError(f"{key}: {remedy}")
     if twice := given & points[0].values.keys():
@@ -150,7 +145,7 @@ def _job(name: str, folder: Path, words: list[str]) -> Job:
 
 
 @contextlib.contextmanager
-def _owned(folder: Path, key: str) -> Iterator[int]:
+def _owned(folder: Path, identity: str) -> Iterator[int]:
     """The folder, held by a file descriptor for as long as this process or one of its runs lives.
 
     Raises:
@@ -167,10 +162,10 @@ def _owned(folder: Path, key: str) -> Iterator[int]:
             raise UserError(f"{folder}: this sweep is running already") from None
         file.seek(0)
         before = file.read()
-        if before not in ("", key):
+        if before not in ("", identity):
             raise UserError(f"--name: {folder} holds a sweep of another task or other keys; choose another name")
         if not before:
-            file.write(key)
+            file.write(identity)
             file.flush()
         yield file.fileno()
 
