@@ -35,8 +35,9 @@ class Verb:
     run: Callable[[list[str]], int | None]
 
 
-def _configs(args: list[str]) -> None:
-    """Refuse a broken YAML before anything slow is imported."""
+def _configs(args: list[str]) -> list[str]:
+    """The YAMLs that are named; a broken one is refused before anything slow is imported."""
+    paths = []
     for option, value in zip(args, [*args[1:], ""], strict=True):
         name, equals, attached = option.partition("=")
         if name in ("-c", "--config"):
@@ -44,6 +45,15 @@ def _configs(args: list[str]) -> None:
             if not path:
                 raise UserError(f"{name}: name the YAML of a task")
             check_yaml(path)
+            paths.append(path)
+    return paths
+
+
+def _sweep(args: list[str]) -> int:
+    configs = _configs(args)
+    from formtune.sweep.verb import run
+
+    return run(args[1:], configs)
 
 
 def _audit(args: list[str]) -> int:
@@ -82,6 +92,7 @@ VERBS = {
     "audit": Verb("Clean and judge the rows, and say what to know of them before training; needs no model.", _audit),
     "synthesize": Verb("Ask a teacher model for rows, and write those that keep the contract.", _synthesize),
     "fit": Verb("Evaluate the base, train the adapter, test the best checkpoint and export it.", _lightning),
+    "sweep": Verb("Train at each point of a grid, ranks by default, and take the smallest that is as good.", _sweep),
     "validate": Verb("Evaluate a checkpoint (or the base) on the validation rows.", _lightning),
     "test": Verb("Evaluate a checkpoint (or the base) on the test rows.", _lightning),
     "predict": Verb("Answer a file of prompts and judge the answers by the contract.", _lightning),

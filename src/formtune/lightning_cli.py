@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,10 @@ class FormtuneCLI(LightningCLI):
         result["training"] = {
             "steps": steps,
             "seconds": round(seconds, 1),
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "best_step": self.best.best.step if self.best.best else None,
+            # On the validation rows, so that runs can be chosen among without a look at the test rows.
+            "best": asdict(self.best.best) | {"rows": self.best.rows} if self.best.best else None,
             "lowest_loss_step": self.best.lowest_loss.step if self.best.lowest_loss else None,
             "diagnosis": self.watch.diagnosis.text if self.watch.diagnosis else None,
         }

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY, RED = "#2a6fbb", "#d9822b", "#8a94a0", "#c0392b"
-KINDS = ("prompt", "answer")
+from formtune.page import BLUE, GREY, ORANGE, RED
 
-matplotlib.rcParams.update(
-    {
-        "svg.fonttype": "none",  # text stays text: small, selectable, read aloud
-        "svg.hashsalt": "formtune",  # the same findings give the same file
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 11,
-        "axes.titlelocation": "left",
-    }
-)
+KINDS = ("prompt", "answer")
 
 
 def pictures(found: dict[str, Any]) -> Iterator[tuple[str, str, Figure]]:
@@ -42,14 +28,6 @@ def pictures(found: dict[str, Any]) -> Iterator[tuple[str, str, Figure]]:
         yield "drift", "Words that tell production's inputs from train's", _features(found["production"]["features"])
     if len(found["growth"]) > 1:
         yield "growth", "Held-out word pairs that stand in so many training rows", _growth(found["growth"])
-
-
-def svg(figure: Figure) -> str:
-    """The figure as an SVG element without the XML header."""
-    out = io.StringIO()
-    figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
 
 
 def _figure(height: float, columns: int = 1) -> tuple[Figure, Any]:

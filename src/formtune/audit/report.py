@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from formtune.audit.pictures import pictures, svg
+from formtune.audit.pictures import pictures
+from formtune.page import environment, svg, write_whole
 
 SHOWN = 200  # rows of a reason on the page; quarantine.jsonl has all of them
 ABOUT = {
@@ -28,27 +27,20 @@ def write_report(found: dict[str, Any], folder: Path) -> None:
     """Write `audit.json`, `quarantine.jsonl` and `report.html` into the folder, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found["quarantine"])
-    _write(folder / "quarantine.jsonl", rows)
+    write_whole(folder / "quarantine.jsonl", rows)
     kept = {name: value for name, value in found.items() if name != "quarantine"}
-    _write(folder / "audit.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
-    _write(folder / "report.html", page(found))
+    write_whole(folder / "audit.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    write_whole(folder / "report.html", page(found))
 
 
 def page(found: dict[str, Any]) -> str:
     """The page."""
-    environment = Environment(
-        loader=PackageLoader("formtune.audit", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["percent"] = lambda share: f"{share:.1%}"
-    environment.filters["thousands"] = lambda number: f"{number:,}"
     reasons: dict[str, list[dict[str, Any]]] = {}
     for row in found["quarantine"]:
         reasons.setdefault(row["reason"], []).append(row)
     plots = {name: (caption, svg(figure)) for name, caption, figure in pictures(found)}
-    return environment.get_template("report.html.jinja").render(
-        found=found, reasons=reasons, plots=plots, about=ABOUT, shown=SHOWN
-    )
+    template = environment().get_template("audit/report.html.jinja")
+    return template.render(found=found, reasons=reasons, plots=plots, about=ABOUT, shown=SHOWN)
 
 
 def write_tensorboard(found: dict[str, Any], folder: Path) -> None:
@@ -65,12 +57,3 @@ def write_tensorboard(found: dict[str, Any], folder: Path) -> None:
                 writer.add_scalar(f"audit_{name}/{key}", count)
         for name, _, figure in pictures(found):
             writer.add_figure(f"audit/{name}", figure)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".part")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -63,6 +63,7 @@ class BestCheckpoint(Checkpoint):
 
     def __init__(self) -> None:
         self.scores: list[Score] = []
+        self.rows = 0  # of each validation
         self._files: dict[Score, Path] = {}
 
     @property
@@ -89,9 +90,10 @@ class BestCheckpoint(Checkpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit" or trainer.fast_dev_run:
             return
         metrics = trainer.callback_metrics
+        exact, self.rows = pl_module.counts["format/exact"]
         score = Score(
             trainer.global_step,
-            pl_module.counts["format/exact"][0],
+            exact,
             float(metrics["content/field_f1"]),
             float(metrics["val/loss"]),
         )

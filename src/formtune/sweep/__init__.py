@@ -1,0 +1,1 @@
+"""One task trained at each point of a grid, and the smallest point that is as good as the best."""
