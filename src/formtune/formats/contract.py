@@ -83,6 +83,17 @@ class Format(ABC):
         """Spans of the values in a text that complies; the rest is structure."""
         return [(0, len(text))]
 
+    def grammar(self) -> str | None:
+        """The contract for constrained decoding, None where the format has no grammar.
+
+        Lark rules in llguidance's dialect, of which `answer` is the whole text: `answer: "yes" | "no"`. They may say
+        less than the contract allows, never more.
+
+        Raises:
+            UserError: This contract cannot be expressed.
+        """
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """The contract as plain data, whole in itself: `class_path` and `init_args`."""
         cls = type(self)

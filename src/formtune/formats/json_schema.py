@@ -12,8 +12,9 @@ from jsonschema.exceptions import ValidationError
 
 from formtune.errors import UserError
 from formtune.formats.contract import Format, answer_start
+from formtune.formats.grammar import json_rules
 from formtune.formats.keywords import CHECK_SECONDS, errors_in_time
-from formtune.formats.schema import make_validator, read_schema, resolver
+from formtune.formats.schema import make_validator, read_schema, resolver, schema_nodes
 from formtune.formats.strict_json import find_documents, first_error, loads_strict
 from formtune.formats.verdict import Problem, SyntaxProblem
 
@@ -109,6 +110,11 @@ class JsonSchema(Format):
                 spans.append((match.start() + quoted, match.end() - quoted))
         return spans
 
+    def grammar(self) -> str | None:
+        if self.is_canonical:
+            self._check_key_order()
+        return json_rules(self._root, self.is_canonical, self.trailing_newline)
+
     def to_dict(self) -> dict[str, Any]:
         found = super().to_dict()
         return found | {"init_args": found["init_args"] | {"schema": self.schema}}
@@ -126,6 +132,21 @@ class JsonSchema(Format):
         for part in self._parts(node):
             found = part.get("properties", {}) | found
         return found
+
+    def _check_key_order(self) -> None:
+        """A grammar takes an object's keys part by part; refuse where their canonical order is another one."""
+        for path, node in schema_nodes(self._root):
+            sources = node.keys() & {"properties", "$ref", "allOf", "anyOf", "oneOf"}
+            parts = [list(part["properties"]) for part in self._parts(node) if "properties" in part]
+            order = list(self._properties(node))
+            mixed = (
+                len(sources) > 1 or "allOf" in sources or any(part != sorted(part, key=order.index) for part in parts)
+            )
+            if len(parts) > 1 and mixed:
+                raise UserError(
+                    f"data.format.schema: {path}: the canonical order of keys from several places cannot be put in a "
+                    "grammar; name all keys in one place or leave model.constrained out"
+                )
 
     def _leaves(self, node: Any, path: str = "", above: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any]]:
         """Paths of the declared properties that are no objects with properties, or that hold themselves again."""

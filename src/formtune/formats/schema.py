@@ -69,7 +69,7 @@ def make_validator(schema: Any, name: str) -> Any:
         # With `$schema` in it a reference to the root would leave the bounded keywords for the library's own.
         root = {key: value for key, value in schema.items() if key not in ROOT_ONLY}
         validator = BoundedValidator(root, registry=referencing.Registry())
-        nodes = list(_nodes(root))
+        nodes = list(schema_nodes(root))
         for path, node in nodes:
             _check_node(f"{name}: {path}", node)
         targets = [root, *_targets(root, nodes, name)]
@@ -94,20 +94,20 @@ def resolver(root: Any) -> Any:
     return referencing.Registry().with_resource("", resource).resolver()
 
 
-def _nodes(node: Any, path: str = "$") -> Iterator[tuple[str, dict[str, Any]]]:
+def schema_nodes(node: Any, path: str = "$") -> Iterator[tuple[str, dict[str, Any]]]:
     """Every schema within a schema; what stands in enum, const, default and examples is data."""
     if not isinstance(node, dict):
         return
     yield path, node
     for key in _MAPS:
         for name, inner in node.get(key, {}).items():
-            yield from _nodes(inner, f"{path}.{key}.{name}")
+            yield from schema_nodes(inner, f"{path}.{key}.{name}")
     for key in _LISTS:
         for index, inner in enumerate(node.get(key, ())):
-            yield from _nodes(inner, f"{path}.{key}[{index}]")
+            yield from schema_nodes(inner, f"{path}.{key}[{index}]")
     for key in _SINGLES:
         if key in node:
-            yield from _nodes(node[key], f"{path}.{key}")
+            yield from schema_nodes(node[key], f"{path}.{key}")
 
 
 def _check_node(place: str, node: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from jsonargparse.typing import PositiveFloat
 
 from formtune.errors import UserError
 from formtune.formats.contract import TIMEOUT, Format, answer_start
+from formtune.formats.grammar import label_rules, regex_rules, section_rules
 from formtune.formats.verdict import Problem, SyntaxProblem
 
 MAX_MATCHES = 64  # of a pattern looked at within other text
@@ -51,6 +52,9 @@ class Regex(Format):
         match = self._match(text)
         return [match.span(name) for name in self.fields if match[name]] if self.fields else super().value_spans(text)
 
+    def grammar(self) -> str | None:
+        return regex_rules(self.pattern)
+
     def _match(self, text: str) -> Any:
         try:
             match = self._pattern.fullmatch(text, timeout=self.seconds)
@@ -85,6 +89,9 @@ class Labels(Format):
         if value in self.labels:
             return []
         return [Problem("bad_value_form", "enum", f"{value[:60]!r} is none of the {len(self.labels)} labels")]
+
+    def grammar(self) -> str | None:
+        return label_rules(self.labels)
 
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
         yield from super().documents(text)
@@ -123,6 +130,9 @@ class Tagged(Format):
 
     def value_spans(self, text: str) -> list[tuple[int, int]]:
         return [(start, end) for _, start, end in self._read_sections(text)]
+
+    def grammar(self) -> str | None:
+        return section_rules(self.sections)
 
     def _read_sections(self, text: str) -> list[tuple[str, int, int]]:
         """Name and span of each section; stops where none follows, so that time is linear whatever the text."""

@@ -116,16 +116,20 @@ class CachedAttention:
 
 def greedy(
     feed: Callable[[Tensor, Tensor, CachedAttention], Tensor],
+    choose: Callable[[Tensor, list[int]], list[int]],
     cache: CachedAttention,
+    before: Sequence[int],
     begun: Sequence[list[int]],
     stop_ids: Sequence[int],
     limits: Sequence[int],
 ) -> list[list[int]]:
-    """The most likely continuation of each row, up to and including a stop token.
+    """The continuation of each row token by token, up to and including a stop token.
 
     Args:
-        feed: (ids of shape (rows, 1), positions of the same shape, cache) -> most likely next tokens, shape (rows,).
+        feed: (ids of shape (rows, 1), positions of the same shape, cache) -> logits, shape (rows, vocabulary).
+        choose: (these logits, which rows they are of) -> their next tokens.
         cache: Holds all that was fed so far.
+        before: For each row the token before its answer, which is fed where the answer has not begun.
         begun: For each row its answer so far; the last token was not fed yet.
         stop_ids: Tokens that end an answer.
         limits: For each row how many tokens its answer may have.
@@ -133,8 +137,8 @@ def greedy(
     answers = [list(answer) for answer in begun]
     alive = list(range(len(answers)))  # the rows in the cache
     while alive:
-        last = torch.tensor([[answers[i][-1]] for i in alive], device=cache.at.device)
-        tokens = feed(last, cache.positions, cache).tolist()
+        last = torch.tensor([[(answers[i] or before[i : i + 1])[-1]] for i in alive], device=cache.at.device)
+        tokens = choose(feed(last, cache.positions, cache), alive)
         cache.advance()
         for i, token in zip(alive, tokens, strict=True):
             answers[i].append(token)

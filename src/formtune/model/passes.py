@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from formtune.errors import first_line
 from formtune.model.attention import NAME, PackedAttention, register
 from formtune.model.decoding import CachedAttention, greedy
+from formtune.model.grammar import Documents, Grammar
 from formtune.model.loss import Predictions, judge
 from formtune.model.packing import Packed, pack
 from formtune.rendering import Row
@@ -49,11 +50,19 @@ class Passes(ABC):
         """One teacher-forced pass; with `keep` also what answers can go on from."""
 
     @abstractmethod
-    def _go_on(self, kept: Any, open_: list[int], begun: list[list[int]], stop: Stops, limits: list[int]) -> Answers:
+    def _go_on(
+        self,
+        kept: Any,
+        open_: list[int],
+        begun: list[list[int]],
+        stop: Stops,
+        limits: list[int],
+        documents: Documents | None,
+    ) -> Answers:
         """The whole answers of the rows at the places `open_` of the pass, given their beginnings."""
 
     def evaluate(
-        self, rows: Sequence[Row], tokens: int, stop: Stops, limits: Sequence[int]
+        self, rows: Sequence[Row], tokens: int, stop: Stops, limits: Sequence[int], grammar: Grammar | None = None
     ) -> Iterator[tuple[list[int], Predictions, Answers]]:
         """Indices of some of the rows, their predictions and their greedy answers, pass after pass.
 
@@ -62,37 +71,44 @@ class Passes(ABC):
             tokens: Most tokens of a pass, those that answers may still have included.
             stop: Tokens that end an answer.
             limits: For each row the tokens that its answer may have.
+            grammar: What answers must keep, None where every token may follow every other.
         """
         for group in self.split(rows, tokens, max(limits, default=0)):
-            yield (group.rows, *self.answers(rows, group, stop, limits))
+            yield (group.rows, *self.answers(rows, group, stop, limits, grammar))
 
     @torch.no_grad()
     def answers(
-        self, rows: Sequence[Row], group: Any, stop: Stops, limits: Sequence[int]
+        self, rows: Sequence[Row], group: Any, stop: Stops, limits: Sequence[int], grammar: Grammar | None = None
     ) -> tuple[Predictions, Answers]:
         """Predictions and greedy answers of one pass, the answers up to and including a stop token.
 
         Greedy decoding sees the same tokens as a teacher-forced pass for as long as it says what the target says. So an
         answer whose every predicted token is the target's is the target, and any other goes on from the first mismatch.
+        The most likely token of all is also the most likely one that a grammar allows, if it allows it; where it does
+        not, the token before it is fed once more, and its logits are chosen from anew.
 
         Args:
             rows: What `split` was given.
             group: One of the passes it made.
             stop: Tokens that end an answer.
             limits: For each of `rows` the tokens that its answer may have.
+            grammar: What answers must keep, None where every token may follow every other.
         """
+        documents = grammar.begin(len(group.rows)) if grammar else None
         found, kept = self.predictions(group, keep=True)
         members = [rows[i] for i in group.rows]
         limit = [limits[i] for i in group.rows]
         answers = []
-        for row, tokens, most in zip(members, found.tokens.split(_sizes(members)), limit, strict=True):
+        said_by = found.tokens.split(_sizes(members))
+        for j, (row, tokens, most) in enumerate(zip(members, said_by, limit, strict=True)):
             said = tokens.tolist()
             same = next((i for i, (a, b) in enumerate(zip(said, row.target, strict=False)) if a != b), len(row.target))
-            answers.append((row.target[:same] + said[same : same + 1])[:most])
-        open_ = [j for j, a in enumerate(answers) if a[-1] not in stop and len(a) < limit[j]]
+            answer = (row.target[:same] + said[same : same + 1])[:most]
+            answers.append(answer[: documents.write(j, answer)] if documents else answer)
+        open_ = [j for j, a in enumerate(answers) if not a or (a[-1] not in stop and len(a) < limit[j])]
         if open_:
             begun, most = [answers[j] for j in open_], [limit[j] for j in open_]
-            for j, answer in zip(open_, self._go_on(kept, open_, begun, stop, most), strict=True):
+            for j, answer in zip(open_, self._go_on(kept, open_, begun, stop, most, documents), strict=True):
                 answers[j] = answer
         return found, answers
 
@@ -115,18 +131,30 @@ class SharedPrefixes(Passes):
         return judge(head, hidden, group.targets.to(self.device), vocabulary), attention
 
     def _go_on(
-        self, kept: PackedAttention, open_: list[int], begun: list[list[int]], stop: Stops, limits: list[int]
+        self,
+        kept: PackedAttention,
+        open_: list[int],
+        begun: list[list[int]],
+        stop: Stops,
+        limits: list[int],
+        documents: Documents | None,
     ) -> Answers:
-        paths = kept.packed.paths()
+        packed, paths = kept.packed, kept.packed.paths()
+        ends = [paths[j][-1].end - packed.sizes[j] for j in open_]  # of the prompts, but for their last tokens
+        before = packed.ids[0, ends].tolist()
         # What was fed of a target from the first mismatch on is no part of the answer.
-        own = [
-            paths[j][-1].end - paths[j][-1].start - kept.packed.sizes[j] + len(a)
-            for j, a in zip(open_, begun, strict=True)
-        ]
-        return greedy(self._next, CachedAttention(kept.kept, [paths[j] for j in open_], own), begun, stop, limits)
+        own = [end - paths[j][-1].start + len(a) for j, end, a in zip(open_, ends, begun, strict=True)]
+
+        def choose(logits: Tensor, rows: list[int]) -> list[int]:
+            if documents is None:
+                return logits.argmax(-1).tolist()
+            return documents.choose([open_[i] for i in rows], logits)
+
+        cache = CachedAttention(kept.kept, [paths[j] for j in open_], own)
+        return greedy(self._next, choose, cache, before, begun, stop, limits)
 
     def _next(self, ids: Tensor, positions: Tensor, cache: CachedAttention) -> Tensor:
-        return self.base.get_output_embeddings()(self._hidden(ids, positions, cache)[:, -1]).argmax(-1)
+        return self.base.get_output_embeddings()(self._hidden(ids, positions, cache)[:, -1])
 
     def _hidden(self, ids: Tensor, positions: Tensor, attend: Any) -> Tensor:
         out = self.base.get_decoder()(
@@ -186,7 +214,15 @@ class LengthBuckets(Passes):
         targets = group.targets[group.predicting].to(self.device)
         return judge(nn.Identity(), logits, targets, logits.size(-1)), group
 
-    def _go_on(self, kept: Padded, open_: list[int], begun: list[list[int]], stop: Stops, limits: list[int]) -> Answers:
+    def _go_on(
+        self,
+        kept: Padded,
+        open_: list[int],
+        begun: list[list[int]],
+        stop: Stops,
+        limits: list[int],
+        documents: Documents | None,
+    ) -> Answers:
         from transformers import GenerationConfig
 
         width = kept.ids.size(1) - kept.targets.size(1) + 1
@@ -202,6 +238,7 @@ class LengthBuckets(Passes):
                 input_ids=kept.ids[rows, :width].to(self.device),
                 attention_mask=kept.seen[rows, :width].to(self.device),
                 generation_config=config,
+                logits_processor=documents and [documents.processor(rows, width)],
             )
             for j, new in zip(rows, out[:, width:].tolist(), strict=True):
                 end = next((i for i, token in enumerate(new) if token in stop), len(new) - 1)

@@ -1,0 +1,279 @@
+"""Under a grammar a model that knows nothing keeps the contract, and its answers are those of a naive masked loop."""
+
+import json
+import random
+import sys
+
+import pytest
+import torch
+
+from conftest import SCHEMA, SHAPES, byte_tokenizer, shared, tiny_model
+from formtune.errors import UserError
+from formtune.formats import Format, JsonSchema, Labels, Regex, Tagged
+from formtune.model.grammar import Grammar
+from formtune.model.passes import LengthBuckets, SharedPrefixes, passes
+from formtune.rendering import Renderer
+from test_packing import random_rows, row
+
+pytest.importorskip("llguidance", reason="needs the extra `constrained`")
+
+RENDERER = Renderer(byte_tokenizer())
+[END] = RENDERER.stop_ids
+SIZE = 259
+
+CLOSED = {"type": "object", "additionalProperties": False}
+SHORT = {"type": "string", "maxLength": 6}
+ORDER = CLOSED | {
+    "required": ["kind", "name", "lines"],
+    "properties": {
+        "kind": {"enum": ["new", "newer", None]},
+        "name": SHORT,
+        "due": {"type": "string", "format": "date"},
+        "lines": {
+            "type": "array",
+            "maxItems": 2,
+            "items": CLOSED
+            | {"properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}}, "required": ["n"]},
+        },
+    },
+}
+CONTRACTS = {
+    "json": JsonSchema(
+        schema=SCHEMA | {"properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}, "s": SHORT}}
+    ),
+    "canonical": JsonSchema(schema=ORDER, canonical=True, trailing_newline=True),
+    "labels": Labels(labels=["yes", "yes please", "no", 'so "so"', "é😀"]),
+    "regex": Regex(pattern=r"^(?P<id>[A-Z]{2}/\d+|[a-z]?)[\x20-\x7e]{1,12}$"),
+    "tagged": Tagged(sections=["reason", "answer"]),
+}
+
+
+def grammar_of(contract, renderer=RENDERER, size=SIZE):
+    return Grammar(contract, renderer, size)
+
+
+def naive(model, grammar, prompt, limit):
+    """One row, one token at a time, everything computed again for each, the mask straight from the library."""
+    matcher, ids = grammar.matcher.deep_copy(), list(prompt)
+    while len(ids) < len(prompt) + limit:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        bits = int.from_bytes(matcher.compute_bitmask(), "little")
+        allowed = torch.tensor([bool(bits >> token & 1) for token in range(SIZE)])
+        ids.append(int(logits.masked_fill(~allowed, float("-inf")).argmax()))
+        if ids[-1] == END:
+            break
+        assert matcher.consume_token(ids[-1])
+    return ids[len(prompt) :]
+
+
+def sharp_model(shape):
+    model = tiny_model(shape).eval()
+    # Random weights that repeat themselves less, with no two logits near one another.
+    model.get_output_embeddings().weight.data *= 30
+    return model
+
+
+def answered(way, rows, grammar, limits, tokens=300):
+    answers = {}
+    for group in way.split(rows, tokens, max(limits)):
+        _, found = way.answers(rows, group, RENDERER.stop_ids, limits, grammar)
+        answers |= dict(zip(group.rows, found, strict=True))
+    return [answers[i] for i in range(len(rows))]
+
+
+def rows_of_every_kind(prompts, said, grammar):
+    """Targets that the constrained model says, that leave it at the first, a middle or the last token, and none."""
+    rng, rows = random.Random(7), []
+    for i, (prompt, answer) in enumerate(zip(prompts, said, strict=True)):
+        at = (None, 0, len(answer) // 2, len(answer) - 1, len(answer))[i % 5]
+        target = [] if at == len(answer) else list(answer)
+        if target and at is not None:
+            target[at] = rng.choice([t for t in range(3, SIZE) if t != target[at]])
+        rows.append(row(prompt, target))
+    return rows
+
+
+@pytest.mark.parametrize(
+    "shape, name", [(s, "canonical") for s in SHAPES] + [("llama", n) for n in CONTRACTS if n != "canonical"]
+)
+def test_answers_equal_those_of_a_naive_masked_loop(shape, name):
+    model, grammar = sharp_model(shape), grammar_of(CONTRACTS[name])
+    prompts = [r.prompt for r in random_rows(5, 10)]
+    prompts.append(list(prompts[0]))  # twice the same: it is shared up to its last token
+    limits = [3 if i % 4 == 3 else 16 for i in range(len(prompts))]
+    wanted = [naive(model, grammar, p, most) for p, most in zip(prompts, limits, strict=True)]
+    rows = rows_of_every_kind(prompts, wanted, grammar)
+    way = passes(model)
+    assert isinstance(way, SharedPrefixes)
+    assert answered(way, rows, grammar, limits) == wanted
+    assert answered(way, rows, grammar, limits, tokens=1) == wanted
+    model.set_attn_implementation("sdpa")
+    assert answered(LengthBuckets(model), rows, grammar, limits) == wanted
+
+
+def test_what_the_model_says_of_its_own_accord_is_not_decoded_again(monkeypatch):
+    model, grammar = sharp_model("llama"), grammar_of(Regex(pattern=r"(?s).{1,8}"))
+    prompts = [r.prompt for r in random_rows(3, 8)]
+    said = [naive(model, grammar, p, 20) for p in prompts]
+    fed, feed, way = [], SharedPrefixes._next, passes(model)
+    monkeypatch.setattr(SharedPrefixes, "_next", lambda *a: fed.append(a[1].numel()) or feed(*a))
+    free = answered(way, [row(p) for p in prompts], None, [20] * len(prompts))
+    assert any(a[0] == b[0] for a, b in zip(free, said, strict=True)), (
+        "the model says nothing that the grammar allows, so that nothing is tested"
+    )
+    fed.clear()
+    rows = [row(p, s) for p, s in zip(prompts, said, strict=True)]
+    assert answered(way, rows, grammar, [20] * len(prompts)) == said
+    assert sum(fed) < sum(map(len, said))
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_a_model_that_knows_nothing_keeps_the_contract(name):
+    contract, ended = CONTRACTS[name], 0
+    grammar = grammar_of(contract)
+    for seed in range(4):
+        model = tiny_model(seed=seed).eval()
+        model.get_output_embeddings().weight.data *= 30
+        model.get_output_embeddings().weight.data[END] += 2 * torch.randn(32)
+        rows = [row(r.prompt) for r in random_rows(seed, 12)]
+        for ids in answered(passes(model), rows, grammar, [120] * len(rows), 10**5):
+            text, finished = RENDERER.answer(ids)
+            verdict = contract.check(text, finished=finished)
+            assert verdict.exact or not finished, (text, verdict.detail)
+            ended += finished
+    assert ended
+
+
+def accepts(contract, text, renderer=RENDERER, size=SIZE):
+    grammar = grammar_of(contract, renderer, size)
+    ids = renderer.tokenizer(text, add_special_tokens=False)["input_ids"] + [renderer.stop_ids[0]]
+    return grammar.begin(1).write(0, ids) == len(ids)
+
+
+@pytest.mark.parametrize(
+    "name, good, bad",
+    [
+        (
+            "json",
+            ['{"n":1,"s":"a"}', '{ "n": 1,\n "s": "é\\n" }'],
+            ['{"s":"a","n":1}', '{"n":1,"s":"a"}\n', '{"n":1}', " {}"],
+        ),
+        (
+            "canonical",
+            ['{"kind":null,"name":"","due":"2024-02-29","lines":[{"n":7}]}\n'],
+            [
+                '{"kind":null,"name":"","due":"2026-02-29","lines":[]}\n',
+                '{"kind":null,"name":"","lines":[]}',
+                '{"kind": null,"name":"","lines":[]}\n',
+                '{"name":"","kind":null,"lines":[]}\n',
+            ],
+        ),
+        ("labels", ["yes", "yes please", 'so "so"', "é😀"], ["", "ye", "yes ", "YES"]),
+        ("regex", ["AB/12 x", "ax"], ["", "x\ny", "AB/" + "1" * 3 + "x" * 13]),
+        (
+            "tagged",
+            ["<reason>a</reason><answer>b</answer>", "<reason></b>\n</reason>\n <answer><</answer>"],
+            ["<answer>b</answer>", "<reason>a</reason>", " <reason>a</reason><answer>b</answer>"],
+        ),
+    ],
+)
+def test_what_a_grammar_takes_is_what_the_contract_says(name, good, bad):
+    for text in good:
+        assert CONTRACTS[name].check(text).exact and accepts(CONTRACTS[name], text), text
+    for text in bad:
+        assert not accepts(CONTRACTS[name], text), text
+
+
+def test_dates_and_times_are_those_of_the_contract():
+    def schema(kind):
+        return JsonSchema(schema={"type": ["string", "null"], "format": kind})
+
+    days = [
+        f"{y}-{m:02}-{d:02}" for y in (1900, 2000, 2023, 2024) for m in range(14) for d in (0, 1, 28, 29, 30, 31, 32)
+    ]
+    times = ["23:59:59Z", "24:00:00Z", "23:59:60Z", "00:00:00.5+23:59", "00:00:00+24:00", "00:00:00"]
+    both = [f"{day}T{clock}" for day in ("2023-02-29", "2024-02-29") for clock in times]
+    for kind, texts in (("date", days), ("time", times), ("date-time", both), ("uri", ["a:", "a:b"])):
+        for text in map(json.dumps, texts):
+            assert accepts(schema(kind), text) == schema(kind).check(text).exact, (kind, text)
+
+
+class Mine(Format):
+    def parse(self, text):
+        return text
+
+
+class Spoken(Mine):
+    def grammar(self):
+        return 'answer: "a" "b"+'
+
+
+def test_a_format_of_ones_own_may_have_a_grammar():
+    assert accepts(Spoken(), "abb") and not accepts(Spoken(), "a")
+
+
+@pytest.mark.parametrize(
+    "contract, message",
+    [
+        (Mine(), "Mine has no grammar"),
+        (Regex(pattern="(?=a).*"), "pattern: '(?=a' has no place"),
+        (Regex(pattern="(?<!a)b"), "pattern: '(?<!' has no place"),
+        (Regex(pattern="a++b"), "pattern: '++' has no place"),
+        (Regex(pattern="[[a-z]--b]+"), "another meaning"),
+        (Regex(pattern=r"(a)\1"), "backreferences are not supported"),
+        (Regex(pattern=r"\bword"), "cannot be put in a grammar"),
+        (JsonSchema(schema={"type": "object", "properties": {"a": {}}}), "needs the type of every value"),
+        (JsonSchema(schema={"type": "object", "properties": {"a": True}}), "$.properties.a: a grammar needs the type"),
+        (JsonSchema(schema={"type": "array"}), "$.items: a grammar needs the type"),
+        (JsonSchema(schema={"type": "object", "additionalProperties": {"type": "integer"}}), "cannot keep keys apart"),
+        (JsonSchema(schema={"type": "string", "pattern": "a(?!b)"}), "$.pattern: '(?!b' has no place"),
+        (JsonSchema(schema={"type": "array", "items": {"type": "null"}, "uniqueItems": True}), "uniqueItems"),
+        (
+            JsonSchema(
+                schema={
+                    "allOf": [
+                        CLOSED | {"properties": {"a": {"type": "null"}}},
+                        CLOSED | {"properties": {"b": {"type": "null"}}},
+                    ]
+                },
+                canonical=True,
+            ),
+            "canonical order of keys from several places",
+        ),
+    ],
+)
+def test_a_contract_that_no_grammar_expresses_is_refused_in_one_line(contract, message):
+    with pytest.raises(UserError) as error:
+        grammar_of(contract)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_objects_that_say_nothing_of_other_keys_get_none():
+    contract = JsonSchema(schema={"type": "object", "properties": {"a": {"type": "null"}}})
+    assert accepts(contract, '{"a":null}') and not accepts(contract, '{"a":null,"b":null}')
+
+
+def test_without_the_library_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(UserError, match=r"needs llguidance; pip install 'formtune\[constrained\]'$"):
+        grammar_of(Labels(labels=["a"]))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi-3-mini-instruct", "mistral-v3-instruct"])
+def test_targets_of_other_tokenizers_keep_the_grammar(name):
+    renderer = Renderer.load(str(shared(f"tokenizers/{name}")))
+    grammar = grammar_of(CONTRACTS["json"], renderer, len(renderer.tokenizer) + 64)
+    for answer in ('{"n":1,"s":"é😀"}', '{"n": 1, "s": ""}'):
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+        [encoded] = renderer.encode([(turn, "")])
+        documents = grammar.begin(2)
+        assert documents.write(0, encoded.target) == len(encoded.target)
+        logits = torch.zeros(1, len(renderer.tokenizer) + 64)
+        logits[0, encoded.target] = 1.0 + torch.arange(len(encoded.target), 0, -1)
+        said = []
+        while not said or said[-1] != encoded.target[-1]:
+            said += documents.choose([1], logits)
+            logits[0, said[-1]] -= 1e3
+        text, finished = renderer.answer(said)
+        assert CONTRACTS["json"].check(text, finished=finished).exact
