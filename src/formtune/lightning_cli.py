@@ -206,6 +206,7 @@ class FormtuneCLI(LightningCLI):
             "best": asdict(self.best.best) | {"rows": self.best.rows} if self.best.best else None,
             "lowest_loss_step": self.best.lowest_loss.step if self.best.lowest_loss else None,
             "diagnosis": self.watch.diagnosis.text if self.watch.diagnosis else None,
+            "history": [asdict(validation) for validation in self.watch.history],
         }
         if trainer.is_global_zero and not trainer.fast_dev_run:
             self._save_result(result)
@@ -276,6 +277,7 @@ class FormtuneCLI(LightningCLI):
         settings = {
             "precision": trainer.precision,
             "quantize": model.quantize,
+            "constrained": model.constrained,
             "max_new_tokens": model.max_new_tokens,
             "batches": trainer.limit_test_batches,
         }
