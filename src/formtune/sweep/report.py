@@ -28,19 +28,20 @@ def write_report(found: dict[str, Any], folder: Path) -> None:
 
 def print_sweep(found: dict[str, Any], folder: Path) -> None:
     """The table, which point is taken and why, and where the files lie."""
-    table = Table("point", title="Sweep", title_justify="left")
-    for column in ("seeds", "trainable\nparameters", "format/exact\nvalidation", "field F1\nvalidation"):
-        table.add_column(column, justify="right")
-    for column in ("format/exact\ntest, not used", "field F1\ntest, not used"):
-        table.add_column(column, justify="right", style="dim")
-    table.add_column("seconds", justify="right")
+    table = Table("point", title="Sweep (the test rows have no part in the choice)", title_justify="left")
+    for column in ("trainable\nparameters", "format/exact\nvalidation", "field F1\nvalidation"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("test\nexact", "test\nF1"):
+        table.add_column(column, justify="right", no_wrap=True, style="dim")
+    table.add_column("seconds", justify="right", no_wrap=True)
     for point in found["points"]:
-        parameters, seconds = point["trainable_parameters"], point["seconds"]
+        parameters, seconds, seeds = point["trainable_parameters"], point["seconds"], len(point["runs"])
+        lacking = f" ({seeds} of {len(found['seeds'])} seeds)" if seeds < len(found["seeds"]) else ""
         table.add_row(
-            escape(point["name"]),
-            f"{len(point['runs'])}/{len(found['seeds'])}",
+            escape(point["name"]) + lacking,
             f"{parameters:,}" if parameters else "",
-            *(share(point[rows].get(name)) for rows in ("validation", "test") for name in METRICS),
+            *(share(point["validation"].get(name)) for name in METRICS),
+            *(f"{point['test'][name]['mean']:.1%}" if seeds else "" for name in METRICS),
             f"{seconds:,.0f}" if seconds is not None else "",
             style="bold" if point["name"] == found["taken"] else None,
         )
