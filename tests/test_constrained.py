@@ -82,7 +82,7 @@ def answered(way, rows, grammar, limits, tokens=300):
     return [answers[i] for i in range(len(rows))]
 
 
-def rows_of_every_kind(prompts, said, grammar):
+def rows_of_every_kind(prompts, said):
     """Targets that the constrained model says, that leave it at the first, a middle or the last token, and none."""
     rng, rows = random.Random(7), []
     for i, (prompt, answer) in enumerate(zip(prompts, said, strict=True)):
@@ -103,7 +103,7 @@ def test_answers_equal_those_of_a_naive_masked_loop(shape, name):
     prompts.append(list(prompts[0]))  # twice the same: it is shared up to its last token
     limits = [3 if i % 4 == 3 else 16 for i in range(len(prompts))]
     wanted = [naive(model, grammar, p, most) for p, most in zip(prompts, limits, strict=True)]
-    rows = rows_of_every_kind(prompts, wanted, grammar)
+    rows = rows_of_every_kind(prompts, wanted)
     way = passes(model)
     assert isinstance(way, SharedPrefixes)
     assert answered(way, rows, grammar, limits) == wanted
@@ -128,7 +128,7 @@ def test_what_the_model_says_of_its_own_accord_is_not_decoded_again(monkeypatch)
     assert sum(fed) < sum(map(len, said))
 
 
-@pytest.mark.parametrize("name", CONTRACTS)
+@pytest.mark.parametrize("name", ["json", "canonical", "labels", "regex"])
 def test_a_model_that_knows_nothing_keeps_the_contract(name):
     contract, ended = CONTRACTS[name], 0
     grammar = grammar_of(contract)
@@ -145,9 +145,29 @@ def test_a_model_that_knows_nothing_keeps_the_contract(name):
     assert ended
 
 
-def accepts(contract, text, renderer=RENDERER, size=SIZE):
-    grammar = grammar_of(contract, renderer, size)
-    ids = renderer.tokenizer(text, add_special_tokens=False)["input_ids"] + [renderer.stop_ids[0]]
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_a_model_that_would_write_something_else_is_led_to_a_document(name):
+    contract, grammar = CONTRACTS[name], grammar_of(CONTRACTS[name])
+    wish = 'Sure! Here {"you": 1} are </reason>, and <answer>b</answer>} or b</answer> so yes please 2024-02-30}]}'
+    for seed in range(8):
+        torch.manual_seed(seed)
+        documents, said = grammar.begin(1), []
+        for token in RENDERER.tokenizer(wish, add_special_tokens=False)["input_ids"] + [END] * 200:
+            logits = torch.randn(1, SIZE)
+            logits[0, token] = 9.0
+            said += documents.choose([0], logits)
+            if said[-1] == END:
+                break
+        text, finished = RENDERER.answer(said)
+        assert finished and contract.check(text).exact, text
+
+
+def accepts(contract, text):
+    return takes(grammar_of(contract), text)
+
+
+def takes(grammar, text):
+    ids = [*RENDERER.tokenizer(text, add_special_tokens=False)["input_ids"], END]
     return grammar.begin(1).write(0, ids) == len(ids)
 
 
@@ -195,8 +215,9 @@ def test_dates_and_times_are_those_of_the_contract():
     times = ["23:59:59Z", "24:00:00Z", "23:59:60Z", "00:00:00.5+23:59", "00:00:00+24:00", "00:00:00"]
     both = [f"{day}T{clock}" for day in ("2023-02-29", "2024-02-29") for clock in times]
     for kind, texts in (("date", days), ("time", times), ("date-time", both), ("uri", ["a:", "a:b"])):
+        grammar = grammar_of(schema(kind))
         for text in map(json.dumps, texts):
-            assert accepts(schema(kind), text) == schema(kind).check(text).exact, (kind, text)
+            assert takes(grammar, text) == schema(kind).check(text).exact, (kind, text)
 
 
 class Mine(Format):
