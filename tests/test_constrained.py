@@ -4,12 +4,15 @@ import json
 import random
 import sys
 
+import lightning.pytorch as L
 import pytest
 import torch
 
 from conftest import SCHEMA, SHAPES, byte_tokenizer, shared, tiny_model
+from formtune.data.module import FormatDataModule
 from formtune.errors import UserError
 from formtune.formats import Format, JsonSchema, Labels, Regex, Tagged
+from formtune.model import FormatModule
 from formtune.model.grammar import Grammar
 from formtune.model.passes import LengthBuckets, SharedPrefixes, passes
 from formtune.rendering import Renderer
@@ -273,6 +276,24 @@ def test_a_contract_that_no_grammar_expresses_is_refused_in_one_line(contract, m
 def test_objects_that_say_nothing_of_other_keys_get_none():
     contract = JsonSchema(schema={"type": "object", "properties": {"a": {"type": "null"}}})
     assert accepts(contract, '{"a":null}') and not accepts(contract, '{"a":null,"b":null}')
+
+
+@pytest.mark.parametrize("constrained, exact", [(False, 0.0), (True, 1.0)])
+def test_the_switch_constrains_evaluation_and_nothing_else(base, task, constrained, exact):
+    folder, write = task
+    contract = Labels(labels=["yes", "no"])
+    train = write(
+        "train.jsonl", [{"prompt": "q" * (n % 9) + str(n), "completion": ["yes", "no"][n % 2]} for n in range(60)]
+    )
+    data = FormatDataModule(format=contract, train=train, tokenizer=base)
+    module = FormatModule(base=base, format=contract, max_new_tokens=8, constrained=constrained)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder, precision="32-true",
+    )  # fmt: skip
+    trainer.validate(module, data, verbose=False)
+    assert module.evaluation["format/exact"] == exact
+    assert module.evaluation["val/loss"] > 5 and module.evaluation["val/parity"] == 1.0
 
 
 def test_without_the_library_one_line_says_what_to_install(monkeypatch):
