@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,12 @@ from formtune.callbacks import (
     WorstAnswers,
 )
 from formtune.cli import LOGS, VERBS
-from formtune.data.encoded import quantile
 from formtune.data.module import FormatDataModule
 from formtune.errors import UserError
-from formtune.evaluation.baseline import (
-    baseline_key,
-    choose_shots,
-    few_shot_rows,
-    load_baseline,
-    prompting_verdict,
-    store_baseline,
-)
-from formtune.evaluation.outcomes import Outcome, write_outcomes
-from formtune.evaluation.probe import probe_lengths, probe_rows
-from formtune.evaluation.report import Run, write_run_report
+from formtune.evaluations import Evaluations, results
 from formtune.export import export_adapter
 from formtune.model import FormatModule
 from formtune.parsing import OneLine
-from formtune.rendering import Renderer, Row, context_length
 from formtune.summary import print_result
 
 
@@ -171,10 +159,10 @@ class FormtuneCLI(LightningCLI):
         """The whole job: base on the test rows, training, best checkpoint on the same rows, export."""
         trainer: Any = self.trainer
         result: dict[str, Any] = {}
-        self._kept: dict[str, list[Outcome]] = {}
+        evaluations = Evaluations(trainer, model, datamodule, self.outcomes, self.run_dir)
         if trainer.is_global_zero:
             self._save_config()
-        result |= self._baselines(model, datamodule)
+        result |= evaluations.baselines(self.config.fit.shots)
         trainer.validate(model, datamodule, verbose=False)  # the curves begin at the base
         # Evaluations draw from the same generators: training must not depend on whether a baseline was found on disk.
         if seed := os.environ.get("PL_GLOBAL_SEED"):
@@ -190,12 +178,9 @@ class FormtuneCLI(LightningCLI):
             model.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
             if trainer.is_global_zero:
                 export_adapter(model, self.run_dir / "adapter", self.run_dir / "config.yaml")
-        trainer.test(model, datamodule, verbose=False)
-        result["after"], counts_after = _results(model)
-        self._save_outcomes("after", self.outcomes.outcomes)
-        result["counts"]["after"] = counts_after
-        result["probe"] = self._probe(model, datamodule)
-        result["rows"] = counts_after["format/exact"][1]
+        result["after"], result["counts"]["after"] = evaluations.tuned()
+        result["probe"] = evaluations.probe()
+        result["rows"] = result["counts"]["after"]["format/exact"][1]
         result["data"] = datamodule.splits.key if datamodule.splits else None  # as in audit.json
         result["training"] = {
             "steps": steps,
@@ -210,7 +195,7 @@ class FormtuneCLI(LightningCLI):
         }
         if trainer.is_global_zero and not trainer.fast_dev_run:
             self._save_result(result)
-            self._write_report(result, model, datamodule)
+            evaluations.report(result)
             print_result(result, self.run_dir)
 
     def test(self, **kwargs: Any) -> None:
@@ -223,7 +208,7 @@ class FormtuneCLI(LightningCLI):
 
     def _evaluate(self, verb: str, **kwargs: Any) -> None:
         getattr(self.trainer, verb)(verbose=False, **kwargs)
-        values, counts = _results(self.model)
+        values, counts = results(self.model)
         if self.trainer.is_global_zero:
             print_result({"result": values, "counts": {"result": counts}}, None)
 
@@ -240,104 +225,6 @@ class FormtuneCLI(LightningCLI):
         config.trainer.default_root_dir = None
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "config.yaml").write_text(self._parser("fit").dump(config, skip_none=False), encoding="utf-8")
-
-    def _baselines(self, model: FormatModule, datamodule: FormatDataModule) -> dict[str, Any]:
-        """The base on the test rows, plain (`before`) and with training rows in its prompt (`few_shot`)."""
-        trainer: Any = self.trainer
-        datamodule.trainer = trainer
-        datamodule.setup("test")
-        assert datamodule.splits is not None
-        test = datamodule.splits.rows["test"]
-        found: dict[str, Any] = {"counts": {}}
-        outcomes = {"without examples": self._baseline("before", test, model, datamodule, found)}
-        if shots := self.config.fit.shots:
-            renderer, contract = Renderer.load(model.base), model.format
-            context = context_length(model.base) or 10**9
-            chosen = choose_shots(datamodule.splits.rows["train"], shots, contract)
-            few, count = few_shot_rows(test, chosen, renderer, contract, context)
-            if count:
-                name = f"with {count} example{'s' if count > 1 else ''} in the prompt"
-                outcomes[name] = self._baseline("few_shot", few, model, datamodule, found)
-                found["shots"] = [row.where for row in chosen[:count]]
-        if trainer.is_global_zero and not trainer.fast_dev_run:
-            found["prompting"] = prompting_verdict(outcomes)
-            print(found["prompting"])
-        return found
-
-    def _baseline(
-        self,
-        name: str,
-        rows: list[Row],
-        model: FormatModule,
-        datamodule: FormatDataModule,
-        found: dict[str, Any],
-    ) -> list[Outcome]:
-        """Outcomes of the base on the rows, from the cache where it has them; its figures go into `found`."""
-        trainer: Any = self.trainer
-        settings = {
-            "precision": trainer.precision,
-            "quantize": model.quantize,
-            "constrained": model.constrained,
-            "max_new_tokens": model.max_new_tokens,
-            "batches": trainer.limit_test_batches,
-        }
-        key = baseline_key(model.base, rows, settings, model.format)
-        # On several machines some might find it and others not, and these would wait for those without end.
-        stored = load_baseline(key) if trainer.num_nodes == 1 and not trainer.fast_dev_run else None
-        if stored is None:
-            # One point of the curves belongs to step 0: the base as it will be trained, without examples.
-            datamodule.test_rows, model.logs_evaluations = rows, name == "before"
-            trainer.test(model, datamodule, verbose=False)
-            datamodule.test_rows, model.logs_evaluations = None, True
-            values, counts = _results(model)
-            stored = {"values": values, "counts": counts, "outcomes": self.outcomes.outcomes}
-            if trainer.is_global_zero and not trainer.fast_dev_run:
-                store_baseline(key, values, counts, self.outcomes.outcomes)
-        found[name], found["counts"][name] = stored["values"], stored["counts"]
-        self._save_outcomes(name, stored["outcomes"])
-        return stored["outcomes"]
-
-    def _probe(self, model: FormatModule, datamodule: FormatDataModule) -> list[dict[str, Any]]:
-        """Format compliance of the tuned model on test rows that were made longer."""
-        trainer: Any = self.trainer
-        assert datamodule.splits is not None
-        rows, production = datamodule.splits.rows, datamodule.production_rows
-        room = (context_length(model.base) or 10**9) - max(len(row.target) for row in rows["test"])
-        lengths = probe_lengths([len(r.prompt) for r in rows["train"]], [len(r.prompt) for r in production], room)
-        texts = [row.source for row in production or rows["train"]]
-        longer = probe_rows(rows["test"], texts, lengths, Renderer.load(model.base), model.format)
-        if not longer or trainer.fast_dev_run:
-            return []
-        datamodule.test_rows = [replace(row, number=n) for n, row in enumerate(r for rs in longer.values() for r in rs)]
-        model.logs_evaluations = False
-        trainer.test(model, datamodule, verbose=False)
-        datamodule.test_rows, model.logs_evaluations = None, True
-        outcomes = iter(self.outcomes.outcomes)
-        found = []
-        for name, part in longer.items():
-            exact = [next(outcomes).exact for _ in part]
-            found.append({"name": name, "tokens": lengths[name], "rows": len(exact), "exact": sum(exact)})
-        return found
-
-    def _write_report(self, result: dict[str, Any], model: FormatModule, datamodule: FormatDataModule) -> None:
-        assert datamodule.splits is not None
-        splits, production = datamodule.splits, datamodule.production_rows
-        run = Run(
-            result=result,
-            outcomes=self._kept,
-            contract=model.format,
-            longest=max(len(row.prompt) for row in splits.rows["train"]),
-            production_p95=quantile([len(row.prompt) for row in production], 95) if production else None,
-            set_aside=dict(splits.reasons.most_common()),
-            config=(self.run_dir / "config.yaml").read_text(encoding="utf-8"),
-            base=model.base,
-        )
-        write_run_report(run, self.run_dir)
-
-    def _save_outcomes(self, name: str, outcomes: list[Outcome]) -> None:
-        self._kept[name] = outcomes
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            write_outcomes(self.run_dir / "outcomes" / f"{name}.jsonl", outcomes)
 
     def _save_result(self, result: dict[str, Any]) -> None:
         text = json.dumps(result, indent=2)
@@ -362,12 +249,6 @@ class FormtuneCLI(LightningCLI):
             final = {f"final/{name}": result["after"][name] for name in shown}
             self.trainer.logger.log_hyperparams(parameters, final)
             self.trainer.logger.save()
-
-
-def _results(model: FormatModule) -> tuple[dict[str, float], dict[str, tuple[int, int]]]:
-    """The last evaluation's figures by the names they have in validation, and the counts behind each rate."""
-    plain = {name.removeprefix("test/"): value for name, value in model.evaluation.items()}
-    return {name if "/" in name else f"val/{name}": value for name, value in plain.items()}, model.counts
 
 
 def _checked_precision(precision: Any, accelerator: Any) -> str:
