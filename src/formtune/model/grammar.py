@@ -102,7 +102,8 @@ class Documents:
         allowed = (packed.to(logits.device)[:, :, None] >> places & 1).flatten(1)[:, :size].bool()
         tokens = logits.masked_fill(~allowed, float("-inf")).argmax(-1).tolist()
         for matcher, token in zip(matchers, tokens, strict=True):
-            if token not in self._grammar.stop and not matcher.consume_token(token):
+            ended = token in self._grammar.stop
+            if matcher.is_error() or not (ended or matcher.consume_token(token)):
                 raise UserError(f"model.constrained: an answer could not go on ({_reason(matcher)}); leave this out")
         return tokens
 
@@ -115,9 +116,9 @@ class Documents:
             last = ids[:, -1].tolist()
             alive = [i for i in range(len(rows)) if ids.size(1) == width or last[i] not in self._grammar.stop]
             tokens = self.choose([rows[i] for i in alive], scores[alive])
-            return torch.full_like(scores, float("-inf")).index_put_(
-                (torch.tensor(alive), torch.tensor(tokens)), scores.new_tensor(0.0)
-            )
+            chosen = torch.full_like(scores, float("-inf"))
+            chosen[alive, tokens] = 0.0
+            return chosen
 
         return only_chosen
 
