@@ -88,6 +88,13 @@ class FormtuneCLI(LightningCLI):
             # Off: the schedule lowers the rate over all steps, and the best checkpoint is kept in any case.
             help="Stop fit after so many validations in a row that find it memorising or saturated (default: never)",
         )
+        # Of fit alone, and known to all verbs: `test -c` takes a run's own configuration.
+        parser.add_argument(
+            "--shots",
+            type=NonNegativeInt,
+            default=4,
+            help="Training rows in the prompt of fit's second baseline, as many as fit in; 0 leaves it out",
+        )
         parser.link_arguments("model.base", "data.tokenizer")
         parser.link_arguments("model.max_new_tokens", "data.max_new_tokens")
         parser.link_arguments("data.format", "model.format")
@@ -95,13 +102,6 @@ class FormtuneCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         kwargs["description"] = VERBS[subcommand].description
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "fit":
-            parser.add_argument(
-                "--shots",
-                type=NonNegativeInt,
-                default=4,
-                help="Training rows in the prompt of the second baseline, as many as fit; 0 leaves it out",
-            )
         if subcommand == "predict":
             parser.add_argument("--answers", type=str, default="answers.jsonl", help="File to write, as JSON Lines")
         return parser
