@@ -81,7 +81,7 @@ class Evaluations:
 
     def probe(self) -> list[dict[str, Any]]:
         """Format compliance of the model on test rows that were made longer."""
-        production = self.datamodule.production_rows
+        production = self.datamodule.preparation.production_rows
         lengths = probe_lengths(
             [len(row.prompt) for row in self._rows["train"]],
             [len(row.prompt) for row in production],
@@ -109,7 +109,7 @@ class Evaluations:
         Args:
             result: What `metrics.json` holds.
         """
-        splits, production = self.datamodule.splits, self.datamodule.production_rows
+        splits, production = self.datamodule.splits, self.datamodule.preparation.production_rows
         assert splits is not None
         run = Run(
             result=result,

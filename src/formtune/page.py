@@ -1,9 +1,8 @@
-"""What the pages of this project share: one style, plots as SVG, and a file that is written whole or not at all."""
+"""What the pages of this project share: one style, and plots as SVG."""
 
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -42,13 +41,3 @@ def svg(figure: Figure) -> str:
     figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     return text[text.index("<svg") :]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    partial = path.with_name(path.name + ".part")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

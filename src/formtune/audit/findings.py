@@ -71,8 +71,7 @@ def audit(preparation: Preparation) -> tuple[dict[str, Any], Splits]:
         "production": None,
         "quarantine": quarantine(prepared),
     }
-    if preparation.production is not None:
-        rows = preparation.encode_inputs(preparation.production, "production")
+    if rows := preparation.production_rows:
         found["production"] = {
             "lengths": lengths(rows),
             **compare_inputs([e.input for e in train], [row.source for row in rows]),

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from formtune.audit.pictures import pictures
-from formtune.page import environment, svg, write_whole
+from formtune.files import write_whole
+from formtune.page import environment, svg
 
 SHOWN = 200  # rows of a reason on the page; quarantine.jsonl has all of them
 ABOUT = {

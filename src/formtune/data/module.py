@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import random
@@ -72,12 +71,6 @@ class FormatDataModule(L.LightningDataModule):
             if self.trainer is not None and self.trainer.loggers:
                 self._write_quarantine(Path(self.trainer.default_root_dir) / "quarantine.jsonl")
             self.preparation.check(self.splits)
-
-    @functools.cached_property
-    def production_rows(self) -> list[Row]:
-        """Production's inputs, none where the task names no file of them."""
-        source = self.preparation.production
-        return [] if source is None else self.preparation.encode_inputs(source, "production")
 
     def train_dataloader(self) -> DataLoader:
         rows: Any = self._rows("train")

@@ -5,6 +5,7 @@ Knows no model and no Lightning, so that an audit answers in seconds.
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Literal
 
@@ -128,6 +129,15 @@ class Preparation:
             raise UserError(f"data.{key}: {source} holds no prompt")
         return rows
 
+    @functools.cached_property
+    def production_rows(self) -> list[Row]:
+        """Production's inputs, none where the task names no file of them.
+
+        Raises:
+            UserError: As in `encode_inputs`.
+        """
+        return [] if self.production is None else self.encode_inputs(self.production, "production")
+
     def encode_prompts(self) -> list[Row]:
         """The prompts to predict, each short enough for an answer.
 
@@ -158,7 +168,7 @@ class Preparation:
             reasons = splits.set_aside or "nothing set aside"
             found.append(f"data.{empty[0]}: no row is left to use ({sum(splits.read.values())} read; {reasons})")
         elif self.production is not None:
-            need = quantile([len(r) for r in self.encode_inputs(self.production, "production")], 95)
+            need = quantile([len(row) for row in self.production_rows], 95)
             answer = quantile([len(r.target) for r in splits.rows["train"]], 99)
             if need + answer > self.limit:
                 found.append(

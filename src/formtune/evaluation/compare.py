@@ -17,11 +17,11 @@ from rich.text import Text
 
 from formtune.cli import VERBS
 from formtune.errors import UserError
-from formtune.evaluation.outcomes import Outcome, field_f1, read_outcomes
+from formtune.evaluation.outcomes import RATES, Outcome, field_f1, read_outcomes
 from formtune.evaluation.statistics import f1_difference, f1_interval, rate_difference, verdict, wilson
+from formtune.files import write_whole
 from formtune.parsing import OneLine
 
-RATES = {"format/exact": "exact", "format/loose": "loose", "joint/exact": "joint"}  # and their names in an outcome
 F1 = "content/field_f1"
 IN_WORDS = ("format/exact", "joint/exact")  # said in a sentence below the table
 
@@ -216,13 +216,8 @@ def _p(difference: dict[str, Any]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = Path(f"{path}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, text)
     except OSError as error:
         raise UserError(f"--out: {path}: {error.strerror}") from None

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from formtune.errors import UserError
+from formtune.files import write_whole
 from formtune.formats import Format, Verdict
 from formtune.formats.strict_json import loads_strict
 from formtune.rendering import Row
+
+RATES = {"format/exact": "exact", "format/loose": "loose", "joint/exact": "joint"}  # and their names in an outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +86,7 @@ def outcome(row: Row, answer: str, verdict: Verdict, contract: Format) -> Outcom
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
     """Write them as JSON Lines, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in outcomes)
-    partial.write_text(lines, encoding="utf-8", errors="backslashreplace")
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in outcomes))
 
 
 def read_outcomes(path: Path) -> list[Outcome]:

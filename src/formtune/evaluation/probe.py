@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from formtune.data.encoded import quantile
 from formtune.formats import Format
 from formtune.rendering import Renderer, Row
 
@@ -22,9 +23,9 @@ def probe_lengths(train: Sequence[int], production: Sequence[int], context: int)
         production: Tokens of production's prompts, empty where they are not known.
         context: Tokens that a prompt may have.
     """
-    known = sorted(production or train)
+    known = production or train
     whose = "production" if production else "train"
-    found = {f"{whose} P{p}": known[min(len(known) - 1, len(known) * p // 100)] for p in (50, 95, 99)}
+    found = {f"{whose} P{p}": quantile(known, p) for p in (50, 95, 99)}
     found["twice the longest training row"] = 2 * max(train)
     return {name: tokens for name, tokens in found.items() if tokens <= context}
 

@@ -16,14 +16,14 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from formtune import __version__
-from formtune.evaluation.outcomes import Outcome, field_f1, rate
+from formtune.evaluation.outcomes import RATES, Outcome, field_f1, rate
 from formtune.evaluation.slices import slices
 from formtune.evaluation.statistics import rate_difference, verdict, wilson
+from formtune.files import write_whole
 from formtune.formats import KINDS, Format
-from formtune.page import BLUE, GREY, ORANGE, RED, environment, svg, write_whole
+from formtune.page import BLUE, GREY, ORANGE, RED, environment, svg
 
 SHOWN = 60  # failures in the gallery
-RATES = ("exact", "loose", "joint")
 NAMES = {"before": "base", "few_shot": "base with examples", "after": "tuned", "constrained": "tuned, constrained"}
 PACKAGES = ("torch", "lightning", "transformers", "peft", "tokenizers")
 
@@ -92,7 +92,7 @@ def _exact(outcomes: Sequence[Outcome]) -> int:
 def _facts(run: Run) -> dict[str, Any]:
     views = [name for name in NAMES if name in run.outcomes]
     table = []
-    for name, title in (("exact", "format/exact"), ("loose", "format/loose"), ("joint", "joint/exact")):
+    for title, name in RATES.items():
         cells = []
         for view in views:
             count, rows = rate(run.outcomes[view], name)

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from formtune.page import BLUE, ORANGE, RED, environment, svg, write_whole
+from formtune.files import write_whole
+from formtune.page import BLUE, ORANGE, RED, environment, svg
 from formtune.sweep.findings import METRICS, share
 
 COLORS = dict(zip(METRICS, (BLUE, ORANGE), strict=True))

@@ -20,7 +20,7 @@ import yaml
 
 from formtune.cli import LOGS, VERBS
 from formtune.errors import UserError
-from formtune.page import write_whole
+from formtune.files import write_whole
 from formtune.parsing import OneLine
 from formtune.sweep import grid
 from formtune.sweep.findings import findings
