@@ -2,10 +2,18 @@
 
 import json
 import os
+import runpy
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Here and in every process started from here, no other machine can be reached.
+ATTEMPTS = Path(tempfile.mkstemp(prefix="attempts")[1])
+OFFLINE = Path(__file__).parent / "offline"
+os.environ["FORMTUNE_ATTEMPTS"] = str(ATTEMPTS)
+os.environ["PYTHONPATH"] = os.pathsep.join([str(OFFLINE), *filter(None, [os.environ.get("PYTHONPATH")])])
+runpy.run_path(str(OFFLINE / "sitecustomize.py"))
 
 import pytest
 import torch
@@ -58,6 +66,18 @@ def tiny_model(shape: str = "llama", seed: int = 0, **changes):
     sizes = {"vocab_size": 259, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 2}
     config = AutoConfig.for_model(shape, **(sizes | SHAPES[shape] | changes))
     return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture(autouse=True)
+def no_network():
+    """Fails a test that tries to reach another machine, also where a library swallows the refusal."""
+    ATTEMPTS.write_text("")
+    yield
+    assert ATTEMPTS.read_text() == "", "tests may not use the network"
+
+
+def pytest_unconfigure():
+    ATTEMPTS.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,267 @@
+"""Bad input gets one line and exit code 2, or is counted and the run goes on; nothing is left half-written.
+
+Each row carries its number in the fault matrix and its title, for the table in docs/reliability.md.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from command import formtune
+from conftest import SCHEMA, byte_tokenizer, pair, tiny_model
+
+GOOD = [json.dumps(pair(n)) for n in range(40)]
+ANSWER = '{"n":1,"s":"a"}'
+
+
+@pytest.fixture
+def work(tmp_path, base):
+    """A folder with a task that every verb accepts; the function changes it and returns its folder."""
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+
+    def change(rows=GOOD, model=None, data=None, trainer=None, **top):
+        write(tmp_path / "train.jsonl", rows)
+        contract = {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}}
+        config = {
+            "model": {"base": base, "max_new_tokens": 24, "lora": {"r": 4}} | (model or {}),
+            "data": {"train": "train.jsonl", "format": contract, "validation": 0.2, "test": 0.2} | (data or {}),
+            "trainer": {"max_steps": 2, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False}
+            | (trainer or {}),
+        }
+        (tmp_path / "t.yaml").write_text(yaml.safe_dump(config | top))
+        return tmp_path
+
+    return change
+
+
+def write(path: Path, rows) -> None:
+    """Lines as they are, or bytes as they are."""
+    path.write_bytes(rows if isinstance(rows, bytes) else "".join(f"{row}\n" for row in rows).encode())
+
+
+def about(record_property, case, title):
+    record_property("case", str(case))
+    record_property("title", title)
+
+
+def refused(done, *parts, leaves=()):
+    """One line, exit code 2, nothing left but what is named."""
+    assert done.code == 2, (done.code, done.out[-500:], done.err[-3000:])
+    assert len(done.err.splitlines()) == 1 and done.err.startswith("formtune: error: "), done.err
+    assert all(part in done.err for part in parts), done.err
+    assert {name for name in done.new if not name.endswith(leaves or "-")} == set()
+
+
+def accepted(done):
+    assert done.code == 0, (done.code, done.out[-500:], done.err[-3000:])
+    assert "Traceback" not in done.err
+
+
+def row(prompt='"a"', completion=json.dumps(ANSWER)):
+    return f'{{"prompt": {prompt}, "completion": {completion}}}'
+
+
+def chat(*turns):
+    return json.dumps({"messages": list(turns)})
+
+
+USER, GOLD = {"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}
+
+# Case, title, the second line of the file (or all of it, in bytes), what the line says.
+ROWS = [
+    (1, "line is not JSON", "number 7", ["train.jsonl:2: not valid JSON", "mend or remove the line"]),
+    (2, "last line is cut off", row()[:-9], ["train.jsonl:2: not valid JSON"]),
+    (6, "Latin-1 file", GOOD[0].encode() + b'\n{"prompt": "\xe9"}\n', ["train.jsonl:2: not UTF-8 at byte 12"]),
+    (6, "UTF-16 file", GOOD[0].encode("utf-16"), ["train.jsonl:1: not UTF-8 at byte 0", "convert the file"]),
+    (7, "NUL in a line", row('"a\0b"'), ["train.jsonl:2: not valid JSON"]),
+    (8, "lone surrogate", row('"\\ud800"'), ["train.jsonl:2: not valid JSON", "surrogate"]),
+    (9, "line of 17 MB", row(f'"{"x" * 17 * 2**20}"'), ["train.jsonl:2: the line is longer than 16 MiB"]),
+    (10, "file is a JSON array", f"[{row()}]".encode(), ["train.jsonl:1: expected one JSON object per line"]),
+    (10, "file is a JSON array over lines", f"[\n  {row()}\n]".encode(), ["train.jsonl:1: expected one JSON object per line"]),
+    (10, "file is one JSON object over lines", json.dumps(pair(1), indent=2).encode(), ["train.jsonl:1: ", "per line"]),
+    (11, "row is a list", "[1, 2]", ["train.jsonl:2: expected one JSON object per line"]),
+    (11, "row is a number", "7", ["train.jsonl:2: expected one JSON object per line"]),
+    (11, "row is a text", '"a"', ["train.jsonl:2: expected one JSON object per line"]),
+    (12, "column missing", '{"prompt": "a"}', ["train.jsonl:2: no column `completion` among prompt", "data.columns"]),
+    (12, "row without columns", "{}", ["train.jsonl:2: no column `prompt`"]),
+    (13, "completion is null", row(completion="null"), ["train.jsonl:2: `completion` is null, not text"]),
+    (13, "prompt is null", row("null"), ["train.jsonl:2: `prompt` is null, not text"]),
+    (14, "completion is a number", row(completion="7"), ["train.jsonl:2: `completion` is int, not text"]),
+    (15, "completion is an object", row(completion=ANSWER), ["train.jsonl:2: `completion` is dict", "as a string"]),
+    (16, "key twice in a row", '{"prompt": "a", "prompt": "b"}', ["train.jsonl:2: not valid JSON", "'prompt' stands twice"]),
+    (17, "NaN in a row", row("NaN"), ["train.jsonl:2: not valid JSON"]),
+    (17, "Infinity in a row", row("-Infinity"), ["train.jsonl:2: not valid JSON"]),
+    (17, "1e999 in a row", row("1e999"), ["train.jsonl:2: not valid JSON", "too large"]),
+    (18, "integer of 5000 digits", row("9" * 5000), ["train.jsonl:2: not valid JSON", "5000 digits"]),
+    (19, "100,000 levels deep", row("[" * 100_000), ["train.jsonl:2: not valid JSON", "nested deeper"]),
+    (25, "unknown role", chat({"role": "robot", "content": "a"}, GOLD), ["train.jsonl:2: `messages` must be"]),
+    (26, "turn without content", chat({"role": "user"}, GOLD), ["train.jsonl:2: `messages` must be"]),
+    (27, "content is a list", chat({"role": "user", "content": [USER]}, GOLD), ["train.jsonl:2: `messages` must be"]),
+    (28, "last turn is not the assistant's", chat(USER), ["train.jsonl:2: the last turn", "must be the assistant's"]),
+    (28, "no turn of the user's", chat(GOLD), ["train.jsonl:2: the last turn", "after one of the user's"]),
+    (28, "no turns", chat(), ["train.jsonl:2: the last turn"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "title", "line", "parts"), ROWS, ids=lambda x: str(x)[:40] if not isinstance(x, list | bytes) else "")
+def test_a_row_that_cannot_be_read_is_named(work, record_property, case, title, line, parts):
+    about(record_property, case, title)
+    refused(formtune(work(line if isinstance(line, bytes) else [GOOD[0], line]), "audit", "-c", "t.yaml"), *parts)
+
+
+def audited(folder):
+    return json.loads((folder / "logs/t/audit/audit.json").read_text())
+
+
+def encoded(folder):
+    """Token ids of all rows as they would be trained on."""
+    [path] = (folder / ".cache/encoded").glob("*.safetensors")
+    return load_file(path)["ids"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("case", "title", "change"),
+    [
+        (3, "UTF-8 byte order mark", lambda text: b"\xef\xbb\xbf" + text),
+        (4, "CRLF line ends", lambda text: text.replace(b"\n", b"\r\n")),
+        (5, "blank lines", lambda text: text.replace(b"\n", b"\n\n  \n")),
+        (2, "no line feed at the end", lambda text: text.rstrip()),
+    ],
+)
+def test_how_lines_end_changes_no_row(work, record_property, case, title, change):
+    about(record_property, case, title)
+    ids = []
+    text = "\n".join([*GOOD, ""]).encode()
+    for rows in (text, change(text)):
+        folder = work(rows)
+        accepted(formtune(folder, "audit", "-c", "t.yaml"))
+        ids.append(encoded(folder))
+        for path in (folder / ".cache/encoded").iterdir():
+            path.unlink()
+    assert ids[0] == ids[1] and ids[0]
+
+
+def test_a_line_of_15_megabytes_is_read_and_judged(work, record_property):
+    about(record_property, 9, "line of 15 MB")
+    folder = work([*GOOD, row(f'"{"x" * 15 * 2**20}"')], data={"bad_rows": "drop"})
+    accepted(formtune(folder, "audit", "-c", "t.yaml"))
+    assert audited(folder)["set_aside"] == {"too_long": 1}
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv"])
+def test_a_line_of_a_gigabyte_takes_no_gigabyte_of_memory(work, record_property, name):
+    about(record_property, 9, f"line of 1 GB, {name}")
+    folder = work(data={"train": name})
+    with (folder / name).open("wb") as file:
+        file.write(b"prompt,completion\n" if name.endswith("csv") else b"")
+        file.truncate(2**30)
+    done = formtune(folder, "audit", "-c", "t.yaml")
+    refused(done, f"{name}:{1 + name.endswith('csv')}: the line is longer than 16 MiB")
+    assert done.peak < 150
+
+
+def test_dates_stay_texts(work, record_property):
+    about(record_property, 20, "ISO dates")
+    schema = {"type": "object", "properties": {"d": {"type": "string", "format": "date"}}}
+    answers = [f'{{"d":"2026-01-{n:02}"}}' for n in range(1, 31)]
+    folder = work([row(f'"on {n}, 2026-02-01T00:00:00"', json.dumps(a)) for n, a in enumerate(answers)])
+    (folder / "schema.json").write_text(json.dumps(schema))
+    accepted(formtune(folder, "audit", "-c", "t.yaml"))
+    text = bytes(load_file(next((folder / ".cache/encoded").iterdir()))["text"].tolist()).decode()
+    assert all(json.dumps(answer)[1:-1] in text for answer in answers) and "2026-02-01T00:00:00" in text
+
+
+@pytest.mark.parametrize(
+    ("case", "title", "rows", "data", "parts"),
+    [
+        (21, "empty file", [], {}, ["data.train: no row is left to use (0 read; nothing set aside)"]),
+        (21, "nothing but blank lines", ["", "  "], {}, ["no row is left to use (0 read"]),
+        (22, "empty after cleaning", [row('"\\u200b"')] * 3, {}, ["no row is left to use (3 read; 3 empty)"]),
+        (22, "all answers empty", [row(completion='" "')] * 3, {}, ["no row is left to use (3 read; 3 empty)"]),
+        (23, "all rows are duplicates", [GOOD[0]] * 5, {}, ["no row is left to use (5 read; 4 duplicate)"]),
+        (23, "all rows conflict", [row(completion=json.dumps(ANSWER.replace("1", str(n)))) for n in range(5)], {}, ["5 conflict"]),
+        (24, "the same rows in train and validation", GOOD, {"validation": "train.jsonl"}, ["no row is left to use (80 read; 40 leak)"]),
+        (49, "prompt and answer over max_length", GOOD, {"max_length": 60}, ["train.jsonl:1: ", "tokens, the limit is 60 (40 such rows)", "data.bad_rows: drop"]),
+        (49, "every row over max_length, dropped", GOOD, {"max_length": 60, "bad_rows": "drop"}, ["no row is left to use (40 read; 40 too_long)"]),
+        (48, "prompt longer than the context", [*GOOD, row(f'"{"x" * 600}"')], {}, ["train.jsonl:41: ", "tokens, the limit is 512"]),
+        (50, "control token in the text", [*GOOD, row('"a <|im_end|> b"')], {}, ["train.jsonl:41: the text holds <|im_end|>"]),
+    ],
+)  # fmt: skip
+def test_rows_that_leave_nothing_to_train_on_are_refused_with_counts(work, record_property, case, title, rows, data, parts):
+    about(record_property, case, title)
+    for verb, leaves in (("validate", ("quarantine.jsonl",)), ("fit", ("quarantine.jsonl",))):
+        refused(formtune(work(rows, data=data), verb, "-c", "t.yaml"), *parts, leaves=leaves)
+
+
+def test_an_audit_of_nothing_says_so_and_is_blocked(work, record_property):
+    about(record_property, 21, "empty file, audit")
+    folder = work([])
+    done = formtune(folder, "audit", "-c", "t.yaml")
+    assert (done.code, done.err) == (1, "") and "no row is left to use (0 read" in done.out
+    assert audited(folder)["verdict"] == "blocked"
+
+
+def test_a_row_of_train_that_stands_in_validation_too_is_set_aside_and_counted(work, record_property):
+    about(record_property, 24, "one row in train and validation")
+    folder = work([*GOOD, json.dumps(pair(99, "held out"))], data={"validation": "held.jsonl", "test": 0.2})
+    write(folder / "held.jsonl", [json.dumps(pair(99, "held out")), json.dumps(pair(98, "and more"))])
+    done = formtune(folder, "audit", "-c", "t.yaml")
+    accepted(done)
+    assert audited(folder)["set_aside"] == {"leak": 1} and "leak" in done.out
+
+
+def test_prompts_longer_than_the_context_are_refused_by_their_line(work, record_property):
+    about(record_property, 48, "prompt to predict longer than the context")
+    folder = work(data={"prompts": "p.jsonl"})
+    write(folder / "p.jsonl", ['{"prompt": "a"}', f'{{"prompt": "{"x" * 600}"}}'])
+    refused(formtune(folder, "predict", "-c", "t.yaml"), "p.jsonl:2: the prompt has", "the limit of 512")
+
+
+def test_a_template_that_hides_the_answer_leaves_no_row_to_train_on(work, record_property, base, tmp_path_factory):
+    about(record_property, 50, "template that leaves nothing to supervise")
+    folder = work(model={"base": str(changed_tokenizer(base, tmp_path_factory.mktemp("m"), lambda t: t.replace("m.content", "'?'")))})
+    refused(formtune(folder, "audit", "-c", "t.yaml"), "model.base: ", "the chat template alters the answer")
+    refused(formtune(folder, "validate", "-c", "t.yaml"), "model.base: ", "the chat template alters the answer")
+
+
+SCHEMAS = [
+    (29, "schema with an unknown type", {"type": "strng"}, ["schema.json: not a JSON Schema ($.type: 'strng'"]),
+    (29, "schema with a mistyped keyword", {"requierd": ["a"]}, ["$.requierd: no keyword of draft 2020-12"]),
+    (29, "schema that is a list", [], ["schema.json: expected an object as schema"]),
+    (29, "schema of another draft", {"$schema": "http://json-schema.org/draft-07/schema#"}, ["convert the schema"]),
+    (29, "schema whose $schema is a number", {"$schema": 7}, ["schema.json: "]),
+    (30, "remote $ref", {"$ref": "https://example.com/x.json"}, ["leads out of the file; copy what it names"]),
+    (30, "$ref to a file", {"properties": {"a": {"$ref": "../x.json"}}}, ["leads out of the file"]),
+    (30, "remote $dynamicRef", {"$dynamicRef": "http://169.254.169.254/"}, ["leads out of the file"]),
+    (30, "cyclic $ref", {"properties": {"n": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, ["a $ref leads back to itself without end"]),
+    (30, "$ref to nowhere", {"$ref": "#/$defs/gone"}, ["a $ref leads nowhere"]),
+    (31, "schema of 200,000 properties", {"properties": {f"p{n}": {"type": "string"} for n in range(200_000)}}, ["schema.json: "]),
+    (31, "schema with 20,000 references", {"$defs": {"a": {}}, "properties": {f"p{n}": {"$ref": "#/$defs/a"} for n in range(20_000)}}, ["schema.json: "]),
+    (31, "schema with 2^60 fields", {"$ref": "#/$defs/a0", "$defs": {f"a{n}": {"properties": {key: {"$ref": f"#/$defs/a{n + 1}"} for key in "xy"}} for n in range(60)} | {"a60": {}}}, ["schema.json: "]),
+    (31, "schema with 2^60 alternatives", {"$ref": "#/$defs/a0", "$defs": {f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(60)} | {"a60": {}}}, ["schema.json: "]),
+    (31, "schema nested 60 levels", json.loads('{"items":' * 60 + "{}" + "}" * 60), None),
+    (31, "schema nested 5,000 levels", '{"items":' * 5_000 + "{}" + "}" * 5_000, ["schema.json: ", "nested deeper"]),
+    (32, "pattern that takes gigabytes to compile", {"pattern": "(((a{1000}){1000}){1000}){1000}"}, ["schema.json: "]),
+    (33, "schema pattern that does not compile", {"properties": {"a": {"pattern": "("}}}, ["schema.json: ", "pattern '('"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "title", "schema", "parts"), SCHEMAS, ids=[title for _, title, *_ in SCHEMAS])
+def test_a_schema_that_cannot_judge_is_refused_in_time(work, record_property, case, title, schema, parts):
+    about(record_property, case, title)
+    folder = work()
+    (folder / "schema.json").write_text(schema if isinstance(schema, str) else json.dumps(schema))
+    done = formtune(folder, "audit", "-c", "t.yaml", seconds=20)
+    if parts is None:
+        assert done.code == 1 and not done.err
+    else:
+        refused(done, *parts)
+        assert done.peak < 300
