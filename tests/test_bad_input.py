@@ -83,7 +83,7 @@ ROWS = [
     (6, "UTF-16 file", GOOD[0].encode("utf-16"), ["train.jsonl:1: not UTF-8 at byte 0", "convert the file"]),
     (7, "NUL in a line", row('"a\0b"'), ["train.jsonl:2: not valid JSON"]),
     (8, "lone surrogate", row('"\\ud800"'), ["train.jsonl:2: not valid JSON", "surrogate"]),
-    (9, "line of 17 MB", row(f'"{"x" * 17 * 2**20}"'), ["train.jsonl:2: the line is longer than 16 MiB"]),
+    (9, "line of 5 MB", row(f'"{"x" * 5 * 2**20}"'), ["train.jsonl:2: the line is longer than 4 MiB"]),
     (10, "file is a JSON array", f"[{row()}]".encode(), ["train.jsonl:1: expected one JSON object per line"]),
     (10, "file is a JSON array over lines", f"[\n  {row()}\n]".encode(), ["train.jsonl:1: expected one JSON object per line"]),
     (10, "file is one JSON object over lines", json.dumps(pair(1), indent=2).encode(), ["train.jsonl:1: ", "per line"]),
@@ -149,9 +149,15 @@ def test_how_lines_end_changes_no_row(work, record_property, case, title, change
     assert ids[0] == ids[1] and ids[0]
 
 
-def test_a_line_of_15_megabytes_is_read_and_judged(work, record_property):
-    about(record_property, 9, "line of 15 MB")
-    folder = work([*GOOD, row(f'"{"x" * 15 * 2**20}"')], data={"bad_rows": "drop"})
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv"])
+def test_a_row_of_megabytes_is_judged_like_any_other(work, record_property, name):
+    about(record_property, 9, f"row of 2 MB, {name}")
+    rows = [pair(n) for n in range(40)] + [pair(41, "x" * 2**21)]
+    lines = [json.dumps(one) for one in rows]
+    if name.endswith("csv"):
+        lines = ["prompt,completion", *(one["prompt"] + ',"' + one["completion"].replace('"', '""') + '"' for one in rows)]
+    folder = work(data={"train": name, "bad_rows": "drop"})
+    write(folder / name, lines)
     accepted(formtune(folder, "audit", "-c", "t.yaml"))
     assert audited(folder)["set_aside"] == {"too_long": 1}
 
@@ -164,7 +170,7 @@ def test_a_line_of_a_gigabyte_takes_no_gigabyte_of_memory(work, record_property,
         file.write(b"prompt,completion\n" if name.endswith("csv") else b"")
         file.truncate(2**30)
     done = formtune(folder, "audit", "-c", "t.yaml")
-    refused(done, f"{name}:{1 + name.endswith('csv')}: the line is longer than 16 MiB")
+    refused(done, f"{name}:{1 + name.endswith('csv')}: the line is longer than 4 MiB")
     assert done.peak < 150
 
 
@@ -189,16 +195,16 @@ def test_dates_stay_texts(work, record_property):
         (23, "all rows are duplicates", [GOOD[0]] * 5, {}, ["no row is left to use (5 read; 4 duplicate)"]),
         (23, "all rows conflict", [row(completion=json.dumps(ANSWER.replace("1", str(n)))) for n in range(5)], {}, ["5 conflict"]),
         (24, "the same rows in train and validation", GOOD, {"validation": "train.jsonl"}, ["no row is left to use (80 read; 40 leak)"]),
-        (49, "prompt and answer over max_length", GOOD, {"max_length": 60}, ["train.jsonl:1: ", "tokens, the limit is 60 (40 such rows)", "data.bad_rows: drop"]),
-        (49, "every row over max_length, dropped", GOOD, {"max_length": 60, "bad_rows": "drop"}, ["no row is left to use (40 read; 40 too_long)"]),
+        (49, "prompt and answer over max_length", GOOD, {"max_length": 30}, ["train.jsonl:1: ", "tokens, the limit is 30 (40 such rows)", "data.bad_rows: drop"]),
+        (49, "every row over max_length, dropped", GOOD, {"max_length": 30, "bad_rows": "drop"}, ["no row is left to use (40 read; 40 too_long)"]),
         (48, "prompt longer than the context", [*GOOD, row(f'"{"x" * 600}"')], {}, ["train.jsonl:41: ", "tokens, the limit is 512"]),
         (50, "control token in the text", [*GOOD, row('"a <|im_end|> b"')], {}, ["train.jsonl:41: the text holds <|im_end|>"]),
     ],
 )  # fmt: skip
 def test_rows_that_leave_nothing_to_train_on_are_refused_with_counts(work, record_property, case, title, rows, data, parts):
     about(record_property, case, title)
-    for verb, leaves in (("validate", ("quarantine.jsonl",)), ("fit", ("quarantine.jsonl",))):
-        refused(formtune(work(rows, data=data), verb, "-c", "t.yaml"), *parts, leaves=leaves)
+    done = formtune(work(rows, data=data), "fit", "-c", "t.yaml", "--run", "r")
+    refused(done, *parts, leaves=("logs/t/r/quarantine.jsonl",))
 
 
 def test_an_audit_of_nothing_says_so_and_is_blocked(work, record_property):
@@ -223,13 +229,6 @@ def test_prompts_longer_than_the_context_are_refused_by_their_line(work, record_
     folder = work(data={"prompts": "p.jsonl"})
     write(folder / "p.jsonl", ['{"prompt": "a"}', f'{{"prompt": "{"x" * 600}"}}'])
     refused(formtune(folder, "predict", "-c", "t.yaml"), "p.jsonl:2: the prompt has", "the limit of 512")
-
-
-def test_a_template_that_hides_the_answer_leaves_no_row_to_train_on(work, record_property, base, tmp_path_factory):
-    about(record_property, 50, "template that leaves nothing to supervise")
-    folder = work(model={"base": str(changed_tokenizer(base, tmp_path_factory.mktemp("m"), lambda t: t.replace("m.content", "'?'")))})
-    refused(formtune(folder, "audit", "-c", "t.yaml"), "model.base: ", "the chat template alters the answer")
-    refused(formtune(folder, "validate", "-c", "t.yaml"), "model.base: ", "the chat template alters the answer")
 
 
 SCHEMAS = [
@@ -261,7 +260,55 @@ def test_a_schema_that_cannot_judge_is_refused_in_time(work, record_property, ca
     (folder / "schema.json").write_text(schema if isinstance(schema, str) else json.dumps(schema))
     done = formtune(folder, "audit", "-c", "t.yaml", seconds=20)
     if parts is None:
-        assert done.code == 1 and not done.err
+        accepted(done)
     else:
         refused(done, *parts)
         assert done.peak < 300
+
+
+@pytest.mark.parametrize(
+    ("case", "title", "contract", "parts"),
+    [
+        (33, "pattern that does not compile", {"class_path": "Regex", "init_args": {"pattern": "("}}, ["data.format.pattern: no regular expression"]),
+        (33, "pattern nested 1,000 levels", {"class_path": "Regex", "init_args": {"pattern": "(" * 1000 + ")" * 1000}}, ["data.format.pattern: ", "nested too deeply"]),
+        (32, "pattern that takes gigabytes to compile", {"class_path": "Regex", "init_args": {"pattern": "(?:a{1000}){1000}"}}, ["data.format.pattern: ", "steps"]),
+        (29, "schema file that is missing", {"class_path": "JsonSchema", "init_args": {"schema": "gone.json"}}, ["gone.json: No such file"]),
+        (29, "schema file that is a folder", {"class_path": "JsonSchema", "init_args": {"schema": "."}}, ["data.format.schema: .: Is a directory"]),
+        (29, "labels twice", {"class_path": "Labels", "init_args": {"labels": ["a", "a"]}}, ["data.format.labels: "]),
+        (29, "format that does not exist", {"class_path": "Nope"}, ["data.format", "Nope"]),
+        (29, "format that is no format", {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "payload"]}}, ["data.format"]),
+        (31, "schema file of a gigabyte", {"class_path": "JsonSchema", "init_args": {"schema": "big.json"}}, ["big.json: longer than"]),
+    ],
+)  # fmt: skip
+def test_a_contract_that_makes_no_sense_is_refused(work, record_property, case, title, contract, parts):
+    about(record_property, case, title)
+    folder = work(data={"format": contract})
+    with (folder / "big.json").open("wb") as file:
+        file.truncate(2**30)
+    for verb in ("audit", "validate"):
+        done = formtune(folder, verb, "-c", "t.yaml", seconds=20)
+        refused(done, *parts)
+        assert done.peak < 200
+
+
+EVIL = "a" * 40 + "!"
+
+
+@pytest.mark.parametrize(
+    ("title", "contract", "good", "evil"),
+    [
+        ("catastrophic pattern in Regex", {"class_path": "Regex", "init_args": {"pattern": "(a|a)+b?", "seconds": 0.2}}, "aaa", EVIL),
+        ("catastrophic pattern in a schema", {"class_path": "JsonSchema", "init_args": {"schema": {"type": "string", "pattern": "^(a|a)+$"}}}, '"aaa"', f'"{EVIL}"'),
+    ],
+)  # fmt: skip
+def test_a_match_without_end_counts_as_a_failure_and_the_run_goes_on(work, record_property, title, contract, good, evil):
+    about(record_property, 32, title)
+    rows = [json.dumps({"prompt": f"number {n}", "completion": good}) for n in range(30)]
+    rows += [json.dumps({"prompt": f"evil {n}", "completion": evil}) for n in range(3)]
+    folder = work(rows, data={"format": contract, "bad_rows": "drop"})
+    done = formtune(folder, "audit", "-c", "t.yaml", seconds=30)
+    accepted(done)
+    found = audited(folder)
+    assert found["set_aside"] == {"format": 3} and sum(split["used"] for split in found["rows"].values()) == 30
+    details = [json.loads(line)["detail"] for line in (folder / "logs/t/audit/quarantine.jsonl").read_text().splitlines()]
+    assert all("took" in detail for detail in details)

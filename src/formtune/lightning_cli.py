@@ -38,7 +38,13 @@ from formtune.summary import print_result
 
 
 class Parser(OneLine, LightningArgumentParser):
-    """Lightning's parser with mistakes in one line."""
+    """Lightning's parser with mistakes in one line, in which a file that a value names is never read as configuration.
+
+    It would be: a file of rows that begins with `{"class_path": ...}` could name a class to import.
+    """
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        return super().add_class_arguments(*args, **kwargs | {"sub_configs": False})
 
 
 class FormtuneCLI(LightningCLI):
