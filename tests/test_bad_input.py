@@ -4,10 +4,8 @@ Each row carries its number in the fault matrix and its title, for the table in 
 """
 
 import json
-import socket
-import subprocess
-import sys
-import time
+import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from command import formtune
-from conftest import SCHEMA, byte_tokenizer, pair, tiny_model
+from conftest import SCHEMA, pair, tiny_model
 
 GOOD = [json.dumps(pair(n)) for n in range(40)]
 ANSWER = '{"n":1,"s":"a"}'
@@ -169,9 +167,10 @@ def test_a_line_of_a_gigabyte_takes_no_gigabyte_of_memory(work, record_property,
     with (folder / name).open("wb") as file:
         file.write(b"prompt,completion\n" if name.endswith("csv") else b"")
         file.truncate(2**30)
-    done = formtune(folder, "audit", "-c", "t.yaml")
-    refused(done, f"{name}:{1 + name.endswith('csv')}: the line is longer than 4 MiB")
-    assert done.peak < 150
+    for verb in ("audit", "validate"):
+        done = formtune(folder, verb, "-c", "t.yaml")
+        refused(done, f"{name}:{1 + name.endswith('csv')}: the line is longer than 4 MiB")
+        assert done.peak < 150
 
 
 def test_dates_stay_texts(work, record_property):
@@ -305,10 +304,221 @@ def test_a_match_without_end_counts_as_a_failure_and_the_run_goes_on(work, recor
     about(record_property, 32, title)
     rows = [json.dumps({"prompt": f"number {n}", "completion": good}) for n in range(30)]
     rows += [json.dumps({"prompt": f"evil {n}", "completion": evil}) for n in range(3)]
-    folder = work(rows, data={"format": contract, "bad_rows": "drop"})
+    folder = work(rows, data={"format": contract, "bad_rows": "drop", "near_duplicates": 1.0})
     done = formtune(folder, "audit", "-c", "t.yaml", seconds=30)
     accepted(done)
     found = audited(folder)
     assert found["set_aside"] == {"format": 3} and sum(split["used"] for split in found["rows"].values()) == 30
     details = [json.loads(line)["detail"] for line in (folder / "logs/t/audit/quarantine.jsonl").read_text().splitlines()]
     assert all("took" in detail for detail in details)
+
+
+class Payload:
+    """Writes a file if anything unpickles it."""
+
+    def __reduce__(self):
+        return (open, ("payload", "w"))
+
+
+def change_json(name, **entries):
+    """Sets entries of one of the base's JSON files; None removes one."""
+
+    def change(folder):
+        path = folder / name
+        content = json.loads(path.read_text()) | entries
+        path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+    return change
+
+
+def both(*changes):
+    return lambda folder: [change(folder) for change in changes]
+
+
+def change_weights(change):
+    def changed(folder):
+        path = folder / "model.safetensors"
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path, {"format": "pt"})
+
+    return changed
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def not_a_number(weights):
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+
+
+def pickled(*names):
+    """Pickles in place of the weights, or beside them."""
+
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        for name in names:
+            (folder / name).write_bytes(pickle.dumps({"model.norm.weight": Payload()}))
+
+    return change
+
+
+def index(name):
+    """An index in place of the weights, which says that they stand in this file."""
+
+    def change(folder):
+        weights = dict.fromkeys(load_file(folder / "model.safetensors"), name)
+        (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+
+    return change
+
+
+def own_code(name, **entries):
+    """Files that ask for code of their own, which writes a file when it is imported."""
+
+    def change(folder):
+        change_json(name, **entries)(folder)
+        (folder / "mine.py").write_text("open('payload', 'w')\nclass Mine: pass\n")
+
+    return change
+
+
+CODE = {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Mine", "AutoTokenizer": ["mine.Mine", "mine.Mine"]}
+ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+
+
+def adapter(base, weights="adapter_model.safetensors"):
+    """An adapter's configuration that names another base, instead of a model."""
+
+    def change(folder):
+        (folder / "config.json").unlink()
+        (folder / "model.safetensors").unlink()
+        (folder / "adapter_config.json").write_text(json.dumps(ADAPTER | {"base_model_name_or_path": base}))
+        (folder / weights).write_bytes(pickle.dumps(Payload()))
+
+    return change
+
+
+MODELS = [
+    (35, "no weights", lambda folder: (folder / "model.safetensors").unlink(), ["cannot be loaded"]),
+    (35, "no config.json", lambda folder: (folder / "config.json").unlink(), ["cannot be loaded"]),
+    (35, "config.json is no JSON", lambda folder: (folder / "config.json").write_text("{"), ["model.base: "]),
+    (35, "config.json is a list", lambda folder: (folder / "config.json").write_text("[]"), ["model.base: "]),
+    (35, "config.json of odd types", change_json("config.json", hidden_size="many"), ["model.base: "]),
+    (35, "context that is no number", change_json("config.json", max_position_embeddings="many"), ["model.base: "]),
+    (36, "weights cut off", cut, ["cannot be loaded"]),
+    (36, "weights empty", lambda folder: (folder / "model.safetensors").write_bytes(b""), ["cannot be loaded"]),
+    (36, "weights that claim a header of 2^63 bytes", lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x7f" + b"{}"), ["cannot be loaded"]),
+    (37, "tensor missing", change_weights(lambda w: w.pop("model.norm.weight")), ["is incomplete", "model.norm.weight"]),
+    (38, "tensor of another shape", change_weights(lambda w: w.update({"model.norm.weight": torch.ones(7)})), ["model.base: "]),
+    (39, "NaN in the weights", change_weights(not_a_number), ["not finite numbers"]),
+    (40, "unknown model_type", change_json("config.json", model_type="nonsense"), ["model.base: "]),
+    (41, "code of its own: configuration", own_code("config.json", auto_map=CODE, model_type="mine"), ["model.base: "]),
+    (41, "kernel from a hub in config.json", change_json("config.json", attn_implementation="kernels-community/flash-attn"), ["model.base: ", "kernel"]),
+    (42, "pytorch_model.bin", pickled("pytorch_model.bin"), ["cannot be loaded"]),
+    (42, "pytorch_model.bin beside an index", both(index("pytorch_model.bin"), lambda folder: (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": Payload()}))), ["names 'pytorch_model.bin'"]),
+    (103, "index that leads out of the folder", index("../model.safetensors"), ["names '../model.safetensors'"]),
+    (103, "index that leads to an absolute path", index("/etc/x.safetensors"), ["names '/etc/x.safetensors'"]),
+    (42, "model.safetensors that is a pickle", pickled("model.safetensors"), ["cannot be loaded"]),
+    (42, "adapter as base, .bin", adapter("elsewhere", "adapter_model.bin"), ["is an adapter"]),
+    (103, "adapter whose base leads out of its folder", adapter("../../x"), ["is an adapter"]),
+    (103, "adapter whose base is an absolute path", adapter("/etc"), ["is an adapter"]),
+    (103, "adapter whose base is a hub id", adapter("owner/name"), ["is an adapter"]),
+]  # fmt: skip
+
+
+@pytest.fixture
+def copy(base, tmp_path_factory):
+    def make(change):
+        folder = tmp_path_factory.mktemp("m") / "model"
+        shutil.copytree(base, folder)
+        change(folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize(("case", "title", "change", "parts"), MODELS, ids=[title for _, title, *_ in MODELS])
+def test_a_model_folder_that_is_incomplete_or_odd_is_refused(work, copy, record_property, case, title, change, parts):
+    about(record_property, case, title)
+    folder = work(model={"base": copy(change)})
+    refused(formtune(folder, "validate", "-c", "t.yaml"), *parts)
+    assert not list(folder.rglob("payload"))
+
+
+def template(change):
+    def changed(folder):
+        path = folder / "chat_template.jinja"
+        path.write_text(change(path.read_text()))
+
+    return changed
+
+
+def no_template(folder):
+    (folder / "chat_template.jinja").unlink()
+
+
+no_eos = change_json("tokenizer_config.json", eos_token=None)
+TOKENIZERS = [
+    (43, "tokenizer.json missing", lambda folder: (folder / "tokenizer.json").unlink(), ["model.base: no usable tokenizer"]),
+    (43, "tokenizer.json cut off", lambda folder: (folder / "tokenizer.json").write_text("{"), ["model.base: no usable tokenizer"]),
+    (43, "tokenizer.json of another kind", lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"}'), ["model.base: no usable tokenizer"]),
+    (43, "tokenizer_config.json is a list", lambda folder: (folder / "tokenizer_config.json").write_text("[]"), ["model.base: no usable tokenizer"]),
+    (41, "code of its own: tokenizer", own_code("tokenizer_config.json", auto_map=CODE, tokenizer_class="Mine"), ["model.base: no usable tokenizer", "custom code"]),
+    (45, "neither EOS nor a chat template", both(no_eos, no_template), ["neither a chat template nor an EOS token"]),
+    (46, "chat template that is broken", template(lambda t: "{% for %}"), ["model.base: "]),
+    (46, "chat template that reaches for code", template(lambda t: "{{ ''.__class__.__mro__[1].__subclasses__() }}"), ["model.base: "]),
+    (46, "chat template without an end of turn", template(lambda t: "{% for m in messages %}{{ m.content }} {% endfor %}"), ["no end-of-turn token"]),
+    (46, "chat template that loops for ever", template(lambda t: "{% for a in range(100000000) %}x{% endfor %}"), ["model.base: "]),
+    (50, "chat template that hides the answer", template(lambda t: t.replace("m.content", "'?'")), ["the chat template alters the answer"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "title", "change", "parts"), TOKENIZERS, ids=[title for _, title, *_ in TOKENIZERS])
+def test_a_tokenizer_that_cannot_prove_its_mask_is_refused(work, copy, record_property, case, title, change, parts):
+    about(record_property, case, title)
+    folder = work(model={"base": copy(change)})
+    done = formtune(folder, "audit", "-c", "t.yaml", seconds=20)
+    accepted(done) if parts is None else refused(done, *parts)
+    assert not list(folder.rglob("payload"))
+
+
+@pytest.mark.parametrize(
+    ("case", "title", "change"),
+    [
+        (44, "tokenizer without a padding token", change_json("tokenizer_config.json", pad_token=None)),
+        (45, "tokenizer with a template and no EOS", no_eos),
+        (46, "tokenizer with EOS and no template", no_template),
+        (47, "more embeddings than tokens", change_json("tokenizer_config.json")),
+    ],
+)
+def test_a_tokenizer_that_lacks_what_nothing_needs_is_taken(work, copy, record_property, case, title, change):
+    about(record_property, case, title)
+    accepted(formtune(work(model={"base": copy(change)}), "validate", "-c", "t.yaml"))
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(work, tmp_path_factory, base, record_property):
+    about(record_property, 47, "vocabulary larger than the embedding")
+    folder = tmp_path_factory.mktemp("m") / "model"
+    shutil.copytree(base, folder)
+    tiny_model(vocab_size=200).save_pretrained(folder)
+    refused(formtune(work(model={"base": str(folder)}), "validate", "-c", "t.yaml"), "more tokens than the model has")
+
+
+@pytest.mark.parametrize(
+    ("title", "name", "parts"),
+    [
+        ("folder that is not there", "no/model/here", ["model.base: no folder no/model/here"]),
+        ("file in place of a folder", "t.yaml", ["model.base: no folder t.yaml"]),
+        ("empty folder", ".", ["model.base: "]),
+        ("empty name", "", ["model.base: "]),
+        ("address", "https://example.com/x", ["model.base: no folder https://example.com/x"]),
+    ],
+)
+def test_a_model_that_is_not_there_is_named_without_a_look_at_the_network(work, record_property, title, name, parts):
+    about(record_property, 34, title)
+    for verb in ("audit", "validate"):
+        refused(formtune(work(model={"base": name}), verb, "-c", "t.yaml"), *parts)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# What is wrong with a model's files is said here, in one line; a user may ask for the reports of transformers too.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 # Rows are tokenised once and up front; a fork after that would print a warning at every start of a worker.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
