@@ -33,10 +33,17 @@ class Done:
     peak: float
 
 
-def formtune(folder: Path, *args: str, seconds: float = 60) -> Done:
-    """Run `formtune ARGS` in a folder; fails if it has not ended after so many seconds."""
+def formtune(folder: Path, *args: str, seconds: float = 60, binds: bool = True) -> Done:
+    """Run `formtune ARGS` in a folder.
+
+    Args:
+        folder: The working directory.
+        args: The command line.
+        seconds: Time after which it is taken to hang.
+        binds: Whether it may open a port; if not, it ends with a traceback where it tries.
+    """
     before = _contents(folder)
-    process = PROCESSES.Process(target=_child, args=(args, str(folder)))
+    process = PROCESSES.Process(target=_child, args=(args, str(folder), binds))
     process.start()
     process.join(seconds)
     if process.is_alive():
@@ -63,8 +70,15 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _child(args: tuple[str, ...], folder: str) -> None:
+def _no_port(event: str, args: tuple) -> None:
+    if event == "socket.bind":
+        raise AssertionError("a port was opened")
+
+
+def _child(args: tuple[str, ...], folder: str, binds: bool) -> None:
     os.chdir(folder)
+    if not binds:
+        sys.addaudithook(_no_port)
     for number, name in ((1, "stdout.txt"), (2, "stderr.txt")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     Path("peak.txt").touch()

@@ -6,6 +6,9 @@ Each row carries its number in the fault matrix and its title, for the table in 
 import json
 import pickle
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from command import formtune
-from conftest import SCHEMA, pair, tiny_model
+from conftest import ATTEMPTS, SCHEMA, pair, tiny_model
 
 GOOD = [json.dumps(pair(n)) for n in range(40)]
 ANSWER = '{"n":1,"s":"a"}'
@@ -109,7 +112,7 @@ ROWS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "title", "line", "parts"), ROWS, ids=lambda x: str(x)[:40] if not isinstance(x, list | bytes) else "")
+@pytest.mark.parametrize(("case", "title", "line", "parts"), ROWS, ids=[title for _, title, *_ in ROWS])
 def test_a_row_that_cannot_be_read_is_named(work, record_property, case, title, line, parts):
     about(record_property, case, title)
     refused(formtune(work(line if isinstance(line, bytes) else [GOOD[0], line]), "audit", "-c", "t.yaml"), *parts)
@@ -522,3 +525,200 @@ def test_a_model_that_is_not_there_is_named_without_a_look_at_the_network(work, 
     about(record_property, 34, title)
     for verb in ("audit", "validate"):
         refused(formtune(work(model={"base": name}), verb, "-c", "t.yaml"), *parts)
+
+
+@pytest.mark.parametrize(
+    ("case", "title", "keys", "parts"),
+    [
+        (51, "target that no layer has", ["--model.lora.targets", "[nope]"], ["model.lora.targets: no layer is called 'nope'"]),
+        (51, "no targets", ["--model.lora.targets", "[]"], ["model.lora.targets: the list is empty"]),
+        (52, "rank 0", ["--model.lora.r", "0"], ["model.lora.r"]),
+        (52, "rank -1", ["--model.lora.r=-1"], ["model.lora.r"]),
+        (52, "dropout above 1", ["--model.lora.dropout", "2"], ["model.lora.dropout"]),
+        (52, "alpha 0", ["--model.lora.alpha", "0"], ["model.lora.alpha"]),
+        (53, "learning rate below 0", ["--model.optimizer.lr=-1"], ["model.optimizer: Invalid learning rate"]),
+        (53, "learning rate NaN", ["--model.optimizer.lr=.nan"], ["model.optimizer: "]),
+        (53, "learning rate infinite", ["--model.optimizer.lr=.inf"], ["model.optimizer: "]),
+        (53, "weight decay below 0", ["--model.optimizer.weight_decay=-1"], ["model.optimizer: "]),
+        (53, "betas of one number", ["--model.optimizer.betas", "[1]"], ["betas", "[1]"]),
+        (53, "warm-up above 1", ["--model.warmup", "1.5"], ["model.warmup"]),
+        (53, "gradient norm below 0", ["--model.max_grad_norm=-1"], ["model.max_grad_norm"]),
+        (53, "no tokens per pass", ["--model.tokens_per_pass", "0"], ["model.tokens_per_pass"]),
+        (53, "no rows per step", ["--data.rows_per_step", "0"], ["data.rows_per_step"]),
+        (53, "shares that leave nothing", ["--data.validation", "0.6", "--data.test", "0.6"], ["data.validation, data.test: the two shares"]),
+        (55, "bf16-true", ["--trainer.precision", "bf16-true"], ["trainer.precision: bf16-true would store"]),
+        (56, "16-true on CPU", ["--trainer.precision", "16-true"], ["trainer.precision: 16-true would store"]),
+        (57, "unknown key on the command line", ["--model.lora.rnak", "3"], ["did you mean model.lora.r"]),
+        (58, "wrong type on the command line", ["--model.lora.r", "many"], ["model.lora.r"]),
+        (58, "option without a value", ["--model.lora.r"], ["model.lora.r"]),
+        (64, "monitor that no metric produces", ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/los"], ["trainer.callbacks", "val/los", "did you mean val/loss"]),
+        (64, "monitor of a checkpoint", ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.monitor", "nope"], ["trainer.callbacks", "nope"]),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)  # fmt: skip
+def test_a_value_that_makes_no_sense_is_refused_before_a_run_begins(work, record_property, case, title, keys, parts):
+    about(record_property, case, title)
+    refused(formtune(work(), "fit", "-c", "t.yaml", *keys), *parts)
+
+
+UNKNOWN = [
+    (57, "unknown key", {"model": {"lora": {"rnak": 3}}}, ["t.yaml:", "lora.rnak", "did you mean model.lora.r"]),
+    (57, "unknown key at the top", {"modle": {"base": "x"}}, ["t.yaml:", "modle", "did you mean model"]),
+    (57, "unknown key of the trainer", {"trainer": {"max_step": 3}}, ["t.yaml:", "did you mean trainer.max_steps"]),
+    (57, "unknown key of the optimizer", {"model": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lrr": 1}}}}, ["t.yaml:", "lrr"]),
+    (57, "key that is a number", {7: 8}, ["7"]),
+    (58, "wrong type", {"model": {"lora": {"r": "many"}}}, ["t.yaml:", "model.lora.r", "many"]),
+    (58, "list in place of keys", {"model": {"lora": [1]}}, ["t.yaml:", "model.lora", "Expected keys"]),
+    (58, "list in place of the trainer's keys", {"trainer": [1]}, ["t.yaml:", "trainer", "Expected keys"]),
+    (58, "number in place of the data's keys", {"data": 7}, ["data"]),
+    (58, "number in place of a folder", {"model": {"base": 7}}, ["t.yaml:", "model.base"]),
+    (58, "no in place of a folder", {"model": {"base": False}}, ["t.yaml:", "model.base"]),
+    (58, "unknown choice", {"data": {"bad_rows": "maybe"}}, ["t.yaml:", "data.bad_rows", "refuse"]),
+    (58, "callback that is none", {"trainer": {"callbacks": [{"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "payload"]}}]}}, ["t.yaml:", "trainer.callbacks"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "title", "change", "parts"), UNKNOWN, ids=[title for _, title, *_ in UNKNOWN])
+def test_a_key_or_a_value_of_a_yaml_that_means_nothing_is_named_with_its_line(work, record_property, case, title, change, parts):
+    about(record_property, case, title)
+    folder = work()
+    config = yaml.safe_load((folder / "t.yaml").read_text())
+    for key, value in change.items():
+        config[key] = config[key] | value if isinstance(value, dict) and key in config else value
+    (folder / "t.yaml").write_text(yaml.safe_dump(config))
+    refused(formtune(folder, "fit", "-c", "t.yaml"), *parts)
+    assert not (folder / "payload").exists()
+
+
+CONFIGS = [
+    (59, "key twice", "model:\n  base: a\n  base: b\n", ["t.yaml:3: ", "'base' stands here twice"]),
+    (59, "key twice at the top", "model: {base: a}\ndata: {}\nmodel: {base: b}\n", ["t.yaml:3: ", "'model' stands here twice"]),
+    (60, "empty file", "", ["t.yaml: expected keys"]),
+    (60, "nothing but comments", "# model\n", ["t.yaml: expected keys"]),
+    (62, "syntax error", "model: [", ["t.yaml:1: not valid YAML"]),
+    (62, "tab", "model:\n\tbase: x\n", ["t.yaml:2: not valid YAML"]),
+    (62, "a list", "- a\n", ["t.yaml: expected keys"]),
+    (62, "a text", "hello\n", ["t.yaml: expected keys"]),
+    (62, "two documents", "model: {base: x}\n---\nmodel: {base: y}\n", ["t.yaml:2: "]),
+    (62, "not UTF-8", b"model: {base: \xff}\n", ["t.yaml: not UTF-8 at byte 14"]),
+    (62, "UTF-16", "model: {base: x}".encode("utf-16"), ["t.yaml: not UTF-8 at byte 0"]),
+    (62, "NUL", b"model: {base: a\0b}\n", ["t.yaml: not valid YAML"]),
+    (62, "object to construct", "model: !!python/object/apply:os.system ['touch payload']\n", ["t.yaml:1: not valid YAML"]),
+    (62, "key that is a list", "model: {? [a] : b}\n", ["t.yaml"]),
+    (62, "10,000 levels deep", "model: " + "[" * 10_000, ["t.yaml: ", "nested too deeply"]),
+    (62, "alias that holds itself", "model: &a {base: x, lora: *a}\n", ["t.yaml: "]),
+    (62, "aliases that multiply to 10^9", "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(f"{chr(98 + n)}: &{chr(98 + n)} [{','.join(['*' + chr(97 + n)] * 10)}]\n" for n in range(9)), ["t.yaml: "]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "title", "text", "parts"), CONFIGS, ids=[title for _, title, *_ in CONFIGS])
+def test_a_broken_yaml_is_named_with_its_line(work, record_property, case, title, text, parts):
+    about(record_property, case, title)
+    folder = work()
+    write(folder / "t.yaml", text if isinstance(text, bytes) else text.encode())
+    for verb in ("audit", "fit"):
+        refused(formtune(folder, verb, "-c", "t.yaml", seconds=20), *parts)
+
+
+@pytest.mark.parametrize(
+    ("case", "title", "name", "parts"),
+    [
+        (61, "YAML that is missing", "gone.yaml", ["gone.yaml: No such file"]),
+        (63, "folder in place of a YAML", ".", [".: Is a directory"]),
+        (61, "no YAML named", "", ["-c: name the YAML of a task"]),
+        (61, "address in place of a YAML", "https://example.com/t.yaml", ["https://example.com/t.yaml: No such file"]),
+    ],
+)
+def test_a_yaml_that_is_not_there_is_named(work, record_property, case, title, name, parts):
+    about(record_property, case, title)
+    for verb in ("audit", "fit", "sweep", "synthesize"):
+        refused(formtune(work(), verb, "-c", name), *parts)
+
+
+@pytest.mark.parametrize(
+    ("title", "content"),
+    [
+        ("pickle", pickle.dumps({"state_dict": Payload()})),
+        ("archive of torch's with a pickle in it", None),
+        ("text", b"not a checkpoint"),
+        ("empty file", b""),
+    ],
+)
+def test_a_checkpoint_is_never_unpickled(work, record_property, title, content):
+    about(record_property, 42, f"malicious .ckpt: {title}")
+    folder = work()
+    (folder / "evil.ckpt").write_bytes(content or b"")
+    if content is None:
+        torch.save({"state_dict": Payload()}, folder / "evil.ckpt")
+    for verb in ("validate", "test"):
+        refused(formtune(folder, verb, "-c", "t.yaml", "--ckpt_path", "evil.ckpt"), "evil.ckpt")
+    assert not (folder / "payload").exists()
+
+
+def python(folder, *args, **options):
+    """A process of its own, for what the process itself decides."""
+    command = [sys.executable, "-m", "formtune", *args]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, **options)
+
+
+@pytest.mark.parametrize("verb", ["audit", "validate"])
+def test_a_hub_id_is_refused_at_once_where_the_hub_is_switched_off(work, record_property, verb):
+    about(record_property, 105, f"hub id and HF_HUB_OFFLINE, {verb}")
+    begun = time.monotonic()
+    refused(formtune(work(model={"base": "owner/name"}), verb, "-c", "t.yaml"), "model.base: ", "owner/name")
+    assert time.monotonic() - begun < 10
+
+
+def test_a_hub_id_is_refused_without_retries_where_there_is_no_network(work, record_property, monkeypatch, tmp_path_factory):
+    about(record_property, 105, "hub id without a network")
+    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    folder = work(model={"base": "owner/name"})
+    begun = time.monotonic()
+    done = python(folder, "audit", "-c", "t.yaml")
+    assert time.monotonic() - begun < 20
+    assert ATTEMPTS.read_text().splitlines() == ["socket.getaddrinfo huggingface.co"]
+    ATTEMPTS.write_text("")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "model.base: no usable tokenizer in owner/name" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("title", "shell"),
+    [
+        ("standard input closed", "{} <&-"),
+        ("standard output closed", "{} >&-"),
+        ("reader of the output gone", "{} | true; exit ${{PIPESTATUS[0]}}"),
+        ("output in ASCII", "PYTHONIOENCODING=ascii {}"),
+        ("no terminal, width 1", "COLUMNS=1 TERM=dumb {}"),
+    ],
+)
+def test_a_run_asks_nothing_and_needs_no_reader(work, record_property, title, shell):
+    about(record_property, 106, title)
+    line = shell.format(f"{sys.executable} -m formtune audit -c t.yaml")
+    folder = work()
+    done = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (folder / "logs/t/audit/audit.json").is_file()
+
+
+def test_training_goes_on_when_its_reader_has_gone(work, record_property):
+    about(record_property, 106, "reader of the output gone, fit")
+    folder = work(trainer={"max_steps": 1})
+    line = f"{sys.executable} -m formtune fit -c t.yaml --run r <&- | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "logs/t/r/metrics.json").is_file() and (folder / "logs/t/r/adapter").is_dir()
+
+
+def test_help_whose_reader_is_gone_ends_in_peace(work, record_property):
+    about(record_property, 106, "help, reader gone")
+    line = f"{sys.executable} -m formtune --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], cwd=work(), capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_training_starts_no_server(work, record_property):
+    about(record_property, 104, "TensorBoard's port in use: training opens no port")
+    done = formtune(work(), "fit", "-c", "t.yaml", binds=False)
+    accepted(done)

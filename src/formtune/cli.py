@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import sys
@@ -9,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # What is wrong with a model's files is said here, in one line; a user may ask for the reports of transformers too.
@@ -18,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from formtune import __version__
 from formtune.errors import UserError
-from formtune.yaml_file import check_yaml
+from formtune.yaml_file import check_yaml, forget
 
 LOGS = Path("logs")  # one folder a task, one folder a run
 
@@ -48,6 +50,8 @@ def _configs(args: list[str]) -> list[str]:
                 raise UserError(f"{name}: name the YAML of a task")
             check_yaml(path)
             paths.append(path)
+    for option in args:
+        forget(option.partition("=")[0].removeprefix("--"))
     return paths
 
 
@@ -130,9 +134,48 @@ def help_text() -> str:
     )
 
 
+class _Output:
+    """Standard output whose reader may leave (`| head`) without an end to the work.
+
+    Args:
+        stream: What it writes to.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._leave()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._leave()
+
+    def _leave(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 2 for a mistake of the user's."""
     args = sys.argv[1:] if args is None else args
+    output: Any = _Output(sys.stdout or Path(os.devnull).open("w"))
+    with contextlib.redirect_stdout(output):
+        try:
+            return _run(args)
+        finally:
+            output.flush()
+
+
+def _run(args: list[str]) -> int:
     try:
         if not args:
             print(help_text(), file=sys.stderr)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,18 @@ class FormtuneCLI(LightningCLI):
             parser.add_argument("--answers", type=str, default="answers.jsonl", help="File to write, as JSON Lines")
         return parser
 
+    def _parse_ckpt_path(self) -> None:
+        """Only see that the file can be read: its hyper-parameters would silently beat YAML and flags."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path is not None and Path(path).is_file():
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # whatever a damaged or foreign file raises
+                reason = type(error).__name__  # the message would advise to run the code in the file
+                raise UserError(f"ckpt_path: {path} is no checkpoint of formtune ({reason})") from None
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         sources = config.get("config") or []
@@ -159,7 +173,20 @@ class FormtuneCLI(LightningCLI):
             callbacks.append(AnswerFile(self.config.predict.answers))
         if config.enable_progress_bar is not False:
             callbacks.append(ProgressBar())
-        return self._instantiate_trainer({**config, **kwargs}, callbacks)
+        trainer = self._instantiate_trainer({**config, **kwargs}, callbacks)
+        self._check_monitors(trainer)
+        return trainer
+
+    def _check_monitors(self, trainer: Any) -> None:
+        """Lightning would find out after the first validation."""
+        for callback in (c for c in trainer.callbacks if getattr(c, "monitor", None) is not None):
+            names = self.model.validation_names | {"epoch", "step", "train/loss", "train/eval_loss", "val/loss_gap"}
+            if (name := callback.monitor) not in names:
+                near = difflib.get_close_matches(name, names, 1) or ["val/loss"]
+                raise UserError(
+                    f"trainer.callbacks: {type(callback).__name__} monitors {name}, which no validation measures; "
+                    f"did you mean {near[0]}?"
+                )
 
     def fit(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         """The whole job: base on the test rows, training, best checkpoint on the same rows, export."""

@@ -65,7 +65,23 @@ def check_base(base: str) -> str:
     """Return `base` if it is a local model folder or can be a hub id, so that a mistyped path never goes online."""
     if not Path(base).is_dir() and (not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or base.startswith(".")):
         raise UserError(f"model.base: no folder {base} (hub ids look like owner/name)")
+    if not Path(base).is_dir():
+        _look_for_hub()
     return base
+
+
+@functools.cache
+def _look_for_hub() -> None:
+    """Ask once whether the hub can be reached; else each call would ask again for half a minute, and then use the
+    files that are there already."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10)
+        except Exception:  # of many kinds: no name, no route, no proxy, no certificate
+            constants.HF_HUB_OFFLINE = True
 
 
 @functools.lru_cache(maxsize=4)

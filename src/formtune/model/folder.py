@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from formtune.errors import UserError
 from formtune.rendering import check_base
 
 INDEX = "model.safetensors.index.json"
+
+
+def skeleton(base: str) -> Any:
+    """The model without its weights, None where its folder does not say what it is."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(check_base(base), trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception:  # of as many kinds as there are ways to damage a file; loading the model says which
+        return None
 
 
 def check_folder(base: str) -> None:

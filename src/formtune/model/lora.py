@@ -11,7 +11,7 @@ from torch import nn
 
 from formtune.errors import UserError, first_line
 from formtune.model.adapters import LoraLinear, share_inputs
-from formtune.model.folder import check_folder
+from formtune.model.folder import check_folder, skeleton
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,17 @@ def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     return model
+
+
+def check_layers(base: str, lora: Lora) -> None:
+    """Check the names of layers before the base's weights are read.
+
+    Raises:
+        UserError: A target names no layer.
+    """
+    if (model := skeleton(base)) is not None:
+        target_names(model, lora.targets)
+        _known(model, lora.modules_to_save, "modules_to_save", nn.Module)
 
 
 def add_lora(model: Any, lora: Lora, quantized: bool = False) -> Any:
