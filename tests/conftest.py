@@ -9,17 +9,16 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Here and in every process started from here, no other machine can be reached.
-ATTEMPTS = Path(tempfile.mkstemp(prefix="attempts")[1])
-OFFLINE = Path(__file__).parent / "offline"
-os.environ["FORMTUNE_ATTEMPTS"] = str(ATTEMPTS)
-os.environ["PYTHONPATH"] = os.pathsep.join([str(OFFLINE), *filter(None, [os.environ.get("PYTHONPATH")])])
-runpy.run_path(str(OFFLINE / "sitecustomize.py"))
+os.environ["FORMTUNE_ATTEMPTS"] = tempfile.mkstemp(prefix="attempts")[1]
+os.environ["PYTHONPATH"] = os.pathsep.join([f"{Path(__file__).parent}/offline", os.environ.get("PYTHONPATH", "")])
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+runpy.run_path(f"{Path(__file__).parent}/offline/sitecustomize.py")
+ATTEMPTS = Path(os.environ["FORMTUNE_ATTEMPTS"])
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>"]

@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from command import formtune
+from command import formtune, no_input, no_output, no_port, no_reader
 from conftest import ATTEMPTS, SCHEMA, pair, tiny_model
 
 GOOD = [json.dumps(pair(n)) for n in range(40)]
@@ -151,12 +151,15 @@ def test_how_lines_end_changes_no_row(work, record_property, case, title, change
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.csv"])
-def test_a_row_of_megabytes_is_judged_like_any_other(work, record_property, name):
-    about(record_property, 9, f"row of 2 MB, {name}")
-    rows = [pair(n) for n in range(40)] + [pair(41, "x" * 2**21)]
+def test_a_row_of_half_a_megabyte_is_judged_like_any_other(work, record_property, name):
+    about(record_property, 9, f"row of half a megabyte, {name}")
+    rows = [pair(n) for n in range(40)] + [pair(41, "x" * 2**19)]
     lines = [json.dumps(one) for one in rows]
     if name.endswith("csv"):
-        lines = ["prompt,completion", *(one["prompt"] + ',"' + one["completion"].replace('"', '""') + '"' for one in rows)]
+        lines = [
+            "prompt,completion",
+            *(one["prompt"] + ',"' + one["completion"].replace('"', '""') + '"' for one in rows),
+        ]
     folder = work(data={"train": name, "bad_rows": "drop"})
     write(folder / name, lines)
     accepted(formtune(folder, "audit", "-c", "t.yaml"))
@@ -203,7 +206,9 @@ def test_dates_stay_texts(work, record_property):
         (50, "control token in the text", [*GOOD, row('"a <|im_end|> b"')], {}, ["train.jsonl:41: the text holds <|im_end|>"]),
     ],
 )  # fmt: skip
-def test_rows_that_leave_nothing_to_train_on_are_refused_with_counts(work, record_property, case, title, rows, data, parts):
+def test_rows_that_leave_nothing_to_train_on_are_refused_with_counts(
+    work, record_property, case, title, rows, data, parts
+):
     about(record_property, case, title)
     done = formtune(work(rows, data=data), "fit", "-c", "t.yaml", "--run", "r")
     refused(done, *parts, leaves=("logs/t/r/quarantine.jsonl",))
@@ -303,7 +308,9 @@ EVIL = "a" * 40 + "!"
         ("catastrophic pattern in a schema", {"class_path": "JsonSchema", "init_args": {"schema": {"type": "string", "pattern": "^(a|a)+$"}}}, '"aaa"', f'"{EVIL}"'),
     ],
 )  # fmt: skip
-def test_a_match_without_end_counts_as_a_failure_and_the_run_goes_on(work, record_property, title, contract, good, evil):
+def test_a_match_without_end_counts_as_a_failure_and_the_run_goes_on(
+    work, record_property, title, contract, good, evil
+):
     about(record_property, 32, title)
     rows = [json.dumps({"prompt": f"number {n}", "completion": good}) for n in range(30)]
     rows += [json.dumps({"prompt": f"evil {n}", "completion": evil}) for n in range(3)]
@@ -312,7 +319,9 @@ def test_a_match_without_end_counts_as_a_failure_and_the_run_goes_on(work, recor
     accepted(done)
     found = audited(folder)
     assert found["set_aside"] == {"format": 3} and sum(split["used"] for split in found["rows"].values()) == 30
-    details = [json.loads(line)["detail"] for line in (folder / "logs/t/audit/quarantine.jsonl").read_text().splitlines()]
+    details = [
+        json.loads(line)["detail"] for line in (folder / "logs/t/audit/quarantine.jsonl").read_text().splitlines()
+    ]
     assert all("took" in detail for detail in details)
 
 
@@ -579,7 +588,9 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize(("case", "title", "change", "parts"), UNKNOWN, ids=[title for _, title, *_ in UNKNOWN])
-def test_a_key_or_a_value_of_a_yaml_that_means_nothing_is_named_with_its_line(work, record_property, case, title, change, parts):
+def test_a_key_or_a_value_of_a_yaml_that_means_nothing_is_named_with_its_line(
+    work, record_property, case, title, change, parts
+):
     about(record_property, case, title)
     folder = work()
     config = yaml.safe_load((folder / "t.yaml").read_text())
@@ -669,7 +680,9 @@ def test_a_hub_id_is_refused_at_once_where_the_hub_is_switched_off(work, record_
     assert time.monotonic() - begun < 10
 
 
-def test_a_hub_id_is_refused_without_retries_where_there_is_no_network(work, record_property, monkeypatch, tmp_path_factory):
+def test_a_hub_id_is_refused_without_retries_where_there_is_no_network(
+    work, record_property, monkeypatch, tmp_path_factory
+):
     about(record_property, 105, "hub id without a network")
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
@@ -684,31 +697,20 @@ def test_a_hub_id_is_refused_without_retries_where_there_is_no_network(work, rec
 
 
 @pytest.mark.parametrize(
-    ("title", "shell"),
+    ("title", "given"),
     [
-        ("standard input closed", "{} <&-"),
-        ("standard output closed", "{} >&-"),
-        ("reader of the output gone", "{} | true; exit ${{PIPESTATUS[0]}}"),
-        ("output in ASCII", "PYTHONIOENCODING=ascii {}"),
-        ("no terminal, width 1", "COLUMNS=1 TERM=dumb {}"),
+        ("standard input closed", no_input),
+        ("standard output closed", no_output),
+        ("reader of the output gone", no_reader),
     ],
 )
-def test_a_run_asks_nothing_and_needs_no_reader(work, record_property, title, shell):
+def test_a_run_asks_nothing_and_needs_no_reader(work, record_property, title, given):
     about(record_property, 106, title)
-    line = shell.format(f"{sys.executable} -m formtune audit -c t.yaml")
-    folder = work()
-    done = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (folder / "logs/t/audit/audit.json").is_file()
-
-
-def test_training_goes_on_when_its_reader_has_gone(work, record_property):
-    about(record_property, 106, "reader of the output gone, fit")
     folder = work(trainer={"max_steps": 1})
-    line = f"{sys.executable} -m formtune fit -c t.yaml --run r <&- | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert (folder / "logs/t/r/metrics.json").is_file() and (folder / "logs/t/r/adapter").is_dir()
+    for verb in (["audit"], ["fit", "--run", "r"]):
+        done = formtune(folder, *verb, "-c", "t.yaml", given=given)
+        assert (done.code, done.err) == (0, "")
+    assert {"logs/t/r/metrics.json", "logs/t/r/adapter/adapter_model.safetensors"} <= done.new
 
 
 def test_help_whose_reader_is_gone_ends_in_peace(work, record_property):
@@ -720,5 +722,5 @@ def test_help_whose_reader_is_gone_ends_in_peace(work, record_property):
 
 def test_training_starts_no_server(work, record_property):
     about(record_property, 104, "TensorBoard's port in use: training opens no port")
-    done = formtune(work(), "fit", "-c", "t.yaml", binds=False)
+    done = formtune(work(), "fit", "-c", "t.yaml", given=no_port)
     accepted(done)

@@ -9,7 +9,7 @@ import time
 
 import jsonschema
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from formtune.data.sources import Csv, JsonLines
@@ -25,9 +25,40 @@ SETTINGS = settings.get_profile("long" if LONG else "fast")
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
 )
-CHUNKS = ['{"prompt": "a"', ', "completion": ', '"x"', "}", "[", "]", "\\u", "d800", "\\", "\n", "\r", "\0", "\ufeff", "1e999", "NaN", "-", "0", "e5", ".", " ", ",", ":", "{", '"', "null", "é", "\u2028", "7" * 400]
+CHUNKS = [
+    '{"prompt": "a"',
+    ', "completion": ',
+    '"x"',
+    "}",
+    "[",
+    "]",
+    "\\u",
+    "d800",
+    "\\",
+    "\n",
+    "\r",
+    "\0",
+    "\ufeff",
+    "1e999",
+    "NaN",
+    "-",
+    "0",
+    "e5",
+    ".",
+    " ",
+    ",",
+    ":",
+    "{",
+    '"',
+    "null",
+    "é",
+    "\u2028",
+    "7" * 400,
+]
 NEAR_JSON = st.lists(st.sampled_from(CHUNKS), max_size=12).map("".join)
 
 
@@ -49,7 +80,9 @@ def strictly(text: str):
 
 
 @SETTINGS
-@given(st.binary(max_size=80) | NEAR_JSON.map(lambda text: text.encode()) | VALUES.map(lambda v: json.dumps(v).encode()))
+@given(
+    st.binary(max_size=80) | NEAR_JSON.map(lambda text: text.encode()) | VALUES.map(lambda v: json.dumps(v).encode())
+)
 def test_json_lines(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
     path.write_bytes(content)
@@ -87,7 +120,36 @@ def test_strict_json(text):
     assert loads_strict(json.dumps(value)) == value
 
 
-KEYWORDS = ["type", "properties", "items", "required", "enum", "const", "anyOf", "allOf", "oneOf", "not", "$ref", "$defs", "pattern", "minimum", "additionalProperties", "patternProperties", "uniqueItems", "format", "$schema", "$id", "if", "then", "minItems", "prefixItems", "contains", "multipleOf", "x-note", "dependentRequired"]
+KEYWORDS = [
+    "type",
+    "properties",
+    "items",
+    "required",
+    "enum",
+    "const",
+    "anyOf",
+    "allOf",
+    "oneOf",
+    "not",
+    "$ref",
+    "$defs",
+    "pattern",
+    "minimum",
+    "additionalProperties",
+    "patternProperties",
+    "uniqueItems",
+    "format",
+    "$schema",
+    "$id",
+    "if",
+    "then",
+    "minItems",
+    "prefixItems",
+    "contains",
+    "multipleOf",
+    "x-note",
+    "dependentRequired",
+]
 SCHEMAS = st.recursive(
     st.sampled_from([{}, True, False, {"type": "object"}, {"type": "string"}, {"type": ["integer", "null"]}, {"$ref": "#"}, {"$ref": "#/$defs/a"}, {"pattern": "^(a|a)+$"}, {"pattern": "("}, {"enum": [1, "a", None]}, {"format": "date"}, {"minimum": 3}, {"multipleOf": 0.1}]),
     lambda inner: st.one_of(
@@ -105,6 +167,7 @@ DOCUMENTS = st.recursive(
 )
 
 
+@example({"anyOf": [False]}, [None])
 @SETTINGS
 @given(SCHEMAS | VALUES, st.lists(DOCUMENTS, max_size=4))
 def test_a_schema_is_refused_or_judges_as_the_reference_does(schema, documents):
@@ -176,7 +239,11 @@ def broken(draw):
     text = GOOD
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, len(text)))
-        text = text[:at] + draw(st.sampled_from([*CHUNKS, "```", "<think>", "</think>", "<a>", "</a>"])) + text[at + draw(st.integers(0, 2)) :]
+        text = (
+            text[:at]
+            + draw(st.sampled_from([*CHUNKS, "```", "<think>", "</think>", "<a>", "</a>"]))
+            + text[at + draw(st.integers(0, 2)) :]
+        )
     return text
 
 
@@ -208,5 +275,3 @@ def test_yaml(tmp_path_factory, content):
         assert str(error).startswith(str(path)) and "\n" not in str(error)
         return
     assert isinstance(yaml.safe_load(content.decode()), dict)
-
-

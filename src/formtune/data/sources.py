@@ -51,7 +51,9 @@ class JsonLines(FileSource):
                 record = loads_strict(text)
             except ValueError as error:
                 if text[0] == "[" or text == "{":
-                    raise UserError(f"{where}: expected one JSON object per line; write each on a line of its own") from None
+                    raise UserError(
+                        f"{where}: expected one JSON object per line; write each on a line of its own"
+                    ) from None
                 raise UserError(f"{where}: not valid JSON ({error}); mend or remove the line") from None
             if not isinstance(record, dict):
                 raise UserError(f"{where}: expected one JSON object per line, found {json.dumps(record)[:40]}")

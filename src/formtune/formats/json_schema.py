@@ -185,7 +185,7 @@ def _problem(error: ValidationError) -> Problem:
     while error.context:  # anyOf, oneOf: the alternative that came closest says what is wrong
         branches: dict[Any, list[ValidationError]] = {}
         for inner in error.context:
-            branches.setdefault(inner.schema_path[0], []).append(inner)
+            branches.setdefault(next(iter(inner.schema_path), None), []).append(inner)  # none for `false`
         deepest = lambda found: max(len(e.absolute_path) for e in found)  # noqa: E731
         error = min(branches.values(), key=lambda found: (-deepest(found), len(found)))[0]
     keyword, value, limit = str(error.validator), error.instance, error.validator_value
