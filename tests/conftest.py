@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Here and in every process started from here, no other machine can be reached.
 os.environ["FORMTUNE_ATTEMPTS"] = tempfile.mkstemp(prefix="attempts")[1]
-os.environ["PYTHONPATH"] = os.pathsep.join([f"{Path(__file__).parent}/offline", os.environ.get("PYTHONPATH", "")])
+os.environ["PYTHONPATH"] = f"{Path(__file__).parent}/offline:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
 
 import pytest
 import torch

@@ -167,7 +167,7 @@ class _Output:
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 2 for a mistake of the user's."""
     args = sys.argv[1:] if args is None else args
-    output: Any = _Output(sys.stdout or Path(os.devnull).open("w"))
+    output: Any = _Output(sys.stdout or Path(os.devnull).open("w"))  # noqa: SIM115
     with contextlib.redirect_stdout(output):
         try:
             return _run(args)
