@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from formtune import __version__
 from formtune.errors import UserError
-from formtune.yaml_file import check_yaml, forget
+from formtune.yaml_file import PLACES, check_yaml
 
 LOGS = Path("logs")  # one folder a task, one folder a run
 
@@ -42,6 +42,7 @@ class Verb:
 def _configs(args: list[str]) -> list[str]:
     """The YAMLs that are named; a broken one is refused before anything slow is imported."""
     paths = []
+    PLACES.clear()
     for option, value in zip(args, [*args[1:], ""], strict=True):
         name, equals, attached = option.partition("=")
         if name in ("-c", "--config"):
@@ -51,7 +52,7 @@ def _configs(args: list[str]) -> list[str]:
             check_yaml(path)
             paths.append(path)
     for option in args:
-        forget(option.partition("=")[0].removeprefix("--"))
+        PLACES.pop(option.partition("=")[0].removeprefix("--"), None)  # what a file says of it counts no more
     return paths
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from formtune.errors import UserError
 
-_places: dict[str, str] = {}
+PLACES: dict[str, str] = {}  # the `file:line` of each dotted key of the command line's files
 
 MAX_VALUES = 100_000  # of a file with its aliases written out, which multiply
 
@@ -32,14 +32,9 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def place(key: str) -> str:
-    """Where a dotted key (or its end) stands in the files checked last, as `file:line`; "" if in none."""
-    ends = [where for name, where in _places.items() if name == key or name.endswith(f".{key}")]
-    return _places.get(key) or (ends[0] if key and len(ends) == 1 else "")
-
-
-def forget(key: str) -> None:
-    """A key is given on the command line, so what a file says of it is no longer what may be wrong."""
-    _places.pop(key, None)
+    """Where a dotted key (or its end) stands, as `file:line`; "" if in no file."""
+    ends = [where for name, where in PLACES.items() if name == key or name.endswith(f".{key}")]
+    return PLACES.get(key) or (ends[0] if key and len(ends) == 1 else "")
 
 
 def check_yaml(path: str) -> None:
@@ -70,7 +65,7 @@ def check_yaml(path: str) -> None:
         if count > MAX_VALUES:
             raise UserError(f"{path}: more than {MAX_VALUES:,} values, aliases written out; a task needs fewer")
         values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    _places.update({key: f"{path}:{line}" for key, line in _lines(root)})
+    PLACES.update({key: f"{path}:{line}" for key, line in _lines(root)})
 
 
 def _lines(node: yaml.Node | None, path: str = "") -> Iterator[tuple[str, int]]:

@@ -18,7 +18,8 @@ def skeleton(base: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(check_base(base), trust_remote_code=False)
+        check_folder(base)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except UserError:
