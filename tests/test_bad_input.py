@@ -8,7 +8,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -675,9 +674,7 @@ def python(folder, *args, **options):
 @pytest.mark.parametrize("verb", ["audit", "validate"])
 def test_a_hub_id_is_refused_at_once_where_the_hub_is_switched_off(work, record_property, verb):
     about(record_property, 105, f"hub id and HF_HUB_OFFLINE, {verb}")
-    begun = time.monotonic()
     refused(formtune(work(model={"base": "owner/name"}), verb, "-c", "t.yaml"), "model.base: ", "owner/name")
-    assert time.monotonic() - begun < 10
 
 
 def test_a_hub_id_is_refused_without_retries_where_there_is_no_network(
@@ -687,11 +684,10 @@ def test_a_hub_id_is_refused_without_retries_where_there_is_no_network(
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     folder = work(model={"base": "owner/name"})
-    begun = time.monotonic()
     done = python(folder, "audit", "-c", "t.yaml")
-    assert time.monotonic() - begun < 20
-    assert ATTEMPTS.read_text().splitlines() == ["socket.getaddrinfo huggingface.co"]
+    attempts = ATTEMPTS.read_text().splitlines()
     ATTEMPTS.write_text("")
+    assert attempts == ["socket.getaddrinfo huggingface.co"]  # each retry would wait longer than the one before
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "model.base: no usable tokenizer in owner/name" in done.stderr
 
