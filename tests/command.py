@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,17 +35,17 @@ class Done:
     peak: float
 
 
-def formtune(folder: Path, *args: str, seconds: float = 60, binds: bool = True) -> Done:
+def formtune(folder: Path, *args: str, seconds: float = 60, given: Callable[[], None] | None = None) -> Done:
     """Run `formtune ARGS` in a folder.
 
     Args:
         folder: The working directory.
         args: The command line.
         seconds: Time after which it is taken to hang.
-        binds: Whether it may open a port; if not, it ends with a traceback where it tries.
+        given: One of the functions below, called first: what is different for this process.
     """
     before = _contents(folder)
-    process = PROCESSES.Process(target=_child, args=(args, str(folder), binds))
+    process = PROCESSES.Process(target=_child, args=(args, str(folder), given))
     process.start()
     process.join(seconds)
     if process.is_alive():
@@ -70,18 +72,43 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _no_port(event: str, args: tuple) -> None:
-    if event == "socket.bind":
-        raise AssertionError("a port was opened")
+def no_port() -> None:
+    """Ends with a traceback where a port is opened."""
+
+    def refuse(event: str, args: tuple) -> None:
+        if event == "socket.bind":
+            raise AssertionError("a port was opened")
+
+    sys.addaudithook(refuse)
 
 
-def _child(args: tuple[str, ...], folder: str, binds: bool) -> None:
+def no_input() -> None:
+    """Standard input is closed."""
+    os.close(0)
+    sys.stdin = None
+
+
+def no_output() -> None:
+    """Standard output is closed."""
+    os.close(1)
+    sys.stdout = None
+
+
+def no_reader() -> None:
+    """Standard output is a pipe that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.close(reader)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+
+def _child(args: tuple[str, ...], folder: str, given: Callable[[], None] | None) -> None:
     os.chdir(folder)
-    if not binds:
-        sys.addaudithook(_no_port)
     for number, name in ((1, "stdout.txt"), (2, "stderr.txt")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     Path("peak.txt").touch()
+    if given:
+        given()
     before = _peak()
     from formtune.cli import main
 

@@ -2,16 +2,23 @@
 
 import json
 import os
+import runpy
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Here and in every process started from here, no other machine can be reached.
+os.environ["FORMTUNE_ATTEMPTS"] = tempfile.mkstemp(prefix="attempts")[1]
+os.environ["PYTHONPATH"] = f"{Path(__file__).parent}/offline:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+runpy.run_path(f"{Path(__file__).parent}/offline/sitecustomize.py")
+ATTEMPTS = Path(os.environ["FORMTUNE_ATTEMPTS"])
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>"]
@@ -58,6 +65,18 @@ def tiny_model(shape: str = "llama", seed: int = 0, **changes):
     sizes = {"vocab_size": 259, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 2}
     config = AutoConfig.for_model(shape, **(sizes | SHAPES[shape] | changes))
     return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture(autouse=True)
+def no_network():
+    """Fails a test that tries to reach another machine, also where a library swallows the refusal."""
+    ATTEMPTS.write_text("")
+    yield
+    assert ATTEMPTS.read_text() == "", "tests may not use the network"
+
+
+def pytest_unconfigure():
+    ATTEMPTS.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

@@ -36,29 +36,6 @@ def data(task, base):
     return make
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"prompt": "a", "completion": ', "train.jsonl:2: not valid JSON"),
-        ('{"prompt": "a", "prompt": "b"}', "train.jsonl:2: not valid JSON"),
-        ('{"prompt": NaN}', "train.jsonl:2: not valid JSON"),
-        ("[1, 2]", "train.jsonl:2: expected one JSON object per line"),
-        ('{"prompt": "a"}', "train.jsonl:2: no column `completion` among prompt"),
-        ('{"prompt": "a", "completion": null}', "train.jsonl:2: `completion` is null, not text"),
-        ('{"prompt": "a", "completion": {"n": 1}}', "train.jsonl:2: `completion` is dict, not text"),
-        ('{"messages": [{"role": "robot", "content": "x"}]}', "train.jsonl:2: `messages` must be a list of turns"),
-        (
-            '{"messages": [{"role": "user", "content": "x"}]}',
-            "train.jsonl:2: the last turn of `messages` must be the assistant's",
-        ),
-        ('{"prompt": "a", "completion": "{\\"n\\":\\"x\\"}"}', "train.jsonl:2: .*set data.bad_rows: drop"),
-    ],
-)
-def test_a_bad_row_is_named_by_file_and_line(data, line, message):
-    with pytest.raises(UserError, match=message):
-        data([pair(1), line])
-
-
 def test_json_lines_survive_bom_crlf_and_blank_lines_and_keep_dates_as_text(tmp_path):
     plain, odd = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     plain.write_bytes(b'{"d": "2026-01-02"}\n{"d": "x"}\n')
@@ -66,12 +43,6 @@ def test_json_lines_survive_bom_crlf_and_blank_lines_and_keep_dates_as_text(tmp_
     rows = [[record for record, _ in JsonLines(str(path)).records()] for path in (plain, odd)]
     assert rows[0] == rows[1] == [{"d": "2026-01-02"}, {"d": "x"}]
     assert [where.rpartition(":")[2] for _, where in JsonLines(str(odd)).records()] == ["1", "3"]
-
-
-def test_a_file_that_is_not_utf8_is_named_with_its_line(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xff"}\n')
-    with pytest.raises(UserError, match=r"a.jsonl:2: not UTF-8 at byte 7"):
-        list(JsonLines(str(tmp_path / "a.jsonl")).records())
 
 
 def test_csv_parquet_and_saved_data_sets_give_the_same_records(tmp_path):

@@ -138,23 +138,3 @@ def test_layers_trained_in_full_are_kept_in_32_bits_and_shared_embeddings_are_no
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     with pytest.raises(UserError, match="shares its embeddings"):
         add_lora(tiny_model(tie_word_embeddings=True), Lora(modules_to_save=["lm_head"]))
-
-
-def test_an_incomplete_base_is_refused_instead_of_filled_with_random_numbers(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    tiny_model().save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    weights = load_file(file)
-    weights.pop("model.norm.weight")
-    save_file(weights, file, {"format": "pt"})
-    with pytest.raises(UserError, match="incomplete .*model.norm.weight"):
-        load_base(str(tmp_path), torch.float32, None, CPU)
-
-
-def test_a_pickled_base_is_never_read(tmp_path):
-    model = tiny_model()
-    model.config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot be loaded"):
-        load_base(str(tmp_path), torch.float32, None, CPU)

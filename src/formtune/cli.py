@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import sys
@@ -9,14 +10,17 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# What is wrong with a model's files is said here, in one line; a user may ask for the reports of transformers too.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 # Rows are tokenised once and up front; a fork after that would print a warning at every start of a worker.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from formtune import __version__
 from formtune.errors import Fault, Stopped, UserError
-from formtune.yaml_file import check_yaml
+from formtune.yaml_file import PLACES, check_yaml
 
 LOGS = Path("logs")  # one folder a task, one folder a run
 
@@ -38,6 +42,7 @@ class Verb:
 def _configs(args: list[str]) -> list[str]:
     """The YAMLs that are named; a broken one is refused before anything slow is imported."""
     paths = []
+    PLACES.clear()
     for option, value in zip(args, [*args[1:], ""], strict=True):
         name, equals, attached = option.partition("=")
         if name in ("-c", "--config"):
@@ -46,6 +51,8 @@ def _configs(args: list[str]) -> list[str]:
                 raise UserError(f"{name}: name the YAML of a task")
             check_yaml(path)
             paths.append(path)
+    for option in args:
+        PLACES.pop(option.partition("=")[0].removeprefix("--"), None)  # what a file says of it counts no more
     return paths
 
 
@@ -130,9 +137,48 @@ def help_text() -> str:
     )
 
 
+class _Output:
+    """Standard output whose reader may leave (`| head`) without an end to the work.
+
+    Args:
+        stream: What it writes to.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._leave()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._leave()
+
+    def _leave(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 2 for a mistake, 1 for a fault, 128 and more for a signal."""
     args = sys.argv[1:] if args is None else args
+    output: Any = _Output(sys.stdout or Path(os.devnull).open("w"))  # noqa: SIM115
+    with contextlib.redirect_stdout(output):
+        try:
+            return _run(args)
+        finally:
+            output.flush()
+
+
+def _run(args: list[str]) -> int:
     try:
         if not args:
             print(help_text(), file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
@@ -46,7 +47,13 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "
 
 
 class Parser(OneLine, LightningArgumentParser):
-    """Lightning's parser with mistakes in one line."""
+    """Lightning's parser with mistakes in one line, in which a file that a value names is never read as configuration.
+
+    It would be: a file of rows that begins with `{"class_path": ...}` could name a class to import.
+    """
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        return super().add_class_arguments(*args, **kwargs | {"sub_configs": False})
 
 
 class FormtuneCLI(LightningCLI):
@@ -221,7 +228,20 @@ class FormtuneCLI(LightningCLI):
             callbacks.append(AnswerFile(self.config.predict.answers))
         if config.enable_progress_bar is not False:
             callbacks.append(ProgressBar())
-        return self._instantiate_trainer({**config, **kwargs}, callbacks)
+        trainer = self._instantiate_trainer({**config, **kwargs}, callbacks)
+        self._check_monitors(trainer)
+        return trainer
+
+    def _check_monitors(self, trainer: Any) -> None:
+        """Lightning would find out after the first validation."""
+        for callback in (c for c in trainer.callbacks if getattr(c, "monitor", None) is not None):
+            names = self.model.validation_names | {"epoch", "step", "train/loss", "train/eval_loss", "val/loss_gap"}
+            if (name := callback.monitor) not in names:
+                near = difflib.get_close_matches(name, names, 1) or ["val/loss"]
+                raise UserError(
+                    f"trainer.callbacks: {type(callback).__name__} monitors {name}, which no validation measures; "
+                    f"did you mean {near[0]}?"
+                )
 
     def fit(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         """The whole job: base on the test rows, training, best checkpoint on the same rows, export."""

@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from formtune.errors import UserError, first_line
 
 AT_ONCE = 1024  # rows rendered and tokenised in one call
@@ -67,7 +65,23 @@ def check_base(base: str) -> str:
     """Return `base` if it is a local model folder or can be a hub id, so that a mistyped path never goes online."""
     if not Path(base).is_dir() and (not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or base.startswith(".")):
         raise UserError(f"model.base: no folder {base} (hub ids look like owner/name)")
+    if not Path(base).is_dir():
+        _look_for_hub()
     return base
+
+
+@functools.cache
+def _look_for_hub() -> None:
+    """Ask once whether the hub can be reached; else each call would ask again for half a minute, and then use the
+    files that are there already."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10)
+        except Exception:  # of many kinds: no name, no route, no proxy, no certificate
+            constants.HF_HUB_OFFLINE = True
 
 
 @functools.lru_cache(maxsize=4)
@@ -77,7 +91,9 @@ def context_length(base: str) -> int | None:
 
     try:
         config = AutoConfig.from_pretrained(check_base(base), trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+    except UserError:
+        raise
+    except Exception:  # of as many kinds as there are ways to damage a file
         return None  # loading the model says what is wrong with the folder
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -129,7 +145,9 @@ class Renderer:
         check_base(base)
         try:
             return cls(AutoTokenizer.from_pretrained(base, trust_remote_code=False))
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # of as many kinds as there are ways to damage a file
             raise UserError(f"model.base: no usable tokenizer in {base}: {first_line(error)}") from error
 
     def encode(self, rows: Sequence[tuple[list[Message], str]], spans: Any = None) -> Iterator[Row | UnfitRow]:
@@ -213,7 +231,7 @@ class Renderer:
             return self.tokenizer.apply_chat_template(
                 conversations, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program of whoever made the model
             if len(conversations) == 1:
                 return [UnfitRow(f"the chat template refuses the conversation: {first_line(error)}")]
         # One bad conversation fails the call: halve until it stands alone.

@@ -17,7 +17,7 @@ from typing import Any
 from formtune.errors import UserError, first_line
 from formtune.formats.strict_json import loads_strict
 
-MAX_LINE_BYTES = 16 * 2**20
+MAX_LINE_BYTES = 4 * 2**20  # a million tokens
 
 
 class Source(ABC):
@@ -43,45 +43,37 @@ class JsonLines(FileSource):
     """JSON Lines: one object per line, UTF-8, blank lines skipped."""
 
     def records(self) -> Iterator[tuple[dict[str, Any], str]]:
-        with _open(self.path) as file:
-            number = 0
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                where = f"{self.path}:{number}"
-                if len(line) > MAX_LINE_BYTES:
-                    raise UserError(f"{where}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; split the row")
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{where}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
-                if not text:
-                    continue
-                try:
-                    record = loads_strict(text)
-                except ValueError as error:
-                    raise UserError(f"{where}: not valid JSON ({error}); mend or remove the line") from None
-                if not isinstance(record, dict):
-                    raise UserError(f"{where}: expected one JSON object per line, found {json.dumps(record)[:40]}")
-                yield record, where
+        for where, line in _lines(self.path):
+            text = line.strip()
+            if not text:
+                continue
+            try:
+                record = loads_strict(text)
+            except ValueError as error:
+                if text[0] == "[" or text == "{":
+                    raise UserError(
+                        f"{where}: expected one JSON object per line; write each on a line of its own"
+                    ) from None
+                raise UserError(f"{where}: not valid JSON ({error}); mend or remove the line") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: expected one JSON object per line, found {json.dumps(record)[:40]}")
+            yield record, where
 
 
 class Csv(FileSource):
     """Comma-separated values with a header line, UTF-8; every value stays text."""
 
     def records(self) -> Iterator[tuple[dict[str, Any], str]]:
-        _open(self.path).close()
-        with Path(self.path).open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            try:
-                for record in reader:
-                    where = f"{self.path}:{reader.line_num}"
-                    if None in record or None in record.values():
-                        raise UserError(
-                            f"{where}: the row does not have the header's {len(reader.fieldnames or ())} cells"
-                        )
-                    yield record, where
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise UserError(f"{self.path}:{reader.line_num + 1}: not readable as UTF-8 CSV ({error})") from None
+        csv.field_size_limit(MAX_LINE_BYTES)
+        reader = csv.DictReader((line for _, line in _lines(self.path)), strict=True)
+        try:
+            for record in reader:
+                where = f"{self.path}:{reader.line_num}"
+                if None in record or None in record.values():
+                    raise UserError(f"{where}: the row does not have the header's {len(reader.fieldnames or ())} cells")
+                yield record, where
+        except csv.Error as error:
+            raise UserError(f"{self.path}:{reader.line_num}: not readable as CSV ({error})") from None
 
 
 class Parquet(FileSource):
@@ -222,6 +214,21 @@ def _text(record: dict[str, Any], column: str, where: str) -> str:
         kind = "null" if record[column] is None else type(record[column]).__name__
         raise UserError(f"{where}: `{column}` is {kind}, not text; write it as a string, JSON answers too")
     return record[column]
+
+
+def _lines(path: str) -> Iterator[tuple[str, str]]:
+    """Place and text of each line of a UTF-8 file, never more of it in memory than a line may have."""
+    with _open(path) as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) > MAX_LINE_BYTES:
+                raise UserError(f"{where}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; split the row")
+            try:
+                yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
 
 
 def _open(path: str) -> Any:

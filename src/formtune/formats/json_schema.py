@@ -19,6 +19,7 @@ from formtune.formats.strict_json import find_documents, first_error, loads_stri
 from formtune.formats.verdict import Problem, SyntaxProblem
 
 MAX_PROBLEMS = 20  # per text: more do not help a reader
+MAX_FIELDS = 1000  # of a contract; references to references can multiply without end
 
 _KINDS = {
     "required": "missing_key",
@@ -60,7 +61,12 @@ class JsonSchema(Format):
         self._lookup = resolver(self._root).lookup
         self.is_canonical, self.trailing_newline = canonical, trailing_newline
         self.sets = frozenset(sets or ())
-        leaves = dict(self._leaves(self._root))
+        try:
+            leaves = dict(islice(self._leaves(self._root), MAX_FIELDS + 1))
+        except RecursionError:
+            raise UserError(f"{name}: the schema is nested too deeply; use fewer $ref within each other") from None
+        if len(leaves) > MAX_FIELDS:
+            raise UserError(f"{name}: more than {MAX_FIELDS} fields; say `additionalProperties` or items for the rest")
         self.fields = tuple(leaves)
         worked_out = [path for path, node in leaves.items() if self._is_derived(node)]
         self.derived = frozenset([*worked_out, *(derived or ())])
@@ -119,13 +125,15 @@ class JsonSchema(Format):
         found = super().to_dict()
         return found | {"init_args": found["init_args"] | {"schema": self.schema}}
 
-    def _parts(self, node: Any, above: tuple[Any, ...] = ()) -> Iterator[dict[str, Any]]:
-        """The node and all that `$ref`, allOf, anyOf and oneOf add to it."""
-        if isinstance(node, dict) and not any(node is other for other in above):
+    def _parts(self, node: Any, seen: set[int] | None = None) -> Iterator[dict[str, Any]]:
+        """The node and all that `$ref`, allOf, anyOf and oneOf add to it, each once."""
+        seen = set() if seen is None else seen
+        if isinstance(node, dict) and id(node) not in seen:
+            seen.add(id(node))
             yield node
             added = [self._lookup(node["$ref"]).contents] if "$ref" in node else []
             for inner in (*added, *node.get("allOf", ()), *node.get("anyOf", ()), *node.get("oneOf", ())):
-                yield from self._parts(inner, (*above, node))
+                yield from self._parts(inner, seen)
 
     def _properties(self, node: Any) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -177,7 +185,7 @@ def _problem(error: ValidationError) -> Problem:
     while error.context:  # anyOf, oneOf: the alternative that came closest says what is wrong
         branches: dict[Any, list[ValidationError]] = {}
         for inner in error.context:
-            branches.setdefault(inner.schema_path[0], []).append(inner)
+            branches.setdefault(next(iter(inner.schema_path), None), []).append(inner)  # none for `false`
         deepest = lambda found: max(len(e.absolute_path) for e in found)  # noqa: E731
         error = min(branches.values(), key=lambda found: (-deepest(found), len(found)))[0]
     keyword, value, limit = str(error.validator), error.instance, error.validator_value

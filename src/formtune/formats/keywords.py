@@ -18,10 +18,11 @@ from datetime import time as clock
 from functools import lru_cache
 from typing import Any
 
-import regex
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 from jsonschema.validators import extend
+
+from formtune.formats.patterns import compile_pattern
 
 CHECK_SECONDS = 0.5  # of processor time (a busy machine changes no verdict); an ordinary check needs 0.0001
 
@@ -62,11 +63,11 @@ def errors_in_time(validator: Any, value: Any) -> Iterator[ValidationError]:
 
 
 @lru_cache(maxsize=1000)
-def compile_pattern(pattern: str) -> Any:
+def compile_ecma(pattern: str) -> Any:
     r"""A pattern as ECMA-262 means it: `$` is the end alone, not also before a last line feed, `\d` is 0 to 9.
 
     Raises:
-        regex.error: It is no pattern.
+        regex.error: As `compile_pattern`.
     """
 
     def translate(match: re.Match[str]) -> str:
@@ -75,7 +76,7 @@ def compile_pattern(pattern: str) -> Any:
             return re.sub(r"\\.", lambda escape: "0-9" if escape[0] == r"\d" else escape[0], token, flags=re.S)
         return {"$": r"\Z", r"\d": "[0-9]"}.get(token, token)
 
-    return regex.compile(re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]|\$", translate, pattern, flags=re.S))
+    return compile_pattern(re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]|\$", translate, pattern, flags=re.S))
 
 
 def _seconds_left() -> float:
@@ -87,7 +88,7 @@ def _seconds_left() -> float:
 
 def _matches(pattern: str, text: str) -> bool:
     left = _seconds_left()
-    return compile_pattern(pattern).search(text, timeout=None if math.isinf(left) else left) is not None
+    return compile_ecma(pattern).search(text, timeout=None if math.isinf(left) else left) is not None
 
 
 def _pattern(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[ValidationError]:

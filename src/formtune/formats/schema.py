@@ -14,11 +14,13 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from formtune.errors import UserError
-from formtune.formats.keywords import FORMATS, BoundedValidator, compile_pattern, errors_in_time
-from formtune.formats.strict_json import loads_strict
+from formtune.formats.keywords import FORMATS, BoundedValidator, compile_ecma, errors_in_time
+from formtune.formats.strict_json import MAX_DEPTH, loads_strict
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 ROOT_ONLY = ("$schema", "$id")
+MAX_CHARACTERS = 4 * 2**20  # of a schema's file
+MAX_VALUES = 20_000  # of a schema, keys and all they hold: checking a schema by its schema takes time
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
@@ -40,7 +42,11 @@ def read_schema(path: str) -> Any:
         UserError: There is no such file, or it holds no JSON.
     """
     try:
-        return loads_strict(Path(path).read_text(encoding="utf-8-sig").strip())
+        with Path(path).open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+        if len(text) > MAX_CHARACTERS:
+            raise UserError(f"{path}: longer than {MAX_CHARACTERS:,} characters; a contract is not that large")
+        return loads_strict(text.strip())
     except OSError as error:
         raise UserError(f"data.format.schema: {path}: {error.strerror}") from None
     except ValueError as error:
@@ -59,7 +65,8 @@ def make_validator(schema: Any, name: str) -> Any:
     """
     if not isinstance(schema, dict):
         raise UserError(f"{name}: expected an object as schema, found {schema!r:.40}")
-    if schema.get("$schema", DIALECT).rstrip("#") != DIALECT:
+    _check_size(schema, name)
+    if str(schema.get("$schema", DIALECT)).rstrip("#") != DIALECT:
         raise UserError(f"{name}: $schema is {schema['$schema']}, but only draft 2020-12 is read; convert the schema")
     try:
         # Without formats: "regex" would be checked by `re`, which knows less than what patterns run on.
@@ -86,6 +93,22 @@ def make_validator(schema: Any, name: str) -> Any:
     except (RecursionError, TimeoutError):
         raise UserError(f"{name}: a $ref leads back to itself without end; put a property or items between") from None
     return validator
+
+
+def _check_size(schema: Any, name: str) -> None:
+    level, values = [schema], 0
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for node in level
+            for inner in (node.values() if isinstance(node, dict) else node if isinstance(node, list) else ())
+        ]
+        values += len(level)
+        if values > MAX_VALUES:
+            raise UserError(f"{name}: more than {MAX_VALUES:,} keys and values; a contract is not that large")
+        if not level:
+            return
+    raise UserError(f"{name}: the schema is nested deeper than {MAX_DEPTH} levels; flatten it with $defs")
 
 
 def resolver(root: Any) -> Any:
@@ -118,7 +141,7 @@ def _check_node(place: str, node: dict[str, Any]) -> None:
             raise UserError(f"{place}.{key}: stands below the root; remove it")
     for pattern in (*node.get("patternProperties", ()), *([node["pattern"]] if "pattern" in node else ())):
         try:
-            compile_pattern(pattern)
+            compile_ecma(pattern)
         except regex.error as error:
             raise UserError(f"{place}: not a JSON Schema (pattern {pattern!r}: {error})") from None
     if node.get("format", "date") not in FORMATS:
@@ -128,6 +151,7 @@ def _check_node(place: str, node: dict[str, Any]) -> None:
 
 def _targets(root: Any, nodes: list[tuple[str, dict[str, Any]]], name: str) -> Iterator[Any]:
     """What all references lead to."""
+    known = {id(node) for _, node in nodes}
     for path, node in nodes:
         for key in ("$ref", "$dynamicRef"):
             if key not in node:
@@ -138,6 +162,6 @@ def _targets(root: Any, nodes: list[tuple[str, dict[str, Any]]], name: str) -> I
                 target = resolver(root).lookup(node[key]).contents
             except referencing.exceptions.Unresolvable:
                 target = None
-            if not isinstance(target, bool) and not any(target is known for _, known in nodes):
+            if not isinstance(target, bool) and id(target) not in known:
                 raise UserError(f"{name}: {path}: a $ref leads nowhere ({node[key]!r}); mend it or add what it names")
             yield target

@@ -13,6 +13,7 @@ from jsonargparse.typing import PositiveFloat
 from formtune.errors import UserError
 from formtune.formats.contract import TIMEOUT, Format, answer_start
 from formtune.formats.grammar import label_rules, regex_rules, section_rules
+from formtune.formats.patterns import compile_pattern
 from formtune.formats.verdict import Problem, SyntaxProblem
 
 MAX_MATCHES = 64  # of a pattern looked at within other text
@@ -30,7 +31,7 @@ class Regex(Format):
 
     def __init__(self, pattern: str, seconds: PositiveFloat = 1.0) -> None:
         try:
-            self._pattern = regex.compile(pattern)
+            self._pattern = compile_pattern(pattern)
         except regex.error as error:
             raise UserError(f"data.format.pattern: no regular expression ({error})") from None
         self.pattern, self.seconds = pattern, seconds

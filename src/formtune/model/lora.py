@@ -11,7 +11,7 @@ from torch import nn
 
 from formtune.errors import UserError, first_line
 from formtune.model.adapters import LoraLinear, share_inputs
-from formtune.rendering import check_base
+from formtune.model.folder import check_folder, skeleton
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,10 @@ def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch
             bnb_4bit_compute_dtype=dtype,
         )
     try:
+        check_folder(base)
         # Pickle files are never read: a base without safetensors is refused.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            check_base(base),
+            base,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
@@ -93,6 +94,17 @@ def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     return model
+
+
+def check_layers(base: str, lora: Lora) -> None:
+    """Check the names of layers before the base's weights are read.
+
+    Raises:
+        UserError: A target names no layer.
+    """
+    if (model := skeleton(base)) is not None:
+        target_names(model, lora.targets)
+        _known(model, lora.modules_to_save, "modules_to_save", nn.Module)
 
 
 def add_lora(model: Any, lora: Lora, quantized: bool = False) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,12 +20,12 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from formtune.errors import Fault, UserError
+from formtune.errors import Fault, UserError, first_line
 from formtune.formats import Format, Verdict
 from formtune.metrics import EXACT, FormatMetrics, LossMetrics
 from formtune.model.grammar import Grammar
 from formtune.model.identity import contract_hash, identity
-from formtune.model.lora import Lora, add_lora, load_base
+from formtune.model.lora import Lora, add_lora, check_layers, load_base
 from formtune.model.passes import Passes, passes
 from formtune.rendering import Renderer, Row, context_length
 
@@ -39,6 +41,21 @@ class Answer:
     row: Row
     text: str
     verdict: Verdict
+
+
+def _check_optimizer(factory: OptimizerCallable) -> None:
+    """Try the optimizer's values before anything slow is done with the model.
+
+    Raises:
+        UserError: One is refused, or is no finite number.
+    """
+    try:
+        values = factory([torch.nn.Parameter(torch.zeros(1, 1))]).defaults
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.optimizer: {first_line(error)}") from error
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"model.optimizer: {name} is {value}, it must be a finite number")
 
 
 class FormatModule(L.LightningModule):
@@ -84,6 +101,8 @@ class FormatModule(L.LightningModule):
         constrained: bool = False,
     ) -> None:
         super().__init__()
+        check_layers(base, lora)
+        _check_optimizer(optimizer)
         # No save_hyperparameters(): on resume the checkpoint's values would silently beat YAML and flags.
         self.automatic_optimization = False
         self.base, self.format, self.lora, self.quantize = base, format, lora, quantize
@@ -137,10 +156,7 @@ class FormatModule(L.LightningModule):
         from transformers import get_cosine_schedule_with_warmup
 
         trained = [p for p in self.parameters() if p.requires_grad]
-        try:
-            optimizer = self.optimizer_factory(trained)
-        except ValueError as error:
-            raise UserError(f"model.optimizer: {error}") from error
+        optimizer = self.optimizer_factory(trained)
         # Fused optimizers would scale 16-mixed gradients back inside step(), after they should have been clipped.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         steps = self.trainer.estimated_stepping_batches
@@ -276,6 +292,14 @@ class FormatModule(L.LightningModule):
                 sums += torch.stack([nats.sum(dtype=EXACT), sums.new_tensor(nats.numel())])
         nats, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")
         return nats / tokens
+
+    @property
+    def validation_names(self) -> set[str]:
+        """Names of all that a validation measures."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nothing was measured yet
+            found = {f"val/{name}" for name in LossMetrics().compute()} | set(FormatMetrics(self.format).compute())
+        return found
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("", "val/")
