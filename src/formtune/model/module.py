@@ -106,7 +106,7 @@ class FormatModule(L.LightningModule):
         if base.get_input_embeddings().num_embeddings < len(self.renderer.tokenizer):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
         if self.constrained:
-            self.grammar = Grammar(self.format, self.renderer, base.get_input_embeddings().num_embeddings)
+            self.grammar = Grammar(self.format, self.renderer)
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = add_lora(base, self.lora, quantized=bool(self.quantize))
