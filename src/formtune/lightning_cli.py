@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -30,7 +30,7 @@ from formtune.callbacks import (
 from formtune.cli import LOGS, VERBS
 from formtune.data.module import FormatDataModule
 from formtune.errors import UserError
-from formtune.evaluations import Evaluations, results
+from formtune.evaluations import Baseline, Evaluations, results
 from formtune.export import export_adapter
 from formtune.model import FormatModule
 from formtune.parsing import OneLine
@@ -90,10 +90,11 @@ class FormtuneCLI(LightningCLI):
         )
         # Of fit alone, and known to all verbs: `test -c` takes a run's own configuration.
         parser.add_argument(
-            "--shots",
-            type=NonNegativeInt,
-            default=4,
-            help="Training rows in the prompt of fit's second baseline, as many as fit in; 0 leaves it out",
+            "--baselines",
+            type=list[Baseline],
+            default=["few_shot", "constrained"],
+            help="What fit measures beside the plain base: few_shot, with training rows in its prompt; constrained, "
+            "under the contract's grammar, and the tuned model too; [] measures neither",
         )
         parser.link_arguments("model.base", "data.tokenizer")
         parser.link_arguments("model.max_new_tokens", "data.max_new_tokens")
@@ -162,7 +163,7 @@ class FormtuneCLI(LightningCLI):
         evaluations = Evaluations(trainer, model, datamodule, self.outcomes, self.run_dir)
         if trainer.is_global_zero:
             self._save_config()
-        result |= evaluations.baselines(self.config.fit.shots)
+        result |= evaluations.baselines(self.config.fit.baselines)
         trainer.validate(model, datamodule, verbose=False)  # the curves begin at the base
         # Evaluations draw from the same generators: training must not depend on whether a baseline was found on disk.
         if seed := os.environ.get("PL_GLOBAL_SEED"):
@@ -178,7 +179,7 @@ class FormtuneCLI(LightningCLI):
             model.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
             if trainer.is_global_zero:
                 export_adapter(model, self.run_dir / "adapter", self.run_dir / "config.yaml")
-        result["after"], result["counts"]["after"] = evaluations.tuned()
+        evaluations.tuned(result)
         result["probe"] = evaluations.probe()
         result["rows"] = result["counts"]["after"]["format/exact"][1]
         result["data"] = datamodule.splits.key if datamodule.splits else None  # as in audit.json

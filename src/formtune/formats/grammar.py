@@ -106,9 +106,7 @@ def _check_open(place: str, node: dict[str, Any], whole: bool) -> None:
     items = "array" in _types(node) and node.get("items", True) is True
     if anything or items or not (node.keys() & says or re.search(r"\.allOf\[\d+\]$", place)):
         what = f".properties.{anything[0]}" if anything else ".items" if items else ""
-        raise UserError(
-            f"{place}{what}: a grammar needs the type of every value; add it or decode without a grammar"
-        )
+        raise UserError(f"{place}{what}: a grammar needs the type of every value; add it or decode without a grammar")
 
 
 def _types(node: dict[str, Any]) -> list[str]:
