@@ -171,7 +171,7 @@ def _randomization(first: np.ndarray, second: np.ndarray) -> float:
     kinds, times = _kinds(gained)
     ways = math.prod((times + 1).tolist())
     if ways <= DRAWS:
-        swapped = np.indices(times + 1).reshape(len(times), -1)
+        swapped = np.indices((times + 1).tolist()).reshape(len(times), -1)
         weights = stats.binom.pmf(swapped, times[:, None], 0.5).prod(axis=0)
     else:
         swapped = np.random.default_rng(0).binomial(times[:, None], 0.5, (len(times), DRAWS + 1))
