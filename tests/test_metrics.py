@@ -150,7 +150,9 @@ class Broken(Metric):
 
 def test_a_metric_of_ones_own_that_fails_is_named_in_one_line():
     metrics = OwnMetrics([Broken()])
-    with pytest.raises(UserError, match=r"^model.metrics: update of Broken failed: TypeError: list indices .*two lists"):
+    with pytest.raises(
+        UserError, match=r"^model.metrics: update of Broken failed: TypeError: list indices .*two lists"
+    ):
         metrics.update(["a"], ["b"])
     with pytest.raises(UserError, match="compute of Broken failed: ValueError: could not"):
         metrics.compute()

@@ -53,7 +53,27 @@ SCHEMAS = {
     },
     "list": {"type": "array", "uniqueItems": True, "items": {"type": "string", "format": "date"}},
 }
-SCALARS = [None, True, False, 0, 1, 2, 7, -3, 100, 1.0, 0.5, 1e3, "", "a", "new", "Zoé", "1", "2024-02-29", "2023-02-29"]
+SCALARS = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    7,
+    -3,
+    100,
+    1.0,
+    0.5,
+    1e3,
+    "",
+    "a",
+    "new",
+    "Zoé",
+    "1",
+    "2024-02-29",
+    "2023-02-29",
+]
 
 
 def document(dice, schema, root):
@@ -108,7 +128,9 @@ def mutated(dice, value):
 
 def values(document, path=()):
     """Path and value of all that is neither null nor a container."""
-    inner = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    inner = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
     for key, one in inner:
         yield from values(one, (*path, key))
     if not isinstance(document, dict | list | None):
