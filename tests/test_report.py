@@ -105,6 +105,8 @@ def test_a_grammar_that_gives_form_without_content_leaves_points_to_win():
         "at most 0.0 points of format and 3.0 of right answers to win, so a grammar may be enough"
     )
     assert prompting_verdict({"p": said(100, exact=97, right=97)}).endswith("so prompting may be enough")
+    cut = [outcome(n, False, "truncated") for n in range(7)]
+    assert "right (0.0% to 35.4%), 7 of 7 answers cut for length: fine-tuning" in prompting_verdict(plain, cut)
 
 
 CONTRACT = JsonSchema({"properties": {"n": {"type": "integer"}, "s": {"enum": ["a", "b"]}}})
@@ -156,16 +158,20 @@ def run_of(before, after, **views):
 
 def test_the_headline_says_whether_training_was_worth_it():
     before = said(300, exact=50, right=50)
-    assert headline(run_of(before, said(300, exact=280, right=240))) == (
-        "93.3% of the answers keep the format (89.9% to 95.6%; base 16.7%: better), and "
-        "80.0% of the answers are right (75.1% to 84.1%; base 16.7%: better)"
-    )
-    assert headline(run_of(before, said(300, exact=51, right=51))).count("cannot tell") == 2
-    assert headline(run_of(before, said(300, exact=5, right=5))).count("worse") == 2
+    assert headline(run_of(before, said(300, exact=280, right=240))) == [
+        "93.3% of the answers keep the format (89.9% to 95.6%): better against 16.7% of the base",
+        "80.0% of the answers are right (75.1% to 84.1%): better against 16.7% of the base",
+    ]
+    assert all("cannot tell" in line for line in headline(run_of(before, said(300, exact=51, right=51))))
+    assert all("worse" in line for line in headline(run_of(before, said(300, exact=5, right=5))))
+    assert 'class="verdict"' in page(run_of(before, said(300, exact=280, right=240)))
+    assert 'class="verdict blocked"' in page(run_of(before, said(300, exact=51, right=51)))
     few, constrained = said(300, exact=60, right=60), said(300, exact=300, right=235)
-    line = headline(run_of(before, said(300, exact=280, right=240), few_shot=few, before_constrained=constrained))
-    assert "base with examples 20.0%: better; base under a grammar 100.0%: worse)" in line
-    assert re.search(r"base with examples 20.0%: better; base under a grammar 78.3%: cannot tell with 300 rows", line)
+    form, content = headline(
+        run_of(before, said(300, exact=280, right=240), few_shot=few, before_constrained=constrained)
+    )
+    assert "better against 20.0% of the base with examples; worse against 100.0% of the base under a grammar" in form
+    assert re.search(r"examples; cannot tell with 300 rows.* against 78.3% of the base under a grammar$", content)
 
 
 class Page(HTMLParser):

@@ -82,6 +82,8 @@ class Evaluations:
                 name = f"with {count} example{'s' if count > 1 else ''} in the prompt{under}"
                 prompts[name], outcomes[name] = few, self._baseline("few_shot", few, found)
                 found["shots"] = [row.where for row in chosen[:count]]
+            elif self._writes:
+                print("not measured with examples in the prompt: none fits beside the longest test row")
         constrained = None
         if "constrained" in kinds and not self.model.constrained:  # else all of them are
             try:

@@ -143,7 +143,8 @@ def _reached(outcomes: Sequence[Outcome], by: str) -> str:
         low, high = wilson(count, rows)
         parts.append(f"{count / rows:.1%} {what} ({low:.1%} to {high:.1%})")
         left.append(f"{100 * (1 - count / rows):.1f}")
-    reached = " and ".join(parts)
+    cut = sum(one.kind == "truncated" for one in outcomes)
+    reached = " and ".join(parts) + (f", {cut:,} of {rows:,} answers cut for length" if cut else "")
     if count == rows:
         return f"{reached}: nothing is left to win"
     worth = f"fine-tuning has at most {left[0]} points of format and {left[1]} of right answers to win"

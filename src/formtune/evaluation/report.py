@@ -19,7 +19,7 @@ from formtune import __version__
 from formtune.evaluation.baseline import best_prompt
 from formtune.evaluation.outcomes import RATES, VIEWS, Outcome, field_f1, rate
 from formtune.evaluation.slices import slices
-from formtune.evaluation.statistics import rate_difference, verdict, wilson
+from formtune.evaluation.statistics import Difference, rate_difference, verdict, wilson
 from formtune.files import write_whole
 from formtune.formats import KINDS, Format
 from formtune.page import BLUE, GREY, ORANGE, RED, environment, svg
@@ -72,21 +72,28 @@ def card(run: Run) -> str:
     return environment(autoescape=False).get_template("evaluation/card.md.jinja").render(**_facts(run))
 
 
-def headline(run: Run) -> str:
-    """Whether the tuned model is better than the best prompt, and than that with a grammar, in one line."""
+def headline(run: Run) -> list[str]:
+    """Whether the tuned model is better than the best prompt, and than that with a grammar: a line for each rate."""
     after = run.outcomes["after"]
-    prompts = {name: run.outcomes[name] for name in ("before", "few_shot") if name in run.outcomes}
-    names = [best_prompt(prompts), *(["before_constrained"] if "before_constrained" in run.outcomes else [])]
-    parts = []
+    names = [_best_prompt(run), *(["before_constrained"] if "before_constrained" in run.outcomes else [])]
+    lines = []
     for attribute, what in (("exact", "keep the format"), ("joint", "are right")):
         count, rows = rate(after, attribute)
         low, high = wilson(count, rows)
         against = []
         for name in names:
-            first, second = ([getattr(one, attribute) for one in view] for view in (run.outcomes[name], after))
-            against.append(f"{VIEWS[name]} {sum(first) / rows:.1%}: {verdict(rate_difference(first, second))}")
-        parts.append(f"{count / rows:.1%} of the answers {what} ({low:.1%} to {high:.1%}; {'; '.join(against)})")
-    return ", and ".join(parts)
+            before = rate(run.outcomes[name], attribute)[0] / rows
+            against.append(f"{verdict(_gain(run, name, attribute))} against {before:.1%} of the {VIEWS[name]}")
+        lines.append(f"{count / rows:.1%} of the answers {what} ({low:.1%} to {high:.1%}): {'; '.join(against)}")
+    return lines
+
+
+def _best_prompt(run: Run) -> str:
+    return best_prompt({name: run.outcomes[name] for name in ("before", "few_shot") if name in run.outcomes})
+
+
+def _gain(run: Run, view: str, attribute: str) -> Difference:
+    return rate_difference(*([getattr(one, attribute) for one in run.outcomes[name]] for name in (view, "after")))
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -120,6 +127,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "run": run,
         "result": run.result,
         "headline": headline(run),
+        "better": any(verdict(_gain(run, _best_prompt(run), name)) == "better" for name in ("exact", "joint")),
         "views": views,
         "names": VIEWS,
         "table": table,
