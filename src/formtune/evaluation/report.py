@@ -83,8 +83,8 @@ def headline(run: Run) -> list[str]:
         against = []
         for name in names:
             before = rate(run.outcomes[name], attribute)[0] / rows
-            against.append(f"{verdict(_gain(run, name, attribute))} against {before:.1%} of the {VIEWS[name]}")
-        lines.append(f"{count / rows:.1%} of the answers {what} ({low:.1%} to {high:.1%}): {'; '.join(against)}")
+            against.append(f"against {before:.1%} ({VIEWS[name]}) {verdict(_gain(run, name, attribute))}")
+        lines.append(f"{count / rows:.1%} of the answers {what} ({low:.1%} to {high:.1%}): {', '.join(against)}")
     return lines
 
 

@@ -173,11 +173,12 @@ def _randomization(first: np.ndarray, second: np.ndarray) -> float:
     if ways <= DRAWS:
         swapped = np.indices((times + 1).tolist()).reshape(len(times), -1)
         weights = stats.binom.pmf(swapped, times[:, None], 0.5).prod(axis=0)
+        moved = kinds @ swapped
     else:
-        swapped = np.random.default_rng(0).binomial(times[:, None], 0.5, (len(times), DRAWS + 1))
-        swapped[:, 0] = 0  # the deal that was observed is one of them
+        dice, moved = np.random.default_rng(0), np.zeros((2, DRAWS + 1))  # the first deal is the one that was observed
         weights = np.full(DRAWS + 1, 1 / (DRAWS + 1))
-    moved = kinds.astype(float) @ swapped.astype(float)
+        for gain, number in zip(kinds.T, times, strict=True):
+            moved[:, 1:] += gain[:, None] * dice.binomial(number, 0.5, DRAWS)
     totals = np.concatenate([first.sum(axis=1)[:, None] + moved, second.sum(axis=1)[:, None] - moved])
     gains, observed = _gain(totals), float(_f1(*second.sum(axis=1)) - _f1(*first.sum(axis=1)))
     rounding = 1e-12  # equal fractions of other sums
