@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import SCHEMA, byte_tokenizer, pair
 from formtune.cli import main
@@ -171,6 +172,10 @@ def test_the_headline_says_whether_training_was_worth_it():
         run_of(before, said(300, exact=280, right=240), few_shot=few, before_constrained=constrained)
     )
     assert "against 20.0% (base with examples) better, against 100.0% (base under a grammar) worse" in form
+    tuned = {"after_constrained": said(300, exact=300, right=270)}
+    assert headline(run_of(before, said(300, exact=280, right=240), **tuned))[1].startswith(
+        "80.0% of the answers are right (75.1% to 84.1%), 90.0% under a grammar (86.1% to 92.9%): against"
+    )
     assert re.search(r"better, against 78.3% \(base under a grammar\) cannot tell with 300 rows", content)
 
 
@@ -234,6 +239,9 @@ def test_fit_measures_the_prompted_base_first_and_only_once(task, base, monkeypa
         characters = sum(len(one.target) for one in outcomes)
         wrong = sum(edits(one.answer, one.target) for one in outcomes)
         assert first[name]["own/CharErrorRate"] == pytest.approx(wrong / characters)
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert {"own/CharErrorRate", "test/own/CharErrorRate"} <= set(events.Tags()["scalars"])
     page_text = (run / "report.html").read_text()
     assert "own/CharErrorRate" in page_text and "tuned under a grammar" in page_text
     assert min(o.prompt_tokens for o in kept["few_shot"]) > max(o.prompt_tokens for o in kept["before"])

@@ -112,7 +112,7 @@ def print_comparison(found: dict[str, Any]) -> None:
         Column("metric", overflow="fold"), title=f"Comparison on {found['rows']:,} test rows", title_justify="left"
     )
     for run in runs:
-        table.add_column(Text(run["name"]), justify="right")
+        table.add_column(Text(run["name"]), justify="right", overflow="fold")
     names = list(dict.fromkeys(name for run in runs for name in run["figures"]))
     for name in names:
         cells = [_cell(run["figures"].get(name), d.get(name)) for run, d in zip(runs, differences, strict=True)]

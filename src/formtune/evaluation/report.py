@@ -74,17 +74,19 @@ def card(run: Run) -> str:
 
 def headline(run: Run) -> list[str]:
     """Whether the tuned model is better than the best prompt, and than that with a grammar: a line for each rate."""
-    after = run.outcomes["after"]
     names = [_best_prompt(run), *(["before_constrained"] if "before_constrained" in run.outcomes else [])]
     lines = []
     for attribute, what in (("exact", "keep the format"), ("joint", "are right")):
-        count, rows = rate(after, attribute)
-        low, high = wilson(count, rows)
-        against = []
+        said, against = [], []
+        for name, under in (("after", f"of the answers {what} "), ("after_constrained", "under a grammar ")):
+            if name in run.outcomes:
+                count, rows = rate(run.outcomes[name], attribute)
+                low, high = wilson(count, rows)
+                said.append(f"{count / rows:.1%} {under}({low:.1%} to {high:.1%})")
         for name in names:
             before = rate(run.outcomes[name], attribute)[0] / rows
             against.append(f"against {before:.1%} ({VIEWS[name]}) {verdict(_gain(run, name, attribute))}")
-        lines.append(f"{count / rows:.1%} of the answers {what} ({low:.1%} to {high:.1%}): {', '.join(against)}")
+        lines.append(f"{', '.join(said)}: {', '.join(against)}")
     return lines
 
 
