@@ -51,8 +51,8 @@ CONTRACTS = {
 }
 
 
-def grammar_of(contract, renderer=RENDERER, size=SIZE):
-    return Grammar(contract, renderer, size)
+def grammar_of(contract, renderer=RENDERER):
+    return Grammar(contract, renderer)
 
 
 def naive(model, grammar, prompt, limit):
@@ -305,7 +305,7 @@ def test_without_the_library_one_line_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize("name", ["qwen3", "phi-3-mini-instruct", "mistral-v3-instruct"])
 def test_targets_of_other_tokenizers_keep_the_grammar(name):
     renderer = Renderer.load(str(shared(f"tokenizers/{name}")))
-    grammar = grammar_of(CONTRACTS["json"], renderer, len(renderer.tokenizer) + 64)
+    grammar = grammar_of(CONTRACTS["json"], renderer)
     for answer in ('{"n":1,"s":"é😀"}', '{"n": 1, "s": ""}'):
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
         [encoded] = renderer.encode([(turn, "")])

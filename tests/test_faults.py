@@ -76,7 +76,7 @@ def _task(folder: Path, base: str) -> None:
             "precision": "32-true",
             "enable_progress_bar": False,
         },
-        "shots": 0,
+        "baselines": [],
     }
     (folder / "small.yaml").write_text(yaml.safe_dump(config))
 

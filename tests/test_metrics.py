@@ -5,9 +5,12 @@ import random
 
 import pytest
 import torch
+from torchmetrics import Metric
+from torchmetrics.text import CharErrorRate
 
+from formtune.errors import UserError
 from formtune.formats import KINDS, JsonSchema
-from formtune.metrics import FormatMetrics, LossMetrics
+from formtune.metrics import FormatMetrics, LossMetrics, OwnMetrics
 from test_formats import CASES, CONTRACT, GOLD
 
 VERDICTS = [CONTRACT.check(text, gold=GOLD, source="Ann") for text, *_ in CASES]
@@ -106,3 +109,50 @@ def test_loss_is_weighted_by_tokens_and_split_into_structure_and_values():
         "tf_exact": 0.5,
         "parity": pytest.approx(2 / 3),
     }
+
+
+class Lengths(Metric):
+    """Several figures by name; a state that is changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("said", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, predictions, targets):
+        self.said += sum(map(len, predictions))
+
+    def compute(self):
+        return {"said": self.said, "doubled": 2 * self.said}
+
+
+def test_metrics_of_ones_own_are_named_by_class_number_and_figure_and_begin_anew():
+    metrics = OwnMetrics([Lengths(), Lengths(), CharErrorRate()])
+    metrics.update(["ab"], ["ac"])
+    metrics.update([], [])  # a process may get no row
+    lengths = {"own/Lengths/said": 2, "own/Lengths/doubled": 4, "own/Lengths-2/said": 2, "own/Lengths-2/doubled": 4}
+    assert metrics.compute() == lengths | {"own/CharErrorRate": 0.5}
+    assert metrics.alone(["abcd"], ["abcd"])["own/Lengths/said"] == 4
+    assert metrics.compute()["own/Lengths/said"] == 2
+    metrics.reset()
+    metrics.update(["x"], ["y"])
+    assert metrics.compute()["own/Lengths/said"] == 1
+
+
+class Broken(Metric):
+    full_state_update = False
+
+    def update(self, predictions, targets):
+        return predictions["no"]
+
+    def compute(self):
+        return "many words"
+
+
+def test_a_metric_of_ones_own_that_fails_is_named_in_one_line():
+    metrics = OwnMetrics([Broken()])
+    with pytest.raises(
+        UserError, match=r"^model.metrics: update of Broken failed: TypeError: list indices .*two lists"
+    ):
+        metrics.update(["a"], ["b"])
+    with pytest.raises(UserError, match="compute of Broken failed: ValueError: could not"):
+        metrics.compute()

@@ -6,8 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from formtune.cli import main
+from formtune.metrics import OwnMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -23,7 +25,9 @@ def test_make_targets_exist(command):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "formtune " in c and not c.startswith(("git", "make"))])
 def test_commands_are_parsed(command, monkeypatch, tmp_path, capfd):
-    (tmp_path / "invoice_format.py").write_text(PYTHON[-1])
+    for text in PYTHON:
+        if text.startswith("# ") and (name := text.split()[1]).endswith(".py"):
+            (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(ROOT)
     words = shlex.split(command.replace("logs/demo/RUN/config.yaml", "configs/demo.yaml"))
@@ -35,7 +39,19 @@ def test_commands_are_parsed(command, monkeypatch, tmp_path, capfd):
 
 def test_the_format_of_ones_own_works_as_shown(monkeypatch):
     namespace: dict = {}
-    exec(PYTHON[-1], namespace)
+    exec(next(text for text in PYTHON if "KeyValue" in text), namespace)
     contract = namespace["KeyValue"]()
     assert contract.check("number=7\ntotal=12", gold="number=7\ntotal=12").joint
     assert contract.check("total=12").kind == "syntax"
+
+
+def test_the_metric_of_ones_own_works_as_shown_in_tests_and_then_in_validations():
+    namespace: dict = {}
+    exec(next(text for text in PYTHON if "LengthRatio" in text), namespace)
+    metrics = OwnMetrics([namespace["LengthRatio"]()])
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            metrics.reset()
+            metrics.update(["abc", "d"], ["ab", ""])
+            metrics.update(["", "x"], ["", "yz"])
+            assert metrics.compute() == {"own/LengthRatio": 1.25}

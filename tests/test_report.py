@@ -1,19 +1,22 @@
 """Baselines are measured before training on the same rows, and a run's page says where it fails."""
 
 import json
+import re
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import SCHEMA, byte_tokenizer, pair
 from formtune.cli import main
 from formtune.errors import UserError
 from formtune.evaluation import baseline
 from formtune.evaluation.baseline import choose_shots, few_shot_rows, prompting_verdict
-from formtune.evaluation.outcomes import Outcome, field_f1, rate, read_outcomes, write_outcomes
+from formtune.evaluation.outcomes import VIEWS, Outcome, field_f1, rate, read_outcomes, write_outcomes
 from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.evaluation.report import Run, card, gallery, headline, page
 from formtune.evaluation.slices import slices
@@ -27,6 +30,12 @@ def outcome(number, exact=True, kind="ok", tokens=10, origin="", target='{"n":1,
         f"f:{number}", origin, tokens, 5, f"input {number}", target, answer, kind, "why", exact, exact, kind == "ok",
         2 if kind == "ok" else 1, 2, 2, {"n": kind == "ok", "s": True},
     )  # fmt: skip
+
+
+def said(rows, exact, right):
+    """The first ones in format, of these the first ones right, too."""
+    kinds = ["ok"] * right + ["content"] * (exact - right) + ["syntax"] * (rows - exact)
+    return [outcome(n, kind in ("ok", "content"), kind) for n, kind in enumerate(kinds)]
 
 
 def test_outcomes_survive_the_disk_and_a_foreign_file_is_named(tmp_path):
@@ -77,12 +86,28 @@ def test_shots_stand_between_system_prompt_and_question_and_as_many_as_fit_are_t
 
 
 def test_the_verdict_names_the_better_prompt_with_its_interval():
-    base, shots = [outcome(n, n < 5) for n in range(10)], [outcome(n, n < 8) for n in range(10)]
-    said = prompting_verdict({"without examples": base, "with 3 examples": shots})
-    assert said == (
-        "prompting reaches 80.0% in format (49.0% to 94.3%), with 3 examples; fine-tuning has at most 20.0 points to win"
+    base, shots = said(10, exact=5, right=5), said(10, exact=8, right=7)
+    assert prompting_verdict({"without examples": base, "with 3 examples": shots}) == (
+        "prompting, with 3 examples, reaches 80.0% in format (49.0% to 94.3%) and 70.0% right (39.7% to 89.2%): "
+        "fine-tuning has at most 20.0 points of format and 30.0 of right answers to win"
     )
-    assert "nothing is left to win" in prompting_verdict({"plain": [outcome(1)]})
+    assert "nothing is left to win" in prompting_verdict({"plain": said(1, exact=1, right=1)})
+    # Right answers decide, and not the format alone.
+    assert "prompting, b," in prompting_verdict({"a": said(10, exact=9, right=1), "b": said(10, exact=4, right=4)})
+
+
+def test_a_grammar_that_gives_form_without_content_leaves_points_to_win():
+    plain = {"without examples": said(100, exact=15, right=15)}
+    assert prompting_verdict(plain, said(100, exact=100, right=20)).endswith(
+        ". With a grammar it reaches 100.0% in format (96.3% to 100.0%) and 20.0% right (13.3% to 28.9%): "
+        "fine-tuning has at most 0.0 points of format and 80.0 of right answers to win"
+    )
+    assert prompting_verdict(plain, said(100, exact=100, right=97)).endswith(
+        "at most 0.0 points of format and 3.0 of right answers to win, so a grammar may be enough"
+    )
+    assert prompting_verdict({"p": said(100, exact=97, right=97)}).endswith("so prompting may be enough")
+    cut = [outcome(n, False, "truncated") for n in range(7)]
+    assert "right (0.0% to 35.4%), 7 of 7 answers cut for length: fine-tuning" in prompting_verdict(plain, cut)
 
 
 CONTRACT = JsonSchema({"properties": {"n": {"type": "integer"}, "s": {"enum": ["a", "b"]}}})
@@ -123,17 +148,35 @@ def test_a_probe_lengthens_inputs_and_keeps_answers():
         assert all(row.source.endswith(old.source) for row, old in zip(found[name], encoded, strict=False))
 
 
-def run_of(before, after):
+def run_of(before, after, **views):
     training = {"steps": 5, "seconds": 1.0, "best_step": 4, "lowest_loss_step": 3}
-    result = {"rows": len(after), "training": training, "data": "abc", "after": {"val/parity": 1.0}, "probe": []}
-    return Run(result, {"before": before, "after": after}, CONTRACT, 20, None, {"format": 2}, "model: {}", "some/base")
+    result = {"rows": len(after), "training": training, "data": "abc", "after": {}, "probe": []}
+    result["counts"] = {"after": {"val/parity": (41, 42)}}
+    return Run(
+        result, {"before": before, "after": after} | views, CONTRACT, 20, None, {"format": 2}, "model: {}", "some/base"
+    )
 
 
 def test_the_headline_says_whether_training_was_worth_it():
-    before = [outcome(n, n < 50) for n in range(300)]
-    assert headline(run_of(before, [outcome(n, n < 280) for n in range(300)])).endswith("16.7%: better")
-    assert "cannot tell" in headline(run_of(before, [outcome(n, n < 51) for n in range(300)]))
-    assert headline(run_of(before, [outcome(n, n < 5) for n in range(300)])).endswith("worse")
+    before = said(300, exact=50, right=50)
+    assert headline(run_of(before, said(300, exact=280, right=240))) == [
+        "93.3% of the answers keep the format (89.9% to 95.6%): against 16.7% (base) better",
+        "80.0% of the answers are right (75.1% to 84.1%): against 16.7% (base) better",
+    ]
+    assert all("cannot tell" in line for line in headline(run_of(before, said(300, exact=51, right=51))))
+    assert all("worse" in line for line in headline(run_of(before, said(300, exact=5, right=5))))
+    assert 'class="verdict"' in page(run_of(before, said(300, exact=280, right=240)))
+    assert 'class="verdict blocked"' in page(run_of(before, said(300, exact=51, right=51)))
+    few, constrained = said(300, exact=60, right=60), said(300, exact=300, right=235)
+    form, content = headline(
+        run_of(before, said(300, exact=280, right=240), few_shot=few, before_constrained=constrained)
+    )
+    assert "against 20.0% (base with examples) better, against 100.0% (base under a grammar) worse" in form
+    tuned = {"after_constrained": said(300, exact=300, right=270)}
+    assert headline(run_of(before, said(300, exact=280, right=240), **tuned))[1].startswith(
+        "80.0% of the answers are right (75.1% to 84.1%), 90.0% under a grammar (86.1% to 92.9%): against"
+    )
+    assert re.search(r"better, against 78.3% \(base under a grammar\) cannot tell with 300 rows", content)
 
 
 class Page(HTMLParser):
@@ -163,28 +206,47 @@ def test_the_card_has_the_evidence_and_the_metadata():
     assert "| format/exact | 22.2% (6.3% to 54.7%) | 100.0% (70.1% to 100.0%) |" in text
 
 
+def edits(a, b):
+    """Levenshtein's distance."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        above, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (x != y))
+    return row[-1]
+
+
 def test_fit_measures_the_prompted_base_first_and_only_once(task, base, monkeypatch, capsys):
     folder, write = task
     monkeypatch.chdir(folder)
     write("train.jsonl", [pair(n, f"number {n * 7919} of {n}") for n in range(60)])
     words = ["fit", "--model.base", base, "--data.train", "train.jsonl", "--data.format", "JsonSchema", "--task", "t"]
     words += ["--data.format.schema", "schema.json", "--trainer.max_steps", "2", "--model.max_new_tokens", "24"]
-    words += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--shots", "2"]
+    words += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+    words += ["--model.metrics", "[{class_path: torchmetrics.text.CharErrorRate}]"]
     assert main([*words, "--run", "one"]) == 0
     said = capsys.readouterr().out
-    assert "prompting reaches 0.0% in format" in said and said.index("prompting") < said.index("Result")
+    assert ", reaches 0.0% in format" in said and ". With a grammar it reaches" in said
+    assert said.index("prompting") < said.index("Result")
     run = folder / "logs/t/one"
     first = json.loads((run / "metrics.json").read_text())
-    kept = {name: read_outcomes(run / "outcomes" / f"{name}.jsonl") for name in ("before", "few_shot", "after")}
-    assert (
-        [one.where for one in kept["before"]]
-        == [one.where for one in kept["few_shot"]]
-        == [one.where for one in kept["after"]]
-    )
+    kept = {name: read_outcomes(run / "outcomes" / f"{name}.jsonl") for name in VIEWS}
+    assert len({tuple(one.where for one in outcomes) for outcomes in kept.values()}) == 1
+    assert VIEWS.keys() <= first.keys() and VIEWS.keys() == first["counts"].keys()
+    for name, outcomes in kept.items():
+        assert rate(outcomes, "exact") == tuple(first["counts"][name]["format/exact"])
+        assert all(one.answer.lstrip()[0] == "{" for one in outcomes) == ("constrained" in name)
+        characters = sum(len(one.target) for one in outcomes)
+        wrong = sum(edits(one.answer, one.target) for one in outcomes)
+        assert first[name]["own/CharErrorRate"] == pytest.approx(wrong / characters)
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert {"own/CharErrorRate", "test/own/CharErrorRate"} <= set(events.Tags()["scalars"])
+    page_text = (run / "report.html").read_text()
+    assert "own/CharErrorRate" in page_text and "tuned under a grammar" in page_text
     assert min(o.prompt_tokens for o in kept["few_shot"]) > max(o.prompt_tokens for o in kept["before"])
     train = {Path(place).name for place in first["shots"]}
-    assert len(train) == 2 and not train & {Path(one.where).name for one in kept["before"]}
-    assert rate(kept["after"], "exact") == tuple(first["counts"]["after"]["format/exact"])
+    assert len(train) == len(first["shots"]) > 1 and not train & {Path(one.where).name for one in kept["before"]}
     assert (run / "report.html").is_file() and "some" not in (run / "adapter/README.md").read_text()[:10]
 
     asked = []
@@ -197,9 +259,17 @@ def test_fit_measures_the_prompted_base_first_and_only_once(task, base, monkeypa
     )
     assert main([*words, "--run", "two"]) == 0
     second = json.loads((folder / "logs/t/two/metrics.json").read_text())
-    assert len(asked) == 2  # the tuned model's and its probe; the base's were found
-    assert second["before"] == first["before"] and second["few_shot"] == first["few_shot"]
-    assert second["after"] == first["after"]
+    assert len(asked) == 3  # the tuned model's, that under the grammar and the probe; the base's were found
+    assert all(second[name] == first[name] for name in VIEWS)
+
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    assert main([*words, "--run", "three", "--baselines", "[constrained]"]) == 0
+    why = "what a grammar would reach is not measured: needs llguidance; pip install 'formtune[constrained]'"
+    assert why in capsys.readouterr().out.splitlines()
+    third = json.loads((folder / "logs/t/three/metrics.json").read_text())
+    assert third["counts"].keys() == {"before", "after"} and third["after"] == first["after"]
+    assert "was not measured: needs llguidance" in (folder / "logs/t/three/report.html").read_text()
 
 
 def test_another_base_or_contract_is_measured_anew(tmp_path):

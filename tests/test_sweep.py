@@ -106,6 +106,13 @@ def test_neither_the_test_rows_nor_a_point_that_lost_a_seed_have_a_part_in_the_c
     assert findings(points, [0, 1], {})["taken"] is None
 
 
+def test_a_choice_among_points_that_never_keep_the_format_says_so():
+    points = grid.points(["model.lora.r=8,16"])
+    for exact, warned in ((0, True), (1, False)):
+        found = findings(points, [0], {(at, 0): result(exact) for at in (0, 1)})
+        assert found["reason"].startswith("No point has an answer in format, so train longer first. ") == warned
+
+
 def test_a_grid_is_all_combinations_and_hands_on_the_values_as_they_are_written():
     points = grid.points(["model.lora.r=8,16", "model.optimizer.lr=1e-4,2e-4"])
     assert [point.name for point in points] == ["r8-lr1e-4", "r8-lr2e-4", "r16-lr1e-4", "r16-lr2e-4"]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from formtune.callbacks import Outcomes
 from formtune.data.encoded import quantile
 from formtune.data.module import FormatDataModule
+from formtune.errors import UserError
 from formtune.evaluation.baseline import (
+    SHOTS,
     baseline_key,
+    best_prompt,
     choose_shots,
     few_shot_rows,
     load_baseline,
@@ -21,8 +25,10 @@ from formtune.evaluation.outcomes import Outcome, write_outcomes
 from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.evaluation.report import Run, write_run_report
 from formtune.model import FormatModule
+from formtune.model.grammar import Grammar
 from formtune.rendering import Renderer, Row, context_length
 
+Baseline = Literal["few_shot", "constrained"]
 Counts = dict[str, tuple[int, int]]
 
 
@@ -49,6 +55,7 @@ class Evaluations:
         self.trainer, self.model, self.datamodule, self.folder = trainer, model, datamodule, folder
         self._callback = outcomes
         self._kept: dict[str, list[Outcome]] = {}
+        self._grammar: Grammar | None = None  # where the base is measured under it, the tuned model is too
         self._context = context_length(model.base) or 10**9
         self._writes = trainer.is_global_zero and not trainer.fast_dev_run
         datamodule.trainer = trainer
@@ -56,28 +63,54 @@ class Evaluations:
         assert datamodule.splits is not None
         self._rows = datamodule.splits.rows
 
-    def baselines(self, shots: int) -> dict[str, Any]:
-        """Figures of the base, plain (`before`) and with up to `shots` training rows in its prompt (`few_shot`)."""
+    def baselines(self, kinds: Sequence[Baseline]) -> dict[str, Any]:
+        """Figures of the base: plain (`before`), and those of `few_shot` and `before_constrained` that are asked for.
+
+        Args:
+            kinds: What to measure beside the plain base.
+        """
         found: dict[str, Any] = {"counts": {}}
-        test, contract = self._rows["test"], self.model.format
-        outcomes = {"without examples": self._baseline("before", test, found)}
-        if shots:
-            chosen = choose_shots(self._rows["train"], shots, contract)
-            few, count = few_shot_rows(test, chosen, Renderer.load(self.model.base), contract, self._context)
+        under = " and under the grammar" if self.model.constrained else ""
+        plain = f"without examples{under}"
+        prompts = {plain: self._rows["test"]}
+        outcomes = {plain: self._baseline("before", self._rows["test"], found)}
+        if "few_shot" in kinds:
+            chosen = choose_shots(self._rows["train"], SHOTS, self.model.format)
+            renderer = Renderer.load(self.model.base)
+            few, count = few_shot_rows(self._rows["test"], chosen, renderer, self.model.format, self._context)
             if count:
-                name = f"with {count} example{'s' if count > 1 else ''} in the prompt"
-                outcomes[name] = self._baseline("few_shot", few, found)
+                name = f"with {count} example{'s' if count > 1 else ''} in the prompt{under}"
+                prompts[name], outcomes[name] = few, self._baseline("few_shot", few, found)
                 found["shots"] = [row.where for row in chosen[:count]]
+            elif self._writes:
+                print("not measured with examples in the prompt: none fits beside the longest test row")
+        constrained = None
+        if "constrained" in kinds and not self.model.constrained:  # else all of them are
+            try:
+                self._grammar = Grammar(self.model.format, Renderer.load(self.model.base))
+            except UserError as error:
+                found["no_grammar"] = str(error).removeprefix("model.constrained: ")
+            else:
+                rows = prompts[best_prompt(outcomes)]
+                constrained = self._baseline("before_constrained", rows, found, self._grammar)
         if self._writes:
-            found["prompting"] = prompting_verdict(outcomes)
+            found["prompting"] = prompting_verdict(outcomes, constrained)
             print(found["prompting"])
+            if "no_grammar" in found:
+                print(f"what a grammar would reach is not measured: {found['no_grammar']}")
         return found
 
-    def tuned(self) -> tuple[dict[str, float], Counts]:
-        """Figures of the model as it is now."""
-        self._test(None, logs=True)
-        self._save("after", self._callback.outcomes)
-        return results(self.model)
+    def tuned(self, result: dict[str, Any]) -> None:
+        """Put figures of the model as it is now into the result, under the grammar too where the base was measured so.
+
+        Args:
+            result: What `baselines` found.
+        """
+        for name, grammar in (("after", None), ("after_constrained", self._grammar)):
+            if name == "after" or grammar:
+                self._test(None, logs=name == "after", grammar=grammar)
+                self._save(name, self._callback.outcomes)
+                result[name], result["counts"][name] = results(self.model)
 
     def probe(self) -> list[dict[str, Any]]:
         """Format compliance of the model on test rows that were made longer."""
@@ -123,13 +156,15 @@ class Evaluations:
         )
         write_run_report(run, self.folder)
 
-    def _baseline(self, name: str, rows: list[Row], found: dict[str, Any]) -> list[Outcome]:
+    def _baseline(
+        self, name: str, rows: list[Row], found: dict[str, Any], grammar: Grammar | None = None
+    ) -> list[Outcome]:
         """Outcomes of the base on the rows, from the cache where it has them; its figures go into `found`."""
         model, trainer = self.model, self.trainer
         settings = {
             "precision": trainer.precision,
             "quantize": model.quantize,
-            "constrained": model.constrained,
+            "constrained": model.constrained or grammar is not None,
             "max_new_tokens": model.max_new_tokens,
             "batches": trainer.limit_test_batches,
         }
@@ -138,19 +173,26 @@ class Evaluations:
         stored = load_baseline(key) if trainer.num_nodes == 1 and not trainer.fast_dev_run else None
         if stored is None:
             # One point of the curves belongs to step 0: the base as it will be trained, without examples.
-            self._test(rows, logs=name == "before")
+            self._test(rows, logs=name == "before", grammar=grammar)
             values, counts = results(model)
+            # Figures of a class whose code may change are worked out anew each time.
+            values = {name: value for name, value in values.items() if not name.startswith("own/")}
             stored = {"values": values, "counts": counts, "outcomes": self._callback.outcomes}
             if self._writes:
                 store_baseline(key, values, counts, self._callback.outcomes)
-        found[name], found["counts"][name] = stored["values"], stored["counts"]
+        said = [one.answer for one in stored["outcomes"]], [one.target for one in stored["outcomes"]]
+        found[name], found["counts"][name] = stored["values"] | model.own.alone(*said), stored["counts"]
         self._save(name, stored["outcomes"])
         return stored["outcomes"]
 
-    def _test(self, rows: list[Row] | None, logs: bool) -> None:
+    def _test(self, rows: list[Row] | None, logs: bool, grammar: Grammar | None = None) -> None:
         self.datamodule.test_rows, self.model.logs_evaluations = rows, logs
+        if not self.model.constrained:  # else the model has a grammar of its own, always
+            self.model.grammar = grammar
         self.trainer.test(self.model, self.datamodule, verbose=False)
         self.datamodule.test_rows, self.model.logs_evaluations = None, True
+        if not self.model.constrained:
+            self.model.grammar = None
 
     def _save(self, name: str, outcomes: list[Outcome]) -> None:
         self._kept[name] = outcomes

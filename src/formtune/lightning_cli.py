@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -35,7 +35,7 @@ from formtune.callbacks import (
 from formtune.cli import LOGS, VERBS
 from formtune.data.module import FormatDataModule
 from formtune.errors import Fault, UserError, first_line
-from formtune.evaluations import Evaluations, results
+from formtune.evaluations import Baseline, Evaluations, results
 from formtune.export import export_adapter
 from formtune.files import write_whole
 from formtune.model import FormatModule
@@ -112,10 +112,11 @@ class FormtuneCLI(LightningCLI):
             "one; the result is the same as without the interruption. Else begin a run",
         )
         parser.add_argument(
-            "--shots",
-            type=NonNegativeInt,
-            default=4,
-            help="Training rows in the prompt of fit's second baseline, as many as fit in; 0 leaves it out",
+            "--baselines",
+            type=list[Baseline],
+            default=["few_shot", "constrained"],
+            help="What fit measures beside the plain base: few_shot, with training rows in its prompt; constrained, "
+            "under the contract's grammar, and the tuned model too; [] measures neither",
         )
         parser.link_arguments("model.base", "data.tokenizer")
         parser.link_arguments("model.max_new_tokens", "data.max_new_tokens")
@@ -259,7 +260,7 @@ class FormtuneCLI(LightningCLI):
         evaluations = Evaluations(trainer, model, datamodule, self.outcomes, self.run_dir)
         if writes and not self.folder.begun:
             write_whole(self.run_dir / "config.yaml", self._dump(self.config.fit))
-        result |= evaluations.baselines(self.config.fit.shots)
+        result |= evaluations.baselines(self.config.fit.baselines)
         if self.checkpoint is None:
             trainer.validate(model, datamodule, verbose=False)  # the curves begin at the base
         trainer.fit(model, datamodule, ckpt_path=self.checkpoint)
@@ -273,7 +274,7 @@ class FormtuneCLI(LightningCLI):
             )
             if trainer.is_global_zero and not (self.run_dir / "adapter").exists():  # or it is there, and the same
                 export_adapter(model, self.run_dir / "adapter", self.run_dir / "config.yaml")
-        result["after"], result["counts"]["after"] = evaluations.tuned()
+        evaluations.tuned(result)
         result["probe"] = evaluations.probe()
         result["rows"] = result["counts"]["after"]["format/exact"][1]
         result["data"] = datamodule.splits.key if datamodule.splits else None  # as in audit.json

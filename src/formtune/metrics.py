@@ -7,12 +7,15 @@ was found, even if text stands around it, so that a model which knows the conten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from formtune.errors import UserError, first_line
 from formtune.formats import KINDS, Format, Verdict
 
 EXACT = torch.float32 if torch.backends.mps.is_available() else torch.double  # Apple's GPUs have no 64 bits
@@ -93,6 +96,63 @@ class FormatMetrics(Metric):
         return rates | {f"fail/{kind}": self.sums[self._at[f"fail/{kind}"]].float() for kind in KINDS}
 
 
+class OwnMetrics(torch.nn.ModuleList):
+    """Metrics of the user's own: `update` takes the answers and the wanted answers, two lists of texts.
+
+    Any metric of torchmetrics on texts will do. Each is called `own/` and its class; where `compute` gives several
+    figures by name, this name follows.
+    """
+
+    def update(self, predictions: list[str], targets: list[str]) -> None:
+        """Show every metric the same answers."""
+        for name, metric in self._named() if predictions else ():
+            _mine(name, "update", metric.update, predictions, targets)
+
+    def compute(self) -> dict[str, float]:
+        """Every figure, of all processes; NaN before the first answer."""
+        found: dict[str, float] = {}
+        for name, metric in self._named():
+            value = _mine(name, "compute", metric.compute)
+            parts = {f"{name}/{part}": v for part, v in value.items()} if isinstance(value, Mapping) else {name: value}
+            for part, one in parts.items():
+                found[part] = _mine(name, "compute", float, one)
+        return found
+
+    def reset(self) -> None:
+        """Forget all answers."""
+        for name, metric in self._named():
+            _mine(name, "reset", metric.reset)
+
+    def alone(self, predictions: list[str], targets: list[str]) -> dict[str, float]:
+        """Every figure of these answers, worked out by this process for itself."""
+        copied = copy.deepcopy(self)
+        for _, metric in copied._named():
+            metric.distributed_available_fn = lambda: False
+        copied.reset()
+        copied.update(predictions, targets)
+        return copied.compute()
+
+    def _named(self) -> list[tuple[str, Metric]]:
+        named: dict[str, Any] = {}
+        for metric in self:
+            name = f"own/{type(metric).__name__}"
+            same = sum(known.partition("-")[0] == name for known in named)
+            named[f"{name}-{same + 1}" if same else name] = metric
+        return list(named.items())
+
+
+def _mine(name: str, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    # Lightning tests in inference mode, and a state that is made there could not be changed in place in a validation.
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            return call(*arguments)
+        except Exception as error:  # whatever a stranger's code makes of its input
+            raise UserError(
+                f"model.metrics: {what} of {name.removeprefix('own/')} failed: {type(error).__name__}: "
+                f"{first_line(error)} (update is given two lists of texts, compute gives a number or numbers by name)"
+            ) from error
+
+
 class LossMetrics(Metric):
     """Loss of the wanted answers under teacher forcing, in nats per token, split into structure and values."""
 
@@ -134,6 +194,13 @@ class LossMetrics(Metric):
     def compare(self, same: list[bool]) -> None:
         """Add rows whose answer was decoded in full too, and whether it came out the same."""
         self.compared, self.same = self.compared + len(same), self.same + sum(same)
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Numerator and denominator of the rates."""
+        return {
+            "val/tf_exact": (int(self.exact_rows), int(self.rows)),
+            "val/parity": (int(self.same), int(self.compared)),
+        }
 
     def compute(self) -> dict[str, Tensor]:
         """`loss`, `loss_structure`, `loss_value` in nats per token; `tf_exact` and `parity` as rates of rows."""

@@ -7,9 +7,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from formtune.data.encoded import Splits
+from formtune.evaluation.outcomes import VIEWS
 
 HEADLINES = (
     "format/exact",
@@ -55,18 +56,22 @@ def print_audit(found: dict[str, Any], splits: Splits, folder: Path) -> None:
 
 
 def print_result(result: dict[str, Any], folder: Path | None) -> None:
-    """One table: every headline before and after with its count, the failures by kind, and where the files lie."""
-    views = [name for name in ("before", "few_shot", "after", "result") if name in result]
+    """One table: the headlines in each view, the failures by kind, and where the files lie."""
+    views = [name for name in (*VIEWS, "result") if name in result]
     first = result[views[0]]
     console = Console()
-    table = Table("metric", title="Result", title_justify="left")
+    title = f"Result on {result['rows']:,} test rows" if "rows" in result else "Result"
+    table = Table(Column("metric", no_wrap=True), title=title, title_justify="left")
     for view in views:
-        table.add_column(view, justify="right")
-    fields = [name for name in first if name.startswith("content/field_acc/")]
+        table.add_column(view.replace("_", " "), justify="right")
+    own = [name for name in first if name.startswith("own/")]
+    # Five views leave room for neither fields nor counts on 80 columns; the report has them.
+    few = len(views) <= 3
+    fields = [name for name in first if few and name.startswith("content/field_acc/")]
     kinds = [name for name in first if name.startswith("fail/") and any(result[view][name] for view in views)]
-    for name in (*HEADLINES, *fields, *kinds):
-        cells = [_cell(name, result[view][name], result["counts"][view].get(name)) for view in views]
-        table.add_row(name, *cells, end_section=name in (HEADLINES[-1], *fields[-1:]))
+    for name in (*HEADLINES, *own, *fields, *kinds):
+        cells = [_cell(name, result[view][name], few and result["counts"][view].get(name)) for view in views]
+        table.add_row(name, *cells, end_section=name in ((own or HEADLINES)[-1], *fields[-1:]))
     console.print(table)
     if folder is None:
         return
@@ -89,9 +94,9 @@ def print_result(result: dict[str, Any], folder: Path | None) -> None:
     console.print(f"{'curves':>14}: make tensorboard", highlight=False)
 
 
-def _cell(name: str, value: float, count: tuple[int, int] | None) -> str:
+def _cell(name: str, value: float, count: Any) -> str:
     if name.startswith("fail/"):
         return f"{value:,.0f}"
-    if count is None or name == "content/field_f1":
-        return f"{value:.4f}" if name == "val/loss" else f"{value:.1%}"
+    if not count or name == "content/field_f1":
+        return f"{value:.4f}" if name == "val/loss" or name.startswith("own/") else f"{value:.1%}"
     return f"{value:.1%} ({count[0]:,}/{count[1]:,})"

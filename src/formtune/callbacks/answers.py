@@ -34,13 +34,14 @@ class WorstAnswers(Callback):
         self.on_validation_batch_end(*args)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._show(trainer, "answers/validation")
+        self._show(trainer, pl_module, "answers/validation")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._show(trainer, "answers/test")
+        self._show(trainer, pl_module, "answers/test")
 
-    def _show(self, trainer: Trainer, tag: str) -> None:
-        if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+    def _show(self, trainer: Trainer, pl_module: Any, tag: str) -> None:
+        shown = trainer.is_global_zero and pl_module.logs_evaluations
+        if shown and isinstance(trainer.logger, TensorBoardLogger):
             lines = ["| why | input | target | answer |", "|---|---|---|---|"]
             for a in self._failed:
                 cells = (f"{a.verdict.kind}: {a.verdict.detail}", a.row.source, a.row.gold or "", a.text)

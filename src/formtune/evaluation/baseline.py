@@ -14,14 +14,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from formtune.evaluation.outcomes import Outcome, rate
+from formtune.evaluation.outcomes import Outcome, field_f1, rate
 from formtune.evaluation.statistics import wilson
 from formtune.formats import Format
 from formtune.formats.content import leaves
 from formtune.rendering import Renderer, Row
 
+SHOTS = 4  # training rows in the prompt, as many as fit
+ENOUGH = 0.95  # share of right answers from which on it is said that prompting may do
 FOLDER = Path(".cache/baseline")
-KEPT = 16  # measurements
+KEPT = 24  # measurements
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -112,15 +114,38 @@ def store_baseline(key: str, values: dict[str, float], counts: dict[str, Any], o
         return
 
 
-def prompting_verdict(baselines: Mapping[str, Sequence[Outcome]]) -> str:
-    """One line: what the best prompt reaches, and what is left for fine-tuning to win.
+def best_prompt(baselines: Mapping[str, Sequence[Outcome]]) -> str:
+    """The name of the prompt with the most right answers, then the most in format, then the highest field F1."""
+    return max(
+        baselines,
+        key=lambda n: (rate(baselines[n], "joint"), rate(baselines[n], "exact"), field_f1(baselines[n])),
+    )
+
+
+def prompting_verdict(prompts: Mapping[str, Sequence[Outcome]], constrained: Sequence[Outcome] | None = None) -> str:
+    """What prompting reaches, alone and with a grammar, and what is left for fine-tuning to win.
+
+    A grammar gives form and not content, so format alone decides nothing: the right answers are counted too.
 
     Args:
-        baselines: By what it is called, the outcomes of each prompt.
+        prompts: By what it is called, the outcomes of each prompt.
+        constrained: Those of the best one under the contract's grammar.
     """
-    name = max(baselines, key=lambda name: rate(baselines[name], "exact")[0])
-    count, rows = rate(baselines[name], "exact")
-    low, high = wilson(count, rows)
-    left = 100 * (1 - count / rows)
-    worth = f"fine-tuning has at most {left:.1f} points to win" if count < rows else "nothing is left to win"
-    return f"prompting reaches {count / rows:.1%} in format ({low:.1%} to {high:.1%}), {name}; {worth}"
+    name = best_prompt(prompts)
+    said = f"prompting, {name}, reaches {_reached(prompts[name], 'prompting')}"
+    return said if constrained is None else f"{said}. With a grammar it reaches {_reached(constrained, 'a grammar')}"
+
+
+def _reached(outcomes: Sequence[Outcome], by: str) -> str:
+    parts, left = [], []
+    for name, what in (("exact", "in format"), ("joint", "right")):
+        count, rows = rate(outcomes, name)
+        low, high = wilson(count, rows)
+        parts.append(f"{count / rows:.1%} {what} ({low:.1%} to {high:.1%})")
+        left.append(f"{100 * (1 - count / rows):.1f}")
+    cut = sum(one.kind == "truncated" for one in outcomes)
+    reached = " and ".join(parts) + (f", {cut:,} of {rows:,} answers cut for length" if cut else "")
+    if count == rows:
+        return f"{reached}: nothing is left to win"
+    worth = f"fine-tuning has at most {left[0]} points of format and {left[1]} of right answers to win"
+    return f"{reached}: {worth}" + (f", so {by} may be enough" if count / rows >= ENOUGH else "")

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from formtune.cli import VERBS
 from formtune.errors import UserError
-from formtune.evaluation.outcomes import RATES, Outcome, field_f1, read_outcomes
+from formtune.evaluation.outcomes import RATES, VIEWS, Outcome, field_f1, read_outcomes
 from formtune.evaluation.statistics import f1_difference, f1_interval, rate_difference, verdict, wilson
 from formtune.files import write_whole
 from formtune.parsing import OneLine
@@ -112,7 +112,7 @@ def print_comparison(found: dict[str, Any]) -> None:
         Column("metric", overflow="fold"), title=f"Comparison on {found['rows']:,} test rows", title_justify="left"
     )
     for run in runs:
-        table.add_column(Text(run["name"]), justify="right")
+        table.add_column(Text(run["name"]), justify="right", overflow="fold")
     names = list(dict.fromkeys(name for run in runs for name in run["figures"]))
     for name in names:
         cells = [_cell(run["figures"].get(name), d.get(name)) for run, d in zip(runs, differences, strict=True)]
@@ -137,7 +137,7 @@ def run(args: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("runs", metavar="RUN", nargs="*", help="Folder of a run: its test rows after training; "
-                        "FOLDER:before: those before it; or a file of outcomes")  # fmt: skip
+                        f"FOLDER:VIEW: another view of them ({', '.join(VIEWS)}); or a file of outcomes")  # fmt: skip
     parser.add_argument("--out", metavar="FILE.json", type=Path, help="Write the same as JSON")
     config = parser.parse_intermixed_args(args)
     if len(config.runs) < 2:
@@ -152,8 +152,10 @@ def run(args: list[str]) -> int:
 def _path(argument: str) -> Path:
     if argument.endswith(".jsonl"):
         return Path(argument)
-    folder = argument.removesuffix(":before")
-    return Path(folder, "outcomes", "after.jsonl" if folder == argument else "before.jsonl")
+    folder, _, view = argument.rpartition(":")
+    if not folder or view not in VIEWS:
+        folder, view = argument, "after"
+    return Path(folder, "outcomes", f"{view}.jsonl")
 
 
 def _keyed(outcomes: Sequence[Outcome]) -> dict[tuple[str, str, int], Outcome]:

@@ -15,6 +15,13 @@ from formtune.formats import Format, Verdict
 from formtune.formats.strict_json import loads_strict
 from formtune.rendering import Row
 
+VIEWS = {  # evaluations of the test rows, and what they are called
+    "before": "base",
+    "few_shot": "base with examples",
+    "before_constrained": "base under a grammar",
+    "after": "tuned",
+    "after_constrained": "tuned under a grammar",
+}
 RATES = {"format/exact": "exact", "format/loose": "loose", "joint/exact": "joint"}  # and their names in an outcome
 
 

@@ -16,15 +16,15 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from formtune import __version__
-from formtune.evaluation.outcomes import RATES, Outcome, field_f1, rate
+from formtune.evaluation.baseline import best_prompt
+from formtune.evaluation.outcomes import RATES, VIEWS, Outcome, field_f1, rate
 from formtune.evaluation.slices import slices
-from formtune.evaluation.statistics import rate_difference, verdict, wilson
+from formtune.evaluation.statistics import Difference, rate_difference, verdict, wilson
 from formtune.files import write_whole
 from formtune.formats import KINDS, Format
 from formtune.page import BLUE, GREY, ORANGE, RED, environment, svg
 
 SHOWN = 60  # failures in the gallery
-NAMES = {"before": "base", "few_shot": "base with examples", "after": "tuned", "constrained": "tuned, constrained"}
 PACKAGES = ("torch", "lightning", "transformers", "peft", "tokenizers")
 
 
@@ -34,7 +34,7 @@ class Run:
 
     Args:
         result: What `metrics.json` holds.
-        outcomes: By evaluation (`before`, `few_shot`, `after`) the outcomes of the same test rows.
+        outcomes: By view, `before` and `after` at least, the outcomes of the same test rows.
         contract: Of the task.
         longest: Tokens of the longest prompt that was trained on.
         production_p95: Tokens of production's prompts at P95, None where they are not known.
@@ -72,25 +72,34 @@ def card(run: Run) -> str:
     return environment(autoescape=False).get_template("evaluation/card.md.jinja").render(**_facts(run))
 
 
-def headline(run: Run) -> str:
-    """Whether the tuned model is better than the best prompt, in one line."""
-    best = max((name for name in ("before", "few_shot") if name in run.outcomes), key=lambda n: _exact(run.outcomes[n]))
-    before, after = run.outcomes[best], run.outcomes["after"]
-    count, rows = rate(after, "exact")
-    low, high = wilson(count, rows)
-    found = rate_difference([one.exact for one in before], [one.exact for one in after])
-    return (
-        f"{count / rows:.1%} of the answers keep the format ({low:.1%} to {high:.1%}); against the "
-        f"{NAMES[best]}'s {_exact(before) / rows:.1%}: {verdict(found)}"
-    )
+def headline(run: Run) -> list[str]:
+    """Whether the tuned model is better than the best prompt, and than that with a grammar: a line for each rate."""
+    names = [_best_prompt(run), *(["before_constrained"] if "before_constrained" in run.outcomes else [])]
+    lines = []
+    for attribute, what in (("exact", "keep the format"), ("joint", "are right")):
+        said, against = [], []
+        for name, under in (("after", f"of the answers {what} "), ("after_constrained", "under a grammar ")):
+            if name in run.outcomes:
+                count, rows = rate(run.outcomes[name], attribute)
+                low, high = wilson(count, rows)
+                said.append(f"{count / rows:.1%} {under}({low:.1%} to {high:.1%})")
+        for name in names:
+            before = rate(run.outcomes[name], attribute)[0] / rows
+            against.append(f"against {before:.1%} ({VIEWS[name]}) {verdict(_gain(run, name, attribute))}")
+        lines.append(f"{', '.join(said)}: {', '.join(against)}")
+    return lines
 
 
-def _exact(outcomes: Sequence[Outcome]) -> int:
-    return rate(outcomes, "exact")[0]
+def _best_prompt(run: Run) -> str:
+    return best_prompt({name: run.outcomes[name] for name in ("before", "few_shot") if name in run.outcomes})
+
+
+def _gain(run: Run, view: str, attribute: str) -> Difference:
+    return rate_difference(*([getattr(one, attribute) for one in run.outcomes[name]] for name in (view, "after")))
 
 
 def _facts(run: Run) -> dict[str, Any]:
-    views = [name for name in NAMES if name in run.outcomes]
+    views = [name for name in VIEWS if name in run.outcomes]
     table = []
     for title, name in RATES.items():
         cells = []
@@ -109,20 +118,27 @@ def _facts(run: Run) -> dict[str, Any]:
     ]
     parts = []
     for one in slices(run.outcomes["after"], run.contract, run.longest, run.production_p95):
-        counts = [sum(run.outcomes[view][i].exact for i in one.rows) for view in ("before", "after")]
-        parts.append((one, counts, wilson(counts[1], len(one.rows))))
+        before, after = ([run.outcomes[view][i] for i in one.rows] for view in ("before", "after"))
+        rates = [
+            (rate(before, name)[0], rate(after, name)[0], wilson(*rate(after, name))) for name in ("exact", "joint")
+        ]
+        parts.append((one, rates, (field_f1(before), field_f1(after))))
     versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    same, compared = run.result["counts"]["after"]["val/parity"]
     return {
         "run": run,
         "result": run.result,
         "headline": headline(run),
+        "better": any(verdict(_gain(run, _best_prompt(run), name)) == "better" for name in ("exact", "joint")),
         "views": views,
-        "names": NAMES,
+        "names": VIEWS,
         "table": table,
+        "own": [name for name in run.result["after"] if name.startswith("own/")],
         "f1": [field_f1(run.outcomes[view]) for view in views],
         "fields": fields,
         "kinds": kinds,
         "parts": parts,
+        "parity": (same, compared, *wilson(same, compared)),
         "versions": {"formtune": __version__} | versions,
         "contract": run.contract.to_dict(),
     }
@@ -174,7 +190,7 @@ def _curves(training: dict[str, Any]) -> Figure:
 
 
 def _kinds(run: Run) -> Figure:
-    views = [name for name in NAMES if name in run.outcomes]
+    views = [name for name in VIEWS if name in run.outcomes]
     figure = Figure(figsize=(7.5, 0.9 + 0.4 * len(views)), layout="constrained")
     axis = figure.subplots()
     colors = {"ok": "#2f9e60", "content": "#8bc6a4", "extra_text": "#e8c15c", "syntax": RED, "truncated": GREY}
@@ -182,7 +198,7 @@ def _kinds(run: Run) -> Figure:
     for kind in ("ok", "content", *(kind for kind in KINDS if kind not in ("ok", "content"))):
         shares = np.array([np.mean([one.kind == kind for one in run.outcomes[view]]) for view in views])
         if shares.any():
-            axis.barh([NAMES[view] for view in views], shares, left=left, color=colors.get(kind, ORANGE), label=kind)
+            axis.barh([VIEWS[view] for view in views], shares, left=left, color=colors.get(kind, ORANGE), label=kind)
             left += shares
     axis.invert_yaxis()
     axis.set(xlim=(0, 1), xticks=[])

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95  # of every interval and, as 1 minus it, the level of every test
+DRAWS = 9999  # of the bootstrap and of the randomization test
 POWER = 0.8  # share of tries in which the rows needed would show the difference
 
 Interval = tuple[float, float]
 
 _QUANTILES = tuple(map(float, stats.norm.ppf([(1 + CONFIDENCE) / 2, POWER])))
-_ELEMENTS = 1_000_000  # of each array that the bootstrap draws at once: bounds its memory
+_ELEMENTS = 4_000_000  # numbers that the bootstrap draws at once: bounds its memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ def f1_interval(counts: np.ndarray) -> Interval:
     Args:
         counts: Of shape (2, rows): values that answer and target have in common; values of both together.
     """
-    return _bootstrap(_f1, counts)[0] if counts.shape[1] > 1 else (0.0, 1.0)
+    return _bootstrap(lambda totals: _f1(*totals), counts)[0] if counts.shape[1] > 1 else (0.0, 1.0)
 
 
 def f1_difference(first: np.ndarray, second: np.ndarray) -> Difference:
@@ -110,10 +112,10 @@ def f1_difference(first: np.ndarray, second: np.ndarray) -> Difference:
         first: Counts of the first run, of shape (2, rows) as for `f1_interval`.
         second: Counts of the second run, the rows in the same order.
     """
-    rows, value = first.shape[1], float(_f1(*second) - _f1(*first))
+    rows, value = first.shape[1], float(_f1(*second.sum(axis=1)) - _f1(*first.sum(axis=1)))
     if rows < 2:
         return Difference(value, False, rows, None, 1.0, (-1.0, 1.0))
-    interval, error = _bootstrap(_f1_gain, np.concatenate([first, second]))
+    interval, error = _bootstrap(_gain, np.concatenate([first, second]))
     p = _randomization(first, second)
     sure = p < 1 - CONFIDENCE
     # A mean's standard error falls with the root of the rows, and F1 is nearly one.
@@ -129,44 +131,59 @@ def verdict(difference: Difference) -> str:
     return f"cannot tell with {difference.rows:,} rows{would}"
 
 
-def _f1(both: np.ndarray, either: np.ndarray, axis: int = -1) -> np.ndarray:
-    return 2 * both.sum(axis) / np.maximum(either.sum(axis), 1)
+def _f1(both: Any, either: Any) -> Any:
+    return 2 * both / np.maximum(either, 1)
 
 
-def _f1_gain(*counts: np.ndarray, axis: int = -1) -> np.ndarray:
-    return _f1(counts[2], counts[3], axis) - _f1(counts[0], counts[1], axis)
+def _gain(totals: np.ndarray) -> np.ndarray:
+    return _f1(*totals[2:]) - _f1(*totals[:2])
 
 
-def _bootstrap(statistic: Callable[..., np.ndarray], counts: np.ndarray) -> tuple[Interval, float]:
-    """Interval and standard error."""
+def _kinds(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns that differ, and how often each stands there; in the order of the rows, whichever run comes first."""
+    kinds, places, times = np.unique(counts, axis=1, return_index=True, return_counts=True)
+    order = places.argsort()
+    return kinds[:, order], times[order]
+
+
+def _bootstrap(statistic: Callable[[np.ndarray], np.ndarray], counts: np.ndarray) -> tuple[Interval, float]:
+    """Interval and standard error of a statistic of the totals of `counts`, of shape (figures, rows)."""
+    # Rows with the same counts are alike: how often each kind is drawn says all of a resample, and there are few kinds.
+    kinds, times = _kinds(counts)
+    rows, dice, found = counts.shape[1], np.random.default_rng(0), []
+    batch = max(1, _ELEMENTS // len(times))
+    for start in range(0, DRAWS, batch):
+        drawn = dice.multinomial(rows, times / rows, min(batch, DRAWS - start))
+        found.append(statistic(kinds.astype(float) @ drawn.T.astype(float)))  # exact, and numpy is slow on integers
+    values = np.concatenate(found)
     # The percentile interval, because BCa is undefined where no resample lies below or above the figure itself, and
     # near an F1 of 1 that is no rarity.
-    found = stats.bootstrap(
-        tuple(counts), statistic, paired=True, vectorized=True, batch=max(1, _ELEMENTS // counts.shape[1]),
-        confidence_level=CONFIDENCE, method="percentile", rng=np.random.default_rng(0),
-    )  # fmt: skip
-    low, high = found.confidence_interval
-    return (float(low), float(high)), float(found.standard_error)
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return (float(low), float(high)), float(values.std(ddof=1))
 
 
 def _randomization(first: np.ndarray, second: np.ndarray) -> float:
-    """p of the two-sided test; exact up to 13 rows that differ, of 9,999 deals beyond."""
-    differs = (first != second).any(axis=0)
-    number = int(differs.sum())
-    if number < 2:
+    """p of the two-sided test; exact where there are few ways to deal, of so many drawn ones beyond."""
+    gained = (second - first)[:, (first != second).any(axis=0)]
+    if not gained.size:
         return 1.0
-    same = first[:, ~differs].sum(axis=1)
-    counts = np.concatenate([first[:, differs], second[:, differs]], axis=1)
-
-    def f1(dealt: np.ndarray, axis: int) -> np.ndarray:
-        both, either = (counts[i][dealt].sum(axis) + same[i] for i in (0, 1))
-        return 2 * both / np.maximum(either, 1)
-
-    found = stats.permutation_test(
-        (np.arange(number), np.arange(number, 2 * number)), lambda left, right, axis: f1(right, axis) - f1(left, axis),
-        permutation_type="samples", vectorized=True, batch=max(1, _ELEMENTS // number), rng=np.random.default_rng(0),
-    )  # fmt: skip
-    return float(found.pvalue)
+    # Again it is enough to know how many rows of each kind are dealt the other way round.
+    kinds, times = _kinds(gained)
+    ways = math.prod((times + 1).tolist())
+    if ways <= DRAWS:
+        swapped = np.indices((times + 1).tolist()).reshape(len(times), -1)
+        weights = stats.binom.pmf(swapped, times[:, None], 0.5).prod(axis=0)
+        moved = kinds @ swapped
+    else:
+        dice, moved = np.random.default_rng(0), np.zeros((2, DRAWS + 1))  # the first deal is the one that was observed
+        weights = np.full(DRAWS + 1, 1 / (DRAWS + 1))
+        for gain, number in zip(kinds.T, times, strict=True):
+            moved[:, 1:] += gain[:, None] * dice.binomial(number, 0.5, DRAWS)
+    totals = np.concatenate([first.sum(axis=1)[:, None] + moved, second.sum(axis=1)[:, None] - moved])
+    gains, observed = _gain(totals), float(_f1(*second.sum(axis=1)) - _f1(*first.sum(axis=1)))
+    rounding = 1e-12  # equal fractions of other sums
+    tails = (weights[gains >= observed - rounding].sum(), weights[gains <= observed + rounding].sum())
+    return min(1.0, 2 * float(min(tails)))
 
 
 def _rounded_up(number: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from formtune.errors import UserError
 from formtune.formats.schema import schema_nodes
 
-_REMEDY = "change the contract or leave model.constrained out"
+_REMEDY = "change the contract or decode without a grammar"
 
 # Escapes and sets are read as one; the rest is what the `regex` package and Rust's take for different things.
 _TOKEN = re.compile(
@@ -99,16 +99,14 @@ def _check_open(place: str, node: dict[str, Any], whole: bool) -> None:
         if node.get("additionalProperties") is not False or "patternProperties" in node:
             raise UserError(
                 f"{place}: a grammar cannot keep keys apart that the schema does not name; name them and say "
-                "additionalProperties: false, or leave model.constrained out"
+                "additionalProperties: false, or decode without a grammar"
             )
     says = {"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf"}
     anything = [name for name, inner in node.get("properties", {}).items() if inner is True]
     items = "array" in _types(node) and node.get("items", True) is True
     if anything or items or not (node.keys() & says or re.search(r"\.allOf\[\d+\]$", place)):
         what = f".properties.{anything[0]}" if anything else ".items" if items else ""
-        raise UserError(
-            f"{place}{what}: a grammar needs the type of every value; add it or leave model.constrained out"
-        )
+        raise UserError(f"{place}{what}: a grammar needs the type of every value; add it or decode without a grammar")
 
 
 def _types(node: dict[str, Any]) -> list[str]:

@@ -153,7 +153,7 @@ class JsonSchema(Format):
             if len(parts) > 1 and mixed:
                 raise UserError(
                     f"data.format.schema: {path}: the canonical order of keys from several places cannot be put in a "
-                    "grammar; name all keys in one place or leave model.constrained out"
+                    "grammar; name all keys in one place or decode without one"
                 )
 
     def _leaves(self, node: Any, path: str = "", above: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any]]:

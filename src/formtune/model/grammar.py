@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from formtune.errors import UserError
@@ -24,13 +25,12 @@ class Grammar:
     Args:
         contract: What answers must keep.
         renderer: The model's tokenizer and the tokens that end an answer.
-        vocabulary: Number of logits per token.
 
     Raises:
         UserError: llguidance is not there, or the contract cannot be expressed.
     """
 
-    def __init__(self, contract: Format, renderer: Renderer, vocabulary: int) -> None:
+    def __init__(self, contract: Format, renderer: Renderer) -> None:
         try:
             from llguidance import LLExecutor, LLMatcher
             from llguidance.hf import from_tokenizer
@@ -39,21 +39,21 @@ class Grammar:
         rules = contract.grammar()
         if rules is None:
             name = type(contract).__name__
-            raise UserError(f"model.constrained: {name} has no grammar; give it a `grammar` method or leave this out")
-        tokenizer = from_tokenizer(renderer.tokenizer, n_vocab=vocabulary, eos_token=list(renderer.stop_ids))
+            raise UserError(f"model.constrained: {name} has no grammar; give it a `grammar` method")
+        # Logits beyond the tokenizer's tokens, with which some models are padded, have no text and are never chosen.
+        self.vocabulary = max(renderer.tokenizer.get_vocab().values()) + 1
+        tokenizer = from_tokenizer(renderer.tokenizer, n_vocab=self.vocabulary, eos_token=list(renderer.stop_ids))
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         [row] = renderer.encode([(turn, "")])
         # Spaces that template and tokenizer put before every answer; for llguidance they are text like any other.
         lead = tokenizer.decode_str(row.target[:-1]).removesuffix("b")  # type: ignore[union-attr]
         text = f"start: {json.dumps(lead) if lead else ''} answer\n{rules}"
-        self.vocabulary, self.stop = vocabulary, frozenset(renderer.stop_ids)
+        self.stop = frozenset(renderer.stop_ids)
         self.matcher: Any = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
         self.executor = LLExecutor()
         if self.matcher.is_error():
             reason = _reason(self.matcher)
-            raise UserError(
-                f"model.constrained: the contract cannot be put in a grammar ({reason}); change it or leave this out"
-            )
+            raise UserError(f"model.constrained: the contract cannot be put in a grammar ({reason})")
 
     def begin(self, rows: int) -> Documents:
         """As many documents, nothing of them written."""
@@ -86,25 +86,27 @@ class Documents:
     def choose(self, rows: list[int], logits: Tensor) -> list[int]:
         """Write the most likely token that the grammar allows in each of `rows`; a stop token ends a document.
 
+        A document that llguidance cannot follow any further ends where it is, for the contract to judge: one row must
+        not cost a run, nor leave other processes waiting for this one.
+
         Args:
             rows: Which documents.
             logits: Shape (rows, vocabulary).
-
-        Raises:
-            UserError: The grammar grew beyond what llguidance follows, or the tokenizer cannot write a document.
         """
         from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask_par
 
-        matchers, size = [self._matchers[row] for row in rows], logits.size(-1)
+        matchers = [self._matchers[row] for row in rows]
+        size = min(self._grammar.vocabulary, logits.size(-1))
         packed = allocate_token_bitmask(len(rows), self._grammar.vocabulary)  # 32 tokens to a number
         fill_next_token_bitmask_par(self._grammar.executor, [(m, i) for i, m in enumerate(matchers)], packed)
         places = torch.arange(32, dtype=torch.int32, device=logits.device)
         allowed = (packed.to(logits.device)[:, :, None] >> places & 1).flatten(1)[:, :size].bool()
-        tokens = logits.masked_fill(~allowed, float("-inf")).argmax(-1).tolist()
-        for matcher, token in zip(matchers, tokens, strict=True):
+        tokens = logits[:, :size].masked_fill(~allowed, float("-inf")).argmax(-1).tolist()
+        for i, (matcher, token) in enumerate(zip(matchers, tokens, strict=True)):
             ended = token in self._grammar.stop
             if matcher.is_error() or not (ended or matcher.consume_token(token)):
-                raise UserError(f"model.constrained: an answer could not go on ({_reason(matcher)}); leave this out")
+                rank_zero_warn(f"an answer under the grammar could not go on and was ended there: {_reason(matcher)}")
+                tokens[i] = min(self._grammar.stop)
         return tokens
 
     def processor(self, rows: list[int], width: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -19,10 +19,11 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torchmetrics import Metric
 
 from formtune.errors import Fault, UserError, first_line
 from formtune.formats import Format, Verdict
-from formtune.metrics import EXACT, FormatMetrics, LossMetrics
+from formtune.metrics import EXACT, FormatMetrics, LossMetrics, OwnMetrics
 from formtune.model.grammar import Grammar
 from formtune.model.identity import contract_hash, identity
 from formtune.model.lora import Lora, add_lora, check_layers, load_base
@@ -82,6 +83,8 @@ class FormatModule(L.LightningModule):
             are chosen from, so an answer that ends is in format, and `format/exact` says how many ended in time.
             Training, losses and `val/tf_exact` stay the same. Keys come in the schema's order, and none that it does
             not name. Needs the extra `constrained`.
+        metrics: Metrics of your own, each a `torchmetrics.Metric` whose `update` takes the answers and the wanted
+            answers, two lists of texts; shown as `own/` and the name of the class.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class FormatModule(L.LightningModule):
         compile: bool = False,
         quantize: Literal["4bit"] | None = None,
         constrained: bool = False,
+        metrics: Sequence[Metric] = (),
     ) -> None:
         super().__init__()
         check_layers(base, lora)
@@ -112,7 +116,7 @@ class FormatModule(L.LightningModule):
         self.constrained = constrained
         self.grammar: Grammar | None = None
         self.model: Any = None
-        self.verdicts, self.losses = FormatMetrics(format), LossMetrics()
+        self.verdicts, self.losses, self.own = FormatMetrics(format), LossMetrics(), OwnMetrics(metrics)
         self.logs_evaluations = True  # False keeps an evaluation that is no point of the curves out of them
         self._clock, self._tokens = time.perf_counter(), 0
         self.skipped = self._skipped_in_a_row = 0  # steps that were left out
@@ -130,7 +134,7 @@ class FormatModule(L.LightningModule):
         if base.get_input_embeddings().num_embeddings < len(self.renderer.tokenizer):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
         if self.constrained:
-            self.grammar = Grammar(self.format, self.renderer, base.get_input_embeddings().num_embeddings)
+            self.grammar = Grammar(self.format, self.renderer)
         self._identity = {"base": identity(self.base, base.config), "contract": contract_hash(self.format)}
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -252,6 +256,7 @@ class FormatModule(L.LightningModule):
             )
         answers = [self._judge(row, ids) for row, ids in zip(batch, said, strict=True)]
         self.verdicts.update([answer.verdict for answer in answers])
+        self.own.update([answer.text for answer in answers], [answer.row.gold or "" for answer in answers])
         return answers
 
     def test_step(self, batch: list[Row], batch_idx: int) -> Any:
@@ -308,18 +313,20 @@ class FormatModule(L.LightningModule):
         self._log_evaluation("test/", "test/")
 
     def _log_evaluation(self, verdict_prefix: str, loss_prefix: str) -> None:
-        values = {loss_prefix + name: value for name, value in self.losses.compute().items()}
+        values: dict[str, Any] = {loss_prefix + name: value for name, value in self.losses.compute().items()}
         values |= {verdict_prefix + name: value for name, value in self.verdicts.compute().items()}
+        values |= {verdict_prefix + name: value for name, value in self.own.compute().items()}
         self.evaluation = {name: float(value) for name, value in values.items()}
-        with self.verdicts.sync_context():  # compute() leaves each process with its own counts again
-            self.counts = self.verdicts.counts()
+        # compute() leaves each process with its own counts again
+        with self.verdicts.sync_context(), self.losses.sync_context():
+            self.counts = self.verdicts.counts() | self.losses.counts()
         shown = ("val/loss", "format/exact")
         if self.logs_evaluations:
             for name, value in values.items():
                 self.log(name, value, prog_bar=name in shown, batch_size=1)
             self._log_step_number()
-        self.losses.reset()
-        self.verdicts.reset()
+        for metrics in (self.losses, self.verdicts, self.own):
+            metrics.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the state belongs to."""

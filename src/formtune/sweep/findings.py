@@ -80,10 +80,12 @@ def _reason(entries: Sequence[dict[str, Any]], choice: Choice) -> str:
     in_format, in_content = (
         ", ".join(entries[at]["name"] for at in among) for among in (choice.in_format, choice.in_content)
     )
+    nothing = "" if exact["validation"][FORMAT]["mean"] else "No point has an answer in format, so train longer first. "
     return (
-        f"{taken['name']} is taken. Within one standard error, or one row, of the best format/exact ({exact['name']}, "
-        f"{share(exact['validation'][FORMAT])}): {in_format}. Of these, as near to their best field F1 "
-        f"({field_f1['name']}, {share(field_f1['validation'][CONTENT])}): {in_content}. "
+        f"{nothing}{taken['name']} is taken. Within one standard error, or one row, of the best format/exact "
+        f"({exact['name']}, {share(exact['validation'][FORMAT])}): {in_format}. "
+        f"Of these, as near to their best field F1 ({field_f1['name']}, "
+        f"{share(field_f1['validation'][CONTENT])}): {in_content}. "
         f"{taken['name']} has {best}the fewest trainable parameters, {size:,}."
     )
 

@@ -70,6 +70,9 @@ def _plot(points: list[dict[str, Any]], quantity: str, taken: str | None) -> Fig
         axis.annotate(point["name"], (point[quantity], highest), xytext=(0, 5), textcoords="offset points", ha="center",
                       fontsize=8, color=RED if bold else None, weight="bold" if bold else None)  # fmt: skip
     axis.margins(x=0.12, y=0.2)
+    # Where all figures are the same, matplotlib makes up an axis that reaches below 0.
+    low, high = axis.get_ylim()
+    axis.set_ylim(max(low, -2.0), max(high, 2.0))
     axis.set(xlabel=quantity.replace("_", " "), ylabel="% on the validation rows")
     if quantity == "trainable_parameters":
         axis.set_xscale("log")
