@@ -72,12 +72,14 @@ def _synthesize(args: list[str]) -> int:
 
 def _preflight(args: list[str]) -> int:
     _configs(args)
+    warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by what comes out
     from formtune.deploy.preflight import run
 
     return run(args[1:])
 
 
 def _export(args: list[str]) -> int:
+    warnings.simplefilter("ignore")
     from formtune.deploy.export import run
 
     return run(args[1:])

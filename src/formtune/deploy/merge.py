@@ -24,6 +24,6 @@ def merge(model: Any, rows: Sequence[Sequence[int]]) -> tuple[Any, Closeness]:
     apart = last_logits(model, rows)
     try:
         whole = model.merge_and_unload(safe_merge=True)
-    except (ValueError, NotImplementedError, AttributeError) as error:
+    except Exception as error:  # ValueError, NotImplementedError, RuntimeError, AttributeError: by kind of layer
         raise UserError(f"the adapter cannot be merged: {first_line(error)}") from error
     return whole, compare(apart, last_logits(whole, rows))

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -118,11 +119,12 @@ def trial_lines(base: str, lora: Lora, length: int, targets: Sequence[str]) -> l
         trial = Trial(base, lora, length, Path(folder))
         went, detail = attempt(trial.merged)
         for target in [target for target in targets if target in MERGED]:
-            scheme = None if target == "merge" else target
-            if scheme and (missing := lacking(scheme)):
+            if missing := lacking(target):
                 lines.append(Line(target, "trial", "not tried", f"{missing}; the rules alone speak for it"))
                 continue
-            good, said = attempt(lambda scheme=scheme: trial.quantized(scheme)) if scheme and went else (went, detail)
+            good, said = went, detail
+            if went and target != "merge":
+                good, said = attempt(partial(trial.quantized, target))
             lines.append(Line(target, "trial", "ok" if good else "fails", said))
     return lines
 
@@ -161,5 +163,7 @@ def _show(lines: Sequence[Line], targets: Sequence[str], failed: Sequence[str], 
     if rest:
         console.print(f"not asked for: {', '.join(rest)} (--for {','.join(TARGETS)})", highlight=False, soft_wrap=True)
     console.print(f"figures: {path}", highlight=False, soft_wrap=True)
+    untried = [line.target for line in lines if line.verdict == "not tried"]
     verdict = f"fails for {', '.join(failed)}" if failed else f"nothing stands against {', '.join(targets)}"
+    verdict += f", by the rules alone for {', '.join(untried)}" if untried else ""
     console.print(f"[bold]verdict: {verdict}[/]", highlight=False, soft_wrap=True)

@@ -81,5 +81,5 @@ def _gptqmodel(scheme: str, source: str, target: str, rows: list[list[int]], gro
 
 
 if __name__ == "__main__":
-    *words, request = sys.argv[1:]
-    quantize(*words, **json.loads(Path(request).read_text(encoding="utf-8")))
+    scheme, source, target, request = sys.argv[1:]
+    quantize(scheme, source, target, **json.loads(Path(request).read_text(encoding="utf-8")))

@@ -102,6 +102,14 @@ def _tied_saved(plan: Plan) -> str | None:
     return f"modules_to_save: {names[0]} of a base with shared embeddings" if names and plan.tied else None
 
 
+def _quantized(plan: Plan) -> str | None:
+    return f"model.base: weights quantised by {plan.quantized}" if plan.quantized else None
+
+
+def _conv1d(plan: Plan) -> str | None:
+    return "a base with Conv1D layers (GPT-2)" if plan.conv1d else None
+
+
 def _lora_bias(plan: Plan) -> str | None:
     bare = sorted(plan.targets - plan.biased)
     return f"lora_bias on {bare[0]}, which has no bias," if plan.adapter.get("lora_bias") and bare else None
@@ -166,7 +174,7 @@ def _rules() -> Iterator[Rule]:
                merging, peft, _adapter("layer_replication", "layer_replication"))  # fmt: skip
     yield Rule("lora_bias", "error", MERGED, "cannot be merged", "leave lora_bias out", peft, _lora_bias)
     yield Rule("quantised base", "error", MERGED, "cannot be merged into", "take the base that it was made from", peft,
-               lambda plan: f"model.base: weights quantised by {plan.quantized}" if plan.quantized else None)  # fmt: skip
+               _quantized)  # fmt: skip
     yield Rule("4-bit training", "warning", MERGED, "does not merge into its 4-bit base but into the whole one, and "
                "must be tested there", "formtune export does so", "bitsandbytes 0.50.2",
                lambda plan: "model.quantize: an adapter of a 4-bit base" if plan.qlora else None)  # fmt: skip
@@ -187,7 +195,7 @@ def _rules() -> Iterator[Rule]:
     yield Rule("token indices", "error", ("vllm",), "passes vLLM's look at the configuration and fails when it loads",
                loading, vllm, _adapter("trainable_token_indices", "trainable_token_indices"))  # fmt: skip
     yield Rule("Conv1D", "error", CALIBRATED, "is saved and cannot be loaded again", "take int8 or nf4, or another "
-               "base", gptqmodel, lambda plan: "a base with Conv1D layers (GPT-2)" if plan.conv1d else None)  # fmt: skip
+               "base", gptqmodel, _conv1d)  # fmt: skip
     yield Rule("group size", "error", CALIBRATED, f"is no multiple of {GROUPS[-1]} in: quantised and saved without a "
                "word, it fails at the first input", "take int8 or nf4, or another base", gptqmodel,
                _shape(lambda inputs, _: group_size([inputs]) is not None))  # fmt: skip

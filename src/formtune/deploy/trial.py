@@ -1,8 +1,7 @@
 """The way to production on a model of the real shape with random weights, before hours of training are spent.
 
 Two layers of the base's width with the task's own adapter on them are saved, loaded, merged, quantised and loaded again
-as the trained model will be. What goes wrong there depends on shapes, packages and this machine, not on what the weights
-have learnt.
+as the trained model will be. What goes wrong there depends on shapes, packages and the machine, not on what was learnt.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from formtune.deploy.comparison import EXACT, Closeness, Tolerance
+from formtune.deploy.comparison import EXACT, Closeness, Tolerance, compare, last_logits
 from formtune.deploy.measure import Model, Request
 from formtune.deploy.merge import merge
 from formtune.deploy.plan import read_config
@@ -57,9 +56,9 @@ class Trial:
         """
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
-        from formtune.deploy.comparison import compare, last_logits
-
+        logging.disable_progress_bar()
         torch.manual_seed(0)
         rows = self.rows[:ROWS]
         base = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
