@@ -8,7 +8,7 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from conftest import pair, tiny_model
+from conftest import byte_tokenizer, pair, tiny_model
 from formtune.cli import main
 from formtune.deploy.comparison import EXACT
 from formtune.deploy.merge import merge
@@ -165,8 +165,6 @@ def project(task, monkeypatch, tmp_path):
     folder, write = task
     monkeypatch.chdir(folder)
     monkeypatch.delenv("FORMTUNE_RUN", raising=False)
-    from conftest import byte_tokenizer
-
     tiny_model(tie_word_embeddings=True).save_pretrained("base")
     byte_tokenizer().save_pretrained("base")
     write("train.jsonl", [pair(n) for n in range(60)])
