@@ -9,11 +9,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from formtune.deploy import quantize
+from formtune.deploy.manifest import installed
 from formtune.deploy.measure import Request
 from formtune.errors import UserError
 
@@ -23,9 +23,7 @@ EXTRAS = {"int8": "quantize", "nf4": "quantize", "gptq": "gptq", "awq": "gptq"}
 def lacking(scheme: str) -> str | None:
     """What a scheme needs and is not installed, with the command that installs it; None if nothing is."""
     for package in quantize.PACKAGES.get(scheme, ()):
-        try:
-            version(package)
-        except PackageNotFoundError:
+        if installed(package) is None:
             return f"needs {package}: pip install 'formtune[{EXTRAS[scheme]}]'"
     return None
 
