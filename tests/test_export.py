@@ -101,7 +101,7 @@ def without_formtune(kind, folder, base="base"):
 def test_plain_peft_and_transformers_load_what_was_exported_where_there_is_no_formtune(run, kind):
     if any((Path(path) / "formtune").is_dir() for path in sys.path if path.endswith("site-packages")):
         pytest.skip("formtune is installed as a copy, so there is no environment without it")
-    assert export(run, "--as", kind) == 0
+    assert kind == "adapter" or export(run, "--as", kind) == 0  # the adapter is there since fit
     done = without_formtune(kind, run / kind)
     assert done.returncode == 0, done.stderr
     base = AutoModelForCausalLM.from_pretrained("base")
@@ -144,7 +144,7 @@ def test_a_package_that_is_not_there_is_one_line_with_the_command(run, monkeypat
 
     monkeypatch.setitem(quantize.PACKAGES, "gptq", ("no-such-package",))
     assert export(run, "--as", "gptq") == 2
-    assert "needs no-such-package: pip install 'formtune[gptq]'" in capsys.readouterr().err
+    assert "needs no-such-package: pip install -e '.[gptq]'" in capsys.readouterr().err
 
 
 def _edit(path, change):
@@ -214,6 +214,19 @@ def test_answers_that_lose_the_format_are_refused_with_their_number_and_kept_to_
     assert f"format/exact falls from {len(good)} to {kept} of {len(good)} rows" in capsys.readouterr().err
     assert not (run / "merged").exists() and (run / "outcomes/merged.jsonl").is_file()
     assert "falls from" in json.loads((run / "exports.json").read_text())["merged"]["refused"]
+
+
+def test_a_run_judged_under_a_grammar_is_measured_without_before_anything_is_compared_with_it(run, capsys):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["constrained"] = True
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    after = read_run(run).outcomes
+    kept = [json.dumps(asdict(replace(one, exact=True, joint=True))) + "\n" for one in after]
+    (run / "outcomes/after.jsonl").write_text("".join(kept))
+    assert export(run, "--as", "merged") == 2
+    assert "judged under a grammar" in capsys.readouterr().err
+    assert export(run) == 0 and export(run, "--as", "merged") == 0
+    assert json.loads((run / "exports.json").read_text())["merged"]["format/exact against the run"]["lost"] == 0
 
 
 def test_a_killed_export_leaves_no_folder_of_its_final_name(run, monkeypatch):

@@ -203,7 +203,7 @@ def test_a_package_that_is_not_there_is_a_line_and_no_failure(project, monkeypat
 
     monkeypatch.setitem(quantize.PACKAGES, "int8", ("no-such-package",))
     code, result = preflight("--for", "int8")
-    assert code == 0 and processes.lacking("int8") == "needs no-such-package: pip install 'formtune[quantize]'"
+    assert code == 0 and processes.lacking("int8") == "needs no-such-package: pip install -e '.[quantize]'"
     assert [one["verdict"] for one in result["checks"]] == ["ok", "not tried"]
     assert "by the rules alone for int8" in " ".join(capsys.readouterr().out.split())
 

@@ -38,6 +38,11 @@ def export(found: Finished, kind: str, max_loss: float) -> None:
     Raises:
         UserError: It cannot be made, does not load, or is another model.
     """
+    if found.grammar and kind != "adapter":
+        raise UserError(
+            f"--as {kind}: the run was judged under a grammar, which an export is not; run formtune export "
+            f"{found.folder} first, which measures the adapter without"
+        )
     with tempfile.TemporaryDirectory(prefix=".export-", dir=found.folder) as scratch:
         made, merging = found.adapter, None
         if kind != "adapter":
@@ -76,9 +81,10 @@ def measured(found: Finished, kind: str, folder: Path) -> tuple[dict[str, Any], 
     )
     answer = run_measurement(request)
     outcomes = found.judge(answer.pop("answers"))
+    reference = outcomes if found.grammar else found.outcomes
     row: dict[str, Any] = {"bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")), **answer}
     for name in JUDGED:
-        before, after = ([getattr(one, RATES[name]) for one in some] for some in (found.outcomes, outcomes))
+        before, after = ([getattr(one, RATES[name]) for one in some] for some in (reference, outcomes))
         difference = rate_difference(before, after)
         row[name] = rate(outcomes, RATES[name])
         pairs = list(zip(before, after, strict=True))
@@ -99,7 +105,8 @@ def reason_against(
         return f"it is another model than the adapter: {broken}"
     for name in JUDGED:
         against = row[f"{name} against the run"]
-        if against["lost"] - against["gained"] > max_loss * len(outcomes):
+        # One row may always go: of a hundred and less a share would be less than one, and rounding costs a row as well.
+        if against["lost"] - against["gained"] > max(1, max_loss * len(outcomes)):
             return (
                 f"{name} falls from {rate(found.outcomes, RATES[name])[0]} to {row[name][0]} of {len(outcomes)} rows, "
                 f"more than --max_loss {max_loss}"

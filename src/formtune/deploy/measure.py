@@ -77,12 +77,14 @@ def load(where: Model) -> Any:
         from peft import PeftModel
 
         model: Any = load_base(where.base, dtype, where.quantize, device)
+        if where.quantize is None:  # else it was placed when it was quantised
+            model = model.to(device)
         model = PeftModel.from_pretrained(model, where.folder)
     else:
         model = AutoModelForCausalLM.from_pretrained(
             where.folder, dtype=dtype, device_map={"": device}, trust_remote_code=False, use_safetensors=True
         )
-    return (model if where.quantize else model.to(device)).eval()
+    return model.eval()
 
 
 def measure(request: Request) -> dict[str, Any]:

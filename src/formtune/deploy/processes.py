@@ -24,7 +24,7 @@ def lacking(scheme: str) -> str | None:
     """What a scheme needs and is not installed, with the command that installs it; None if nothing is."""
     for package in quantize.PACKAGES.get(scheme, ()):
         if installed(package) is None:
-            return f"needs {package}: pip install 'formtune[{EXTRAS[scheme]}]'"
+            return f"needs {package}: pip install -e '.[{EXTRAS[scheme]}]'"
     return None
 
 
@@ -61,6 +61,8 @@ def _run(what: str, words: Sequence[str]) -> None:
         # Everything needed lies on this disk: a library that asks a hub for more has lost its way.
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
+    if done.returncode < 0:
+        raise UserError(f"{what}: ended by signal {-done.returncode}, which for 9 means that memory ran out")
     if done.returncode:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         raise UserError(f"{what}: {said[-1] if said else f'exit code {done.returncode}'}")
