@@ -10,7 +10,7 @@ BENCH     := .venv-bench
 DEMO      := data/demo/train.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint tensorboard base bench clean
+.PHONY: help setup train test lint tensorboard base bench faults clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,8 +29,8 @@ $(INSTALLED): requirements.txt pyproject.toml
 $(DEMO): src/formtune/demo/generator.py | $(INSTALLED)
 	$(BIN)/python -m formtune.demo.generator $(dir $@)
 
-train: $(INSTALLED) $(DEMO) ## Train the demo (or CONFIG=... ARGS=...), test the best checkpoint, export the adapter
-	$(BIN)/formtune fit -c $(CONFIG) $(ARGS)
+train: $(INSTALLED) $(DEMO) ## Train the demo (or CONFIG=... ARGS=...), or go on with it; test the best, export the adapter
+	$(BIN)/formtune fit -c $(CONFIG) $(ARGS) --resume
 
 test: $(INSTALLED) ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -57,6 +57,9 @@ $(BENCH)/.installed: requirements.txt benchmarks/requirements.txt pyproject.toml
 
 bench: $(BENCH)/.installed ## Compare with other tools and write docs/benchmarks (about an hour on two cores)
 	$(BENCH)/bin/python benchmarks/run.py $(ARGS)
+
+faults: $(INSTALLED) ## Kill runs a hundred times, run the fault matrix, write docs/reliability.md (about half an hour)
+	$(BIN)/python benchmarks/faults.py $(ARGS)
 
 clean: ## Remove the environments, the demo's data and caches (runs in logs/ stay)
 	rm -rf $(VENV) $(BENCH) .cache data/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -98,6 +98,7 @@ def _lightning(args: list[str]) -> None:
     warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)`.*")
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what is logged has been summed over processes already
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")  # of fit alone
     from formtune.lightning_cli import run  # several seconds: torch, lightning, transformers
 
@@ -166,7 +167,8 @@ def main(args: list[str] | None = None) -> int:
         print(f"formtune: error: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:
-        print(f"formtune: {stopped}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a run stop together
+            print(f"formtune: {stopped}", file=sys.stderr)
         return stopped.code
     except KeyboardInterrupt:
         print("formtune: interrupted", file=sys.stderr)

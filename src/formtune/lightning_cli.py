@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -122,6 +123,9 @@ class FormtuneCLI(LightningCLI):
             parser.add_argument("--answers", type=str, default="answers.jsonl", help="File to write, as JSON Lines")
         return parser
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let values in a checkpoint, not yet checked, beat YAML and flags."""
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         sources = config.get("config") or []
@@ -159,7 +163,7 @@ class FormtuneCLI(LightningCLI):
         folder = (
             RunFolder(LOGS / config.task / config.run) if named else config.resume and unfinished(LOGS / config.task)
         )
-        if not folder or not (folder.begun or (folder.path / "checkpoints").exists()):
+        if not folder or not folder.begun:
             return config.run
         if not config.resume:
             raise UserError(
@@ -168,7 +172,7 @@ class FormtuneCLI(LightningCLI):
         if folder.finished:
             print(f"nothing to do: {folder.path} is finished")
             raise SystemExit(0)
-        difference = folder.difference(self._dump(config)) if folder.begun else None
+        difference = folder.difference(self._dump(config))
         if difference and named:
             raise UserError(f"resume: {folder.path} began with {difference}; name another --run for another run")
         print(
@@ -184,6 +188,13 @@ class FormtuneCLI(LightningCLI):
         for name in {"fit": ("val", "test"), "validate": ("val",), "test": ("test",)}.get(str(self.subcommand), ()):
             if trainer[f"limit_{name}_batches"] == 0:
                 raise UserError(f"trainer.limit_{name}_batches: 0 leaves nothing to judge the model by")
+        strategy = trainer.strategy
+        named = str(strategy.get("class_path", "") if isinstance(strategy, Namespace) else strategy).lower()
+        if any(kind in named for kind in ("fsdp", "deepspeed", "modelparallel")):
+            raise UserError("trainer.strategy: layers must be whole; use ddp, or model.quantize: 4bit for a large base")
+        for name in ("max_steps", "max_epochs"):
+            if self.subcommand == "fit" and trainer[name] == 0:
+                raise UserError(f"trainer.{name}: 0 leaves nothing to train")
         if trainer.gradient_clip_val:
             raise UserError("trainer.gradient_clip_val: set model.max_grad_norm instead")
         if trainer.accumulate_grad_batches != 1:
@@ -224,13 +235,14 @@ class FormtuneCLI(LightningCLI):
     def _fit(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         trainer: Any = self.trainer
         result: dict[str, Any] = {}
+        writes = trainer.is_global_zero and not trainer.fast_dev_run
+        if writes:
+            self.folder.hold()
         evaluations = Evaluations(trainer, model, datamodule, self.outcomes, self.run_dir)
         for line in before_training(model.base, model.lora, model.quantize):
             rank_zero_only(print)(f"preflight: {line}")
-        if trainer.is_global_zero and not trainer.fast_dev_run:
-            self.folder.hold()
-            if not self.folder.begun:
-                write_whole(self.run_dir / "config.yaml", self._dump(self.config.fit))
+        if writes and not self.folder.begun:
+            write_whole(self.run_dir / "config.yaml", self._dump(self.config.fit))
         result |= evaluations.baselines(self.config.fit.shots)
         if self.checkpoint is None:
             trainer.validate(model, datamodule, verbose=False)  # the curves begin at the base
@@ -262,7 +274,7 @@ class FormtuneCLI(LightningCLI):
             "diagnosis": self.watch.diagnosis.text if self.watch.diagnosis else None,
             "history": [asdict(validation) for validation in self.watch.history],
         }
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if writes:
             evaluations.report(result)
             self._save_result(result)  # last: it says that the run is finished
             print_result(result, self.run_dir)
@@ -351,6 +363,8 @@ def run(args: list[str]) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     signals = Signals()
     signals.install()
+    # TensorBoard's writer fails in a thread of its own, and once more, in order, in the one that writes next.
+    threading.excepthook = lambda a: None if issubclass(a.exc_type, OSError) else threading.__excepthook__(a)
     try:
         FormtuneCLI(args, signals)
     except MisconfigurationException as error:
@@ -365,5 +379,6 @@ def run(args: list[str]) -> None:
         time.sleep(1)  # the process that failed prints its own line, and first
         raise Fault(f"another process of this run ended, see its message ({first_line(error)[:80]})") from error
     finally:
+        threading.excepthook = threading.__excepthook__
         signals.restore()
         os.environ.pop("FORMTUNE_RUN", None)  # the next call in this process is another run

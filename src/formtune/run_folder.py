@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ class RunFolder:
             UserError: Another process does, or the folder cannot be written.
         """
         try:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -71,8 +72,12 @@ class RunFolder:
             raise UserError(f"{self.path}: no run can write here ({error.strerror})") from None
 
     def release(self) -> None:
-        """Let others run here."""
+        """Let others run here, and leave no trace of a run that did not begin."""
         if self._lock is not None:
+            if not self.begun:
+                (self.path / ".lock").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()  # unless something stands there to be read
             os.close(self._lock)
             self._lock = None
 

@@ -151,6 +151,8 @@ class Checkpoints(Checkpoint):
         if trainer.fast_dev_run:
             return
         folder = self._folder(trainer)
+        if trainer.is_global_zero and folder.parent.exists():  # else it was removed: not to be begun again
+            folder.mkdir(exist_ok=True)
         trainer.save_checkpoint(folder / f"step-{trainer.global_step}.ckpt")
         self._saved = time.monotonic()
         if trainer.is_global_zero:
