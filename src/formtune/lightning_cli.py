@@ -19,6 +19,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from formtune import checkpoint_files
@@ -34,9 +35,10 @@ from formtune.callbacks import (
 )
 from formtune.cli import LOGS, VERBS
 from formtune.data.module import FormatDataModule
+from formtune.deploy.adapter import export_adapter
+from formtune.deploy.preflight import before_training
 from formtune.errors import Fault, UserError, first_line
 from formtune.evaluations import Baseline, Evaluations, results
-from formtune.export import export_adapter
 from formtune.files import write_whole
 from formtune.model import FormatModule
 from formtune.parsing import OneLine
@@ -258,6 +260,8 @@ class FormtuneCLI(LightningCLI):
         if writes:
             self.folder.hold()
         evaluations = Evaluations(trainer, model, datamodule, self.outcomes, self.run_dir)
+        for line in before_training(model.base, model.lora, model.quantize):
+            rank_zero_only(print)(f"preflight: {line}")
         if writes and not self.folder.begun:
             write_whole(self.run_dir / "config.yaml", self._dump(self.config.fit))
         result |= evaluations.baselines(self.config.fit.baselines)
@@ -273,7 +277,8 @@ class FormtuneCLI(LightningCLI):
                 checkpoint_files.read(self.run_dir / "checkpoints" / f"step-{best.step}.ckpt")["state_dict"]
             )
             if trainer.is_global_zero and not (self.run_dir / "adapter").exists():  # or it is there, and the same
-                export_adapter(model, self.run_dir / "adapter", self.run_dir / "config.yaml")
+                data = datamodule.splits.key if datamodule.splits else None
+                export_adapter(model, self.run_dir / "adapter", self.run_dir / "config.yaml", data)
         evaluations.tuned(result)
         result["probe"] = evaluations.probe()
         result["rows"] = result["counts"]["after"]["format/exact"][1]

@@ -100,20 +100,19 @@ def check_layers(base: str, lora: Lora) -> None:
     """Check the names of layers before the base's weights are read.
 
     Raises:
-        UserError: A target names no layer.
+        UserError: As in `lora_config`.
     """
     if (model := skeleton(base)) is not None:
-        target_names(model, lora.targets)
-        _known(model, lora.modules_to_save, "modules_to_save", nn.Module)
+        lora_config(model, lora)
 
 
-def add_lora(model: Any, lora: Lora, quantized: bool = False) -> Any:
-    """The model with trainable adapters; everything else is frozen.
+def lora_config(model: Any, lora: Lora) -> Any:
+    """PEFT's configuration of the adapters on this model, of which only shapes and names are looked at.
 
     Raises:
         UserError: A target names no layer, or the base ties its embeddings and one of them is to be trained apart.
     """
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig
 
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -133,6 +132,18 @@ def add_lora(model: Any, lora: Lora, quantized: bool = False) -> Any:
         raise UserError(
             f"model.lora.modules_to_save: this base shares its embeddings, so {min(tied)} cannot stand alone"
         )
+    return config
+
+
+def add_lora(model: Any, lora: Lora, quantized: bool = False) -> Any:
+    """The model with trainable adapters; everything else is frozen.
+
+    Raises:
+        UserError: As in `lora_config`.
+    """
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    config = lora_config(model, lora)
     if quantized:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if not (quantized or lora.dora):
