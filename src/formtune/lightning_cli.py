@@ -29,9 +29,9 @@ from formtune.callbacks import (
 )
 from formtune.cli import LOGS, VERBS
 from formtune.data.module import FormatDataModule
+from formtune.deploy.adapter import export_adapter
 from formtune.errors import UserError
 from formtune.evaluations import Evaluations, results
-from formtune.export import export_adapter
 from formtune.model import FormatModule
 from formtune.parsing import OneLine
 from formtune.summary import print_result
@@ -177,7 +177,8 @@ class FormtuneCLI(LightningCLI):
             # Written before the last evaluation: whatever happens there, the adapter is safe.
             model.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
             if trainer.is_global_zero:
-                export_adapter(model, self.run_dir / "adapter", self.run_dir / "config.yaml")
+                data = datamodule.splits.key if datamodule.splits else None
+                export_adapter(model, self.run_dir / "adapter", self.run_dir / "config.yaml", data)
         result["after"], result["counts"]["after"] = evaluations.tuned()
         result["probe"] = evaluations.probe()
         result["rows"] = result["counts"]["after"]["format/exact"][1]

@@ -6,11 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+from formtune.deploy.manifest import write_manifest
 from formtune.model import FormatModule
 
 
-def export_adapter(module: FormatModule, folder: Path, config: Path) -> None:
-    """Write adapter, tokenizer with its chat template, contract and configuration into a new folder.
+def export_adapter(module: FormatModule, folder: Path, config: Path, data: str | None) -> None:
+    """Write adapter, tokenizer with its chat template, contract, configuration and manifest into a new folder.
 
     PEFT alone loads it: `PeftModel.from_pretrained(base_model, folder)`. It appears under its name only when whole.
 
@@ -18,6 +19,7 @@ def export_adapter(module: FormatModule, folder: Path, config: Path) -> None:
         module: Holds the weights to write.
         folder: Folder to create.
         config: The run's configuration, copied beside the adapter.
+        data: Content hash of the rows that it was trained on.
     """
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
@@ -29,4 +31,5 @@ def export_adapter(module: FormatModule, folder: Path, config: Path) -> None:
     shutil.copyfile(config, partial / "config.yaml")
     # PEFT's own card is a form to fill in: an empty one says less than none.
     (partial / "README.md").unlink(missing_ok=True)
+    write_manifest(partial, "adapter", module.base, data)
     partial.replace(folder)

@@ -1,0 +1,1 @@
+"""From a trained adapter to what production loads: checked, merged, quantised, and told apart by its manifest."""
