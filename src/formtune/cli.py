@@ -76,6 +76,13 @@ def _compare(args: list[str]) -> int:
     return run(args[1:])
 
 
+def _check_endpoint(args: list[str]) -> int:
+    _configs(args)
+    from formtune.deploy.endpoint_check import run
+
+    return run(args[1:])
+
+
 def _lightning(args: list[str]) -> None:
     _configs(args)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of calls inside other libraries
@@ -97,6 +104,7 @@ VERBS = {
     "test": Verb("Evaluate a checkpoint (or the base) on the test rows.", _lightning),
     "predict": Verb("Answer a file of prompts and judge the answers by the contract.", _lightning),
     "compare": Verb("Say which run is better on the same test rows, or that the rows cannot tell.", _compare),
+    "check-endpoint": Verb("Ask a server the test rows, and judge what it answers and how fast.", _check_endpoint),
 }
 
 
