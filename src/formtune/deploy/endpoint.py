@@ -1,4 +1,4 @@
-"""An endpoint of OpenAI's chat completions: asked as production asks, and made to prove that it renders the same prompt.
+"""An endpoint of OpenAI's chat completions, made to prove that it renders the prompts that the model was trained on.
 
 A server has a tokenizer and a chat template of its own. One BOS more, thinking switched on or another version of the
 template, and the model answers a prompt that it was never trained on: no error, only worse answers. Every reply's

@@ -1,0 +1,241 @@
+"""What is in production: a pointer for each name, moved whole or not at all, with who, when, why and the evidence.
+
+    deployments/<task>/
+      production.json            the pointer: the current version and the history of all moves
+      versions/<run>-<kind>/     a copy of the exported folder, so that nothing depends on logs/
+      outcomes/<version>.jsonl   its test rows, for the comparison with the next one
+
+Pointer and history are one file and change in one rename: a kill at any moment leaves the old or the new state. What a
+pointer names was verified in its place before, and is held fast by the hash of its manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import getpass
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from formtune.deploy.manifest import NAME, file_hash, read_manifest, verify
+from formtune.errors import UserError
+from formtune.evaluation.outcomes import read_outcomes
+from formtune.files import write_whole
+
+DEPLOYMENTS = Path("deployments")
+
+
+@dataclass(slots=True)
+class Pointer:
+    """A name such as `production` of a task, and what it pointed to over time.
+
+    Args:
+        task: The task.
+        alias: The name.
+        history: Its moves, the oldest first, each with `action`, `version`, `manifest`, `at`, `by`, `reason`.
+    """
+
+    task: str
+    alias: str
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.alias}"
+
+    @property
+    def folder(self) -> Path:
+        return DEPLOYMENTS / self.task
+
+    @property
+    def stack(self) -> list[str]:
+        """The versions that a rollback goes back through, the current one last."""
+        found: list[str] = []
+        for move in self.history:
+            version = move["version"]
+            if move["action"] == "rollback" and version in found:
+                del found[len(found) - found[::-1].index(version) :]
+            else:
+                found.append(version)
+        return found
+
+    @property
+    def current(self) -> str | None:
+        return self.history[-1]["version"] if self.history else None
+
+    def version_folder(self, version: str) -> Path:
+        return self.folder / "versions" / version
+
+    def outcomes(self, version: str) -> Path:
+        return self.folder / "outcomes" / f"{version}.jsonl"
+
+    def verified(self, version: str) -> Path:
+        """The version's folder, if it is what was promoted.
+
+        Raises:
+            UserError: It is missing, or a file of it changed.
+        """
+        folder = self.version_folder(version)
+        verify(folder)
+        promoted = next((move["manifest"] for move in self.history[::-1] if move["version"] == version), None)
+        if promoted != file_hash(folder / NAME):
+            raise UserError(f"{folder}: not what was promoted to {self.name}; promote the run again")
+        return folder
+
+    def move(self, action: str, version: str, reason: str | None, **more: Any) -> None:
+        """Point to a version whose folder is there, and write it."""
+        self.history.append(
+            {
+                "action": action,
+                "version": version,
+                "manifest": file_hash(self.version_folder(version) / NAME),
+                "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "by": getpass.getuser(),
+                "reason": reason,
+            }
+            | more
+        )
+        record = {"task": self.task, "alias": self.alias, "current": version, "history": self.history}
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        write_whole(self.folder / f"{self.alias}.json", text)
+
+
+@contextlib.contextmanager
+def locked(task: str) -> Iterator[None]:
+    """One process at a time changes a task's deployments; the others wait. A killed one holds nothing."""
+    folder = DEPLOYMENTS / task
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read_pointer(path: Path) -> Pointer:
+    """The pointer in a file; a new one, without history, where there is no file.
+
+    Raises:
+        UserError: The file holds something else, or cannot be one.
+    """
+    if not all(re.fullmatch(r"\w[\w.-]*", name) for name in (path.parent.name, path.stem)):
+        raise UserError(f"{path.parent.name}/{path.stem}: names have letters, digits, '.', '_' and '-'")
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        pointer = Pointer(found["task"], found["alias"], found["history"])
+        if not pointer.history or found["current"] != pointer.current:
+            raise ValueError
+        if not all(
+            isinstance(move[name], str) for move in pointer.history for name in ("action", "version", "at", "by")
+        ):
+            raise ValueError
+        if (pointer.task, pointer.alias) != (path.parent.name, path.stem):
+            raise ValueError
+        return pointer
+    except FileNotFoundError:
+        return Pointer(path.parent.name, path.stem)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a pointer; take it from a backup, or remove it and promote again") from None
+
+
+def pointers() -> list[Pointer]:
+    """All that there are."""
+    return [read_pointer(path) for path in sorted(DEPLOYMENTS.glob("*/*.json"))]
+
+
+def find_pointer(name: str) -> Pointer:
+    """The pointer called `task/alias`, or `alias` where only one task has it.
+
+    Raises:
+        UserError: There is none, or several.
+    """
+    found = [pointer for pointer in pointers() if name in (pointer.name, pointer.alias)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"{name}: several tasks have it; say {' or '.join(pointer.name for pointer in found)}")
+    known = ", ".join(pointer.name for pointer in pointers()) or "nothing is deployed yet"
+    raise UserError(
+        f"{name}: no such deployment ({known}); formtune promote RUN --to {name.rpartition('/')[2]} makes one"
+    )
+
+
+def store(exported: Path, target: Path) -> None:
+    """Copy an exported folder to where deployments are kept; it appears under its name only when whole and verified.
+
+    Raises:
+        UserError: It is not as it was exported, or another one has this name.
+    """
+    if target.exists():
+        if file_hash(target / NAME) != file_hash(exported / NAME):
+            raise UserError(f"{target}: holds another export of this name; rename the folder of the run")
+        verify(target)
+        return
+    partial = target.with_name(target.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed; the lock says that nobody writes it
+    shutil.copytree(exported, partial)
+    verify(partial)
+    partial.replace(target)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """An exported folder to serve.
+
+    Args:
+        name: What the user called it.
+        task: Its task, the model's name for clients.
+        folder: The folder.
+        outcomes: File of its test rows.
+        previous: The deployed version before it, None where there is none.
+    """
+
+    name: str
+    task: str
+    folder: Path
+    outcomes: Path
+    previous: Path | None = None
+
+    def example(self) -> str:
+        """An input to try, a test row's where they are there."""
+        rows = read_outcomes(self.outcomes) if self.outcomes.is_file() else []
+        return rows[0].input if rows else "Hello"
+
+
+def find_served(name: str, kind: str) -> Served:
+    """What `name` stands for.
+
+    Args:
+        name: An exported folder, the folder of a run, or a deployment.
+        kind: Which of a run's exported folders.
+
+    Raises:
+        UserError: It is none of these.
+    """
+    for folder in (Path(name), Path(name, kind)):
+        if (folder / NAME).is_file():
+            return Served(name, task_of(folder), folder, folder.parent / "outcomes" / "after.jsonl")
+    if Path(name).is_dir():
+        raise UserError(f"{name}: neither an exported folder nor a run with {kind}/; formtune export makes one")
+    pointer = find_pointer(name)
+    version, before = pointer.stack[-1], pointer.stack[-2:-1]
+    previous = pointer.version_folder(before[0]) if before else None
+    return Served(pointer.name, pointer.task, pointer.verified(version), pointer.outcomes(version), previous)
+
+
+def task_of(exported: Path) -> str:
+    """The task that an exported folder is for."""
+    read_manifest(exported)
+    try:
+        config = yaml.safe_load((exported / "config.yaml").read_text(encoding="utf-8"))
+        return str(config.get("task") or exported.resolve().parent.parent.name)
+    except (OSError, ValueError, yaml.YAMLError, AttributeError):
+        raise UserError(f"{exported / 'config.yaml'}: not a run's configuration; export the folder again") from None
