@@ -70,6 +70,21 @@ def _synthesize(args: list[str]) -> int:
     return run(args[1:])
 
 
+def _preflight(args: list[str]) -> int:
+    _configs(args)
+    warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by what comes out
+    from formtune.deploy.preflight import run
+
+    return run(args[1:])
+
+
+def _export(args: list[str]) -> int:
+    warnings.simplefilter("ignore")
+    from formtune.deploy.export import run
+
+    return run(args[1:])
+
+
 def _compare(args: list[str]) -> int:
     from formtune.evaluation.compare import run
 
@@ -122,12 +137,14 @@ def _lightning(args: list[str]) -> None:
 VERBS = {
     "audit": Verb("Clean and judge the rows, and say what to know of them before training; needs no model.", _audit),
     "synthesize": Verb("Ask a teacher model for rows, and write those that keep the contract.", _synthesize),
+    "preflight": Verb("Say before training whether its result can be merged, quantised and served.", _preflight),
     "fit": Verb("Evaluate the base, train the adapter, test the best checkpoint and export it.", _lightning),
     "sweep": Verb("Train at each point of a grid, ranks by default, and take the smallest that is as good.", _sweep),
     "validate": Verb("Evaluate a checkpoint (or the base) on the validation rows.", _lightning),
     "test": Verb("Evaluate a checkpoint (or the base) on the test rows.", _lightning),
     "predict": Verb("Answer a file of prompts and judge the answers by the contract.", _lightning),
     "compare": Verb("Say which run is better on the same test rows, or that the rows cannot tell.", _compare),
+    "export": Verb("Merge or quantise a run's adapter, and write what still answers as the adapter does.", _export),
     "promote": Verb("Point a name such as production to a run, if its test rows are not worse.", _promote),
     "rollback": Verb("Point it to the version before again.", _rollback),
     "deployments": Verb("List what is deployed, and the history.", _deployments),

@@ -30,6 +30,7 @@ from formtune.callbacks import (
 from formtune.cli import LOGS, VERBS
 from formtune.data.module import FormatDataModule
 from formtune.deploy.adapter import export_adapter
+from formtune.deploy.preflight import before_training
 from formtune.errors import UserError
 from formtune.evaluations import Evaluations, results
 from formtune.model import FormatModule
@@ -162,6 +163,8 @@ class FormtuneCLI(LightningCLI):
         evaluations = Evaluations(trainer, model, datamodule, self.outcomes, self.run_dir)
         if trainer.is_global_zero:
             self._save_config()
+        for line in before_training(model.base, model.lora, model.quantize) if trainer.is_global_zero else ():
+            print(f"preflight: {line}")
         result |= evaluations.baselines(self.config.fit.shots)
         trainer.validate(model, datamodule, verbose=False)  # the curves begin at the base
         # Evaluations draw from the same generators: training must not depend on whether a baseline was found on disk.

@@ -34,19 +34,26 @@ def task_parser(verb: str) -> TaskParser:
     return parser
 
 
-def read_task(parser: TaskParser, args: list[str]) -> tuple[Namespace, Preparation]:
+def read_task(
+    parser: TaskParser, args: list[str], model: tuple[str, ...] = ("base", "max_new_tokens")
+) -> tuple[Namespace, Preparation]:
     """The command line's values, with `task` set, and the rows it describes.
+
+    Args:
+        parser: Made by `task_parser`.
+        args: The command line without the verb.
+        model: Keys below `model` that the parser knows.
 
     Raises:
         UserError: A key or a value is wrong; names it.
     """
-    args, paths = _without_training(args)
+    args, paths = _without_training(args, model)
     config = parser.parse_args(args)
     config.task = config.task or (Path(paths[-1]).stem if paths else "task")
     return config, parser.instantiate_classes(config).data
 
 
-def _without_training(args: list[str]) -> tuple[list[str], list[str]]:
+def _without_training(args: list[str], model: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """The command line with each YAML replaced by what is needed of it, and the YAMLs' paths."""
     kept, paths = [], []
     rest = iter(args)
@@ -61,7 +68,7 @@ def _without_training(args: list[str]) -> tuple[list[str], list[str]]:
         if not all(isinstance(part, dict) for part in parts.values()):
             raise UserError(f"{paths[-1]}: model and data must hold keys")
         needed = {
-            "model": {key: value for key, value in parts["model"].items() if key in ("base", "max_new_tokens")},
+            "model": {key: value for key, value in parts["model"].items() if key in model},
             "data": {key: value for key, value in parts["data"].items() if key != "rows_per_step"},
         } | ({"task": content["task"]} if content.get("task") else {})
         kept.append(f"--config={yaml.safe_dump(needed)}")

@@ -95,13 +95,13 @@ def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch
     return model
 
 
-def add_lora(model: Any, lora: Lora, quantized: bool = False) -> Any:
-    """The model with trainable adapters; everything else is frozen.
+def lora_config(model: Any, lora: Lora) -> Any:
+    """PEFT's configuration of the adapters on this model, of which only shapes and names are looked at.
 
     Raises:
         UserError: A target names no layer, or the base ties its embeddings and one of them is to be trained apart.
     """
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig
 
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -121,6 +121,18 @@ def add_lora(model: Any, lora: Lora, quantized: bool = False) -> Any:
         raise UserError(
             f"model.lora.modules_to_save: this base shares its embeddings, so {min(tied)} cannot stand alone"
         )
+    return config
+
+
+def add_lora(model: Any, lora: Lora, quantized: bool = False) -> Any:
+    """The model with trainable adapters; everything else is frozen.
+
+    Raises:
+        UserError: As in `lora_config`.
+    """
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    config = lora_config(model, lora)
     if quantized:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if not (quantized or lora.dora):
