@@ -12,13 +12,21 @@ from rich.text import Text
 
 from formtune.cli import VERBS
 from formtune.deploy.manifest import read_manifest
-from formtune.deploy.registry import DEPLOYMENTS, Pointer, find_pointer, locked, pointers, read_pointer, store, task_of
+from formtune.deploy.registry import (
+    DEPLOYMENTS,
+    Pointer,
+    check_names,
+    find_pointer,
+    locked,
+    pointers,
+    read_pointer,
+    store,
+    task_of,
+)
 from formtune.errors import UserError
 from formtune.evaluation.compare import IN_WORDS, compare, figures, read_runs
 from formtune.evaluation.outcomes import read_outcomes, write_outcomes
 from formtune.parsing import OneLine
-
-MEASURED = ("adapter", "merged")  # kinds that answer as the run's own evaluation did; the others are to be measured
 
 
 class DeployParser(OneLine, argparse.ArgumentParser):
@@ -36,8 +44,6 @@ def promote(args: list[str]) -> int:
     parser.add_argument("--to", metavar="NAME", required=True, help="Name that points to it, such as production")
     parser.add_argument("--as", dest="kind", metavar="KIND", default="adapter", help="Which of the run's exported "
                         "folders (default: adapter)")  # fmt: skip
-    parser.add_argument("--outcomes", metavar="FILE.jsonl", type=Path, help="Test rows as evidence, such as those of "
-                        "formtune check-endpoint (default: the run's)")  # fmt: skip
     parser.add_argument("--reason", help="Why, for the history")
     parser.add_argument("--force", action="store_true", help="Whatever the evidence says; needs --reason")
     config = parser.parse_args(args)
@@ -47,13 +53,14 @@ def promote(args: list[str]) -> int:
     if not exported.is_dir():
         raise UserError(f"{exported}: no such folder; formtune fit leaves the adapter of a run, formtune export others")
     manifest, task = read_manifest(exported), task_of(exported)
+    outcomes = config.run / "outcomes" / ("after.jsonl" if config.kind == "adapter" else f"{config.kind}.jsonl")
+    check_names(task, config.to)
     with locked(task):
         pointer = read_pointer(DEPLOYMENTS / task / f"{config.to}.json")
         version, before = f"{config.run.resolve().name}-{config.kind}", pointer.current
         if version == before:
             raise UserError(f"{pointer.name}: points to {version} already")
-        outcomes = config.outcomes or config.run / "outcomes" / "after.jsonl"
-        evidence, objections = weigh(pointer, manifest, outcomes, own=config.outcomes is None)
+        evidence, objections = weigh(pointer, manifest, outcomes)
         if objections and not config.force:
             more = f" (and {len(objections) - 1} more)" if len(objections) > 1 else ""
             raise UserError(f"not promoted: {objections[0]}{more}; or --force --reason '...'")
@@ -120,21 +127,15 @@ def deployments(args: list[str]) -> int:
     return 0
 
 
-def weigh(pointer: Pointer, manifest: dict[str, Any], path: Path, own: bool) -> tuple[dict[str, Any], list[str]]:
+def weigh(pointer: Pointer, manifest: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[str]]:
     """What the test rows say of a version, and what speaks against promoting it.
 
     Args:
         pointer: Says what is current.
         manifest: Of the exported folder.
         path: Its outcomes.
-        own: Whether these are the run's own, of its adapter.
     """
     objections: list[str] = []
-    if own and manifest["kind"] not in MEASURED:
-        objections.append(
-            f"{path}: the adapter answered these, and {manifest['kind']} may answer otherwise; ask the served model "
-            "with formtune check-endpoint and name its rows by --outcomes"
-        )
     evidence: dict[str, Any] = {"outcomes": str(path), "against": pointer.current}
     try:
         evidence |= {"rows": len(rows := read_outcomes(path))}

@@ -16,6 +16,7 @@ import datetime
 import fcntl
 import getpass
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from typing import Any
 import yaml
 
 from formtune.deploy.manifest import NAME, file_hash, read_manifest, verify
-from formtune.errors import UserError
+from formtune.errors import UserError, first_line
 from formtune.evaluation.outcomes import read_outcomes
 from formtune.files import write_whole
 
@@ -98,7 +99,7 @@ class Pointer:
                 "version": version,
                 "manifest": file_hash(self.version_folder(version) / NAME),
                 "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "by": getpass.getuser(),
+                "by": _user(),
                 "reason": reason,
             }
             | more
@@ -106,6 +107,13 @@ class Pointer:
         record = {"task": self.task, "alias": self.alias, "current": version, "history": self.history}
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         write_whole(self.folder / f"{self.alias}.json", text)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())
 
 
 @contextlib.contextmanager
@@ -118,14 +126,23 @@ def locked(task: str) -> Iterator[None]:
         yield
 
 
+def check_names(*names: str) -> None:
+    """Refuse names that are none of a file.
+
+    Raises:
+        UserError: A task or an alias is such a name.
+    """
+    for name in names:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise UserError(f"{name!r}: a name has letters, digits, '.', '_' and '-' and begins with one of the first")
+
+
 def read_pointer(path: Path) -> Pointer:
     """The pointer in a file; a new one, without history, where there is no file.
 
     Raises:
-        UserError: The file holds something else, or cannot be one.
+        UserError: The file holds something else.
     """
-    if not all(re.fullmatch(r"\w[\w.-]*", name) for name in (path.parent.name, path.stem)):
-        raise UserError(f"{path.parent.name}/{path.stem}: names have letters, digits, '.', '_' and '-'")
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
         pointer = Pointer(found["task"], found["alias"], found["history"])
@@ -181,7 +198,10 @@ def store(exported: Path, target: Path) -> None:
         return
     partial = target.with_name(target.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)  # of one that was killed; the lock says that nobody writes it
-    shutil.copytree(exported, partial)
+    try:
+        shutil.copytree(exported, partial)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({first_line(error)})") from None
     verify(partial)
     partial.replace(target)
 

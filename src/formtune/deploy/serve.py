@@ -36,7 +36,6 @@ from formtune.rendering import Renderer
 HOST = "127.0.0.1"
 NEEDED = ("fastapi", "uvicorn", "openai")
 DTYPES = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}  # of the base under an adapter, by the run's precision
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 ENDING = 10  # seconds that the server has to end by itself
 NO_THINKING = '{"enable_thinking": false}'
 
@@ -87,10 +86,14 @@ def serve(served: Served, manifest: dict[str, Any], port: int) -> int:
         folder = Path(place) / served.task  # the model's name for clients: the server takes none but the path
         link(served.folder, manifest, folder)
         config = settings(served.folder)
-        dtype = DTYPES.get(config["precision"], "float32") if manifest["kind"] == "adapter" else "auto"
+        dtype, more = "auto", []
+        if manifest["kind"] == "adapter":
+            dtype = DTYPES.get(config["precision"], "float32")
+            more = ["--quantization", "bnb-4bit"] if config["quantize"] else []
         command = [
             sys.executable, "-m", "transformers.cli.transformers", "serve", served.task,
             "--host", HOST, "--port", str(port), "--dtype", dtype, "--reasoning", "off",
+            *more,
         ]  # fmt: skip
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         stopped: list[int] = []
@@ -146,13 +149,14 @@ def base_folder(base: str) -> Path:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """Of an exported folder's configuration: `system` (None for none), `max_tokens` and `precision`."""
+    """Of an exported folder's configuration: `system`, `max_tokens`, `precision` and `quantize`."""
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
     return {
         "system": system_prompt(config["data"].get("system"), contract),
         "max_tokens": config["model"].get("max_new_tokens", 256),
         "precision": str(config.get("trainer", {}).get("precision")),
+        "quantize": config["model"].get("quantize"),
     }
 
 
@@ -178,13 +182,8 @@ def vllm_command(served: Served, manifest: dict[str, Any], port: int) -> str:
         adapters = {served.task: served.folder} | (
             {f"{served.task}-previous": served.previous} if served.previous else {}
         )
-        rank = max(map(_rank, adapters.values()))
-        allowed = next((one for one in VLLM_RANKS if one >= rank), None)
-        if allowed is None:
-            raise UserError(
-                f"{served.folder}: rank {rank} is more than vLLM serves ({VLLM_RANKS[-1]}); serve it merged"
-            )
         base = manifest["base"]["path"]
+        allowed = max(_vllm_rank(base, folder) for folder in adapters.values())
         words = [
             "vllm", "serve", str(Path(base).resolve()) if Path(base).is_dir() else base,
             "--enable-lora", "--max-lora-rank", str(allowed), "--max-loras", str(len(adapters)),
@@ -196,9 +195,20 @@ def vllm_command(served: Served, manifest: dict[str, Any], port: int) -> str:
     )
 
 
-def _rank(folder: Path) -> int:
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+def _vllm_rank(base: str, folder: Path) -> int:
+    """Value of --max-lora-rank that an adapter needs.
+
+    Raises:
+        UserError: vLLM cannot serve it; says why.
+    """
+    from peft import PeftConfig
+
+    from formtune.deploy.plan import plan, skeleton
+    from formtune.deploy.rules import VLLM_RANKS, refuse
+
+    adapter = PeftConfig.from_pretrained(str(folder))
+    refuse(plan(skeleton(base), adapter, qlora=False), ("vllm",))
+    return next(one for one in VLLM_RANKS if one >= max(adapter.r, *adapter.rank_pattern.values(), 1))
 
 
 def _healthy(process: subprocess.Popen[bytes], port: int, stopped: list[int]) -> bool:
