@@ -136,7 +136,9 @@ class Endpoint:
         return ids
 
     def _reason(self, error: Exception) -> str:
-        openai, said = self._openai, first_line(error)
+        openai, body = self._openai, getattr(error, "body", None)
+        words = body.get("message") or body.get("detail") if isinstance(body, dict) else None
+        said = " ".join(str(words or first_line(error)).split())
         if isinstance(error, openai.APITimeoutError):
             return f"no answer within {TIMEOUT} s; lower --at_once, or wait until the server has loaded the model"
         if isinstance(error, openai.APIConnectionError):

@@ -118,12 +118,19 @@ def _user() -> str:
 
 @contextlib.contextmanager
 def locked(task: str) -> Iterator[None]:
-    """One process at a time changes a task's deployments; the others wait. A killed one holds nothing."""
+    """One process at a time changes a task's deployments; the others wait. A killed one holds nothing.
+
+    Raises:
+        UserError: The disk is full, or the folder cannot be written.
+    """
     folder = DEPLOYMENTS / task
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise UserError(f"{folder}: {first_line(error)}; every name points to what it pointed to before") from None
 
 
 def check_names(*names: str) -> None:
@@ -198,10 +205,7 @@ def store(exported: Path, target: Path) -> None:
         return
     partial = target.with_name(target.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)  # of one that was killed; the lock says that nobody writes it
-    try:
-        shutil.copytree(exported, partial)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({first_line(error)})") from None
+    shutil.copytree(exported, partial)
     verify(partial)
     partial.replace(target)
 
