@@ -120,7 +120,8 @@ def write_run(folder: Path, base: str, rows: list[tuple[str, bool]], rank: int =
     adapter = folder / "adapter"
     torch.manual_seed(rank)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=rank, target_modules=["q_proj"], init_lora_weights=False)
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=rank, target_modules=["q_proj"], init_lora_weights=False),
     )
     model.save_pretrained(adapter, save_embedding_layers=False)
     byte_tokenizer().save_pretrained(adapter)

@@ -69,7 +69,10 @@ def test_a_run_that_is_not_worse_is_promoted_and_nothing_depends_on_logs_then(lo
 def test_a_worse_run_is_refused_unless_forced_with_a_reason_which_is_recorded(logs, capsys):
     assert promote("good") == 0
     assert promote("bad") == 2
-    assert "format/exact is worse than good-adapter's by 47.5 points (p = 3.8e-06, 40 test rows)" in capsys.readouterr().err
+    assert (
+        "format/exact is worse than good-adapter's by 47.5 points (p = 3.8e-06, 40 test rows)"
+        in capsys.readouterr().err
+    )
     assert promote("bad", "--force") == 2 and "--reason" in capsys.readouterr().err
     assert find_pointer("production").current == "good-adapter" and len(find_pointer("production").history) == 1
     assert promote("bad", "--force", "--reason", "the old one leaks") == 0
@@ -183,7 +186,9 @@ def test_promotions_at_the_same_time_come_one_after_the_other(logs, monkeypatch)
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"task": "small", "alias": "production", "current": "x", "history": []}'])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", '{"task": "small", "alias": "production", "current": "x", "history": []}']
+)
 def test_a_damaged_pointer_is_named(logs, capsys, content):
     assert promote("good") == 0
     POINTER.write_text(content)

@@ -131,7 +131,7 @@ def link(exported: Path, manifest: dict[str, Any], folder: Path) -> None:
     # Servers stop at the tokens named here: what ends an answer in training must be among them.
     generation = folder / "generation_config.json"
     found = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
-    renderer = Renderer.load(str(exported))
+    renderer = Renderer.load(str(exported.resolve()))
     if not renderer.templated:
         raise UserError(f"{exported}: the base has no chat template, without which a chat cannot be served")
     generation.unlink(missing_ok=True)
