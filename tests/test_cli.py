@@ -241,12 +241,15 @@ HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "numpy")
         (["-h"], 0, "formtune fit -c configs/demo.yaml"),
         (["--version"], 0, r"formtune \d"),
         (["fti", "-c", "small.yaml"], 2, "no verb 'fti'; did you mean fit?"),
-        (["deploy"], 2, "no verb 'deploy'; the verbs are audit, synthesize, fit, sweep, validate"),
+        (["deploy"], 2, "no verb 'deploy'; the verbs are audit, synthesize, preflight, fit, sweep, validate"),
         (["-c", "small.yaml", "fit"], 2, "a verb comes first, before -c"),
         (["fit", "-c"], 2, "-c: name the YAML of a task"),
         (["fit", "-c", "gone.yaml"], 2, "gone.yaml: No such file"),
         (["fit", "--config=broken.yaml"], 2, "broken.yaml:1: not valid YAML"),
         (["compare", "--help"], 0, "formtune compare RUN RUN"),
+        (["export", "--help"], 0, "formtune export RUN"),
+        (["export", "one", "--as", "gguf"], 2, "invalid choice: 'gguf'"),
+        (["preflight", "-c"], 2, "-c: name the YAML of a task"),
         (["compare", "one"], 2, "name two runs or more"),
         (["compare", "one", "two", "--ot", "x.json"], 2, "did you mean out?"),
         (["compare", "one", "two"], 2, "one/outcomes/after.jsonl: No such file or directory; a finished run has it"),
@@ -254,7 +257,7 @@ HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "numpy")
 )
 def test_help_and_mistakes_that_need_no_model_are_answered_without_importing_torch(tmp_path, arguments, code, message):
     (tmp_path / "broken.yaml").write_text("model: [")
-    heavy = HEAVY[:3] if arguments[:1] == ["compare"] else HEAVY
+    heavy = HEAVY[:3] if arguments[:1] in (["compare"], ["export"]) else HEAVY
     program = (
         "import sys\nfrom formtune.cli import main\n"
         f"try:\n    code = main({arguments!r})\nexcept SystemExit as done:\n    code = done.code\n"

@@ -8,7 +8,7 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from conftest import pair, tiny_model
+from conftest import byte_tokenizer, pair, tiny_model
 from formtune.cli import main
 from formtune.deploy.comparison import EXACT
 from formtune.deploy.merge import merge
@@ -137,6 +137,7 @@ def test_an_adapter_that_changed_its_base_answers_as_another_model_on_the_base_a
 def test_the_trial_goes_through_on_every_family_with_two_layers_and_a_small_vocabulary(shape, tmp_path):
     layers = {"n_layer": 5} if shape == "gpt2" else {"num_hidden_layers": 5}
     tiny_model(shape, **layers, vocab_size=10_003, tie_word_embeddings=True).config.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
     trial = Trial(str(tmp_path / "base"), Lora(r=4), 40, tmp_path)
     text = trial.config.get_text_config()
     assert (text.num_hidden_layers, text.vocab_size) == (2, 4096 + 10_003 % 4096) and text.tie_word_embeddings
@@ -154,6 +155,7 @@ def test_a_small_vocabulary_is_kept_and_a_wide_one_keeps_what_does_not_divide_ev
 def test_the_trial_quantises_and_loads_again_in_a_fresh_process(scheme, tmp_path):
     pytest.importorskip({"int8": "torchao", "nf4": "bitsandbytes"}[scheme], reason="an optional package")
     tiny_model(**WIDE).config.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
     trial = Trial(str(tmp_path / "base"), Lora(r=4), 40, tmp_path)
     assert attempt(trial.merged)[0]
     went, said = attempt(lambda: trial.quantized(scheme))
@@ -165,8 +167,6 @@ def project(task, monkeypatch, tmp_path):
     folder, write = task
     monkeypatch.chdir(folder)
     monkeypatch.delenv("FORMTUNE_RUN", raising=False)
-    from conftest import byte_tokenizer
-
     tiny_model(tie_word_embeddings=True).save_pretrained("base")
     byte_tokenizer().save_pretrained("base")
     write("train.jsonl", [pair(n) for n in range(60)])
@@ -203,7 +203,7 @@ def test_a_package_that_is_not_there_is_a_line_and_no_failure(project, monkeypat
 
     monkeypatch.setitem(quantize.PACKAGES, "int8", ("no-such-package",))
     code, result = preflight("--for", "int8")
-    assert code == 0 and processes.lacking("int8") == "needs no-such-package: pip install 'formtune[quantize]'"
+    assert code == 0 and processes.lacking("int8") == "needs no-such-package: pip install -e '.[quantize]'"
     assert [one["verdict"] for one in result["checks"]] == ["ok", "not tried"]
     assert "by the rules alone for int8" in " ".join(capsys.readouterr().out.split())
 

@@ -80,7 +80,7 @@ def _preflight(args: list[str]) -> int:
 
 def _export(args: list[str]) -> int:
     warnings.simplefilter("ignore")
-    from formtune.deploy.export import run
+    from formtune.deploy.verb import run
 
     return run(args[1:])
 

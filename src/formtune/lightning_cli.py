@@ -16,6 +16,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from formtune.callbacks import (
@@ -163,8 +164,8 @@ class FormtuneCLI(LightningCLI):
         evaluations = Evaluations(trainer, model, datamodule, self.outcomes, self.run_dir)
         if trainer.is_global_zero:
             self._save_config()
-        for line in before_training(model.base, model.lora, model.quantize) if trainer.is_global_zero else ():
-            print(f"preflight: {line}")
+        for line in before_training(model.base, model.lora, model.quantize):
+            rank_zero_only(print)(f"preflight: {line}")
         result |= evaluations.baselines(self.config.fit.shots)
         trainer.validate(model, datamodule, verbose=False)  # the curves begin at the base
         # Evaluations draw from the same generators: training must not depend on whether a baseline was found on disk.

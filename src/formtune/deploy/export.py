@@ -1,8 +1,7 @@
-"""`formtune export`: a run's adapter as production loads it, written only if it still answers as the adapter did."""
+"""A run's adapter as production loads it, written only if it still answers as the adapter did."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import tempfile
@@ -13,71 +12,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from formtune.cli import VERBS
 from formtune.deploy.comparison import EXACT, QLORA, QUANTIZED, ROUNDED, Closeness, Tolerance
-from formtune.deploy.finished import Finished, metrics, read_run
+from formtune.deploy.finished import Finished, metrics
 from formtune.deploy.manifest import CARD, KINDS, NAME, write_manifest
 from formtune.deploy.measure import Model, Request
-from formtune.deploy.processes import lacking, run_measurement, run_quantizer
+from formtune.deploy.processes import run_measurement, run_quantizer
 from formtune.deploy.quantize import PACKAGES, group_size
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, rate, write_outcomes
 from formtune.evaluation.statistics import rate_difference, verdict
 from formtune.files import write_whole
-from formtune.parsing import OneLine
 from formtune.rendering import Renderer
 
 JUDGED = ("format/exact", "joint/exact")
-
-HELP = """\
-Whatever is written has been loaded again in a fresh process by plain transformers and PEFT, compared with the adapter
-logit by logit, and has answered the run's test rows. It is refused where it is another model, or where more test rows
-than --max_loss fell out of format or lost their content. RUN/exports.json holds the figures, RUN/outcomes/KIND.jsonl
-each answer, for `formtune compare`.
-
-  adapter   what fit wrote: verified, and measured as it will be loaded
-  merged    the base with the adapter in its weights, in the base's own precision
-  int8      merged, weights in 8 bits by torchao
-  nf4       merged, weights in 4 bits by bitsandbytes
-  gptq awq  merged, weights in 4 bits by GPTQModel, which looks at training rows
-
-examples:
-  formtune export logs/demo/RUN
-  formtune export logs/demo/RUN --as merged
-  formtune export logs/demo/RUN --as int8 --max_loss 0.02
-"""
-
-
-class ExportParser(OneLine, argparse.ArgumentParser):
-    """Reads what to export."""
-
-
-def run(args: list[str]) -> int:
-    """Export, print the row of what was exported beside those of before.
-
-    Raises:
-        UserError: A mistake in the command line, a package is missing, or what would be written is another model.
-    """
-    parser = ExportParser(
-        prog="formtune export", usage="formtune export RUN [--as KIND] [--max_loss SHARE]", epilog=HELP,
-        description=VERBS["export"].description, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a finished run")
-    parser.add_argument("--as", metavar="KIND", dest="kind", choices=KINDS, default="adapter",
-                        help=f"{', '.join(KINDS)} (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--max_loss", metavar="SHARE", type=float, default=0.01, help="Share of the test rows that "
-                        "format/exact and joint/exact may lose against the adapter (default: %(default)s)")  # fmt: skip
-    config = parser.parse_args(args)
-    if missing := lacking(config.kind):
-        raise UserError(f"--as {config.kind}: {missing}")
-    target = config.run / config.kind
-    if config.kind != "adapter" and target.exists():
-        raise UserError(f"{target}: already there; remove it to export again")
-    export(read_run(config.run), config.kind, config.max_loss)
-    print_exports(metrics(config.run))
-    print(f"{config.kind}: {target}")
-    return 0
 
 
 def export(found: Finished, kind: str, max_loss: float) -> None:
@@ -91,6 +38,11 @@ def export(found: Finished, kind: str, max_loss: float) -> None:
     Raises:
         UserError: It cannot be made, does not load, or is another model.
     """
+    if found.grammar and kind != "adapter":
+        raise UserError(
+            f"--as {kind}: the run was judged under a grammar, which an export is not; run formtune export "
+            f"{found.folder} first, which measures the adapter without"
+        )
     with tempfile.TemporaryDirectory(prefix=".export-", dir=found.folder) as scratch:
         made, merging = found.adapter, None
         if kind != "adapter":
@@ -129,9 +81,10 @@ def measured(found: Finished, kind: str, folder: Path) -> tuple[dict[str, Any], 
     )
     answer = run_measurement(request)
     outcomes = found.judge(answer.pop("answers"))
+    reference = outcomes if found.grammar else found.outcomes
     row: dict[str, Any] = {"bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")), **answer}
     for name in JUDGED:
-        before, after = ([getattr(one, RATES[name]) for one in some] for some in (found.outcomes, outcomes))
+        before, after = ([getattr(one, RATES[name]) for one in some] for some in (reference, outcomes))
         difference = rate_difference(before, after)
         row[name] = rate(outcomes, RATES[name])
         pairs = list(zip(before, after, strict=True))
@@ -152,7 +105,8 @@ def reason_against(
         return f"it is another model than the adapter: {broken}"
     for name in JUDGED:
         against = row[f"{name} against the run"]
-        if against["lost"] - against["gained"] > max_loss * len(outcomes):
+        # One row may always go: of a hundred and less a share would be less than one, and rounding costs a row as well.
+        if against["lost"] - against["gained"] > max(1, max_loss * len(outcomes)):
             return (
                 f"{name} falls from {rate(found.outcomes, RATES[name])[0]} to {row[name][0]} of {len(outcomes)} rows, "
                 f"more than --max_loss {max_loss}"

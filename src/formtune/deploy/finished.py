@@ -31,7 +31,8 @@ class Finished:
         manifest: Of the adapter.
         contract: Judges the answers.
         test: The test rows that the run was judged by.
-        outcomes: What became of each of them in the run.
+        outcomes: What became of each of them in the run; decoded under a grammar there, as the adapter was measured.
+        grammar: Whether they were decoded under a grammar, and the adapter has not been measured without yet.
         compared: Token ids to compare logits on: test rows of all lengths, and an input as long as production's P95.
         calibration: Token ids of training rows.
         timed: A prompt of that length.
@@ -45,6 +46,7 @@ class Finished:
     contract: Format
     test: list[Row]
     outcomes: list[Outcome]
+    grammar: bool
     compared: list[list[int]]
     calibration: list[list[int]]
     timed: list[int]
@@ -83,19 +85,23 @@ def read_run(folder: Path) -> Finished:
     check_yaml(str(config))
     parser = task_parser("export")
     parser.add_argument("--model.quantize", type=Literal["4bit"] | None)
-    task, preparation = read_task(parser, ["-c", str(config)], ("base", "max_new_tokens", "quantize"))
+    parser.add_argument("--model.constrained", type=bool, default=False)
+    task, preparation = read_task(parser, ["-c", str(config)], ("base", "max_new_tokens", "quantize", "constrained"))
     manifest = verify(folder / "adapter")
     base, known = task.model.base, manifest["base"]["files"]
     now = base_files(base)
     if changed := sorted(name for name in {*known, *now} if known.get(name) != now.get(name)):
         raise UserError(f"model.base: {changed[0]} of {base} is not the one that the adapter was trained on")
-    outcomes = read_outcomes(folder / "outcomes" / "after.jsonl")
+    # What is exported is judged without a grammar, and so must be what it is compared with.
+    free = folder / "outcomes" / "adapter.jsonl"
+    judged = free if task.model.constrained and free.is_file() else folder / "outcomes" / "after.jsonl"
+    outcomes = read_outcomes(judged)
     splits = preparation.split()
     if splits.key != manifest["data"]:
         raise UserError(f"{config}: its rows, contract or tokenizer are not those that the run was judged with")
     test = splits.rows["test"][: len(outcomes)]
     if [(row.source, row.gold) for row in test] != [(one.input, one.target) for one in outcomes]:
-        raise UserError(f"{folder / 'outcomes' / 'after.jsonl'}: not the test rows of {config}; train again")
+        raise UserError(f"{judged}: not the test rows of {config}; train again")
     timed = _at_p95(preparation.production_rows or test)
     step = max(1, len(test) // COMPARED)
     lengths = sorted(test, key=len)[::step][:COMPARED]
@@ -107,6 +113,7 @@ def read_run(folder: Path) -> Finished:
         contract=preparation.format,
         test=test,
         outcomes=outcomes,
+        grammar=task.model.constrained and judged != free,
         compared=[timed, *(row.prompt + row.target for row in lengths)],
         calibration=[row.prompt + row.target for row in splits.rows["train"][:CALIBRATION]],
         timed=timed,

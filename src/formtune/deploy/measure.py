@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from formtune.rendering import Row
 
 TOKENS = 16_384  # of one pass, answers included
 TIMED = 48  # tokens of each timed answer
-TRIES = 3
+TRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +77,14 @@ def load(where: Model) -> Any:
         from peft import PeftModel
 
         model: Any = load_base(where.base, dtype, where.quantize, device)
+        if where.quantize is None:  # else it was placed when it was quantised
+            model = model.to(device)
         model = PeftModel.from_pretrained(model, where.folder)
     else:
         model = AutoModelForCausalLM.from_pretrained(
             where.folder, dtype=dtype, device_map={"": device}, trust_remote_code=False, use_safetensors=True
         )
-    return (model if where.quantize else model.to(device)).eval()
+    return model.eval()
 
 
 def measure(request: Request) -> dict[str, Any]:
@@ -103,17 +104,17 @@ def measure(request: Request) -> dict[str, Any]:
 
 @torch.no_grad()
 def _speed(model: Any, prompt: Sequence[int]) -> float:
-    """Tokens per second of a single answer, its prompt included; the median of some, after one to warm up."""
+    """Tokens per second of a single answer, its prompt included; the best of some, which other work slows the least."""
     ids = torch.tensor([prompt], device=model.device)
     seconds = []
-    for _ in range(TRIES + 1):
+    for _ in range(TRIES):
         started = time.perf_counter()
         model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=TIMED,
             max_new_tokens=TIMED, pad_token_id=0,
         )  # fmt: skip
         seconds.append(time.perf_counter() - started)
-    return TIMED / statistics.median(seconds[1:])
+    return TIMED / min(seconds)
 
 
 def _request(values: dict[str, Any]) -> Request:

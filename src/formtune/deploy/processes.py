@@ -9,11 +9,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from formtune.deploy import quantize
+from formtune.deploy.manifest import installed
 from formtune.deploy.measure import Request
 from formtune.errors import UserError
 
@@ -23,10 +23,8 @@ EXTRAS = {"int8": "quantize", "nf4": "quantize", "gptq": "gptq", "awq": "gptq"}
 def lacking(scheme: str) -> str | None:
     """What a scheme needs and is not installed, with the command that installs it; None if nothing is."""
     for package in quantize.PACKAGES.get(scheme, ()):
-        try:
-            version(package)
-        except PackageNotFoundError:
-            return f"needs {package}: pip install 'formtune[{EXTRAS[scheme]}]'"
+        if installed(package) is None:
+            return f"needs {package}: pip install -e '.[{EXTRAS[scheme]}]'"
     return None
 
 
@@ -63,6 +61,8 @@ def _run(what: str, words: Sequence[str]) -> None:
         # Everything needed lies on this disk: a library that asks a hub for more has lost its way.
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
+    if done.returncode < 0:
+        raise UserError(f"{what}: ended by signal {-done.returncode}, which for 9 means that memory ran out")
     if done.returncode:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         raise UserError(f"{what}: {said[-1] if said else f'exit code {done.returncode}'}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from formtune.deploy.comparison import EXACT, Closeness, Tolerance, compare, last_logits
+from formtune.deploy.comparison import EXACT, POSITIONS, Closeness, Tolerance, compare, last_logits
 from formtune.deploy.measure import Model, Request
 from formtune.deploy.merge import merge
 from formtune.deploy.plan import read_config
@@ -21,6 +21,7 @@ from formtune.deploy.processes import run_measurement, run_quantizer
 from formtune.deploy.quantize import group_size
 from formtune.errors import UserError, first_line
 from formtune.model.lora import Lora, add_lora
+from formtune.rendering import Renderer
 
 LAYERS = 2
 NOISE = 0.02  # standard deviation of what is added to the adapter, which would otherwise do nothing
@@ -42,7 +43,7 @@ class Trial:
     """
 
     def __init__(self, base: str, lora: Lora, length: int, folder: Path) -> None:
-        self.lora, self.folder = lora, folder
+        self.base, self.lora, self.folder = base, lora, folder
         self.config = cut(read_config(base))
         self.dtype = getattr(self.config, "dtype", None) or torch.float32
         vocabulary, draw = self.config.get_text_config().vocab_size, random.Random(0)
@@ -60,7 +61,7 @@ class Trial:
 
         logging.disable_progress_bar()
         torch.manual_seed(0)
-        rows = self.rows[:ROWS]
+        rows = [ids[:POSITIONS] for ids in self.rows[:ROWS]]  # length is nothing to a merge
         base = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         base.save_pretrained(self.folder / "base")
         tuned = add_lora(base, self.lora).eval()
@@ -82,6 +83,7 @@ class Trial:
             if isinstance(layer, torch.nn.Linear) and layer is not whole.get_output_embeddings()
         )
         whole.to(self.dtype).save_pretrained(self.folder / "merged")
+        Renderer.load(self.base).tokenizer.save_pretrained(self.folder / "merged")  # GPTQModel opens it
         return f"{closeness} after saving, loading and merging in float32"
 
     def quantized(self, scheme: str) -> str:

@@ -1,0 +1,52 @@
+"""What merging and quantising a run's adapter costs in answers, as the table in docs/deployment.md.
+
+python benchmarks/quantisation.py logs/demo/RUN
+
+Makes every kind that is not there yet, as `formtune export RUN --as KIND` does; needs the extras `quantize` and `gptq`
+for the whole table. What cannot be made or is refused says why.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from formtune.deploy.export import JUDGED, cells, export
+from formtune.deploy.finished import metrics, read_run
+from formtune.deploy.manifest import KINDS
+from formtune.deploy.processes import lacking
+from formtune.errors import UserError
+
+DOCS = Path(__file__).parents[1] / "docs" / "deployment.md"
+MARKS = ("<!-- quantisation: begin -->", "<!-- quantisation: end -->")
+MAX_LOSS = 0.01
+
+
+def table(run: Path) -> str:
+    """The rows of all kinds, in Markdown."""
+    columns = ["kind", *JUDGED, "weights", "tokens/s", "KL", "top-1"]
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    found = read_run(run)
+    for kind in KINDS:
+        reason = lacking(kind)
+        if reason is None and (kind == "adapter" or not (run / kind).exists()):
+            try:
+                export(found, kind, MAX_LOSS)
+            except UserError as error:
+                reason = str(error).removeprefix(f"--as {kind}: ")
+        row = metrics(run).get(kind)
+        lines.append(f"| {' | '.join(cells(kind, row))} |" if row else f"| {kind} | not run: {reason} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Make the table and put it into the document."""
+    text = DOCS.read_text(encoding="utf-8")
+    begin, end = map(re.escape, MARKS)
+    made = f"{MARKS[0]}\n{table(Path(sys.argv[1]))}\n{MARKS[1]}"
+    DOCS.write_text(re.sub(f"{begin}.*{end}", lambda _: made, text, flags=re.S), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
