@@ -26,7 +26,7 @@ import yaml
 
 from formtune.cli import VERBS
 from formtune.data.preparation import system_prompt
-from formtune.deploy.manifest import base_files, verify
+from formtune.deploy.manifest import base_files, base_folder, verify
 from formtune.deploy.registry import Served, find_served
 from formtune.errors import UserError
 from formtune.files import write_whole
@@ -72,7 +72,11 @@ def run(args: list[str]) -> int:
 
 
 def serve(served: Served, manifest: dict[str, Any], port: int) -> int:
-    """Start the server, say how to ask it, and wait for its end; returns its exit code, 0 if a signal ended it."""
+    """Start the server, say how to ask it, and wait for the signal that ends it.
+
+    Raises:
+        UserError: A package is missing, the port is taken, or the server ended by itself.
+    """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"formtune serve needs the extra ({', '.join(missing)} missing): pip install -e '.[serve]'")
@@ -139,15 +143,6 @@ def link(exported: Path, manifest: dict[str, Any], folder: Path) -> None:
     write_whole(generation, json.dumps(greedy | {"eos_token_id": list(renderer.stop_ids), "do_sample": False}))
 
 
-def base_folder(base: str) -> Path:
-    """Folder of a base's files, the local cache's for a hub id."""
-    if Path(base).is_dir():
-        return Path(base)
-    from transformers.utils.hub import cached_file
-
-    return Path(str(cached_file(base, "config.json", local_files_only=True))).parent
-
-
 def settings(folder: Path) -> dict[str, Any]:
     """Of an exported folder's configuration: `system`, `max_tokens`, `precision` and `quantize`."""
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -179,10 +174,11 @@ def vllm_command(served: Served, manifest: dict[str, Any], port: int) -> str:
     if manifest["kind"] != "adapter":
         words = ["vllm", "serve", str(served.folder.resolve()), "--served-model-name", served.task, *common]
     else:
-        adapters = {served.task: served.folder} | (
-            {f"{served.task}-previous": served.previous} if served.previous else {}
-        )
-        base = manifest["base"]["path"]
+        base, adapters = manifest["base"]["path"], {served.task: served.folder}
+        if served.previous:
+            before = verify(served.previous)
+            if before["kind"] == "adapter" and before["base"]["files"] == manifest["base"]["files"]:
+                adapters[f"{served.task}-previous"] = served.previous  # a rollback is another name in the request
         allowed = max(_vllm_rank(base, folder) for folder in adapters.values())
         words = [
             "vllm", "serve", str(Path(base).resolve()) if Path(base).is_dir() else base,
@@ -190,9 +186,7 @@ def vllm_command(served: Served, manifest: dict[str, Any], port: int) -> str:
             "--lora-modules", *(f"{name}={folder.resolve()}" for name, folder in adapters.items()),
             "--chat-template", str((served.folder / "chat_template.jinja").resolve()), *common,
         ]  # fmt: skip
-    return "# not run here: formtune was not tested with vLLM; check it with formtune check-endpoint\n" + shlex.join(
-        words
-    )
+    return "# not run here: formtune was not tested with vLLM; see formtune check-endpoint\n" + shlex.join(words)
 
 
 def _vllm_rank(base: str, folder: Path) -> int:
