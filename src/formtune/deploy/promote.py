@@ -6,10 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from formtune.cli import VERBS
 from formtune.deploy.manifest import read_manifest
 from formtune.deploy.registry import (
@@ -115,15 +111,15 @@ def deployments(args: list[str]) -> int:
     if not found:
         print("nothing is deployed yet; formtune promote RUN --to production deploys a run")
         return 0
-    table = Table("name", "version", "", "when", "by", "reason", title="Deployments", title_justify="left")
     for pointer in found:
-        for number, move in enumerate(reversed(pointer.history)):
-            state = "current" if number == 0 else ""
-            forced = "forced: " if move.get("overruled") else ""
-            cells = (move["version"], f"{state} {move['action']}".strip(), move["at"], move["by"])
-            row = ("" if number else pointer.name, *cells, forced + (move.get("reason") or ""))
-            table.add_row(*map(Text, row), end_section=number == len(pointer.history) - 1)
-    Console().print(table)
+        print(f"{pointer.name}: {pointer.current}")
+        for move in reversed(pointer.history):
+            forced, reason = (
+                " (forced)" if move.get("overruled") else "",
+                f": {move['reason']}" if move["reason"] else "",
+            )
+            when = move["at"][:16].replace("T", " ")
+            print(f"  {when} UTC  {move['action']:8}  {move['version']}{forced} by {move['by']}{reason}")
     return 0
 
 

@@ -153,13 +153,9 @@ def read_pointer(path: Path) -> Pointer:
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
         pointer = Pointer(found["task"], found["alias"], found["history"])
-        if not pointer.history or found["current"] != pointer.current:
-            raise ValueError
-        if not all(
-            isinstance(move[name], str) for move in pointer.history for name in ("action", "version", "at", "by")
-        ):
-            raise ValueError
-        if (pointer.task, pointer.alias) != (path.parent.name, path.stem):
+        words = [move[name] for move in pointer.history for name in ("action", "version", "manifest", "at", "by")]
+        here = found["current"] == pointer.current and (pointer.task, pointer.alias) == (path.parent.name, path.stem)
+        if not words or not here or not all(isinstance(word, str) for word in words):
             raise ValueError
         return pointer
     except FileNotFoundError:
