@@ -54,6 +54,25 @@ def test_a_folder_of_links_answers_as_the_adapter_on_its_base_and_ends_as_in_tra
     assert AutoTokenizer.from_pretrained(folder).chat_template
 
 
+def test_a_merged_model_is_served_by_itself(run, tmp_path, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(run / "adapter", run / "merged", ignore=shutil.ignore_patterns("adapter_*", "manifest.json"))
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), run / "adapter").merge_and_unload()
+    merged.save_pretrained(run / "merged")
+    write_manifest(run / "merged", "merged", str(tmp_path / "base"), None)
+    shutil.rmtree("base")
+    link(run / "merged", read_manifest(run / "merged"), tmp_path / "linked")
+    ids = torch.arange(3, 40)[None]
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "linked")
+    assert torch.equal(found(ids).logits, merged(ids).logits)
+    assert found.generation_config.eos_token_id == [2]
+    assert main(["serve", str(run), "--as", "merged", "--backend", "vllm"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[1])
+    assert words[:5] == ["vllm", "serve", str((run / "merged").resolve()), "--served-model-name", "small"]
+
+
 def test_another_base_or_a_changed_adapter_is_not_served(run, capsys):
     path = Path("base/config.json")
     path.write_text(path.read_text() + "\n")
