@@ -209,7 +209,7 @@ def test_a_run_without_a_logger_still_leaves_its_files(project):
 
 def test_a_missing_checkpoint_is_refused_before_the_model_loads(project, capfd):
     assert main(["test", "-c", "small.yaml", "--ckpt_path", "gone.ckpt"]) == 2
-    assert "no file gone.ckpt" in capfd.readouterr().err
+    assert "gone.ckpt: no such file" in capfd.readouterr().err
 
 
 def test_python_dash_m_finds_a_format_and_a_source_of_ones_own_in_the_working_directory(project):

@@ -136,7 +136,7 @@ with open("ran.txt", "a") as file:
 mode, rank = os.environ.get("STAND_IN", ""), int(given["model.lora.r"])
 if mode == "mistake":
     sys.exit(print("formtune: error: train.jsonl:3: no answer") or 2)
-(folder / "outcomes").mkdir()
+(folder / "outcomes").mkdir(exist_ok=True)
 if rank == 8 and mode in ("breaks", "killed", "hangs"):
     if mode == "breaks":
         raise MemoryError("no room")

@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from formtune import __version__
-from formtune.errors import UserError
+from formtune.errors import Fault, Stopped, UserError
 from formtune.yaml_file import check_yaml
 
 LOGS = Path("logs")  # one folder a task, one folder a run
@@ -129,6 +129,7 @@ def _lightning(args: list[str]) -> None:
     warnings.filterwarnings("ignore", ".*`isinstance\\(treespec, LeafSpec\\)`.*")
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")  # of fit alone
     from formtune.lightning_cli import run  # several seconds: torch, lightning, transformers
 
     run(args)
@@ -182,7 +183,7 @@ def help_text() -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command line and return the exit code: 2 for a mistake of the user's."""
+    """Run the command line and return the exit code: 2 for a mistake, 1 for a fault, 128 and more for a signal."""
     args = sys.argv[1:] if args is None else args
     try:
         if not args:
@@ -197,6 +198,12 @@ def main(args: list[str] | None = None) -> int:
     except UserError as error:
         print(f"formtune: error: {error}", file=sys.stderr)
         return 2
+    except Fault as error:
+        print(f"formtune: error: {error}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        print(f"formtune: {stopped}", file=sys.stderr)
+        return stopped.code
     except KeyboardInterrupt:
         print("formtune: interrupted", file=sys.stderr)
         return 130

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,30 +14,36 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from lightning.pytorch import seed_everything
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from formtune import checkpoint_files
 from formtune.callbacks import (
     AnswerFile,
-    BestCheckpoint,
+    Checkpoints,
     DataTable,
     Outcomes,
     OverfittingWatch,
     ProgressBar,
+    Signals,
     WorstAnswers,
 )
 from formtune.cli import LOGS, VERBS
 from formtune.data.module import FormatDataModule
 from formtune.deploy.adapter import export_adapter
 from formtune.deploy.preflight import before_training
-from formtune.errors import UserError
+from formtune.errors import Fault, UserError, first_line
 from formtune.evaluations import Evaluations, results
+from formtune.files import write_whole
 from formtune.model import FormatModule
 from formtune.parsing import OneLine
+from formtune.run_folder import RunFolder, unfinished
 from formtune.summary import print_result
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "Broken pipe")  # in messages
 
 
 class Parser(OneLine, LightningArgumentParser):
@@ -46,7 +53,8 @@ class Parser(OneLine, LightningArgumentParser):
 class FormtuneCLI(LightningCLI):
     """Runs fit, validate, test and predict from one YAML per task, with overrides on the command line."""
 
-    def __init__(self, args: Any = None) -> None:
+    def __init__(self, args: list[str], signals: Signals) -> None:
+        self._words, self.signals = args, signals
         super().__init__(
             FormatModule,
             FormatDataModule,
@@ -92,6 +100,12 @@ class FormtuneCLI(LightningCLI):
         )
         # Of fit alone, and known to all verbs: `test -c` takes a run's own configuration.
         parser.add_argument(
+            "--resume",
+            action="store_true",
+            help="Go on with --run, or with the task's last run, if it was interrupted and its configuration is this "
+            "one; the result is the same as without the interruption. Else begin a run",
+        )
+        parser.add_argument(
             "--shots",
             type=NonNegativeInt,
             default=4,
@@ -113,20 +127,57 @@ class FormtuneCLI(LightningCLI):
         sources = config.get("config") or []
         if config.task is None:
             config.task = Path(str(sources[0])).stem if sources else "task"
-        # Lightning starts further processes with this command line and environment: they must find the same folder.
-        config.run = config.run or os.environ.get("FORMTUNE_RUN") or time.strftime("%Y%m%d-%H%M%S")
-        os.environ["FORMTUNE_RUN"] = config.run
-        self.run_dir = LOGS / config.task / config.run
         trainer = config.trainer
         trainer.precision = _checked_precision(trainer.precision, trainer.accelerator)
-        trainer.default_root_dir = str(self.run_dir)
         self._check_trainer(trainer)
-        path = config.get("ckpt_path")
-        if path is not None and not Path(path).is_file():
-            raise UserError(f"ckpt_path: no file {path}; a run's best checkpoint is named at its end")
-        main_process = os.environ.get("LOCAL_RANK", "0") == "0"
-        if self.subcommand == "fit" and main_process and (self.run_dir / "checkpoints").exists():
-            raise UserError(f"run: {self.run_dir} already holds a run; choose another --run or leave it out")
+        if config.get("ckpt_path") is not None:
+            checkpoint_files.read(Path(config.ckpt_path))
+        # Lightning starts further processes with this command line and environment: they must find the same folder.
+        known = os.environ.get("FORMTUNE_RUN")
+        if known is None and config.run is None and _started_by_others():
+            raise UserError("run: processes that torchrun or srun started must agree on a folder; name it by --run")
+        if known is None and self.subcommand == "fit":
+            config.run = self._choose_run(config)
+        config.run = known or config.run or time.strftime("%Y%m%d-%H%M%S")
+        os.environ["FORMTUNE_RUN"] = config.run
+        self.folder = RunFolder(LOGS / config.task / config.run)
+        self.run_dir = self.folder.path
+        trainer.default_root_dir = str(self.run_dir)
+        self.checkpoint = checkpoint_files.newest(self.run_dir / "checkpoints") if self.subcommand == "fit" else None
+        words = [*self._words, *([] if "--run" in self._words else ["--run", config.run]), "--resume"]
+        self.signals.remedy = (
+            f"go on with: {shlex.join(['formtune', *dict.fromkeys(words)])}" if self.subcommand == "fit" else ""
+        )
+
+    def _choose_run(self, config: Namespace) -> str | None:
+        """The run to begin or to go on with, None for a new one that gets its name from the clock.
+
+        Raises:
+            UserError: The run that was named is another one.
+        """
+        named = config.run is not None
+        folder = (
+            RunFolder(LOGS / config.task / config.run) if named else config.resume and unfinished(LOGS / config.task)
+        )
+        if not folder or not (folder.begun or (folder.path / "checkpoints").exists()):
+            return config.run
+        if not config.resume:
+            raise UserError(
+                f"run: {folder.path} already holds a run; go on with it by --resume, or choose another --run"
+            )
+        if folder.finished:
+            print(f"nothing to do: {folder.path} is finished")
+            raise SystemExit(0)
+        difference = folder.difference(self._dump(config)) if folder.begun else None
+        if difference and named:
+            raise UserError(f"resume: {folder.path} began with {difference}; name another --run for another run")
+        print(
+            f"{folder.path} began with {difference}: a new run begins"
+            if difference
+            else f"going on with {folder.path}",
+            flush=True,
+        )
+        return None if difference else config.run or folder.path.name
 
     def _check_trainer(self, trainer: Namespace) -> None:
         """Refuse what would train for nothing, or fail only after the first evaluation."""
@@ -142,13 +193,19 @@ class FormtuneCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config_init, "trainer")
-        self.best, self.outcomes = BestCheckpoint(), Outcomes()
-        callbacks: list[Any] = [DataTable(), WorstAnswers(), self.outcomes]
+        self.best, self.outcomes = Checkpoints(self.signals), Outcomes()
+        callbacks: list[Any] = [DataTable(), WorstAnswers(), self.outcomes, self.signals]
+        kwargs["plugins"] = [*(config.plugins or []), checkpoint_files.CheckpointFiles()]
+        if SLURMEnvironment.detect():
+            # Lightning's would save within a signal's handler, and take up such a file without being asked.
+            kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
         if self.subcommand == "fit":
             self.watch = OverfittingWatch(self.config.fit.early_stopping)
             callbacks += [self.best, self.watch]
             if config.logger is None or config.logger is True:
-                kwargs["logger"] = TensorBoardLogger(LOGS, self.config.fit.task, self.config.fit.run)
+                # What was written after the checkpoint is written again: the curves show it once.
+                again = checkpoint_files.step(self.checkpoint) + 1 if self.checkpoint else None
+                kwargs["logger"] = TensorBoardLogger(LOGS, self.config.fit.task, self.config.fit.run, purge_step=again)
         else:
             kwargs["logger"] = False
         if self.subcommand == "predict":
@@ -159,28 +216,34 @@ class FormtuneCLI(LightningCLI):
 
     def fit(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         """The whole job: base on the test rows, training, best checkpoint on the same rows, export."""
+        try:
+            self._fit(model, datamodule)
+        finally:
+            self.folder.release()
+
+    def _fit(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         trainer: Any = self.trainer
         result: dict[str, Any] = {}
         evaluations = Evaluations(trainer, model, datamodule, self.outcomes, self.run_dir)
-        if trainer.is_global_zero:
-            self._save_config()
         for line in before_training(model.base, model.lora, model.quantize):
             rank_zero_only(print)(f"preflight: {line}")
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            self.folder.hold()
+            if not self.folder.begun:
+                write_whole(self.run_dir / "config.yaml", self._dump(self.config.fit))
         result |= evaluations.baselines(self.config.fit.shots)
-        trainer.validate(model, datamodule, verbose=False)  # the curves begin at the base
-        # Evaluations draw from the same generators: training must not depend on whether a baseline was found on disk.
-        if seed := os.environ.get("PL_GLOBAL_SEED"):
-            seed_everything(int(seed), verbose=False)
-        started = time.monotonic()
-        trainer.fit(model, datamodule)
-        seconds = time.monotonic() - started
-        steps, best = trainer.global_step, self.best.path
+        if self.checkpoint is None:
+            trainer.validate(model, datamodule, verbose=False)  # the curves begin at the base
+        trainer.fit(model, datamodule, ckpt_path=self.checkpoint)
+        steps, best = trainer.global_step, self.best.best
         if best is None and not trainer.fast_dev_run:
             raise UserError("no best checkpoint: no validation gave a finite loss; lower model.optimizer.lr")
-        if best is not None:
+        if best is not None and not trainer.fast_dev_run:
             # Written before the last evaluation: whatever happens there, the adapter is safe.
-            model.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
-            if trainer.is_global_zero:
+            model.load_state_dict(
+                checkpoint_files.read(self.run_dir / "checkpoints" / f"step-{best.step}.ckpt")["state_dict"]
+            )
+            if trainer.is_global_zero and not (self.run_dir / "adapter").exists():  # or it is there, and the same
                 data = datamodule.splits.key if datamodule.splits else None
                 export_adapter(model, self.run_dir / "adapter", self.run_dir / "config.yaml", data)
         result["after"], result["counts"]["after"] = evaluations.tuned()
@@ -189,7 +252,8 @@ class FormtuneCLI(LightningCLI):
         result["data"] = datamodule.splits.key if datamodule.splits else None  # as in audit.json
         result["training"] = {
             "steps": steps,
-            "seconds": round(seconds, 1),
+            "seconds": round(self.best.elapsed(), 1),
+            "skipped_steps": model.skipped,
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "best_step": self.best.best.step if self.best.best else None,
             # On the validation rows, so that runs can be chosen among without a look at the test rows.
@@ -199,8 +263,8 @@ class FormtuneCLI(LightningCLI):
             "history": [asdict(validation) for validation in self.watch.history],
         }
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            self._save_result(result)
             evaluations.report(result)
+            self._save_result(result)  # last: it says that the run is finished
             print_result(result, self.run_dir)
 
     def test(self, **kwargs: Any) -> None:
@@ -223,17 +287,14 @@ class FormtuneCLI(LightningCLI):
         if self.trainer.is_global_zero:
             print(f"answers: {self.config.predict.answers}")
 
-    def _save_config(self) -> None:
-        config = self.config.fit.clone()
+    def _dump(self, config: Namespace) -> str:
+        """The configuration as YAML: a record to start another run from, and what a run that goes on is held to."""
+        config = config.clone()
         config.pop("config", None)
-        config.run = None  # a record to start another run from, not a reason to be refused
-        config.trainer.default_root_dir = None
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "config.yaml").write_text(self._parser("fit").dump(config, skip_none=False), encoding="utf-8")
+        config.run, config.resume, config.trainer.default_root_dir = None, False, None
+        return self._parser("fit").dump(config, skip_none=False)
 
     def _save_result(self, result: dict[str, Any]) -> None:
-        text = json.dumps(result, indent=2)
-        (self.run_dir / "metrics.json").write_text(text + "\n", encoding="utf-8")
         if isinstance(self.trainer.logger, TensorBoardLogger):
             config = self.config.fit
             lora, data = config.model.lora, config.data
@@ -254,6 +315,14 @@ class FormtuneCLI(LightningCLI):
             final = {f"final/{name}": result["after"][name] for name in shown}
             self.trainer.logger.log_hyperparams(parameters, final)
             self.trainer.logger.save()
+        write_whole(self.run_dir / "metrics.json", json.dumps(result, indent=2) + "\n")
+
+
+def _started_by_others() -> bool:
+    """Whether torchrun or srun started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 or (
+        SLURMEnvironment.detect() and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    )
 
 
 def _checked_precision(precision: Any, accelerator: Any) -> str:
@@ -280,9 +349,21 @@ def run(args: list[str]) -> None:
     # Lightning's notes on hardware and on its other products; warnings still come through.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    signals = Signals()
+    signals.install()
     try:
-        FormtuneCLI(args)
+        FormtuneCLI(args, signals)
     except MisconfigurationException as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise Fault(f"{error.filename or 'a file'}: {error.strerror}; mend this and go on with --resume") from error
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST):
+            raise
+        time.sleep(1)  # the process that failed prints its own line, and first
+        raise Fault(f"another process of this run ended, see its message ({first_line(error)[:80]})") from error
     finally:
+        signals.restore()
         os.environ.pop("FORMTUNE_RUN", None)  # the next call in this process is another run

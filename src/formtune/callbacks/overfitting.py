@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from statistics import median
 from typing import Any, Literal
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from formtune.callbacks.best_checkpoint import Score, best
+from formtune.callbacks.checkpoints import Score, best
 
 # A change must last for 3 validations: one may be luck, and two may be the same luck when they lie close together, as
 # the last two of a run do.
@@ -184,6 +184,12 @@ class OverfittingWatch(Callback):
     def diagnosis(self) -> Diagnosis | None:
         """What the validations so far say, None before the first."""
         return diagnose(self.history) if self.history else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": [list(astuple(validation)) for validation in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = [Validation(*values) for values in state_dict["history"]]
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         # In this hook and not a later one: the model is still in evaluation, and its metrics are not yet reset.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import os
 import random
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,16 +22,24 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from formtune.data.encoded import Splits
 from formtune.data.preparation import Preparation
+from formtune.errors import UserError
+from formtune.files import write_whole
 from formtune.rendering import Row
 
 EVALUATION_ROWS = 256  # rows handed over at once; the model splits them further by tokens
 
 
 class Order(Sampler[int]):
-    """A permutation of the rows that is a function of seed and epoch alone."""
+    """A permutation of the rows that is a function of seed and epoch alone.
 
-    def __init__(self, rows: int, seed: int) -> None:
-        self.rows, self.seed, self.epoch = rows, seed, 0
+    Args:
+        rows: How many there are.
+        seed: Of the run.
+        done: Tells how many rows of the epoch a run that goes on has seen.
+    """
+
+    def __init__(self, rows: int, seed: int, done: Callable[[], int] = lambda: 0) -> None:
+        self.rows, self.seed, self.epoch, self._done = rows, seed, 0, done
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -37,8 +48,19 @@ class Order(Sampler[int]):
         return self.rows
 
     def __iter__(self) -> Iterator[int]:
+        # Asked at the first row and not before: Lightning makes the iterator first and then reads the checkpoint.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.rows, generator=generator).tolist()
+        yield from torch.randperm(self.rows, generator=generator).tolist()[self._done() :]
+
+
+class StepLoader(DataLoader):
+    """Batches of one optimizer step each. Its place in the epoch is the trainer's own count, so its state is empty."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
 
 
 class FormatDataModule(L.LightningDataModule):
@@ -74,9 +96,32 @@ class FormatDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         rows: Any = self._rows("train")
-        order = Order(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0)))
+        order = Order(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0)), self._done)
         steps = BatchSampler(order, self.rows_per_step, drop_last=False)
-        return DataLoader(rows, batch_sampler=steps, collate_fn=self._deal())
+        return StepLoader(rows, batch_sampler=steps, collate_fn=self._deal())
+
+    def _done(self) -> int:
+        steps = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0
+        return steps * self.rows_per_step
+
+    def state_dict(self) -> dict[str, str]:
+        return {"rows": self._rows_hash}
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        if self.trainer is not None and self.trainer.state.fn == "fit" and state_dict["rows"] != self._rows_hash:
+            raise UserError(
+                "data: the training or validation rows are others than when this run began; begin a new run"
+            )
+
+    @functools.cached_property
+    def _rows_hash(self) -> str:
+        """Of what is trained on and chosen by, whatever file it came from."""
+        hashed = hashlib.blake2b(digest_size=16)
+        for split in ("train", "validation"):
+            for row in self._rows(split):
+                hashed.update(array("i", [*row.prompt, -1, *row.target, -2]))
+            hashed.update(split.encode())
+        return hashed.hexdigest()
 
     def val_dataloader(self) -> DataLoader:
         return self._evaluation(self._rows("validation"))
@@ -132,6 +177,4 @@ class FormatDataModule(L.LightningDataModule):
     def _write_quarantine(self, path: Path) -> None:
         assert self.splits is not None
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            for row in self.splits.quarantine:
-                file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+        write_whole(path, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in self.splits.quarantine))

@@ -114,11 +114,14 @@ def rule_lines(found: Plan, targets: Sequence[str]) -> list[Line]:
 
 def trial_lines(base: str, lora: Lora, length: int, targets: Sequence[str]) -> list[Line]:
     """What comes out of trying it, for each target that begins with the merged model."""
-    lines = []
+    lines: list[Line] = []
+    merged = [target for target in targets if target in MERGED]
+    if not merged:
+        return lines
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(base, lora, length, Path(folder))
         went, detail = attempt(trial.merged)
-        for target in [target for target in targets if target in MERGED]:
+        for target in merged:
             if missing := lacking(target):
                 lines.append(Line(target, "trial", "not tried", f"{missing}; the rules alone speak for it"))
                 continue

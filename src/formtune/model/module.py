@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,16 +18,18 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from formtune.errors import UserError
+from formtune.errors import Fault, UserError
 from formtune.formats import Format, Verdict
 from formtune.metrics import EXACT, FormatMetrics, LossMetrics
 from formtune.model.grammar import Grammar
+from formtune.model.identity import contract_hash, identity
 from formtune.model.lora import Lora, add_lora, load_base
 from formtune.model.passes import Passes, passes
 from formtune.rendering import Renderer, Row, context_length
 
 EVALUATION = 16  # tokens evaluated together, answers included, for each token of a training pass
 PARITY = 2  # rows of each evaluation batch that are decoded in full as well
+SKIPPED = 20  # steps in a row without a finite gradient that end a run; 16-mixed needs some to find its scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,7 @@ class FormatModule(L.LightningModule):
         self.verdicts, self.losses = FormatMetrics(format), LossMetrics()
         self.logs_evaluations = True  # False keeps an evaluation that is no point of the curves out of them
         self._clock, self._tokens = time.perf_counter(), 0
+        self.skipped = self._skipped_in_a_row = 0  # steps that were left out
 
     def configure_model(self) -> None:
         """Load the base and add the adapters; Lightning calls this before every fit, test and predict."""
@@ -107,8 +112,10 @@ class FormatModule(L.LightningModule):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
         if self.constrained:
             self.grammar = Grammar(self.format, self.renderer, base.get_input_embeddings().num_embeddings)
+        self._identity = {"base": identity(self.base, base.config), "contract": contract_hash(self.format)}
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(self._seed)  # adapters begin alike whatever was drawn before
         self.model = add_lora(base, self.lora, quantized=bool(self.quantize))
         self._trained = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
         if self.compile_passes:
@@ -116,6 +123,10 @@ class FormatModule(L.LightningModule):
                 # One layer's code serves them all; a whole model would be compiled again for each kind of pass.
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.compile(dynamic=True)
+
+    @property
+    def _seed(self) -> int:
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     @functools.cached_property
     def passes(self) -> Passes:
@@ -139,19 +150,26 @@ class FormatModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def training_step(self, batch: list[Row], batch_idx: int) -> None:
-        """One optimizer step over the batch's rows."""
+        """One optimizer step over the batch's rows; one whose gradient is no finite number is left out and counted.
+
+        Raises:
+            Fault: Memory ran out, or `SKIPPED` steps in a row had to be left out.
+        """
         optimizer: Any = self.optimizers()
+        # Noise is a function of seed, step and process: nothing that happens between two steps changes the next one.
+        torch.manual_seed((self._seed * 1_000_003 + self.trainer.global_step) * 8191 + self.trainer.global_rank)
         tokens = torch.tensor(sum(len(row.target) for row in batch), device=self.device)
         tokens = self.trainer.strategy.reduce(tokens, reduce_op="sum")
         # DDP averages the gradients of its ranks; the step's gradient is their sum over all its tokens.
         scale = self.trainer.world_size / tokens
         nats = torch.zeros((), device=self.device)
         groups = list(self.passes.split(batch, self.tokens_per_pass))
-        for group in groups:
-            with contextlib.nullcontext() if group is groups[-1] else self._unsynced():
-                loss = self.passes.predictions(group)[0].loss
-                self.manual_backward(loss * scale)
-            nats += loss.detach()
+        with _memory_named(batch, self.tokens_per_pass):
+            for group in groups:
+                with contextlib.nullcontext() if group is groups[-1] else self._unsynced():
+                    loss = self.passes.predictions(group)[0].loss
+                    self.manual_backward(loss * scale)
+                nats += loss.detach()
         if not groups:  # fewer rows than ranks: join the gradient exchange with nothing to add
             self.manual_backward(torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0)
         rate = optimizer.param_groups[0]["lr"]
@@ -162,8 +180,20 @@ class FormatModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         # Here and not in training_step: under 16-mixed the gradients have just been scaled back.
-        if self.max_grad_norm:
-            self.clip_gradients(optimizer, self.max_grad_norm, "norm")
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
+        if torch.isfinite(norm):  # the same on all processes, since gradients were exchanged
+            self._skipped_in_a_row = 0
+            return
+        for parameter in parameters:
+            parameter.grad = None  # an optimizer leaves such a parameter and its moments as they are
+        self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
+        if self._skipped_in_a_row == SKIPPED:
+            raise Fault(
+                f"model.optimizer: {SKIPPED} steps in a row had a gradient that is no finite number (up to step "
+                f"{self.trainer.global_step}); the checkpoints before are kept; lower the learning rate or look at the "
+                "rows by formtune audit"
+            )
 
     def _unsynced(self) -> Any:
         strategy = self.trainer.strategy
@@ -172,6 +202,8 @@ class FormatModule(L.LightningModule):
     def _log_step(self, loss: Tensor, rate: float, batch: list[Row]) -> None:
         self._tokens += sum(map(len, batch)) * self.trainer.world_size  # ranks hold equal shares, or nearly
         figures: dict[str, Any] = {"train/loss": loss, "train/learning_rate": rate}
+        if self.skipped:
+            figures["train/skipped_steps"] = float(self.skipped)
         trainer: Any = self.trainer
         if trainer.global_step % max(trainer.log_every_n_steps, 1) == 0:
             now = time.perf_counter()
@@ -265,6 +297,33 @@ class FormatModule(L.LightningModule):
         self.losses.reset()
         self.verdicts.reset()
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the state belongs to."""
+        own = {"processes": self.trainer.world_size, "skipped": [self.skipped, self._skipped_in_a_row]}
+        checkpoint["formtune"] = self._identity | own
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a state that belongs to something else, though it has the same shapes.
+
+        Raises:
+            UserError: Names what is another.
+        """
+        known = checkpoint.get("formtune")
+        if not isinstance(known, dict):
+            raise UserError("ckpt_path: the checkpoint was not written by this version of formtune")
+        if known["base"] != self._identity["base"]:
+            raise UserError(f"model.base: the checkpoint was trained on another base than {self.base}")
+        if self.trainer.state.fn != "fit":
+            return  # another contract may judge it, on any number of processes
+        if known["contract"] != self._identity["contract"]:
+            raise UserError("data.format: the contract is another than when this run began; begin a new run")
+        if known["processes"] != self.trainer.world_size:
+            raise UserError(
+                f"trainer.devices: this run began on {known['processes']} processes, now there are "
+                f"{self.trainer.world_size}; go on with as many or begin a new run"
+            )
+        self.skipped, self._skipped_in_a_row = known["skipped"]
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The adapters alone: the frozen base is never written again."""
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in self._trained}
@@ -284,3 +343,18 @@ class FormatModule(L.LightningModule):
         if not all(torch.isfinite(value).all() for value in state_dict.values()):
             raise UserError("ckpt_path: the checkpoint holds weights that are not finite numbers")
         return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+
+@contextlib.contextmanager
+def _memory_named(rows: Sequence[Row], tokens: int) -> Iterator[None]:
+    """Say which rows were in work when memory ran out, and what to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        longest = max(rows, key=len)
+        raise Fault(
+            f"out of memory in a step of {len(rows)} rows, the longest {longest.where} with {len(longest)} tokens; "
+            f"lower model.tokens_per_pass (now {tokens}) or set model.gradient_checkpointing: true"
+        ) from error

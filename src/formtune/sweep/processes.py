@@ -77,12 +77,12 @@ def run_all(jobs: Sequence[Job], on: Sequence[str | None], lock: int, ended: Cal
                 ended(job, process.returncode)
     finally:
         for process in running:
-            os.killpg(process.pid, signal.SIGKILL)  # at once, and its own processes too: it will begin anew
+            os.killpg(process.pid, signal.SIGKILL)  # at once, and its own processes too: it loses seconds
             process.wait()
 
 
 def _start(job: Job, device: str | None, lock: int) -> subprocess.Popen[bytes]:
-    job.folder.mkdir(parents=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
     visible = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
     with job.log.open("wb") as log:
         return subprocess.Popen(

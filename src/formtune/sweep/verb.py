@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -47,6 +46,7 @@ examples:
 """
 RESERVED = {  # keys of `fit` that are not the user's here
     "run": "a sweep names its runs; name the sweep itself with --name",
+    "resume": "a sweep always goes on with what was interrupted",
     "seed_everything": "name the seeds with --seeds",
     "print_config": "a sweep prints none; formtune fit does",
 }
@@ -141,7 +141,7 @@ def _configurations(words: Sequence[str], points: Sequence[Point]) -> dict[str, 
 
 
 def _job(name: str, folder: Path, words: list[str]) -> Job:
-    return Job(name, folder / name, [*words, f"--run={folder.name}/{name}"])
+    return Job(name, folder / name, [*words, f"--run={folder.name}/{name}", "--resume"])
 
 
 @contextlib.contextmanager
@@ -178,9 +178,6 @@ def _results(
     places = {job.name: at for at, job in jobs.items()}
     failed: list[str] = []
     waiting = [job for at, job in jobs.items() if at not in results]
-    for job in waiting:
-        if job.folder.exists():
-            shutil.rmtree(job.folder)
     print(f"{len(jobs)} runs in {folder}, {len(results)} of them finished before", flush=True)
 
     def ended(job: Job, code: int) -> None:

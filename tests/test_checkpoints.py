@@ -4,7 +4,7 @@ import itertools
 import math
 import random
 
-from formtune.callbacks.best_checkpoint import Score, best, contenders
+from formtune.callbacks.checkpoints import Score, best, contenders
 
 
 def test_format_beats_loss():

@@ -1,0 +1,122 @@
+"""Signals that ask a run to stop: noted when they come, obeyed between two batches, by all processes at the same one.
+
+A handler that saved or exchanged something by itself would meet a half-done step, and processes that wait for others.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from formtune.errors import Stopped
+
+# What a terminal, a shell, a batch system (SLURM announces a preemption by SIGUSR1 if asked to) and its end send.
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+class Signals(Callback):
+    """Notes a signal in `number` while batches run, stops at once elsewhere, and at once at a second Ctrl-C.
+
+    Args:
+        remedy: How to go on, for the last line.
+    """
+
+    def __init__(self, remedy: str = "") -> None:
+        self.remedy = remedy
+        self.number = 0
+        self._looping = False
+        self._before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Take the signals over, but for those that are ignored (as `nohup` does)."""
+        if threading.current_thread() is threading.main_thread():
+            for number in NUMBERS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    before = signal.signal(number, self._note)
+                    self._before.setdefault(number, before)
+
+    def restore(self) -> None:
+        """Give them back."""
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before.clear()
+
+    def _note(self, number: int, frame: Any) -> None:
+        if not self._looping:
+            raise Stopped(number, self.remedy)
+        if self.number and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.number = number
+
+    def begin(self) -> None:
+        """Batches begin; Lightning has just put a handler of its own in front, which exchanges data and kills."""
+        self.install()
+        self._looping = True
+
+    def end(self) -> None:
+        """Batches have ended."""
+        self._looping = False
+
+    def poll(self, trainer: Any) -> None:
+        """Stop if a signal came to any process, nothing being there to save.
+
+        Raises:
+            Stopped: It did.
+        """
+        [number] = highest(trainer, self.number)
+        if number:
+            raise Stopped(int(number), self.remedy)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.begin()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.end()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.state.fn != "fit":
+            self.begin()
+
+    def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.state.fn != "fit":  # in training it is known what was saved
+            self.poll(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.state.fn != "fit":
+            self.end()
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        self.begin()
+
+    def on_test_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.poll(trainer)
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        self.end()
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        self.begin()
+
+    def on_predict_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.poll(trainer)
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        self.end()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.end()
+
+
+def highest(trainer: Any, *values: float) -> list[float]:
+    """Each value's highest over all processes, the same on each of them."""
+    if trainer.world_size == 1:
+        return [float(value) for value in values]
+    found = trainer.strategy.reduce(
+        torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device), reduce_op="max"
+    )
+    return found.tolist()

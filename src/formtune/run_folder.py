@@ -1,0 +1,92 @@
+"""The folder of one run: found again after an interruption, held by one process, and never continued as another run."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from formtune.errors import UserError
+
+# Keys that say where and how a run is watched, and not what is trained.
+FREE = ("run", "resume", "task", "trainer.default_root_dir", "trainer.enable_progress_bar", "data.prompts")
+
+
+class RunFolder:
+    """A folder with `config.yaml` from the start of a run on, and `metrics.json` once it is finished.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: Any = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run has begun here."""
+        return (self.path / "config.yaml").exists()
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has come to its end."""
+        return (self.path / "metrics.json").exists()
+
+    def difference(self, config: str) -> str | None:
+        """The first key in which this run's configuration differs from another, with both values; None if none does.
+
+        Args:
+            config: The other as YAML, defaults included.
+        """
+        try:
+            old = dict(_leaves(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{self.path / 'config.yaml'}: cannot be read ({error}); begin another run") from None
+        new = dict(_leaves(yaml.safe_load(config)))
+        for key in [*new, *(key for key in old if key not in new)]:
+            if old.get(key) != new.get(key) and not key.startswith(FREE):
+                return f"{key} {old.get(key)}, now {new.get(key)}"
+        return None
+
+    def hold(self) -> None:
+        """Make the folder, and keep others from running in it for as long as this process lives.
+
+        Raises:
+            UserError: Another process does, or the folder cannot be written.
+        """
+        try:
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path}: this run is going on in another process; name another one by --run"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{self.path}: no run can write here ({error.strerror})") from None
+
+    def release(self) -> None:
+        """Let others run here."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def unfinished(task: Path) -> RunFolder | None:
+    """The run of a task that began last, if it has not come to its end."""
+    begun = [path for path in task.glob("*/config.yaml") if not (path.parent / ".sweep").exists()]
+    newest = max(begun, key=lambda path: path.stat().st_mtime, default=None)
+    return None if newest is None or RunFolder(newest.parent).finished else RunFolder(newest.parent)
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
