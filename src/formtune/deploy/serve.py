@@ -27,7 +27,7 @@ import yaml
 from formtune.cli import VERBS
 from formtune.data.preparation import system_prompt
 from formtune.deploy.manifest import base_files, base_folder, verify
-from formtune.deploy.registry import Served, find_served
+from formtune.deploy.served import Served, find_served
 from formtune.errors import UserError
 from formtune.files import write_whole
 from formtune.parsing import OneLine
