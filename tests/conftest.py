@@ -119,3 +119,42 @@ def shared(path: str) -> Path:
     if not (SHARED / path).exists():
         pytest.skip(f"needs the development data ({path}), which is not part of the project")
     return SHARED / path
+
+
+def write_run(folder: Path, base: str, rows: list[tuple[str, bool]], rank: int = 4) -> Path:
+    """A finished run of the task `small` as far as deploying it goes: a random adapter and its test rows.
+
+    Args:
+        folder: Folder of the run.
+        base: Folder of its base.
+        rows: Input of each test row, and whether the answer is right.
+        rank: Of the adapter.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    from formtune.deploy.manifest import write_manifest
+    from formtune.evaluation.outcomes import Outcome, write_outcomes
+    from formtune.formats import JsonSchema
+
+    adapter = folder / "adapter"
+    torch.manual_seed(rank)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=rank, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(adapter, save_embedding_layers=False)
+    byte_tokenizer().save_pretrained(adapter)
+    (adapter / "README.md").unlink(missing_ok=True)
+    (adapter / "contract.json").write_text(json.dumps(JsonSchema(SCHEMA).to_dict()))
+    config = {"task": "small", "model": {"base": base, "max_new_tokens": 8}, "data": {"system": "Number it."}}
+    (adapter / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    write_manifest(adapter, "adapter", base, "abc")
+    write_outcomes(
+        folder / "outcomes/after.jsonl",
+        [
+            Outcome(f"t:{i}", "", 9, 9, text, "{}", "{}" if right else "", "ok" if right else "empty", "", right, right,
+                    right, 2 * right, 2 * right, 2, {"n": right, "s": right})
+            for i, (text, right) in enumerate(rows)
+        ],
+    )  # fmt: skip
+    return folder

@@ -237,7 +237,7 @@ HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "numpy")
         (["-h"], 0, "formtune fit -c configs/demo.yaml"),
         (["--version"], 0, r"formtune \d"),
         (["fti", "-c", "small.yaml"], 2, "no verb 'fti'; did you mean fit?"),
-        (["deploy"], 2, "no verb 'deploy'; the verbs are audit, synthesize, preflight, fit, sweep, validate"),
+        (["quux"], 2, "no verb 'quux'; the verbs are audit, synthesize, preflight, fit, sweep, validate"),
         (["-c", "small.yaml", "fit"], 2, "a verb comes first, before -c"),
         (["fit", "-c"], 2, "-c: name the YAML of a task"),
         (["fit", "-c", "gone.yaml"], 2, "gone.yaml: No such file"),

@@ -98,6 +98,37 @@ def _compare(args: list[str]) -> int:
     return run(args[1:])
 
 
+def _check_endpoint(args: list[str]) -> int:
+    _configs(args)
+    from formtune.deploy.endpoint_check import run
+
+    return run(args[1:])
+
+
+def _promote(args: list[str]) -> int:
+    from formtune.deploy.promote import promote
+
+    return promote(args[1:])
+
+
+def _rollback(args: list[str]) -> int:
+    from formtune.deploy.promote import rollback
+
+    return rollback(args[1:])
+
+
+def _deployments(args: list[str]) -> int:
+    from formtune.deploy.promote import deployments
+
+    return deployments(args[1:])
+
+
+def _serve(args: list[str]) -> int:
+    from formtune.deploy.serve import run
+
+    return run(args[1:])
+
+
 def _lightning(args: list[str]) -> None:
     _configs(args)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of calls inside other libraries
@@ -123,6 +154,11 @@ VERBS = {
     "predict": Verb("Answer a file of prompts and judge the answers by the contract.", _lightning),
     "compare": Verb("Say which run is better on the same test rows, or that the rows cannot tell.", _compare),
     "export": Verb("Merge or quantise a run's adapter, and write what still answers as the adapter does.", _export),
+    "promote": Verb("Point a name such as production to a run, if its test rows are not worse.", _promote),
+    "rollback": Verb("Point it to the version before again.", _rollback),
+    "deployments": Verb("List what is deployed, and the history.", _deployments),
+    "serve": Verb("Serve a run or a deployment on this machine, or print the command for vLLM.", _serve),
+    "check-endpoint": Verb("Ask a server the test rows, and judge what it answers and how fast.", _check_endpoint),
 }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
@@ -22,6 +22,24 @@ from formtune.rendering import Renderer, Row, context_length
 
 # Reasons that speak of a mistake in the data; the others (duplicates, leaks, ...) are ordinary and only counted.
 BAD_REASONS = ("format", "style", "too_long", "unfit")
+
+
+def system_prompt(system: str | None, contract: dict[str, Any]) -> str | None:
+    """The system prompt with the schema in the place of `{schema}`.
+
+    Args:
+        system: As configured.
+        contract: What the contract's `to_dict` gives, as an exported folder's `contract.json` holds it.
+
+    Raises:
+        UserError: The contract has no schema.
+    """
+    if not system or "{schema}" not in system:
+        return system
+    schema = contract["init_args"].get("schema")
+    if schema is None:
+        raise UserError("data.system: {schema} needs a JsonSchema as data.format")
+    return system.replace("{schema}", json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
 
 
 class Preparation:
@@ -67,17 +85,13 @@ class Preparation:
         max_length: PositiveInt = 1024,
         max_new_tokens: PositiveInt = 256,
     ) -> None:
-        self.format, self.prompts, self.production, self.system = format, prompts, production, system
+        self.format, self.prompts, self.production = format, prompts, production
+        self.system = system_prompt(system, format.to_dict())
         self.sources = (train, validation, test)
         self.base, self.columns = tokenizer, columns or Columns()
         self.clean, self.repair_answers, self.near_duplicates = clean, repair_answers, near_duplicates
         self.bad_rows, self.max_synthetic = bad_rows, max_synthetic
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
-        if system and "{schema}" in system:
-            schema = format.to_dict()["init_args"].get("schema")
-            if schema is None:
-                raise UserError("data.system: {schema} needs a JsonSchema as data.format")
-            self.system = system.replace("{schema}", json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
         if sum(share for share in (validation, test) if isinstance(share, float)) >= 1:
             raise UserError("data.validation, data.test: the two shares leave no rows to train on")
 

@@ -106,17 +106,26 @@ def base_files(base: str) -> dict[str, str]:
     Raises:
         UserError: The base is not there.
     """
-    folder = Path(base)
-    if not folder.is_dir():
-        from transformers.utils.hub import cached_file
-
-        from formtune.rendering import check_base
-
-        try:
-            folder = Path(str(cached_file(check_base(base), "config.json", local_files_only=True))).parent
-        except OSError:
-            raise UserError(f"{base}: the base is neither a folder nor in the local cache of the hub") from None
+    folder = base_folder(base)
     return _hashes(folder, (path for path in folder.iterdir() if path.suffix in _BASE_SUFFIXES and path.is_file()))
+
+
+def base_folder(base: str) -> Path:
+    """The folder of a base's files; of a hub id the one in the local cache.
+
+    Raises:
+        UserError: The base is not there.
+    """
+    if Path(base).is_dir():
+        return Path(base)
+    from transformers.utils.hub import cached_file
+
+    from formtune.rendering import check_base
+
+    try:
+        return Path(str(cached_file(check_base(base), "config.json", local_files_only=True))).parent
+    except OSError:
+        raise UserError(f"{base}: the base is neither a folder nor in the local cache of the hub") from None
 
 
 def file_hash(path: Path) -> str:

@@ -96,7 +96,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     """
     return {
         "rows": len(runs[0].outcomes),
-        "runs": [{"name": run.name, "outcomes": str(run.path), "figures": _figures(run.outcomes)} for run in runs],
+        "runs": [{"name": run.name, "outcomes": str(run.path), "figures": figures(run.outcomes)} for run in runs],
         "comparisons": [
             {"run": run.name, "against": runs[0].name, "differences": _differences(runs[0].outcomes, run.outcomes)}
             for run in runs[1:]
@@ -106,23 +106,40 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
 
 def print_comparison(found: dict[str, Any]) -> None:
     """One table, and one sentence for each run after the first."""
-    runs, comparisons = found["runs"], found["comparisons"]
+    comparisons = found["comparisons"]
     differences = [{}, *(one["differences"] for one in comparisons)]
-    table = Table(
-        Column("metric", overflow="fold"), title=f"Comparison on {found['rows']:,} test rows", title_justify="left"
-    )
-    for run in runs:
-        table.add_column(Text(run["name"]), justify="right", overflow="fold")
-    names = list(dict.fromkeys(name for run in runs for name in run["figures"]))
-    for name in names:
-        cells = [_cell(run["figures"].get(name), d.get(name)) for run, d in zip(runs, differences, strict=True)]
-        table.add_row(Text(name), *cells, end_section=name == F1)
     console = Console()
-    console.print(table)
+    console.print(figures_table(f"Comparison on {found['rows']:,} test rows", found["runs"], differences))
     for one in comparisons:
         parts = (f"{name} {_sentence(one['differences'][name])}" for name in IN_WORDS)
         line = f"{one['run']} against {one['against']}: {'; '.join(parts)}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Every rate and field F1, each as `value` and `interval`."""
+    rates = {
+        name: {"value": sum(right) / len(right), "interval": wilson(sum(right), len(right))}
+        for name, right in _right(outcomes).items()
+    }
+    return _in_order(rates, {"value": field_f1(outcomes), "interval": f1_interval(_counts(outcomes))})
+
+
+def figures_table(title: str, runs: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> Table:
+    """A column for each run.
+
+    Args:
+        title: What stands above.
+        runs: Of each its `name` and `figures`.
+        differences: Of each, by figure, what it has more than the first; empty for the first.
+    """
+    table = Table(Column("metric", overflow="fold"), title=title, title_justify="left")
+    for run in runs:
+        table.add_column(Text(run["name"]), justify="right", overflow="fold")
+    for name in dict.fromkeys(name for run in runs for name in run["figures"]):
+        cells = [_cell(run["figures"].get(name), d.get(name)) for run, d in zip(runs, differences, strict=True)]
+        table.add_row(Text(name), *cells, end_section=name == F1)
+    return table
 
 
 def run(args: list[str]) -> int:
@@ -182,14 +199,6 @@ def _counts(outcomes: Sequence[Outcome]) -> np.ndarray:
 def _in_order(rates: dict[str, Any], f1: Any) -> dict[str, Any]:
     """The headline rates, F1, the fields."""
     return {name: rates[name] for name in RATES} | {F1: f1} | rates
-
-
-def _figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    rates = {
-        name: {"value": sum(right) / len(right), "interval": wilson(sum(right), len(right))}
-        for name, right in _right(outcomes).items()
-    }
-    return _in_order(rates, {"value": field_f1(outcomes), "interval": f1_interval(_counts(outcomes))})
 
 
 def _differences(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, Any]:

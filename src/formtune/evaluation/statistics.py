@@ -102,6 +102,12 @@ def f1_interval(counts: np.ndarray) -> Interval:
     return _bootstrap(lambda totals: _f1(*totals), counts)[0] if counts.shape[1] > 1 else (0.0, 1.0)
 
 
+def quantile_interval(values: Sequence[float], percent: float) -> Interval:
+    """95 % interval of the value that `percent` of all do not exceed, by bootstrap; of one value, that value."""
+    found = np.array([values if len(values) > 1 else [*values, *values]])
+    return _bootstrap(lambda drawn, axis: np.percentile(drawn, percent, axis=axis), found)[0]
+
+
 def f1_difference(first: np.ndarray, second: np.ndarray) -> Difference:
     """Compare micro F1: its interval by paired bootstrap over rows, its test by randomization (Yeh, 2000).
 
