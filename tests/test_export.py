@@ -49,7 +49,7 @@ def trained(tmp_path_factory):
             "trainer": {"max_epochs": 4, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
         }
         Path("small.yaml").write_text(yaml.safe_dump(config))
-        words = ["--run", "one", "--model.optimizer.lr", "0.02", "--shots", "0"]
+        words = ["--run", "one", "--model.optimizer.lr", "0.02", "--baselines", "[]"]
         assert main(["fit", "-c", "small.yaml", *words]) == 0
     finally:
         os.chdir(before)
@@ -173,7 +173,7 @@ def _append(path):
     [
         (_append("{run}/adapter/adapter_config.json"), "adapter_config.json: changed since it was exported"),
         (_append("base/config.json"), "config.json of base is not the one that the adapter was trained on"),
-        (lambda run: Path("train.jsonl").write_text(json.dumps(pair(1)) + "\n"), "are not those that the run was"),
+        (lambda run: Path("train.jsonl").write_text(json.dumps(pair(1)) + "\n"), "makes other test rows"),
         (lambda run: (run / "outcomes/after.jsonl").unlink(), "after.jsonl: No such file"),
         (lambda run: (run / "config.yaml").unlink(), "name the folder of a finished run"),
         (lambda run: (run / "adapter/manifest.json").unlink(), "manifest.json: No such file"),

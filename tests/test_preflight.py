@@ -229,7 +229,7 @@ def test_fit_refuses_what_would_merge_into_another_model_and_warns_of_what_vllm_
     assert main(["fit", "-c", "small.yaml", "--model.lora.targets", '["lm_head"]']) == 2
     assert "shares between input and output" in capsys.readouterr().err
     assert not list(Path("logs").glob("small/*/metrics.json"))
-    words = ["--model.lora.dora", "true", "--trainer.max_steps", "1", "--shots", "0"]
+    words = ["--model.lora.dora", "true", "--trainer.max_steps", "1", "--baselines", "[]"]
     assert main(["fit", "-c", "small.yaml", *words]) == 0
     assert "preflight: model.lora.dora is not supported by vLLM" in capsys.readouterr().out
 

@@ -96,12 +96,14 @@ def read_run(folder: Path) -> Finished:
     free = folder / "outcomes" / "adapter.jsonl"
     judged = free if task.model.constrained and free.is_file() else folder / "outcomes" / "after.jsonl"
     outcomes = read_outcomes(judged)
+    if json.loads((folder / "adapter/contract.json").read_text(encoding="utf-8")) != preparation.format.to_dict():
+        raise UserError(f"{config}: the contract is not the one that the run was judged by; train again")
+    # By their content and not by the hash of the run's rows, which changes with every version of formtune.
     splits = preparation.split()
-    if splits.key != manifest["data"]:
-        raise UserError(f"{config}: its rows, contract or tokenizer are not those that the run was judged with")
     test = splits.rows["test"][: len(outcomes)]
-    if [(row.source, row.gold) for row in test] != [(one.input, one.target) for one in outcomes]:
-        raise UserError(f"{judged}: not the test rows of {config}; train again")
+    seen = [(one.input, one.target, one.prompt_tokens) for one in outcomes]
+    if [(row.source, row.gold, len(row.prompt)) for row in test] != seen:
+        raise UserError(f"{judged}: {config} makes other test rows or prompts than these; train again")
     timed = _at_p95(preparation.production_rows or test)
     step = max(1, len(test) // COMPARED)
     lengths = sorted(test, key=len)[::step][:COMPARED]

@@ -104,8 +104,13 @@ def f1_interval(counts: np.ndarray) -> Interval:
 
 def quantile_interval(values: Sequence[float], percent: float) -> Interval:
     """95 % interval of the value that `percent` of all do not exceed, by bootstrap; of one value, that value."""
-    found = np.array([values if len(values) > 1 else [*values, *values]])
-    return _bootstrap(lambda drawn, axis: np.percentile(drawn, percent, axis=axis), found)[0]
+    if len(set(values)) < 2:
+        return values[0], values[0]
+    found = stats.bootstrap(
+        (np.array(values),), lambda drawn, axis: np.percentile(drawn, percent, axis=axis),
+        confidence_level=CONFIDENCE, method="percentile", rng=0,
+    )  # fmt: skip
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def f1_difference(first: np.ndarray, second: np.ndarray) -> Difference:
