@@ -36,6 +36,8 @@ class OneLine:
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         config = super().parse_args(*args, **kwargs)  # type: ignore[misc]
+        if not hasattr(config, "get"):
+            return config  # argparse's own, which knows no groups of keys
         verb = config.get("subcommand")
         parser, values = (_subparsers(self)[verb], config[verb]) if verb else (self, config)
         # A list in place of keys would be taken, and fail where they are needed.
