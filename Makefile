@@ -33,7 +33,7 @@ train: $(INSTALLED) $(DEMO) ## Train the demo (or CONFIG=... ARGS=...), or go on
 	$(BIN)/formtune fit -c $(CONFIG) $(ARGS) --resume
 
 test: $(INSTALLED) ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .

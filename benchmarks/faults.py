@@ -43,7 +43,11 @@ def matrix() -> list[dict[str, str]]:
     """Each case that a test claims, and what became of its tests."""
     with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as folder:
         report = Path(folder, "report.xml")
-        subprocess.run([sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *FILES], cwd=ROOT, check=False)
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "loadfile", f"--junitxml={report}", *FILES],
+            cwd=ROOT,
+            check=False,
+        )
         found: dict[tuple[str, str], list[str]] = defaultdict(list)
         for test in ET.parse(report).iter("testcase"):
             kinds = {child.tag for child in test}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -13,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -42,8 +40,9 @@ from formtune.evaluations import Baseline, Evaluations, results
 from formtune.files import write_whole
 from formtune.model import FormatModule
 from formtune.parsing import OneLine
-from formtune.run_folder import RunFolder, unfinished
+from formtune.run_folder import RunFolder, choose_run
 from formtune.summary import print_result
+from formtune.trainer_checks import check_monitors, check_trainer, checked_precision, started_by_others
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "Broken pipe")  # in messages
 
@@ -140,16 +139,16 @@ class FormtuneCLI(LightningCLI):
         if config.task is None:
             config.task = Path(str(sources[0])).stem if sources else "task"
         trainer = config.trainer
-        trainer.precision = _checked_precision(trainer.precision, trainer.accelerator)
-        self._check_trainer(trainer)
+        trainer.precision = checked_precision(trainer.precision, trainer.accelerator)
+        check_trainer(trainer, str(self.subcommand))
         if config.get("ckpt_path") is not None:
             checkpoint_files.read(Path(config.ckpt_path))
         # Lightning starts further processes with this command line and environment: they must find the same folder.
         known = os.environ.get("FORMTUNE_RUN")
-        if known is None and config.run is None and _started_by_others():
+        if known is None and config.run is None and started_by_others():
             raise UserError("run: processes that torchrun or srun started must agree on a folder; name it by --run")
         if known is None and self.subcommand == "fit":
-            config.run = self._choose_run(config)
+            config.run = choose_run(LOGS / config.task, config.run, config.resume, lambda: self._dump(config))
         config.run = known or config.run or time.strftime("%Y%m%d-%H%M%S")
         os.environ["FORMTUNE_RUN"] = config.run
         self.folder = RunFolder(LOGS / config.task / config.run)
@@ -160,55 +159,6 @@ class FormtuneCLI(LightningCLI):
         self.signals.remedy = (
             f"go on with: {shlex.join(['formtune', *dict.fromkeys(words)])}" if self.subcommand == "fit" else ""
         )
-
-    def _choose_run(self, config: Namespace) -> str | None:
-        """The run to begin or to go on with, None for a new one that gets its name from the clock.
-
-        Raises:
-            UserError: The run that was named is another one.
-        """
-        named = config.run is not None
-        folder = (
-            RunFolder(LOGS / config.task / config.run) if named else config.resume and unfinished(LOGS / config.task)
-        )
-        if not folder or not folder.begun:
-            return config.run
-        if not config.resume:
-            raise UserError(
-                f"run: {folder.path} already holds a run; go on with it by --resume, or choose another --run"
-            )
-        if folder.finished:
-            print(f"nothing to do: {folder.path} is finished")
-            raise SystemExit(0)
-        difference = folder.difference(self._dump(config))
-        if difference and named:
-            raise UserError(f"resume: {folder.path} began with {difference}; name another --run for another run")
-        print(
-            f"{folder.path} began with {difference}: a new run begins"
-            if difference
-            else f"going on with {folder.path}",
-            flush=True,
-        )
-        return None if difference else config.run or folder.path.name
-
-    def _check_trainer(self, trainer: Namespace) -> None:
-        """Refuse what would train for nothing, or fail only after the first evaluation."""
-        for name in {"fit": ("val", "test"), "validate": ("val",), "test": ("test",)}.get(str(self.subcommand), ()):
-            if trainer[f"limit_{name}_batches"] == 0:
-                raise UserError(f"trainer.limit_{name}_batches: 0 leaves nothing to judge the model by")
-        strategy = trainer.strategy
-        named = str(strategy.get("class_path", "") if isinstance(strategy, Namespace) else strategy).lower()
-        if any(kind in named for kind in ("fsdp", "deepspeed", "modelparallel")):
-            raise UserError("trainer.strategy: layers must be whole; use ddp, or model.quantize: 4bit for a large base")
-        for name in ("max_steps", "max_epochs"):
-            if self.subcommand == "fit" and trainer[name] == 0:
-                raise UserError(f"trainer.{name}: 0 leaves nothing to train")
-        if trainer.gradient_clip_val:
-            raise UserError("trainer.gradient_clip_val: set model.max_grad_norm instead")
-        if trainer.accumulate_grad_batches != 1:
-            raise UserError(
-                "trainer.accumulate_grad_batches: a batch is a whole step here; set data.rows_per_step instead"
-            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config_init, "trainer")
@@ -232,19 +182,8 @@ class FormtuneCLI(LightningCLI):
         if config.enable_progress_bar is not False:
             callbacks.append(ProgressBar())
         trainer = self._instantiate_trainer({**config, **kwargs}, callbacks)
-        self._check_monitors(trainer)
+        check_monitors(trainer, self.model.validation_names)
         return trainer
-
-    def _check_monitors(self, trainer: Any) -> None:
-        """Lightning would find out after the first validation."""
-        for callback in (c for c in trainer.callbacks if getattr(c, "monitor", None) is not None):
-            names = self.model.validation_names | {"epoch", "step", "train/loss", "train/eval_loss", "val/loss_gap"}
-            if (name := callback.monitor) not in names:
-                near = difflib.get_close_matches(name, names, 1) or ["val/loss"]
-                raise UserError(
-                    f"trainer.callbacks: {type(callback).__name__} monitors {name}, which no validation measures; "
-                    f"did you mean {near[0]}?"
-                )
 
     def fit(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         """The whole job: base on the test rows, training, best checkpoint on the same rows, export."""
@@ -349,28 +288,6 @@ class FormtuneCLI(LightningCLI):
             self.trainer.logger.log_hyperparams(parameters, final)
             self.trainer.logger.save()
         write_whole(self.run_dir / "metrics.json", json.dumps(result, indent=2) + "\n")
-
-
-def _started_by_others() -> bool:
-    """Whether torchrun or srun started this process beside others."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 or (
-        SLURMEnvironment.detect() and int(os.environ.get("SLURM_NTASKS", 1)) > 1
-    )
-
-
-def _checked_precision(precision: Any, accelerator: Any) -> str:
-    """The precision to train in; where none is given, bfloat16 arithmetic if the hardware has it."""
-    if precision is None:
-        if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda"):
-            return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-        on_cpu = accelerator == "cpu" or not torch.backends.mps.is_available()
-        return "bf16-mixed" if on_cpu and torch.cpu._is_avx512_bf16_supported() else "32-true"
-    if str(precision) in ("bf16-true", "bf16", "16-true", "16"):
-        # Adam's second moments and the adapters would be rounded away in 16 bits.
-        raise UserError(
-            f"trainer.precision: {precision} would store the adapters in 16 bits; use bf16-mixed or 16-mixed"
-        )
-    return str(precision)
 
 
 def run(args: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,40 @@ class RunFolder:
             self._lock = None
 
 
-def unfinished(task: Path) -> RunFolder | None:
-    """The run of a task that began last, if it has not come to its end."""
+def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], str]) -> str | None:
+    """The name of the run to begin or to go on with, None for a new one that gets its name from the clock.
+
+    Args:
+        task: Folder of the task.
+        name: What the user calls the run.
+        resume: Whether an interrupted run may go on.
+        config: Gives the configuration as YAML, defaults included.
+
+    Raises:
+        UserError: The run of that name is another one.
+        SystemExit: It is finished; nothing is to be done.
+    """
+    folder = RunFolder(task / name) if name else _last(task) if resume else None
+    if folder is None or not folder.begun or (folder.finished and not name):
+        return name
+    if not resume:
+        raise UserError(f"run: {folder.path} already holds a run; go on with it by --resume, or choose another --run")
+    if folder.finished:
+        print(f"nothing to do: {folder.path} is finished")
+        raise SystemExit(0)
+    difference = folder.difference(config())
+    if difference and name:
+        raise UserError(f"resume: {folder.path} began with {difference}; name another --run for another run")
+    new = f"{folder.path} began with {difference}: a new run begins"
+    print(new if difference else f"going on with {folder.path}", flush=True)
+    return None if difference else name or folder.path.name
+
+
+def _last(task: Path) -> RunFolder | None:
+    """The run of a task that began last."""
     begun = [path for path in task.glob("*/config.yaml") if not (path.parent / ".sweep").exists()]
     newest = max(begun, key=lambda path: path.stat().st_mtime, default=None)
-    return None if newest is None or RunFolder(newest.parent).finished else RunFolder(newest.parent)
+    return RunFolder(newest.parent) if newest else None
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -25,7 +25,7 @@ from formtune.errors import Fault, UserError, first_line
 from formtune.formats import Format, Verdict
 from formtune.metrics import EXACT, FormatMetrics, LossMetrics, OwnMetrics
 from formtune.model.grammar import Grammar
-from formtune.model.identity import contract_hash, identity
+from formtune.model.identity import check_identity, contract_hash, identity
 from formtune.model.lora import Lora, add_lora, check_layers, load_base
 from formtune.model.passes import Passes, passes
 from formtune.rendering import Renderer, Row, context_length
@@ -330,8 +330,8 @@ class FormatModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the state belongs to."""
-        own = {"processes": self.trainer.world_size, "skipped": [self.skipped, self._skipped_in_a_row]}
-        checkpoint["formtune"] = self._identity | own
+        skipped = {"skipped": [self.skipped, self._skipped_in_a_row]}
+        checkpoint["formtune"] = self._identity | {"processes": self.trainer.world_size} | skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a state that belongs to something else, though it has the same shapes.
@@ -339,21 +339,10 @@ class FormatModule(L.LightningModule):
         Raises:
             UserError: Names what is another.
         """
-        known = checkpoint.get("formtune")
-        if not isinstance(known, dict):
-            raise UserError("ckpt_path: the checkpoint was not written by this version of formtune")
-        if known["base"] != self._identity["base"]:
-            raise UserError(f"model.base: the checkpoint was trained on another base than {self.base}")
-        if self.trainer.state.fn != "fit":
-            return  # another contract may judge it, on any number of processes
-        if known["contract"] != self._identity["contract"]:
-            raise UserError("data.format: the contract is another than when this run began; begin a new run")
-        if known["processes"] != self.trainer.world_size:
-            raise UserError(
-                f"trainer.devices: this run began on {known['processes']} processes, now there are "
-                f"{self.trainer.world_size}; go on with as many or begin a new run"
-            )
-        self.skipped, self._skipped_in_a_row = known["skipped"]
+        known, goes_on = checkpoint.get("formtune"), self.trainer.state.fn == "fit"
+        check_identity(known, self._identity | {"processes": self.trainer.world_size}, goes_on)
+        if goes_on:
+            self.skipped, self._skipped_in_a_row = known["skipped"]  # type: ignore[index]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The adapters alone: the frozen base is never written again."""
