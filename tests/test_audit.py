@@ -120,7 +120,7 @@ def test_synthetic_rows_are_counted_and_capped(task):
 
 
 def test_a_mistake_is_one_line(task, capsys):
-    task([pair(1), "{"])
+    task([pair(1), '{"prompt" 1}'])
     for words, message in (
         (["audit", "-c", "t.yaml"], "train.jsonl:2: not valid JSON"),
         (["audit", "-c", "t.yaml", "--data.trian", "x"], "did you mean data.train?"),

@@ -67,7 +67,18 @@ def test_the_adapter_that_keeps_the_format_is_exported_and_not_the_one_of_the_lo
     words += ["--data.test", "test.jsonl", "--data.format", "JsonSchema", "--data.format.schema", "schema.json"]
     words += ["--model.lora.targets", "all-linear", "--model.optimizer.lr", "0.01", "--model.max_new_tokens", "32"]
     words += ["--trainer.max_steps", "120", "--trainer.max_epochs", "-1", "--trainer.val_check_interval", "10"]
-    words += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--baselines", "[]", "--task", "t"]
+    words += [
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.precision",
+        "32-true",
+        "--baselines",
+        "[]",
+        "--task",
+        "t",
+        "--seed_everything",
+        "1",
+    ]
     assert main([*words, "--run", "r", "--trainer.enable_progress_bar", "false"]) == 0
 
     run = Path("logs/t/r")

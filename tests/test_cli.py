@@ -188,7 +188,8 @@ def test_a_mistake_gets_one_line_and_exit_code_2(project, capfd, case):
 
 
 def test_a_used_run_folder_is_not_overwritten(project, capfd):
-    (project / "logs/small/one/checkpoints").mkdir(parents=True)
+    (project / "logs/small/one").mkdir(parents=True)
+    (project / "logs/small/one/config.yaml").touch()
     assert fit() == 2
     assert "already holds a run" in capfd.readouterr().err
 
