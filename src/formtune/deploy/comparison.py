@@ -67,7 +67,8 @@ class Tolerance:
 # The first two were measured with room of 2 to 100 times (docs/deployment.md); the last two are judgement, and the
 # format metric on the test rows stands beside them.
 EXACT = Tolerance(relative_max=1e-4)  # float32: nothing but the order of sums
-ROUNDED = Tolerance(relative_max=3e-2, kl=1e-3, top1=0.99)  # stored in 16 bits
+# Stored in 16 bits: sound adapters and merges of the demo were seen 2.4e-2 and 5.4e-2 apart, at one logit of thousands.
+ROUNDED = Tolerance(relative_max=1e-1, kl=1e-3, top1=0.99)
 QLORA = Tolerance(kl=1e-2, top1=0.97)  # an adapter that was trained on a base of 4 bits, put on the whole one
 QUANTIZED = Tolerance(kl=0.05, top1=0.95)
 
