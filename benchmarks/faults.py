@@ -91,7 +91,7 @@ class Kills:
             while True:
                 more = self.interrupted < count
                 process = start(folder, *self.args, "--resume", every=0.2)
-                process.join(self.rng.uniform(0, 0.8 * self.seconds) if more else None)
+                process.join(self.rng.uniform(0.1, 0.8 * self.seconds) if more else None)
                 if process.is_alive():
                     done, began = _done(folder), time.monotonic()
                     os.kill(process.pid, self.number)
@@ -227,6 +227,7 @@ def main() -> None:
             kills = Kills(place, str(base), number, ("--trainer.max_epochs", "24"), seed=1)
             kills.make(max(int(share * options.kills), 1))
             found["kills"][signal.Signals(number).name] = kills.figures()
+            FIGURES.write_text(json.dumps(found, indent=1) + "\n")
         (folder / "foreign").mkdir()
         found["foreign"] = foreign_temporary_folder(folder / "foreign", str(base), max(options.kills * 12 // 100, 1))
         found["checkpoint"] = checkpoint_cost(folder)

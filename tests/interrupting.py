@@ -87,4 +87,8 @@ def _child(folder: str, args: tuple[str, ...], every: float) -> None:
 
     torch.set_num_threads(1)
     checkpoints.EVERY = every
-    sys.exit(main(list(args)))
+    try:
+        code = main(list(args))
+    except KeyboardInterrupt:  # before `main` has begun to look after it
+        code = 130
+    sys.exit(code)
