@@ -16,7 +16,7 @@ from formtune.deploy.comparison import EXACT, QLORA, QUANTIZED, ROUNDED, Closene
 from formtune.deploy.finished import Finished, metrics
 from formtune.deploy.manifest import CARD, KINDS, NAME, write_manifest
 from formtune.deploy.measure import Model, Request
-from formtune.deploy.processes import run_measurement, run_quantizer
+from formtune.deploy.processes import Maker, packages, run_measurement, run_quantizer
 from formtune.deploy.quantize import PACKAGES, group_size
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, rate, write_outcomes
@@ -27,13 +27,14 @@ from formtune.rendering import Renderer
 JUDGED = ("format/exact", "joint/exact")
 
 
-def export(found: Finished, kind: str, max_loss: float) -> None:
+def export(found: Finished, kind: str, max_loss: float, maker: Maker = Maker()) -> None:
     """Make, measure and write one kind; the folder appears under its name only when it is whole and has passed.
 
     Args:
         found: The run.
         kind: One of `KINDS`.
         max_loss: Share of the test rows that may be lost.
+        maker: What makes GPTQ and AWQ.
 
     Raises:
         UserError: It cannot be made, does not load, or is another model.
@@ -46,7 +47,7 @@ def export(found: Finished, kind: str, max_loss: float) -> None:
     with tempfile.TemporaryDirectory(prefix=".export-", dir=found.folder) as scratch:
         made, merging = found.adapter, None
         if kind != "adapter":
-            made, merging = _make(found, kind, Path(scratch))
+            made, merging = _make(found, kind, Path(scratch), maker)
         row, outcomes = measured(found, kind, made)
         row["merge"] = merging.to_dict() if merging else None
         refused = reason_against(found, kind, row, outcomes, max_loss)
@@ -56,7 +57,7 @@ def export(found: Finished, kind: str, max_loss: float) -> None:
         if refused:
             raise UserError(f"--as {kind}: refused, {refused}")
         verification = {name: row[name] for name in ("closeness", "merge", *JUDGED)}
-        write_manifest(made, kind, found.base, found.manifest["data"], verification, PACKAGES.get(kind, ()))
+        write_manifest(made, kind, found.base, found.manifest["data"], verification, packages(kind, maker))
         if made != found.adapter:
             made.replace(found.folder / kind)
 
@@ -146,12 +147,12 @@ def _tolerance(found: Finished, kind: str) -> Tolerance:
     return EXACT if str(getattr(read_config(found.base), "dtype", None)) in ("None", "torch.float32") else ROUNDED
 
 
-def _make(found: Finished, kind: str, scratch: Path) -> tuple[Path, Closeness]:
+def _make(found: Finished, kind: str, scratch: Path, maker: Maker) -> tuple[Path, Closeness]:
     """A folder of this kind, and how close the merge in it came."""
     whole, closeness, group = _merge(found, kind, scratch)
     if kind == "merged":
         return whole, closeness
-    run_quantizer(kind, whole, scratch / kind, found.calibration, group)
+    run_quantizer(kind, whole, scratch / kind, found.calibration, group, maker)
     _copy_rest(found.adapter, scratch / kind)
     return scratch / kind, closeness
 

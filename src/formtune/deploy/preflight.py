@@ -18,7 +18,7 @@ from formtune.cli import LOGS
 from formtune.data.encoded import quantile
 from formtune.data.preparation import Preparation
 from formtune.deploy.plan import Plan, plan, skeleton
-from formtune.deploy.processes import lacking
+from formtune.deploy.processes import Maker, find_maker, lacking
 from formtune.deploy.rules import MERGED, TARGETS, check, refuse
 from formtune.deploy.trial import Trial, attempt
 from formtune.errors import UserError
@@ -62,12 +62,18 @@ def run(args: list[str]) -> int:
         "--for", type=str, default="merge,vllm", dest="targets",
         help=f"What is to be done with the adapter, of {', '.join(TARGETS)} (default: merge,vllm)",
     )  # fmt: skip
+    parser.add_argument(
+        "--interpreter", type=str | None, metavar="PATH",
+        help="Python of an environment that has llm-compressor or GPTQModel, for gptq and awq (default: this one, with "
+        "GPTQModel)",
+    )  # fmt: skip
     config, preparation = read_task(parser, args, ("base", "max_new_tokens", "lora", "quantize"))
     targets = _targets(config.targets)
+    maker = find_maker(config.interpreter, targets)
     lora: Lora = parser.instantiate_classes(config).model.lora
     lines = rule_lines(read_plan(config.model.base, lora, config.model.quantize), targets)
     length = longest_input(preparation, config.model.base)
-    lines += trial_lines(config.model.base, lora, length, targets)
+    lines += trial_lines(config.model.base, lora, length, targets, maker)
     folder = LOGS / config.task
     failed = [target for target in targets if any(one.target == target and one.verdict == "fails" for one in lines)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +118,7 @@ def rule_lines(found: Plan, targets: Sequence[str]) -> list[Line]:
     return lines
 
 
-def trial_lines(base: str, lora: Lora, length: int, targets: Sequence[str]) -> list[Line]:
+def trial_lines(base: str, lora: Lora, length: int, targets: Sequence[str], maker: Maker) -> list[Line]:
     """What comes out of trying it, for each target that begins with the merged model."""
     lines: list[Line] = []
     merged = [target for target in targets if target in MERGED]
@@ -122,12 +128,12 @@ def trial_lines(base: str, lora: Lora, length: int, targets: Sequence[str]) -> l
         trial = Trial(base, lora, length, Path(folder))
         went, detail = attempt(trial.merged)
         for target in merged:
-            if missing := lacking(target):
+            if missing := lacking(target, maker):
                 lines.append(Line(target, "trial", "not tried", f"{missing}; the rules alone speak for it"))
                 continue
             good, said = went, detail
             if went and target != "merge":
-                good, said = attempt(partial(trial.quantized, target))
+                good, said = attempt(partial(trial.quantized, target, maker))
             lines.append(Line(target, "trial", "ok" if good else "fails", said))
     return lines
 

@@ -2,7 +2,7 @@
 
 Run by its path with any interpreter that has the scheme's packages, so that theirs never reach training: it imports
 nothing of formtune. `python quantize.py SCHEME SOURCE TARGET REQUEST`, the last one a JSON file with `rows`, token ids
-of rows like those that the model will see, and `group`, as `group_size` says.
+of rows like those that the model will see, `group`, as `group_size` says, and `maker`, one of `MAKERS`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 GROUPS = (128, 64, 32)  # input features that share a scale in GPTQ and AWQ, of which all kernels of vLLM know these
-PACKAGES = {
+CALIBRATED = ("gptq", "awq")  # look at activations
+MAKERS = ("llmcompressor", "gptqmodel")  # of these two
+PACKAGES = {  # that load what was made
     "int8": ("torchao",),
     "nf4": ("bitsandbytes",),
     "gptq": ("gptqmodel", "optimum"),
     "awq": ("gptqmodel", "optimum"),
+    "llmcompressor": ("compressed-tensors",),  # its GPTQ and AWQ
 }
 
 
@@ -29,18 +32,19 @@ def group_size(inputs: Iterable[int]) -> int | None:
     return next((group for group in GROUPS if all(width % group == 0 for width in widths)), None)
 
 
-def quantize(scheme: str, source: str, target: str, rows: list[list[int]], group: int | None) -> None:
+def quantize(scheme: str, source: str, target: str, rows: list[list[int]], group: int | None, maker: str) -> None:
     """Write the quantised model into a folder, in safetensors.
 
     Args:
-        scheme: A key of `PACKAGES`.
+        scheme: `int8`, `nf4` or one of `CALIBRATED`.
         source: Folder of the merged model.
         target: Folder to create.
-        rows: Token ids, for the schemes that look at activations.
+        rows: Token ids, for `CALIBRATED`.
         group: Input features that share a scale, for the same schemes.
+        maker: One of `MAKERS`, for the same schemes.
     """
-    if scheme in ("gptq", "awq"):
-        _gptqmodel(scheme, source, target, rows, group)
+    if scheme in CALIBRATED:
+        (_llmcompressor if maker == "llmcompressor" else _gptqmodel)(scheme, source, target, rows, group)
         return
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
@@ -78,6 +82,35 @@ def _gptqmodel(scheme: str, source: str, target: str, rows: list[list[int]], gro
     backend = BACKEND.AUTO if torch.cuda.is_available() or scheme == "gptq" else BACKEND.AWQ_TORCH
     model.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows], backend=backend)
     model.save(target)
+
+
+def _llmcompressor(scheme: str, source: str, target: str, rows: list[list[int]], group: int | None) -> None:
+    import torch
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
+    from transformers import AutoModelForCausalLM
+
+    if not torch.accelerator.is_available():
+        # Its AWQ pins memory, for a faster way to a GPU, whether there is one or not; torch refuses without one (0.14).
+        IntermediatesCache.pin_memory = lambda *_: None
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False, use_safetensors=True)
+    # Symmetric: transformers 5.23 does not load the zero points of its other form.
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+    what: Any = {
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": [path for path, layer in model.named_modules() if layer is model.get_output_embeddings()],
+    }
+    recipe = [GPTQModifier(**what)] if scheme == "gptq" else [AWQModifier(), QuantizationModifier(**what)]
+    dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(ids) for ids in rows]})
+    oneshot(
+        model=model, dataset=dataset, recipe=recipe, num_calibration_samples=len(rows),
+        shuffle_calibration_samples=False,
+    )  # fmt: skip
+    model.save_pretrained(target)
 
 
 if __name__ == "__main__":

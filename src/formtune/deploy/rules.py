@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from formtune.deploy.plan import Plan
-from formtune.deploy.quantize import GROUPS, group_size
+from formtune.deploy.quantize import CALIBRATED, GROUPS, group_size
 from formtune.errors import UserError
 
 TARGETS = ("merge", "vllm", "int8", "nf4", "gptq", "awq")
 MERGED = ("merge", "int8", "nf4", "gptq", "awq")  # every quantisation begins with the merged model
-CALIBRATED = ("gptq", "awq")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 
 

@@ -17,7 +17,7 @@ from formtune.deploy.comparison import EXACT, POSITIONS, Closeness, Tolerance, c
 from formtune.deploy.measure import Model, Request
 from formtune.deploy.merge import merge
 from formtune.deploy.plan import read_config
-from formtune.deploy.processes import run_measurement, run_quantizer
+from formtune.deploy.processes import Maker, run_measurement, run_quantizer
 from formtune.deploy.quantize import group_size
 from formtune.errors import UserError, first_line
 from formtune.model.lora import Lora, add_lora
@@ -86,7 +86,7 @@ class Trial:
         Renderer.load(self.base).tokenizer.save_pretrained(self.folder / "merged")  # GPTQModel opens it
         return f"{closeness} after saving, loading and merging in float32"
 
-    def quantized(self, scheme: str) -> str:
+    def quantized(self, scheme: str, maker: Maker = Maker()) -> str:
         """Quantise the merged model, load it in a fresh process and let it answer; what was measured, in words.
 
         Raises:
@@ -95,7 +95,7 @@ class Trial:
         source, target = self.folder / "merged", self.folder / scheme
         if not source.exists():
             raise UserError("not reached: there is no merged model to quantise")
-        run_quantizer(scheme, source, target, self.rows[:CALIBRATION], self.group)
+        run_quantizer(scheme, source, target, self.rows[:CALIBRATION], self.group, maker)
         request = Request(
             model=Model(str(target)),
             reference=Model(str(source), dtype="float32"),

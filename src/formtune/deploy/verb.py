@@ -20,12 +20,13 @@ each answer, for `formtune compare`.
   merged    the base with the adapter in its weights, in the base's own precision
   int8      merged, weights in 8 bits by torchao
   nf4       merged, weights in 4 bits by bitsandbytes
-  gptq awq  merged, weights in 4 bits by GPTQModel, which looks at training rows
+  gptq awq  merged, weights in 4 bits by GPTQModel or llm-compressor, which look at training rows
 
 examples:
   formtune export logs/demo/RUN
   formtune export logs/demo/RUN --as merged
   formtune export logs/demo/RUN --as int8 --max_loss 0.02
+  formtune export logs/demo/RUN --as gptq --interpreter ../llmcompressor/bin/python
 """
 
 
@@ -40,7 +41,8 @@ def run(args: list[str]) -> int:
         UserError: A mistake in the command line, a package is missing, or what would be written is another model.
     """
     parser = ExportParser(
-        prog="formtune export", usage="formtune export RUN [--as KIND] [--max_loss SHARE]", epilog=HELP,
+        prog="formtune export", usage="formtune export RUN [--as KIND] [--max_loss SHARE] [--interpreter PATH]",
+        epilog=HELP,
         description=VERBS["export"].description, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -49,18 +51,21 @@ def run(args: list[str]) -> int:
                         help=f"{', '.join(KINDS)} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--max_loss", metavar="SHARE", type=float, default=0.01, help="Share of the test rows that "
                         "format/exact and joint/exact may lose against the adapter (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--interpreter", metavar="PATH", help="Python of an environment that has llm-compressor or "
+                        "GPTQModel, for gptq and awq (default: this one, with GPTQModel)")  # fmt: skip
     config = parser.parse_args(args)
     # Several seconds: torch, transformers.
     from formtune.deploy.export import export, print_exports
     from formtune.deploy.finished import metrics, read_run
-    from formtune.deploy.processes import lacking
+    from formtune.deploy.processes import find_maker, lacking
 
-    if missing := lacking(config.kind):
+    maker = find_maker(config.interpreter, [config.kind])
+    if missing := lacking(config.kind, maker):
         raise UserError(f"--as {config.kind}: {missing}")
     target = config.run / config.kind
     if config.kind != "adapter" and target.exists():
         raise UserError(f"{target}: already there; remove it to export again")
-    export(read_run(config.run), config.kind, config.max_loss)
+    export(read_run(config.run), config.kind, config.max_loss, maker)
     print_exports(metrics(config.run))
     print(f"{config.kind}: {target}")
     return 0
