@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import SCHEMA, pair, shared
+from conftest import SCHEMA, byte_tokenizer, pair, shared, tiny_model
 from formtune.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,23 +117,53 @@ def test_validation_counts_optimizer_steps_and_ends_with_the_last_step(project):
     assert [e.step for e in events.Scalars("test/format/exact")] == [0, steps]
 
 
-def test_two_processes_train_and_measure_the_same_as_one(project):
+MINE = """
+import torch
+from lightning.pytorch import Callback
+from torch.distributed.tensor import DTensor
+from torchmetrics import Metric
+
+class Letters(Metric):
+    def __init__(self):
+        super().__init__()
+        self.add_state('seen', torch.tensor(0), dist_reduce_fx='sum')
+    def update(self, predictions, targets):
+        self.seen += sum(map(len, predictions)) + 1000 * sum(map(len, targets))
+    def compute(self):
+        return self.seen
+
+class Parts(Callback):
+    def on_train_end(self, trainer, pl_module):
+        layers = [p for name, p in pl_module.named_parameters() if ".layers." in name or ".h." in name]
+        split = [isinstance(p, DTensor) for p in layers if not p.requires_grad]
+        whole = sum(p.numel() for p in layers if isinstance(p, DTensor))
+        part = sum(p.to_local().numel() for p in layers if isinstance(p, DTensor))
+        assert all(split) and part < 0.51 * whole and not any(isinstance(p, DTensor) for p in layers if p.requires_grad)
+        open(f"parts.{trainer.global_rank}", "w").close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "shape"),
+    # The second decodes by transformers' own `generate`.
+    [("ddp", "llama"), ("fsdp", "llama"), ("fsdp", "gpt2")],
+)
+def test_two_processes_train_and_measure_the_same_as_one(project, strategy, shape):
     # 5 rows a step are dealt as 3 and 2, and the last step of an epoch as 1 and 0 or near it.
     from safetensors.torch import load_file
 
-    Path("my_metrics.py").write_text(
-        "from torchmetrics import Metric\nimport torch\n\nclass Letters(Metric):\n    def __init__(self):\n"
-        "        super().__init__()\n        self.add_state('seen', torch.tensor(0), dist_reduce_fx='sum')\n"
-        "    def update(self, predictions, targets):\n"
-        "        self.seen += sum(map(len, predictions)) + 1000 * sum(map(len, targets))\n"
-        "    def compute(self):\n        return self.seen\n"
-    )
+    Path("mine.py").write_text(MINE)
+    tiny_model(shape).save_pretrained("base")
+    byte_tokenizer().save_pretrained("base")
     runs = {}
     for devices in ("1", "2"):
         arguments = ["--run", f"on{devices}", "--data.rows_per_step", "5", "--model.lora.dropout", "0"]
-        arguments += ["--model.metrics", "[{class_path: my_metrics.Letters}]"]
+        arguments += ["--model.base", "base", "--model.metrics", "[{class_path: mine.Letters}]"]
         if devices == "2":
-            arguments += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+            arguments += ["--trainer.devices", "2", "--trainer.strategy", strategy]
+            if strategy == "fsdp":  # also with different numbers of passes, and layers that compute twice
+                arguments += ["--model.tokens_per_pass", "64", "--model.gradient_checkpointing", "true"]
+                arguments += ["--trainer.callbacks+=mine.Parts"]
         done = subprocess.run(
             [sys.executable, "-m", "formtune", "fit", "-c", "small.yaml", *arguments],
             capture_output=True,
@@ -147,6 +177,7 @@ def test_two_processes_train_and_measure_the_same_as_one(project):
             load_file(folder / "adapter/adapter_model.safetensors"),
             json.loads((folder / "metrics.json").read_text()),
         )
+    assert {path.name for path in Path().glob("parts.*")} == ({"parts.0", "parts.1"} if strategy == "fsdp" else set())
     (one, one_result), (two, two_result) = runs["1"], runs["2"]
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
     assert {"before", "after"} < one_result["counts"].keys()

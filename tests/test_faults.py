@@ -499,7 +499,7 @@ def test_variables_of_a_batch_system_change_nothing(work, whole, monkeypatch):
 class Two:
     """A run on two processes, started as a user does."""
 
-    def __init__(self, folder: Path, *args: str) -> None:
+    def __init__(self, folder: Path, *args: str, strategy: str = "ddp") -> None:
         self.folder = folder
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
@@ -507,7 +507,7 @@ class Two:
         }
         self.log = (folder / "two.log").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "formtune", *FIT, "--trainer.devices", "2", "--trainer.strategy", "ddp",
+            [sys.executable, "-m", "formtune", *FIT, "--trainer.devices", "2", "--trainer.strategy", strategy,
              "--trainer.callbacks+=interrupting.Progress", *args],
             cwd=folder, env=environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
@@ -556,9 +556,11 @@ def whole_on_two(tmp_path_factory, base):
 
 @pytest.mark.case("75", "SIGTERM to the first, the second or both of two processes")
 @pytest.mark.case("101", "validations of uneven shares")
-@pytest.mark.parametrize("whom", ["first", "second", "both"])
-def test_two_processes_stop_together_and_go_on_to_the_same_bits(work, whole_on_two, whom):
-    run = Two(work)
+@pytest.mark.parametrize(
+    ("whom", "strategy"), [("first", "ddp"), ("second", "ddp"), ("both", "ddp"), ("second", "fsdp")]
+)
+def test_two_processes_stop_together_and_go_on_to_the_same_bits(work, whole_on_two, whom, strategy):
+    run = Two(work, strategy=strategy)
     run.at_step(6)
     who = {"first": [run.process.pid], "second": run.children()[:1], "both": [run.process.pid, *run.children()[:1]]}[
         whom
@@ -567,7 +569,7 @@ def test_two_processes_stop_together_and_go_on_to_the_same_bits(work, whole_on_t
         os.kill(pid, signal.SIGTERM)
     assert run.ended(60) == 143, run.text()  # a second on an idle machine
     assert run.text().count("formtune: SIGTERM: ") == 1 and "Traceback" not in run.text()
-    again = Two(work, "--resume")
+    again = Two(work, "--resume", strategy=strategy)
     assert again.ended(180) == 0, again.text()
     same(work, whole_on_two)
 

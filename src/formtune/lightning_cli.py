@@ -41,6 +41,7 @@ from formtune.files import write_whole
 from formtune.model import FormatModule
 from formtune.parsing import OneLine
 from formtune.run_folder import RunFolder, choose_run
+from formtune.sharding import ShardedBase
 from formtune.summary import print_result
 from formtune.trainer_checks import check_monitors, check_trainer, checked_precision, started_by_others
 
@@ -141,6 +142,8 @@ class FormtuneCLI(LightningCLI):
         trainer = config.trainer
         trainer.precision = checked_precision(trainer.precision, trainer.accelerator)
         check_trainer(trainer, str(self.subcommand))
+        if trainer.strategy == "fsdp" and (config.model.quantize or config.model.compile):
+            raise UserError("trainer.strategy: fsdp takes neither model.quantize nor model.compile; use ddp with them")
         if config.get("ckpt_path") is not None:
             checkpoint_files.read(Path(config.ckpt_path))
         # Lightning starts further processes with this command line and environment: they must find the same folder.
@@ -168,6 +171,8 @@ class FormtuneCLI(LightningCLI):
         if SLURMEnvironment.detect():
             # Lightning's would save within a signal's handler, and take up such a file without being asked.
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
+        if config.strategy == "fsdp":
+            kwargs["strategy"] = ShardedBase()  # Lightning's would split the adapters too
         if self.subcommand == "fit":
             self.watch = OverfittingWatch(self.config.fit.early_stopping)
             callbacks += [self.best, self.watch]

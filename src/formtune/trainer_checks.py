@@ -32,8 +32,8 @@ def check_trainer(trainer: Namespace, verb: str) -> None:
             raise UserError(f"trainer.{name}: 0 leaves nothing to train")
     strategy = trainer.strategy
     named = str(strategy.get("class_path", "") if isinstance(strategy, Namespace) else strategy).lower()
-    if any(kind in named for kind in ("fsdp", "deepspeed", "modelparallel")):
-        raise UserError("trainer.strategy: layers must be whole; use ddp, or model.quantize: 4bit for a large base")
+    if strategy != "fsdp" and any(kind in named for kind in ("fsdp", "deepspeed", "modelparallel")):
+        raise UserError(f"trainer.strategy: {named} would split the adapters too; use fsdp or ddp")
     if trainer.gradient_clip_val:
         raise UserError("trainer.gradient_clip_val: set model.max_grad_norm instead")
     if trainer.accumulate_grad_batches != 1:

@@ -29,6 +29,7 @@ from formtune.model.identity import check_identity, contract_hash, identity
 from formtune.model.lora import Lora, add_lora, check_layers, load_base
 from formtune.model.passes import Passes, passes
 from formtune.rendering import Renderer, Row, context_length
+from formtune.sharding import ShardedBase
 
 EVALUATION = 16  # tokens evaluated together, answers included, for each token of a training pass
 PARITY = 2  # rows of each evaluation batch that are decoded in full as well
@@ -130,7 +131,10 @@ class FormatModule(L.LightningModule):
         self.renderer = Renderer.load(self.base)
         self.context = context_length(self.base)
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.trainer.precision, torch.float32)
-        base = load_base(self.base, dtype, self.quantize, self.trainer.strategy.root_device)
+        strategy = self.trainer.strategy
+        sharded = isinstance(strategy, ShardedBase)
+        device = torch.device("cpu") if sharded else strategy.root_device  # the whole base may have no room elsewhere
+        base = load_base(self.base, dtype, self.quantize, device)
         if base.get_input_embeddings().num_embeddings < len(self.renderer.tokenizer):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
         if self.constrained:
@@ -141,6 +145,8 @@ class FormatModule(L.LightningModule):
         torch.manual_seed(self._seed)  # adapters begin alike whatever was drawn before
         self.model = add_lora(base, self.lora, quantized=bool(self.quantize))
         self._trained = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
+        if sharded:
+            strategy.shard(self, self.model)
         if self.compile_passes:
             for layer in self.model.modules():
                 # One layer's code serves them all; a whole model would be compiled again for each kind of pass.
@@ -184,14 +190,18 @@ class FormatModule(L.LightningModule):
         scale = self.trainer.world_size / tokens
         nats = torch.zeros((), device=self.device)
         groups = list(self.passes.split(batch, self.tokens_per_pass))
+        # Fewer rows than ranks: even a process without any joins the gradient exchange.
+        count = max(len(groups), 1)
+        if isinstance(self.trainer.strategy, ShardedBase):
+            count = self.trainer.strategy.most(count)
+        blank = count - len(groups)
+        groups = [self.passes.blank()] * blank + groups
         with _memory_named(batch, self.tokens_per_pass):
-            for group in groups:
-                with contextlib.nullcontext() if group is groups[-1] else self._unsynced():
-                    loss = self.passes.predictions(group)[0].loss
+            for i, group in enumerate(groups):
+                with contextlib.nullcontext() if i == count - 1 else self._unsynced():
+                    loss = self.passes.predictions(group)[0].loss * (i >= blank)
                     self.manual_backward(loss * scale)
                 nats += loss.detach()
-        if not groups:  # fewer rows than ranks: join the gradient exchange with nothing to add
-            self.manual_backward(torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0)
         rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -273,14 +283,23 @@ class FormatModule(L.LightningModule):
         said: list[list[int]] = [[] for _ in rows]
         budget = EVALUATION * self.tokens_per_pass
         stop = self.renderer.stop_ids
-        for indices, found, answers in self.passes.evaluate(rows, budget, stop, limits, self.grammar):
-            for i, answer in zip(indices, answers, strict=True):
-                said[i] = answer
-            if losses is not None:
-                members = [rows[i] for i in indices]
-                is_value = torch.tensor([v for row in members for v in row.is_value], device=self.device)
-                losses.update(found.nats, found.tokens == found.targets, is_value, [len(row.target) for row in members])
+        with self._in_step():
+            for indices, found, answers in self.passes.evaluate(rows, budget, stop, limits, self.grammar):
+                for i, answer in zip(indices, answers, strict=True):
+                    said[i] = answer
+                if losses is not None:
+                    members = [rows[i] for i in indices]
+                    is_value = torch.tensor([v for row in members for v in row.is_value], device=self.device)
+                    sizes = [len(row.target) for row in members]
+                    losses.update(found.nats, found.tokens == found.targets, is_value, sizes)
         return said
+
+    def _in_step(self) -> Any:
+        """Around forward passes of which another process may do more or fewer."""
+        strategy, passes = self.trainer.strategy, self.passes
+        if not isinstance(strategy, ShardedBase):
+            return contextlib.nullcontext()
+        return strategy.in_step(lambda: passes.predictions(passes.blank()))
 
     def _judge(self, row: Row, ids: list[int]) -> Answer:
         text, finished = self.renderer.answer(ids)
@@ -291,7 +310,7 @@ class FormatModule(L.LightningModule):
         """Loss over the rows of all processes in nats per token; each process gives its share. Decodes nothing."""
         sums = torch.zeros(2, dtype=EXACT, device=self.device)
         # The precision and the passes of validation, with its room for answers: equal rows get an equal loss.
-        with self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context(), self._in_step():
             for group in self.passes.split(rows, EVALUATION * self.tokens_per_pass, self.max_new_tokens):
                 nats = self.passes.predictions(group)[0].nats
                 sums += torch.stack([nats.sum(dtype=EXACT), sums.new_tensor(nats.numel())])

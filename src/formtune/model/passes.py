@@ -45,6 +45,11 @@ class Passes(ABC):
     def split(self, rows: Sequence[Row], tokens: int, room: int = 0) -> Iterator[Any]:
         """Passes of at most `tokens` tokens, `room` more for each row included; each has `rows`, their indices."""
 
+    def blank(self) -> Any:
+        """A pass that nobody needs, for a process that has none left where others have."""
+        [group] = self.split([Row([0], [0], [False], "", None, "")], 1)
+        return group
+
     @abstractmethod
     def predictions(self, group: Any, keep: bool = False) -> tuple[Predictions, Any]:
         """One teacher-forced pass; with `keep` also what answers can go on from."""
