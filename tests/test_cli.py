@@ -198,6 +198,11 @@ def test_two_processes_train_and_measure_the_same_as_one(project, strategy, shap
 MISTAKES = {
     "nothing to judge by": (["--trainer.limit_val_batches", "0"], "limit_val_batches: 0 leaves nothing"),
     "clipping in the trainer": (["--trainer.gradient_clip_val", "1"], "set model.max_grad_norm instead"),
+    "layers split otherwise": (["--trainer.strategy", "deepspeed"], "deepspeed would split the adapters too; use fsdp"),
+    "layers split in 4 bits": (
+        ["--trainer.strategy", "fsdp", "--model.quantize", "4bit"],
+        "fsdp takes neither model.quantize nor model.compile",
+    ),
     "accumulation": (["--trainer.accumulate_grad_batches", "4"], "set data.rows_per_step instead"),
     "no such device": (["--trainer.accelerator", "cuda"], "trainer: .*CUDA"),
     "mistyped column": (["--data.columns.prompt", "Number {promt}"], "train.jsonl:1: no column `promt`"),

@@ -132,8 +132,8 @@ class FormatModule(L.LightningModule):
         self.context = context_length(self.base)
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.trainer.precision, torch.float32)
         strategy = self.trainer.strategy
-        sharded = isinstance(strategy, ShardedBase)
-        device = torch.device("cpu") if sharded else strategy.root_device  # the whole base may have no room elsewhere
+        # What is to be split may have no room elsewhere as a whole.
+        device = torch.device("cpu") if isinstance(strategy, ShardedBase) else strategy.root_device
         base = load_base(self.base, dtype, self.quantize, device)
         if base.get_input_embeddings().num_embeddings < len(self.renderer.tokenizer):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
@@ -145,7 +145,7 @@ class FormatModule(L.LightningModule):
         torch.manual_seed(self._seed)  # adapters begin alike whatever was drawn before
         self.model = add_lora(base, self.lora, quantized=bool(self.quantize))
         self._trained = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
-        if sharded:
+        if isinstance(strategy, ShardedBase):
             strategy.shard(self, self.model)
         if self.compile_passes:
             for layer in self.model.modules():
