@@ -5,7 +5,9 @@
 
 import json
 import os
+import tempfile
 import time
+from pathlib import Path
 
 import jsonschema
 import yaml
@@ -22,6 +24,8 @@ settings.register_profile("fast", max_examples=150, deadline=5000, suppress_heal
 settings.register_profile("long", max_examples=15_000, deadline=5000, suppress_health_check=list(HealthCheck))
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 SETTINGS = settings.get_profile("long" if LONG else "fast")
+TEMPORARY = tempfile.TemporaryDirectory()  # no fixture of pytest: benchmarks/fuzz.py calls these tests without it
+FOLDER = Path(TEMPORARY.name)
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 VALUES = st.recursive(
@@ -83,8 +87,8 @@ def strictly(text: str):
 @given(
     st.binary(max_size=80) | NEAR_JSON.map(lambda text: text.encode()) | VALUES.map(lambda v: json.dumps(v).encode())
 )
-def test_json_lines(tmp_path_factory, content):
-    path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
+def test_json_lines(content):
+    path = FOLDER / "fuzz.jsonl"
     path.write_bytes(content)
     lines = content.split(b"\n")
     try:
@@ -98,8 +102,8 @@ def test_json_lines(tmp_path_factory, content):
 
 @SETTINGS
 @given(st.binary(max_size=80) | st.text(alphabet='a,"\r\n\0é', max_size=40).map(lambda text: text.encode()))
-def test_csv(tmp_path_factory, content):
-    path = tmp_path_factory.getbasetemp() / "fuzz.csv"
+def test_csv(content):
+    path = FOLDER / "fuzz.csv"
     path.write_bytes(content)
     try:
         for record, _ in Csv(str(path)).records():
@@ -266,8 +270,8 @@ YAML = st.lists(st.sampled_from(["a", "b", ": ", ":\n  ", "\n", "- ", "[", "]", 
 
 @SETTINGS
 @given(st.binary(max_size=40) | YAML.map(lambda text: text.encode()) | VALUES.map(lambda v: json.dumps(v).encode()))
-def test_yaml(tmp_path_factory, content):
-    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+def test_yaml(content):
+    path = FOLDER / "fuzz.yaml"
     path.write_bytes(content)
     try:
         check_yaml(str(path))
