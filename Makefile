@@ -20,6 +20,7 @@ setup: $(INSTALLED) ## Make the virtual environment with the pinned packages
 
 # PyTorch first: any other package that asks for "torch" would otherwise choose a build of its own.
 $(INSTALLED): requirements.txt pyproject.toml
+	@echo "installing PyTorch and the packages into $(VENV): a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt

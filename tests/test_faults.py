@@ -167,6 +167,29 @@ def test_a_signal_in_a_validation_or_a_save_loses_nothing_but_time(work, whole, 
     same(work, whole[0])
 
 
+@pytest.mark.case("72", "SIGTERM in the midst of a batch of an evaluation")
+@pytest.mark.parametrize("evaluation", [1, 2, 4])  # of the base, before the first step, after some
+def test_a_signal_in_an_evaluation_does_not_wait_for_the_end_of_a_batch(work, whole, monkeypatch, capfd, evaluation):
+    begun = []
+    original = FormatModule.validation_step
+
+    def step(module, batch, batch_idx):
+        begun.append(batch_idx == 0)
+        if sum(begun) == evaluation:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            begun.append("the batch goes on")
+        return original(module, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FormatModule, "validation_step", step)
+        assert main([*FIT]) == 143
+    assert "the batch goes on" not in begun
+    one_line(capfd, "SIGTERM", "go on with")
+    assert main([*FIT, "--resume"]) == 0
+    same(work, whole[0])
+
+
 @pytest.mark.case("74", "Ctrl-C once: saved; twice: at once, the old checkpoint intact")
 def test_a_second_interrupt_stops_at_once(work, whole):
     process = start(work, *FIT, "--trainer.callbacks+=interrupting.Sleepy")

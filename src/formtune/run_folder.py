@@ -66,7 +66,7 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{self.path}: this run is going on in another process; name another one by --run"
+                f"{self.path}: this run is going on in another process; wait for it or stop it, or name another --run"
             ) from None
         except OSError as error:
             raise UserError(f"{self.path}: no run can write here ({error.strerror})") from None

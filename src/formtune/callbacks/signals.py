@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted when they come, obeyed between two batches, by all processes at the same one.
+"""Signals that ask a run to stop: noted when they come, obeyed between two steps, by all processes at the same one.
 
 A handler that saved or exchanged something by itself would meet a half-done step, and processes that wait for others.
 """
@@ -20,7 +20,7 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Signals(Callback):
-    """Notes a signal in `number` while batches run, stops at once elsewhere, and at once at a second Ctrl-C.
+    """Notes a signal in `number` while there is something to lose, stops at once elsewhere and at a second Ctrl-C.
 
     Args:
         remedy: How to go on, for the last line.
@@ -48,15 +48,20 @@ class Signals(Callback):
 
     def _note(self, number: int, frame: Any) -> None:
         if not self._looping:
+            self.number = number  # for the next poll, should this be raised where nothing can be
             raise Stopped(number, self.remedy)
         if self.number and number == signal.SIGINT:
             os._exit(128 + number)
         self.number = number
 
-    def begin(self) -> None:
-        """Batches begin; Lightning has just put a handler of its own in front, which exchanges data and kills."""
+    def begin(self, at_once: bool = False) -> None:
+        """Batches begin; Lightning has just put a handler of its own in front, which exchanges data and kills.
+
+        Args:
+            at_once: Stop in their midst.
+        """
         self.install()
-        self._looping = True
+        self._looping = not at_once
 
     def end(self) -> None:
         """Batches have ended."""
@@ -78,35 +83,28 @@ class Signals(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.end()
 
+    # Nothing of an evaluation is kept, and a batch of it can last minutes; but several processes have to agree.
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.state.fn != "fit":
-            self.begin()
+        self.begin(at_once=trainer.world_size == 1)
+
+    on_test_start = on_predict_start = on_validation_start
 
     def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.state.fn != "fit":  # in training it is known what was saved
             self.poll(trainer)
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.state.fn != "fit":
-            self.end()
-
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        self.begin()
-
     def on_test_batch_end(self, trainer: Any, *_: Any) -> None:
         self.poll(trainer)
+
+    on_predict_batch_end = on_test_batch_end
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._looping = trainer.state.fn == "fit"
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         self.end()
 
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        self.begin()
-
-    def on_predict_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.poll(trainer)
-
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        self.end()
+    on_predict_end = on_test_end
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.end()
