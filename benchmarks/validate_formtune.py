@@ -20,9 +20,10 @@ from peft import PeftModel
 from validate_generate import arguments
 
 from formtune.data.module import EVALUATION_ROWS
+from formtune.model.chosen_passes import passes
 from formtune.model.lora import load_base
 from formtune.model.module import EVALUATION, PARITY
-from formtune.model.passes import Passes, passes
+from formtune.model.passes import Passes
 from formtune.rendering import Row
 
 

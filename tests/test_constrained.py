@@ -13,8 +13,10 @@ from formtune.data.module import FormatDataModule
 from formtune.errors import UserError
 from formtune.formats import Format, JsonSchema, Labels, Regex, Tagged
 from formtune.model import FormatModule
+from formtune.model.chosen_passes import passes
 from formtune.model.grammar import Grammar
-from formtune.model.passes import LengthBuckets, SharedPrefixes, passes
+from formtune.model.length_buckets import LengthBuckets
+from formtune.model.shared_prefixes import SharedPrefixes
 from formtune.rendering import Renderer
 from test_packing import random_rows, row
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from conftest import SHAPES, tiny_model
-from formtune.model.passes import LengthBuckets, SharedPrefixes, passes
+from formtune.model.chosen_passes import passes
+from formtune.model.length_buckets import LengthBuckets
+from formtune.model.shared_prefixes import SharedPrefixes
 from test_packing import random_rows, row
 
 STOP = (7, 11)

@@ -480,7 +480,7 @@ def test_a_loss_that_is_never_a_number_names_no_best(work, monkeypatch, capfd):
 
 @pytest.mark.case("69", "out of memory")
 def test_lack_of_memory_names_the_longest_row_and_what_to_lower(work, monkeypatch, capfd):
-    from formtune.model.passes import SharedPrefixes
+    from formtune.model.shared_prefixes import SharedPrefixes
 
     def full(*_, **__):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")

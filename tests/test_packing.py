@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from conftest import SHAPES, pair, shared, tiny_model
 from formtune.model.attention import PackedAttention, _block_mask, _dense_mask
+from formtune.model.chosen_passes import passes
+from formtune.model.length_buckets import LengthBuckets
 from formtune.model.lora import Lora, add_lora
 from formtune.model.packing import pack
-from formtune.model.passes import LengthBuckets, SharedPrefixes, passes
+from formtune.model.shared_prefixes import SharedPrefixes
 from formtune.rendering import Renderer, Row
 
 

@@ -96,7 +96,8 @@ class Signals(Callback):
     def on_test_batch_end(self, trainer: Any, *_: Any) -> None:
         self.poll(trainer)
 
-    on_predict_batch_end = on_test_batch_end
+    def on_predict_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.poll(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self._looping = trainer.state.fn == "fit"

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from formtune.deploy.comparison import compare, last_logits
+from formtune.model.length_buckets import LengthBuckets
 from formtune.model.lora import load_base
-from formtune.model.passes import LengthBuckets
 from formtune.rendering import Row
 
 TOKENS = 16_384  # of one pass, answers included

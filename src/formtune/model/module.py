@@ -24,10 +24,11 @@ from torchmetrics import Metric
 from formtune.errors import Fault, UserError, first_line
 from formtune.formats import Format, Verdict
 from formtune.metrics import EXACT, FormatMetrics, LossMetrics, OwnMetrics
+from formtune.model.chosen_passes import passes
 from formtune.model.grammar import Grammar
 from formtune.model.identity import check_identity, contract_hash, identity
 from formtune.model.lora import Lora, add_lora, check_layers, load_base
-from formtune.model.passes import Passes, passes
+from formtune.model.passes import Passes
 from formtune.rendering import Renderer, Row, context_length
 from formtune.sharding import ShardedBase
 
