@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -15,12 +14,11 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from formtune.cli import VERBS
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, VIEWS, Outcome, field_f1, read_outcomes
 from formtune.evaluation.statistics import f1_difference, f1_interval, rate_difference, verdict, wilson
 from formtune.files import write_whole
-from formtune.parsing import OneLine
+from formtune.parsing import VerbParser
 
 F1 = "content/field_f1"
 IN_WORDS = ("format/exact", "joint/exact")  # said in a sentence below the table
@@ -41,10 +39,6 @@ examples:
   formtune compare logs/demo/r16 logs/demo/r32 logs/demo/r64
   formtune compare logs/demo/r16:before logs/demo/r16 --out gain.json
 """
-
-
-class CompareParser(OneLine, argparse.ArgumentParser):
-    """Reads the runs to compare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +142,7 @@ def run(args: list[str]) -> int:
     Raises:
         UserError: A mistake in the command line, or runs that cannot be compared.
     """
-    parser = CompareParser(
-        prog="formtune compare", usage="formtune compare RUN RUN [RUN ...] [--out FILE.json]",
-        description=VERBS["compare"].description, epilog=HELP, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = VerbParser("compare", "formtune compare RUN RUN [RUN ...] [--out FILE.json]", HELP)
     parser.add_argument("runs", metavar="RUN", nargs="*", help="Folder of a run: its test rows after training; "
                         f"FOLDER:VIEW: another view of them ({', '.join(VIEWS)}); or a file of outcomes")  # fmt: skip
     parser.add_argument("--out", metavar="FILE.json", type=Path, help="Write the same as JSON")
