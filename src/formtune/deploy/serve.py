@@ -27,7 +27,7 @@ from formtune.data.preparation import system_prompt
 from formtune.deploy.manifest import base_files, base_folder, verify
 from formtune.deploy.served import Served, find_served
 from formtune.errors import UserError
-from formtune.files import write_whole
+from formtune.files import write_json
 from formtune.parsing import VerbParser
 from formtune.rendering import Renderer
 
@@ -134,7 +134,7 @@ def link(exported: Path, manifest: dict[str, Any], folder: Path) -> None:
         raise UserError(f"{exported}: the base has no chat template, without which a chat cannot be served")
     generation.unlink(missing_ok=True)
     greedy = {key: value for key, value in found.items() if key not in ("temperature", "top_k", "top_p", "min_p")}
-    write_whole(generation, json.dumps(greedy | {"eos_token_id": list(renderer.stop_ids), "do_sample": False}))
+    write_json(generation, greedy | {"eos_token_id": list(renderer.stop_ids), "do_sample": False})
 
 
 def settings(folder: Path) -> dict[str, Any]:

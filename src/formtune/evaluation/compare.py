@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from rich.text import Text
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, VIEWS, Outcome, field_f1, read_outcomes
 from formtune.evaluation.statistics import f1_difference, f1_interval, rate_difference, verdict, wilson
-from formtune.files import write_whole
+from formtune.files import write_json
 from formtune.parsing import VerbParser
 
 F1 = "content/field_f1"
@@ -152,7 +151,11 @@ def run(args: list[str]) -> int:
     found = compare(read_runs(config.runs))
     print_comparison(found)
     if config.out:
-        _write(config.out, json.dumps(found, ensure_ascii=False, indent=2) + "\n")
+        try:
+            config.out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(config.out, found)
+        except OSError as error:
+            raise UserError(f"--out: {config.out}: {error.strerror}") from None
     return 0
 
 
@@ -214,11 +217,3 @@ def _sentence(difference: dict[str, Any]) -> str:
 
 def _p(difference: dict[str, Any]) -> str:
     return "p < 0.001" if difference["p"] < 0.001 else f"p = {difference['p']:.3f}"
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
-    except OSError as error:
-        raise UserError(f"--out: {path}: {error.strerror}") from None
