@@ -53,7 +53,7 @@ def write_entry(path: Path, content: bytes, kept: int) -> None:
     Args:
         path: The file.
         content: What it shall hold.
-        kept: Entries of its kind that the folder may hold; those used longest ago are removed.
+        kept: Entries of its kind that the folder may hold; those touched longest ago are removed.
     """
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

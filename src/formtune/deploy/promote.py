@@ -108,10 +108,8 @@ def deployments(args: list[str]) -> int:
     for pointer in found:
         print(f"{pointer.name}: {pointer.current}")
         for move in reversed(pointer.history):
-            forced, reason = (
-                " (forced)" if move.get("overruled") else "",
-                f": {move['reason']}" if move["reason"] else "",
-            )
+            forced = " (forced)" if move.get("overruled") else ""
+            reason = f": {move['reason']}" if move["reason"] else ""
             when = move["at"][:16].replace("T", " ")
             print(f"  {when} UTC  {move['action']:8}  {move['version']}{forced} by {move['by']}{reason}")
     return 0
