@@ -13,6 +13,7 @@ import pytest
 from conftest import SCHEMA, byte_tokenizer, pair
 from formtune.data import Columns, cache, fingerprint, splits
 from formtune.data.splits import Splitter
+from formtune.files import write_entry
 from formtune.formats import Format, JsonSchema
 from formtune.rendering import Renderer
 
@@ -204,6 +205,17 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_is_read(folder):
     os.utime(entries()[0], (0, 0))
     split()
     assert [path.suffix for path in entries()] == [".safetensors"]
+
+
+def test_a_full_disk_leaves_the_old_entry_and_no_part_of_the_new(tmp_path, monkeypatch):
+    write_entry(tmp_path / "a.json", b"old", kept=2)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    write_entry(tmp_path / "a.json", b"new", kept=2)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
 def test_the_entries_used_last_are_kept(folder):

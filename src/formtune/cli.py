@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import os
 import sys
 import warnings
@@ -63,70 +64,25 @@ def _sweep(args: list[str]) -> int:
     return run(args[1:], configs)
 
 
-def _audit(args: list[str]) -> int:
-    _configs(args)
-    from formtune.audit.verb import run
+def _from(module: str, function: str = "run", task: bool = False, silent: bool = False) -> Callable[[list[str]], int]:
+    """What runs a verb: a function of the words after it, imported only when it is called.
 
-    return run(args[1:])
+    Args:
+        module: Where it stands in formtune.
+        function: What it is called.
+        task: Whether it takes the YAML of a task.
+        silent: Whether libraries may not warn: of what is tried here and judged by what comes out.
+    """
 
+    def run(args: list[str]) -> int:
+        if task:
+            _configs(args)
+        if silent:
+            warnings.simplefilter("ignore")
+        found: int = getattr(importlib.import_module(f"formtune.{module}"), function)(args[1:])
+        return found
 
-def _synthesize(args: list[str]) -> int:
-    _configs(args)
-    from formtune.synthesize import run
-
-    return run(args[1:])
-
-
-def _preflight(args: list[str]) -> int:
-    _configs(args)
-    warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by what comes out
-    from formtune.deploy.preflight import run
-
-    return run(args[1:])
-
-
-def _export(args: list[str]) -> int:
-    warnings.simplefilter("ignore")
-    from formtune.deploy.verb import run
-
-    return run(args[1:])
-
-
-def _compare(args: list[str]) -> int:
-    from formtune.evaluation.compare import run
-
-    return run(args[1:])
-
-
-def _check_endpoint(args: list[str]) -> int:
-    _configs(args)
-    from formtune.deploy.endpoint_check import run
-
-    return run(args[1:])
-
-
-def _promote(args: list[str]) -> int:
-    from formtune.deploy.promote import promote
-
-    return promote(args[1:])
-
-
-def _rollback(args: list[str]) -> int:
-    from formtune.deploy.promote import rollback
-
-    return rollback(args[1:])
-
-
-def _deployments(args: list[str]) -> int:
-    from formtune.deploy.promote import deployments
-
-    return deployments(args[1:])
-
-
-def _serve(args: list[str]) -> int:
-    from formtune.deploy.serve import run
-
-    return run(args[1:])
+    return run
 
 
 def _lightning(args: list[str]) -> None:
@@ -144,21 +100,38 @@ def _lightning(args: list[str]) -> None:
 
 
 VERBS = {
-    "audit": Verb("Clean and judge the rows, and say what to know of them before training; needs no model.", _audit),
-    "synthesize": Verb("Ask a teacher model for rows, and write those that keep the contract.", _synthesize),
-    "preflight": Verb("Say before training whether its result can be merged, quantised and served.", _preflight),
+    "audit": Verb(
+        "Clean and judge the rows, and say what to know of them before training; needs no model.",
+        _from("audit.verb", task=True),
+    ),
+    "synthesize": Verb(
+        "Ask a teacher model for rows, and write those that keep the contract.", _from("synthesize", task=True)
+    ),
+    "preflight": Verb(
+        "Say before training whether its result can be merged, quantised and served.",
+        _from("deploy.preflight", task=True, silent=True),
+    ),
     "fit": Verb("Evaluate the base, train the adapter, test the best checkpoint and export it.", _lightning),
     "sweep": Verb("Train at each point of a grid, ranks by default, and take the smallest that is as good.", _sweep),
     "validate": Verb("Evaluate a checkpoint (or the base) on the validation rows.", _lightning),
     "test": Verb("Evaluate a checkpoint (or the base) on the test rows.", _lightning),
     "predict": Verb("Answer a file of prompts and judge the answers by the contract.", _lightning),
-    "compare": Verb("Say which run is better on the same test rows, or that the rows cannot tell.", _compare),
-    "export": Verb("Merge or quantise a run's adapter, and write what still answers as the adapter does.", _export),
-    "promote": Verb("Point a name such as production to a run, if its test rows are not worse.", _promote),
-    "rollback": Verb("Point it to the version before again.", _rollback),
-    "deployments": Verb("List what is deployed, and the history.", _deployments),
-    "serve": Verb("Serve a run or a deployment on this machine, or print the command for vLLM.", _serve),
-    "check-endpoint": Verb("Ask a server the test rows, and judge what it answers and how fast.", _check_endpoint),
+    "compare": Verb(
+        "Say which run is better on the same test rows, or that the rows cannot tell.", _from("evaluation.compare")
+    ),
+    "export": Verb(
+        "Merge or quantise a run's adapter, and write what still answers as the adapter does.",
+        _from("deploy.verb", silent=True),
+    ),
+    "promote": Verb(
+        "Point a name such as production to a run, if its test rows are not worse.", _from("deploy.promote", "promote")
+    ),
+    "rollback": Verb("Point it to the version before again.", _from("deploy.promote", "rollback")),
+    "deployments": Verb("List what is deployed, and the history.", _from("deploy.promote", "deployments")),
+    "serve": Verb("Serve a run or a deployment on this machine, or print the command for vLLM.", _from("deploy.serve")),
+    "check-endpoint": Verb(
+        "Ask a server the test rows, and judge what it answers and how fast.", _from("deploy.endpoint_check", task=True)
+    ),
 }
 
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import tempfile
+import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+ABANDONED = 3600  # seconds after which an entry that was never finished is removed
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -23,6 +31,46 @@ def write_whole(path: Path, content: str | bytes) -> None:
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain data as a JSON file for people and programs to read."""
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write plain data as JSON Lines, in a folder that is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_entry(path: Path, content: bytes, kept: int) -> None:
+    """Write an entry of a cache; a process killed at any moment leaves none, or a whole one.
+
+    Several processes may write the same entry, and the last one's file stays. A folder that cannot be written is no
+    reason to stop: what it would hold is in memory.
+
+    Args:
+        path: The file.
+        content: What it shall hold.
+        kept: Entries of its kind that the folder may hold; those touched longest ago are removed.
+    """
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(part).replace(path)
+        finally:
+            Path(part).unlink(missing_ok=True)
+        # Another process may prune as well, and a file be gone before it is looked at.
+        entries = sorted(path.parent.glob(f"*{path.suffix}"), key=lambda one: one.stat().st_mtime, reverse=True)
+        parts = [one for one in path.parent.glob("*.part") if time.time() - one.stat().st_mtime > ABANDONED]
+        for old in (*entries[kept:], *parts):
+            old.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

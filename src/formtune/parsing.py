@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 from itertools import accumulate
 from typing import Any
 
+from formtune.cli import VERBS
 from formtune.errors import UserError
 from formtune.yaml_file import place
 
@@ -47,6 +49,22 @@ class OneLine:
             if isinstance(values.get(group), str | int | float | list):
                 self.error(f'Parser key "{group}": Expected keys. Got value: {values[group]!r:.40}')
         return config
+
+
+class VerbParser(OneLine, argparse.ArgumentParser):
+    """Reads the options of a verb that takes no task.
+
+    Args:
+        verb: The verb.
+        usage: Its first line of help, where argparse's own would be long.
+        epilog: What stands below the options, as it stands.
+    """
+
+    def __init__(self, verb: str, usage: str | None = None, epilog: str | None = None) -> None:
+        super().__init__(
+            prog=f"formtune {verb}", usage=usage, description=VERBS[verb].description, epilog=epilog,
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
 
 
 def _subparsers(parser: Any) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from formtune.audit.pictures import pictures
-from formtune.files import write_whole
+from formtune.files import write_json, write_lines, write_whole
 from formtune.page import environment, svg
 
 SHOWN = 200  # rows of a reason on the page; quarantine.jsonl has all of them
@@ -26,11 +25,8 @@ ABOUT = {
 
 def write_report(found: dict[str, Any], folder: Path) -> None:
     """Write `audit.json`, `quarantine.jsonl` and `report.html` into the folder, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found["quarantine"])
-    write_whole(folder / "quarantine.jsonl", rows)
-    kept = {name: value for name, value in found.items() if name != "quarantine"}
-    write_whole(folder / "audit.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    write_lines(folder / "quarantine.jsonl", found["quarantine"])
+    write_json(folder / "audit.json", {name: value for name, value in found.items() if name != "quarantine"})
     write_whole(folder / "report.html", page(found))
 
 

@@ -6,12 +6,9 @@ format: no pickle, so reading runs no code, and a fraction of a second for ten t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
-import time
 from collections import Counter
 from dataclasses import astuple
 from pathlib import Path
@@ -24,11 +21,11 @@ from safetensors.numpy import save
 from formtune.data.cleaning import Quarantined
 from formtune.data.encoded import Splits
 from formtune.data.styles import Mixture
+from formtune.files import write_entry
 from formtune.rendering import Row
 
 FOLDER = Path(".cache/encoded")  # of the working directory, like `logs`
 KEPT = 8  # entries; those used longest ago are removed
-ABANDONED = 3600  # seconds after which a file that was never finished is removed
 
 
 def load(key: str) -> Splits | None:
@@ -48,38 +45,13 @@ def load(key: str) -> Splits | None:
 
 
 def store(key: str, splits: Splits) -> None:
-    """Write splits below a key; a process killed at any moment leaves no entry, or a whole one.
-
-    Two processes that write the same key write the same rows, and the later one's file stays. A folder that cannot be
-    written is no reason to stop: the rows are in memory.
-    """
+    """Write splits below a key; two processes that write the same key write the same rows."""
     arrays = _pack(splits)
-    part = None
-    try:
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=FOLDER, suffix=".part", delete=False) as file:
-            part = Path(file.name)
-            file.write(save(arrays, {"checksum": _checksum(arrays)}))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(_path(key))
-    except OSError:
-        if part is not None:
-            part.unlink(missing_ok=True)
-    else:
-        _prune()
+    write_entry(_path(key), save(arrays, {"checksum": _checksum(arrays)}), KEPT)
 
 
 def _path(key: str) -> Path:
     return FOLDER / f"{key}.safetensors"
-
-
-def _prune() -> None:
-    with contextlib.suppress(FileNotFoundError):  # another process prunes as well
-        entries = sorted(FOLDER.glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
-        parts = [p for p in FOLDER.glob("*.part") if time.time() - p.stat().st_mtime > ABANDONED]
-        for path in (*entries[KEPT:], *parts):
-            path.unlink(missing_ok=True)
 
 
 def _checksum(arrays: dict[str, Any]) -> str:

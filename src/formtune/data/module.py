@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import random
 from array import array
@@ -23,7 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from formtune.data.encoded import Splits
 from formtune.data.preparation import Preparation
 from formtune.errors import UserError
-from formtune.files import write_whole
+from formtune.files import write_lines
 from formtune.rendering import Row
 
 EVALUATION_ROWS = 256  # rows handed over at once; the model splits them further by tokens
@@ -176,5 +175,4 @@ class FormatDataModule(L.LightningDataModule):
     @rank_zero_only
     def _write_quarantine(self, path: Path) -> None:
         assert self.splits is not None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in self.splits.quarantine))
+        write_lines(path, map(asdict, self.splits.quarantine))

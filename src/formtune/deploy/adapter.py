@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 from formtune.deploy.manifest import write_manifest
+from formtune.files import write_json
 from formtune.model import FormatModule
 
 
@@ -26,8 +26,7 @@ def export_adapter(module: FormatModule, folder: Path, config: Path, data: str |
     # False: PEFT would otherwise ask a hub whether the base's vocabulary was resized.
     module.model.save_pretrained(partial, safe_serialization=True, save_embedding_layers=False)
     module.renderer.tokenizer.save_pretrained(partial)
-    contract = json.dumps(module.format.to_dict(), indent=2, ensure_ascii=False)
-    (partial / "contract.json").write_text(contract + "\n", encoding="utf-8")
+    write_json(partial / "contract.json", module.format.to_dict())
     shutil.copyfile(config, partial / "config.yaml")
     # PEFT's own card is a form to fill in: an empty one says less than none.
     (partial / "README.md").unlink(missing_ok=True)

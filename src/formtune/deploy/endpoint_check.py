@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ from formtune.errors import UserError
 from formtune.evaluation.compare import figures, figures_table
 from formtune.evaluation.outcomes import Outcome, outcome, write_outcomes
 from formtune.evaluation.statistics import quantile_interval
-from formtune.files import write_whole
+from formtune.files import write_json
 from formtune.formats import KINDS, Format
 from formtune.rendering import Row
 from formtune.task import read_task, task_parser
@@ -63,7 +62,7 @@ def run(args: list[str]) -> int:
         raise UserError(f"{config.url}: every answer is empty; is {endpoint.model} the tuned model?")
     found = findings(endpoint, outcomes, replies, seconds, config.at_once) | {"data": splits.key}
     write_outcomes(folder / "outcomes" / "after.jsonl", outcomes)
-    write_whole(folder / "endpoint.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "endpoint.json", found)
     print_findings(found, outcomes, folder)
     reached = found["figures"]["format/exact"]["value"]
     if reached < config.min_exact:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from formtune.deploy.quantize import PACKAGES, group_size
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, rate, write_outcomes
 from formtune.evaluation.statistics import rate_difference, verdict
-from formtune.files import write_whole
+from formtune.files import write_json
 from formtune.rendering import Renderer
 
 JUDGED = ("format/exact", "joint/exact")
@@ -53,7 +52,7 @@ def export(found: Finished, kind: str, max_loss: float, maker: Maker = Maker()) 
         refused = reason_against(found, kind, row, outcomes, max_loss)
         write_outcomes(found.folder / "outcomes" / f"{kind}.jsonl", outcomes)
         rows = metrics(found.folder) | {kind: row | {"refused": refused}}
-        write_whole(found.folder / "exports.json", json.dumps(rows, indent=2) + "\n")
+        write_json(found.folder / "exports.json", rows)
         if refused:
             raise UserError(f"--as {kind}: refused, {refused}")
         verification = {name: row[name] for name in ("closeness", "merge", *JUDGED)}

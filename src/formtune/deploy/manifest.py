@@ -16,7 +16,7 @@ from typing import Any
 
 from formtune import __version__
 from formtune.errors import UserError
-from formtune.files import write_whole
+from formtune.files import write_json
 
 NAME = "manifest.json"
 CARD = "README.md"  # prose, that is written later and that people edit: not listed
@@ -58,7 +58,7 @@ def write_manifest(
         "versions": {"python": platform.python_version()} | {name: version(name) for name in (*PACKAGES, *packages)},
         "verification": verification,
     }
-    write_whole(folder / NAME, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / NAME, manifest)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

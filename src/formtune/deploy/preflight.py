@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from formtune.deploy.processes import Maker, find_maker, lacking
 from formtune.deploy.rules import MERGED, TARGETS, check, refuse
 from formtune.deploy.trial import Trial, attempt
 from formtune.errors import UserError
-from formtune.files import write_whole
+from formtune.files import write_json
 from formtune.model.lora import Lora, lora_config
 from formtune.rendering import context_length
 from formtune.task import read_task, task_parser
@@ -78,7 +77,7 @@ def run(args: list[str]) -> int:
     failed = [target for target in targets if any(one.target == target and one.verdict == "fails" for one in lines)]
     folder.mkdir(parents=True, exist_ok=True)
     found = {"targets": targets, "failed": failed, "input_tokens": length, "checks": [asdict(line) for line in lines]}
-    write_whole(folder / "preflight.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "preflight.json", found)
     _show(lines, targets, failed, folder / "preflight.json")
     return int(bool(failed))
 

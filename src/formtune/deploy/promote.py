@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from formtune.cli import VERBS
 from formtune.deploy.manifest import read_manifest
 from formtune.deploy.registry import (
     DEPLOYMENTS,
@@ -22,11 +20,7 @@ from formtune.deploy.registry import (
 from formtune.errors import UserError
 from formtune.evaluation.compare import IN_WORDS, compare, figures, read_runs
 from formtune.evaluation.outcomes import read_outcomes, write_outcomes
-from formtune.parsing import OneLine
-
-
-class DeployParser(OneLine, argparse.ArgumentParser):
-    """Reads what to deploy."""
+from formtune.parsing import VerbParser
 
 
 def promote(args: list[str]) -> int:
@@ -35,7 +29,7 @@ def promote(args: list[str]) -> int:
     Raises:
         UserError: There is nothing to promote, or the evidence speaks against it.
     """
-    parser = _parser("promote")
+    parser = VerbParser("promote")
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a run")
     parser.add_argument("--to", metavar="NAME", required=True, help="Name that points to it, such as production")
     parser.add_argument("--as", dest="kind", metavar="KIND", default="adapter", help="Which of the run's exported "
@@ -77,7 +71,7 @@ def rollback(args: list[str]) -> int:
     Raises:
         UserError: There is none, or it is not as it was.
     """
-    parser = _parser("rollback")
+    parser = VerbParser("rollback")
     parser.add_argument("name", metavar="NAME", help="Such as production, or demo/production")
     parser.add_argument("--to", metavar="VERSION", help="Which version (default: the one before the current)")
     parser.add_argument("--reason", required=True, help="Why, for the history")
@@ -106,7 +100,7 @@ def deployments(args: list[str]) -> int:
     Raises:
         UserError: A pointer cannot be read.
     """
-    _parser("deployments").parse_args(args)
+    VerbParser("deployments").parse_args(args)
     found = pointers()
     if not found:
         print("nothing is deployed yet; formtune promote RUN --to production deploys a run")
@@ -114,10 +108,8 @@ def deployments(args: list[str]) -> int:
     for pointer in found:
         print(f"{pointer.name}: {pointer.current}")
         for move in reversed(pointer.history):
-            forced, reason = (
-                " (forced)" if move.get("overruled") else "",
-                f": {move['reason']}" if move["reason"] else "",
-            )
+            forced = " (forced)" if move.get("overruled") else ""
+            reason = f": {move['reason']}" if move["reason"] else ""
             when = move["at"][:16].replace("T", " ")
             print(f"  {when} UTC  {move['action']:8}  {move['version']}{forced} by {move['by']}{reason}")
     return 0
@@ -170,7 +162,3 @@ def _in_words(evidence: dict[str, Any]) -> list[str]:
 
 def _list(versions: set[str]) -> str:
     return ", ".join(sorted(versions))
-
-
-def _parser(verb: str) -> DeployParser:
-    return DeployParser(prog=f"formtune {verb}", description=VERBS[verb].description, allow_abbrev=False)

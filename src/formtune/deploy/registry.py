@@ -28,7 +28,7 @@ import yaml
 
 from formtune.deploy.manifest import NAME, file_hash, read_manifest, verify
 from formtune.errors import UserError, first_line
-from formtune.files import write_whole
+from formtune.files import write_json
 
 DEPLOYMENTS = Path("deployments")
 
@@ -104,8 +104,7 @@ class Pointer:
             | more
         )
         record = {"task": self.task, "alias": self.alias, "current": version, "history": self.history}
-        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        write_whole(self.folder / f"{self.alias}.json", text)
+        write_json(self.folder / f"{self.alias}.json", record)
 
 
 def _user() -> str:

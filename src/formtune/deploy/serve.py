@@ -7,7 +7,6 @@ the tokens that end an answer there, with thinking off, greedy unless the client
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -24,13 +23,12 @@ from typing import Any
 
 import yaml
 
-from formtune.cli import VERBS
 from formtune.data.preparation import system_prompt
 from formtune.deploy.manifest import base_files, base_folder, verify
 from formtune.deploy.served import Served, find_served
 from formtune.errors import UserError
-from formtune.files import write_whole
-from formtune.parsing import OneLine
+from formtune.files import write_json
+from formtune.parsing import VerbParser
 from formtune.rendering import Renderer
 
 HOST = "127.0.0.1"
@@ -40,17 +38,13 @@ ENDING = 10  # seconds that the server has to end by itself
 NO_THINKING = '{"enable_thinking": false}'
 
 
-class ServeParser(OneLine, argparse.ArgumentParser):
-    """Reads what to serve."""
-
-
 def run(args: list[str]) -> int:
     """Serve until a signal comes, or print the command for vLLM.
 
     Raises:
         UserError: There is nothing to serve, it is not as it was exported, or the server does not start.
     """
-    parser = ServeParser(prog="formtune serve", description=VERBS["serve"].description, allow_abbrev=False)
+    parser = VerbParser("serve")
     parser.add_argument("what", metavar="RUN", help="Folder of a run, a deployment such as demo/production, or an "
                         "exported folder")  # fmt: skip
     parser.add_argument("--as", dest="kind", default="adapter", help="Which of a run's exported folders (default: "
@@ -140,7 +134,7 @@ def link(exported: Path, manifest: dict[str, Any], folder: Path) -> None:
         raise UserError(f"{exported}: the base has no chat template, without which a chat cannot be served")
     generation.unlink(missing_ok=True)
     greedy = {key: value for key, value in found.items() if key not in ("temperature", "top_k", "top_p", "min_p")}
-    write_whole(generation, json.dumps(greedy | {"eos_token_id": list(renderer.stop_ids), "do_sample": False}))
+    write_json(generation, greedy | {"eos_token_id": list(renderer.stop_ids), "do_sample": False})
 
 
 def settings(folder: Path) -> dict[str, Any]:

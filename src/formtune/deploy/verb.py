@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from formtune.cli import VERBS
 from formtune.deploy.manifest import KINDS
 from formtune.errors import UserError
-from formtune.parsing import OneLine
+from formtune.parsing import VerbParser
 
 HELP = """\
 Whatever is written has been loaded again in a fresh process by plain transformers and PEFT, compared with the adapter
@@ -30,22 +28,13 @@ examples:
 """
 
 
-class ExportParser(OneLine, argparse.ArgumentParser):
-    """Reads what to export."""
-
-
 def run(args: list[str]) -> int:
     """Export, print the row of what was exported beside those of before.
 
     Raises:
         UserError: A mistake in the command line, a package is missing, or what would be written is another model.
     """
-    parser = ExportParser(
-        prog="formtune export", usage="formtune export RUN [--as KIND] [--max_loss SHARE] [--interpreter PATH]",
-        epilog=HELP,
-        description=VERBS["export"].description, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = VerbParser("export", "formtune export RUN [--as KIND] [--max_loss SHARE] [--interpreter PATH]", HELP)
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a finished run")
     parser.add_argument("--as", metavar="KIND", dest="kind", choices=KINDS, default="adapter",
                         help=f"{', '.join(KINDS)} (default: %(default)s)")  # fmt: skip

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from formtune.evaluation.outcomes import Outcome, field_f1, rate
 from formtune.evaluation.statistics import wilson
+from formtune.files import write_entry
 from formtune.formats import Format
 from formtune.formats.content import leaves
 from formtune.rendering import Renderer, Row
@@ -102,16 +102,7 @@ def load_baseline(key: str) -> dict[str, Any] | None:
 def store_baseline(key: str, values: dict[str, float], counts: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
     """Keep a measurement, whole or not at all; a folder that cannot be written is no reason to stop."""
     record = {"values": values, "counts": counts, "outcomes": [asdict(one) for one in outcomes]}
-    try:
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=FOLDER, suffix=".part", delete=False, encoding="ascii") as file:
-            json.dump(record, file)
-        Path(file.name).replace(FOLDER / f"{key}.json")
-        entries = sorted(FOLDER.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in entries[KEPT:]:
-            path.unlink(missing_ok=True)
-    except OSError:
-        return
+    write_entry(FOLDER / f"{key}.json", json.dumps(record).encode("ascii"), KEPT)
 
 
 def best_prompt(baselines: Mapping[str, Sequence[Outcome]]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,12 +13,11 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from formtune.cli import VERBS
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, VIEWS, Outcome, field_f1, read_outcomes
 from formtune.evaluation.statistics import f1_difference, f1_interval, rate_difference, verdict, wilson
-from formtune.files import write_whole
-from formtune.parsing import OneLine
+from formtune.files import write_json
+from formtune.parsing import VerbParser
 
 F1 = "content/field_f1"
 IN_WORDS = ("format/exact", "joint/exact")  # said in a sentence below the table
@@ -41,10 +38,6 @@ examples:
   formtune compare logs/demo/r16 logs/demo/r32 logs/demo/r64
   formtune compare logs/demo/r16:before logs/demo/r16 --out gain.json
 """
-
-
-class CompareParser(OneLine, argparse.ArgumentParser):
-    """Reads the runs to compare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +141,7 @@ def run(args: list[str]) -> int:
     Raises:
         UserError: A mistake in the command line, or runs that cannot be compared.
     """
-    parser = CompareParser(
-        prog="formtune compare", usage="formtune compare RUN RUN [RUN ...] [--out FILE.json]",
-        description=VERBS["compare"].description, epilog=HELP, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = VerbParser("compare", "formtune compare RUN RUN [RUN ...] [--out FILE.json]", HELP)
     parser.add_argument("runs", metavar="RUN", nargs="*", help="Folder of a run: its test rows after training; "
                         f"FOLDER:VIEW: another view of them ({', '.join(VIEWS)}); or a file of outcomes")  # fmt: skip
     parser.add_argument("--out", metavar="FILE.json", type=Path, help="Write the same as JSON")
@@ -162,7 +151,11 @@ def run(args: list[str]) -> int:
     found = compare(read_runs(config.runs))
     print_comparison(found)
     if config.out:
-        _write(config.out, json.dumps(found, ensure_ascii=False, indent=2) + "\n")
+        try:
+            config.out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(config.out, found)
+        except OSError as error:
+            raise UserError(f"--out: {config.out}: {error.strerror}") from None
     return 0
 
 
@@ -224,11 +217,3 @@ def _sentence(difference: dict[str, Any]) -> str:
 
 def _p(difference: dict[str, Any]) -> str:
     return "p < 0.001" if difference["p"] < 0.001 else f"p = {difference['p']:.3f}"
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
-    except OSError as error:
-        raise UserError(f"--out: {path}: {error.strerror}") from None

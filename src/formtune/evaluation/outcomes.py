@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from formtune.errors import UserError
-from formtune.files import write_whole
+from formtune.files import write_lines
 from formtune.formats import Format, Verdict
 from formtune.formats.strict_json import loads_strict
 from formtune.rendering import Row
@@ -92,8 +91,7 @@ def outcome(row: Row, answer: str, verdict: Verdict, contract: Format) -> Outcom
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
     """Write them as JSON Lines, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in outcomes))
+    write_lines(path, map(asdict, outcomes))
 
 
 def read_outcomes(path: Path) -> list[Outcome]:

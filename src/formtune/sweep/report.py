@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from formtune.files import write_whole
+from formtune.files import write_json, write_whole
 from formtune.page import BLUE, ORANGE, RED, environment, svg
 from formtune.sweep.findings import METRICS, share
 
@@ -20,7 +19,7 @@ COLORS = dict(zip(METRICS, (BLUE, ORANGE), strict=True))
 
 def write_report(found: dict[str, Any], folder: Path) -> None:
     """Write `sweep.json` and `sweep.html` into the folder."""
-    write_whole(folder / "sweep.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / "sweep.json", found)
     template = environment().get_template("sweep/sweep.html.jinja")
     measured = [point for point in found["points"] if point["trainable_parameters"]]
     plots = {name: svg(_plot(measured, name, found["taken"])) for name in ("trainable_parameters", "seconds")}

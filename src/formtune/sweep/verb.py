@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -20,7 +19,7 @@ import yaml
 from formtune.cli import LOGS, VERBS
 from formtune.errors import UserError
 from formtune.files import write_whole
-from formtune.parsing import OneLine
+from formtune.parsing import VerbParser
 from formtune.sweep import grid
 from formtune.sweep.findings import findings
 from formtune.sweep.grid import Point
@@ -53,10 +52,6 @@ RESERVED = {  # keys of `fit` that are not the user's here
 FOLLOWED_BY_DATA = ("data.", "model.base", "model.max_new_tokens")
 
 
-class SweepParser(OneLine, argparse.ArgumentParser):
-    """Reads the sweep's own options."""
-
-
 def run(args: list[str], configs: Sequence[str]) -> int:
     """Train what is not yet trained, choose, print and write; 1 if a run failed.
 
@@ -67,11 +62,9 @@ def run(args: list[str], configs: Sequence[str]) -> int:
     Raises:
         UserError: A mistake in the grid or in a configuration, or one that every run would meet.
     """
-    parser = SweepParser(
-        prog="formtune sweep", usage="%(prog)s -c TASK.yaml [--over KEY=VALUES ...] [--seeds SEEDS] [--key value ...]",
-        description=VERBS["sweep"].description, epilog=HELP, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = VerbParser(
+        "sweep", "%(prog)s -c TASK.yaml [--over KEY=VALUES ...] [--seeds SEEDS] [--key value ...]", HELP
+    )
     parser.add_argument("--over", action="append", metavar="KEY=VALUES", help="A key of the task and the values to "
                         f"try; several make all combinations (default: {grid.RANKS})")  # fmt: skip
     # With fewer there is no telling a better rank from a luckier seed; more cost as many times the training.
