@@ -21,7 +21,7 @@ from formtune.evaluation.baseline import (
     prompting_verdict,
     store_baseline,
 )
-from formtune.evaluation.outcomes import Outcome, write_outcomes
+from formtune.evaluation.outcomes import VIEWS, Outcome, write_outcomes
 from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.evaluation.report import Run, write_run_report
 from formtune.model import FormatModule
@@ -108,7 +108,7 @@ class Evaluations:
         """
         for name, grammar in (("after", None), ("after_constrained", self._grammar)):
             if name == "after" or grammar:
-                self._test(None, logs=name == "after", grammar=grammar)
+                self._test(VIEWS[name], None, logs=name == "after", grammar=grammar)
                 self._save(name, self._callback.outcomes)
                 result[name], result["counts"][name] = results(self.model)
 
@@ -126,7 +126,8 @@ class Evaluations:
         rows = [row for part in longer.values() for row in part]
         if not rows or self.trainer.fast_dev_run:
             return []
-        self._test([replace(row, number=number) for number, row in enumerate(rows)], logs=False)
+        longer_rows = [replace(row, number=number) for number, row in enumerate(rows)]
+        self._test("tuned, on inputs made longer", longer_rows, logs=False)
         exact = [outcome.exact for outcome in self._callback.outcomes]
         if len(exact) < len(rows):  # the user limits the test
             return []
@@ -173,7 +174,7 @@ class Evaluations:
         stored = load_baseline(key) if trainer.num_nodes == 1 and not trainer.fast_dev_run else None
         if stored is None:
             # One point of the curves belongs to step 0: the base as it will be trained, without examples.
-            self._test(rows, logs=name == "before", grammar=grammar)
+            self._test(VIEWS[name], rows, logs=name == "before", grammar=grammar)
             values, counts = results(model)
             # Figures of a class whose code may change are worked out anew each time.
             values = {name: value for name, value in values.items() if not name.startswith("own/")}
@@ -185,7 +186,9 @@ class Evaluations:
         self._save(name, stored["outcomes"])
         return stored["outcomes"]
 
-    def _test(self, rows: list[Row] | None, logs: bool, grammar: Grammar | None = None) -> None:
+    def _test(self, name: str, rows: list[Row] | None, logs: bool, grammar: Grammar | None = None) -> None:
+        if self._writes:  # a bar shows nothing in a log file
+            print(f"measuring: {name}, {len(rows or self._rows['test'])} rows", flush=True)
         self.datamodule.test_rows, self.model.logs_evaluations = rows, logs
         if not self.model.constrained:  # else the model has a grammar of its own, always
             self.model.grammar = grammar

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -37,7 +36,7 @@ from formtune.deploy.adapter import export_adapter
 from formtune.deploy.preflight import before_training
 from formtune.errors import Fault, UserError, first_line
 from formtune.evaluations import Baseline, Evaluations, results
-from formtune.files import write_whole
+from formtune.files import write_json, write_whole
 from formtune.model import FormatModule
 from formtune.parsing import OneLine
 from formtune.run_folder import RunFolder, choose_run
@@ -292,7 +291,7 @@ class FormtuneCLI(LightningCLI):
             final = {f"final/{name}": result["after"][name] for name in shown}
             self.trainer.logger.log_hyperparams(parameters, final)
             self.trainer.logger.save()
-        write_whole(self.run_dir / "metrics.json", json.dumps(result, indent=2) + "\n")
+        write_json(self.run_dir / "metrics.json", result)
 
 
 def run(args: list[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from formtune.files import write_lines
 from formtune.formats import KINDS
 
 
@@ -76,17 +76,17 @@ class AnswerFile(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rank = trainer.global_rank
         path = self.path.with_name(f"{self.path.name}.{rank}") if rank else self.path
-        partial = path.with_name(path.name + ".part")
-        with partial.open("w", encoding="utf-8") as file:
-            # The loader sorts by length; a reader expects the order of the prompts.
-            for a in sorted(self._answers, key=lambda a: a.row.number):
-                record = {
-                    "where": a.row.where,
-                    "prompt": a.row.source,
-                    "answer": a.text,
-                    "compliant": a.verdict.exact,
-                    "kind": a.verdict.kind,
-                    "detail": a.verdict.detail,
-                }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        partial.replace(path)
+        # The loader sorts by length; a reader expects the order of the prompts.
+        answers = sorted(self._answers, key=lambda a: a.row.number)
+        write_lines(path, (_record(a) for a in answers))
+
+
+def _record(answer: Any) -> dict[str, Any]:
+    return {
+        "where": answer.row.where,
+        "prompt": answer.row.source,
+        "answer": answer.text,
+        "compliant": answer.verdict.exact,
+        "kind": answer.verdict.kind,
+        "detail": answer.verdict.detail,
+    }

@@ -234,5 +234,7 @@ def _lines(path: str) -> Iterator[tuple[str, str]]:
 def _open(path: str) -> Any:
     try:
         return Path(path).open("rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: No such file; name it as seen from {Path.cwd()}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
