@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["OMP_NUM_THREADS"] = "1"  # in all processes: with models this small a second thread only waits
 # Here and in every process started from here, no other machine can be reached.
 os.environ["FORMTUNE_ATTEMPTS"] = tempfile.mkstemp(prefix="attempts")[1]
 os.environ["PYTHONPATH"] = f"{Path(__file__).parent}/offline:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
@@ -19,7 +20,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 runpy.run_path(f"{Path(__file__).parent}/offline/sitecustomize.py")
 ATTEMPTS = Path(os.environ["FORMTUNE_ATTEMPTS"])
-torch.set_num_threads(1)  # tiny models: a second thread only waits
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (

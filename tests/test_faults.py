@@ -400,12 +400,13 @@ def test_a_full_disk_costs_no_checkpoint(work, whole, monkeypatch, capfd):
 
 @pytest.mark.case("80", "TMPDIR elsewhere, or not there at all")
 def test_nothing_of_a_checkpoint_passes_through_the_temporary_folder(work, whole, monkeypatch):
-    def fail(*_, **__):
-        raise AssertionError("a temporary file elsewhere")
-
     import tempfile
 
-    monkeypatch.setattr(tempfile, "mkstemp", fail)
+    def make(*args, original=tempfile.mkstemp, **rest):
+        assert rest["dir"], "a temporary file elsewhere"
+        return original(*args, **rest)
+
+    monkeypatch.setattr(tempfile, "mkstemp", make)
     interrupt(monkeypatch)
     assert steps(work) == [8, 9]
 
@@ -525,7 +526,6 @@ class Two:
     def __init__(self, folder: Path, *args: str, strategy: str = "ddp") -> None:
         self.folder = folder
         environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([*sys.path[:1], *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         self.log = (folder / "two.log").open("w+")

@@ -162,7 +162,6 @@ def project(task, base, monkeypatch):
     folder, write = task
     monkeypatch.chdir(folder)
     monkeypatch.delenv("FORMTUNE_RUN", raising=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the runs: tiny models, a second thread only waits
     write("train.jsonl", [pair(n) for n in range(60)])
     config = {
         "model": {"base": base, "max_new_tokens": 24},
