@@ -20,7 +20,7 @@ from formtune.evaluation.outcomes import VIEWS, Outcome, field_f1, rate, read_ou
 from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.evaluation.report import Run, card, gallery, headline, page, pictures
 from formtune.evaluation.slices import slices
-from formtune.formats import JsonSchema, Labels
+from formtune.formats import KINDS, JsonSchema, Labels
 from formtune.rendering import Renderer, Row
 
 
@@ -214,6 +214,13 @@ def test_losses_stand_at_their_axis_as_plain_numbers(losses):
     axis = figure.axes[0].yaxis
     marks = [tick.get_text() for tick in axis.get_ticklabels(which="both") if tick.get_text()]
     assert len(marks) >= 3 and all(float(mark) > 0 for mark in marks)
+
+
+def test_no_two_kinds_of_failure_have_one_colour():
+    failed = [outcome(n, kind == "content", kind) for n, kind in enumerate(KINDS)]
+    ((_, _, figure),) = pictures(run_of(failed, failed))
+    colors = {bars[0].get_facecolor() for bars in figure.axes[0].containers}
+    assert len(colors) == len(KINDS)
 
 
 def test_the_card_has_the_evidence_and_the_metadata():

@@ -206,11 +206,13 @@ def _kinds(run: Run) -> Figure:
     figure = Figure(figsize=(7.5, 0.9 + 0.4 * len(views)), layout="constrained")
     axis = figure.subplots()
     colors = {"ok": "#2f9e60", "content": "#8bc6a4", "extra_text": "#e8c15c", "syntax": RED, "truncated": GREY}
+    others = iter((ORANGE, "#7a4f9e", BLUE, "#6b4423", "#d67fa8", "#1f9aa8", "#3b3f46"))  # no two kinds look alike
     left = np.zeros(len(views))
     for kind in ("ok", "content", *(kind for kind in KINDS if kind not in ("ok", "content"))):
         shares = np.array([np.mean([one.kind == kind for one in run.outcomes[view]]) for view in views])
         if shares.any():
-            axis.barh([VIEWS[view] for view in views], shares, left=left, color=colors.get(kind, ORANGE), label=kind)
+            color = colors.get(kind) or next(others)
+            axis.barh([VIEWS[view] for view in views], shares, left=left, color=color, label=kind)
             left += shares
     axis.invert_yaxis()
     axis.set(xlim=(0, 1), xticks=[])
