@@ -19,6 +19,7 @@ from conftest import SCHEMA, SHARED, pair
 from formtune.audit.drift import compare_inputs
 from formtune.audit.findings import audit
 from formtune.audit.origins import by_origin, ungrounded
+from formtune.audit.pictures import pictures
 from formtune.audit.report import page
 from formtune.cli import main
 from formtune.data.cleaning import Example
@@ -257,6 +258,17 @@ def test_the_demos_production_is_seen_to_be_longer(demo):
     assert production["P95"] > 1.3 * train["P95"]
     assert any("classifier" in line for line in found["warnings"])
     assert not found["ungrounded"] and not found["scripts"]
+
+
+def test_every_p95_line_has_its_figure_in_the_legend(demo):
+    found, _, _ = demo
+    (lengths,) = [figure for name, _, figure in pictures(found) if name == "lengths"]
+    said = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in lengths.axes]
+    train, production = found["lengths"]["train"], found["production"]["lengths"]
+    assert said == [
+        [f"train: P95 {train['prompt']['P95']}", f"production: P95 {production['prompt']['P95']}"],
+        [f"train: P95 {train['answer']['P95']}"],
+    ]
 
 
 def test_the_page_is_whole_in_itself_and_escapes_what_rows_hold(demo):

@@ -425,7 +425,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused_before_the_model_loads(wor
 def test_a_removed_folder_ends_the_run_in_one_line(work, monkeypatch, capfd):
     at(monkeypatch, "on_train_batch_end", 6, lambda *_: shutil.rmtree("logs"))
     assert main([*FIT]) == 1
-    one_line(capfd, "logs/small/one", "No such file or directory")
+    one_line(capfd, "error: logs/small/one", "No such file or directory")
 
 
 # Numbers and memory

@@ -18,9 +18,9 @@ from formtune.evaluation import baseline
 from formtune.evaluation.baseline import choose_shots, few_shot_rows, prompting_verdict
 from formtune.evaluation.outcomes import VIEWS, Outcome, field_f1, rate, read_outcomes, write_outcomes
 from formtune.evaluation.probe import probe_lengths, probe_rows
-from formtune.evaluation.report import Run, card, gallery, headline, page
+from formtune.evaluation.report import Run, card, gallery, headline, page, pictures
 from formtune.evaluation.slices import slices
-from formtune.formats import JsonSchema, Labels
+from formtune.formats import KINDS, JsonSchema, Labels
 from formtune.rendering import Renderer, Row
 
 
@@ -153,8 +153,9 @@ def run_of(before, after, **views):
     result = {"rows": len(after), "training": training, "data": "abc", "after": {}, "probe": []}
     result["counts"] = {"after": {"val/parity": (41, 42)}}
     return Run(
-        result, {"before": before, "after": after} | views, CONTRACT, 20, None, {"format": 2}, "model: {}", "some/base"
-    )
+        "task/one", result, {"before": before, "after": after} | views, CONTRACT, 20, None, {"format": 2}, "model: {}",
+        "some/base",
+    )  # fmt: skip
 
 
 def test_the_headline_says_whether_training_was_worth_it():
@@ -195,8 +196,31 @@ def test_the_page_shows_failures_marked_and_escaped_and_loads_nothing():
     seen = Page()
     seen.feed(text)
     assert not seen.tags["script"] and not seen.outside and seen.tags["svg"] == 1
+    assert "<title>Run task/one</title>" in text and "on some/base" in text
     [(one, target, answer)] = gallery([outcome(1), bad])
     assert one is bad and "<del>" in target and "<ins>" in answer and "<script>" not in answer
+
+
+@pytest.mark.parametrize("losses", [(9.3, 8.5), (0.06, 0.002)])
+def test_losses_stand_at_their_axis_as_plain_numbers(losses):
+    run = run_of([outcome(1)], [outcome(1)])
+    points = [
+        {"step": n, "train_loss": loss, "val_loss": loss, "exact": 1, "rows": 1, "field_f1": 1.0}
+        for n, loss in enumerate(losses)
+    ]
+    run.result["training"]["history"] = points
+    ((_, _, figure), _) = pictures(run)
+    figure.draw_without_rendering()
+    axis = figure.axes[0].yaxis
+    marks = [tick.get_text() for tick in axis.get_ticklabels(which="both") if tick.get_text()]
+    assert len(marks) >= 3 and all(float(mark) > 0 for mark in marks)
+
+
+def test_no_two_kinds_of_failure_have_one_colour():
+    failed = [outcome(n, kind == "content", kind) for n, kind in enumerate(KINDS)]
+    ((_, _, figure),) = pictures(run_of(failed, failed))
+    colors = {bars[0].get_facecolor() for bars in figure.axes[0].containers}
+    assert len(colors) == len(KINDS)
 
 
 def test_the_card_has_the_evidence_and_the_metadata():

@@ -146,6 +146,7 @@ class Evaluations:
         splits, production = self.datamodule.splits, self.datamodule.preparation.production_rows
         assert splits is not None
         run = Run(
+            name=f"{self.folder.parent.name}/{self.folder.name}",
             result=result,
             outcomes=self._kept,
             contract=self.model.format,

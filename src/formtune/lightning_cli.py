@@ -314,7 +314,8 @@ def run(args: list[str]) -> None:
     except OSError as error:
         if error.errno is None:
             raise
-        raise Fault(f"{error.filename or 'a file'}: {error.strerror}; mend this and go on with --resume") from error
+        name = error.filename.decode() if isinstance(error.filename, bytes) else error.filename or "a file"
+        raise Fault(f"{name}: {error.strerror}; mend this and go on with --resume") from error
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST):
             raise

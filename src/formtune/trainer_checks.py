@@ -30,6 +30,8 @@ def check_trainer(trainer: Namespace, verb: str) -> None:
     for name in ("max_steps", "max_epochs"):
         if verb == "fit" and trainer[name] == 0:
             raise UserError(f"trainer.{name}: 0 leaves nothing to train")
+    if verb == "fit" and trainer.val_check_interval == 0:
+        raise UserError("trainer.val_check_interval: 0 is no number of steps; leave it out for every 100")
     strategy = trainer.strategy
     named = str(strategy.get("class_path", "") if isinstance(strategy, Namespace) else strategy).lower()
     if strategy != "fsdp" and any(kind in named for kind in ("fsdp", "deepspeed", "modelparallel")):

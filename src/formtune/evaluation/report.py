@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from formtune import __version__
 from formtune.evaluation.baseline import best_prompt
@@ -33,6 +34,7 @@ class Run:
     """What a report is made of.
 
     Args:
+        name: Of task and run.
         result: What `metrics.json` holds.
         outcomes: By view, `before` and `after` at least, the outcomes of the same test rows.
         contract: Of the task.
@@ -43,6 +45,7 @@ class Run:
         base: Folder or hub id of the base.
     """
 
+    name: str
     result: dict[str, Any]
     outcomes: Mapping[str, Sequence[Outcome]]
     contract: Format
@@ -169,6 +172,13 @@ def pictures(run: Run) -> Iterator[tuple[str, str, Figure]]:
     yield "kinds", "What became of the test rows", _kinds(run)
 
 
+class _Plain(LogFormatter):
+    """Marks a logarithmic axis where matplotlib would, with 0.02 and 8.6 in place of powers of ten."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:.4g}" if super().__call__(x, pos) else ""
+
+
 def _curves(training: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(7.5, 2.8), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -179,6 +189,8 @@ def _curves(training: dict[str, Any]) -> Figure:
         if all(value is not None for value in values):
             left.plot(steps, values, marker=".", color=color, label=label)
     left.set(title="loss, nats per token", xlabel="optimizer steps", yscale="log")
+    left.yaxis.set_major_formatter(_Plain())
+    left.yaxis.set_minor_formatter(_Plain(labelOnlyBase=False))
     left.legend(frameon=False, fontsize=8)
     right.plot(steps, [100 * p["exact"] / p["rows"] for p in history], marker=".", color=BLUE, label="format/exact")
     right.plot(steps, [100 * p["field_f1"] for p in history], marker=".", color=ORANGE, label="field F1")
@@ -194,11 +206,13 @@ def _kinds(run: Run) -> Figure:
     figure = Figure(figsize=(7.5, 0.9 + 0.4 * len(views)), layout="constrained")
     axis = figure.subplots()
     colors = {"ok": "#2f9e60", "content": "#8bc6a4", "extra_text": "#e8c15c", "syntax": RED, "truncated": GREY}
+    others = iter((ORANGE, "#7a4f9e", BLUE, "#6b4423", "#d67fa8", "#1f9aa8", "#3b3f46"))  # no two kinds look alike
     left = np.zeros(len(views))
     for kind in ("ok", "content", *(kind for kind in KINDS if kind not in ("ok", "content"))):
         shares = np.array([np.mean([one.kind == kind for one in run.outcomes[view]]) for view in views])
         if shares.any():
-            axis.barh([VIEWS[view] for view in views], shares, left=left, color=colors.get(kind, ORANGE), label=kind)
+            color = colors.get(kind) or next(others)
+            axis.barh([VIEWS[view] for view in views], shares, left=left, color=color, label=kind)
             left += shares
     axis.invert_yaxis()
     axis.set(xlim=(0, 1), xticks=[])
