@@ -203,6 +203,8 @@ MISTAKES = {
         ["--trainer.strategy", "fsdp", "--model.quantize", "4bit"],
         "fsdp takes neither model.quantize nor model.compile",
     ),
+    "beginning of a key": (["--trainer.max_step", "3"], "max_step"),
+    "run elsewhere": (["--run", "../two"], r"run: \.\./two leads out of logs/"),
     "accumulation": (["--trainer.accumulate_grad_batches", "4"], "set data.rows_per_step instead"),
     "no such device": (["--trainer.accelerator", "cuda"], "trainer: .*CUDA"),
     "mistyped column": (["--data.columns.prompt", "Number {promt}"], "train.jsonl:1: no column `promt`"),

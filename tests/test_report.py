@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from conftest import SCHEMA, byte_tokenizer, pair
 from formtune.cli import main
 from formtune.errors import UserError
 from formtune.evaluation import baseline
-from formtune.evaluation.baseline import choose_shots, few_shot_rows, prompting_verdict
+from formtune.evaluation.baseline import choose_shots, constant_answer, few_shot_rows, prompting_verdict
 from formtune.evaluation.outcomes import VIEWS, Outcome, field_f1, rate, read_outcomes, write_outcomes
 from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.evaluation.report import Run, card, gallery, headline, page, pictures
@@ -83,6 +84,14 @@ def test_shots_stand_between_system_prompt_and_question_and_as_many_as_fit_are_t
     fewer, count = few_shot_rows(encoded[:4], encoded[4:8], renderer, contract, limit)
     assert count == 3 and all(len(row) <= limit for row in fewer)
     assert few_shot_rows(encoded[:4], encoded[4:8], renderer, contract, len(encoded[0]) + 1) == ([], 0)
+
+
+def test_an_answer_that_looks_at_no_input_is_counted():
+    renderer, contract = Renderer(byte_tokenizer()), Labels(["yes", "no", "maybe"])
+    encoded = rows(renderer, 30, contract)
+    often = [replace(row, gold="no") for row in encoded[:20]]
+    right = sum(row.gold == "no" for row in encoded)
+    assert 0 < right < 30 and constant_answer([*encoded, *often], encoded, contract) == (right, 30)
 
 
 def test_the_verdict_names_the_better_prompt_with_its_interval():
@@ -166,6 +175,10 @@ def test_the_headline_says_whether_training_was_worth_it():
     ]
     assert all("cannot tell" in line for line in headline(run_of(before, said(300, exact=51, right=51))))
     assert all("worse" in line for line in headline(run_of(before, said(300, exact=5, right=5))))
+    run = run_of(before, said(300, exact=280, right=240))
+    run.result["constant"] = (250, 300)
+    assert headline(run)[1].endswith("better, against 83.3% by always giving the most frequent training answer")
+    assert 'class="verdict blocked"' in page(run)  # right less often than without a look at the input
     assert 'class="verdict"' in page(run_of(before, said(300, exact=280, right=240)))
     assert 'class="verdict blocked"' in page(run_of(before, said(300, exact=51, right=51)))
     few, constrained = said(300, exact=60, right=60), said(300, exact=300, right=235)

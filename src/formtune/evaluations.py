@@ -16,6 +16,7 @@ from formtune.evaluation.baseline import (
     baseline_key,
     best_prompt,
     choose_shots,
+    constant_answer,
     few_shot_rows,
     load_baseline,
     prompting_verdict,
@@ -93,6 +94,7 @@ class Evaluations:
             else:
                 rows = prompts[best_prompt(outcomes)]
                 constrained = self._baseline("before_constrained", rows, found, self._grammar)
+        found["constant"] = constant_answer(self._rows["train"], self._rows["test"], self.model.format)
         if self._writes:
             found["prompting"] = prompting_verdict(outcomes, constrained)
             print(found["prompting"])

@@ -53,6 +53,9 @@ class Parser(OneLine, LightningArgumentParser):
     It would be: a file of rows that begins with `{"class_path": ...}` could name a class to import.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)  # a mistyped key could be the beginning of another
+
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
         return super().add_class_arguments(*args, **kwargs | {"sub_configs": False})
 
@@ -138,6 +141,9 @@ class FormtuneCLI(LightningCLI):
         sources = config.get("config") or []
         if config.task is None:
             config.task = Path(str(sources[0])).stem if sources else "task"
+        for key in ("task", "run"):
+            if {"..", "/"} & set(Path(config[key] or ".").parts):
+                raise UserError(f"{key}: {config[key]} leads out of {LOGS}/; give it a name")
         trainer = config.trainer
         trainer.precision = checked_precision(trainer.precision, trainer.accelerator)
         check_trainer(trainer, str(self.subcommand))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -111,6 +112,16 @@ def best_prompt(baselines: Mapping[str, Sequence[Outcome]]) -> str:
         baselines,
         key=lambda n: (rate(baselines[n], "joint"), rate(baselines[n], "exact"), field_f1(baselines[n])),
     )
+
+
+def constant_answer(train: Sequence[Row], test: Sequence[Row], contract: Format) -> tuple[int, int]:
+    """For how many test rows the most frequent training answer is right, and how many there are.
+
+    What a model reaches that looks at no input: less than that is nothing learned of the content.
+    """
+    [(answer, _)] = Counter(row.gold or "" for row in train).most_common(1)
+    checks = (contract.check(answer, finished=True, gold=row.gold, source=row.source) for row in test)
+    return sum(check.joint for check in checks), len(test)
 
 
 def prompting_verdict(prompts: Mapping[str, Sequence[Outcome]], constrained: Sequence[Outcome] | None = None) -> str:

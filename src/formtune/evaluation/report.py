@@ -89,8 +89,16 @@ def headline(run: Run) -> list[str]:
         for name in names:
             before = rate(run.outcomes[name], attribute)[0] / rows
             against.append(f"against {before:.1%} ({VIEWS[name]}) {verdict(_gain(run, name, attribute))}")
+        if attribute == "joint" and (floor := _floor(run)):
+            against.append(f"against {floor:.1%} by always giving the most frequent training answer")
         lines.append(f"{', '.join(said)}: {', '.join(against)}")
     return lines
+
+
+def _floor(run: Run) -> float:
+    """Share of right answers that takes no look at the input."""
+    right, rows = run.result.get("constant", (0, 1))
+    return float(right / rows)
 
 
 def _best_prompt(run: Run) -> str:
@@ -132,7 +140,8 @@ def _facts(run: Run) -> dict[str, Any]:
         "run": run,
         "result": run.result,
         "headline": headline(run),
-        "better": any(verdict(_gain(run, _best_prompt(run), name)) == "better" for name in ("exact", "joint")),
+        "better": any(verdict(_gain(run, _best_prompt(run), name)) == "better" for name in ("exact", "joint"))
+        and rate(run.outcomes["after"], "joint")[0] >= _floor(run) * len(run.outcomes["after"]),
         "views": views,
         "names": VIEWS,
         "table": table,
