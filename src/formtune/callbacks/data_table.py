@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 
+from formtune.data.encoded import FEW_ROWS
 from formtune.summary import print_data
 
 
@@ -21,4 +22,7 @@ class DataTable(Callback):
         splits = getattr(trainer.datamodule, "splits", None)
         if splits is not None and trainer.is_global_zero and not self._done:
             print_data(splits, Path(trainer.default_root_dir) if trainer.loggers else None)
+            count = len(splits.rows.get("train", ()))
+            if 0 < count < FEW_ROWS:
+                print(f"few rows: {count} to train on, where {FEW_ROWS} are the least for a task; see formtune audit")
             self._done = True

@@ -13,6 +13,8 @@ from formtune.data.cleaning import Quarantined
 from formtune.data.styles import Mixture
 from formtune.rendering import Row
 
+FEW_ROWS = 500  # below this, fine-tuning mostly learns the examples; the guide's lower bound
+
 
 @dataclass(slots=True)
 class Splits:
