@@ -21,16 +21,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     copy that can be cut off.
     """
     partial = Path(f"{path}.part")  # a path without a name is refused by the system, not by pathlib
-    data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+    _write(partial, path, content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -57,20 +48,26 @@ def write_entry(path: Path, content: bytes, kept: int) -> None:
     """
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(part).replace(path)
-        finally:
-            Path(part).unlink(missing_ok=True)
+        descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")  # a name of its own: others write as well
+        os.close(descriptor)
+        _write(Path(part), path, content)
         # Another process may prune as well, and a file be gone before it is looked at.
         entries = sorted(path.parent.glob(f"*{path.suffix}"), key=lambda one: one.stat().st_mtime, reverse=True)
         parts = [one for one in path.parent.glob("*.part") if time.time() - one.stat().st_mtime > ABANDONED]
         for old in (*entries[kept:], *parts):
             old.unlink(missing_ok=True)
+
+
+def _write(partial: Path, path: Path, content: bytes) -> None:
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
