@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from formtune.ranks import highest
+
 
 class ShardedBase(DDPStrategy):
     """DDP for what is trained, with the frozen decoder layers split among the processes; the embeddings stay whole."""
@@ -64,7 +66,8 @@ class ShardedBase(DDPStrategy):
 
     def most(self, count: int) -> int:
         """The highest count of all processes."""
-        return int(self.reduce(torch.tensor(float(count), device=self.root_device), reduce_op="max"))
+        assert self.lightning_module is not None
+        return int(highest(self.lightning_module.trainer, count)[0])
 
 
 def _whole(parameter: torch.Tensor) -> bool:

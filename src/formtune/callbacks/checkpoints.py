@@ -20,8 +20,9 @@ from typing import Any
 from lightning.pytorch.callbacks import Checkpoint
 
 from formtune import checkpoint_files
-from formtune.callbacks.signals import Signals, highest
+from formtune.callbacks.signals import Signals
 from formtune.errors import Stopped
+from formtune.ranks import highest
 
 EVERY = 30.0  # seconds of training that a killed run loses at most
 NEWEST = 2  # checkpoints kept to go on from: the second should the first be damaged

@@ -10,10 +10,10 @@ import signal
 import threading
 from typing import Any
 
-import torch
 from lightning.pytorch.callbacks import Callback
 
 from formtune.errors import Stopped
+from formtune.ranks import highest
 
 # What a terminal, a shell, a batch system (SLURM announces a preemption by SIGUSR1 if asked to) and its end send.
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -109,13 +109,3 @@ class Signals(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.end()
-
-
-def highest(trainer: Any, *values: float) -> list[float]:
-    """Each value's highest over all processes, the same on each of them."""
-    if trainer.world_size == 1:
-        return [float(value) for value in values]
-    found = trainer.strategy.reduce(
-        torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device), reduce_op="max"
-    )
-    return found.tolist()
