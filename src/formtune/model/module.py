@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import lightning.pytorch as L
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from lightning.pytorch.cli import OptimizerCallable
@@ -24,9 +23,10 @@ from torchmetrics import Metric
 from formtune.errors import Fault, UserError, first_line
 from formtune.formats import Format, Verdict
 from formtune.metrics import EXACT, FormatMetrics, LossMetrics, OwnMetrics
+from formtune.model.adapter_state import AdapterState
 from formtune.model.chosen_passes import passes
 from formtune.model.grammar import Grammar
-from formtune.model.identity import check_identity, contract_hash, identity
+from formtune.model.identity import contract_hash, identity
 from formtune.model.lora import Lora, add_lora, check_layers, load_base
 from formtune.model.passes import Passes
 from formtune.rendering import Renderer, Row, context_length
@@ -61,7 +61,7 @@ def _check_optimizer(factory: OptimizerCallable) -> None:
             raise UserError(f"model.optimizer: {name} is {value}, it must be a finite number")
 
 
-class FormatModule(L.LightningModule):
+class FormatModule(AdapterState):
     """A causal language model with LoRA, trained on answers and judged by exact format compliance.
 
     One batch holds the rows of one optimizer step. The step is computed in as many passes as fit `tokens_per_pass`,
@@ -132,9 +132,8 @@ class FormatModule(L.LightningModule):
         self.renderer = Renderer.load(self.base)
         self.context = context_length(self.base)
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.trainer.precision, torch.float32)
-        strategy = self.trainer.strategy
         # What is to be split may have no room elsewhere as a whole.
-        device = torch.device("cpu") if isinstance(strategy, ShardedBase) else strategy.root_device
+        device = torch.device("cpu") if self._sharded else self.trainer.strategy.root_device
         base = load_base(self.base, dtype, self.quantize, device)
         if base.get_input_embeddings().num_embeddings < len(self.renderer.tokenizer):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
@@ -146,8 +145,8 @@ class FormatModule(L.LightningModule):
         torch.manual_seed(self._seed)  # adapters begin alike whatever was drawn before
         self.model = add_lora(base, self.lora, quantized=bool(self.quantize))
         self._trained = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
-        if isinstance(strategy, ShardedBase):
-            strategy.shard(self, self.model)
+        if self._sharded:
+            self._sharded.shard(self, self.model)
         if self.compile_passes:
             for layer in self.model.modules():
                 # One layer's code serves them all; a whole model would be compiled again for each kind of pass.
@@ -157,6 +156,11 @@ class FormatModule(L.LightningModule):
     @property
     def _seed(self) -> int:
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    @property
+    def _sharded(self) -> ShardedBase | None:
+        strategy = self.trainer.strategy
+        return strategy if isinstance(strategy, ShardedBase) else None
 
     @functools.cached_property
     def passes(self) -> Passes:
@@ -193,8 +197,8 @@ class FormatModule(L.LightningModule):
         groups = list(self.passes.split(batch, self.tokens_per_pass))
         # Fewer rows than ranks: even a process without any joins the gradient exchange.
         count = max(len(groups), 1)
-        if isinstance(self.trainer.strategy, ShardedBase):
-            count = self.trainer.strategy.most(count)
+        if self._sharded:
+            count = self._sharded.most(count)
         blank = count - len(groups)
         groups = [self.passes.blank()] * blank + groups
         with _memory_named(batch, self.tokens_per_pass):
@@ -297,10 +301,10 @@ class FormatModule(L.LightningModule):
 
     def _in_step(self) -> Any:
         """Around forward passes of which another process may do more or fewer."""
-        strategy, passes = self.trainer.strategy, self.passes
-        if not isinstance(strategy, ShardedBase):
+        passes = self.passes
+        if not self._sharded:
             return contextlib.nullcontext()
-        return strategy.in_step(lambda: passes.predictions(passes.blank()))
+        return self._sharded.in_step(lambda: passes.predictions(passes.blank()))
 
     def _judge(self, row: Row, ids: list[int]) -> Answer:
         text, finished = self.renderer.answer(ids)
@@ -347,42 +351,6 @@ class FormatModule(L.LightningModule):
             self._log_step_number()
         for metrics in (self.losses, self.verdicts, self.own):
             metrics.reset()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the state belongs to."""
-        skipped = {"skipped": [self.skipped, self._skipped_in_a_row]}
-        checkpoint["formtune"] = self._identity | {"processes": self.trainer.world_size} | skipped
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a state that belongs to something else, though it has the same shapes.
-
-        Raises:
-            UserError: Names what is another.
-        """
-        known, goes_on = checkpoint.get("formtune"), self.trainer.state.fn == "fit"
-        check_identity(known, self._identity | {"processes": self.trainer.world_size}, goes_on)
-        if goes_on:
-            self.skipped, self._skipped_in_a_row = known["skipped"]  # type: ignore[index]
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The adapters alone: the frozen base is never written again."""
-        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in self._trained}
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load adapters, and nothing but exactly these adapters.
-
-        Raises:
-            UserError: The state belongs to other targets or another rank, or holds numbers that are not finite.
-        """
-        own = super().state_dict()
-        odd = sorted(self._trained ^ set(state_dict)) or sorted(
-            name for name in self._trained if state_dict[name].shape != own[name].shape
-        )
-        if odd:
-            raise UserError(f"ckpt_path: the checkpoint fits another model.lora (targets or rank); first {odd[0]}")
-        if not all(torch.isfinite(value).all() for value in state_dict.values()):
-            raise UserError("ckpt_path: the checkpoint holds weights that are not finite numbers")
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
 
 @contextlib.contextmanager
