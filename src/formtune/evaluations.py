@@ -94,8 +94,8 @@ class Evaluations:
             else:
                 rows = prompts[best_prompt(outcomes)]
                 constrained = self._baseline("before_constrained", rows, found, self._grammar)
-        found["constant"] = constant_answer(self._rows["train"], self._rows["test"], self.model.format)
         if self._writes:
+            found["constant"] = constant_answer(self._rows["train"], self._rows["test"], self.model.format)
             found["prompting"] = prompting_verdict(outcomes, constrained)
             print(found["prompting"])
             if "no_grammar" in found:
@@ -128,8 +128,8 @@ class Evaluations:
         rows = [row for part in longer.values() for row in part]
         if not rows or self.trainer.fast_dev_run:
             return []
-        longer_rows = [replace(row, number=number) for number, row in enumerate(rows)]
-        self._test("tuned, on inputs made longer", longer_rows, logs=False)
+        numbered = [replace(row, number=number) for number, row in enumerate(rows)]
+        self._test("tuned, on inputs made longer", numbered, logs=False)
         exact = [outcome.exact for outcome in self._callback.outcomes]
         if len(exact) < len(rows):  # the user limits the test
             return []

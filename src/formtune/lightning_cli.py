@@ -146,9 +146,7 @@ class FormtuneCLI(LightningCLI):
                 raise UserError(f"{key}: {config[key]} leads out of {LOGS}/; give it a name")
         trainer = config.trainer
         trainer.precision = checked_precision(trainer.precision, trainer.accelerator)
-        check_trainer(trainer, str(self.subcommand))
-        if trainer.strategy == "fsdp" and (config.model.quantize or config.model.compile):
-            raise UserError("trainer.strategy: fsdp takes neither model.quantize nor model.compile; use ddp with them")
+        check_trainer(config, str(self.subcommand))
         if config.get("ckpt_path") is not None:
             checkpoint_files.read(Path(config.ckpt_path))
         # Lightning starts further processes with this command line and environment: they must find the same folder.

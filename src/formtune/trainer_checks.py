@@ -14,16 +14,17 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from formtune.errors import UserError
 
 
-def check_trainer(trainer: Namespace, verb: str) -> None:
+def check_trainer(config: Namespace, verb: str) -> None:
     """Refuse what would train for nothing, or fail only after the first evaluation.
 
     Args:
-        trainer: The part of the configuration.
+        config: Of the verb.
         verb: What is to be done.
 
     Raises:
         UserError: Names the key.
     """
+    trainer = config.trainer
     for name in {"fit": ("val", "test"), "validate": ("val",), "test": ("test",)}.get(verb, ()):
         if trainer[f"limit_{name}_batches"] == 0:
             raise UserError(f"trainer.limit_{name}_batches: 0 leaves nothing to judge the model by")
@@ -36,6 +37,8 @@ def check_trainer(trainer: Namespace, verb: str) -> None:
     named = str(strategy.get("class_path", "") if isinstance(strategy, Namespace) else strategy).lower()
     if strategy != "fsdp" and any(kind in named for kind in ("fsdp", "deepspeed", "modelparallel")):
         raise UserError(f"trainer.strategy: {named} would split the adapters too; use fsdp or ddp")
+    if strategy == "fsdp" and (config.model.quantize or config.model.compile):
+        raise UserError("trainer.strategy: fsdp takes neither model.quantize nor model.compile; use ddp with them")
     if trainer.gradient_clip_val:
         raise UserError("trainer.gradient_clip_val: set model.max_grad_norm instead")
     if trainer.accumulate_grad_batches != 1:
