@@ -238,11 +238,153 @@ def test_optional_objects_as_pydantic_writes_them_have_their_fields():
     assert contract.check('{"who":{"kind":"x","name":1}}').kind == "layout"
 
 
+def call(method, **parameters):
+    inner = {"type": "object", "properties": parameters, "required": list(parameters)}
+    return {"type": "object", "properties": {"method": {"const": method}, "parameters": inner}, "required": ["method"]}
+
+
+TEXT, LABEL = {"type": "string"}, {"enum": ["drama", "comedy"]}
+CALLS = {
+    "$defs": {
+        "A": call("hotel", city=TEXT, tags={"type": "array", "items": TEXT}),
+        "B": call("movie", title=TEXT, date=TEXT, genre=LABEL, seats={"type": "array", "items": LABEL}),
+    },
+    "discriminator": {"mapping": {"hotel": "#/$defs/A", "movie": "#/$defs/B"}, "propertyName": "method"},
+    "oneOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}],
+}
+
+
+def test_every_alternative_of_a_union_has_its_fields():
+    names = ("city", "tags", "title", "date", "genre", "seats")
+    contract = JsonSchema(CALLS, derived=["parameters.date"], sets=["parameters.seats"])
+    assert contract.fields == ("method", *(f"parameters.{name}" for name in names))
+    assert contract.derived == {"method", "parameters.genre", "parameters.seats", "parameters.date"}
+    gold = '{"method":"movie","parameters":{"title":"Heat","date":"2026-01-02","genre":"drama","seats":["drama","comedy"]}}'
+    text = gold.replace('["drama","comedy"]', '["comedy","drama"]')
+    assert contract.check(text, gold=gold).joint
+    for old, new, field, ungrounded in (
+        ('"genre":"drama"', '"genre":"comedy"', "genre", False),
+        ("2026-01-02", "2026-01-03", "date", False),
+        ("Heat", "Alien", "title", True),
+    ):
+        content = contract.check(gold.replace(old, new), gold=gold, source="Heat on Friday").content
+        wrong = [path for path, right in zip(contract.fields, content.fields, strict=True) if not right]
+        assert (wrong, content.ungrounded) == ([f"parameters.{field}"], ungrounded)
+    # A field that is wanted nowhere and given nowhere is right.
+    other = '{"method":"hotel","parameters":{"city":"Rome","tags":[]}}'
+    assert contract.check(other, gold=gold).content.fields == (False,) * 7
+    assert contract.check(other, gold=other).content.fields == (True,) * 7
+
+
+A, B = {"properties": {"a": TEXT}}, {"properties": {"b": LABEL}}
+WITHIN = {"type": "array", "items": {"anyOf": [A, B]}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "fields", "derived"),
+    [
+        ({"anyOf": [A, B]}, "a b", "b"),
+        ({"oneOf": [A, B, {"type": "null"}]}, "a b", "b"),
+        ({"allOf": [A, B]}, "a b", "b"),
+        (A | {"$ref": "#/$defs/x", "$defs": {"x": B}}, "a b", "b"),
+        (A | {"$dynamicRef": "#x", "$defs": {"x": B | {"$dynamicAnchor": "x"}}}, "a b", "b"),
+        ({"if": {"properties": {"c": {"const": 1}}}, "then": A, "else": B}, "a b", "b"),  # `if` only asks
+        (A | {"dependentSchemas": {"a": B}}, "a b", "b"),
+        ({"anyOf": [{"anyOf": [A, {"$ref": "#/$defs/x"}]}, {"allOf": [B]}], "$defs": {"x": {"properties": {"c": {}}}}},
+         "a c b", "b"),
+        (A | {"type": ["object", "null"]}, "a", ""),
+        ({"properties": {"x": {"anyOf": [B, {"type": "null"}]}}}, "x.b", "x.b"),
+        ({"properties": {"x": {"anyOf": [A, {"type": "string"}]}}}, "x x.a", ""),
+        ({"properties": {"x": {"anyOf": [A, B | {"type": ["object", "integer"]}]}}}, "x x.a x.b", "x.b"),
+        ({"anyOf": [A, {"properties": {"a": LABEL}}]}, "a", "a"),
+        ({"anyOf": [A, {"properties": {"a": {"type": ["boolean", "null"]}}}]}, "a", "a"),
+        ({"anyOf": [A, {"properties": {"a": {"const": None}}}]}, "a", ""),  # null is no label
+        ({"anyOf": [A, {"properties": {"a": B}}]}, "a a.b", "a.b"),
+        ({"properties": {"x": WITHIN}}, "x", "x.b"),
+        ({"anyOf": [{"properties": {"x": WITHIN}}, {"properties": {"x": A}}]}, "x x.a", "x.b"),
+        ({"properties": {"x": {"type": "array", "prefixItems": [TEXT, LABEL]}}}, "x", "x"),
+        (WITHIN, "", "b"),
+        ({"anyOf": [LABEL, A]}, "a", ""),
+        ({"properties": {"x": {"enum": [{"b": "p", "a": None}, [{"c": "q"}], None]}}}, "x x.b x.a", "x.b x.c"),
+    ],
+)  # fmt: skip
+def test_fields_are_those_of_every_alternative_however_they_are_composed(schema, fields, derived):
+    contract = JsonSchema(schema)
+    assert contract.fields == tuple(fields.split())
+    assert contract.derived - {""} == set(derived.split())
+
+
+def test_whole_answers_that_are_labels_are_derived():
+    assert "" in JsonSchema({"anyOf": [LABEL, A]}).derived and "" not in JsonSchema({"anyOf": [TEXT, A]}).derived
+
+
+def test_what_lies_in_arrays_may_be_derived_or_a_set():
+    lines = {"type": "array", "items": {"anyOf": [{"properties": {"day": TEXT, "tags": {"type": "array"}}}, A]}}
+    contract = JsonSchema({"properties": {"lines": lines}}, derived=["lines.day"], sets=["lines.tags"])
+    gold = '{"lines":[{"day":"2026-01-02","tags":[1,2]}]}'
+    assert contract.check(gold.replace("[1,2]", "[2,1]"), gold=gold).joint
+    assert not contract.check(gold.replace("01-02", "02-01"), gold=gold, source="1 2").content.ungrounded
+    with pytest.raises(UserError, match=r"no array at lines\.day"):
+        JsonSchema({"properties": {"lines": lines}}, sets=["lines.day"])
+    with pytest.raises(UserError, match=r"no value at lines\.night"):
+        JsonSchema({"properties": {"lines": lines}}, derived=["lines.night"])
+
+
+@pytest.mark.parametrize(
+    ("schema", "texts"),
+    [
+        # The alternative that the document keeps; of two that it keeps, either.
+        ({"anyOf": [call("x", b={}, a={}), call("y", a={}, b={})]},
+         {'{"method":"x","parameters":{"b":1,"a":2}}': 1, '{"method":"y","parameters":{"a":1,"b":2}}': 1,
+          '{"method":"y","parameters":{"b":1,"a":2}}': 0}),
+        ({"anyOf": [{"properties": {"b": {}, "a": {}}}, {"properties": {"a": {}, "b": {}}}]},
+         {'{"b":1,"a":1}': 1, '{"a":1,"b":1}': 1, '{"a":1, "b":1}': 0}),
+        # One that names every key comes before one that leaves some open.
+        ({"anyOf": [{"properties": {"a": {}}}, {"properties": {"c": {}, "a": {}}}]},
+         {'{"c":1,"a":1}': 1, '{"a":1,"c":1}': 0, '{"a":1}': 1, '{"c":1,"a":1,"d":{"e":1,"f":1}}': 1}),
+        ({"properties": {"k": {}}, "if": {"properties": {"k": {"const": 1}}},
+          "then": {"properties": {"b": {}, "a": {}}}, "else": {"properties": {"a": {}, "b": {}}}},
+         {'{"k":1,"b":1,"a":1}': 1, '{"k":1,"a":1,"b":1}': 0, '{"k":2,"a":1,"b":1}': 1, '{"k":2,"b":1,"a":1}': 0}),
+        ({"properties": {"k": {}}, "dependentSchemas": {"k": {"properties": {"b": {}, "a": {}}}}},
+         {'{"k":1,"b":1,"a":1}': 1, '{"k":1,"a":1,"b":1}': 0, '{"a":1,"b":1}': 1, '{"b":1,"a":1}': 0}),
+        # Parts that hold together come as the schema writes them.
+        ({"properties": {"z": {}}, "allOf": [{"properties": {"b": {}}}, {"properties": {"a": {}, "z": {}}}]},
+         {'{"z":1,"b":1,"a":1}': 1, '{"b":1,"a":1,"z":1}': 0}),
+    ],
+)  # fmt: skip
+def test_the_canonical_order_under_alternatives(schema, texts):
+    contract = JsonSchema(schema, canonical=True)
+    for text, right in texts.items():
+        verdict = contract.check(text)
+        assert (verdict.exact, verdict.kind) == ((True, "ok") if right else (False, "layout")), text
+        assert contract.check(contract.write(json.loads(text))).exact
+
+
+def test_alternatives_that_lead_back_to_themselves_are_ordered_in_time():
+    again = {"$ref": "#"}
+    schema = {"anyOf": [{"type": "integer"}, {"properties": {"a": again}}, {"properties": {"b": {}, "a": again}}]}
+    text, begun = '{"a":' * 40 + '{"b":1,"a":2}' + "}" * 40, time.process_time()
+    assert JsonSchema(schema, canonical=True).check(text).exact and time.process_time() - begun < 1
+    begun = time.process_time()
+    schema = {"anyOf": [{"properties": {"a": again}, "required": [key]} for key in "yz"]}
+    verdict = JsonSchema(schema, canonical=True).check('{"a":' * 30 + "1" + "}" * 30)
+    assert verdict.subkind == "timeout" and time.process_time() - begun < 3
+
+
 def test_a_tree_has_finitely_many_fields():
     node = {"properties": {"v": {}, "left": {"$ref": "#/$defs/n"}, "right": {"$ref": "#/$defs/n"}}}
     contract = JsonSchema({"$ref": "#/$defs/n", "$defs": {"n": node}})
     assert contract.fields == ("v", "left", "right")
     assert contract.check('{"left":{"left":{"v":1}}}', gold='{"left":{"left":{"v":1}}}').joint
+
+
+@pytest.mark.parametrize("within", [lambda node: node, lambda node: {"type": "array", "items": node}])
+def test_fields_that_multiply_without_end_are_refused_in_time(within):
+    levels = {str(n): {"properties": {k: {"$ref": f"#/$defs/{n + 1}"} for k in "ab"}} for n in range(40)} | {"40": {}}
+    begun = time.process_time()
+    with pytest.raises(UserError, match=r"more than 1,000 fields or 10,000 within arrays; say"):
+        JsonSchema(within({"$ref": "#/$defs/0"}) | {"$defs": levels})
+    assert time.process_time() - begun < 3
 
 
 @pytest.mark.parametrize(

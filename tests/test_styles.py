@@ -32,6 +32,12 @@ def found(answers, inputs=None, fields=()):
         ([{"a": 1, "b": 2, "c": 3}] * 3 + [{"b": 2, "a": 1, "c": 3}], "key order", "", {"b before a": ["3"]}),
         ([{"o": {"a": 1, "b": 2}}] * 3 + [{"o": {"b": 2, "a": 1}}], "key order", "o", {"b before a": ["3"]}),
         ([{"a": None}] * 3 + [{}], "empty", "a", {"absent": ["3"]}),
+        (
+            [{"a": None, "b": 1}] * 3 + [{"b": 1}, {"c": 1}],
+            "empty",
+            "a",
+            {"absent": ["3"]},
+        ),  # {"c": 1} has no place for a
         ([{"o": {"a": None}}] * 3 + [{"o": {"a": ""}}], "empty", "o.a", {"empty text": ["3"]}),
     ],
 )

@@ -163,15 +163,20 @@ def _empties(examples: Sequence[Example], fields: Sequence[str]) -> Iterator[Mix
     """Fields for which some rows write null, some an empty text and some leave the key out."""
     for path in fields:
         *parents, key = path.split(".")
-        seen = []
+        holders, beside, seen = [], set[str](), []
         for example in examples:
             holder = example.value
             for parent in parents:
                 holder = holder.get(parent) if isinstance(holder, dict) else None
             if isinstance(holder, dict):
-                value = holder.get(key, ...)
-                form = "absent" if value is ... else "null" if value is None else "empty text" if value == "" else ""
-                seen += [(form, example.where)] if form else []
+                holders.append((holder, example.where))
+                beside |= holder.keys() if key in holder else set()
+        for holder, where in holders:
+            value = holder.get(key, ...)
+            form = "absent" if value is ... else "null" if value is None else "empty text" if value == "" else ""
+            # An object with keys that never come with this one is of another alternative, which may not have it.
+            if form and (key in holder or holder.keys() <= beside):
+                seen.append((form, where))
         yield _mixture(path, "empty", seen)
 
 

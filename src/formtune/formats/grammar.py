@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from typing import Any
 
 from formtune.errors import UserError
-from formtune.formats.schema import schema_nodes
+from formtune.formats.schema import schema_nodes, types
 
 _REMEDY = "change the contract or decode without a grammar"
 
@@ -73,7 +74,7 @@ def json_rules(schema: dict[str, Any], canonical: bool, trailing_newline: bool) 
     every = list(schema_nodes(schema))
     # Closing a part of an object would forbid the keys of its other parts.
     whole = not any(
-        "allOf" in node or (_is_object(node) and node.keys() & {"$ref", "anyOf", "oneOf"}) for _, node in every
+        "allOf" in node or _is_object(node) + len(node.keys() & {"$ref", "anyOf", "oneOf"}) > 1 for _, node in every
     )
     for path, node in every:
         place = f"data.format.schema: {path}"
@@ -82,7 +83,7 @@ def json_rules(schema: dict[str, Any], canonical: bool, trailing_newline: bool) 
         _check_open(place, node, whole)
         if node.get("format") in _FORMATS:
             node.setdefault("allOf", []).append({"pattern": f"^{_FORMATS[node.pop('format')]}$"})
-        if "number" in _types(node) and not node.keys() & {"minimum", "exclusiveMinimum"}:
+        if "number" in types(node) and not node.keys() & {"minimum", "exclusiveMinimum"}:
             node["minimum"] = -1e18  # without any bound llguidance also writes 1e999, which is no finite number
     options: dict[str, Any] = {"whitespace_flexible": not canonical}
     if canonical:
@@ -91,7 +92,10 @@ def json_rules(schema: dict[str, Any], canonical: bool, trailing_newline: bool) 
 
 
 def _check_open(place: str, node: dict[str, Any], whole: bool) -> None:
-    """Close objects that name their keys, refuse other open ones: llguidance lets a key in them be written twice."""
+    """Close objects that name their keys and tuples, refuse other open ones.
+
+    llguidance lets a key in an open object be written twice.
+    """
     if _is_object(node):
         node.setdefault("type", "object")
         if whole and "properties" in node:
@@ -101,21 +105,23 @@ def _check_open(place: str, node: dict[str, Any], whole: bool) -> None:
                 f"{place}: a grammar cannot keep keys apart that the schema does not name; name them and say "
                 "additionalProperties: false, or decode without a grammar"
             )
+    first = node.get("prefixItems", ())
+    if first and (whole or node.get("maxItems", math.inf) <= len(first)):
+        node.setdefault("items", False)
     says = {"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf"}
-    anything = [name for name, inner in node.get("properties", {}).items() if inner is True]
-    items = "array" in _types(node) and node.get("items", True) is True
-    if anything or items or not (node.keys() & says or re.search(r"\.allOf\[\d+\]$", place)):
-        what = f".properties.{anything[0]}" if anything else ".items" if items else ""
-        raise UserError(f"{place}{what}: a grammar needs the type of every value; add it or decode without a grammar")
-
-
-def _types(node: dict[str, Any]) -> list[str]:
-    types = node.get("type", [])
-    return [types] if isinstance(types, str) else types
+    inner = {f".properties.{name}": one for name, one in node.get("properties", {}).items()}
+    for key in ("prefixItems", "anyOf", "oneOf"):
+        inner |= {f".{key}[{index}]": one for index, one in enumerate(node.get(key, ()))}
+    inner |= {".items": node.get("items", True)} if "array" in types(node) else {}
+    anything = next((below for below, one in inner.items() if one is True), "")
+    if anything or not (node.keys() & says or re.search(r"\.allOf\[\d+\]$", place)):
+        raise UserError(
+            f"{place}{anything}: a grammar needs the type of every value; add it or decode without a grammar"
+        )
 
 
 def _is_object(node: dict[str, Any]) -> bool:
-    return bool({"properties", "patternProperties"} & node.keys()) or "object" in _types(node)
+    return bool({"properties", "patternProperties"} & node.keys()) or "object" in types(node)
 
 
 def _check_pattern(pattern: str, place: str) -> None:

@@ -14,12 +14,13 @@ from formtune.errors import UserError
 from formtune.formats.contract import Format, answer_start
 from formtune.formats.grammar import json_rules
 from formtune.formats.keywords import CHECK_SECONDS, errors_in_time
-from formtune.formats.schema import make_validator, read_schema, resolver, schema_nodes
+from formtune.formats.places import Places, is_array, is_label
+from formtune.formats.schema import make_validator, read_schema
 from formtune.formats.strict_json import find_documents, first_error, loads_strict
 from formtune.formats.verdict import Problem, SyntaxProblem
 
 MAX_PROBLEMS = 20  # per text: more do not help a reader
-MAX_FIELDS = 1000  # of a contract; references to references can multiply without end
+MAX_FIELDS, MAX_PATHS = 1000, 10_000  # of a contract, outside arrays and in all; references can multiply without end
 
 _KINDS = {
     "required": "missing_key",
@@ -39,7 +40,8 @@ class JsonSchema(Format):
 
     Args:
         schema: File of the schema, or the schema itself; draft 2020-12, without remote references.
-        canonical: Whether key order (the schema's) and white space (none) are part of the contract.
+        canonical: Whether key order (the schema's, of alternatives one that the document keeps) and white space (none)
+            are part of the contract.
         trailing_newline: Whether exactly one line feed must follow the document.
         sets: Dotted paths of arrays whose order does not matter for content.
         derived: Dotted paths of values that answers work out instead of copying them from the input, such as a date
@@ -58,22 +60,27 @@ class JsonSchema(Format):
         self.schema = read_schema(schema) if isinstance(schema, str) else schema
         self._validator = make_validator(self.schema, name)
         self._root = self._validator.schema
-        self._lookup = resolver(self._root).lookup
+        self._places = Places(self._validator)
         self.is_canonical, self.trailing_newline = canonical, trailing_newline
         self.sets = frozenset(sets or ())
+        parts: dict[str, list[dict[str, Any]]] = {}
+        fields: dict[str, None] = {}
         try:
-            leaves = dict(islice(self._leaves(self._root), MAX_FIELDS + 1))
+            for path, found, listed in self._places.paths():
+                parts.setdefault(path, []).extend(found)
+                fields |= {path: None} if path and not listed else {}
+                if len(fields) > MAX_FIELDS or len(parts) > MAX_PATHS:
+                    most = f"{MAX_FIELDS:,} fields or {MAX_PATHS:,} within arrays"
+                    raise UserError(f"{name}: more than {most}; say `additionalProperties` for the rest")
         except RecursionError:
             raise UserError(f"{name}: the schema is nested too deeply; use fewer $ref within each other") from None
-        if len(leaves) > MAX_FIELDS:
-            raise UserError(f"{name}: more than {MAX_FIELDS} fields; say `additionalProperties` or items for the rest")
-        self.fields = tuple(leaves)
-        worked_out = [path for path, node in leaves.items() if self._is_derived(node)]
-        self.derived = frozenset([*worked_out, *(derived or ())])
-        arrays = {path for path, node in leaves.items() if any("items" in part for part in self._parts(node))}
-        if unknown := self.sets - arrays:
+        self.fields = tuple(fields)
+        # One alternative that gives labels is enough: else each wrong label of it would be called made up.
+        labels = [path for path, found in parts.items() if any(map(is_label, found))]
+        self.derived = frozenset([*labels, *(derived or ())])
+        if unknown := self.sets - {path for path, found in parts.items() if any(map(is_array, found))}:
             raise UserError(f"data.format.sets: {name} declares no array at {', '.join(sorted(unknown))}")
-        if wrong := set(derived or ()) - set(leaves):
+        if wrong := set(derived or ()) - set(parts):
             raise UserError(f"data.format.derived: {name} declares no value at {', '.join(sorted(wrong))}")
         # "See [1]" holds no document where only an object is wanted.
         self._brackets = {"object": "{", "array": "["}.get(str(self._root.get("type")), "{[")
@@ -106,7 +113,17 @@ class JsonSchema(Format):
         yield from find_documents(text, answer_start(text), self._brackets)
 
     def write(self, value: Any) -> str | None:
-        return json.dumps(self._ordered(value, self._root), ensure_ascii=False, separators=(",", ":"))
+        return self._written(value, keep=False) or _dump(value)
+
+    def canonical(self, value: Any) -> str | None:
+        # Where alternatives give the same keys in another order, a text in either is as good; the grammar writes both.
+        return self._written(value, keep=True) if self.is_canonical else None
+
+    def _written(self, value: Any, keep: bool) -> str:
+        try:
+            return _dump(self._places.ordered(value, keep))
+        except (TimeoutError, RecursionError):  # no text is known to be right, as no document is that is not checked
+            return ""
 
     def value_spans(self, text: str) -> list[tuple[int, int]]:
         spans = []
@@ -117,68 +134,15 @@ class JsonSchema(Format):
         return spans
 
     def grammar(self) -> str | None:
-        if self.is_canonical:
-            self._check_key_order()
         return json_rules(self._root, self.is_canonical, self.trailing_newline)
 
     def to_dict(self) -> dict[str, Any]:
         found = super().to_dict()
         return found | {"init_args": found["init_args"] | {"schema": self.schema}}
 
-    def _parts(self, node: Any, seen: set[int] | None = None) -> Iterator[dict[str, Any]]:
-        """The node and all that `$ref`, allOf, anyOf and oneOf add to it, each once."""
-        seen = set() if seen is None else seen
-        if isinstance(node, dict) and id(node) not in seen:
-            seen.add(id(node))
-            yield node
-            added = [self._lookup(node["$ref"]).contents] if "$ref" in node else []
-            for inner in (*added, *node.get("allOf", ()), *node.get("anyOf", ()), *node.get("oneOf", ())):
-                yield from self._parts(inner, seen)
 
-    def _properties(self, node: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for part in self._parts(node):
-            found = part.get("properties", {}) | found
-        return found
-
-    def _check_key_order(self) -> None:
-        """A grammar takes an object's keys part by part; refuse where their canonical order is another one."""
-        for path, node in schema_nodes(self._root):
-            sources = node.keys() & {"properties", "$ref", "allOf", "anyOf", "oneOf"}
-            parts = [list(part["properties"]) for part in self._parts(node) if "properties" in part]
-            order = list(self._properties(node))
-            mixed = (
-                len(sources) > 1 or "allOf" in sources or any(part != sorted(part, key=order.index) for part in parts)
-            )
-            if len(parts) > 1 and mixed:
-                raise UserError(
-                    f"data.format.schema: {path}: the canonical order of keys from several places cannot be put in a "
-                    "grammar; name all keys in one place or decode without one"
-                )
-
-    def _leaves(self, node: Any, path: str = "", above: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any]]:
-        """Paths of the declared properties that are no objects with properties, or that hold themselves again."""
-        own = {id(part) for part in self._parts(node) if "properties" in part}
-        if path and (not own or own & above):
-            yield path, node
-            return
-        for key, inner in self._properties(node).items():
-            if "." not in key:  # such a key cannot be named by a dotted path
-                yield from self._leaves(inner, f"{path}.{key}" if path else key, above | own)
-
-    def _is_derived(self, node: Any) -> bool:
-        parts = [inner for part in self._parts(node) for inner in (part, *self._parts(part.get("items")))]
-        return any("enum" in part or "const" in part or part.get("type") == "boolean" for part in parts)
-
-    def _ordered(self, value: Any, node: Any) -> Any:
-        if isinstance(value, dict):
-            properties = self._properties(node)
-            keys = [k for k in properties if k in value] + sorted(k for k in value if k not in properties)
-            return {k: self._ordered(value[k], properties.get(k)) for k in keys}
-        if isinstance(value, list):
-            items = next((part["items"] for part in self._parts(node) if "items" in part), None)
-            return [self._ordered(item, items) for item in value]
-        return value
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _problem(error: ValidationError) -> Problem:

@@ -58,8 +58,13 @@ def errors_in_time(validator: Any, value: Any) -> Iterator[ValidationError]:
     Raises:
         TimeoutError: They took longer than `CHECK_SECONDS` to find.
     """
-    _END.set(time.thread_time() + CHECK_SECONDS)
+    start_clock()
     yield from validator.iter_errors(value)
+
+
+def start_clock() -> None:
+    """Give what follows `CHECK_SECONDS`."""
+    _END.set(time.thread_time() + CHECK_SECONDS)
 
 
 @lru_cache(maxsize=1000)
@@ -79,7 +84,12 @@ def compile_ecma(pattern: str) -> Any:
     return compile_pattern(re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]|\$", translate, pattern, flags=re.S))
 
 
-def _seconds_left() -> float:
+def seconds_left() -> float:
+    """The time that is left.
+
+    Raises:
+        TimeoutError: None is.
+    """
     left = _END.get() - time.thread_time()
     if left <= 0:
         raise TimeoutError
@@ -87,7 +97,7 @@ def _seconds_left() -> float:
 
 
 def _matches(pattern: str, text: str) -> bool:
-    left = _seconds_left()
+    left = seconds_left()
     return compile_ecma(pattern).search(text, timeout=None if math.isinf(left) else left) is not None
 
 
@@ -143,7 +153,7 @@ def _on_the_clock(keyword: str) -> Callable[..., Iterator[ValidationError]]:
     follow = Draft202012Validator.VALIDATORS[keyword]
 
     def check(validator: Any, reference: str, value: Any, schema: Any) -> Iterator[ValidationError]:
-        _seconds_left()
+        seconds_left()
         yield from follow(validator, reference, value, schema)
 
     return check

@@ -117,6 +117,12 @@ def resolver(root: Any) -> Any:
     return referencing.Registry().with_resource("", resource).resolver()
 
 
+def types(node: dict[str, Any]) -> list[str]:
+    """The types that a schema names."""
+    found = node.get("type", [])
+    return [found] if isinstance(found, str) else found
+
+
 def schema_nodes(node: Any, path: str = "$") -> Iterator[tuple[str, dict[str, Any]]]:
     """Every schema within a schema; what stands in enum, const, default and examples is data."""
     if not isinstance(node, dict):
