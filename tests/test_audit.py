@@ -112,12 +112,37 @@ def test_production_that_is_longer_than_the_limit_blocks(task, tmp_path):
 
 def test_synthetic_rows_are_counted_and_capped(task):
     rows = [pair(n) | {"source": "human" if n < 20 else "wise-1"} for n in range(60)]
-    folder = task(rows, validation=0.1, test=0.1)
+    folder = task(rows, validation=0.1, test=0.1, columns={"source": "source"})
     assert main(["audit", "-c", "t.yaml"]) == 1
-    assert "data.max_synthetic: models wrote" in read(folder)["blockers"][0]
+    [blocker] = read(folder)["blockers"]
+    assert blocker.startswith("data.max_synthetic: by their column `source`, models wrote ")
+    assert "set data.columns.source: null" in blocker
+    assert main(["audit", "-c", "t.yaml", "--data.columns.source", "null"]) == 0
+    assert set(read(folder)["sources"]) == {""}
     assert main(["audit", "-c", "t.yaml", "--data.max_synthetic", "0.8"]) == 0
     found = read(folder)
     assert set(found["sources"]) == {"human", "wise-1"}
+
+
+@pytest.mark.parametrize("values", [("email", "phone"), (0, 1), ("Human", "https://a.b/c")])
+def test_a_source_column_of_another_meaning_is_not_read(task, values):
+    folder = task([pair(n) | {"source": values[n % 2]} for n in range(60)])
+    assert main(["audit", "-c", "t.yaml"]) == 0
+    assert read(folder)["ignored"] == {"source": 60}
+
+
+def test_what_is_ignored_is_said_on_the_first_screen(task, tmp_path, capsys):
+    folder = task([pair(n) | {"id": n + 1, "[bold]": "x" * (n < 7)} for n in range(60)], production="p.jsonl")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(pair(n) | {"user": n}) + "\n" for n in range(20)))
+    assert main(["audit", "-c", "t.yaml"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "ignored columns: id (60 rows), [bold] (7)" in lines
+    assert "data.production: ignored columns: user (20 rows)" in lines
+    found = read(folder)
+    assert found["ignored"] == {"id": 60, "[bold]": 7} and found["production"]["ignored"] == {"user": 20}
+    text = (folder / "logs/t/audit/report.html").read_text()
+    assert "<p>ignored columns: id (60 rows), [bold] (7)</p>" in text
+    assert "<p>data.production: ignored columns: user (20 rows)</p>" in text
 
 
 def test_a_mistake_is_one_line(task, capsys):

@@ -58,6 +58,13 @@ def test_what_is_read_again_is_what_was_worked_out(folder):
     assert all(type(token) is int for token in row.prompt) and all(type(mark) is bool for mark in row.is_value)
 
 
+def test_what_is_ignored_is_counted_anew_where_rows_are_read_again(folder):
+    split()
+    write([{**row, "id": n + 1, "system": None} for n, row in enumerate(rows_of())])
+    again = split()
+    assert again.cached is not None and again.ignored == {"id": len(rows_of())} and again.own_system == 0
+
+
 def other_template():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|im_end|> ")

@@ -2,12 +2,15 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import SCHEMA, byte_tokenizer, pair
+from formtune.callbacks import DataTable
 from formtune.data import Columns
 from formtune.data.cleaning import Example, judge, repair, repair_answer
+from formtune.data.encoded import ignored_columns
 from formtune.data.module import FormatDataModule, Order
 from formtune.data.sources import JsonLines, open_source
 from formtune.errors import UserError
@@ -73,6 +76,142 @@ def test_a_template_over_columns_is_filled_as_plain_text():
     assert Columns(prompt="T {title}: {body}")._prompt(record, "f:1") == "T {body} {body.__class__}: B"
     with pytest.raises(UserError, match="f:1: no column `titel`"):
         Columns(prompt="T {titel}: {body}")._prompt(record, "f:1")
+
+
+USER, GOLD = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+CALL = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
+def read(record, gold=True, **columns):
+    """Turns of a record as pairs, and the names of its keys that are not read."""
+    ignored = set()
+    turns = Columns(**columns).conversation(record, "f:1", gold, ignored)
+    return [(turn["role"], turn["content"]) for turn in turns], ignored
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": [USER, GOLD], "tools": CALL}, "f:1: `tools`: tool definitions .* write them into the system"),
+        ({"prompt": "a", "completion": "b", "tools": json.dumps(CALL)}, "f:1: `tools`: "),
+        ({"messages": [USER, GOLD], "functions": [{"name": "f"}]}, "f:1: `functions`: "),
+        ({"messages": [USER, GOLD], "chat_template_kwargs": {"a": 1}}, "f:1: `chat_template_kwargs`: "),
+        ({"prompt": "a", "completion": "b", "reasoning_content": "r"}, "f:1: `reasoning_content`: "),
+        ({"messages": [USER, GOLD | {"tool_calls": CALL}]}, r"f:1: messages\[1\]: `tool_calls`: .* as the turn's text"),
+        ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": CALL}]}, "`tool_calls`"),
+        ({"messages": [USER, GOLD | {"function_call": {"name": "f"}}]}, r"messages\[1\]: `function_call`: "),
+        ({"messages": [USER, GOLD | {"reasoning_content": "r"}]}, r"messages\[1\]: `reasoning_content`: reasoning is"),
+        ({"messages": [USER, GOLD | {"thinking": "r"}, USER, GOLD]}, r"messages\[1\]: `thinking`: "),
+        ({"messages": [USER, {"role": "assistant", "content": None, "refusal": "no"}]}, r"messages\[1\]: `refusal`: "),
+        ({"messages": [USER, GOLD | {"audio": {"id": "x"}}]}, r"messages\[1\]: `audio`: only text"),
+        ({"messages": [USER, GOLD | {"weight": 0}]}, r"messages\[1\]: `weight` is 0, .* remove the row"),
+        ({"messages": [USER, GOLD | {"weight": 0.5}, USER, GOLD]}, r"messages\[1\]: `weight` is 0.5"),
+        ({"messages": [USER, GOLD | {"train": False}]}, r"messages\[1\]: `train` is False"),
+        ({"prompt": "a", "completion": "b", "system": 7}, "f:1: `system` is int, .* data.columns.system: null"),
+        ({"messages": [{"role": "system", "content": "s"}, USER, GOLD], "system": "t"}, "both hold a system prompt"),
+    ],
+)
+def test_a_part_that_would_change_what_is_trained_is_refused_by_name(record, message):
+    with pytest.raises(UserError, match=message):
+        Columns().conversation(record, "f:1", True)
+
+
+def test_parts_that_say_nothing_change_nothing():
+    nothing = {"tools": [], "functions": None, "parallel_tool_calls": None, "system": "", "id": None}
+    quiet = {
+        "tool_calls": None,
+        "function_call": {"name": None, "arguments": None},
+        "reasoning_content": "",
+        "name": None,
+    }
+    turns = [USER | quiet, GOLD | quiet | {"weight": 1, "refusal": None, "thinking": False}]
+    assert read({"messages": turns} | nothing) == ([("user", "a"), ("assistant", "b")], {"messages[].thinking"})
+    assert read({"prompt": "a", "completion": "b", "tools": "[]"} | nothing) == (
+        [("user", "a"), ("assistant", "b")],
+        set(),
+    )
+
+
+def test_weight_zero_is_what_every_turn_before_the_answer_has():
+    turns = [USER | {"weight": 0}, GOLD | {"weight": 0}, USER, GOLD | {"weight": 1.0}]
+    assert len(read({"messages": turns})[0]) == 4
+    # Where no answer is trained, neither are the parts of an answer at the end.
+    assert read({"messages": [USER, GOLD | {"weight": 0, "tool_calls": CALL}]}, gold=False)[0] == [("user", "a")]
+    with pytest.raises(UserError, match="f:1: `tools`"):
+        read({"messages": [USER], "tools": CALL}, gold=False)
+
+
+def test_parts_of_text_are_joined():
+    parts = [
+        {"type": "text", "text": "a"},
+        {"type": "text", "text": "b", "image_url": None, "cache_control": {"type": "e"}},
+    ]
+    turns, ignored = read({"messages": [{"role": "user", "content": parts}, GOLD]})
+    assert turns[0] == ("user", "ab") and ignored == {"messages[].content[].cache_control"}
+
+
+def test_every_key_that_is_not_read_is_named():
+    row = {"prompt": "a", "completion": "b", "id": 0, "ok": False, "source": 7, "input": "more", "weight": 3}
+    assert read(row)[1] == {"id", "ok", "source", "input", "weight"}
+    assert read(row, source="source", prompt="{prompt} {input}")[1] == {"id", "ok", "weight"}
+    named = {"messages": [USER | {"name": "Ann"}, GOLD], "prompt": "x", "completion": "y", "parallel_tool_calls": False}
+    assert read(named) == (
+        [("user", "a"), ("assistant", "b")],
+        {"prompt", "completion", "parallel_tool_calls", "messages[].name"},
+    )
+    alpaca = {"instruction": "a", "input": "more", "output": "b"}
+    assert read(alpaca, prompt="instruction", completion="output")[1] == {"input"}
+
+
+def test_a_system_column_is_the_rows_own_system_prompt():
+    row = {"prompt": "a", "completion": "b", "system": "s"}
+    with_system = [("system", "s"), ("user", "a"), ("assistant", "b")]
+    assert read(row) == (with_system, set())
+    assert read({"messages": [USER, GOLD], "system": "s"}) == (with_system, set())
+    assert read(row, system=None) == (with_system[1:], {"system"})
+    assert read(row, prompt="{prompt} on {system}") == ([("user", "a on s"), ("assistant", "b")], set())
+
+
+def test_a_rows_own_system_prompt_comes_before_the_tasks(data):
+    made = data([pair(n) | {"system": "Row's." if n % 2 else None} for n in range(60)], system="Task's.")
+    prompts = {r.where: byte_tokenizer().decode(r.prompt) for rows in made.splits.rows.values() for r in rows}
+    assert len(prompts) == 60 and made.splits.own_system == 30
+    for where, text in prompts.items():
+        even_line = int(where.rpartition(":")[2]) % 2 == 0  # line 1 is row 0
+        assert ("Row's." in text, "Task's." in text) == (even_line, not even_line)
+
+
+def test_ignored_columns_are_counted_over_all_files_and_printed_before_training(task, data, capsys):
+    _, write = task
+    rows = [pair(n) | {"id": n, "topic": "t" if n < 9 else None} for n in range(60)]
+    held = write("test.jsonl", [pair(61, "another text") | {"id": 61}])
+    made = data(rows, test=held, prompts=write("prompts.jsonl", [{"prompt": "p", "user": 4}] * 3))
+    assert made.splits.ignored == {"id": 61, "topic": 9}
+    trainer = SimpleNamespace(datamodule=made, is_global_zero=True, loggers=[], default_root_dir="")
+    DataTable().setup(trainer, None, "fit")
+    assert "\nignored columns: id (61 rows), topic (9)\n" in capsys.readouterr().out
+    made.splits = None
+    made.setup("predict")
+    DataTable().setup(trainer, None, "predict")
+    assert capsys.readouterr().out == "data.prompts: ignored columns: user (3 rows)\n"
+
+
+def test_of_very_many_ignored_columns_the_most_frequent_are_named():
+    assert ignored_columns(Counter({f"c{n}": 1000 - n for n in range(25)})).startswith("c0 (1,000 rows), c1 (999), ")
+    assert ignored_columns(Counter({f"c{n}": 1000 - n for n in range(25)})).endswith("c19 (981), 5 more")
+
+
+def test_who_wrote_a_row_is_read_where_the_column_is_named():
+    assert Columns().origin({"source": 7}, "f:1") == ""
+    named = Columns(source="by")
+    assert [named.origin(row, "f:1") for row in ({"by": "m"}, {"by": "Human "}, {"by": None}, {})] == [
+        "m",
+        "human",
+        "",
+        "",
+    ]
+    with pytest.raises(UserError, match="f:1: `by` is int, .* data.columns.source: null"):
+        named.origin({"by": 7}, "f:1")
 
 
 def test_rows_under_different_system_prompts_do_not_conflict(data):

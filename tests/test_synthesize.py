@@ -123,11 +123,18 @@ def test_only_rows_that_keep_the_contract_and_are_new_are_written_with_their_sou
     assert len(rows) == 6 and {row["source"] for row in rows} == {"wise-1"}
     assert all(set(json.loads(row["completion"])) == {"n", "s"} for row in rows)
     said = capsys.readouterr().out
-    assert "6 rows (6 new)" in said
+    assert "6 rows (6 new)" in said and "data.columns.source: source" in said
     assert "breaks the contract: syntax" in said and "breaks the contract: extra_key" in said
     assert "nearly a row that is there" in said and "no row" in said
     asked = server.requests[0]["messages"][0]["content"]
     assert "Number it." in asked and '"additionalProperties": false' in asked and pair(0)["prompt"][:4] in asked
+
+
+def test_the_teachers_name_goes_into_the_column_that_the_task_names(serve, task, capsys):
+    folder, run = task
+    assert run(serve(good), "--data.columns.source", "by", rows=2) == 0
+    assert json.loads((folder / "s.jsonl").read_text().splitlines()[0])["by"] == "wise-1"
+    assert "data.columns.source" not in capsys.readouterr().out
 
 
 def test_an_answer_that_comes_as_an_object_is_written_as_its_text(serve, task):

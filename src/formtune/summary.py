@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from formtune.data.encoded import Splits
+from formtune.data.encoded import Splits, ignored_columns
 from formtune.evaluation.outcomes import VIEWS
 
 HEADLINES = (
@@ -32,6 +33,9 @@ def print_data(splits: Splits, folder: Path | None) -> None:
         table.add_row(name, f"{len(rows):,}", *(f"{n:,}" for n in splits.lengths(name).values()))
     console = Console()
     console.print(table)
+    if splits.own_system:
+        console.print(f"rows with a system prompt of their own: {splits.own_system:,}", highlight=False)
+    print_ignored(splits.ignored)
     if splits.cached:
         console.print(f"encoded rows read from {splits.cached}", highlight=False, soft_wrap=True)
     listed = f" (each with its reason in {folder / 'quarantine.jsonl'})" if folder else ""
@@ -42,9 +46,18 @@ def print_data(splits: Splits, folder: Path | None) -> None:
         console.print(f"inputs repaired: {repairs}", highlight=False, soft_wrap=True)
 
 
+def print_ignored(counts: Counter[str], key: str = "") -> None:
+    """The columns that have values and are not read, in one line; `key` is the option that names the file."""
+    if counts:
+        line = f"{f'data.{key}: ' if key else ''}ignored columns: {ignored_columns(counts)}"
+        Console().print(escape(line), highlight=False, soft_wrap=True)
+
+
 def print_audit(found: dict[str, Any], splits: Splits, folder: Path) -> None:
     """The data table, what was found, and one line with the verdict."""
     print_data(splits, folder)
+    if found["production"]:
+        print_ignored(Counter(found["production"]["ignored"]), "production")
     console = Console()
     for what, color in (("blockers", "red"), ("warnings", "yellow")):
         for line in found[what]:

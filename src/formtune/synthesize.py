@@ -2,9 +2,9 @@
 
 A teacher is any endpoint that speaks OpenAI's chat completions, local servers among them. It sees the task, the
 schema and a few of the rows that there are, and writes new ones. A row is written if its answer keeps the contract and
-its input is not nearly one that is there already; it carries the teacher's name in its `source` column, so that an
-audit can tell what the teacher brought. The file grows row by row, and a run that was interrupted goes on where it
-stopped.
+its input is not nearly one that is there already; it carries the teacher's name in the column that
+`data.columns.source` names (`source` where it names none), so that an audit can tell what the teacher brought. The
+file grows row by row, and a run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -144,12 +144,13 @@ class Sieve:
 
     Args:
         preparation: The task.
-        source: The teacher's name.
+        teacher: The teacher's name.
         known: The inputs that are there already.
     """
 
-    def __init__(self, preparation: Preparation, source: str, known: Known) -> None:
-        self._contract, self._source, self._known = preparation.format, source, known
+    def __init__(self, preparation: Preparation, teacher: str, known: Known) -> None:
+        self._contract, self._known = preparation.format, known
+        self._source = {preparation.columns.source or "source": teacher}
         self.refused: Counter[str] = Counter()
 
     def rows(self, reply: str) -> Iterator[dict[str, str]]:
@@ -172,7 +173,7 @@ class Sieve:
             return f"breaks the contract: {verdict.kind}"
         if not self._known.add(_example(prompt).key):
             return "nearly a row that is there"
-        return {"prompt": prompt, "completion": completion, "source": self._source}
+        return {"prompt": prompt, "completion": completion, **self._source}
 
 
 def _example(prompt: str) -> Example:
@@ -253,7 +254,8 @@ def run(args: list[str]) -> int:
     parser = task_parser("synthesize")
     parser.add_argument("--endpoint", type=str, required=True, help="Base URL, such as http://localhost:8000/v1; the "
                         "key, where one is needed, is read from OPENAI_API_KEY")  # fmt: skip
-    parser.add_argument("--teacher", type=str, required=True, help="Name of the model to ask; goes into `source`")
+    parser.add_argument("--teacher", type=str, required=True, help="Name of the model to ask; goes into the column "
+                        "that data.columns.source names")  # fmt: skip
     parser.add_argument("--out", type=str, required=True, help="File of JSON Lines to write or to go on with")
     parser.add_argument("--rows", type=PositiveInt, default=500, help="Rows that the file shall have")
     parser.add_argument("--temperature", type=NonNegativeFloat, default=1.0, help="Randomness of the teacher's words")
@@ -277,6 +279,8 @@ def run(args: list[str]) -> int:
     have = collect(teacher, sieve, path, len(written), config.rows, config.at_once, first=len(written))
     refused = ", ".join(f"{count:,} {reason}" for reason, count in sieve.refused.most_common())
     print(f"{path}: {have:,} rows ({have - len(written):,} new)" + (f"; refused: {refused}" if refused else ""))
+    if preparation.columns.source is None:
+        print("who wrote a row is read once the task names its column: data.columns.source: source")
     if have < config.rows:
         print(f"stopped: {PATIENCE} replies brought nothing new; raise --temperature, or show more varied rows")
     return int(have < config.rows)

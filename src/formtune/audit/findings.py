@@ -58,6 +58,8 @@ def audit(preparation: Preparation) -> tuple[dict[str, Any], Splits]:
         "rows": {name: {"read": splits.read.get(name), "used": len(rows)} for name, rows in examples.items()},
         "repairs": dict(splits.repairs.most_common()),
         "set_aside": dict(splits.reasons.most_common()),
+        "ignored": dict(splits.ignored.most_common()),
+        "own_system": splits.own_system,
         "mixtures": [asdict(mixture) for mixture in splits.mixtures],
         "lengths": {name: lengths(rows) for name, rows in splits.rows.items() if rows},
         "limit": preparation.limit,
@@ -73,6 +75,7 @@ def audit(preparation: Preparation) -> tuple[dict[str, Any], Splits]:
     if rows := preparation.production_rows:
         found["production"] = {
             "lengths": lengths(rows),
+            "ignored": dict(preparation.ignored["production"].most_common()),
             **compare_inputs([e.input for e in train], [row.source for row in rows]),
         }
     if found["blockers"]:

@@ -9,20 +9,24 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 
 from formtune.data.encoded import FEW_ROWS
-from formtune.summary import print_data
+from formtune.summary import print_data, print_ignored
 
 
 class DataTable(Callback):
-    """Prints rows per split, what was repaired and what was set aside, once."""
+    """Prints rows per split, what was repaired, set aside and ignored, once."""
 
     def __init__(self) -> None:
         self._done = False
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        splits = getattr(trainer.datamodule, "splits", None)
-        if splits is not None and trainer.is_global_zero and not self._done:
-            print_data(splits, Path(trainer.default_root_dir) if trainer.loggers else None)
-            count = len(splits.rows.get("train", ()))
-            if 0 < count < FEW_ROWS:
-                print(f"few rows: {count} to train on, where {FEW_ROWS} are the least for a task; see formtune audit")
-            self._done = True
+        data = trainer.datamodule
+        if data is None or not trainer.is_global_zero or self._done:
+            return
+        if data.splits is not None:
+            print_data(data.splits, Path(trainer.default_root_dir) if trainer.loggers else None)
+        for key, counts in data.preparation.ignored.items():
+            print_ignored(counts, key)
+        count = len(data.splits.rows.get("train", ())) if data.splits else 0
+        if 0 < count < FEW_ROWS:
+            print(f"few rows: {count} to train on, where {FEW_ROWS} are the least for a task; see formtune audit")
+        self._done = True

@@ -14,6 +14,7 @@ from formtune.data.styles import Mixture
 from formtune.rendering import Row
 
 FEW_ROWS = 500  # below this, fine-tuning mostly learns the examples; the guide's lower bound
+NAMED = 20  # ignored columns named in the terminal
 
 
 @dataclass(slots=True)
@@ -26,6 +27,8 @@ class Splits:
     quarantine: list[Quarantined] = field(default_factory=list)
     mixtures: list[Mixture] = field(default_factory=list)
     origins: dict[str, dict[str, int]] = field(default_factory=dict)  # rows of each split by who wrote them
+    ignored: Counter[str] = field(default_factory=Counter)  # rows that have a key which is not read, by its name
+    own_system: int = 0  # rows with a system prompt of their own
     key: str | None = None  # content hash of all that decides the rows
     cached: Path | None = field(default=None, compare=False)  # the file they were read from
 
@@ -47,6 +50,16 @@ class Splits:
             for label, q in (("P50", 50), ("P95", 95), ("max", 100)):
                 found[f"{name} {label}"] = quantile(sizes, q)
         return found
+
+
+def ignored_columns(counts: Counter[str]) -> str:
+    """The counts in words, the most frequent first; empty if there are none."""
+    said = [f"{name} ({count:,})" for name, count in counts.most_common(NAMED)]
+    if said:
+        said[0] = said[0].removesuffix(")") + " rows)"
+    if len(counts) > NAMED:
+        said.append(f"{len(counts) - NAMED:,} more")
+    return ", ".join(said)
 
 
 def quantile(sizes: Sequence[int], percent: float) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from typing import Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
@@ -61,7 +62,7 @@ class Preparation:
             1 compares only what is the same but for case, marks and spacing.
         bad_rows: What to do when answers break the contract, mix styles or are too long: refuse to train, or drop and
             count.
-        max_synthetic: Share of training rows that models may have written, of those whose `source` is known.
+        max_synthetic: Share of training rows that models may have written, of those whose `columns.source` says so.
         max_length: Tokens that prompt and answer may have together; longer rows are bad rows, they are never cut.
         max_new_tokens: Tokens that an answer may have (follows `model.max_new_tokens`).
     """
@@ -92,6 +93,7 @@ class Preparation:
         self.clean, self.repair_answers, self.near_duplicates = clean, repair_answers, near_duplicates
         self.bad_rows, self.max_synthetic = bad_rows, max_synthetic
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
+        self.ignored: dict[str, Counter[str]] = {}  # of inputs without answers, by the option that names them
         if sum(share for share in (validation, test) if isinstance(share, float)) >= 1:
             raise UserError("data.validation, data.test: the two shares leave no rows to train on")
 
@@ -117,7 +119,7 @@ class Preparation:
         splitter = self._splitter()
         found = {}
         for name, source in zip(SPLITS, self._sources(), strict=True):
-            rows = [] if isinstance(source, float) else splitter.examples(source, gold=True)
+            rows = [] if isinstance(source, float) else splitter.examples(source, True, Counter())
             found[name] = [Example(repair(e.messages, self.clean), e.where, e.origin) for e in rows]
         return found
 
@@ -132,7 +134,8 @@ class Preparation:
             UserError: There is none, or one cannot be rendered; names the file and line.
         """
         splitter = self._splitter()
-        examples = splitter.examples(source, gold=False)
+        self.ignored[key] = Counter()
+        examples = splitter.examples(source, False, self.ignored[key])
         coded = splitter.renderer.encode([(repair(e.messages, self.clean), e.where) for e in examples])
         rows = []
         for example, row in zip(examples, shown(coded, len(examples), "encoding"), strict=True):
@@ -194,8 +197,9 @@ class Preparation:
         written = sum(known.values()) - known.get("human", 0)
         if known and written > self.max_synthetic * sum(known.values()):
             found.append(
-                f"data.max_synthetic: models wrote {written:,} of {sum(known.values()):,} training rows whose source "
-                f"is known, more than {self.max_synthetic:.0%}; add rows that people wrote, or raise it"
+                f"data.max_synthetic: by their column `{self.columns.source}`, models wrote {written:,} of "
+                f"{sum(known.values()):,} training rows, more than {self.max_synthetic:.0%}; add rows that people "
+                "wrote, or raise it; if the column says something else, set data.columns.source: null"
             )
         return found
 

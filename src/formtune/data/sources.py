@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from formtune.data.turns import REFUSED, empty, kind, note_unread, read_turns
 from formtune.errors import UserError, first_line
 from formtune.formats.strict_json import loads_strict
 
 MAX_LINE_BYTES = 4 * 2**20  # a million tokens
+_FIELD = re.compile(r"\{([\w .-]+)\}")  # of a template over columns
 
 
 class Source(ABC):
@@ -125,9 +127,9 @@ class HuggingFace(Source):
 
 def open_source(path: str) -> Source:
     """The source that reads `path`: by its ending for files, a Hugging Face data set otherwise."""
-    kind: Any = {".jsonl": JsonLines, ".ndjson": JsonLines, ".csv": Csv, ".parquet": Parquet}.get(Path(path).suffix)
-    if kind is not None:
-        return kind(path)
+    reader: Any = {".jsonl": JsonLines, ".ndjson": JsonLines, ".csv": Csv, ".parquet": Parquet}.get(Path(path).suffix)
+    if reader is not None:
+        return reader(path)
     if Path(path).is_file():
         raise UserError(
             f"{path}: unknown kind of file; known are .jsonl, .csv, .parquet, a data set's folder or hub id"
@@ -146,6 +148,7 @@ class Columns:
         prompt: Column of the input, or a template such as `"Title: {title}\\n{body}"` over several columns.
         completion: Column of the wanted answer.
         messages: Column of chat turns; where a record has it, `prompt` and `completion` are not read.
+        system: Column of the row's own system prompt, in place of `data.system`; may be absent or empty.
         source: Column that says who wrote the row: "human", or the name of the model that did; may be absent.
     """
 
@@ -154,9 +157,12 @@ class Columns:
         prompt: str = "prompt",
         completion: str = "completion",
         messages: str = "messages",
-        source: str = "source",
+        system: str | None = "system",
+        source: str | None = None,
     ) -> None:
         self.prompt, self.completion, self.messages, self.source = prompt, completion, messages, source
+        self._in_prompt = re.findall(_FIELD, prompt) if "{" in prompt else [prompt]
+        self.system = None if system in (*self._in_prompt, completion) else system
 
     def origin(self, record: dict[str, Any], where: str) -> str:
         """Who wrote a record, "" where it does not say.
@@ -164,55 +170,69 @@ class Columns:
         Raises:
             UserError: The column is no text.
         """
-        return _text(record, self.source, where) if record.get(self.source) is not None else ""
+        if self.source is None or (name := record.get(self.source)) is None:
+            return ""
+        if not isinstance(name, str):
+            raise UserError(
+                f"{where}: `{self.source}` is {kind(name)}, not the name of who wrote the row; write `human` or the "
+                "model's name, or set data.columns.source: null"
+            )
+        return "human" if name.strip().casefold() == "human" else name
 
-    def conversation(self, record: dict[str, Any], where: str, gold: bool) -> list[dict[str, str]]:
+    def conversation(
+        self, record: dict[str, Any], where: str, gold: bool, ignored: set[str] | None = None
+    ) -> list[dict[str, str]]:
         """The record's turns, the last one the assistant's where `gold` is asked for and the user's otherwise.
 
+        Args:
+            record: The row.
+            where: Its place.
+            gold: Whether an answer is asked for.
+            ignored: Takes the names of the keys that have a value and are not read.
+
         Raises:
-            UserError: A column is missing or is not text, or the turns do not end as they must.
+            UserError: A column is missing or is not text, the turns do not end as they must, or a key would change
+                what is trained and cannot be honored.
         """
-        if self.messages in record:
-            return self._turns(record[self.messages], where, gold)
-        turns = [{"role": "user", "content": self._prompt(record, where)}]
-        if gold:
-            turns.append({"role": "assistant", "content": _text(record, self.completion, where)})
-        return turns
+        ignored = set() if ignored is None else ignored
+        chat = self.messages in record
+        content = [self.messages] if chat else [*self._in_prompt, self.completion]
+        note_unread(record, {*content, self.system, self.source}, REFUSED, where, "", ignored)
+        if chat:
+            turns = read_turns(record[self.messages], self.messages, where, gold, ignored)
+        else:
+            turns = [{"role": "user", "content": self._prompt(record, where)}]
+            if gold:
+                turns.append({"role": "assistant", "content": _text(record, self.completion, where)})
+        if self.system is None or empty(record.get(self.system)):
+            return turns
+        system = record[self.system]
+        if not isinstance(system, str):
+            raise UserError(
+                f"{where}: `{self.system}` is {kind(system)}, not text; write the row's system prompt as a string, or "
+                "set data.columns.system: null"
+            )
+        if turns[0]["role"] == "system":
+            raise UserError(
+                f"{where}: `{self.messages}` and the column `{self.system}` both hold a system prompt; remove one, or "
+                "set data.columns.system: null"
+            )
+        return [{"role": "system", "content": system}, *turns]
 
     def _prompt(self, record: dict[str, Any], where: str) -> str:
         if "{" not in self.prompt:
             return _text(record, self.prompt, where)
         # One pass over the template: str.format would run attribute look-ups, and what the data holds stays text.
-        return re.sub(r"\{([\w .-]+)\}", lambda m: _text(record, m[1], where), self.prompt)
-
-    def _turns(self, turns: Any, where: str, gold: bool) -> list[dict[str, str]]:
-        good = isinstance(turns, list) and all(
-            isinstance(t, dict)
-            and t.get("role") in ("system", "user", "assistant")
-            and isinstance(t.get("content"), str)
-            for t in turns
-        )
-        if not good:
-            raise UserError(
-                f"{where}: `{self.messages}` must be a list of turns with a role (system, user, assistant) and text"
-            )
-        turns = [{"role": t["role"], "content": t["content"]} for t in turns]
-        if not gold and turns and turns[-1]["role"] == "assistant":
-            turns = turns[:-1]
-        last = "assistant" if gold else "user"
-        if not turns or turns[-1]["role"] != last or all(t["role"] != "user" for t in turns):
-            raise UserError(
-                f"{where}: the last turn of `{self.messages}` must be the {last}'s, after one of the user's"
-            )
-        return turns
+        return re.sub(_FIELD, lambda m: _text(record, m[1], where), self.prompt)
 
 
 def _text(record: dict[str, Any], column: str, where: str) -> str:
     if column not in record:
         raise UserError(f"{where}: no column `{column}` among {', '.join(record)}; set data.columns")
     if not isinstance(record[column], str):
-        kind = "null" if record[column] is None else type(record[column]).__name__
-        raise UserError(f"{where}: `{column}` is {kind}, not text; write it as a string, JSON answers too")
+        raise UserError(
+            f"{where}: `{column}` is {kind(record[column])}, not text; write it as a string, JSON answers too"
+        )
     return record[column]
 
 

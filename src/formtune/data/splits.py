@@ -70,12 +70,14 @@ class Splitter:
         self.system, self.steps, self.answer_steps, self.near = system, steps, answer_steps, near
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
 
-    def examples(self, source: Given, gold: bool) -> list[Example]:
-        """The conversations of a source, the system prompt in front."""
+    def examples(self, source: Given, gold: bool, ignored: Counter[str]) -> list[Example]:
+        """The conversations of a source, the system prompt in front, and how many rows have keys that are not read."""
         source = open_source(source) if isinstance(source, str) else source
         found: list[Example] = []
         for record, where in source.records():
-            messages = self.columns.conversation(record, where, gold)
+            unread: set[str] = set()
+            messages = self.columns.conversation(record, where, gold, unread)
+            ignored.update(sorted(unread))
             if self.system and messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": self.system})
             found.append(Example(messages, where, self.columns.origin(record, where)))
@@ -86,34 +88,44 @@ class Splitter:
 
         What was worked out before for the same rows, contract and tokenizer is read from `.cache/encoded`.
         """
-        examples, shares = self._read(train, validation, test)
+        examples, shares, ignored = self._read(train, validation, test)
         size = sum(len(m["content"]) for rows in examples.values() for example in rows for m in example.messages)
         key = self._key(examples, shares)
         kept = key is not None and size >= CACHED_CHARACTERS
-        if kept and (stored := cache.load(str(key))) is not None:
-            return stored
-        done = self._prepare(examples, shares, key).splits
-        if kept:
-            cache.store(str(key), done)
-        return done
+        done = cache.load(str(key)) if kept else None
+        if done is None:
+            done = self._prepare(examples, shares, key).splits
+            if kept:
+                cache.store(str(key), done)
+        return self._noted(done, examples, ignored)
 
     def prepare(self, train: Given, validation: Given | float, test: Given | float) -> Prepared:
         """The same, worked out anew and stored for `split` to find, with the conversations."""
-        examples, shares = self._read(train, validation, test)
+        examples, shares, ignored = self._read(train, validation, test)
         done = self._prepare(examples, shares, self._key(examples, shares))
+        self._noted(done.splits, examples, ignored)
         if done.splits.key is not None:
             cache.store(done.splits.key, done.splits)
         return done
 
+    def _noted(self, done: Splits, examples: Mapping[str, Sequence[Example]], ignored: Counter[str]) -> Splits:
+        """With what is known of the rows as read; not in the cache: files that differ in it give the same rows."""
+        done.ignored = ignored
+        done.own_system = sum(e.system not in ("", self.system) for rows in examples.values() for e in rows)
+        return done
+
     def _read(
         self, train: Given, validation: Given | float, test: Given | float
-    ) -> tuple[dict[str, list[Example]], dict[str, float]]:
+    ) -> tuple[dict[str, list[Example]], dict[str, float], Counter[str]]:
         sources = {"test": test, "validation": validation, "train": train}
         shares = {name: source for name, source in sources.items() if isinstance(source, float)}
+        ignored: Counter[str] = Counter()
         examples = {
-            n: self.examples(source, gold=True) for n, source in sources.items() if not isinstance(source, float)
+            name: self.examples(source, True, ignored)
+            for name, source in sources.items()
+            if not isinstance(source, float)
         }
-        return examples, shares
+        return examples, shares, ignored
 
     def _key(self, examples: dict[str, list[Example]], shares: dict[str, float]) -> str | None:
         settings = {
