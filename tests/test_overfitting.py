@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -14,18 +15,27 @@ import torch
 import yaml
 
 from conftest import byte_tokenizer, pair, tiny_model
-from formtune.callbacks import OverfittingWatch
-from formtune.callbacks.overfitting import LASTING, Validation, diagnose, should_stop
+from formtune import checkpoint_files
+from formtune.callbacks import OverfittingWatch, Validations
+from formtune.callbacks.overfitting import LASTING, diagnose, should_stop
+from formtune.callbacks.validations import Validation
 from formtune.cli import main
 from formtune.data.module import FormatDataModule
 from formtune.formats import JsonSchema
 from formtune.model import FormatModule, Lora
+from formtune.model.module import Answer
 
 
-def history(train, val, exact=None, f1=None, rows=100):
-    """Validations every 100 steps; format and content stand still unless given."""
-    exact, f1 = exact or [50] * len(val), f1 or [0.5] * len(val)
-    return [Validation(100 * i, t, v, e, rows, f) for i, (t, v, e, f) in enumerate(zip(train, val, exact, f1))]  # noqa: B905
+def history(train, val, exact=None, f1=None, right=None, rows=100):
+    """Validations every 100 steps; format and content stay as they are unless given.
+
+    `exact` and `right` are numbers of rows, each set within the larger ones, or the rows themselves, one bit each.
+    """
+    exact, right, f1 = exact or [50] * len(val), right or [0] * len(val), f1 or [0.5] * len(val)
+    return [
+        Validation(100 * i, t, v, f, rows, *(e if e > rows else (1 << e) - 1 for e in (e, r)))
+        for i, (t, v, f, e, r) in enumerate(zip(train, val, f1, exact, right))  # noqa: B905
+    ]
 
 
 def kind(*args, **kwargs):
@@ -51,7 +61,12 @@ def test_a_run_that_gets_better_is_learning():
 
 
 @pytest.mark.parametrize(
-    "score", [{"exact": [10, 20, 30, 40, 50, 60, 70]}, {"f1": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]}]
+    "score",
+    [
+        {"exact": [10, 20, 30, 40, 50, 60, 70]},
+        {"right": [10, 20, 30, 40, 50, 60, 70]},
+        {"f1": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]},
+    ],
 )
 def test_while_format_or_content_rises_a_rising_loss_is_told_but_stops_nothing(score):
     seen = history(FALLING, [2.0, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5], **score)
@@ -65,6 +80,23 @@ def test_one_row_more_or_less_is_no_change():
     assert kind(loss, loss, exact=[50, 51, 50, 51, 50, 51, 50]) == "saturated"
     assert kind(loss, loss, f1=[0.5, 0.5, 0.509, 0.5, 0.509, 0.5, 0.509]) == "saturated"
     assert kind(loss, loss, exact=[50, 50, 50, 50, 50, 51, 52]) == "learning"
+
+
+def test_more_rows_that_are_noise_are_no_change_and_more_right_rows_that_are_not_are_learning():
+    loss, some = [2.0, *[1.0] * 6], (1 << 50) - 1
+    noise = [some, *[some] * 4, some << 12 | 3, some << 12 | 7]  # 2 and 3 rows more, of 22 and 23 that differ
+    assert [bits.bit_count() for bits in noise[-2:]] == [52, 53]
+    assert kind(loss, loss, exact=noise) == kind(loss, loss, right=noise) == "saturated"
+    assert (
+        diagnose(history(loss, loss, right=[20, 20, 20, 20, 20, 21, 22])).text == "learning: joint/exact still improves"
+    )
+
+
+def test_a_saturated_run_names_the_best_checkpoint_where_it_is_another():
+    val = [2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert diagnose(history(val, val, right=[0, 20, 20, 20, 20, 21, 20])).text == (
+        "saturated: nothing improved since step 100; the best checkpoint is of step 500, which can be chance"
+    )
 
 
 def test_small_gains_add_up():
@@ -141,7 +173,9 @@ def test_early_stopping_waits_for_as_many_validations_as_asked_for():
 # Real runs of the tiny random model
 
 
-def run(base, folder, write, rows=8, lr=0.01, steps=240, interval=20, watch=None, after=None, **options):
+def run(
+    base, folder, write, rows=8, lr=0.01, steps=240, interval=20, watched=True, patience=None, after=None, **options
+):
     """Train on a few rows of random letters, validate on others; returns the trainer and the watch."""
     rng = random.Random(0)
 
@@ -161,12 +195,13 @@ def run(base, folder, write, rows=8, lr=0.01, steps=240, interval=20, watch=None
         base=base, format=contract, lora=Lora(r=8, dropout=0.1, targets="all-linear"), max_new_tokens=24,
         optimizer=lambda p: torch.optim.AdamW(p, lr=lr),
     )  # fmt: skip
-    watch = OverfittingWatch() if watch is None else watch
+    record = Validations()
+    watch = OverfittingWatch(record, patience) if watched else None
     trainer = L.Trainer(
         **{
             "max_steps": steps, "max_epochs": -1, "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
             "enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False, "num_sanity_val_steps": 0,
-            "val_check_interval": interval, "check_val_every_n_epoch": None, "default_root_dir": folder, "callbacks": [watch] if watch else [],
+            "val_check_interval": interval, "check_val_every_n_epoch": None, "default_root_dir": folder, "callbacks": [record, watch] if watch else [],
         } | options
     )  # fmt: skip
     if after:
@@ -196,10 +231,13 @@ def train(teachable, task):
 
 
 def test_few_rows_and_a_high_rate_memorise_and_are_stopped(train):
-    trainer, _, watch = train(watch=OverfittingWatch(patience=3), steps=400, lr=0.02, interval=40)
+    trainer, _, watch = train(patience=3, steps=400, lr=0.02, interval=40)
     assert watch.diagnosis.kind == "memorising", watch.diagnosis.text
-    assert trainer.global_step == watch.history[-1].step < 400
-    assert watch.history[0].step == 0 and watch.history[-1].val_loss - watch.history[-1].train_loss > 0.1
+    assert trainer.global_step == watch.validations.history[-1].step < 400
+    assert (
+        watch.validations.history[0].step == 0
+        and watch.validations.history[-1].val_loss - watch.validations.history[-1].train_loss > 0.1
+    )
 
 
 def test_a_tiny_rate_does_not_learn(train):
@@ -208,9 +246,9 @@ def test_a_tiny_rate_does_not_learn(train):
 
 
 def test_many_rows_and_a_usual_rate_learn_and_are_not_stopped(train):
-    trainer, _, watch = train(rows=200, lr=5e-3, steps=120, watch=OverfittingWatch(patience=1))
+    trainer, _, watch = train(rows=200, lr=5e-3, steps=120, patience=1)
     assert watch.diagnosis.kind == "learning" and trainer.global_step == 120, watch.diagnosis.text
-    assert [v.step for v in watch.history] == list(range(0, 121, 20))
+    assert [v.step for v in watch.validations.history] == list(range(0, 121, 20))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -222,8 +260,8 @@ def test_the_same_rows_have_the_same_loss_as_validation_rows_and_dropout_is_off(
         data.splits.rows["validation"] = data.splits.rows["train"]
 
     trainer, module, watch = train(steps=20, rows=24, after=same_rows, precision=precision)
-    assert len(watch.history) == 2
-    assert all(v.train_loss == pytest.approx(v.val_loss, abs=1e-12) for v in watch.history)
+    assert len(watch.validations.history) == 2
+    assert all(v.train_loss == pytest.approx(v.val_loss, abs=1e-12) for v in watch.validations.history)
     assert float(trainer.callback_metrics["val/loss_gap"]) == pytest.approx(0.0, abs=1e-12)
     if precision == "32-true":
         nats, tokens = 0.0, 0
@@ -232,7 +270,32 @@ def test_the_same_rows_have_the_same_loss_as_validation_rows_and_dropout_is_off(
             logits = plain(module)(torch.tensor([row.prompt + row.target])).logits[0, len(row.prompt) - 1 : -1]
             nats += float(torch.nn.functional.cross_entropy(logits, torch.tensor(row.target), reduction="sum"))
             tokens += len(row.target)
-        assert watch.history[-1].train_loss == pytest.approx(nats / tokens, abs=1e-5)
+        assert watch.validations.history[-1].train_loss == pytest.approx(nats / tokens, abs=1e-5)
+
+
+class Half(L.Callback):
+    """Has two of three rows answered in a valid format, and half of these right."""
+
+    def setup(self, trainer, pl_module, stage):
+        def judge(row, ids):
+            text = ("no JSON", row.gold, '{"n":-1,"s":""}')[row.number % 3]
+            return Answer(row, text, pl_module.format.check(text, finished=True, gold=row.gold, source=row.source))
+
+        pl_module._judge = judge
+
+
+def test_a_limited_validation_records_the_rows_that_it_saw(train, monkeypatch):
+    monkeypatch.setattr("formtune.data.module.EVALUATION_ROWS", 8)
+    for batches, valid in ((2, "0110110110110110"), (3, "011011011011011011011011")):
+        _, module, watch = train(
+            steps=20, limit_val_batches=batches, after=lambda trainer, *_: trainer.callbacks.append(Half())
+        )
+        for one in watch.validations.history:
+            assert (one.rows, f"{one.valid:0{one.rows}b}") == (len(valid), valid)
+            assert f"{one.right:0{one.rows}b}" == "".join("010"[n % 3] for n in range(one.rows))
+            assert [tuple(module.counts[name]) for name in ("format/exact", "joint/exact")] == [
+                (one.exact, one.rows), (one.joint, one.rows)
+            ]  # fmt: skip
 
 
 def plain(module):
@@ -266,7 +329,7 @@ def test_the_sample_is_fixed_and_no_larger_than_what_is_validated_and_draws_noth
 
 
 def test_the_watch_does_not_change_what_is_trained(train):
-    (_, watched, _), (_, alone, _) = train(steps=40), train(steps=40, watch=False)
+    (_, watched, _), (_, alone, _) = train(steps=40), train(steps=40, watched=False)
     one, two = watched.state_dict(), alone.state_dict()
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
@@ -301,9 +364,11 @@ def curves(folder):
     return events
 
 
-def test_two_processes_measure_the_same_as_one(project):
-    assert main(["fit", "-c", "small.yaml", "--run", "on1"]) == 0
-    arguments = ["--run", "on2", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+def test_two_processes_measure_the_same_as_one(project, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ['PYTHONPATH']}")
+    half = "--trainer.callbacks+=test_overfitting.Half"
+    assert main(["fit", "-c", "small.yaml", "--run", "on1", half]) == 0
+    arguments = ["--run", "on2", half, "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     done = subprocess.run(
         [sys.executable, "-m", "formtune", "fit", "-c", "small.yaml", *arguments],
         capture_output=True,
@@ -321,6 +386,16 @@ def test_two_processes_measure_the_same_as_one(project):
         json.loads((project / f"logs/small/on{n}/metrics.json").read_text())["training"]["diagnosis"] for n in (1, 2)
     ]
     assert said[0] == said[1]
+    rows = [
+        [
+            (v["rows"], v["valid"], v["right"])
+            for v in checkpoint_files.read(path)["callbacks"]["Validations"]["history"]
+        ]
+        for path in (checkpoint_files.newest(project / f"logs/small/on{n}/checkpoints") for n in (1, 2))
+    ]
+    (count, valid, right), *others = rows[0]
+    assert rows[0] == rows[1] and set(others) == {rows[0][0]}
+    assert count > int(valid, 16).bit_count() > int(right, 16).bit_count() > 0
 
 
 def test_fit_prints_logs_and_writes_the_diagnosis_and_stops_only_if_asked_to(project, capsys):

@@ -158,7 +158,7 @@ def test_a_probe_lengthens_inputs_and_keeps_answers():
 
 
 def run_of(before, after, **views):
-    training = {"steps": 5, "seconds": 1.0, "best_step": 4, "lowest_loss_step": 3}
+    training = {"steps": 5, "seconds": 1.0, "best_step": 4, "best_reason": "best checkpoint: step 4 (why)"}
     result = {"rows": len(after), "training": training, "data": "abc", "after": {}, "probe": []}
     result["counts"] = {"after": {"val/parity": (41, 42)}}
     return Run(
@@ -210,6 +210,7 @@ def test_the_page_shows_failures_marked_and_escaped_and_loads_nothing():
     seen.feed(text)
     assert not seen.tags["script"] and not seen.outside and seen.tags["svg"] == 1
     assert "<title>Run task/one</title>" in text and "on some/base" in text
+    assert "5 steps in 1 s. Best checkpoint: step 4 (why).</p>" in text
     [(one, target, answer)] = gallery([outcome(1), bad])
     assert one is bad and "<del>" in target and "<ins>" in answer and "<script>" not in answer
 

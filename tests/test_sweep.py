@@ -212,6 +212,7 @@ def test_the_real_thing_with_two_ranks_from_command_line_to_a_configuration_that
     first, second = (json.loads((run / "metrics.json").read_text()) for run in runs)
     assert first["before"] == second["before"] and first["data"] == second["data"]
     best = first["training"]["best"]
+    assert 0 <= best["joint"] <= best["exact"] <= best["rows"]
     assert best["step"] == first["training"]["best_step"] and 0 < best["rows"] != first["rows"] and best["loss"] > 0
     assert small["validation"]["content/field_f1"]["mean"] == best["field_f1"]
     page = (folder / "sweep.html").read_text()

@@ -7,7 +7,6 @@ import os
 import shlex
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,10 @@ from formtune.callbacks import (
     OverfittingWatch,
     ProgressBar,
     Signals,
+    Validations,
     WorstAnswers,
 )
+from formtune.callbacks.validations import reason
 from formtune.cli import LOGS, VERBS
 from formtune.data.module import FormatDataModule
 from formtune.deploy.adapter import export_adapter
@@ -168,7 +169,7 @@ class FormtuneCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config_init, "trainer")
-        self.best, self.outcomes = Checkpoints(self.signals), Outcomes()
+        self.outcomes = Outcomes()
         callbacks: list[Any] = [DataTable(), WorstAnswers(), self.outcomes, self.signals]
         kwargs["plugins"] = [*(config.plugins or []), checkpoint_files.CheckpointFiles()]
         if SLURMEnvironment.detect():
@@ -177,8 +178,10 @@ class FormtuneCLI(LightningCLI):
         if config.strategy == "fsdp":
             kwargs["strategy"] = ShardedBase()  # Lightning's would split the adapters too
         if self.subcommand == "fit":
-            self.watch = OverfittingWatch(self.config.fit.early_stopping)
-            callbacks += [self.best, self.watch]
+            self.validations = Validations()  # before those that look at what it has recorded
+            self.watch = OverfittingWatch(self.validations, self.config.fit.early_stopping)
+            self.checkpoints = Checkpoints(self.signals, self.validations)
+            callbacks += [self.validations, self.watch, self.checkpoints]
             if config.logger is None or config.logger is True:
                 # What was written after the checkpoint is written again: the curves show it once.
                 again = checkpoint_files.step(self.checkpoint) + 1 if self.checkpoint else None
@@ -215,9 +218,10 @@ class FormtuneCLI(LightningCLI):
         if self.checkpoint is None:
             trainer.validate(model, datamodule, verbose=False)  # the curves begin at the base
         trainer.fit(model, datamodule, ckpt_path=self.checkpoint)
-        steps, best = trainer.global_step, self.best.best
+        steps, best, history = trainer.global_step, self.validations.best, self.validations.history
+        why, lowest = reason(history), self.validations.lowest_loss
         if best is None and not trainer.fast_dev_run:
-            raise UserError("no best checkpoint: no validation gave a finite loss; lower model.optimizer.lr")
+            raise UserError(f"{why}; lower model.optimizer.lr")
         if best is not None and not trainer.fast_dev_run:
             # Written before the last evaluation: whatever happens there, the adapter is safe.
             model.load_state_dict(
@@ -232,15 +236,16 @@ class FormtuneCLI(LightningCLI):
         result["data"] = datamodule.splits.key if datamodule.splits else None  # as in audit.json
         result["training"] = {
             "steps": steps,
-            "seconds": round(self.best.elapsed(), 1),
+            "seconds": round(self.checkpoints.elapsed(), 1),
             "skipped_steps": model.skipped,
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "best_step": self.best.best.step if self.best.best else None,
+            "best_step": best.step if best else None,
+            "best_reason": why,
             # On the validation rows, so that runs can be chosen among without a look at the test rows.
-            "best": asdict(self.best.best) | {"rows": self.best.rows} if self.best.best else None,
-            "lowest_loss_step": self.best.lowest_loss.step if self.best.lowest_loss else None,
+            "best": best.figures() | {"loss": best.val_loss} if best else None,
+            "lowest_loss_step": lowest.step if lowest else None,
             "diagnosis": self.watch.diagnosis.text if self.watch.diagnosis else None,
-            "history": [asdict(validation) for validation in self.watch.history],
+            "history": [validation.figures() for validation in history],
         }
         if writes:
             evaluations.report(result)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed
+
+T = TypeVar("T")
 
 
 def highest(trainer: Any, *values: float) -> list[float]:
@@ -15,3 +18,12 @@ def highest(trainer: Any, *values: float) -> list[float]:
         torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device), reduce_op="max"
     )
     return found.tolist()
+
+
+def gathered(trainer: Any, part: list[T]) -> list[T]:
+    """The parts of all processes one after the other, the same on each of them."""
+    if trainer.world_size == 1:
+        return part
+    parts: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(parts, part)
+    return [one for some in parts for one in some]

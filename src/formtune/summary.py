@@ -90,9 +90,9 @@ def print_result(result: dict[str, Any], folder: Path | None) -> None:
         return
     training = result["training"]
     console.print(
-        f"{training['steps']} steps in {training['seconds']:.0f} s; best checkpoint: step {training['best_step']} "
-        f"(lowest loss: step {training['lowest_loss_step']})",
+        f"{training['steps']} steps in {training['seconds']:.0f} s; {training['best_reason']}",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(f"diagnosis: {training['diagnosis']}", highlight=False, soft_wrap=True)
     checkpoint = f"checkpoints/step-{training['best_step']}.ckpt"

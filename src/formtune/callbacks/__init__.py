@@ -7,6 +7,7 @@ from formtune.callbacks.outcomes import Outcomes
 from formtune.callbacks.overfitting import OverfittingWatch
 from formtune.callbacks.progress_bar import ProgressBar
 from formtune.callbacks.signals import Signals
+from formtune.callbacks.validations import Validations
 
 __all__ = [
     "AnswerFile",
@@ -16,5 +17,6 @@ __all__ = [
     "OverfittingWatch",
     "ProgressBar",
     "Signals",
+    "Validations",
     "WorstAnswers",
 ]

@@ -1,19 +1,12 @@
-"""Keep the checkpoint that answers best, by format first, and the newest ones to go on from.
+"""Keep the checkpoint that answers best, those that can still become it, and the newest ones to continue from.
 
-Order: most rows with `format/exact`; checkpoints within one row of the most count as equal, and among those the
-higher `content/field_f1` wins, then the lower `val/loss`, then the earlier step. "Within one row" is not transitive,
-so it is applied to the set of all checkpoints so far and not pairwise. A checkpoint that could still win later (when
-a better one moves the set's edge) has to be kept: there is at most one for each of the two counts at the top.
-
-A run goes on from its newest checkpoint, whichever that is: all hold the whole state of training.
+Which is the best, and which can become it, is in `validations`. A run continues from its newest checkpoint, whichever
+that is: all hold the whole state of training.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,52 +14,12 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from formtune import checkpoint_files
 from formtune.callbacks.signals import Signals
-from formtune.errors import Stopped
+from formtune.callbacks.validations import Validations, contenders
+from formtune.errors import Stopped, UserError
 from formtune.ranks import highest
 
 EVERY = 30.0  # seconds of training that a killed run loses at most
 NEWEST = 2  # checkpoints kept to go on from: the second should the first be damaged
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """What one validation measured.
-
-    Args:
-        step: Optimizer steps done.
-        exact: Rows with `format/exact`.
-        field_f1: `content/field_f1`.
-        loss: `val/loss` in nats per token.
-    """
-
-    step: int
-    exact: int
-    field_f1: float
-    loss: float
-
-    @property
-    def order(self) -> tuple[float, float, int]:
-        """Sort key among checkpoints whose formats count as equal: best first."""
-        return (-self.field_f1, self.loss, self.step)
-
-
-def best(scores: Iterable[Score]) -> Score | None:
-    """The best of the scores, None if there is none that is finite."""
-    scores = _finite(scores)
-    top = max((s.exact for s in scores), default=0)
-    return min((s for s in scores if s.exact >= top - 1), key=lambda s: s.order, default=None)
-
-
-def contenders(scores: Iterable[Score]) -> set[Score]:
-    """The scores that are best now or can be after later validations."""
-    scores = _finite(scores)
-    top = max((s.exact for s in scores), default=0)
-    winners = (best(s for s in scores if s.exact == count) for count in (top, top - 1))
-    return {winner for winner in winners if winner is not None}
-
-
-def _finite(scores: Iterable[Score]) -> list[Score]:
-    return [s for s in scores if math.isfinite(s.loss) and math.isfinite(s.field_f1)]
 
 
 class Checkpoints(Checkpoint):
@@ -77,32 +30,21 @@ class Checkpoints(Checkpoint):
 
     Args:
         signals: Tells whether the run is to stop; it is saved then.
+        validations: What the checkpoints are chosen by.
     """
 
-    def __init__(self, signals: Signals) -> None:
-        self.signals = signals
-        self.scores: list[Score] = []
-        self.rows = 0  # of each validation
+    def __init__(self, signals: Signals, validations: Validations) -> None:
+        self.signals, self.validations = signals, validations
         self.seconds = 0.0  # of training, before this process
         self._started = self._saved = 0.0
 
-    @property
-    def best(self) -> Score | None:
-        """The best validation so far."""
-        return best(self.scores)
-
-    @property
-    def lowest_loss(self) -> Score | None:
-        """The validation with the lowest loss, which need not be the best one."""
-        return min((s for s in self.scores if math.isfinite(s.loss)), key=lambda s: s.loss, default=None)
-
     def state_dict(self) -> dict[str, Any]:
-        scores = [list(astuple(score)) for score in self.scores]
-        return {"scores": scores, "rows": self.rows, "seconds": self.elapsed()}
+        return {"seconds": self.elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.scores = [Score(*score) for score in state_dict["scores"]]
-        self.rows, self.seconds = state_dict["rows"], state_dict["seconds"]
+        if "scores" in state_dict:
+            raise UserError("the run began with a formtune that did not record each row's verdict; begin a new run")
+        self.seconds = state_dict["seconds"]
 
     def elapsed(self) -> float:
         """Seconds of training so far, validations included, those before an interruption too."""
@@ -135,14 +77,8 @@ class Checkpoints(Checkpoint):
                 raise Stopped(int(signal), f"stopped in a validation, {saved}; {self.signals.remedy}")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        metrics = trainer.callback_metrics
-        exact, self.rows = pl_module.counts["format/exact"]
-        self.scores.append(
-            Score(trainer.global_step, exact, float(metrics["content/field_f1"]), float(metrics["val/loss"]))
-        )
-        self._save(trainer)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save(trainer)
 
     @staticmethod
     def _folder(trainer: Any) -> Path:
@@ -158,6 +94,6 @@ class Checkpoints(Checkpoint):
         self._saved = time.monotonic()
         if trainer.is_global_zero:
             there = checkpoint_files.steps(folder)
-            keep = {score.step for score in contenders(self.scores)} | set(list(there)[-NEWEST:])
+            keep = contenders(self.validations.history) | set(list(there)[-NEWEST:])
             for step in there.keys() - keep:
                 there[step].unlink(missing_ok=True)

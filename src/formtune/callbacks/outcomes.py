@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from formtune.evaluation.outcomes import Outcome, outcome
+from formtune.ranks import gathered
 
 
 class Outcomes(Callback):
@@ -23,9 +23,5 @@ class Outcomes(Callback):
         self._found += [(a.row.number, outcome(a.row, a.text, a.verdict, contract)) for a in outputs]
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        parts: list[Any] = [self._found]
-        if trainer.world_size > 1:
-            parts = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, self._found)
-        self.outcomes = [one for _, one in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
+        self.outcomes = [one for _, one in sorted(gathered(trainer, self._found), key=lambda pair: pair[0])]
         self._found = []

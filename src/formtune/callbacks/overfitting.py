@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
-from statistics import median
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from formtune.callbacks.checkpoints import Score, best
+from formtune.callbacks.validations import Validation, Validations, best, fewer
 
 # A change must last for 3 validations: one may be luck, and two may be the same luck when they lie close together, as
 # the last two of a run do.
@@ -31,33 +30,8 @@ FLOOR = 0.001
 # A training loss that has risen by as much as it was is no step too far that the next ones correct.
 FAR = 1.0
 
+T = TypeVar("T")
 Kind = Literal["too early", "learning", "memorising", "saturated", "not learning", "diverged"]
-
-
-@dataclass(frozen=True, slots=True)
-class Validation:
-    """What one validation measured.
-
-    Args:
-        step: Optimizer steps done; 0 is the base.
-        train_loss: `train/eval_loss` in nats per token.
-        val_loss: `val/loss` in nats per token.
-        exact: Rows with `format/exact`.
-        rows: Rows of the validation set.
-        field_f1: `content/field_f1`.
-    """
-
-    step: int
-    train_loss: float
-    val_loss: float
-    exact: int
-    rows: int
-    field_f1: float
-
-    @property
-    def finite(self) -> bool:
-        """Whether both losses are numbers."""
-        return math.isfinite(self.train_loss) and math.isfinite(self.val_loss)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +51,9 @@ class Diagnosis:
 
 def diagnose(history: Sequence[Validation]) -> Diagnosis:
     """Diagnose a run from its validations in the order of their steps, at least one."""
-    found = [v for v in history if v.finite]
+    found = [v for v in history if _finite(v)]
     start, last = (found or history)[0], history[-1]
-    far = [not v.finite or _counts(v.train_loss - start.train_loss, start.train_loss, FAR) for v in history]
+    far = [not _finite(v) or _counts(v.train_loss - start.train_loss, start.train_loss, FAR) for v in history]
     if far[-1]:
         since = history[_begin(far)].step
         figures = f"train {last.train_loss:.4g}, validation {last.val_loss:.4g}, {start.train_loss:.4g} at the start"
@@ -88,9 +62,10 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
     train, loss = [v.train_loss for v in found], [v.val_loss for v in found]
     gains = {
         "validation loss": _last_fall(loss),
-        # Within one row is no change, as for the best checkpoint; a row's worth of F1 is the same measure.
-        "format/exact": _last_rise([v.exact for v in found], 1),
-        "content/field_f1": _last_rise([v.field_f1 for v in found], 1 / last.rows),
+        # What is no difference between two checkpoints is no change; for F1 a row's worth.
+        "format/exact": _last_rise([v.valid for v in found], fewer, int.bit_count),
+        "joint/exact": _last_rise([v.right for v in found], fewer, int.bit_count),
+        "content/field_f1": _last_rise([v.field_f1 for v in found], lambda old, new: new - old > 1 / last.rows, float),
     }
     recent = [name for name, at in gains.items() if at and len(found) - 1 - at < LASTING]
     lowest = loss.index(min(loss))
@@ -103,9 +78,9 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
     if len(found) <= LASTING:
         text = f"too early to tell: validation {len(found)} of the {LASTING + 1} that it takes, nothing improved yet"
         return Diagnosis("too early", start.step, text)
+    kept = best(history)
     if all(above[-LASTING:]) and _counts(train[lowest] - train[-1], train[lowest], CHANGE):
         since = found[_begin(above)].step
-        kept = best(Score(v.step, v.exact, v.field_f1, v.val_loss) for v in found if v.step)
         at = gains["format/exact"]
         parts = [
             f"memorising since step {since}: {rise} while train fell {_change(train[lowest], train[-1])[1:]}",
@@ -119,6 +94,8 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
     at = max(gains.values())
     fell = _counts(train[at] - train[-1], train[at], CHANGE)
     but = f", while train fell {_change(train[at], train[-1])[1:]}" if fell else ""
+    if kept and kept.step != found[at].step:
+        but += f"; the best checkpoint is of step {kept.step}, which can be chance"
     return Diagnosis("saturated", found[at].step, f"saturated: nothing improved since step {found[at].step}{but}")
 
 
@@ -131,6 +108,10 @@ def should_stop(history: Sequence[Validation], validations: int) -> bool:
     return all(end > 0 and diagnose(history[:end]).kind in ("memorising", "saturated") for end in ends)
 
 
+def _finite(v: Validation) -> bool:
+    return math.isfinite(v.train_loss) and math.isfinite(v.val_loss)
+
+
 def _counts(change: float, value: float, share: float) -> bool:
     return change > max(share * value, FLOOR)
 
@@ -140,16 +121,17 @@ def _last_fall(losses: Sequence[float]) -> int:
     return _last_gain(losses, lambda best, new: _counts(best - new, best, GAIN))
 
 
-def _last_rise(scores: Sequence[float], margin: float) -> int:
-    """Index of the last score that is above the highest before it by more than the margin, 0 if none is.
+def _last_rise(scores: Sequence[T], rose: Callable[[T, T], bool], size: Callable[[T], float]) -> int:
+    """Index of the last score that rose from the highest before it, 0 if none did.
 
     Each score's median with its neighbours counts as well: one lucky validation would hide a rise that goes on.
     """
-    medians = [median(scores[max(i - 1, 0) : i + 2]) for i in range(len(scores))]
-    return max(_last_gain(series, lambda best, new: new > best + margin) for series in (scores, medians))
+    near = [sorted(scores[max(i - 1, 0) : i + 2], key=size) for i in range(len(scores))]
+    medians = [some[(len(some) - 1) // 2] for some in near]
+    return max(_last_gain(series, rose) for series in (scores, medians))
 
 
-def _last_gain(values: Sequence[float], gained: Callable[[float, float], bool]) -> int:
+def _last_gain(values: Sequence[T], gained: Callable[[T, T], bool]) -> int:
     best, last = values[0], 0
     for i, value in enumerate(values):
         if gained(best, value):
@@ -172,24 +154,18 @@ class OverfittingWatch(Callback):
     It costs one teacher-forced pass without gradients over as many rows as validation has, and decodes nothing.
 
     Args:
+        validations: What was measured so far, recorded before this callback looks.
         patience: Validations in a row that must find the run memorising or saturated before it is stopped; None
             never stops it.
     """
 
-    def __init__(self, patience: int | None = None) -> None:
-        self.patience = patience
-        self.history: list[Validation] = []
+    def __init__(self, validations: Validations, patience: int | None = None) -> None:
+        self.validations, self.patience = validations, patience
 
     @property
     def diagnosis(self) -> Diagnosis | None:
         """What the validations so far say, None before the first."""
-        return diagnose(self.history) if self.history else None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"history": [list(astuple(validation)) for validation in self.history]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = [Validation(*values) for values in state_dict["history"]]
+        return diagnose(self.validations.history) if self.validations.history else None
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         # In this hook and not a later one: the model is still in evaluation, and its metrics are not yet reset.
@@ -201,23 +177,12 @@ class OverfittingWatch(Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.sanity_checking:
             return
-        before, metrics = self.diagnosis, trainer.callback_metrics
-        exact, rows = pl_module.counts["format/exact"]
-        self.history.append(
-            Validation(
-                trainer.global_step,
-                float(metrics["train/eval_loss"]),
-                float(metrics["val/loss"]),
-                exact,
-                rows,
-                float(metrics["content/field_f1"]),
-            )
-        )
-        now = diagnose(self.history)
+        history = self.validations.history
+        before, now = diagnose(history[:-1]) if history[1:] else None, diagnose(history)
         changed = before is None or (before.kind, before.since) != (now.kind, now.since)
         if changed and isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
             trainer.logger.experiment.add_text("diagnosis", now.text, trainer.global_step)
-        if self.patience and trainer.state.fn == "fit" and should_stop(self.history, self.patience):
+        if self.patience and trainer.state.fn == "fit" and should_stop(history, self.patience):
             trainer.should_stop = True
             if trainer.is_global_zero:
                 print(f"stopped at step {trainer.global_step}: {now.text}", flush=True)
