@@ -403,7 +403,10 @@ def test_fit_prints_logs_and_writes_the_diagnosis_and_stops_only_if_asked_to(pro
     assert main(["fit", "-c", "small.yaml", "--run", "one", *arguments]) == 0
     result = json.loads(Path("logs/small/one/metrics.json").read_text())["training"]
     assert result["diagnosis"].startswith("not learning: neither loss has fallen")
-    assert f"diagnosis: {result['diagnosis']}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"diagnosis: {result['diagnosis']}" in said and f"s; {result['best_reason']}\n" in said
+    assert result["best_reason"].startswith(f"best checkpoint: step {result['best_step']} (0 of ")
+    assert all(point["joint"] == 0 for point in result["history"])
     texts = curves(Path("logs/small/one")).Tensors("diagnosis/text_summary")
     assert [event.tensor_proto.string_val[0].decode().split(":")[0] for event in texts] == [
         "too early to tell",
