@@ -13,7 +13,7 @@ from formtune.summary import print_data
 
 
 class DataTable(Callback):
-    """Prints rows per split, what was repaired and what was set aside, once."""
+    """Prints rows per split, what was repaired and what was set aside, and the date in the prompts, once."""
 
     def __init__(self) -> None:
         self._done = False
@@ -25,4 +25,9 @@ class DataTable(Callback):
             count = len(splits.rows.get("train", ()))
             if 0 < count < FEW_ROWS:
                 print(f"few rows: {count} to train on, where {FEW_ROWS} are the least for a task; see formtune audit")
+            if date := trainer.datamodule.preparation.date:
+                print(
+                    f"the chat template writes the date; frozen at {date} for this run; a server writes its own day, "
+                    "unless the date is written into the chat_template.jinja that it serves"
+                )
             self._done = True
