@@ -39,8 +39,17 @@ def rows_of(path="train.jsonl"):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def split(tokenizer=None, contract=None, system=None, steps=STEPS, limits=(150, 60), shares=(0.2, 0.2), columns=None):
-    renderer = Renderer(tokenizer or byte_tokenizer())
+def split(
+    tokenizer=None,
+    contract=None,
+    system=None,
+    steps=STEPS,
+    limits=(150, 60),
+    shares=(0.2, 0.2),
+    columns=None,
+    date=None,
+):
+    renderer = Renderer(tokenizer or byte_tokenizer(), date)
     splitter = Splitter(contract or JsonSchema(SCHEMA), renderer, columns or Columns(), system, steps, (), 0.8, *limits)
     return splitter.split("train.jsonl", *shares)
 
@@ -111,6 +120,17 @@ CHANGES = {
 def test_whatever_decides_the_rows_decides_what_is_read_again(folder, change):
     split()
     assert split(**CHANGES[change]()).cached is None and len(entries()) == 2
+
+
+def test_the_date_decides_only_where_the_template_writes_it(folder):
+    split(date="2026-11-25")
+    assert split(date="2026-11-26").cached is not None
+    dated = byte_tokenizer()
+    dated.chat_template = "{{ strftime_now('%Y') }}" + dated.chat_template
+    limits = (160, 60)
+    split(dated, date="2026-11-25", limits=limits)
+    assert split(dated, date="2026-11-25", limits=limits).cached is not None
+    assert split(dated, date="2026-11-26", limits=limits).cached is None
 
 
 def test_a_version_or_a_line_of_code_decides_too(folder, monkeypatch, tmp_path):

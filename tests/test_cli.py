@@ -201,6 +201,14 @@ MISTAKES = {
     "nothing to judge by": (["--trainer.limit_val_batches", "0"], "limit_val_batches: 0 leaves nothing"),
     "clipping in the trainer": (["--trainer.gradient_clip_val", "1"], "set model.max_grad_norm instead"),
     "layers split otherwise": (["--trainer.strategy", "deepspeed"], "deepspeed would split the adapters too; use fsdp"),
+    "spawned processes": (["--trainer.strategy", "ddp_spawn"], "trainer.strategy: .*spawned or forked.*; use ddp"),
+    "forked processes": (["--trainer.strategy", "ddp_fork", "--trainer.devices", "2"], "spawned or forked.*; use ddp"),
+    "processes of a notebook": (["--trainer.strategy", "ddp_notebook"], "spawned or forked.*; use ddp"),
+    "spawned by a longer name": (["--trainer.strategy", "ddp_spawn_find_unused_parameters_true"], "; use ddp"),
+    "spawned by a class": (
+        ["--trainer.strategy", "DDPStrategy", "--trainer.strategy.start_method", "spawn"],
+        "spawned or forked.*; use ddp",
+    ),
     "layers split in 4 bits": (
         ["--trainer.strategy", "fsdp", "--model.quantize", "4bit"],
         "fsdp takes neither model.quantize nor model.compile",
@@ -225,6 +233,18 @@ def test_a_mistake_gets_one_line_and_exit_code_2(project, capfd, case):
     error = capfd.readouterr().err.strip().splitlines()
     assert len([line for line in error if "error:" in line]) == 1 and re.search(message, error[-1]), error
     assert "Traceback" not in "\n".join(error)
+
+
+@pytest.mark.parametrize("day", ["2026-13-01", "yesterday"])
+def test_a_date_that_is_no_day_is_refused(project, capfd, day):
+    assert fit(f"--data.date={day}") == 2
+    assert "write it as YYYY-MM-DD" in capfd.readouterr().err
+
+
+def test_help_says_how_the_untuned_base_is_measured(project, capfd):
+    with pytest.raises(SystemExit):
+        main(["test", "--help"])
+    assert "base, the untuned base" in " ".join(capfd.readouterr().out.split())
 
 
 def test_a_used_run_folder_is_not_overwritten(project, capfd):

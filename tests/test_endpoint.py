@@ -1,6 +1,7 @@
 """What is served is judged as the run was, and must show that it renders the same prompts; against a real server here."""
 
 import json
+import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -172,6 +173,18 @@ def test_as_many_but_other_tokens_are_found_where_the_server_shows_them(check, c
     assert "has 49 tokens and formtune's 49, differing from token 15 on" in capsys.readouterr().err
     server.system = None
     assert run() == 0 and "prompts: same tokens as formtune's in every row" in capsys.readouterr().out
+
+
+def test_a_server_that_writes_its_own_day_is_told_from_one_with_another_template(check, capsys, base, tmp_path):
+    run, server = check
+    dated = "{{ strftime_now('%d %b %Y') }}" + server.tokenizer.chat_template
+    server.tokenizer.chat_template, server.tokenize = dated, True
+    own = shutil.copytree(base, tmp_path / "base")
+    (own / "chat_template.jinja").write_text(dated)
+    assert run("--model.base", str(own)) == 0, "both write today's"
+    assert run("--model.base", str(own), "--data.date", "2020-01-01") == 2
+    said = capsys.readouterr().err
+    assert "the template writes the date, which is 2020-01-01 in formtune's prompts and today in the server's" in said
 
 
 def test_a_server_that_does_not_count_proves_nothing(check, capsys):

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ import torch
 import yaml
 
 from conftest import SCHEMA, pair, tiny_model
-from formtune import checkpoint_files
+from formtune import checkpoint_files, rendering
 from formtune.callbacks import checkpoints
 from formtune.cli import main
 from formtune.errors import UserError
@@ -226,6 +227,18 @@ def test_a_finished_run_has_nothing_to_do(whole, monkeypatch, capfd):
     assert (whole[0] / "logs/small/one/metrics.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize(
+    "arguments, says",
+    [(["--trainer.max_steps", "40"], "max_steps -1, now 40"), (["--model.lora.r", "2"], "r 4, now 2")],
+)
+def test_a_finished_run_asked_for_something_else_is_refused_with_the_difference(
+    whole, monkeypatch, capfd, arguments, says
+):
+    monkeypatch.chdir(whole[0])
+    assert main([*FIT, *arguments, "--resume"]) == 2
+    one_line(capfd, says, "another --run")
+
+
 def interrupt(monkeypatch, step: int = 9) -> None:
     with monkeypatch.context() as patched:
         at(patched, "on_train_batch_end", step, lambda callback, _: os.kill(os.getpid(), signal.SIGTERM))
@@ -248,6 +261,103 @@ def test_without_a_name_the_last_run_goes_on_if_it_is_the_same_task_and_else_a_n
     shutil.rmtree(next(path for path in Path("logs/small").iterdir() if path.name != "one"))
     assert main(["fit", "-c", "small.yaml", "--resume"]) == 0
     assert [path.name for path in Path("logs/small").iterdir()] == ["one"]
+
+
+def test_a_run_whose_template_writes_the_date_keeps_that_of_its_first_day(work, base, monkeypatch, capfd):
+    own = shutil.copytree(base, work / "base")
+    template = own / "chat_template.jinja"
+    template.write_text("Today is {{ strftime_now('%d %b %Y') }}\n" + template.read_text())
+    Path("small.yaml").write_text(Path("small.yaml").read_text().replace(base, str(own)))
+
+    def today_is(day):
+        fake = type("day", (datetime,), {"now": classmethod(lambda cls: cls.fromisoformat(day))})
+        monkeypatch.setattr(rendering, "datetime", fake)
+
+    today_is("2026-11-25")
+    assert main(["fit", "-c", "small.yaml", "--run", "whole"]) == 0
+    said = "the chat template writes the date; frozen at 2026-11-25 for this run; a server writes its own day"
+    assert capfd.readouterr().out.count(said) == 1
+    card = " ".join(Path("logs/small/whole/adapter/README.md").read_text().split())
+    assert "The template writes the date: 2026-11-25 in every row of this run." in card
+    interrupt(monkeypatch)
+    today_is("2026-12-01")
+    capfd.readouterr()
+    assert main([*FIT, "--data.date", "2026-12-01", "--resume"]) == 2
+    one_line(capfd, "data.date 2026-11-25, now 2026-12-01")
+    assert main([*FIT, "--resume"]) == 0
+    assert adapter(work) == adapter(work, "whole")
+    config, found = "logs/small/one/config.yaml", result(work)
+    assert yaml.safe_load(Path(config).read_text())["data"]["date"] == "2026-11-25"
+    loss = f"{found['after']['val/loss']:.4f}"
+    capfd.readouterr()
+    for named in (config, "small.yaml"):  # the second asks for the checkpoint of a run
+        best = f"logs/small/one/checkpoints/step-{found['training']['best_step']}.ckpt"
+        assert main(["test", "-c", named, "--ckpt_path", best]) == 0
+        assert loss in capfd.readouterr().out
+    assert main(["test", "-c", config, "--data.date", "2020-01-01"]) == 0
+    assert loss not in capfd.readouterr().out  # so the date matters
+    assert main(["fit", "-c", "small.yaml", "--run", "new", "--trainer.max_steps", "1"]) == 0
+    assert yaml.safe_load(Path("logs/small/new/config.yaml").read_text())["data"]["date"] == "2026-12-01"
+    # What judges the adapter again, whenever it does, sees the rows of the run.
+    from formtune.deploy.finished import read_run
+
+    assert len(read_run(Path("logs/small/one")).test) == 5
+
+
+def test_a_run_without_a_date_in_its_template_records_none(whole):
+    assert yaml.safe_load((whole[0] / "logs/small/one/config.yaml").read_text())["data"]["date"] is None
+
+
+# Which weights are measured
+
+
+def test_a_runs_configuration_measures_its_best_checkpoint(whole, monkeypatch, capfd):
+    monkeypatch.chdir(whole[0])
+    config, found = "logs/small/one/config.yaml", result(whole[0])
+    best = f"step-{found['training']['best_step']}.ckpt"
+    for arguments in ([], ["--ckpt_path", "best"]):
+        assert main(["test", "-c", config, *arguments]) == 0
+        out = capfd.readouterr().out
+        assert f"measuring: logs/small/one/checkpoints/{best}, the run's best checkpoint" in out
+        assert f"{best} on 5 test rows" in out and f"{found['after']['val/loss']:.4f}" in out
+    assert main(["validate", "-c", "small.yaml", "--run", "one"]) == 0
+    assert f"{best} on 7 validation rows" in capfd.readouterr().out
+    assert main(["test", "-c", config, "--ckpt_path", "last"]) == 0
+    assert f"step-{STEPS}.ckpt on 5 test rows" in capfd.readouterr().out
+
+
+def test_the_untuned_base_is_called_so(whole, monkeypatch, capfd):
+    monkeypatch.chdir(whole[0])
+    before = f"{result(whole[0])['before']['val/loss']:.4f}"
+    for arguments in (["logs/small/one/config.yaml", "--ckpt_path", "base"], ["small.yaml"]):
+        assert main(["test", "-c", *arguments]) == 0
+        out = capfd.readouterr().out
+        assert "measuring: untuned base\n" in out and "untuned base on 5 test rows" in out and before in out
+        assert main(["predict", "-c", *arguments, "--data.prompts", "test.jsonl", "--answers", "said.jsonl"]) == 0
+        assert "answers of untuned base: said.jsonl" in capfd.readouterr().out
+        assert {json.loads(line)["model"] for line in Path("said.jsonl").read_text().splitlines()} == {"untuned base"}
+    assert main(["predict", "-c", "logs/small/one/config.yaml", "--data.prompts", "test.jsonl", "--answers", "s"]) == 0
+    assert not any("model" in json.loads(line) for line in Path("s").read_text().splitlines())
+
+
+def test_an_interrupted_run_is_measured_by_its_best_so_far(work, monkeypatch, capfd):
+    interrupt(monkeypatch)
+    config, folder = "logs/small/one/config.yaml", Path("logs/small/one/checkpoints")
+    state = checkpoint_files.read(checkpoint_files.newest(folder))["callbacks"]["Checkpoints"]
+    known = checkpoints.Checkpoints(None)
+    known.load_state_dict(state)
+    capfd.readouterr()
+    assert main(["test", "-c", config]) == 0
+    assert f"step-{known.best.step}.ckpt, the run's best checkpoint" in capfd.readouterr().out
+    (folder / f"step-{known.best.step}.ckpt").unlink()
+    assert main(["test", "-c", config]) == 2
+    one_line(capfd, "has no best checkpoint", "step-9.ckpt", "--ckpt_path base")
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_the_best_of_no_run_is_refused(work, capfd, name):
+    assert main(["test", "-c", "small.yaml", "--ckpt_path", name]) == 2
+    one_line(capfd, f"ckpt_path: {name} of which run?", "-c logs/TASK/RUN/config.yaml")
 
 
 # What a run that goes on is held to

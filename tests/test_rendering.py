@@ -1,8 +1,10 @@
 """Only the answer and its end of turn are supervised, for every tokenizer at hand."""
 
+from datetime import datetime
+
 import pytest
 
-from conftest import byte_tokenizer, shared
+from conftest import TEMPLATE, byte_tokenizer, shared
 from formtune import rendering
 from formtune.errors import UserError
 from formtune.rendering import Renderer, Row, UnfitRow, check_base
@@ -85,6 +87,73 @@ def test_a_template_that_cannot_be_supervised_is_refused(template, message):
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=message):
         Renderer(tokenizer)
+
+
+FOLDED = (  # Gemma 3: the system prompt in front of the first user turn
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages %}"
+    "{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' and loop.index <= 2 %}{{ system }}\n\n"
+    "{% endif %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONTEXT = "{% set c = m.content if m.role == 'assistant' else m.content | EDIT %}"
+LEFT_OUT = {  # template, system prompt, what the line says
+    "the system prompt": (TEMPLATE.replace("messages", "(messages | rejectattr('role', 'eq', 'system'))"), "Be exact.",
+                          "leaves out the system prompt 'Be exact.'; write it into the user turn"),
+    "a text that is elsewhere too": (TEMPLATE.replace("messages", "(messages | rejectattr('role', 'eq', 'system'))"),
+                                     "line", "leaves out the system prompt 'line'"),
+    "all but the last turns": (TEMPLATE.replace("messages", "messages[-2 if messages[-1].role == 'assistant' else -1:]"),
+                               "Be exact.", "leaves out the system prompt"),
+    "a user turn": (TEMPLATE.replace("messages", "(messages | rejectattr('role', 'eq', 'user'))"), "Be exact.",
+                    "leaves out the user turn"),
+    "the end of a text": (TEMPLATE.replace("{{ m.content }}", CONTEXT.replace("EDIT", "truncate(9, true, '', 0)")
+                                           + "{{ c }}"), "Be exact, and say nothing else.", "leaves out the system"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_a_turn_that_the_template_leaves_out_makes_the_row_unfit(case):
+    template, system, says = LEFT_OUT[case]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    [row, asked] = Renderer(tokenizer).encode(
+        [(conversation("yes", system), "f:1"), (conversation("yes", system)[:-1], "f:2")]
+    )
+    assert isinstance(row, UnfitRow) and isinstance(asked, UnfitRow) and says in str(row)
+
+
+@pytest.mark.parametrize("edit", ["trim", "e", "tojson", "lower", "replace('\n', ' ')", "folded"])
+def test_a_template_that_folds_trims_or_escapes_a_turn_leaves_nothing_out(edit):
+    tokenizer = byte_tokenizer()
+    edited = TEMPLATE.replace("{{ m.content }}", CONTEXT.replace("EDIT", edit) + "{{ c }}")
+    tokenizer.chat_template = FOLDED if edit == "folded" else edited
+    system = ' Say "yes" & <no>,\nÄnd  nothing else. '
+    [row, short] = Renderer(tokenizer).encode([(conversation("yes", system), "f:1"), (conversation("no")[1:], "f:2")])
+    assert isinstance(row, Row) and isinstance(short, Row), row
+
+
+def test_a_template_that_leaves_out_what_an_earlier_answer_thought_is_taken():
+    messages = [*conversation("<think>well</think>first"), {"role": "user", "content": "q"}, *conversation("last")[2:]]
+    [row] = Renderer.load(str(shared("tokenizers/qwen3"))).encode([(messages, "f:1")])
+    assert isinstance(row, Row)
+
+
+@pytest.mark.parametrize("pattern, says", [("%d %b %Y", "25 Nov 2026"), ("%B %d, %Y %H:%M", "November 25, 2026 00:00")])
+def test_the_date_of_a_template_is_that_of_the_run(pattern, says):
+    tokenizer = byte_tokenizer()
+    # As Llama 3.2 has it.
+    tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now('PATTERN') %}"
+        "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}Today is {{ date_string }}\n" + TEMPLATE
+    ).replace("PATTERN", pattern)
+    renderer = Renderer(tokenizer, "2026-11-25")
+    [row] = renderer.encode([(conversation("yes"), "f:1")])
+    assert f"Today is {says}\n" in renderer.tokenizer.decode(row.prompt) and renderer.date == "2026-11-25"
+    plain = tokenizer.apply_chat_template(conversation("yes"), tokenize=False)  # what a server writes
+    assert datetime.now().strftime(pattern.removesuffix(" %H:%M")) in plain
+
+
+def test_a_template_without_a_date_has_none():
+    assert Renderer(byte_tokenizer(), "2026-11-25").date is None
 
 
 @pytest.mark.parametrize("base", ["no/such/folder", "./here", "nowhere", "../x"])

@@ -129,6 +129,16 @@ def test_the_command_for_vllm_names_both_versions_and_an_allowed_rank(run, capsy
     assert words[words.index("--chat-template") + 1] == str(versions / "r40-adapter/chat_template.jinja")
 
 
+def test_who_serves_a_template_that_writes_the_date_is_told_the_runs_and_its_own(run, capsys):
+    path = run / "adapter/config.yaml"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"data": config["data"] | {"date": "2026-11-25"}}))
+    write_manifest(run / "adapter", "adapter", str(Path("base").resolve()), None)
+    assert main(["serve", str(run), "--backend", "vllm"]) == 0
+    _, note, _ = capsys.readouterr().out.splitlines()
+    assert note.startswith("# the chat template writes the date: 2026-11-25 in training, the server's own day here")
+
+
 def test_what_vllm_cannot_serve_is_refused(run, capsys):
     path = run / "adapter/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))

@@ -139,7 +139,7 @@ from pathlib import Path
 given = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--") and "=" in word)
 folder = Path("logs", sys.argv[sys.argv.index("--task") + 1], given["run"])
 with open("ran.txt", "a") as file:
-    print(folder.name, os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"], file=file)
+    print(folder.name, os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"], given.get("data.date"), file=file)
 mode, rank = os.environ.get("STAND_IN", ""), int(given["model.lora.r"])
 if mode == "mistake":
     sys.exit(print("formtune: error: train.jsonl:3: no answer") or 2)
@@ -290,6 +290,19 @@ def test_each_gpu_takes_one_run_at_a_time(stand_in, monkeypatch):
     assert devices({}) == ["4", "GPU-7"]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert devices({}) == [None]
+
+
+def test_all_runs_of_a_sweep_write_the_date_of_the_first(stand_in, monkeypatch):
+    def dates():
+        return [line.split()[-1] for line in Path("ran.txt").read_text().splitlines()]
+
+    monkeypatch.setattr(verb, "today", lambda: "2026-11-25")
+    assert sweep("--seeds", "0") == 0 and dates() == ["2026-11-25"] * 3
+    Path("logs/small/one/r2-seed0/config.yaml").write_text("data: {date: '2026-11-25'}")
+    monkeypatch.setattr(verb, "today", lambda: "2026-12-01")
+    assert sweep("--seeds", "0,1") == 0 and dates()[3:] == ["2026-11-25"] * 3
+    assert sweep("--seeds", "0,1,2", "--data.date=2020-01-01", "--name", "two") == 0
+    assert set(dates()[6:]) == {"2020-01-01"}
 
 
 def test_runs_from_before_a_change_of_the_rows_are_not_compared(stand_in, capfd):

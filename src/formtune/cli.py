@@ -113,8 +113,8 @@ VERBS = {
     ),
     "fit": Verb("Evaluate the base, train the adapter, test the best checkpoint and export it.", _lightning),
     "sweep": Verb("Train at each point of a grid, ranks by default, and take the smallest that is as good.", _sweep),
-    "validate": Verb("Evaluate a checkpoint (or the base) on the validation rows.", _lightning),
-    "test": Verb("Evaluate a checkpoint (or the base) on the test rows.", _lightning),
+    "validate": Verb("Evaluate a run's best checkpoint, another or the base on the validation rows.", _lightning),
+    "test": Verb("Evaluate a run's best checkpoint, another or the base on the test rows.", _lightning),
     "predict": Verb("Answer a file of prompts and judge the answers by the contract.", _lightning),
     "compare": Verb(
         "Say which run is better on the same test rows, or that the rows cannot tell.", _from("evaluation.compare")

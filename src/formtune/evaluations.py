@@ -27,7 +27,7 @@ from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.evaluation.report import Run, write_run_report
 from formtune.model import FormatModule
 from formtune.model.grammar import Grammar
-from formtune.rendering import Renderer, Row, context_length
+from formtune.rendering import Row, context_length
 
 Baseline = Literal["few_shot", "constrained"]
 Counts = dict[str, tuple[int, int]]
@@ -77,7 +77,7 @@ class Evaluations:
         outcomes = {plain: self._baseline("before", self._rows["test"], found)}
         if "few_shot" in kinds:
             chosen = choose_shots(self._rows["train"], SHOTS, self.model.format)
-            renderer = Renderer.load(self.model.base)
+            renderer = self.datamodule.preparation.renderer
             few, count = few_shot_rows(self._rows["test"], chosen, renderer, self.model.format, self._context)
             if count:
                 name = f"with {count} example{'s' if count > 1 else ''} in the prompt{under}"
@@ -88,7 +88,7 @@ class Evaluations:
         constrained = None
         if "constrained" in kinds and not self.model.constrained:  # else all of them are
             try:
-                self._grammar = Grammar(self.model.format, Renderer.load(self.model.base))
+                self._grammar = Grammar(self.model.format, self.datamodule.preparation.renderer)
             except UserError as error:
                 found["no_grammar"] = str(error).removeprefix("model.constrained: ")
             else:
@@ -123,7 +123,7 @@ class Evaluations:
             self._context - max(len(row.target) for row in self._rows["test"]),
         )
         texts = [row.source for row in production or self._rows["train"]]
-        renderer = Renderer.load(self.model.base)
+        renderer = self.datamodule.preparation.renderer
         longer = probe_rows(self._rows["test"], texts, lengths, renderer, self.model.format)
         rows = [row for part in longer.values() for row in part]
         if not rows or self.trainer.fast_dev_run:
@@ -157,6 +157,7 @@ class Evaluations:
             set_aside=dict(splits.reasons.most_common()),
             config=(self.folder / "config.yaml").read_text(encoding="utf-8"),
             base=self.model.base,
+            date=self.datamodule.preparation.date,
         )
         write_run_report(run, self.folder)
 

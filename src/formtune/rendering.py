@@ -8,15 +8,21 @@ What is supervised is decided here, once, from structure and never by searching 
 The prompt is rendered on its own, as it will be at inference, and must be a token prefix of the whole conversation;
 the target must decode to the answer, letter for letter. A row for which that cannot be shown is not trained on.
 Models without a chat template get `system`, the turns and the answer separated by blank lines, closed by EOS.
+
+A chat template is a program: it may leave a turn out, which refuses the row, and it may write today's date, which is
+frozen, so that a row has the same tokens on every day.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from formtune.errors import UserError, first_line
@@ -98,18 +104,54 @@ def context_length(base: str) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def today() -> str:
+    """The date of this machine, as YYYY-MM-DD."""
+    return datetime.now().date().isoformat()
+
+
+@contextlib.contextmanager
+def _frozen(date: str | None) -> Iterator[None]:
+    """Let chat templates write `date` instead of today's.
+
+    transformers takes no `strftime_now` as an argument (it makes plain data of all that it is given), so its clock is
+    set: templates have no other way to the date.
+    """
+    from transformers.utils import chat_template_utils
+
+    clock = chat_template_utils.datetime
+    if date is not None:
+        day = datetime.fromisoformat(date)
+        chat_template_utils.datetime = SimpleNamespace(now=lambda: day)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock  # type: ignore[misc]
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(base: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+
+
 class Renderer:
     """Renders with a tokenizer's own chat template and proves the mask of every row.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer; its template is used as served, with thinking switched off.
+        date: Day that the template writes where it writes today's, as YYYY-MM-DD; None leaves it to the clock.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, date: str | None = None) -> None:
         if not tokenizer.is_fast:
             raise UserError("model.base: the tokenizer has no tokenizer.json, so its offsets cannot be checked")
         self.tokenizer = tokenizer
         self.templated = bool(tokenizer.chat_template)
+        # By its text: a template may write the date in some conversations only, such as those without a system prompt.
+        self.dated = "strftime_now" in str(tokenizer.chat_template)
+        self.date = date if self.dated else None
+        self._left_out: dict[tuple[str, ...], frozenset[int]] = {}  # turns by the roles of a conversation
         bos, probe = tokenizer.bos_token_id, tokenizer("a")["input_ids"]
         self._bos = [bos] if not self.templated and bos is not None and probe[:1] == [bos] else []
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -134,17 +176,19 @@ class Renderer:
 
     @classmethod
     @functools.lru_cache(maxsize=4)
-    def load(cls, base: str) -> Renderer:
+    def load(cls, base: str, date: str | None = None) -> Renderer:
         """Load the tokenizer of a model folder or hub id.
+
+        Args:
+            base: The folder or id.
+            date: As the class takes it.
 
         Raises:
             UserError: The tokenizer is missing or damaged.
         """
-        from transformers import AutoTokenizer
-
         check_base(base)
         try:
-            return cls(AutoTokenizer.from_pretrained(base, trust_remote_code=False))
+            return cls(_tokenizer(base), date)
         except UserError:
             raise
         except Exception as error:  # of as many kinds as there are ways to damage a file
@@ -199,7 +243,41 @@ class Renderer:
         """The texts of each row, or why it has none."""
         unfit = [self._control_token(messages) for messages in rows]
         texts = iter(self._texts([messages for messages, reason in zip(rows, unfit, strict=True) if reason is None]))
-        return [next(texts) if reason is None else reason for reason in unfit]
+        return [
+            self._whole(messages, next(texts)) if reason is None else reason
+            for messages, reason in zip(rows, unfit, strict=True)
+        ]
+
+    def _whole(self, messages: list[Message], texts: Texts | UnfitRow) -> Texts | UnfitRow:
+        """The texts, if the prompt holds what every turn says."""
+        if isinstance(texts, UnfitRow) or not self.templated:
+            return texts
+        context = messages if texts[2] is None else messages[:-1]
+        left_out = self._turns_left_out(context)
+        for number, message in enumerate(context):
+            if number in left_out or not _says(texts[0], message):
+                text = repr(" ".join(message["content"].split())[:40])
+                if message["role"] == "system":
+                    return UnfitRow(
+                        f"the chat template leaves out the system prompt {text}; write it into the user turn (as in "
+                        "data.columns.prompt: 'Be brief. {prompt}'), or take a base whose template has one"
+                    )
+                return UnfitRow(
+                    f"the chat template leaves out the {message['role']} turn {text}; write it into the last user "
+                    "turn, or take a base whose template has it"
+                )
+        return texts
+
+    def _turns_left_out(self, context: list[Message]) -> frozenset[int]:
+        """Numbers of the turns whose place the template passes over: a short text may stand elsewhere by chance."""
+        roles = tuple(message["role"] for message in context)
+        if roles not in self._left_out:
+            marked = [{**message, "content": f"formtune{i}turn"} for i, message in enumerate(context)]
+            [text] = self._render([marked], add_generation_prompt=True)
+            # A template that refuses the marks may want JSON there, say; each row's own text is looked for anyway.
+            seen = [isinstance(text, UnfitRow) or message["content"] in text for message in marked]
+            self._left_out[roles] = frozenset(i for i, found in enumerate(seen) if not found)
+        return frozenset(i for i in self._left_out[roles] if context[i]["content"].strip())
 
     def _control_token(self, messages: list[Message]) -> UnfitRow | None:
         for message in messages:
@@ -228,9 +306,10 @@ class Renderer:
         if not conversations:
             return []
         try:
-            return self.tokenizer.apply_chat_template(
-                conversations, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
-            )
+            with _frozen(self.date):
+                return self.tokenizer.apply_chat_template(
+                    conversations, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+                )
         except Exception as error:  # a template is a program of whoever made the model
             if len(conversations) == 1:
                 return [UnfitRow(f"the chat template refuses the conversation: {first_line(error)}")]
@@ -283,3 +362,18 @@ class Renderer:
         # Straight from the tokenizer in Rust, whose truncation and padding the call in `__init__` switched off: the
         # wrapper around it takes as long again. The template already wrote the special tokens, BOS above all.
         return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+
+
+def _says(prompt: str, message: Message) -> bool:
+    """Whether a prompt holds what a turn says, though the template may trim it, or escape its marks."""
+    content = message["content"]
+    if message["role"] == "assistant":
+        content = content.rpartition("</think>")[2]  # templates leave out what an earlier answer thought
+    if content.strip() in prompt:
+        return True
+    content, prompt, at = content.casefold(), prompt.casefold(), 0
+    for word in re.findall(r"[^\W_]+", content):
+        at = prompt.find(word, at) + len(word)
+        if at < len(word):
+            return False
+    return True

@@ -38,6 +38,15 @@ class RunFolder:
         """Whether it has come to its end."""
         return (self.path / "metrics.json").exists()
 
+    @property
+    def date(self) -> str | None:
+        """Day that the run's prompts write, None where they write none or no run has begun."""
+        try:
+            found = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))["data"]["date"]
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+            return None
+        return None if found is None else str(found)
+
     def difference(self, config: str) -> str | None:
         """The first key in which this run's configuration differs from another, with both values; None if none does.
 
@@ -49,6 +58,8 @@ class RunFolder:
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{self.path / 'config.yaml'}: cannot be read ({error}); begin another run") from None
         new = dict(_leaves(yaml.safe_load(config)))
+        if None in (old.get("data.date"), new.get("data.date")):  # no date is written, or that of the run is taken
+            old["data.date"] = new["data.date"] = None
         for key in [*new, *(key for key in old if key not in new)]:
             if old.get(key) != new.get(key) and not key.startswith(FREE):
                 return f"{key} {old.get(key)}, now {new.get(key)}"
@@ -93,19 +104,19 @@ def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], 
 
     Raises:
         UserError: The run of that name is another one.
-        SystemExit: It is finished; nothing is to be done.
+        SystemExit: It is finished, with this configuration; nothing is to be done.
     """
     folder = RunFolder(task / name) if name else _last(task) if resume else None
     if folder is None or not folder.begun or (folder.finished and not name):
         return name
     if not resume:
         raise UserError(f"run: {folder.path} already holds a run; go on with it by --resume, or choose another --run")
-    if folder.finished:
-        print(f"nothing to do: {folder.path} is finished")
-        raise SystemExit(0)
     difference = folder.difference(config())
     if difference and name:
         raise UserError(f"resume: {folder.path} began with {difference}; name another --run for another run")
+    if folder.finished:
+        print(f"nothing to do: {folder.path} is finished")
+        raise SystemExit(0)
     new = f"{folder.path} began with {difference}: a new run begins"
     print(new if difference else f"going on with {folder.path}", flush=True)
     return None if difference else name or folder.path.name

@@ -68,15 +68,23 @@ def print_audit(found: dict[str, Any], splits: Splits, folder: Path) -> None:
     console.print(f"[bold]verdict: {found['verdict']}[/]{stops}{looked}", highlight=False, soft_wrap=True)
 
 
-def print_result(result: dict[str, Any], folder: Path | None) -> None:
-    """One table: the headlines in each view, the failures by kind, and where the files lie."""
+def print_result(result: dict[str, Any], folder: Path | None, split: str = "test", measured: str | None = None) -> None:
+    """One table: the headlines in each view, the failures by kind, and where the files lie.
+
+    Args:
+        result: As in `metrics.json`, or one view called `result`.
+        folder: Of the run; None where nothing was written.
+        split: What the rows belong to.
+        measured: What the view called `result` is of: a checkpoint, or the untuned base.
+    """
     views = [name for name in (*VIEWS, "result") if name in result]
     first = result[views[0]]
     console = Console()
-    title = f"Result on {result['rows']:,} test rows" if "rows" in result else "Result"
+    # What it is of comes first: a title may be broken after that.
+    title = f"{Path(measured).name if measured else 'Result'} on {result['rows']:,} {split} rows"
     table = Table(Column("metric", no_wrap=True), title=title, title_justify="left")
     for view in views:
-        table.add_column(view.replace("_", " "), justify="right")
+        table.add_column(Path(measured).name if measured else view.replace("_", " "), justify="right")
     own = [name for name in first if name.startswith("own/")]
     # Five views leave room for neither fields nor counts on 80 columns; the report has them.
     few = len(views) <= 3

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from formtune.errors import UserError
 
@@ -43,6 +44,22 @@ def check_trainer(config: Namespace, verb: str) -> None:
         raise UserError("trainer.gradient_clip_val: set model.max_grad_norm instead")
     if trainer.accumulate_grad_batches != 1:
         raise UserError("trainer.accumulate_grad_batches: a batch is a whole step here; set data.rows_per_step instead")
+
+
+def check_processes(trainer: Any) -> None:
+    """Refuse processes that Lightning spawns or forks: what they train stays in them, and the run is lost at its end.
+
+    Args:
+        trainer: With its strategy.
+
+    Raises:
+        UserError: Names the strategy to take.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise UserError(
+            "trainer.strategy: processes that are spawned or forked (ddp_spawn, ddp_fork, ddp_notebook, start_method) "
+            "cannot hand back what they trained; use ddp"
+        )
 
 
 def check_monitors(trainer: Any, names: Set[str]) -> None:

@@ -61,10 +61,11 @@ class AnswerFile(Callback):
 
     Args:
         path: File to write; under several devices each further process appends its rank to the name.
+        untuned: What to call the model in each record, where it is not a tuned one.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str, untuned: str | None = None) -> None:
+        self.path, self._more = Path(path), {"model": untuned} if untuned else {}
         self._answers: list[Any] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -78,7 +79,7 @@ class AnswerFile(Callback):
         path = self.path.with_name(f"{self.path.name}.{rank}") if rank else self.path
         # The loader sorts by length; a reader expects the order of the prompts.
         answers = sorted(self._answers, key=lambda a: a.row.number)
-        write_lines(path, (_record(a) for a in answers))
+        write_lines(path, (_record(a) | self._more for a in answers))
 
 
 def _record(answer: Any) -> dict[str, Any]:

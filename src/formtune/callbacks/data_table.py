@@ -13,7 +13,7 @@ from formtune.summary import print_data, print_ignored
 
 
 class DataTable(Callback):
-    """Prints rows per split, what was repaired, set aside and ignored, once."""
+    """Prints rows per split, what was repaired, set aside and ignored, and the date in the prompts, once."""
 
     def __init__(self) -> None:
         self._done = False
@@ -29,4 +29,9 @@ class DataTable(Callback):
         count = len(data.splits.rows.get("train", ())) if data.splits else 0
         if 0 < count < FEW_ROWS:
             print(f"few rows: {count} to train on, where {FEW_ROWS} are the least for a task; see formtune audit")
+        if data.splits and (date := data.preparation.date):
+            print(
+                f"the chat template writes the date; frozen at {date} for this run; a server writes its own day, "
+                "unless the date is written into the chat_template.jinja that it serves"
+            )
         self._done = True

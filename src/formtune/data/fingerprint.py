@@ -43,7 +43,7 @@ def fingerprint(
         known = {
             "settings": dict(settings),
             "contract": [contract.to_dict(), contract._init_args],
-            "tokenizer": _tokenizer(renderer.tokenizer),
+            "tokenizer": _tokenizer(renderer.tokenizer) | ({"date": renderer.date} if renderer.date else {}),
             "packages": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         }
         hashed = hashlib.blake2b(json.dumps(known).encode(), digest_size=16)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
+from datetime import date as calendar_day
 from typing import Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
@@ -19,7 +20,7 @@ from formtune.data.sources import Columns, Source
 from formtune.data.splits import SPLITS, Prepared, Splitter
 from formtune.errors import UserError
 from formtune.formats import Format
-from formtune.rendering import Renderer, Row, context_length
+from formtune.rendering import Renderer, Row, context_length, today
 
 # Reasons that speak of a mistake in the data; the others (duplicates, leaks, ...) are ordinary and only counted.
 BAD_REASONS = ("format", "style", "too_long", "unfit")
@@ -41,6 +42,13 @@ def system_prompt(system: str | None, contract: dict[str, Any]) -> str | None:
     if schema is None:
         raise UserError("data.system: {schema} needs a JsonSchema as data.format")
     return system.replace("{schema}", json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
+
+
+def _checked_date(text: str) -> str:
+    try:
+        return calendar_day.fromisoformat(text).isoformat()
+    except ValueError:
+        raise UserError(f"data.date: {text!r} is no day; write it as YYYY-MM-DD") from None
 
 
 class Preparation:
@@ -65,6 +73,7 @@ class Preparation:
         max_synthetic: Share of training rows that models may have written, of those whose `columns.source` says so.
         max_length: Tokens that prompt and answer may have together; longer rows are bad rows, they are never cut.
         max_new_tokens: Tokens that an answer may have (follows `model.max_new_tokens`).
+        date: Day that a chat template writes where it writes today's, as YYYY-MM-DD; None takes the day the run began.
     """
 
     def __init__(
@@ -85,6 +94,7 @@ class Preparation:
         max_synthetic: ClosedUnitInterval = 0.5,
         max_length: PositiveInt = 1024,
         max_new_tokens: PositiveInt = 256,
+        date: str | None = None,
     ) -> None:
         self.format, self.prompts, self.production = format, prompts, production
         self.system = system_prompt(system, format.to_dict())
@@ -96,6 +106,17 @@ class Preparation:
         self.ignored: dict[str, Counter[str]] = {}  # of inputs without answers, by the option that names them
         if sum(share for share in (validation, test) if isinstance(share, float)) >= 1:
             raise UserError("data.validation, data.test: the two shares leave no rows to train on")
+        self._day = today() if date is None else _checked_date(date)
+
+    @property
+    def renderer(self) -> Renderer:
+        """Turns conversations into ids, on the day of the run."""
+        return Renderer.load(self.base, self._day)
+
+    @property
+    def date(self) -> str | None:
+        """Day that the chat template writes, None where it writes none."""
+        return self.renderer.date
 
     @property
     def limit(self) -> int:
@@ -222,7 +243,7 @@ class Preparation:
     def _splitter(self) -> Splitter:
         return Splitter(
             self.format,
-            Renderer.load(self.base),
+            self.renderer,
             self.columns,
             self.system,
             self.clean,

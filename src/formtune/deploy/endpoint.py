@@ -50,9 +50,10 @@ class Endpoint:
         url: Base URL, such as http://127.0.0.1:8000/v1; the key, where one is needed, is read from OPENAI_API_KEY.
         model: The model to ask for.
         max_tokens: Tokens that an answer may have.
+        date: Day that the rows' prompts write, None where they write none.
     """
 
-    def __init__(self, url: str, model: str, max_tokens: int) -> None:
+    def __init__(self, url: str, model: str, max_tokens: int, date: str | None = None) -> None:
         try:
             import openai
         except ImportError:
@@ -62,6 +63,12 @@ class Endpoint:
         self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
         self.url, self.model, self.max_tokens = url, model, max_tokens
         self.gives_ids = False
+        self._remedy = REMEDY
+        if date is not None:
+            self._remedy += (
+                f"; the template writes the date, which is {date} in formtune's prompts and today in the server's: "
+                "--data.date sets it for this check"
+            )
 
     def open(self, row: Row) -> None:
         """Ask once, so that what is wrong for all rows is said at once and loading the model is not measured.
@@ -109,14 +116,14 @@ class Endpoint:
         if ids is not None and list(ids) != row.prompt:
             at = next((i for i, (a, b) in enumerate(zip(ids, row.prompt, strict=False)) if a != b), None)
             differ = f"differing from token {min(len(ids), len(row.prompt)) if at is None else at} on"
-            raise UserError(f"{row.where}: {_counts(len(ids), row)}, {differ}; {REMEDY}")
+            raise UserError(f"{row.where}: {_counts(len(ids), row)}, {differ}; {self._remedy}")
         if count is None and ids is None:
             raise UserError(
                 f"{row.where}: the server does not say how many tokens the prompt has (usage.prompt_tokens), so "
                 "nothing shows that it renders the prompt that the model was trained on; have it report usage"
             )
         if count is not None and count != len(row.prompt):
-            raise UserError(f"{row.where}: {_counts(count, row)}; {REMEDY}")
+            raise UserError(f"{row.where}: {_counts(count, row)}; {self._remedy}")
 
     def _ids(self, messages: list[Message]) -> list[int]:
         """The prompt's tokens by the server's own account.

@@ -55,7 +55,7 @@ def run(args: list[str]) -> int:
     rows = splits.rows["test"]
     if config.rows and config.rows < len(rows):
         rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), config.rows))]
-    endpoint = Endpoint(config.url, config.served_model or config.task, preparation.max_new_tokens)
+    endpoint = Endpoint(config.url, config.served_model or config.task, preparation.max_new_tokens, preparation.date)
     replies, seconds = ask_all(endpoint, rows, config.at_once)
     outcomes = [judge(row, reply, preparation.format) for row, reply in zip(rows, replies, strict=True)]
     if all(not reply.text for reply in replies):

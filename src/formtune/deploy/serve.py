@@ -104,6 +104,8 @@ def serve(served: Served, manifest: dict[str, Any], port: int) -> int:
             if _healthy(process, port, stopped):
                 print(f"{served.name} serves {served.folder} as {served.task}; end with Ctrl-C\n", flush=True)
                 print(curl(served, config, port), flush=True)
+                if config["date"]:
+                    print(f"\n{own_day(config['date'])}", flush=True)
                 while process.poll() is None and not stopped:
                     time.sleep(0.1)
         finally:
@@ -138,7 +140,7 @@ def link(exported: Path, manifest: dict[str, Any], folder: Path) -> None:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """Of an exported folder's configuration: `system`, `max_tokens`, `precision` and `quantize`."""
+    """Of an exported folder's configuration: `system`, `max_tokens`, `precision`, `quantize` and `date`."""
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
     return {
@@ -146,6 +148,7 @@ def settings(folder: Path) -> dict[str, Any]:
         "max_tokens": config["model"].get("max_new_tokens", 256),
         "precision": str(config.get("trainer", {}).get("precision")),
         "quantize": config["model"].get("quantize"),
+        "date": config["data"].get("date"),
     }
 
 
@@ -160,6 +163,14 @@ def curl(served: Served, config: dict[str, Any], port: int) -> str:
     }
     text = shlex.quote(json.dumps(body, ensure_ascii=False))
     return f"curl http://{HOST}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d {text}"
+
+
+def own_day(date: str) -> str:
+    """What a client should know of a template that writes the date."""
+    return (
+        f"the chat template writes the date: {date} in training, the server's own day here, unless the date is written "
+        "into the chat_template.jinja that is served"
+    )
 
 
 def vllm_command(served: Served, manifest: dict[str, Any], port: int) -> str:
@@ -180,7 +191,9 @@ def vllm_command(served: Served, manifest: dict[str, Any], port: int) -> str:
             "--lora-modules", *(f"{name}={folder.resolve()}" for name, folder in adapters.items()),
             "--chat-template", str((served.folder / "chat_template.jinja").resolve()), *common,
         ]  # fmt: skip
-    return "# not run here: formtune was not tested with vLLM; see formtune check-endpoint\n" + shlex.join(words)
+    date = settings(served.folder)["date"]
+    dated = f"# {own_day(date)}\n" if date else ""
+    return f"# not run here: formtune was not tested with vLLM; see formtune check-endpoint\n{dated}{shlex.join(words)}"
 
 
 def _vllm_rank(base: str, folder: Path) -> int:

@@ -43,6 +43,7 @@ class Run:
         set_aside: Rows that were not used, by reason.
         config: The configuration as YAML.
         base: Folder or hub id of the base.
+        date: Day that the chat template writes, None where it writes none.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Run:
     set_aside: dict[str, int]
     config: str
     base: str
+    date: str | None = None
 
 
 def write_run_report(run: Run, folder: Path) -> None:

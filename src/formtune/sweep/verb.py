@@ -20,6 +20,8 @@ from formtune.cli import LOGS, VERBS
 from formtune.errors import UserError
 from formtune.files import write_whole
 from formtune.parsing import VerbParser
+from formtune.rendering import today
+from formtune.run_folder import RunFolder
 from formtune.sweep import grid
 from formtune.sweep.findings import findings
 from formtune.sweep.grid import Point
@@ -83,8 +85,12 @@ def run(args: list[str], configs: Sequence[str]) -> int:
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise UserError(f"--name {name}: expected letters, digits and . + - _")
     folder = LOGS / task / name
+    own_date = (yaml.safe_load(plain).get("data") or {}).get("date")
+    dated = [] if own_date else [f"--data.date={_first_day(folder)}"]  # all runs see the same rows, on whatever day
     jobs = {
-        (at, seed): _job(f"{point.name}-seed{seed}", folder, [*words, *point.words, f"--seed_everything={seed}"])
+        (at, seed): _job(
+            f"{point.name}-seed{seed}", folder, [*words, *dated, *point.words, f"--seed_everything={seed}"]
+        )
         for seed in seeds  # all points once before any of them twice: an unfinished sweep shows the most
         for at, point in enumerate(points)
     }
@@ -131,6 +137,12 @@ def _configurations(words: Sequence[str], points: Sequence[Point]) -> dict[str, 
             raise UserError(f"--over: {same} and {point.name} are the same configuration")
         found[point.name] = text
     return found
+
+
+def _first_day(folder: Path) -> str:
+    """The day that the sweep's runs write where a chat template writes the date: that of the first one."""
+    dates = (RunFolder(path.parent).date for path in sorted(folder.glob("*/config.yaml")))
+    return next(filter(None, dates), today())
 
 
 def _job(name: str, folder: Path, words: list[str]) -> Job:
