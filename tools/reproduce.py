@@ -48,7 +48,9 @@ def differences(before: Any, after: Any, path: str = "") -> list[str]:
         return [
             line
             for key in keys
-            for line in differences(before.get(key, "absent"), after.get(key, "absent"), f"{path}.{key}" if path else key)
+            for line in differences(
+                before.get(key, "absent"), after.get(key, "absent"), f"{path}.{key}" if path else key
+            )
         ]
     return [] if before == after else [f"{path}: {before} -> {after}"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from formtune import checkpoint_files
-from formtune.callbacks import Checkpoints, Signals
+from formtune.callbacks.validations import Validations
 from formtune.errors import UserError
 
 UNTUNED = "untuned base"
@@ -63,7 +63,7 @@ def _best(run: Path) -> Path:
     try:
         step = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["training"]["best_step"]
     except FileNotFoundError:
-        known = Checkpoints(Signals())
+        known = Validations()
         try:
             known.load_state_dict(checkpoint_files.read(_last(run))["callbacks"][known.state_key])
             step = known.best.step if known.best else None
