@@ -26,6 +26,7 @@ class Splits:
     quarantine: list[Quarantined] = field(default_factory=list)
     mixtures: list[Mixture] = field(default_factory=list)
     origins: dict[str, dict[str, int]] = field(default_factory=dict)  # rows of each split by who wrote them
+    shared: float = 0.0  # share of the inputs' text that many share and the near comparison left out
     key: str | None = None  # content hash of all that decides the rows
     cached: Path | None = field(default=None, compare=False)  # the file they were read from
 
