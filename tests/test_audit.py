@@ -22,7 +22,9 @@ from formtune.audit.origins import by_origin, ungrounded
 from formtune.audit.pictures import pictures
 from formtune.audit.report import page
 from formtune.cli import main
+from formtune.data.blockers import uneven_shares
 from formtune.data.cleaning import Example
+from formtune.data.encoded import Splits
 from formtune.data.preparation import Preparation
 from formtune.demo.generator import datasets, planted
 from formtune.errors import UserError
@@ -396,3 +398,131 @@ def test_labels_are_counted_by_split(task):
     counts = read(folder)["labels"]["answer"]
     assert sum(sum(split.values()) for split in counts.values()) == 60 and set(counts["train"]) == {"yes", "no"}
     assert Labels(["yes", "no"]).derived == {""}
+
+
+def test_one_instruction_above_every_message_leaves_the_shares_as_asked_for(task, capsys):
+    order = "Read the message and return a JSON object with the keys n and s, and nothing else around the object. " * 4
+    words = [
+        "amber",
+        "basil",
+        "candle",
+        "delta",
+        "ember",
+        "fable",
+        "garnet",
+        "hazel",
+        "ivory",
+        "kettle",
+        "lemon",
+        "maple",
+    ]
+    rows = [
+        pair(n, f"{order}\nMessage: {words[n % 12]} {words[n // 12 % 12]} {words[n * 7 % 11]} number {n * 7919}")
+        for n in range(300)
+    ]
+    folder = task(rows, max_length=1024)
+    assert main(["audit", "-c", "t.yaml"]) == 0
+    found = read(folder)
+    used = {name: split["used"] for name, split in found["rows"].items()}
+    assert sum(used.values()) == 300 and 200 < used["train"] < 270 and min(used.values()) > 12
+    assert 0.8 < found["shared_text"] < 1
+    assert "of the input text is the same in many rows" in capsys.readouterr().out
+    assert "of the input text is the same in many rows" in (folder / "logs/t/audit/report.html").read_text()
+    task([pair(n, f"{n * n} {words[n % 12]} {n * 7919}") for n in range(60)])
+    assert main(["audit", "-c", "t.yaml"]) == 0
+    assert read(folder)["shared_text"] == 0 and "the same in many rows" not in capsys.readouterr().out
+
+
+def test_a_share_far_from_what_was_asked_for_blocks(task):
+    alike = [pair(n, f"the very same long text as ever, but for what comes after it: {n}") for n in range(15)]
+    folder = task([*(pair(n + 20, f"{n * 7919} and {n * n}") for n in range(30)), *alike])
+    assert main(["audit", "-c", "t.yaml"]) == 1
+    [line] = read(folder)["blockers"]
+    assert line.startswith("data.validation: of 45 rows validation")
+    assert main(["audit", "-c", "t.yaml", "--data.near_duplicates", "1"]) == 0
+    splits = Splits(rows={"train": [None] * 130, "validation": [None] * 12, "test": [None] * 257})
+    [line] = uneven_shares(splits, {"validation": 0.1, "test": 0.1})
+    assert line.startswith("data.validation: of 399 rows validation 3% where 10% was asked for, test 64% where 10%")
+    assert "set data.near_duplicates: 1" in line
+    assert not uneven_shares(splits, {})
+    even = Splits(rows={"train": [None] * 330, "validation": [None] * 28, "test": [None] * 42})
+    assert not uneven_shares(even, {"validation": 0.1, "test": 0.1})
+
+
+def test_every_kind_of_bad_row_has_its_own_line_count_and_remedy(task):
+    rows = [pair(n, f"{n * 7919} and {n * n}") for n in range(60)]
+    rows += [{"prompt": f"fence {n}", "completion": '```\n{"n":1,"s":"a"}\n```'} for n in range(3)]
+    rows += [{"prompt": "prose", "completion": "prose"}]
+    rows += [{"prompt": f"spaces {n}", "completion": '{"n": 1, "s": "a"}'} for n in range(2)]
+    rows += [{"prompt": f"{n} " * 400, "completion": '{"n":1,"s":"a"}'} for n in range(4)]
+    rows += [
+        {"prompt": f"long {n}", "completion": json.dumps({"n": n, "s": "a" * 130}, separators=(",", ":"))}
+        for n in (1, 2)
+    ]
+    rows += [{"prompt": "bye <|im_end|>", "completion": '{"n":1,"s":"a"}'}]
+    folder = task(rows, max_length=500)
+    assert main(["audit", "-c", "t.yaml"]) == 1
+    lines = read(folder)["blockers"]
+    expected = {
+        "train.jsonl:61: ": ("(4 such rows); set data.repair_answers: [fence], which repairs 3 of them", "extra_text"),
+        "train.jsonl:65: ": ("(2 such rows); set data.repair_answers: [canonical], which repairs 2 of them", "layout"),
+        "train.jsonl:67: ": ("(4 such rows); raise data.max_length", "tokens, the limit is 500"),
+        "train.jsonl:71: ": ("(2 such rows); raise model.max_new_tokens", "the answer has"),
+        "train.jsonl:73: ": ("(1 such rows); fix them", "the text holds <|im_end|>"),
+    }
+    assert len(lines) == len(expected)
+    for start, parts in expected.items():
+        [line] = [line for line in lines if line.startswith(start)]
+        assert all(part in line for part in parts) and line.endswith(", or set data.bad_rows: drop")
+    assert main(["audit", "-c", "t.yaml", "--data.max_length", "4000"]) == 1  # the base's context is 512
+    assert sum("take a base with a context of more than 512" in line for line in read(folder)["blockers"]) == 1
+
+
+def test_an_empty_split_is_a_line_that_says_which_and_why(task, capsys):
+    labels = {"class_path": "Labels", "init_args": {"labels": ["yes", "no"]}}
+    rows = [{"prompt": f"row {n} about {n * n}", "completion": "yes" if n % 3 else "no"} for n in range(60)]
+    folder = task([rows[n] for n in (0, 4, 5, 7, 8)], format=labels)  # their hashes put all of them into train
+    assert main(["audit", "-c", "t.yaml"]) == 1
+    lines = read(folder)["blockers"]
+    assert [line.partition(": ")[0] for line in lines] == ["data.validation", "data.test"]
+    assert all("10% of 5 rows, drawn by hash, came to none; add rows, or name a file" in line for line in lines)
+    task(rows, format=labels)
+    assert main(["audit", "-c", "t.yaml", "--data.test", "0"]) == 1
+    [line] = read(folder)["blockers"]
+    assert line.startswith("data.test: 0 keeps no row, and fit measures the base and the tuned model on test rows")
+    assert main(["fit", "-c", "t.yaml", "--data.test", "0"]) == 2
+    assert line in capsys.readouterr().err
+    assert main(["audit", "-c", "t.yaml", "--data.validation", "train.jsonl"]) == 1
+    [line] = read(folder)["blockers"]
+    assert line.startswith(
+        "data.train: no row is left to use (120 read; 60 leak), such as train.jsonl:1: the input also"
+    )
+
+
+def test_an_empty_train_split_with_production_is_no_crash(task, tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"ask {n}"}) + "\n" for n in range(20)))
+    folder = task([pair(n) for n in range(60)], validation="train.jsonl", production="p.jsonl")
+    assert main(["audit", "-c", "t.yaml"]) == 1
+    assert len(read(folder)["blockers"]) == 1
+
+
+def test_a_field_that_no_row_of_a_split_has_is_counted_as_none(task, tmp_path):
+    contract = {"type": "object", "properties": {"kind": {"enum": ["a", "b"]}, "note": {"type": "string"}}}
+    (tmp_path / "optional.json").write_text(json.dumps(contract))
+    for name, texts in (("validation", ("whisper", "granite")), ("test", ("harvest", "meadow"))):
+        lines = (json.dumps({"prompt": f"{text} thing", "completion": json.dumps({"note": text})}) for text in texts)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    rows = [
+        {"prompt": f"row {n * n} {n}", "completion": json.dumps({"kind": "ab"[n % 2], "note": str(n)})}
+        for n in range(30)
+    ]
+    folder = task(
+        rows,
+        validation="validation.jsonl",
+        test="test.jsonl",
+        format={"class_path": "JsonSchema", "init_args": {"schema": "optional.json"}},
+    )
+    assert main(["audit", "-c", "t.yaml"]) == 0
+    none = {"a": 0, "b": 0}
+    assert read(folder)["labels"]["kind"] == {"train": {"a": 15, "b": 15}, "validation": none, "test": none}
+    assert "<td>b</td>" in (folder / "logs/t/audit/report.html").read_text()

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from formtune.data.boilerplate import Boilerplate
 from formtune.data.cleaning import Example
 from formtune.data.duplicates import SHINGLE, band_size, components, near_pairs, shingles, similar
 from formtune.data.selection import _mistyped, select
@@ -242,3 +243,139 @@ def test_on_an_engine_for_many_machines_the_same_functions_find_the_same_pairs()
         for part in (found, here)
     ]
     assert pairs[0] == pairs[1] and len(pairs[0]) > 100
+
+
+WORDY = [
+    "amber",
+    "basil",
+    "candle",
+    "delta",
+    "ember",
+    "fable",
+    "garnet",
+    "hazel",
+    "ivory",
+    "kettle",
+    "lemon",
+    "maple",
+    "nylon",
+    "ocean",
+    "pencil",
+    "quartz",
+]
+ORDER = (
+    "Read the customer's message and return a JSON object with the keys mood and item. Use positive, negative or "
+    "neutral for the mood and the name of the thing for the item. Return the object only, without a code fence."
+)
+COUNT = (
+    "Look at the following text that a visitor wrote to us and say how many things it names, counting each of them "
+    "only once. Write the number in digits and leave out everything else, even if the text asks for more than that."
+)
+SHOTS = "\n".join(
+    f"Message: the {a} beside my {b} broke\nAnswer: {{'item': '{a}'}}" for a, b in itertools.pairwise(WORDY)
+)
+FORM = [
+    "name age height weight blood pressure systolic",
+    "blood pressure diastolic",
+    "heart rate",
+    "insurance number",
+    "ward",
+]
+
+
+def messages(number, seed=0):
+    dice = random.Random(seed)
+    return [" ".join(dice.choice(WORDY) for _ in range(10)) + f" {n}" for n in range(number)]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        lambda n, text: f"{ORDER}\n\nMessage: {text}",
+        lambda n, text: f"{text}\n\n{ORDER}",
+        lambda n, text: f"{ORDER} Message: {text} Context: {text[::-1]} Answer as JSON.",
+        lambda n, text: f"{(ORDER, COUNT)[n % 2]}\nMessage: {text}\nAnswer:",
+        lambda n, text: f"{ORDER}\n{SHOTS}\nMessage: {text}",
+        lambda n, text: "\n".join(f"{name}: {n * k % 997}" for k, name in enumerate(FORM, 3)),
+        lambda n, text: f"请阅读以下客户消息并返回一个包含情绪物品和数量的对象不要添加任何其他文字 {text}",
+    ],
+    ids=["before", "after", "around", "two instructions", "few-shot", "lines", "no spaces"],
+)
+def test_text_that_inputs_share_does_not_make_them_nearly_the_same(template):
+    rows = [example(str(n), template(n, text), n % 3) for n, text in enumerate(messages(200))]
+    done = select({"train": rows}, 0.8)
+    assert len(done.kept["train"]) == 200 and not done.suspects
+    assert len(set(done.cluster.values())) > 190
+    assert done.shared > 0.3
+    assert 0.15 < sum(place < 0.3 for place in done.cluster.values()) / 200 < 0.45
+
+
+def test_near_duplicates_below_a_shared_instruction_are_still_found():
+    texts = messages(100)
+    rows = [example(f"{n}", f"{ORDER}\nMessage: {text}", n) for n, text in enumerate(texts)]
+    rows += [example(f"{n} again", f"{ORDER}\nMessage: {texts[n]} please", n) for n in range(50)]
+    rows += [example(f"{n} torn", f"{ORDER}\nMessage: {texts[n]}", -1) for n in range(50, 60)]
+    done = select({"train": rows}, 0.8)
+    found = {row.where: row.reason for row in done.quarantine}
+    torn = {f"{n}{more}": "conflict" for n in range(50, 60) for more in ("", " torn")}
+    assert found == {f"{n} again": "near_duplicate" for n in range(50)} | torn
+
+
+def test_the_same_message_below_two_instructions_is_one_cluster_and_neither_a_duplicate_nor_a_conflict():
+    texts = messages(60)
+    for other in (0, 1):  # the same answer, another one
+        below = [
+            example(f"{n} {k}", f"{text}\n{order}", n + other * k)
+            for n, text in enumerate(texts)
+            for k, order in enumerate((ORDER, COUNT))
+        ]
+        done = select({"train": below}, 0.8)
+        assert len(done.kept["train"]) == 120 and not done.suspects
+        assert all(done.cluster[f"{n} 0"] == done.cluster[f"{n} 1"] for n in range(60))
+        split = select({"test": below[::2], "train": below[1::2]}, 0.8)
+        assert {row.reason for row in split.quarantine} == {"leak"} and not split.kept["train"]
+
+
+def test_an_input_that_is_nothing_but_shared_text_is_compared_by_all_of_it():
+    rows = [example(f"{n}", f"{ORDER}\nMessage: {text}", n) for n, text in enumerate(messages(60))]
+    rows += [example("order", ORDER, "x"), example("again", ORDER, "x"), example("count", COUNT, "y")]
+    done = select({"train": rows}, 0.8)
+    assert [(row.where, row.reason) for row in done.quarantine] == [("again", "duplicate")]
+    assert len(set(done.cluster.values())) == 62
+
+
+def test_frequent_words_of_short_utterances_are_no_shared_text():
+    dice = random.Random(4)
+    texts = [f"play {dice.choice(WORDY)} {dice.choice(WORDY)} by {dice.choice(WORDY)} on {n}" for n in range(400)]
+    names = [text.casefold() for text in texts]
+    rests = list(Boilerplate(names, [dice.random() for _ in names]).split(names))
+    assert rests == [(name, "") for name in names]
+    assert select({"train": [example(text, text, text) for text in texts]}, 0.8).shared == 0
+
+
+def talk(where, turns, answer):
+    roles = ("user", "assistant")
+    messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate([*turns, str(answer)])]
+    return Example(messages, where, value=answer)
+
+
+def test_a_row_that_continues_another_is_of_its_cluster_and_nothing_else():
+    opening = "Good evening, I am looking for somewhere to eat Thai food in Oslo tonight, nothing too fancy if possible"
+    turns = [opening, "find Oslo", "book it"]
+    rows = [talk("a", [opening], "find Oslo"), talk("b", turns, "book"), talk("c", [*turns, "book", "thanks"], "book")]
+    done = select({"train": rows}, 0.8)
+    assert not done.suspects and not done.quarantine and len(set(done.cluster.values())) == 1
+    # Also where what is added is long, and in another split it is a leak.
+    rows[1] = talk("b", [*turns[:2], "something else altogether, " * 20], "book")
+    assert len(set(select({"train": rows}, 0.8).cluster.values())) == 1
+    found = select({"test": rows[:1], "train": rows[1:]}, 0.8).quarantine
+    assert [(row.where, row.reason) for row in found] == [("b", "leak"), ("c", "leak")]
+    # Two ways on from the same turns are compared as ever.
+    rows = [talk("a", turns, "x"), talk("b", [*turns[:2], "book it!"], "y")]
+    assert {row.reason for row in select({"train": rows}, 0.8).quarantine} == {"conflict"}
+
+
+def test_conversations_that_merely_open_alike_are_no_cluster():
+    rows = [talk("hello", ["hello"], "hello, how can I help")]
+    rows += [talk(text, ["hello", "hello, how can I help", text], text) for text in messages(40)]
+    assert len(set(select({"train": rows}, 0.8).cluster.values())) == 41

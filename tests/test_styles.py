@@ -65,3 +65,54 @@ def test_a_minority_is_named_with_its_rows(answers, what, path, minority):
 )
 def test_what_is_no_style_is_left_alone(answers, inputs):
     assert not found(answers, inputs, fields=["a"])
+
+
+@pytest.mark.parametrize(
+    ("answers", "minority"),
+    [
+        (['{"a":"é"}'] * 3 + [r'{"a":"\u00fc"}'], {r"\u00e9": ["3"]}),
+        ([r'{"a":"\u00fc"}'] * 3 + ['{"a":"x ü"}'], {"é": ["3"]}),
+        ([r'{"a":"\ud83d\ude00"}'] * 3 + ['{"a":"😀"}'], {"é": ["3"]}),
+        ([r'{"a":"\u00fc é"}'] + ['{"a":"é"}'] * 2, {r"\u00e9 and é": ["0"]}),
+        (['{"a":"x/y"}'] * 3 + [r'{"a":"x\/y"}'], {r"\/": ["3"]}),
+        (['{"a":"x&y"}'] * 3 + [r'{"a":"x\u0026y"}'], {r"\u0026": ["3"]}),
+        ([r'{"a":"x\ny"}'] * 3 + [r'{"a":"x\u000ay"}'], {r"\u000a": ["3"]}),
+        ([r'{"a":"\u00e9"}'] * 3 + [r'{"a":"\u00E9"}'], {r"\u00E9": ["3"]}),
+    ],
+)
+def test_escapes_beside_the_characters_themselves_are_a_mixture(answers, minority):
+    assert found(answers) == {("escapes", ""): minority}
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [r'{"a":"\u00e9"}', r'{"a":"\u00fc \"x\" \\u00e9"}', '{"a":"x"}'],
+        [r'{"a":"x\/y"}', '{"a":"x"}'],
+        [r'{"a":"x\ny \"z\" \\/"}', '{"a":"é"}', '{"a":"x/y"}'],
+        [r'{"a":"é\u2028"}', '{"a":"é"}'],
+    ],
+)
+def test_escapes_that_json_asks_for_or_that_all_answers_use_are_none(answers):
+    assert not found(answers)
+
+
+def spelled(rows):
+    examples = []
+    for n, (system, answer) in enumerate(rows):
+        turns = [("system", system), ("user", f"input {n}"), ("assistant", json.dumps({"d": answer}))]
+        examples.append(Example([{"role": r, "content": c} for r, c in turns], str(n), value={"d": answer}))
+    return {(m.what, m.path): m.minority for m in mixtures(examples)}
+
+
+def test_a_spelling_that_the_rows_own_system_prompt_gives_is_no_mixture():
+    upper, lower = 'one of ["Kitchen speaker", "TV"]', 'one of ["kitchen speaker", "TV"]'
+    kept = [(upper, "Kitchen speaker"), (lower, "kitchen speaker")] * 3
+    assert not spelled(kept)
+    # A row that does not keep to it is one; so are two spellings below a prompt that gives none, or both.
+    assert spelled([*kept, (lower, "Kitchen speaker")]) == {("case", "d"): {"Kitchen speaker": ["6"]}}
+    assert spelled([("Highlights:", "High"), *[("Highlights:", "high")] * 3]) == {("case", "d"): {"High": ["0"]}}
+    assert spelled([(upper + lower, "TV"), *[(upper + lower, "tv")] * 3])["case", "d"]
+    # One prompt for all rows does not excuse those that break it.
+    same = [("low or high", "high")] * 3 + [("low or high", "High")]
+    assert spelled(same) == {("case", "d"): {"High": ["3"]}}

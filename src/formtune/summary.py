@@ -41,6 +41,13 @@ def print_data(splits: Splits, folder: Path | None) -> None:
     listed = f" (each with its reason in {folder / 'quarantine.jsonl'})" if folder else ""
     if splits.set_aside:
         console.print(f"set aside: {splits.set_aside}{listed}", highlight=False, soft_wrap=True)
+    if splits.shared:
+        console.print(
+            f"shared text: {splits.shared:.0%} of the input text is the same in many rows, such as an instruction; "
+            "it was left out of the near-duplicate comparison",
+            highlight=False,
+            soft_wrap=True,
+        )
     if splits.repairs:
         repairs = ", ".join(f"{count:,} {step}" for step, count in splits.repairs.most_common())
         console.print(f"inputs repaired: {repairs}", highlight=False, soft_wrap=True)

@@ -60,6 +60,7 @@ def audit(preparation: Preparation) -> tuple[dict[str, Any], Splits]:
         "set_aside": dict(splits.reasons.most_common()),
         "ignored": dict(splits.ignored.most_common()),
         "own_system": splits.own_system,
+        "shared_text": splits.shared,
         "mixtures": [asdict(mixture) for mixture in splits.mixtures],
         "lengths": {name: lengths(rows) for name, rows in splits.rows.items() if rows},
         "limit": preparation.limit,
@@ -113,19 +114,21 @@ def scripts(examples: Sequence[Example]) -> dict[str, list[str]]:
 
 
 def labels(examples: dict[str, list[Example]], contract: Format) -> dict[str, dict[str, dict[str, int]]]:
-    """For each field with few values that answers do not copy: how many rows of each split have which."""
+    """For each field with few values that answers do not copy: how many rows of each split have which, 0 for none."""
     counts: dict[str, dict[str, Counter[str]]] = {}
     for split, rows in examples.items():
         for example in rows:
             for _, (value, path) in leaves(example.value, contract.sets):
                 if path in contract.derived:
                     counts.setdefault(path, {}).setdefault(split, Counter())[str(value)] += 1
-    few = {path for path, found in counts.items() if len(set().union(*found.values())) <= 30}
-    return {
-        path or "answer": {split: dict(c.most_common()) for split, c in found.items()}
-        for path, found in counts.items()
-        if path in few
-    }
+    tables = {}
+    for path, found in counts.items():
+        table = {split: found.get(split, Counter[str]()) for split in examples}
+        total = sum(table.values(), Counter())
+        if len(total) <= 30:
+            order = sorted(total, key=lambda label: (-table["train"][label], -total[label]))
+            tables[path or "answer"] = {split: {label: c[label] for label in order} for split, c in table.items()}
+    return tables
 
 
 def growth(train: Sequence[Example], held_out: Sequence[Example]) -> list[tuple[int, float]]:

@@ -72,6 +72,7 @@ def _pack(splits: Splits) -> dict[str, Any]:
         "quarantine": [astuple(row) for row in splits.quarantine],
         "mixtures": [astuple(mixture) for mixture in splits.mixtures],
         "origins": splits.origins,
+        "shared": splits.shared,
         "key": splits.key,
     }
     return {
@@ -101,5 +102,6 @@ def _unpack(arrays: dict[str, Any]) -> Splits:
         quarantine=[Quarantined(*row) for row in text["quarantine"]],
         mixtures=[Mixture(*mixture) for mixture in text["mixtures"]],
         origins=text["origins"],
+        shared=text["shared"],
         key=text["key"],
     )

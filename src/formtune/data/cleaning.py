@@ -84,11 +84,20 @@ class Example:
         Coarser than `text` on purpose: "call anna" and "Call Anna!" leak, but their answers may rightly differ, as they
         may under two system prompts.
         """
-        folded = unicodedata.normalize("NFKC", self._folded("user", "assistant")).casefold()
-        return " ".join(_MARKS.sub(" ", folded).split()) or folded
+        return _folded_more(self._folded("user", "assistant"))
+
+    @property
+    def turns(self) -> list[str]:
+        """The same turn by turn."""
+        return [_folded_more(" ".join(m["content"].split())) for m in self.messages[:-1] if m["role"] != "system"]
 
     def _folded(self, *roles: str) -> str:
         return "\x1e".join(" ".join(m["content"].split()) for m in self.messages[:-1] if m["role"] in roles)
+
+
+def _folded_more(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(_MARKS.sub(" ", folded).split()) or folded
 
 
 @dataclass(frozen=True, slots=True)

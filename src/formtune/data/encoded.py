@@ -29,6 +29,7 @@ class Splits:
     origins: dict[str, dict[str, int]] = field(default_factory=dict)  # rows of each split by who wrote them
     ignored: Counter[str] = field(default_factory=Counter)  # rows that have a key which is not read, by its name
     own_system: int = 0  # rows with a system prompt of their own
+    shared: float = 0.0  # share of the inputs' text that many share and the near comparison left out
     key: str | None = None  # content hash of all that decides the rows
     cached: Path | None = field(default=None, compare=False)  # the file they were read from
 

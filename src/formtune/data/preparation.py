@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
+from formtune.data.blockers import bad_rows, empty_splits, uneven_shares
 from formtune.data.cleaning import AnswerStep, Example, Step, repair
 from formtune.data.encoded import Splits, quantile
 from formtune.data.progress import shown
@@ -21,9 +22,6 @@ from formtune.data.splits import SPLITS, Prepared, Splitter
 from formtune.errors import UserError
 from formtune.formats import Format
 from formtune.rendering import Renderer, Row, context_length, today
-
-# Reasons that speak of a mistake in the data; the others (duplicates, leaks, ...) are ordinary and only counted.
-BAD_REASONS = ("format", "style", "too_long", "unfit")
 
 
 def system_prompt(system: str | None, contract: dict[str, Any]) -> str | None:
@@ -195,17 +193,15 @@ class Preparation:
 
     def blockers(self, splits: Splits) -> list[str]:
         """Why the rows must not be trained on, each with the remedy; empty if they may."""
+        shares = {n: s for n, s in zip(SPLITS, self.sources, strict=True) if isinstance(s, float)}
         found = []
-        bad = [row for row in splits.quarantine if row.reason in BAD_REASONS]
-        if bad and self.bad_rows == "refuse":
-            found.append(
-                f"{bad[0].where}: {bad[0].detail} ({len(bad)} such rows); mend them, or set data.bad_rows: drop"
-            )
-        empty = [name for name, rows in splits.rows.items() if not rows]
-        if empty:
-            reasons = splits.set_aside or "nothing set aside"
-            found.append(f"data.{empty[0]}: no row is left to use ({sum(splits.read.values())} read; {reasons})")
-        elif self.production is not None:
+        if self.bad_rows == "refuse":
+            found += bad_rows(splits, self.format, self.limit if self.limit < self.max_length else None)
+        if empty := empty_splits(splits, shares):
+            found += empty
+        else:
+            found += uneven_shares(splits, shares)
+        if not empty and self.production is not None:
             need = quantile([len(row) for row in self.production_rows], 95)
             answer = quantile([len(r.target) for r in splits.rows["train"]], 99)
             if need + answer > self.limit:

@@ -1,7 +1,10 @@
 """Which of the rows that keep their contract are used: one of each duplicate, none of a conflict, none of a leak.
 
 All rows of all splits are clustered once: by their inputs without case, marks and spacing, then by near-sameness (see
-`duplicates`). The rules, in this order:
+`duplicates`) of what they say beyond the text that many of them share (see `boilerplate`). A conversation and those
+that continue it are one cluster too. Rows are compared with each other only below the same system prompt and the same
+shared instruction, and never with a row whose conversation they continue: another answer is right there. The rules, in
+this order:
 
 * **conflict**: rows of one split with the same input (below the same system prompt) whose answers differ are all set
   aside, since nobody can tell which one is right. Inputs that differ in their case, marks, spacing or a mistyped letter
@@ -20,15 +23,20 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, combinations, product
 from typing import Any
 
+import numpy as np
+
+from formtune.data.boilerplate import Boilerplate
 from formtune.data.cleaning import Example, Quarantined, set_aside
 from formtune.data.duplicates import components, near_pairs
 from formtune.formats.content import Words, leaves, typed
 
 WORD = 5  # letters of the shortest word in which one letter is taken for a mistake: "now" and "not" are two words
+OPENING = 10  # a conversation continued in more ways is an opening such as "hello", and joins nothing
 
 
 @dataclass(slots=True)
@@ -40,12 +48,14 @@ class Selection:
         quarantine: The others.
         cluster: By place of a used row, a number in [0, 1) that all rows of its cluster have in common.
         suspects: Pairs of rows with nearly the same input whose different answers nothing explains.
+        shared: Share of the different inputs' text that many of them share, left out of the near comparison.
     """
 
     kept: dict[str, list[Example]] = field(default_factory=dict)
     quarantine: list[Quarantined] = field(default_factory=list)
     cluster: dict[str, float] = field(default_factory=dict)
     suspects: list[tuple[Example, Example]] = field(default_factory=list)
+    shared: float = 0.0
 
 
 def select(
@@ -72,14 +82,12 @@ def select(
     for row in rows:
         groups[row.at].append(row)
     names = list(keys)
-    left, right, index = near_pairs(names if threshold < 1 else [], threshold, progress)
-    near: dict[int, list[tuple[int, float]]] = defaultdict(list)
-    for i, j, similarity in zip(left.tolist(), right.tolist(), index.tolist(), strict=True):
-        near[i].append((j, similarity))
-        near[j].append((i, similarity))
-    clusters = components(len(names), left, right).tolist()
-
+    places = [_share(name) for name in names]
     done = Selection({split: [] for split in splits})
+    near, edges = _near(names, places, rows, threshold, progress, done)
+    edges += _continuations(names, rows)
+    left, right = np.array(edges, np.int64).reshape(-1, 2).T
+    clusters = components(len(names), left, right).tolist()
     done.suspects = _mark_conflicts(groups, near)
     owners: dict[int, _Row] = {}
     taken: dict[int, list[_Row]] = defaultdict(list)
@@ -99,8 +107,8 @@ def select(
             continue
         done.quarantine.append(entry)
     lowest: dict[int, float] = {}
-    for name, cluster in zip(names, clusters, strict=True):
-        lowest[cluster] = min(lowest.get(cluster, 1.0), _share(name))
+    for place, cluster in zip(places, clusters, strict=True):
+        lowest[cluster] = min(lowest.get(cluster, 1.0), place)
     done.cluster = {row.example.where: lowest[clusters[at]] for at, found in taken.items() for row in found}
     return done
 
@@ -108,25 +116,91 @@ def select(
 class _Row:
     """An example with what it is compared by."""
 
-    __slots__ = ("answer", "at", "example", "rival", "similarity", "split", "text")
+    __slots__ = ("answer", "at", "example", "rival", "similarity", "split", "task", "text")
 
     def __init__(self, example: Example, split: str, at: int, sets: frozenset[str]) -> None:
         self.example, self.split, self.at = example, split, at
         self.text, self.answer = hash(example.text), hash(typed(example.value, sets))
         self.rival: _Row | None = None
         self.similarity = 1.0
+        self.task = ""  # the instruction that its input shares with others
 
     def aside(self, reason: str, detail: str, other: _Row, similarity: float | None = 1.0) -> Quarantined:
         where = other.example.where
         said = detail.format(where)
         if similarity is None:
-            said = f"the input is nearly one that stands in {where}"
+            said = f"the input is nearly one that stands in {where}, or continues it"
         elif similarity < 1:
             said = said.replace("same input", f"input {similarity:.0%} the same", 1)
         return set_aside(self.example, reason, said, where)
 
     def comparable(self, other: _Row) -> bool:
-        return self.split == other.split and self.example.system == other.example.system
+        """Whether equal inputs of the two should have equal answers."""
+        if (self.split, self.task) != (other.split, other.task) or self.example.system != other.example.system:
+            return False
+        if len(self.example.messages) == len(other.example.messages):
+            return True
+        mine, theirs = self.example.turns, other.example.turns
+        shorter = min(len(mine), len(theirs))
+        return len(mine) == len(theirs) or mine[:shorter] != theirs[:shorter]
+
+
+def _near(
+    names: Sequence[str],
+    places: Sequence[float],
+    rows: Iterable[_Row],
+    threshold: float,
+    progress: Callable[[Iterator[int], int], Iterator[int]] | None,
+    done: Selection,
+) -> tuple[Mapping[int, list[tuple[int, float]]], list[tuple[int, int]]]:
+    """For each input those that are nearly the same below the same instruction; and the pairs that make clusters."""
+    near: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    if threshold >= 1:
+        return near, []
+    alike: dict[str, list[int]] = {}
+    tasks = []
+    for at, (rest, task) in enumerate(Boilerplate(names, places).split(names)):
+        alike.setdefault(rest, []).append(at)
+        tasks.append(task)
+    done.shared = 1 - sum(len(rest) * len(found) for rest, found in alike.items()) / max(sum(map(len, names)), 1)
+    for row in rows:
+        row.task = tasks[row.at]
+    members = list(alike.values())
+    left, right, index = near_pairs(list(alike), threshold, progress)
+    edges = [(found[0], other) for found in members for other in found[1:]]
+    edges += [(members[i][0], members[j][0]) for i, j in zip(left.tolist(), right.tolist(), strict=True)]
+    equal = ((combinations(found, 2), 1.0) for found in members)
+    close = zip(left.tolist(), right.tolist(), index.tolist(), strict=True)
+    for pairs, similarity in chain(equal, ((product(members[i], members[j]), s) for i, j, s in close)):
+        for one, other in pairs:
+            if tasks[one] == tasks[other]:
+                near[one].append((other, similarity))
+                near[other].append((one, similarity))
+    return near, edges
+
+
+def _continuations(names: Sequence[str], rows: Sequence[_Row]) -> list[tuple[int, int]]:
+    """Pairs of inputs of which one begins with all turns of the other, which is no mere opening."""
+    begun: dict[tuple[str, ...], int] = {}
+    longer: list[tuple[int, list[str]]] = []
+    for row in rows:
+        if sum(message["role"] != "system" for message in row.example.messages) == 2:
+            begun[names[row.at],] = row.at
+        else:
+            longer.append((row.at, row.example.turns))
+            begun.setdefault(tuple(longer[-1][1]), row.at)
+    ways: dict[tuple[str, ...], dict[tuple[str, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
+    for at, turns in longer:
+        for end in range(1, len(turns)):
+            if (start := tuple(turns[:end])) in begun:
+                ways[start][tuple(turns[end : end + 2])].append(at)
+    return [
+        (begun[start], at)
+        for start, found in ways.items()
+        if len(found) <= OPENING
+        for places in found.values()
+        for at in places
+    ]
 
 
 def _mark_conflicts(

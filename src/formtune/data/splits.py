@@ -151,6 +151,7 @@ class Splitter:
                     done.quarantine.append(row)
         chosen = select(good, self.near, self.contract.sets, lambda steps, n: shown(steps, n, "comparing"))
         done.quarantine += chosen.quarantine
+        done.shared = chosen.shared
         kept: dict[str, list[Example]] = {"test": [], "validation": [], **chosen.kept}
         kept = self._one_style(kept, done)
         train, kept["train"] = kept["train"], []

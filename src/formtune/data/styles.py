@@ -2,14 +2,15 @@
 
 A contract may leave open how a date is written or whether an empty field is null or absent. A model trained on a
 mixture writes a mixture, so the less frequent ways are found here, with the rows that use them. Values that
-answers copy from their inputs are left alone: how they are written is the inputs' matter.
+answers copy from their inputs are left alone: how they are written is the inputs' matter. A value whose spelling the
+row's own system prompt gives is held to that one.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -20,6 +21,12 @@ MOST = 0.8  # share of a field's values that must be dates (or numbers) for it t
 COPIED = 0.95  # share of a field's values that stand in their inputs for it to be a copied one
 ALWAYS = 0.95  # share of the objects that must have a key for its place to be a matter of form
 FORMS = 50  # different values at most for a field whose casing is looked at: a category, no free text
+
+_ESCAPE = re.compile(r"\\u[0-9a-fA-F]{4}|\\.")
+_SHORT = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+_LAYOUT = '{}[]:," \\\n\r\t'  # as they are, these are no part of a text
+_LETTERS = "é"  # stands for all characters beyond ASCII that can be seen
+_PROMPTED = "the spelling of the row's system prompt"
 
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
 _DATES = {
@@ -46,7 +53,7 @@ class Mixture:
 
     Args:
         path: Dotted path of the field, "" for the whole answer.
-        what: Kind of style: `layout`, `key order`, `empty`, `date`, `number` or `case`.
+        what: Kind of style: `layout`, `escapes`, `key order`, `empty`, `date`, `number` or `case`.
         forms: How many rows write it in each way, the most frequent first.
         minority: For each other way, the places of the rows that use it.
     """
@@ -70,15 +77,16 @@ def mixtures(examples: Sequence[Example], fields: Sequence[str] = ()) -> list[Mi
     """
     found = [
         _mixture("", "layout", [(form, e.where) for e in examples if (form := _layout(e.gold, e.value))]),
+        *_escapes(examples),
         *_key_orders(examples),
         *_empties(examples, fields),
     ]
-    by_path: dict[str, list[tuple[Any, str, bool]]] = defaultdict(list)
+    by_path: dict[str, list[tuple[Any, str, bool, str]]] = defaultdict(list)
     for example in examples:
-        text = example.input
+        text, system = example.input, example.system
         for path, value in _scalars(example.value):
             copied = isinstance(value, str) and value in text
-            by_path[path].append((value, example.where, copied))
+            by_path[path].append((value, example.where, copied, system))
     for path, values in by_path.items():
         found += _values(path, values)
     return [mixture for mixture in found if mixture is not None]
@@ -108,6 +116,46 @@ def _layout(text: str, value: Any) -> str | None:
     if re.search(r"[:,] ", outside):
         return f"with spaces{end}"
     return f"without spaces{end}" if re.search(r"[:,]", outside) else None
+
+
+def _escapes(examples: Sequence[Example]) -> Iterator[Mixture | None]:
+    """Characters that JSON answers write as they are in some rows and escaped in others."""
+    texts = [(e.gold, e.where) for e in examples if isinstance(e.value, dict | list) and e.gold.lstrip()[:1] in "{["]
+    escaped = [_escaped(text) if "\\" in text else {} for text, _ in texts]
+    # The short escapes but that of "/" are no choice, unless some row writes a longer one.
+    kinds = {
+        kind: None for ways in escaped for kind, forms in ways.items() if kind == "/" or any("u" in f for f in forms)
+    }
+    for kind in kinds:
+        seen = []
+        for (text, where), ways in zip(texts, escaped, strict=True):
+            forms = set(ways.get(kind, ()))
+            bare = _ESCAPE.sub("", text) if ways else text
+            if _letters(bare) if kind == _LETTERS else len(kind) == 1 and kind not in _LAYOUT and kind in bare:
+                forms.add(kind)
+            seen += [(" and ".join(sorted(forms)), where)] if forms else []
+        yield _mixture("", "escapes", seen)
+
+
+def _escaped(text: str) -> dict[str, set[str]]:
+    """How a JSON text escapes each character, letters beyond ASCII as one."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for escape in _ESCAPE.findall(text):
+        kind, form = _SHORT.get(escape[1], escape[1]), escape.lower()
+        if len(escape) > 2:
+            kind = chr(int(escape[2:], 16))
+        if _letters(kind) or "\ud800" <= kind <= "\udfff":
+            kind, form = _LETTERS, r"\u00e9"
+        found[kind].add(form)
+        digits = escape[2:]
+        if digits.lower() != digits.upper():
+            found["hex digits"].add(r"\u00e9" if digits == digits.lower() else r"\u00E9")
+    return found
+
+
+def _letters(text: str) -> bool:
+    """Whether a text holds a character beyond ASCII that can be seen."""
+    return not text.isascii() and any(c > "\x7f" and c.isprintable() for c in text)
 
 
 def _objects(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -180,25 +228,42 @@ def _empties(examples: Sequence[Example], fields: Sequence[str]) -> Iterator[Mix
         yield _mixture(path, "empty", seen)
 
 
-def _values(path: str, values: list[tuple[Any, str, bool]]) -> Iterator[Mixture | None]:
-    integral = [(v, where) for v, where, _ in values if not isinstance(v, str) and v == v // 1]
+def _values(path: str, values: list[tuple[Any, str, bool, str]]) -> Iterator[Mixture | None]:
+    integral = [(v, where) for v, where, *_ in values if not isinstance(v, str) and v == v // 1]
     yield _mixture(path, "number", [("5.0" if isinstance(v, float) else "5", where) for v, where in integral])
-    texts = [(value, where, copied) for value, where, copied in values if isinstance(value, str)]
-    if not texts or sum(copied for *_, copied in texts) >= COPIED * len(texts):
+    texts = [entry for entry in values if isinstance(entry[0], str)]
+    if not texts or sum(copied for _, _, copied, _ in texts) >= COPIED * len(texts):
         return
     for what, patterns in (("date", _DATES), ("number", _NUMBERS)):
-        forms = [(_form(value, patterns), where) for value, where, _ in texts]
-        known = [(form, where) for form, where in forms if form]
-        if len(known) >= MOST * len(texts):
-            yield _mixture(path, what, known)
+        forms = [(form, *entry) for entry in texts if (form := _form(entry[0], patterns))]
+        if len(forms) >= MOST * len(texts):
+            yield _mixture(path, what, [(form, at) for form, value, at, _, said in forms if not _named(value, said)])
             return
     cases: dict[str, Counter[str]] = defaultdict(Counter)
-    for value, _, _ in texts:
+    for value, *_ in texts:
         cases[value.casefold()][value] += 1
     if len(cases) <= FORMS:
         for variants in cases.values():
             if len(variants) > 1:
-                yield _mixture(path, "case", [(value, where) for value, where, _ in texts if value in variants])
+                yield from _case(path, [(v, where, said) for v, where, _, said in texts if v in variants], variants)
+
+
+def _case(path: str, seen: list[tuple[str, str, str]], variants: Iterable[str]) -> Iterator[Mixture | None]:
+    """Values that differ in case alone: where the system prompt has one of them, whether the row keeps to it."""
+    free, held = [], []
+    for value, where, system in seen:
+        named = [variant for variant in variants if _named(variant, system)]
+        if len(named) == 1:
+            held.append((_PROMPTED if value == named[0] else value, where))
+        else:
+            free.append((value, where))
+    yield _mixture(path, "case", free)
+    yield _mixture(path, "case", held)
+
+
+def _named(value: str, system: str) -> bool:
+    """Whether a system prompt holds a value, and not as a part of a word."""
+    return value in system and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", system) is not None
 
 
 def _form(text: str, patterns: dict[str, str]) -> str | None:
