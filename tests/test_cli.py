@@ -161,6 +161,7 @@ def test_two_processes_train_and_measure_the_same_as_one(project, strategy, shap
     for devices in ("1", "2"):
         arguments = ["--run", f"on{devices}", "--data.rows_per_step", "5", "--model.lora.dropout", "0"]
         arguments += ["--model.base", "base", "--model.metrics", "[{class_path: mine.Letters}]"]
+        arguments += ["--data.validation", "0.2", "--data.test", "0.2"]  # each process has rows to decode
         if devices == "2":
             arguments += ["--trainer.devices", "2", "--trainer.strategy", strategy]
             if strategy == "fsdp":  # also with different numbers of passes, and layers that compute twice
