@@ -45,7 +45,7 @@ tensorboard: $(INSTALLED) ## Look at the runs in logs/
 	$(BIN)/tensorboard --logdir logs
 
 base: $(INSTALLED) ## Build the demo's base model again (about half an hour)
-	$(BIN)/python -m formtune.demo.build_base src/formtune/demo/base
+	$(BIN)/python tools/build_demo_base.py src/formtune/demo/base
 
 # An environment of its own: the peers are no part of the template, and one of them asks for older packages.
 $(BENCH)/.installed: requirements.txt benchmarks/requirements.txt pyproject.toml

@@ -132,8 +132,8 @@ def _done(folder: Path) -> int:
 
 def foreign_temporary_folder(folder: Path, base: str, count: int) -> dict[str, int]:
     """Kill runs that save at every step while TMPDIR lies on another file system: files that are there and damaged."""
-    from formtune import checkpoint_files
     from formtune.errors import UserError
+    from formtune.training import checkpoint_files
 
     rng, damaged, looked = random.Random(0), 0, 0
     _task(folder, base)
@@ -156,8 +156,8 @@ def checkpoint_cost(folder: Path) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from formtune.checkpoint_files import CheckpointFiles, check
     from formtune.model.lora import Lora, add_lora
+    from formtune.training.checkpoint_files import CheckpointFiles, check
 
     model = add_lora(AutoModelForCausalLM.from_pretrained(ROOT / "src/formtune/demo/base"), Lora())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -12,11 +12,11 @@ import re
 import sys
 from pathlib import Path
 
-from formtune.deploy.export import JUDGED, cells, export
-from formtune.deploy.finished import metrics, read_run
-from formtune.deploy.manifest import KINDS
-from formtune.deploy.processes import lacking
 from formtune.errors import UserError
+from formtune.export.exporter import JUDGED, cells, export
+from formtune.export.finished import metrics, read_run
+from formtune.export.fresh_process import lacking
+from formtune.training.manifest import KINDS
 
 DOCS = Path(__file__).parents[1] / "docs" / "deployment.md"
 MARKS = ("<!-- quantisation: begin -->", "<!-- quantisation: end -->")

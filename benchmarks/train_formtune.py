@@ -21,9 +21,9 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 from train_trl import SEED, arguments
 
+from formtune.base.row import Row
 from formtune.formats import JsonSchema
 from formtune.model import FormatModule, Lora
-from formtune.rendering import Row
 
 
 class Clock(Callback):

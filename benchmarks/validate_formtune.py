@@ -19,12 +19,12 @@ import torch
 from peft import PeftModel
 from validate_generate import arguments
 
-from formtune.data.module import EVALUATION_ROWS
-from formtune.model.chosen_passes import passes
+from formtune.base.row import Row
+from formtune.data.datamodule import EVALUATION_ROWS
+from formtune.model.choice import passes
 from formtune.model.lora import load_base
+from formtune.model.micro_batches import Passes
 from formtune.model.module import EVALUATION, PARITY
-from formtune.model.passes import Passes
-from formtune.rendering import Row
 
 
 def decode(

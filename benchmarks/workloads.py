@@ -34,10 +34,11 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer
 
+from formtune.base.renderer import Renderer
+from formtune.base.row import Row
 from formtune.data.preparation import Preparation
 from formtune.demo.generator import datasets
 from formtune.formats import JsonSchema
-from formtune.rendering import Renderer, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "src/formtune/demo"

@@ -82,8 +82,8 @@ def _child(folder: str, args: tuple[str, ...], every: float) -> None:
         os.dup2(log, descriptor)
     import torch
 
-    from formtune.callbacks import checkpoints
     from formtune.cli import main
+    from formtune.training import checkpoints
 
     torch.set_num_threads(1)
     checkpoints.EVERY = every

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from conftest import SCHEMA, SHARED, pair
 from formtune.audit.drift import compare_inputs
 from formtune.audit.findings import audit
+from formtune.audit.html import page
 from formtune.audit.origins import by_origin, ungrounded
 from formtune.audit.pictures import pictures
-from formtune.audit.report import page
 from formtune.cli import main
 from formtune.data.blockers import uneven_shares
 from formtune.data.cleaning import Example

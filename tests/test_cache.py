@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from conftest import SCHEMA, byte_tokenizer, pair
+from formtune.base.renderer import Renderer
 from formtune.data import Columns, cache, fingerprint, splits
 from formtune.data.splits import Splitter
 from formtune.files import write_entry
 from formtune.formats import Format, JsonSchema
-from formtune.rendering import Renderer
 
 STEPS = ["unicode", "control", "edges"]
 

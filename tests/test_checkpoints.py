@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from conftest import byte_tokenizer, tiny_model
-from formtune.callbacks import Checkpoints, Validations
-from formtune.callbacks.validations import Validation, best, contenders, reason
 from formtune.cli import main
 from formtune.errors import UserError
 from formtune.formats import JsonSchema
+from formtune.training.checkpoints import Checkpoints
+from formtune.training.validations import Validation, Validations, best, contenders, reason
 
 ROWS = 119
 
@@ -189,7 +189,7 @@ def test_the_rows_are_in_the_order_of_the_file_whichever_process_has_them(monkey
         for batch in mine:
             record.on_validation_batch_end(trainer, None, batch, None, 0)
         found = [(a.row.number, a.verdict.exact, a.verdict.joint) for a in others]
-        monkeypatch.setattr("formtune.callbacks.validations.gathered", lambda _, part: found + part)
+        monkeypatch.setattr("formtune.training.validations.gathered", lambda _, part: found + part)
         record.on_validation_end(trainer, None)
         return record.history[0]
 

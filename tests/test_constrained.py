@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from conftest import SCHEMA, SHAPES, byte_tokenizer, shared, tiny_model
-from formtune.data.module import FormatDataModule
+from formtune.base.renderer import Renderer
+from formtune.data.datamodule import FormatDataModule
 from formtune.errors import UserError
 from formtune.formats import Format, JsonSchema, Labels, Regex, Tagged
 from formtune.model import FormatModule
-from formtune.model.chosen_passes import passes
-from formtune.model.grammar import Grammar
+from formtune.model.choice import passes
+from formtune.model.constrained import Grammar
 from formtune.model.length_buckets import LengthBuckets
 from formtune.model.shared_prefixes import SharedPrefixes
-from formtune.rendering import Renderer
 from test_packing import random_rows, row
 
 pytest.importorskip("llguidance", reason="needs the extra `constrained`")

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import SCHEMA, byte_tokenizer, pair
-from formtune.callbacks import DataTable
 from formtune.data import Columns
 from formtune.data.cleaning import Example, judge, repair, repair_answer
+from formtune.data.datamodule import FormatDataModule, Order
 from formtune.data.encoded import ignored_columns
-from formtune.data.module import FormatDataModule, Order
 from formtune.data.sources import JsonLines, open_source
 from formtune.errors import UserError
 from formtune.formats import JsonSchema
+from formtune.training.data_table import DataTable
 
 
 def module(task, rows, **options):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import SHAPES, tiny_model
-from formtune.model.chosen_passes import passes
+from formtune.model.choice import passes
 from formtune.model.length_buckets import LengthBuckets
 from formtune.model.shared_prefixes import SharedPrefixes
 from test_packing import random_rows, row

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import write_run
 from formtune.cli import main
-from formtune.deploy import promote as verb
+from formtune.commands import promote as verb
 from formtune.deploy import registry
 from formtune.deploy.registry import find_pointer, read_pointer
 

@@ -16,16 +16,16 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from conftest import SCHEMA, byte_tokenizer, pair, tiny_model
 from formtune.cli import main
-from formtune.deploy import export as exporting
-from formtune.deploy import trial
-from formtune.deploy.comparison import EXACT, QUANTIZED, ROUNDED, Closeness, compare, last_logits
-from formtune.deploy.finished import read_run
-from formtune.deploy.manifest import file_hash, read_manifest, verify
-from formtune.deploy.measure import Model, Request, load
-from formtune.deploy.merge import merge
-from formtune.deploy.processes import run_measurement
 from formtune.errors import UserError
+from formtune.export import exporter as exporting
+from formtune.export import trial
+from formtune.export.closeness import EXACT, QUANTIZED, ROUNDED, Closeness, compare, last_logits
+from formtune.export.finished import read_run
+from formtune.export.fresh_process import run_measurement
+from formtune.export.measure import Model, Request, load
+from formtune.export.merge import merge
 from formtune.model import lora
+from formtune.training.manifest import file_hash, read_manifest, verify
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
 ROWS = [[(7 * i + 13 * j) % 250 for j in range(20)] for i in range(2)]
@@ -140,7 +140,7 @@ def test_a_quantised_export_is_loaded_in_a_fresh_process_and_judged(run, kind, p
 
 
 def test_a_package_that_is_not_there_is_one_line_with_the_command(run, monkeypatch, capsys):
-    from formtune.deploy import quantize
+    from formtune.export import quantize
 
     monkeypatch.setitem(quantize.PACKAGES, "gptq", ("no-such-package",))
     assert export(run, "--as", "gptq") == 2
@@ -155,7 +155,7 @@ def _rewritten_adapter(**changes):
     """An adapter that PEFT loads without a word, in a folder whose manifest was written for it."""
 
     def change(run):
-        from formtune.deploy.manifest import write_manifest
+        from formtune.training.manifest import write_manifest
 
         data = read_manifest(run / "adapter")["data"]
         _edit(run / "adapter/adapter_config.json", lambda config: config | changes)
@@ -197,7 +197,7 @@ def test_a_merge_that_went_wrong_is_refused_and_nothing_appears(run, monkeypatch
         whole, closeness = merge(model, rows)
         return whole, Closeness(0.5, closeness.kl, closeness.top1, True)
 
-    monkeypatch.setattr("formtune.deploy.merge.merge", wrong)
+    monkeypatch.setattr("formtune.export.merge.merge", wrong)
     assert export(run, "--as", "merged") == 2
     assert "the merged model is another one than the adapter: logits 5.0e-01 apart" in capsys.readouterr().err
     assert not (run / "merged").exists() and not (run / "exports.json").exists()

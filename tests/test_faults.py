@@ -24,11 +24,11 @@ import torch
 import yaml
 
 from conftest import SCHEMA, pair, tiny_model
-from formtune import checkpoint_files, rendering
-from formtune.callbacks import checkpoints
+from formtune.base import renderer as rendering
 from formtune.cli import main
 from formtune.errors import UserError
 from formtune.model import FormatModule
+from formtune.training import checkpoint_files, checkpoints
 from interrupting import signalled, start, until_finished
 
 ROWS = [pair(n) for n in range(60)]
@@ -299,7 +299,7 @@ def test_a_run_whose_template_writes_the_date_keeps_that_of_its_first_day(work, 
     assert main(["fit", "-c", "small.yaml", "--run", "new", "--trainer.max_steps", "1"]) == 0
     assert yaml.safe_load(Path("logs/small/new/config.yaml").read_text())["data"]["date"] == "2026-12-01"
     # What judges the adapter again, whenever it does, sees the rows of the run.
-    from formtune.deploy.finished import read_run
+    from formtune.export.finished import read_run
 
     assert len(read_run(Path("logs/small/one")).test) == 5
 
@@ -580,7 +580,7 @@ def test_a_run_without_finite_gradients_stops_and_keeps_its_last_good_adapter(wo
 
 @pytest.mark.case("67", "a metric that is never a number")
 def test_a_loss_that_is_never_a_number_names_no_best(work, monkeypatch, capfd):
-    from formtune.metrics import LossMetrics
+    from formtune.evaluation.metrics import LossMetrics
 
     compute = LossMetrics.compute
     monkeypatch.setattr(LossMetrics, "compute", lambda self: compute(self) | {"loss": torch.tensor(float("nan"))})

@@ -14,11 +14,11 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from formtune.configuration.yaml_file import check_yaml
 from formtune.data.sources import Csv, JsonLines
 from formtune.errors import UserError
 from formtune.formats import KINDS, JsonSchema, Labels, Regex, Tagged
 from formtune.formats.strict_json import loads_strict
-from formtune.yaml_file import check_yaml
 
 settings.register_profile("fast", max_examples=150, deadline=5000, suppress_health_check=list(HealthCheck))
 settings.register_profile("long", max_examples=15_000, deadline=5000, suppress_health_check=list(HealthCheck))

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from formtune.cli import main
-from formtune.deploy import quantize
-from formtune.deploy.manifest import installed, verify
-from formtune.deploy.processes import Maker, find_maker, lacking
 from formtune.errors import UserError
+from formtune.export import quantize
+from formtune.export.fresh_process import Maker, find_maker, lacking
+from formtune.training.manifest import installed, verify
 from test_export import run, trained  # noqa: F401
 
 # What llm-compressor is asked for, by its names, from something that changes no weight.

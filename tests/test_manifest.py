@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from formtune.deploy.manifest import base_files, file_hash, read_manifest, verify, write_manifest
 from formtune.errors import UserError
+from formtune.training.manifest import base_files, file_hash, read_manifest, verify, write_manifest
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from torchmetrics import Metric
 from torchmetrics.text import CharErrorRate
 
 from formtune.errors import UserError
+from formtune.evaluation.metrics import FormatMetrics, LossMetrics, OwnMetrics
 from formtune.formats import KINDS, JsonSchema
-from formtune.metrics import FormatMetrics, LossMetrics, OwnMetrics
 from test_formats import CASES, CONTRACT, GOLD
 
 VERDICTS = [CONTRACT.check(text, gold=GOLD, source="Ann") for text, *_ in CASES]

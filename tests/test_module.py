@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from conftest import pair
-from formtune.data.module import FormatDataModule
+from formtune.data.datamodule import FormatDataModule
 from formtune.errors import UserError
 from formtune.formats import JsonSchema
 from formtune.model import FormatModule, Lora

@@ -15,15 +15,14 @@ import torch
 import yaml
 
 from conftest import byte_tokenizer, pair, tiny_model
-from formtune import checkpoint_files
-from formtune.callbacks import OverfittingWatch, Validations
-from formtune.callbacks.overfitting import LASTING, diagnose, should_stop
-from formtune.callbacks.validations import Validation
 from formtune.cli import main
-from formtune.data.module import FormatDataModule
+from formtune.data.datamodule import FormatDataModule
 from formtune.formats import JsonSchema
 from formtune.model import FormatModule, Lora
 from formtune.model.module import Answer
+from formtune.training import checkpoint_files
+from formtune.training.overfitting import LASTING, OverfittingWatch, diagnose, should_stop
+from formtune.training.validations import Validation, Validations
 
 
 def history(train, val, exact=None, f1=None, right=None, rows=100):
@@ -285,7 +284,7 @@ class Half(L.Callback):
 
 
 def test_a_limited_validation_records_the_rows_that_it_saw(train, monkeypatch):
-    monkeypatch.setattr("formtune.data.module.EVALUATION_ROWS", 8)
+    monkeypatch.setattr("formtune.data.datamodule.EVALUATION_ROWS", 8)
     for batches, valid in ((2, "0110110110110110"), (3, "011011011011011011011011")):
         _, module, watch = train(
             steps=20, limit_val_batches=batches, after=lambda trainer, *_: trainer.callbacks.append(Half())

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import SHAPES, pair, shared, tiny_model
+from formtune.base.renderer import Renderer
+from formtune.base.row import Row
 from formtune.model.attention import PackedAttention, _block_mask, _dense_mask
-from formtune.model.chosen_passes import passes
+from formtune.model.choice import passes
 from formtune.model.length_buckets import LengthBuckets
 from formtune.model.lora import Lora, add_lora
 from formtune.model.packing import pack
 from formtune.model.shared_prefixes import SharedPrefixes
-from formtune.rendering import Renderer, Row
 
 
 def row(prompt, target=()):

@@ -10,12 +10,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from conftest import byte_tokenizer, pair, tiny_model
 from formtune.cli import main
-from formtune.deploy.comparison import EXACT
-from formtune.deploy.merge import merge
-from formtune.deploy.plan import plan
-from formtune.deploy.rules import RULES, TARGETS, check
-from formtune.deploy.trial import Trial, attempt, cut
 from formtune.errors import UserError
+from formtune.export.closeness import EXACT
+from formtune.export.merge import merge
+from formtune.export.plan import plan
+from formtune.export.rules import RULES, TARGETS, check
+from formtune.export.trial import Trial, attempt, cut
 from formtune.model.lora import Lora, lora_config
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 259}
@@ -199,7 +199,8 @@ def test_preflight_says_what_fails_in_its_exit_code_and_in_json(project, capsys)
 
 
 def test_a_package_that_is_not_there_is_a_line_and_no_failure(project, monkeypatch, capsys):
-    from formtune.deploy import processes, quantize
+    from formtune.export import fresh_process as processes
+    from formtune.export import quantize
 
     monkeypatch.setitem(quantize.PACKAGES, "int8", ("no-such-package",))
     code, result = preflight("--for", "int8")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from formtune.cli import main
-from formtune.metrics import OwnMetrics
+from formtune.evaluation.metrics import OwnMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()

@@ -6,8 +6,8 @@ import random
 import pytest
 from jsonschema import Draft202012Validator, FormatChecker
 
+from formtune.evaluation.metrics import FormatMetrics
 from formtune.formats import JsonSchema
-from formtune.metrics import FormatMetrics
 
 CLOSED = {"type": "object", "additionalProperties": False}
 SCHEMAS = {

@@ -5,9 +5,11 @@ from datetime import datetime
 import pytest
 
 from conftest import TEMPLATE, byte_tokenizer, shared
-from formtune import rendering
+from formtune.base import renderer as rendering
+from formtune.base.folder import check_base
+from formtune.base.renderer import Renderer
+from formtune.base.row import Row, UnfitRow
 from formtune.errors import UserError
-from formtune.rendering import Renderer, Row, UnfitRow, check_base
 
 ANSWERS = ['{"a":"x y","b":[1,2]}', '{"name":"Zoë  🎉","n":null}', "positive", '{\n  "a": 1\n}']
 TOKENIZERS = [

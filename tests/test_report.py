@@ -13,16 +13,17 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import SCHEMA, byte_tokenizer, pair
+from formtune.base.renderer import Renderer
+from formtune.base.row import Row
 from formtune.cli import main
 from formtune.errors import UserError
-from formtune.evaluation import baseline
-from formtune.evaluation.baseline import choose_shots, constant_answer, few_shot_rows, prompting_verdict
+from formtune.evaluation import baselines as baseline
+from formtune.evaluation.baselines import choose_shots, constant_answer, few_shot_rows, prompting_verdict
 from formtune.evaluation.outcomes import VIEWS, Outcome, field_f1, rate, read_outcomes, write_outcomes
 from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.evaluation.report import Run, card, gallery, headline, page, pictures
 from formtune.evaluation.slices import slices
 from formtune.formats import KINDS, JsonSchema, Labels
-from formtune.rendering import Renderer, Row
 
 
 def outcome(number, exact=True, kind="ok", tokens=10, origin="", target='{"n":1,"s":"a"}', answer=None):

@@ -18,9 +18,9 @@ import yaml
 
 from conftest import SCHEMA, byte_tokenizer, pair, tiny_model, write_run
 from formtune.cli import main
-from formtune.deploy.manifest import read_manifest, write_manifest
-from formtune.deploy.serve import link
+from formtune.deploy.server import link
 from formtune.errors import UserError
+from formtune.training.manifest import read_manifest, write_manifest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 LACKING = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
@@ -92,10 +92,10 @@ def test_a_base_without_a_chat_template_is_not_served(run, tmp_path):
 
 
 def test_missing_packages_and_a_port_in_use_are_said_in_one_line(run, capsys, monkeypatch):
-    monkeypatch.setattr("formtune.deploy.serve.NEEDED", ("no_such_package",))
+    monkeypatch.setattr("formtune.deploy.server.NEEDED", ("no_such_package",))
     assert main(["serve", str(run)]) == 2
     assert "(no_such_package missing): pip install -e '.[serve]'" in capsys.readouterr().err
-    monkeypatch.setattr("formtune.deploy.serve.NEEDED", ())
+    monkeypatch.setattr("formtune.deploy.server.NEEDED", ())
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -105,7 +105,7 @@ def test_missing_packages_and_a_port_in_use_are_said_in_one_line(run, capsys, mo
 
 
 def test_a_server_that_ends_by_itself_is_an_error(run, capsys, monkeypatch):
-    monkeypatch.setattr("formtune.deploy.serve.NEEDED", ())
+    monkeypatch.setattr("formtune.deploy.server.NEEDED", ())
     monkeypatch.setattr(sys, "executable", "false")
     assert main(["serve", str(run), "--port", "0"]) == 2
     assert "the server ended by itself with exit code 1" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from formtune.cli import main
-from formtune.evaluation.compare import read_runs
+from formtune.evaluation.comparison import read_runs
 from formtune.evaluation.outcomes import Outcome, field_f1, read_outcomes, write_outcomes
 from formtune.evaluation.statistics import (
     Difference,

@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 
 from conftest import pair
 from formtune.cli import main
+from formtune.commands import sweep as verb
 from formtune.errors import UserError
-from formtune.sweep import grid, processes, verb
-from formtune.sweep.findings import findings
-from formtune.sweep.processes import devices
-from formtune.sweep.selection import Estimate, Measured, choose, estimate
+from formtune.sweep import grid
+from formtune.sweep import runs as processes
+from formtune.sweep.choice import Estimate, Measured, choose, estimate
+from formtune.sweep.results import findings
+from formtune.sweep.runs import devices
 
 ROWS = 200
 

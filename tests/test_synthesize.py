@@ -9,7 +9,7 @@ import yaml
 
 from conftest import SCHEMA, pair
 from formtune.cli import main
-from formtune.synthesize import Known, read_reply, resume
+from formtune.commands.synthesize import Known, read_reply, resume
 
 
 class Server:
@@ -168,7 +168,7 @@ def test_a_teacher_with_nothing_new_to_say_ends_the_run(serve, task, capsys):
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "nonsense"])
 def test_an_endpoint_that_does_not_answer_is_named_in_one_line(task, capsys, monkeypatch, url):
-    monkeypatch.setattr("formtune.synthesize.RETRIES", 0)
+    monkeypatch.setattr("formtune.commands.synthesize.RETRIES", 0)
 
     class Nobody:
         pass

@@ -20,10 +20,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from formtune import __version__
+from formtune.configuration.yaml_file import PLACES, check_yaml
 from formtune.errors import Fault, Stopped, UserError
-from formtune.yaml_file import PLACES, check_yaml
-
-LOGS = Path("logs")  # one folder a task, one folder a run
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,7 @@ def _configs(args: list[str]) -> list[str]:
 
 def _sweep(args: list[str]) -> int:
     configs = _configs(args)
-    from formtune.sweep.verb import run
+    from formtune.commands.sweep import run
 
     return run(args[1:], configs)
 
@@ -94,7 +92,7 @@ def _lightning(args: list[str]) -> None:
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what is logged has been summed over processes already
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")  # of fit alone
-    from formtune.lightning_cli import run  # several seconds: torch, lightning, transformers
+    from formtune.commands.lightning_cli import run  # several seconds: torch, lightning, transformers
 
     run(args)
 
@@ -102,14 +100,14 @@ def _lightning(args: list[str]) -> None:
 VERBS = {
     "audit": Verb(
         "Clean and judge the rows, and say what to know of them before training; needs no model.",
-        _from("audit.verb", task=True),
+        _from("commands.audit", task=True),
     ),
     "synthesize": Verb(
-        "Ask a teacher model for rows, and write those that keep the contract.", _from("synthesize", task=True)
+        "Ask a teacher model for rows, and write those that keep the contract.", _from("commands.synthesize", task=True)
     ),
     "preflight": Verb(
         "Say before training whether its result can be merged, quantised and served.",
-        _from("deploy.preflight", task=True, silent=True),
+        _from("commands.preflight", task=True, silent=True),
     ),
     "fit": Verb("Evaluate the base, train the adapter, test the best checkpoint and export it.", _lightning),
     "sweep": Verb("Train at each point of a grid, ranks by default, and take the smallest that is as good.", _sweep),
@@ -117,20 +115,24 @@ VERBS = {
     "test": Verb("Evaluate a run's best checkpoint, another or the base on the test rows.", _lightning),
     "predict": Verb("Answer a file of prompts and judge the answers by the contract.", _lightning),
     "compare": Verb(
-        "Say which run is better on the same test rows, or that the rows cannot tell.", _from("evaluation.compare")
+        "Say which run is better on the same test rows, or that the rows cannot tell.", _from("commands.compare")
     ),
     "export": Verb(
         "Merge or quantise a run's adapter, and write what still answers as the adapter does.",
-        _from("deploy.verb", silent=True),
+        _from("commands.export", silent=True),
     ),
     "promote": Verb(
-        "Point a name such as production to a run, if its test rows are not worse.", _from("deploy.promote", "promote")
+        "Point a name such as production to a run, if its test rows are not worse.",
+        _from("commands.promote", "promote"),
     ),
-    "rollback": Verb("Point it to the version before again.", _from("deploy.promote", "rollback")),
-    "deployments": Verb("List what is deployed, and the history.", _from("deploy.promote", "deployments")),
-    "serve": Verb("Serve a run or a deployment on this machine, or print the command for vLLM.", _from("deploy.serve")),
+    "rollback": Verb("Point it to the version before again.", _from("commands.promote", "rollback")),
+    "deployments": Verb("List what is deployed, and the history.", _from("commands.promote", "deployments")),
+    "serve": Verb(
+        "Serve a run or a deployment on this machine, or print the command for vLLM.", _from("deploy.server")
+    ),
     "check-endpoint": Verb(
-        "Ask a server the test rows, and judge what it answers and how fast.", _from("deploy.endpoint_check", task=True)
+        "Ask a server the test rows, and judge what it answers and how fast.",
+        _from("commands.check_endpoint", task=True),
     ),
 }
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+LOGS = Path("logs")  # one folder per task, one folder per run
+
 ABANDONED = 3600  # seconds after which an entry that was never finished is removed
 
 

@@ -17,13 +17,13 @@ import regex
 
 from formtune.audit.drift import compare_inputs
 from formtune.audit.origins import by_origin, ungrounded
+from formtune.base.row import Row, quantile
 from formtune.data.cleaning import Example
-from formtune.data.encoded import FEW_ROWS, Splits, quantile
+from formtune.data.encoded import FEW_ROWS, Splits
 from formtune.data.preparation import Preparation
 from formtune.data.splits import Prepared
 from formtune.formats import Format
 from formtune.formats.content import leaves
-from formtune.rendering import Row
 
 COMPLEX_FIELDS = 8  # from this many fields on, or with nesting, a contract is complex
 COMPLEX_ROWS = 2000  # wanted for a complex contract

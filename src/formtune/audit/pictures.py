@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from formtune.page import BLUE, GREY, ORANGE, RED
+from formtune.evaluation.page import BLUE, GREY, ORANGE, RED
 
 KINDS = ("prompt", "answer")
 

@@ -18,11 +18,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from formtune.base.row import Row
 from formtune.data.cleaning import Quarantined
 from formtune.data.encoded import Splits
 from formtune.data.styles import Mixture
 from formtune.files import write_entry
-from formtune.rendering import Row
 
 FOLDER = Path(".cache/encoded")  # of the working directory, like `logs`
 KEPT = 8  # entries; those used longest ago are removed

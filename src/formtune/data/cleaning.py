@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import ftfy
 
+from formtune.base.row import Message
 from formtune.formats import Format
-from formtune.rendering import Message
 
 Step = Literal["encoding", "unicode", "control", "html", "spaces", "edges"]
 AnswerStep = Literal["edges", "fence", "canonical"]

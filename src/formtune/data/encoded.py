@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
+from formtune.base.row import Row, quantile
 from formtune.data.cleaning import Quarantined
 from formtune.data.styles import Mixture
-from formtune.rendering import Row
 
 FEW_ROWS = 500  # below this, fine-tuning mostly learns the examples; the guide's lower bound
 NAMED = 20  # ignored columns named in the terminal
@@ -61,8 +58,3 @@ def ignored_columns(counts: Counter[str]) -> str:
     if len(counts) > NAMED:
         said.append(f"{len(counts) - NAMED:,} more")
     return ", ".join(said)
-
-
-def quantile(sizes: Sequence[int], percent: float) -> int:
-    """The size that `percent` of all sizes do not exceed: one of them, nothing in between; 0 if there are none."""
-    return int(np.percentile(sizes, percent, method="higher")) if len(sizes) else 0

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import formtune
+from formtune.base.renderer import Renderer
 from formtune.data.cleaning import Example
 from formtune.formats import Format
-from formtune.rendering import Renderer
 
 PACKAGES = ("tokenizers", "transformers", "jinja2", "regex", "jsonschema", "referencing", "ftfy", "rensa")
 PACKAGE = Path(formtune.__file__).parent
@@ -69,8 +69,8 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 
 def _own_code() -> Iterator[Path]:
-    yield from (PACKAGE / "rendering.py", PACKAGE / "errors.py")
-    for folder in ("data", "formats"):
+    yield PACKAGE / "errors.py"
+    for folder in ("base", "data", "formats"):
         yield from sorted((PACKAGE / folder).glob("*.py"))
 
 

@@ -13,15 +13,17 @@ from typing import Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
+from formtune.base.folder import context_length
+from formtune.base.renderer import Renderer, today
+from formtune.base.row import Row, quantile
 from formtune.data.blockers import bad_rows, empty_splits, uneven_shares
 from formtune.data.cleaning import AnswerStep, Example, Step, repair
-from formtune.data.encoded import Splits, quantile
+from formtune.data.encoded import Splits
 from formtune.data.progress import shown
 from formtune.data.sources import Columns, Source
 from formtune.data.splits import SPLITS, Prepared, Splitter
 from formtune.errors import UserError
 from formtune.formats import Format
-from formtune.rendering import Renderer, Row, context_length, today
 
 
 def system_prompt(system: str | None, contract: dict[str, Any]) -> str | None:

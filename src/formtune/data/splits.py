@@ -6,6 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from formtune.base.renderer import Renderer
+from formtune.base.row import Row
 from formtune.data import cache
 from formtune.data.cleaning import Example, judge, set_aside
 from formtune.data.encoded import Splits
@@ -15,7 +17,6 @@ from formtune.data.selection import select
 from formtune.data.sources import Columns, Source, open_source
 from formtune.data.styles import mixtures
 from formtune.formats import Format
-from formtune.rendering import Renderer, Row
 
 # Of all conversations together, about a second of work: for less, a cache costs as much as it saves.
 CACHED_CHARACTERS = 500_000

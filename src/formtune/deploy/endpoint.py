@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from formtune.base.row import Message, Row
 from formtune.errors import UserError, first_line
-from formtune.rendering import Message, Row
 
 TIMEOUT = 120  # seconds for an answer
 RETRIES = 2  # of a request that fails for the server's or the network's reasons

@@ -26,9 +26,9 @@ from typing import Any
 
 import yaml
 
-from formtune.deploy.manifest import NAME, file_hash, read_manifest, verify
 from formtune.errors import UserError, first_line
 from formtune.files import write_json
+from formtune.training.manifest import NAME, file_hash, read_manifest, verify
 
 DEPLOYMENTS = Path("deployments")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from formtune.deploy.manifest import NAME
 from formtune.deploy.registry import find_pointer, task_of
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import read_outcomes
+from formtune.training.manifest import NAME
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from formtune.base.row import Row
 from formtune.errors import UserError
 from formtune.files import write_lines
 from formtune.formats import Format, Verdict
 from formtune.formats.strict_json import loads_strict
-from formtune.rendering import Row
 
 VIEWS = {  # evaluations of the test rows, and what they are called
     "before": "base",

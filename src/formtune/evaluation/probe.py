@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from formtune.data.encoded import quantile
+from formtune.base.renderer import Renderer
+from formtune.base.row import Row, quantile
 from formtune.formats import Format
-from formtune.rendering import Renderer, Row
 
 ROWS = 48  # for each length
 

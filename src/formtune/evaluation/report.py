@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from formtune import __version__
-from formtune.evaluation.baseline import best_prompt
+from formtune.evaluation.baselines import best_prompt
 from formtune.evaluation.outcomes import RATES, VIEWS, Outcome, field_f1, rate
+from formtune.evaluation.page import BLUE, GREY, ORANGE, RED, environment, svg
 from formtune.evaluation.slices import slices
 from formtune.evaluation.statistics import Difference, rate_difference, verdict, wilson
 from formtune.files import write_whole
 from formtune.formats import KINDS, Format
-from formtune.page import BLUE, GREY, ORANGE, RED, environment, svg
 
 SHOWN = 60  # failures in the gallery
 PACKAGES = ("torch", "lightning", "transformers", "peft", "tokenizers")

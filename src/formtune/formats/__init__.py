@@ -4,7 +4,7 @@ One contract judges the training answers, the model's answers in validation and 
 Subclass `Format` for a format of your own and name the class in YAML; `parse` is all it needs.
 """
 
-from formtune.formats.contract import Format
+from formtune.formats.format import Format
 from formtune.formats.json_schema import JsonSchema
 from formtune.formats.text import Labels, Regex, Tagged
 from formtune.formats.verdict import KINDS, Problem, SyntaxProblem, Verdict

@@ -11,7 +11,7 @@ from typing import Any
 from jsonschema.exceptions import ValidationError
 
 from formtune.errors import UserError
-from formtune.formats.contract import Format, answer_start
+from formtune.formats.format import Format, answer_start
 from formtune.formats.grammar import json_rules
 from formtune.formats.keywords import CHECK_SECONDS, errors_in_time
 from formtune.formats.places import Places, is_array, is_label

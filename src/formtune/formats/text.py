@@ -11,7 +11,7 @@ import regex
 from jsonargparse.typing import PositiveFloat
 
 from formtune.errors import UserError
-from formtune.formats.contract import TIMEOUT, Format, answer_start
+from formtune.formats.format import TIMEOUT, Format, answer_start
 from formtune.formats.grammar import label_rules, regex_rules, section_rules
 from formtune.formats.patterns import compile_pattern
 from formtune.formats.verdict import Problem, SyntaxProblem

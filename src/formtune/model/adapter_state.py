@@ -7,8 +7,8 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
+from formtune.base.identity import check_identity
 from formtune.errors import UserError
-from formtune.model.identity import check_identity
 
 
 class AdapterState(L.LightningModule):

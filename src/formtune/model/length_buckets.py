@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from formtune.model.grammar import Documents
+from formtune.base.row import Row
+from formtune.model.constrained import Documents
 from formtune.model.loss import Predictions, judge
-from formtune.model.passes import Answers, Open, Passes, Stops, target_sizes
-from formtune.rendering import Row
+from formtune.model.micro_batches import Answers, Open, Passes, Stops, target_sizes
 
 
 @dataclass(frozen=True, slots=True)

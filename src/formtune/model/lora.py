@@ -9,9 +9,9 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from torch import nn
 
+from formtune.base.folder import check_folder, skeleton
 from formtune.errors import UserError, first_line
-from formtune.model.adapters import LoraLinear, share_inputs
-from formtune.model.folder import check_folder, skeleton
+from formtune.model.shared_lora import LoraLinear, share_inputs
 
 
 @dataclass(frozen=True)

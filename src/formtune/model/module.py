@@ -20,17 +20,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
+from formtune.base.folder import context_length
+from formtune.base.identity import contract_hash, identity
+from formtune.base.renderer import Renderer
+from formtune.base.row import Row
 from formtune.errors import Fault, UserError, first_line
+from formtune.evaluation.metrics import EXACT, FormatMetrics, LossMetrics, OwnMetrics
 from formtune.formats import Format, Verdict
-from formtune.metrics import EXACT, FormatMetrics, LossMetrics, OwnMetrics
 from formtune.model.adapter_state import AdapterState
-from formtune.model.chosen_passes import passes
-from formtune.model.grammar import Grammar
-from formtune.model.identity import contract_hash, identity
+from formtune.model.choice import passes
+from formtune.model.constrained import Grammar
+from formtune.model.fsdp import ShardedBase
 from formtune.model.lora import Lora, add_lora, check_layers, load_base
-from formtune.model.passes import Passes
-from formtune.rendering import Renderer, Row, context_length
-from formtune.sharding import ShardedBase
+from formtune.model.micro_batches import Passes
 
 EVALUATION = 16  # tokens evaluated together, answers included, for each token of a training pass
 PARITY = 2  # rows of each evaluation batch that are decoded in full as well

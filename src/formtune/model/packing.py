@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from formtune.rendering import Row
+from formtune.base.row import Row
 
 # A shared segment costs every token behind it one more attention call and its merging, about a tenth of a token's
 # own work: sharing less than this share of the tokens behind it would be slower than computing them again.

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from formtune.base.row import Row
 from formtune.model.attention import PackedAttention
+from formtune.model.constrained import Documents
 from formtune.model.decoding import CachedAttention, greedy
-from formtune.model.grammar import Documents
 from formtune.model.loss import Predictions, judge
+from formtune.model.micro_batches import Answers, Open, Passes, Stops
 from formtune.model.packing import Packed, pack
-from formtune.model.passes import Answers, Open, Passes, Stops
-from formtune.rendering import Row
 
 
 class SharedPrefixes(Passes):

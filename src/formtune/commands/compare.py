@@ -1,0 +1,52 @@
+"""`formtune compare`: whether one run is better than another on the same test rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from formtune.configuration.parsing import VerbParser
+from formtune.errors import UserError
+from formtune.evaluation.comparison import compare, print_comparison, read_runs
+from formtune.evaluation.outcomes import VIEWS
+from formtune.files import write_json
+
+HELP = """\
+The first RUN is what each further one is compared with, row by row, so all must have been tested on the same rows.
+
+how to read it:
+  97.3% (94.9 to 98.6)   the figure and its 95 % interval: Wilson's for a rate, a bootstrap over rows for field F1
+  better, p = 0.002      two runs that are equal would differ so much in 2 of 1,000 tries; below 0.05 the verdict is
+                         better or worse. Rates: the exact McNemar test on the rows that only one of the two has
+                         right; field F1: a randomization test that deals each row's answers to the two by chance
+  cannot tell            luck alone brings such a difference often enough; the sentence below the table says how many
+                         test rows would show one of this size, if it is real, in 80 % of tries
+Each figure is a test of its own: of twenty that do not differ, one seems to.
+
+examples:
+  formtune compare logs/demo/r16 logs/demo/r32 logs/demo/r64
+  formtune compare logs/demo/r16:before logs/demo/r16 --out gain.json
+"""
+
+
+def run(args: list[str]) -> int:
+    """Read, compare, print, and write JSON if `--out` asks for it.
+
+    Raises:
+        UserError: A mistake in the command line, or runs that cannot be compared.
+    """
+    parser = VerbParser("compare", "formtune compare RUN RUN [RUN ...] [--out FILE.json]", HELP)
+    parser.add_argument("runs", metavar="RUN", nargs="*", help="Folder of a run: its test rows after training; "
+                        f"FOLDER:VIEW: another view of them ({', '.join(VIEWS)}); or a file of outcomes")  # fmt: skip
+    parser.add_argument("--out", metavar="FILE.json", type=Path, help="Write the same as JSON")
+    config = parser.parse_intermixed_args(args)
+    if len(config.runs) < 2:
+        raise UserError("name two runs or more, such as logs/demo/r16 logs/demo/r32")
+    found = compare(read_runs(config.runs))
+    print_comparison(found)
+    if config.out:
+        try:
+            config.out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(config.out, found)
+        except OSError as error:
+            raise UserError(f"--out: {config.out}: {error.strerror}") from None
+    return 0

@@ -1,0 +1,286 @@
+"""`formtune synthesize`: rows from a teacher, each judged by the contract before it is written.
+
+A teacher is any endpoint that speaks OpenAI's chat completions, local servers among them. It sees the task, the
+schema and a few of the rows that there are, and writes new ones. A row is written if its answer keeps the contract and
+its input is not nearly one that is there already; it carries the teacher's name in the column that
+`data.columns.source` names (`source` where it names none), so that an audit can tell what the teacher brought. The
+file grows row by row, and a run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from formtune.configuration.task import read_task, task_parser
+from formtune.data.cleaning import Example
+from formtune.data.duplicates import bands, similar
+from formtune.data.preparation import Preparation
+from formtune.errors import UserError, first_line
+from formtune.formats.strict_json import loads_strict
+
+ASKED = 8  # rows that the teacher is asked for at once
+EXAMPLES = 4  # rows that it sees
+PATIENCE = 12  # replies in a row without one new row, after which asking on is pointless
+RETRIES = 5  # of a request that fails for the server's or the network's reasons
+
+
+class Known:
+    """Inputs that are there already; says of a new one whether it is nearly one of them.
+
+    Args:
+        threshold: Jaccard index from which on two inputs are nearly the same.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self._keys: dict[str, int] = {}
+        self._buckets: dict[tuple[int, int], list[int]] = {}
+
+    def add(self, key: str) -> bool:
+        """Whether the input is new; it is known from then on."""
+        if key in self._keys:
+            return False
+        buckets: list[list[int]] = []
+        if self.threshold < 1:
+            marks = enumerate(bands([key], self.threshold)[0].tolist())
+            buckets = [self._buckets.setdefault(mark, []) for mark in marks]
+            candidates = sorted({i for bucket in buckets for i in bucket})
+            texts = [key, *map(list(self._keys).__getitem__, candidates)] if candidates else []
+            right = np.arange(1, len(texts))
+            if len(right) and (similar(texts, np.zeros_like(right), right) >= self.threshold).any():
+                return False
+        self._keys[key] = len(self._keys)
+        for bucket in buckets:
+            bucket.append(self._keys[key])
+        return True
+
+
+class Teacher:
+    """Asks an endpoint for rows.
+
+    Args:
+        endpoint: Its base URL, such as http://localhost:8000/v1.
+        name: The model to ask for.
+        temperature: Randomness of its words.
+        preparation: The task: its system prompt, its contract, its columns.
+        examples: Rows to show, a few at a time.
+    """
+
+    def __init__(
+        self, endpoint: str, name: str, temperature: float, preparation: Preparation, examples: Sequence[Example]
+    ) -> None:
+        try:
+            import openai
+        except ImportError:
+            raise UserError("formtune synthesize needs the extra: pip install -e '.[synthesize]'") from None
+        self._errors = openai.APIError
+        key = os.environ.get("OPENAI_API_KEY", "none")  # local servers take any
+        self._client = openai.OpenAI(base_url=endpoint, api_key=key, max_retries=RETRIES)
+        self.endpoint, self.name, self.temperature = endpoint, name, temperature
+        self._preparation, self._examples = preparation, examples
+
+    def ask(self, number: int) -> str:
+        """The teacher's reply to request `number`, which decides the rows that it is shown.
+
+        Raises:
+            UserError: The endpoint does not answer, or refuses.
+        """
+        try:
+            reply = self._client.chat.completions.create(
+                model=self.name,
+                messages=[{"role": "user", "content": self._request(number)}],
+                temperature=self.temperature,
+                seed=number,
+            )
+        except self._errors as error:
+            raise UserError(f"endpoint: {self.endpoint} did not give rows: {first_line(error)}") from None
+        return (reply.choices[0].message.content or "") if reply.choices else ""
+
+    def _request(self, number: int) -> str:
+        task, contract = self._preparation, self._preparation.format.to_dict()
+        dice = random.Random(number)
+        shown = dice.sample(list(self._examples), min(EXAMPLES, len(self._examples)))
+        rows = (json.dumps({"prompt": e.input, "completion": e.gold}, ensure_ascii=False) for e in shown)
+        return "\n\n".join(
+            [
+                "You write training data for a small language model. It gets an input and must answer in one fixed "
+                "format that a program reads.",
+                f"The model's instructions:\n{task.system}" if task.system else "",
+                f"The format that every answer must keep:\n{json.dumps(contract['init_args'], ensure_ascii=False)}",
+                "Rows that exist:\n" + "\n".join(rows),
+                f"Write {ASKED} new rows in the same two keys, one JSON object a line and nothing else. Vary people, "
+                "places, subjects, length, tone and spelling as real inputs do; do not repeat the rows above. Put into "
+                "an answer only what its input says. The completion is a string, JSON answers too.",
+            ]
+        ).strip()
+
+
+def read_reply(reply: str) -> Iterator[dict[str, Any] | None]:
+    """The rows in a teacher's reply, None for a line that should be one and is none; fences and prose are skipped."""
+    for line in reply.splitlines():
+        text = line.strip().rstrip(",")
+        if not text.startswith("{"):
+            continue
+        try:
+            yield loads_strict(text)
+        except ValueError:
+            yield None
+
+
+class Sieve:
+    """Decides which rows are written, and counts the others by their reason.
+
+    Args:
+        preparation: The task.
+        teacher: The teacher's name.
+        known: The inputs that are there already.
+    """
+
+    def __init__(self, preparation: Preparation, teacher: str, known: Known) -> None:
+        self._contract, self._known = preparation.format, known
+        self._source = {preparation.columns.source or "source": teacher}
+        self.refused: Counter[str] = Counter()
+
+    def rows(self, reply: str) -> Iterator[dict[str, str]]:
+        """The rows of a reply that may be written."""
+        for record in read_reply(reply):
+            row = self._row(record)
+            if isinstance(row, dict):
+                yield row
+            else:
+                self.refused[row] += 1
+
+    def _row(self, record: dict[str, Any] | None) -> dict[str, str] | str:
+        prompt, completion = (record or {}).get("prompt"), (record or {}).get("completion")
+        if isinstance(completion, dict | list):  # asked for as a string; what it says is the same
+            completion = self._contract.write(completion)
+        if not isinstance(prompt, str) or not isinstance(completion, str) or not prompt.strip():
+            return "no row"
+        verdict = self._contract.check(completion)
+        if not verdict.exact:
+            return f"breaks the contract: {verdict.kind}"
+        if not self._known.add(_example(prompt).key):
+            return "nearly a row that is there"
+        return {"prompt": prompt, "completion": completion, **self._source}
+
+
+def _example(prompt: str) -> Example:
+    return Example([{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}], "")
+
+
+def resume(path: Path) -> list[dict[str, Any]]:
+    """The rows that an earlier run wrote; a line that a crash cut off is cut away.
+
+    Raises:
+        UserError: The file holds something else.
+    """
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    rows = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            rows.append(loads_strict(line.decode()))
+            if not isinstance(rows[-1]["prompt"], str):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}:{number}: not a row of formtune synthesize; choose another --out") from None
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return rows
+
+
+def collect(teacher: Teacher, sieve: Sieve, path: Path, have: int, want: int, at_once: int, first: int) -> int:
+    """Ask until the file has `want` rows or the teacher brings none any more; returns the number of its rows.
+
+    Args:
+        teacher: Whom to ask.
+        sieve: Decides what is written.
+        path: The file, appended to.
+        have: Rows that it has.
+        want: Rows that it shall have.
+        at_once: Requests at the same time.
+        first: Number of the first request.
+    """
+    columns = (TextColumn("asking {task.fields[teacher]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("", total=want, completed=have, teacher=teacher.name)
+    idle = 0
+    with bar, path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(at_once) as pool:
+        waiting: set[Future[str]] = set()
+        try:
+            while have < want and idle < PATIENCE:
+                while len(waiting) < at_once:
+                    waiting.add(pool.submit(teacher.ask, first))
+                    first += 1
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for reply in done:
+                    before = have
+                    for row in sieve.rows(reply.result()):
+                        if have < want:
+                            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                            have += 1
+                    file.flush()
+                    os.fsync(file.fileno())
+                    idle = 0 if have > before else idle + 1
+                    bar.update(task, completed=have)
+        finally:
+            for future in waiting:
+                future.cancel()
+    return have
+
+
+def run(args: list[str]) -> int:
+    """Ask, judge, write; 1 if the teacher stopped bringing new rows before there were enough.
+
+    Raises:
+        UserError: A mistake in the configuration, or an endpoint that does not answer.
+    """
+    parser = task_parser("synthesize")
+    parser.add_argument("--endpoint", type=str, required=True, help="Base URL, such as http://localhost:8000/v1; the "
+                        "key, where one is needed, is read from OPENAI_API_KEY")  # fmt: skip
+    parser.add_argument("--teacher", type=str, required=True, help="Name of the model to ask; goes into the column "
+                        "that data.columns.source names")  # fmt: skip
+    parser.add_argument("--out", type=str, required=True, help="File of JSON Lines to write or to go on with")
+    parser.add_argument("--rows", type=PositiveInt, default=500, help="Rows that the file shall have")
+    parser.add_argument("--temperature", type=NonNegativeFloat, default=1.0, help="Randomness of the teacher's words")
+    parser.add_argument("--at_once", type=PositiveInt, default=4, help="Requests at the same time")
+    config, preparation = read_task(parser, args)
+    path = Path(config.out)
+    written = resume(path)
+    examples = preparation.examples()
+    known = Known(preparation.near_duplicates)
+    # What validation and test hold is known too: a synthetic row must repeat none of it.
+    for example in (example for rows in examples.values() for example in rows):
+        known.add(example.key)
+    for row in written:
+        known.add(_example(row["prompt"]).key)
+    good = [example for example in examples["train"] if preparation.format.check(example.gold).exact]
+    if not good:
+        raise UserError("data.train: no row keeps the contract, and the teacher must see some that do")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    teacher = Teacher(config.endpoint, config.teacher, config.temperature, preparation, good)
+    sieve = Sieve(preparation, config.teacher, known)
+    have = collect(teacher, sieve, path, len(written), config.rows, config.at_once, first=len(written))
+    refused = ", ".join(f"{count:,} {reason}" for reason, count in sieve.refused.most_common())
+    print(f"{path}: {have:,} rows ({have - len(written):,} new)" + (f"; refused: {refused}" if refused else ""))
+    if preparation.columns.source is None:
+        print("who wrote a row is read once the task names its column: data.columns.source: source")
+    if have < config.rows:
+        print(f"stopped: {PATIENCE} replies brought nothing new; raise --temperature, or show more varied rows")
+    return int(have < config.rows)
