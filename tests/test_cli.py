@@ -293,13 +293,13 @@ HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "numpy")
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "verbs:"),
-        (["--help"], 0, "verbs:"),
+        ([], 2, "commands:"),
+        (["--help"], 0, "commands:"),
         (["-h"], 0, "formtune fit -c configs/demo.yaml"),
         (["--version"], 0, r"formtune \d"),
-        (["fti", "-c", "small.yaml"], 2, "no verb 'fti'; did you mean fit?"),
-        (["quux"], 2, "no verb 'quux'; the verbs are audit, synthesize, preflight, fit, sweep, validate"),
-        (["-c", "small.yaml", "fit"], 2, "a verb comes first, before -c"),
+        (["fti", "-c", "small.yaml"], 2, "no command 'fti'; did you mean fit?"),
+        (["quux"], 2, "no command 'quux'; the commands are audit, synthesize, preflight, train, fit, validate"),
+        (["-c", "small.yaml", "fit"], 2, "a command comes first, before -c"),
         (["fit", "-c"], 2, "-c: name the YAML of a task"),
         (["fit", "-c", "gone.yaml"], 2, "gone.yaml: No such file"),
         (["fit", "--config=broken.yaml"], 2, "broken.yaml:1: not valid YAML"),
@@ -378,8 +378,8 @@ def test_folders_of_this_project_do_not_know_what_they_must_not():
 
     for folder, walls in {
         "formats": ("torch", "lightning", "transformers", "formtune.data", "formtune.model"),
-        "data": ("transformers", "formtune.model", "formtune.cli", "formtune.commands.lightning_cli"),
-        "model": ("formtune.data", "formtune.cli", "formtune.commands.lightning_cli"),
+        "data": ("transformers", "formtune.model", "formtune.cli", "formtune.commands.lightning"),
+        "model": ("formtune.data", "formtune.cli", "formtune.commands.lightning"),
     }.items():
         assert not [name for name in imported(folder) if name.startswith(walls)], folder
 

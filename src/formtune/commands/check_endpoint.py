@@ -15,6 +15,7 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from rich.console import Console
 
 from formtune.base.row import Row
+from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
 from formtune.data.progress import shown
 from formtune.deploy.endpoint import Endpoint, Reply
@@ -28,13 +29,13 @@ from formtune.formats import KINDS, Format
 WORST = 3  # answers that are printed
 
 
-def run(args: list[str]) -> int:
+def run(command: str, args: list[str]) -> int:
     """Ask, judge, print, write `logs/<task>/<run>/`; 1 if fewer answers than `--min_exact` are in format.
 
     Raises:
         UserError: A mistake in the configuration, a server that does not answer, or one that renders another prompt.
     """
-    parser = task_parser("check-endpoint")
+    parser = task_parser(command, COMMANDS[command].description)
     parser.add_argument("url", type=str, help="Base URL, such as http://127.0.0.1:8000/v1; the key, where one is "
                         "needed, is read from OPENAI_API_KEY")  # fmt: skip
     parser.add_argument("--served_model", type=str | None, help="Name of the model to ask for (default: the task's, as "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from formtune.configuration.parsing import VerbParser
+from formtune.commands import COMMANDS
+from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
 from formtune.evaluation.comparison import compare, print_comparison, read_runs
 from formtune.evaluation.outcomes import VIEWS
@@ -28,13 +29,16 @@ examples:
 """
 
 
-def run(args: list[str]) -> int:
+def run(command: str, args: list[str]) -> int:
     """Read, compare, print, and write JSON if `--out` asks for it.
 
     Raises:
         UserError: A mistake in the command line, or runs that cannot be compared.
     """
-    parser = VerbParser("compare", "formtune compare RUN RUN [RUN ...] [--out FILE.json]", HELP)
+    parser = CommandParser(
+        command, COMMANDS[command].description,
+        "formtune compare RUN RUN [RUN ...] [--out FILE.json]", HELP,
+    )  # fmt: skip
     parser.add_argument("runs", metavar="RUN", nargs="*", help="Folder of a run: its test rows after training; "
                         f"FOLDER:VIEW: another view of them ({', '.join(VIEWS)}); or a file of outcomes")  # fmt: skip
     parser.add_argument("--out", metavar="FILE.json", type=Path, help="Write the same as JSON")

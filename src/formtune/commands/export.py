@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
-from formtune.configuration.parsing import VerbParser
+from formtune.commands import COMMANDS
+from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
 from formtune.training.manifest import KINDS
 
@@ -28,13 +30,19 @@ examples:
 """
 
 
-def run(args: list[str]) -> int:
+def run(command: str, args: list[str]) -> int:
     """Export, print the row of what was exported beside those of before.
 
     Raises:
         UserError: A mistake in the command line, a package is missing, or what would be written is another model.
     """
-    parser = VerbParser("export", "formtune export RUN [--as KIND] [--max_loss SHARE] [--interpreter PATH]", HELP)
+    warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by its result
+    parser = CommandParser(
+        command,
+        COMMANDS[command].description,
+        "formtune export RUN [--as KIND] [--max_loss SHARE] [--interpreter PATH]",
+        HELP,
+    )
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a finished run")
     parser.add_argument("--as", metavar="KIND", dest="kind", choices=KINDS, default="adapter",
                         help=f"{', '.join(KINDS)} (default: %(default)s)")  # fmt: skip

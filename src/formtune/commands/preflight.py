@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from formtune.base.folder import context_length
 from formtune.base.row import quantile
+from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
 from formtune.data.preparation import Preparation
 from formtune.errors import UserError
@@ -47,13 +49,14 @@ class Line:
     versions: str = ""
 
 
-def run(args: list[str]) -> int:
+def run(command: str, args: list[str]) -> int:
     """Check, print, write `logs/<task>/preflight.json`; 1 if a target that was asked for would fail.
 
     Raises:
         UserError: A mistake in the configuration or in the command line.
     """
-    parser = task_parser("preflight")
+    warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by its result
+    parser = task_parser(command, COMMANDS[command].description)
     parser.add_class_arguments(Lora, "model.lora")
     parser.add_argument("--model.quantize", type=Literal["4bit"] | None, help="As in training")
     parser.add_argument(

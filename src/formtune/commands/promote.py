@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from formtune.configuration.parsing import VerbParser
+from formtune.commands import COMMANDS
+from formtune.configuration.parsing import CommandParser
 from formtune.deploy.registry import (
     DEPLOYMENTS,
     Pointer,
@@ -23,13 +24,22 @@ from formtune.evaluation.outcomes import read_outcomes, write_outcomes
 from formtune.training.manifest import read_manifest
 
 
-def promote(args: list[str]) -> int:
+def run(command: str, args: list[str]) -> int:
+    """Run `promote`, `rollback` or `deployments`.
+
+    Raises:
+        UserError: There is nothing to promote or to go back to, or the evidence speaks against it.
+    """
+    functions = {"promote": _promote, "rollback": _rollback, "deployments": _deployments}
+    return functions[command](CommandParser(command, COMMANDS[command].description), args)
+
+
+def _promote(parser: CommandParser, args: list[str]) -> int:
     """Copy, verify, compare with what is current, and point to it.
 
     Raises:
         UserError: There is nothing to promote, or the evidence speaks against it.
     """
-    parser = VerbParser("promote")
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a run")
     parser.add_argument("--to", metavar="NAME", required=True, help="Name that points to it, such as production")
     parser.add_argument("--as", dest="kind", metavar="KIND", default="adapter", help="Which of the run's exported "
@@ -65,13 +75,12 @@ def promote(args: list[str]) -> int:
     return 0
 
 
-def rollback(args: list[str]) -> int:
+def _rollback(parser: CommandParser, args: list[str]) -> int:
     """Point to an earlier version again, once it is verified.
 
     Raises:
         UserError: There is none, or it is not as it was.
     """
-    parser = VerbParser("rollback")
     parser.add_argument("name", metavar="NAME", help="Such as production, or demo/production")
     parser.add_argument("--to", metavar="VERSION", help="Which version (default: the one before the current)")
     parser.add_argument("--reason", required=True, help="Why, for the history")
@@ -94,13 +103,13 @@ def rollback(args: list[str]) -> int:
     return 0
 
 
-def deployments(args: list[str]) -> int:
+def _deployments(parser: CommandParser, args: list[str]) -> int:
     """Print what every name points to, and its history.
 
     Raises:
         UserError: A pointer cannot be read.
     """
-    VerbParser("deployments").parse_args(args)
+    parser.parse_args(args)
     found = pointers()
     if not found:
         print("nothing is deployed yet; formtune promote RUN --to production deploys a run")

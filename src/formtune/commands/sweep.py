@@ -17,8 +17,10 @@ from typing import Any
 import yaml
 
 from formtune.base.renderer import today
-from formtune.cli import VERBS
-from formtune.configuration.parsing import VerbParser
+from formtune.commands import COMMANDS
+from formtune.commands.lightning import run as fit
+from formtune.configuration.parsing import CommandParser
+from formtune.configuration.yaml_file import config_paths
 from formtune.errors import UserError
 from formtune.files import LOGS, write_whole
 from formtune.sweep import grid
@@ -54,18 +56,21 @@ RESERVED = {  # keys of `fit` that are not the user's here
 FOLLOWED_BY_DATA = ("data.", "model.base", "model.max_new_tokens")
 
 
-def run(args: list[str], configs: Sequence[str]) -> int:
+def run(command: str, args: list[str]) -> int:
     """Train what is not yet trained, choose, print and write; 1 if a run failed.
 
     Args:
-        args: The command line without the verb.
-        configs: The YAMLs it names.
+        command: Its name.
+        args: The rest of the command line.
 
     Raises:
         UserError: A mistake in the grid or in a configuration, or one that every run would meet.
     """
-    parser = VerbParser(
-        "sweep", "%(prog)s -c TASK.yaml [--over KEY=VALUES ...] [--seeds SEEDS] [--key value ...]", HELP
+    parser = CommandParser(
+        command,
+        COMMANDS[command].description,
+        "%(prog)s -c TASK.yaml [--over KEY=VALUES ...] [--seeds SEEDS] [--key value ...]",
+        HELP,
     )
     parser.add_argument("--over", action="append", metavar="KEY=VALUES", help="A key of the task and the values to "
                         f"try; several make all combinations (default: {grid.RANKS})")  # fmt: skip
@@ -76,7 +81,7 @@ def run(args: list[str], configs: Sequence[str]) -> int:
     points, seeds = grid.points(options.over or [grid.RANKS]), grid.seeds(options.seeds)
     _check_words(words, points)
     plain = _configuration(words)
-    task = yaml.safe_load(plain).get("task") or (Path(configs[0]).stem if configs else "task")
+    task = yaml.safe_load(plain).get("task") or (Path(([*config_paths(words), "task"])[0]).stem)
     words += ["--task", task]
     configurations = _configurations(words, points)
     keys = list(points[0].values)
@@ -120,7 +125,7 @@ def _configuration(words: Sequence[str]) -> str:
     """What `formtune fit` makes of these words, defaults left out, as YAML; its own message where it refuses them."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        VERBS["fit"].run(["fit", *words, "--print_config=skip_default"])
+        fit("fit", [*words, "--print_config=skip_default"])
     return out.getvalue()
 
 

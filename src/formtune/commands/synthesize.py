@@ -23,6 +23,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
 from formtune.data.cleaning import Example
 from formtune.data.duplicates import bands, similar
@@ -245,13 +246,13 @@ def collect(teacher: Teacher, sieve: Sieve, path: Path, have: int, want: int, at
     return have
 
 
-def run(args: list[str]) -> int:
+def run(command: str, args: list[str]) -> int:
     """Ask, judge, write; 1 if the teacher stopped bringing new rows before there were enough.
 
     Raises:
         UserError: A mistake in the configuration, or an endpoint that does not answer.
     """
-    parser = task_parser("synthesize")
+    parser = task_parser(command, COMMANDS[command].description)
     parser.add_argument("--endpoint", type=str, required=True, help="Base URL, such as http://localhost:8000/v1; the "
                         "key, where one is needed, is read from OPENAI_API_KEY")  # fmt: skip
     parser.add_argument("--teacher", type=str, required=True, help="Name of the model to ask; goes into the column "

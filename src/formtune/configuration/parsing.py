@@ -8,7 +8,6 @@ import re
 from itertools import accumulate
 from typing import Any
 
-from formtune.cli import VERBS
 from formtune.configuration.yaml_file import place
 from formtune.errors import UserError
 
@@ -51,18 +50,12 @@ class OneLine:
         return config
 
 
-class VerbParser(OneLine, argparse.ArgumentParser):
-    """Reads the options of a verb that takes no task.
+class CommandParser(OneLine, argparse.ArgumentParser):
+    """Reads the options of a command that takes no task."""
 
-    Args:
-        verb: The verb.
-        usage: Its first line of help, where argparse's own would be long.
-        epilog: What stands below the options, as it stands.
-    """
-
-    def __init__(self, verb: str, usage: str | None = None, epilog: str | None = None) -> None:
+    def __init__(self, command: str, description: str, usage: str | None = None, epilog: str | None = None) -> None:
         super().__init__(
-            prog=f"formtune {verb}", usage=usage, description=VERBS[verb].description, epilog=epilog,
+            prog=f"formtune {command}", usage=usage, description=description, epilog=epilog,
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
 

@@ -9,7 +9,6 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from formtune import formats  # noqa: F401 (so that a contract can be named by its class alone)
-from formtune.cli import VERBS
 from formtune.configuration.parsing import OneLine
 from formtune.data.preparation import Preparation
 from formtune.errors import UserError
@@ -19,9 +18,9 @@ class TaskParser(OneLine, ArgumentParser):
     """Reads a task's YAML without what only training needs."""
 
 
-def task_parser(verb: str) -> TaskParser:
-    """The parser of a verb that needs a task's rows."""
-    parser = TaskParser(prog=f"formtune {verb}", description=VERBS[verb].description)
+def task_parser(command: str, description: str = "") -> TaskParser:
+    """The parser of a command that needs a task's rows."""
+    parser = TaskParser(prog=f"formtune {command}", description=description)
     parser.add_argument(
         "-c", "--config", action=ActionConfigFile, help="YAML of the task; what only training needs is left out"
     )

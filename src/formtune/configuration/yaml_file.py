@@ -31,6 +31,31 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def check_configs(args: list[str]) -> None:
+    """Check each YAML that a command line names.
+
+    Raises:
+        UserError: One is broken; names the file, the line and the reason.
+    """
+    PLACES.clear()
+    for path in config_paths(args):
+        check_yaml(path)
+    for option in args:
+        PLACES.pop(option.partition("=")[0].removeprefix("--"), None)  # the command line overrides the file
+
+
+def config_paths(args: list[str]) -> list[str]:
+    """The YAMLs that a command line names."""
+    paths = []
+    for option, value in zip(args, [*args[1:], ""], strict=True):
+        name, equals, attached = option.partition("=")
+        if name in ("-c", "--config"):
+            paths.append(attached if equals else value)
+            if not paths[-1]:
+                raise UserError(f"{name}: name the YAML of a task")
+    return paths
+
+
 def place(key: str) -> str:
     """Where a dotted key (or its end) stands, as `file:line`; "" if in no file."""
     ends = [where for name, where in PLACES.items() if name == key or name.endswith(f".{key}")]

@@ -1,4 +1,4 @@
-"""`formtune serve`: what a run or a deployment holds, served on this machine or as a command for vLLM.
+"""Serve what a run or a deployment holds on this machine, or print the command for vLLM.
 
 An adapter is served on its base without merging: a folder of links to the base's files and to the adapter's is a model
 that transformers loads (measured with 5.23). It answers as the evaluation did: in the precision of the run, ended by
@@ -24,45 +24,17 @@ from typing import Any
 import yaml
 
 from formtune.base.renderer import Renderer
-from formtune.configuration.parsing import VerbParser
 from formtune.data.preparation import system_prompt
-from formtune.deploy.served import Served, find_served
+from formtune.deploy.served import Served
 from formtune.errors import UserError
 from formtune.files import write_json
-from formtune.training.manifest import base_files, base_folder, verify
+from formtune.training.manifest import base_folder, verify
 
 HOST = "127.0.0.1"
 NEEDED = ("fastapi", "uvicorn", "openai")
 DTYPES = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}  # of the base under an adapter, by the run's precision
 ENDING = 10  # seconds that the server has to end by itself
 NO_THINKING = '{"enable_thinking": false}'
-
-
-def run(args: list[str]) -> int:
-    """Serve until a signal comes, or print the command for vLLM.
-
-    Raises:
-        UserError: There is nothing to serve, it is not as it was exported, or the server does not start.
-    """
-    parser = VerbParser("serve")
-    parser.add_argument("what", metavar="RUN", help="Folder of a run, a deployment such as demo/production, or an "
-                        "exported folder")  # fmt: skip
-    parser.add_argument("--as", dest="kind", default="adapter", help="Which of a run's exported folders (default: "
-                        "adapter)")  # fmt: skip
-    parser.add_argument("--port", type=int, default=8000, help="Port on this machine (default: 8000)")
-    parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers", help="vllm: print the "
-                        "command, for an environment that has it")  # fmt: skip
-    config = parser.parse_args(args)
-    served = find_served(config.what, config.kind)
-    manifest = verify(served.folder)
-    if manifest["kind"] == "adapter" and base_files(manifest["base"]["path"]) != manifest["base"]["files"]:
-        raise UserError(
-            f"{manifest['base']['path']}: not the base that {served.folder} was trained on; its files differ"
-        )
-    if config.backend == "vllm":
-        print(vllm_command(served, manifest, config.port))
-        return 0
-    return serve(served, manifest, config.port)
 
 
 def serve(served: Served, manifest: dict[str, Any], port: int) -> int:

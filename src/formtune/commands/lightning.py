@@ -7,6 +7,7 @@ import os
 import shlex
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from formtune.base.renderer import today
-from formtune.cli import VERBS
+from formtune.commands import COMMANDS
 from formtune.commands.preflight import before_training
 from formtune.configuration.parsing import OneLine
-from formtune.configuration.trainer_checks import (
-    check_monitors,
-    check_processes,
-    check_trainer,
-    checked_precision,
-    started_by_others,
-)
+from formtune.configuration.trainer_checks import check_monitors, check_trainer, checked_precision, started_by_others
 from formtune.data.datamodule import FormatDataModule
 from formtune.errors import Fault, UserError, first_line
 from formtune.evaluation.console import print_result
 from formtune.files import LOGS, write_json, write_whole
 from formtune.model import FormatModule
 from formtune.model.fsdp import ShardedBase
-from formtune.training import checkpoint_files, run_checkpoint
+from formtune.training import checkpoint_files
 from formtune.training.adapter import export_adapter
 from formtune.training.answers import AnswerFile, WorstAnswers
 from formtune.training.checkpoints import Checkpoints
@@ -49,6 +43,16 @@ from formtune.training.test_outcomes import Outcomes
 from formtune.training.validations import Validations, reason
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "Broken pipe")  # in messages
+
+
+QUIET = (
+    ".*does not have many workers.*",
+    ".*`isinstance\\(treespec, LeafSpec\\)`.*",
+    ".*args parameter is intended to run from within Python.*",
+    ".*smaller than the logging interval.*",
+    ".*sync_dist=True.*",  # what is logged was summed over all processes already
+    ".*callbacks used to create the checkpoint need to be provided.*",  # by fit alone
+)
 
 
 class Parser(OneLine, LightningArgumentParser):
@@ -131,11 +135,8 @@ class FormtuneCLI(LightningCLI):
         parser.link_arguments("data.format", "model.format")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        kwargs["description"] = VERBS[subcommand].description
+        kwargs["description"] = COMMANDS[subcommand].description
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        for action in parser._actions:
-            if action.dest == "ckpt_path":
-                action.help = run_checkpoint.HELP
         if subcommand == "predict":
             parser.add_argument("--answers", type=str, default="answers.jsonl", help="File to write, as JSON Lines")
         return parser
@@ -154,8 +155,8 @@ class FormtuneCLI(LightningCLI):
         trainer = config.trainer
         trainer.precision = checked_precision(trainer.precision, trainer.accelerator)
         check_trainer(config, str(self.subcommand))
-        if self.subcommand != "fit":
-            self._choose_checkpoint(config)
+        if config.get("ckpt_path") is not None:
+            checkpoint_files.read(Path(config.ckpt_path))
         # Lightning starts further processes with this command line and environment: they must find the same folder.
         known = os.environ.get("FORMTUNE_RUN")
         if known is None and config.run is None and started_by_others():
@@ -165,10 +166,6 @@ class FormtuneCLI(LightningCLI):
         config.run = known or config.run or time.strftime("%Y%m%d-%H%M%S")
         os.environ["FORMTUNE_RUN"] = config.run
         self.folder = RunFolder(LOGS / config.task / config.run)
-        if self.subcommand == "fit":
-            # Of the run's first day, and at midnight that of the process which starts the others.
-            config.data.date = config.data.date or self.folder.date or os.environ.get("FORMTUNE_DATE") or today()
-            os.environ["FORMTUNE_DATE"] = config.data.date
         self.run_dir = self.folder.path
         trainer.default_root_dir = str(self.run_dir)
         self.checkpoint = checkpoint_files.newest(self.run_dir / "checkpoints") if self.subcommand == "fit" else None
@@ -176,18 +173,6 @@ class FormtuneCLI(LightningCLI):
         self.signals.remedy = (
             f"go on with: {shlex.join(['formtune', *dict.fromkeys(words)])}" if self.subcommand == "fit" else ""
         )
-
-    def _choose_checkpoint(self, config: Namespace) -> None:
-        """Name what is measured, as a checkpoint or as the untuned base, and write the date that its run wrote."""
-        named = LOGS / config.task / config.run if config.run else None
-        run = run_checkpoint.run_of([Path(str(path)) for path in config.get("config") or []], named)
-        found = run_checkpoint.choose(config.ckpt_path, run)
-        self.measured = str(found or run_checkpoint.UNTUNED)
-        best = ", the run's best checkpoint" if found and config.ckpt_path in (None, "best") else ""
-        rank_zero_only(print)(f"measuring: {self.measured}{best}", flush=True)
-        if folder := found.parent.parent if found else run:
-            config.data.date = config.data.date or RunFolder(folder).date
-        config.ckpt_path = found and str(found)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._get(self.config_init, "trainer")
@@ -211,12 +196,10 @@ class FormtuneCLI(LightningCLI):
         else:
             kwargs["logger"] = False
         if self.subcommand == "predict":
-            untuned = self.measured if self.config.predict.ckpt_path is None else None
-            callbacks.append(AnswerFile(self.config.predict.answers, untuned))
+            callbacks.append(AnswerFile(self.config.predict.answers))
         if config.enable_progress_bar is not False:
             callbacks.append(ProgressBar())
         trainer = self._instantiate_trainer({**config, **kwargs}, callbacks)
-        check_processes(trainer)
         check_monitors(trainer, self.model.validation_names)
         return trainer
 
@@ -236,7 +219,6 @@ class FormtuneCLI(LightningCLI):
         evaluations = Evaluations(trainer, model, datamodule, self.outcomes, self.run_dir)
         for line in before_training(model.base, model.lora, model.quantize):
             rank_zero_only(print)(f"preflight: {line}")
-        self.config.fit.data.date = datamodule.preparation.date
         if writes and not self.folder.begun:
             write_whole(self.run_dir / "config.yaml", self._dump(self.config.fit))
         result |= evaluations.baselines(self.config.fit.baselines)
@@ -289,14 +271,13 @@ class FormtuneCLI(LightningCLI):
         getattr(self.trainer, verb)(verbose=False, **kwargs)
         values, counts = results(self.model)
         if self.trainer.is_global_zero:
-            result = {"result": values, "counts": {"result": counts}, "rows": counts["format/exact"][1]}
-            print_result(result, None, "validation" if verb == "validate" else "test", self.measured)
+            print_result({"result": values, "counts": {"result": counts}}, None)
 
     def predict(self, **kwargs: Any) -> None:
         """Answer the prompts and write the file."""
         self.trainer.predict(return_predictions=False, **kwargs)
         if self.trainer.is_global_zero:
-            print(f"answers of {self.measured}: {self.config.predict.answers}")
+            print(f"answers: {self.config.predict.answers}")
 
     def _dump(self, config: Namespace) -> str:
         """The configuration as YAML: a record to start another run from, and what a run that goes on is held to."""
@@ -329,12 +310,15 @@ class FormtuneCLI(LightningCLI):
         write_json(self.run_dir / "metrics.json", result)
 
 
-def run(args: list[str]) -> None:
+def run(command: str, args: list[str]) -> None:
     """Run a command line that begins with fit, validate, test or predict.
 
     Raises:
         UserError: A mistake of the user's, in one line.
     """
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # from calls inside libraries
     # Lightning's notes on hardware and on its other products; warnings still come through.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -343,7 +327,7 @@ def run(args: list[str]) -> None:
     # TensorBoard's writer fails in a thread of its own, and once more, in order, in the one that writes next.
     threading.excepthook = lambda a: None if issubclass(a.exc_type, OSError) else threading.__excepthook__(a)
     try:
-        FormtuneCLI(args, signals)
+        FormtuneCLI([command, *args], signals)
     except MisconfigurationException as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     except OSError as error:
@@ -359,5 +343,4 @@ def run(args: list[str]) -> None:
     finally:
         threading.excepthook = threading.__excepthook__
         signals.restore()
-        for name in ("FORMTUNE_RUN", "FORMTUNE_DATE"):
-            os.environ.pop(name, None)  # the next call in this process is another run
+        os.environ.pop("FORMTUNE_RUN", None)  # the next call in this process is another run
