@@ -83,12 +83,10 @@ def _child(folder: str, args: tuple[str, ...], every: float) -> None:
     import torch
 
     from formtune.cli import main
-    from formtune.training import checkpoints
 
     torch.set_num_threads(1)
-    checkpoints.EVERY = every
     try:
-        code = main(list(args))
+        code = main([*args, f"--checkpoint.every_n_seconds={every}"])
     except KeyboardInterrupt:  # before `main` has begun to look after it
         code = 130
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""What a model folder may not ask for: files outside it, pickles, another base, code to download and run."""
+"""The base model's folder, refused if it leads elsewhere: to other files, pickles, another base or remote code."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from formtune.errors import UserError
+from formtune.errors import UserError, first_line
 
 INDEX = "model.safetensors.index.json"
 
 
 def skeleton(base: str) -> Any:
-    """The model without its weights, None where its folder does not say what it is."""
+    """The model without its weights: the name and the shape of every layer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -25,16 +25,12 @@ def skeleton(base: str) -> Any:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except UserError:
         raise
-    except Exception:  # of as many kinds as there are ways to damage a file; loading the model says which
-        return None
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"model.base: {base} cannot be loaded ({first_line(error)})") from error
 
 
 def check_folder(base: str) -> None:
-    """Look at a base before `transformers` follows what its files say.
-
-    Raises:
-        UserError: It is an adapter, or its files lead elsewhere.
-    """
+    """Refuse an adapter, and files that lead elsewhere, before `transformers` follows them."""
     from transformers import AutoConfig
     from transformers.utils import find_adapter_config_file
 
@@ -53,24 +49,35 @@ def check_folder(base: str) -> None:
 
 def check_base(base: str) -> str:
     """Return `base` if it is a local model folder or can be a hub id, so that a mistyped path never goes online."""
-    if not Path(base).is_dir() and (not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or base.startswith(".")):
-        raise UserError(f"model.base: no folder {base} (hub ids look like owner/name)")
     if not Path(base).is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or base.startswith("."):
+            raise UserError(f"model.base: no folder {base} (hub ids look like owner/name)")
         _look_for_hub()
     return base
 
 
+def base_folder(base: str) -> Path:
+    """The folder of a base; of a hub id the one in the local cache."""
+    if Path(base).is_dir():
+        return Path(base)
+    from transformers.utils.hub import cached_file
+
+    try:
+        return Path(str(cached_file(check_base(base), "config.json", local_files_only=True))).parent
+    except OSError:
+        raise UserError(f"{base}: the base is neither a folder nor in the local cache of the hub") from None
+
+
 @functools.cache
 def _look_for_hub() -> None:
-    """Ask once whether the hub can be reached; else each call would ask again for half a minute, and then use the
-    files that are there already."""
+    """Go offline if the hub cannot be reached; otherwise each call would try for half a minute."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     if not constants.HF_HUB_OFFLINE:
         try:
             get_session().head(constants.ENDPOINT, timeout=10)
-        except Exception:  # of many kinds: no name, no route, no proxy, no certificate
+        except Exception:  # no name, no route, no proxy, no certificate
             constants.HF_HUB_OFFLINE = True
 
 
@@ -83,6 +90,6 @@ def context_length(base: str) -> int | None:
         config = AutoConfig.from_pretrained(check_base(base), trust_remote_code=False)
     except UserError:
         raise
-    except Exception:  # of as many kinds as there are ways to damage a file
-        return None  # loading the model says what is wrong with the folder
+    except Exception:  # loading the model says what is wrong with the folder
+        return None
     return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -1,15 +1,15 @@
 """Conversations to token ids and back: the one renderer of training, evaluation and prediction.
 
-What is supervised is decided here, once, from structure and never by searching for marker strings:
+What is supervised follows from structure, never from a search for marker strings:
 
     <bos> system user <start of assistant> | answer <end of turn> | anything the template adds after it
     ------------- prompt: context only --- | -- target: loss --- | dropped, no one has to predict it
 
-The prompt is rendered on its own, as it will be at inference, and must be a token prefix of the whole conversation;
-the target must decode to the answer, letter for letter. A row for which that cannot be shown is not trained on.
-Models without a chat template get `system`, the turns and the answer separated by blank lines, closed by EOS.
+The prompt is rendered alone, as at inference, and must be a token prefix of the whole conversation; the target must
+decode to the answer, letter for letter. Other rows are not trained on. Without a chat template, `system`, the turns
+and the answer are separated by blank lines and closed by EOS.
 
-A chat template is a program: it may leave a turn out, which refuses the row, and it may write today's date, which is
+A chat template is a program. It may leave out a turn: then the row is refused. It may write today's date: that is
 frozen, so that a row has the same tokens on every day.
 """
 
@@ -29,7 +29,7 @@ from formtune.errors import UserError, first_line
 
 AT_ONCE = 1024  # rows rendered and tokenised in one call
 
-Texts = tuple[str, str | None, str | None]  # prompt, whole conversation, gold answer
+Texts = tuple[str, str | None, str | None]  # prompt, whole conversation, target
 
 
 def today() -> str:
@@ -39,11 +39,7 @@ def today() -> str:
 
 @contextlib.contextmanager
 def _frozen(date: str | None) -> Iterator[None]:
-    """Let chat templates write `date` instead of today's.
-
-    transformers takes no `strftime_now` as an argument (it makes plain data of all that it is given), so its clock is
-    set: templates have no other way to the date.
-    """
+    """Let chat templates write `date` instead of today's: transformers takes no clock as an argument."""
     from transformers.utils import chat_template_utils
 
     clock = chat_template_utils.datetime
@@ -92,7 +88,7 @@ class Renderer:
             [texts] = self._texts([turn])
             if isinstance(texts, UnfitRow):
                 raise UserError(f"model.base: {texts}")
-            [(prompt_ids, target, _)] = self._tokens([texts])
+            [(prompt_ids, target)] = self._tokens([texts])
             if not isinstance(target, list):
                 raise UserError(f"model.base: the chat template cannot be supervised: {target}")
             self._lead = self._decode(target[:-1]).removesuffix("b")
@@ -105,59 +101,41 @@ class Renderer:
     @classmethod
     @functools.lru_cache(maxsize=4)
     def load(cls, base: str, date: str | None = None) -> Renderer:
-        """Load the tokenizer of a model folder or hub id.
-
-        Args:
-            base: The folder or id.
-            date: As the class takes it.
-
-        Raises:
-            UserError: The tokenizer is missing or damaged.
-        """
+        """Load the tokenizer of a model folder or hub id."""
         check_base(base)
         try:
             return cls(_tokenizer(base), date)
         except UserError:
             raise
-        except Exception as error:  # of as many kinds as there are ways to damage a file
+        except Exception as error:  # a damaged file can raise anything
             raise UserError(f"model.base: no usable tokenizer in {base}: {first_line(error)}") from error
 
-    def encode(self, rows: Sequence[tuple[list[Message], str]], spans: Any = None) -> Iterator[Row | UnfitRow]:
+    def encode(self, rows: Sequence[tuple[list[Message], str]]) -> Iterator[Row | UnfitRow]:
         """Encode (messages, where) pairs; each yields its Row, or the UnfitRow that says why it cannot be one.
 
-        Args:
-            rows: Messages whose last turn is the assistant's, or the user's where there is no gold answer.
-            spans: Function from the answer's text to the (start, end) spans of its values, in characters.
+        The last turn is the assistant's, or the user's where there is no target.
         """
-        # Many at once, because each call into the template engine and the tokenizer (which works on all cores) has a
-        # price; not all at once, because every token's offsets would then be in memory together.
+        # Many at once: each call into the template engine and the tokenizer (which works on all cores) has a cost. Not
+        # all at once: every token's offsets would be in memory together.
         for start in range(0, len(rows), AT_ONCE):
-            yield from self._encode(rows[start : start + AT_ONCE], start, spans)
+            yield from self._encode(rows[start : start + AT_ONCE], start)
 
-    def _encode(self, rows: Sequence[tuple[list[Message], str]], start: int, spans: Any) -> Iterator[Row | UnfitRow]:
+    def _encode(self, rows: Sequence[tuple[list[Message], str]], start: int) -> Iterator[Row | UnfitRow]:
         texts = self._fit_texts([messages for messages, _ in rows])
-        coded = iter(self._tokens([text for text in texts if not isinstance(text, UnfitRow)]))
+        tokens = self._tokens([text for text in texts if not isinstance(text, UnfitRow)])
         for number, ((messages, where), text) in enumerate(zip(rows, texts, strict=True), start):
             if isinstance(text, UnfitRow):
                 yield text
                 continue
-            gold = text[2]
-            prompt, target, offsets = next(coded)
-            if isinstance(target, str):
-                yield UnfitRow(target)
-                continue
-            is_value = [False] * len(target)
-            if gold is not None:
-                decoded = self.answer(target)[0]
-                if decoded != gold:
-                    yield UnfitRow(f"the tokenizer turns the answer {gold[:40]!r} into {decoded[:40]!r}")
-                    continue
-                for begin, end in spans(gold) if spans else ():
-                    for i, (a, b) in enumerate(offsets):
-                        if a < end and b > begin:
-                            is_value[i] = True
-            source = next(m["content"] for m in reversed(messages) if m["role"] == "user")
-            yield Row(prompt, target, is_value, source, gold, where, number, messages=messages)
+            target = text[2]
+            prompt_ids, target_ids = next(tokens)
+            if isinstance(target_ids, str):
+                yield UnfitRow(target_ids)
+            elif target is not None and (decoded := self.answer(target_ids)[0]) != target:
+                yield UnfitRow(f"the tokenizer turns the answer {target[:40]!r} into {decoded[:40]!r}")
+            else:
+                input = next(m["content"] for m in reversed(messages) if m["role"] == "user")
+                yield Row(prompt_ids, target_ids, input, target, where, number, messages=messages)
 
     def answer(self, ids: Sequence[int]) -> tuple[str, bool]:
         """Text of generated `ids` up to the first stop token, and whether there was one."""
@@ -185,49 +163,47 @@ class Renderer:
         for number, message in enumerate(context):
             if number in left_out or not _says(texts[0], message):
                 text = repr(" ".join(message["content"].split())[:40])
+                turn, place = f"{message['role']} turn", "the last user turn"
                 if message["role"] == "system":
-                    return UnfitRow(
-                        f"the chat template leaves out the system prompt {text}; write it into the user turn (as in "
-                        "data.columns.prompt: 'Be brief. {prompt}'), or take a base whose template has one"
-                    )
+                    turn, place = "system prompt", "the user turn (as in data.columns.prompt: 'Be brief. {prompt}')"
                 return UnfitRow(
-                    f"the chat template leaves out the {message['role']} turn {text}; write it into the last user "
-                    "turn, or take a base whose template has it"
+                    f"the chat template leaves out the {turn} {text}; write it into {place}, or take a base whose "
+                    "template has it"
                 )
         return texts
 
     def _turns_left_out(self, context: list[Message]) -> frozenset[int]:
-        """Numbers of the turns whose place the template passes over: a short text may stand elsewhere by chance."""
+        """Numbers of the turns that the template leaves out, found by marks: a short text may occur by chance."""
         roles = tuple(message["role"] for message in context)
         if roles not in self._left_out:
             marked = [{**message, "content": f"formtune{i}turn"} for i, message in enumerate(context)]
             [text] = self._render([marked], add_generation_prompt=True)
             # A template that refuses the marks may want JSON there, say; each row's own text is looked for anyway.
-            seen = [isinstance(text, UnfitRow) or message["content"] in text for message in marked]
-            self._left_out[roles] = frozenset(i for i, found in enumerate(seen) if not found)
+            rendered = [isinstance(text, UnfitRow) or message["content"] in text for message in marked]
+            self._left_out[roles] = frozenset(i for i, there in enumerate(rendered) if not there)
         return frozenset(i for i in self._left_out[roles] if context[i]["content"].strip())
 
     def _control_token(self, messages: list[Message]) -> UnfitRow | None:
         for message in messages:
-            if self._control is not None and (found := self._control.search(message["content"])):
-                return UnfitRow(f"the text holds {found[0]}, which the tokenizer would read as a control token")
+            if self._control is not None and (token := self._control.search(message["content"])):
+                return UnfitRow(f"the text holds {token[0]}, which the tokenizer would read as a control token")
         return None
 
     def _texts(self, rows: list[list[Message]]) -> list[Texts | UnfitRow]:
-        """Per row: the prompt's text, the whole conversation's and the gold answer (None, None where there is none)."""
-        golds = [m[-1]["content"] if m[-1]["role"] == "assistant" else None for m in rows]
-        contexts = [m if gold is None else m[:-1] for m, gold in zip(rows, golds, strict=True)]
+        """Per row: the prompt's text, the whole conversation's and the target (None, None where there is none)."""
+        targets = [m[-1]["content"] if m[-1]["role"] == "assistant" else None for m in rows]
+        contexts = [m if target_text is None else m[:-1] for m, target_text in zip(rows, targets, strict=True)]
         if not self.templated:
             plain = ("".join(f"{m['content']}\n\n" for m in context) for context in contexts)
-            return [(prompt, gold, gold) for prompt, gold in zip(plain, golds, strict=True)]
+            return [(prompt, target_text, target_text) for prompt, target_text in zip(plain, targets, strict=True)]
         prompts = self._render(contexts, add_generation_prompt=True)
-        answered = [messages for messages, gold in zip(rows, golds, strict=True) if gold is not None]
+        answered = [messages for messages, target_text in zip(rows, targets, strict=True) if target_text is not None]
         wholes = iter(self._render(answered, add_generation_prompt=False))
         texts: list[Texts | UnfitRow] = []
-        for prompt, gold in zip(prompts, golds, strict=True):
-            whole = None if gold is None else next(wholes)
+        for prompt, target_text in zip(prompts, targets, strict=True):
+            whole = None if target_text is None else next(wholes)
             refused = next((text for text in (prompt, whole) if isinstance(text, UnfitRow)), None)
-            texts.append(refused or (prompt, whole, gold))  # type: ignore[arg-type]
+            texts.append(refused or (prompt, whole, target_text))  # type: ignore[arg-type]
         return texts
 
     def _render(self, conversations: list[list[Message]], add_generation_prompt: bool) -> list[str | UnfitRow]:
@@ -241,41 +217,37 @@ class Renderer:
         except Exception as error:  # a template is a program of whoever made the model
             if len(conversations) == 1:
                 return [UnfitRow(f"the chat template refuses the conversation: {first_line(error)}")]
-        # One bad conversation fails the call: halve until it stands alone.
+        # One bad conversation fails the call: halve until it is alone.
         half = len(conversations) // 2
         parts = (conversations[:half], conversations[half:])
         return [text for part in parts for text in self._render(part, add_generation_prompt)]
 
-    def _tokens(self, texts: Sequence[Texts]) -> Iterator[tuple[list[int], Any, Any]]:
-        """Per row: prompt ids, target ids (or the reason why there are none) and target offsets within the answer."""
+    def _tokens(self, texts: Sequence[Texts]) -> Iterator[tuple[list[int], Any]]:
+        """Per row: prompt ids, and target ids or the reason why there are none."""
         prompts = self._coded([prompt for prompt, _, _ in texts])
         wholes = iter(self._coded([full for _, full, _ in texts if full is not None]))
-        for (prompt_text, full, gold), coded in zip(texts, prompts, strict=True):
+        for (prompt_text, full, target_text), coded in zip(texts, prompts, strict=True):
             prompt = coded.ids
-            if gold is None or full is None:
-                yield self._bos + prompt, [], []
+            if target_text is None or full is None:
+                yield self._bos + prompt, []
                 continue
             whole = next(wholes)
             ids, offsets = whole.ids, whole.offsets
             if not self.templated:
-                yield self._bos + prompt, [*ids, self.tokenizer.eos_token_id], [*offsets, (len(gold), len(gold))]
+                yield self._bos + prompt, [*ids, self.tokenizer.eos_token_id]
                 continue
-            start = full.find(gold, len(prompt_text))
+            start = full.find(target_text, len(prompt_text))
             if not full.startswith(prompt_text) or ids[: len(prompt)] != prompt:
-                yield prompt, "the prompt is not a token prefix of the conversation", None
+                yield prompt, "the prompt is not a token prefix of the conversation"
             elif start < 0:
-                yield prompt, "the chat template alters the answer", None
+                yield prompt, "the chat template alters the answer"
             else:
-                end = start + len(gold)
+                end = start + len(target_text)
                 stop = next((i for i in range(len(prompt), len(ids)) if offsets[i][0] >= end), None)
                 if stop is None or ids[stop] not in self._special:
-                    yield prompt, "the chat template puts no end-of-turn token right after the answer", None
+                    yield prompt, "the chat template puts no end-of-turn token right after the answer"
                 else:
-                    yield (
-                        prompt,
-                        ids[len(prompt) : stop + 1],
-                        [(a - start, b - start) for a, b in offsets[len(prompt) : stop + 1]],
-                    )
+                    yield prompt, ids[len(prompt) : stop + 1]
 
     @functools.cached_property
     def _control(self) -> re.Pattern[str] | None:
@@ -287,13 +259,13 @@ class Renderer:
         return frozenset(self.tokenizer.added_tokens_decoder)
 
     def _coded(self, texts: list[str]) -> Any:
-        # Straight from the tokenizer in Rust, whose truncation and padding the call in `__init__` switched off: the
-        # wrapper around it takes as long again. The template already wrote the special tokens, BOS above all.
+        # The Rust tokenizer, whose truncation and padding the call in `__init__` switched off: the wrapper around it
+        # takes as long again. The template already wrote the special tokens, BOS among them.
         return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
 
 
 def _says(prompt: str, message: Message) -> bool:
-    """Whether a prompt holds what a turn says, though the template may trim it, or escape its marks."""
+    """Whether a prompt holds a turn's words in order: the template may trim them or escape punctuation."""
     content = message["content"]
     if message["role"] == "assistant":
         content = content.rpartition("</think>")[2]  # templates leave out what an earlier answer thought

@@ -12,32 +12,19 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example in token ids.
+    """One example in token ids."""
 
-    Args:
-        prompt: Ids up to and including the opening of the assistant's turn.
-        target: Ids of the answer and the end-of-turn token; empty where there is no gold answer.
-        is_value: For each target id, whether it touches a value of the answer (the rest is structure).
-        source: Text of the last user turn.
-        gold: Text of the wanted answer, None where there is none.
-        where: `file:line` the row came from.
-        number: Position among the rows it was encoded with.
-        origin: Who wrote it: "human", the name of a model, or "" where that is not known.
-        messages: The turns it was rendered from.
-    """
-
-    prompt: list[int]
-    target: list[int]
-    is_value: list[bool]
-    source: str
-    gold: str | None
-    where: str
-    number: int = 0
-    origin: str = ""
-    messages: Sequence[Message] = ()
+    prompt_ids: list[int]  # up to and including the opening of the assistant's turn
+    target_ids: list[int]  # the target and the end-of-turn token; empty where there is no target
+    input: str  # text of the last user turn
+    target: str | None  # text of the target
+    where: str  # `file:line` the row came from
+    number: int = 0  # position among the rows it was encoded with
+    origin: str = ""  # who wrote it: "human", the name of a model, or "" where that is not known
+    messages: Sequence[Message] = ()  # the turns it was rendered from
 
     def __len__(self) -> int:
-        return len(self.prompt) + len(self.target)
+        return len(self.prompt_ids) + len(self.target_ids)
 
 
 class UnfitRow(ValueError):

@@ -30,10 +30,11 @@ _ALL = {
     "train": Command(
         "The whole job: baselines, fit, test the best checkpoint, export the adapter, report.", "lightning"
     ),
-    "fit": Command("Evaluate the base, train the adapter, test the best checkpoint and export it.", "lightning"),
+    "fit": Command("Lightning's fit: train and validate; keep the best checkpoint.", "lightning"),
     "validate": Command("Evaluate a run's best checkpoint, or the untuned base, on the validation rows.", "lightning"),
     "test": Command("Evaluate a run's best checkpoint, or the untuned base, on the test rows.", "lightning"),
     "predict": Command("Answer a file of prompts and check the format of each answer.", "lightning"),
+    "try": Command("Type a prompt; see the answers of base and tuned model side by side.", "try_run"),
     "sweep": Command("Train a grid of settings (ranks by default) and take the smallest that is as good.", "sweep"),
     "compare": Command("Say which run is better on the same test rows, or that the rows cannot tell.", "compare"),
     "export": Command("Merge or quantize a run's adapter; refuse it if its answers got worse.", "export"),

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from formtune.audit.console import print_audit
 from formtune.audit.findings import audit
-from formtune.audit.html import write_report, write_tensorboard
+from formtune.audit.output import print_audit, write_report
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
 from formtune.files import LOGS
 
 
 def run(command: str, args: list[str]) -> int:
-    """Audit, print, write `logs/<task>/audit/`; 1 if the rows must not be trained on.
-
-    Raises:
-        UserError: A mistake in the configuration, or a row that cannot be read.
-    """
-    config, preparation = read_task(task_parser(command, COMMANDS[command].description), args)
-    found, splits = audit(preparation)
+    """Audit, write `logs/<task>/audit/`, print; 1 if the rows must not be trained on."""
+    config, settings = read_task(task_parser(command, COMMANDS[command].description), args)
+    findings, splits = audit(settings)
     folder = LOGS / config.task / "audit"
-    write_report(found, folder)
-    print_audit(found, splits, folder)
-    write_tensorboard(found, folder)
-    return int(found["verdict"] == "blocked")
+    write_report(findings, folder)
+    print_audit(findings, splits, folder)
+    return int(findings["verdict"] == "blocked")

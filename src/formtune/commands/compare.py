@@ -12,16 +12,16 @@ from formtune.evaluation.outcomes import VIEWS
 from formtune.files import write_json
 
 HELP = """\
-The first RUN is what each further one is compared with, row by row, so all must have been tested on the same rows.
+Each further RUN is compared with the first one, row by row, so all must have been tested on the same rows.
 
 how to read it:
   97.3% (94.9 to 98.6)   the figure and its 95 % interval: Wilson's for a rate, a bootstrap over rows for field F1
-  better, p = 0.002      two runs that are equal would differ so much in 2 of 1,000 tries; below 0.05 the verdict is
-                         better or worse. Rates: the exact McNemar test on the rows that only one of the two has
-                         right; field F1: a randomization test that deals each row's answers to the two by chance
-  cannot tell            luck alone brings such a difference often enough; the sentence below the table says how many
-                         test rows would show one of this size, if it is real, in 80 % of tries
-Each figure is a test of its own: of twenty that do not differ, one seems to.
+  better, p = 0.002      two equal runs would differ this much in 2 of 1,000 repetitions; below 0.05 the verdict is
+                         better or worse. Rates: exact McNemar test on the rows that only one of the two has right;
+                         field F1: randomization test that swaps the two answers to a row at random
+  cannot tell            luck alone can explain the difference; the sentence below the table says how many test rows
+                         would show a real difference of this size with 80 % power
+Each figure is a separate test: of twenty without a real difference, one seems to have one.
 
 examples:
   formtune compare logs/demo/r16 logs/demo/r32 logs/demo/r64
@@ -30,27 +30,21 @@ examples:
 
 
 def run(command: str, args: list[str]) -> int:
-    """Read, compare, print, and write JSON if `--out` asks for it.
-
-    Raises:
-        UserError: A mistake in the command line, or runs that cannot be compared.
-    """
-    parser = CommandParser(
-        command, COMMANDS[command].description,
-        "formtune compare RUN RUN [RUN ...] [--out FILE.json]", HELP,
-    )  # fmt: skip
-    parser.add_argument("runs", metavar="RUN", nargs="*", help="Folder of a run: its test rows after training; "
-                        f"FOLDER:VIEW: another view of them ({', '.join(VIEWS)}); or a file of outcomes")  # fmt: skip
+    """Read, compare, print, and write JSON if `--out` asks for it."""
+    usage = "formtune compare RUN RUN [RUN ...] [--out FILE.json]"
+    parser = CommandParser(command, COMMANDS[command].description, usage, HELP)
+    parser.add_argument("runs", metavar="RUN", nargs="*", help="Folder of a run, for its tuned model; FOLDER:NAME for "
+                        f"another evaluation ({', '.join(VIEWS)}); or a file of outcomes")  # fmt: skip
     parser.add_argument("--out", metavar="FILE.json", type=Path, help="Write the same as JSON")
     config = parser.parse_intermixed_args(args)
     if len(config.runs) < 2:
         raise UserError("name two runs or more, such as logs/demo/r16 logs/demo/r32")
-    found = compare(read_runs(config.runs))
-    print_comparison(found)
+    comparison = compare(read_runs(config.runs))
+    print_comparison(comparison)
     if config.out:
         try:
             config.out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(config.out, found)
+            write_json(config.out, comparison)
         except OSError as error:
             raise UserError(f"--out: {config.out}: {error.strerror}") from None
     return 0

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
-from formtune.deploy.served import find_served
-from formtune.deploy.server import serve, vllm_command
+from formtune.deploy.server import find_served, serve, vllm_command
 from formtune.errors import UserError
 from formtune.training.manifest import base_files, verify
 
 
 def run(command: str, args: list[str]) -> int:
-    """Serve until a signal comes, or print the command for vLLM.
-
-    Raises:
-        UserError: There is nothing to serve, it is not as it was exported, or the server does not start.
-    """
+    """Serve until a signal comes, or print the command for vLLM."""
     parser = CommandParser(command, COMMANDS[command].description)
     parser.add_argument("what", metavar="RUN", help="Folder of a run, a deployment such as demo/production, or an "
                         "exported folder")  # fmt: skip
@@ -27,11 +22,10 @@ def run(command: str, args: list[str]) -> int:
     config = parser.parse_args(args)
     served = find_served(config.what, config.kind)
     manifest = verify(served.folder)
-    if manifest["kind"] == "adapter" and base_files(manifest["base"]["path"]) != manifest["base"]["files"]:
-        raise UserError(
-            f"{manifest['base']['path']}: not the base that {served.folder} was trained on; its files differ"
-        )
-    if config.backend == "vllm":
-        print(vllm_command(served, manifest, config.port))
-        return 0
-    return serve(served, manifest, config.port)
+    base = manifest["base"]
+    if manifest["kind"] == "adapter" and base_files(base["path"]) != base["files"]:
+        raise UserError(f"{base['path']}: not the base that {served.folder} was trained on; its files differ")
+    if config.backend == "transformers":
+        return serve(served, manifest, config.port)
+    print(vllm_command(served, manifest, config.port))
+    return 0

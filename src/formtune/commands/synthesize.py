@@ -1,19 +1,19 @@
-"""`formtune synthesize`: rows from a teacher, each judged by the contract before it is written.
+"""`formtune synthesize`: rows from a teacher model, each checked against the format before it is written.
 
-A teacher is any endpoint that speaks OpenAI's chat completions, local servers among them. It sees the task, the
-schema and a few of the rows that there are, and writes new ones. A row is written if its answer keeps the contract and
-its input is not nearly one that is there already; it carries the teacher's name in the column that
-`data.columns.source` names (`source` where it names none), so that an audit can tell what the teacher brought. The
-file grows row by row, and a run that was interrupted goes on where it stopped.
+A teacher is any server of OpenAI's chat completions, local ones included. It sees the task, the format and a few
+existing rows, and writes new ones. A row is kept if its format is valid and its input is not a near-duplicate. The
+column that `data.columns.source` names (`source` if it names none) holds the teacher's name, so that an audit can tell
+these rows apart. The file grows row by row; the same command continues an interrupted one.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
-from formtune.data.cleaning import Example
+from formtune.data.cleaning import Example, repair
 from formtune.data.duplicates import bands, similar
-from formtune.data.preparation import Preparation
+from formtune.data.preparation import read_splits
+from formtune.data.settings import DataSettings
 from formtune.errors import UserError, first_line
 from formtune.formats.strict_json import loads_strict
 
-ASKED = 8  # rows that the teacher is asked for at once
+ASKED = 8  # rows that the teacher is asked for in one request
 EXAMPLES = 4  # rows that it sees
-PATIENCE = 12  # replies in a row without one new row, after which asking on is pointless
-RETRIES = 5  # of a request that fails for the server's or the network's reasons
+PATIENCE = 12  # replies without a new row, one after the other, that end the run
+RETRIES = 5  # of a request that fails because of the server or the network
 
 
-class Known:
-    """Inputs that are there already; says of a new one whether it is nearly one of them.
-
-    Args:
-        threshold: Jaccard index from which on two inputs are nearly the same.
-    """
+class KnownInputs:
+    """Tells whether an input is new, by a Jaccard index below the threshold to all that were added before."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
@@ -50,7 +47,7 @@ class Known:
         self._buckets: dict[tuple[int, int], list[int]] = {}
 
     def add(self, key: str) -> bool:
-        """Whether the input is new; it is known from then on."""
+        """Add an input if it is new, and say whether it was."""
         if key in self._keys:
             return False
         buckets: list[list[int]] = []
@@ -69,18 +66,10 @@ class Known:
 
 
 class Teacher:
-    """Asks an endpoint for rows.
-
-    Args:
-        endpoint: Its base URL, such as http://localhost:8000/v1.
-        name: The model to ask for.
-        temperature: Randomness of its words.
-        preparation: The task: its system prompt, its contract, its columns.
-        examples: Rows to show, a few at a time.
-    """
+    """Asks a model at an endpoint for rows of a task, and shows it a few examples each time."""
 
     def __init__(
-        self, endpoint: str, name: str, temperature: float, preparation: Preparation, examples: Sequence[Example]
+        self, endpoint: str, name: str, temperature: float, settings: DataSettings, examples: list[Example]
     ) -> None:
         try:
             import openai
@@ -90,14 +79,10 @@ class Teacher:
         key = os.environ.get("OPENAI_API_KEY", "none")  # local servers take any
         self._client = openai.OpenAI(base_url=endpoint, api_key=key, max_retries=RETRIES)
         self.endpoint, self.name, self.temperature = endpoint, name, temperature
-        self._preparation, self._examples = preparation, examples
+        self._settings, self._examples = settings, examples
 
     def ask(self, number: int) -> str:
-        """The teacher's reply to request `number`, which decides the rows that it is shown.
-
-        Raises:
-            UserError: The endpoint does not answer, or refuses.
-        """
+        """The teacher's reply to request `number`, which decides the rows that it is shown."""
         try:
             reply = self._client.chat.completions.create(
                 model=self.name,
@@ -106,20 +91,19 @@ class Teacher:
                 seed=number,
             )
         except self._errors as error:
-            raise UserError(f"endpoint: {self.endpoint} did not give rows: {first_line(error)}") from None
+            raise UserError(f"endpoint: {self.endpoint} gave no rows: {first_line(error)}") from None
         return (reply.choices[0].message.content or "") if reply.choices else ""
 
     def _request(self, number: int) -> str:
-        task, contract = self._preparation, self._preparation.format.to_dict()
-        dice = random.Random(number)
-        shown = dice.sample(list(self._examples), min(EXAMPLES, len(self._examples)))
-        rows = (json.dumps({"prompt": e.input, "completion": e.gold}, ensure_ascii=False) for e in shown)
+        task, format = self._settings, self._settings.format.to_dict()
+        examples = random.Random(number).sample(self._examples, min(EXAMPLES, len(self._examples)))
+        rows = (json.dumps({"prompt": e.input, "completion": e.target}, ensure_ascii=False) for e in examples)
         return "\n\n".join(
             [
                 "You write training data for a small language model. It gets an input and must answer in one fixed "
                 "format that a program reads.",
                 f"The model's instructions:\n{task.system}" if task.system else "",
-                f"The format that every answer must keep:\n{json.dumps(contract['init_args'], ensure_ascii=False)}",
+                f"The format that every answer must keep:\n{json.dumps(format['init_args'], ensure_ascii=False)}",
                 "Rows that exist:\n" + "\n".join(rows),
                 f"Write {ASKED} new rows in the same two keys, one JSON object a line and nothing else. Vary people, "
                 "places, subjects, length, tone and spelling as real inputs do; do not repeat the rows above. Put into "
@@ -129,7 +113,7 @@ class Teacher:
 
 
 def read_reply(reply: str) -> Iterator[dict[str, Any] | None]:
-    """The rows in a teacher's reply, None for a line that should be one and is none; fences and prose are skipped."""
+    """The rows in a teacher's reply, None for a line that is not a whole one; fences and prose are skipped."""
     for line in reply.splitlines():
         text = line.strip().rstrip(",")
         if not text.startswith("{"):
@@ -140,18 +124,12 @@ def read_reply(reply: str) -> Iterator[dict[str, Any] | None]:
             yield None
 
 
-class Sieve:
-    """Decides which rows are written, and counts the others by their reason.
+class RowFilter:
+    """Decides which rows are written, and counts the others by their reason."""
 
-    Args:
-        preparation: The task.
-        teacher: The teacher's name.
-        known: The inputs that are there already.
-    """
-
-    def __init__(self, preparation: Preparation, teacher: str, known: Known) -> None:
-        self._contract, self._known = preparation.format, known
-        self._source = {preparation.columns.source or "source": teacher}
+    def __init__(self, settings: DataSettings, teacher: str, known: KnownInputs) -> None:
+        self._format, self._known = settings.format, known
+        self._source = {settings.columns.source or "source": teacher}
         self.refused: Counter[str] = Counter()
 
     def rows(self, reply: str) -> Iterator[dict[str, str]]:
@@ -165,15 +143,15 @@ class Sieve:
 
     def _row(self, record: dict[str, Any] | None) -> dict[str, str] | str:
         prompt, completion = (record or {}).get("prompt"), (record or {}).get("completion")
-        if isinstance(completion, dict | list):  # asked for as a string; what it says is the same
-            completion = self._contract.write(completion)
+        if isinstance(completion, dict | list):  # a string was asked for; the content is the same
+            completion = self._format.write(completion)
         if not isinstance(prompt, str) or not isinstance(completion, str) or not prompt.strip():
-            return "no row"
-        verdict = self._contract.check(completion)
+            return "not a row"
+        verdict = self._format.check(completion)
         if not verdict.exact:
-            return f"breaks the contract: {verdict.kind}"
+            return f"invalid format: {verdict.kind}"
         if not self._known.add(_example(prompt).key):
-            return "nearly a row that is there"
+            return "near-duplicate"
         return {"prompt": prompt, "completion": completion, **self._source}
 
 
@@ -181,12 +159,8 @@ def _example(prompt: str) -> Example:
     return Example([{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}], "")
 
 
-def resume(path: Path) -> list[dict[str, Any]]:
-    """The rows that an earlier run wrote; a line that a crash cut off is cut away.
-
-    Raises:
-        UserError: The file holds something else.
-    """
+def read_written(path: Path) -> list[dict[str, Any]]:
+    """The rows that an earlier run wrote; an unfinished last line is removed from the file."""
     if not path.is_file():
         return []
     content = path.read_bytes()
@@ -205,34 +179,24 @@ def resume(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def collect(teacher: Teacher, sieve: Sieve, path: Path, have: int, want: int, at_once: int, first: int) -> int:
-    """Ask until the file has `want` rows or the teacher brings none any more; returns the number of its rows.
-
-    Args:
-        teacher: Whom to ask.
-        sieve: Decides what is written.
-        path: The file, appended to.
-        have: Rows that it has.
-        want: Rows that it shall have.
-        at_once: Requests at the same time.
-        first: Number of the first request.
-    """
+def collect(teacher: Teacher, row_filter: RowFilter, path: Path, have: int, want: int, at_once: int) -> int:
+    """Ask until the file, which has `have` rows, has `want`, or nothing new comes; returns its rows."""
     columns = (TextColumn("asking {task.fields[teacher]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     task = bar.add_task("", total=want, completed=have, teacher=teacher.name)
-    idle = 0
+    request, idle = have, 0  # a continued run asks other questions
     with bar, path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(at_once) as pool:
         waiting: set[Future[str]] = set()
         try:
             while have < want and idle < PATIENCE:
                 while len(waiting) < at_once:
-                    waiting.add(pool.submit(teacher.ask, first))
-                    first += 1
+                    waiting.add(pool.submit(teacher.ask, request))
+                    request += 1
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for reply in done:
                     before = have
-                    for row in sieve.rows(reply.result()):
+                    for row in row_filter.rows(reply.result()):
                         if have < want:
                             file.write(json.dumps(row, ensure_ascii=False) + "\n")
                             have += 1
@@ -247,40 +211,37 @@ def collect(teacher: Teacher, sieve: Sieve, path: Path, have: int, want: int, at
 
 
 def run(command: str, args: list[str]) -> int:
-    """Ask, judge, write; 1 if the teacher stopped bringing new rows before there were enough.
-
-    Raises:
-        UserError: A mistake in the configuration, or an endpoint that does not answer.
-    """
+    """Ask, check, write; 1 if the teacher stopped bringing new rows before there were enough."""
     parser = task_parser(command, COMMANDS[command].description)
     parser.add_argument("--endpoint", type=str, required=True, help="Base URL, such as http://localhost:8000/v1; the "
                         "key, where one is needed, is read from OPENAI_API_KEY")  # fmt: skip
     parser.add_argument("--teacher", type=str, required=True, help="Name of the model to ask; goes into the column "
                         "that data.columns.source names")  # fmt: skip
-    parser.add_argument("--out", type=str, required=True, help="File of JSON Lines to write or to go on with")
-    parser.add_argument("--rows", type=PositiveInt, default=500, help="Rows that the file shall have")
+    parser.add_argument("--out", type=str, required=True, help="File of JSON Lines to write or to continue")
+    parser.add_argument("--rows", type=PositiveInt, default=500, help="Rows that the file is to have")
     parser.add_argument("--temperature", type=NonNegativeFloat, default=1.0, help="Randomness of the teacher's words")
     parser.add_argument("--at_once", type=PositiveInt, default=4, help="Requests at the same time")
-    config, preparation = read_task(parser, args)
+    config, settings = read_task(parser, args)
     path = Path(config.out)
-    written = resume(path)
-    examples = preparation.examples()
-    known = Known(preparation.near_duplicates)
-    # What validation and test hold is known too: a synthetic row must repeat none of it.
-    for example in (example for rows in examples.values() for example in rows):
+    written = read_written(path)
+    examples, _ = read_splits(settings)
+    known = KnownInputs(settings.near_duplicates)
+    # A synthetic row must not repeat one of validation or test either.
+    for example in itertools.chain(*examples.values()):
+        example.messages = repair(example.messages, settings.clean)
         known.add(example.key)
     for row in written:
         known.add(_example(row["prompt"]).key)
-    good = [example for example in examples["train"] if preparation.format.check(example.gold).exact]
+    good = [example for example in examples["train"] if settings.format.check(example.target).exact]
     if not good:
-        raise UserError("data.train: no row keeps the contract, and the teacher must see some that do")
+        raise UserError("data.train: no row has a valid format, and the teacher must see some; fix them first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    teacher = Teacher(config.endpoint, config.teacher, config.temperature, preparation, good)
-    sieve = Sieve(preparation, config.teacher, known)
-    have = collect(teacher, sieve, path, len(written), config.rows, config.at_once, first=len(written))
-    refused = ", ".join(f"{count:,} {reason}" for reason, count in sieve.refused.most_common())
+    teacher = Teacher(config.endpoint, config.teacher, config.temperature, settings, good)
+    row_filter = RowFilter(settings, config.teacher, known)
+    have = collect(teacher, row_filter, path, len(written), config.rows, config.at_once)
+    refused = ", ".join(f"{count:,} {reason}" for reason, count in row_filter.refused.most_common())
     print(f"{path}: {have:,} rows ({have - len(written):,} new)" + (f"; refused: {refused}" if refused else ""))
-    if preparation.columns.source is None:
+    if settings.columns.source is None:
         print("who wrote a row is read once the task names its column: data.columns.source: source")
     if have < config.rows:
         print(f"stopped: {PATIENCE} replies brought nothing new; raise --temperature, or show more varied rows")

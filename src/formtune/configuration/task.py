@@ -8,10 +8,13 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
-from formtune import formats  # noqa: F401 (so that a contract can be named by its class alone)
+from formtune import formats  # noqa: F401 (so that a format can be named by its class alone)
 from formtune.configuration.parsing import OneLine
-from formtune.data.preparation import Preparation
+from formtune.configuration.yaml_file import check_yaml
+from formtune.data.settings import DataSettings
 from formtune.errors import UserError
+
+BATCHES = ("rows_per_step", "max_evaluation_rows")  # keys of `data` that only the data module knows
 
 
 class TaskParser(OneLine, ArgumentParser):
@@ -27,7 +30,7 @@ def task_parser(command: str, description: str = "") -> TaskParser:
     parser.add_argument("--task", type=str | None, help="Name of the task's folder in logs/ (default: the YAML's)")
     parser.add_argument("--model.base", type=str, required=True, help="Folder or hub id of the base: its tokenizer")
     parser.add_argument("--model.max_new_tokens", type=int, default=256, help="Tokens that an answer may have")
-    parser.add_class_arguments(Preparation, "data")
+    parser.add_class_arguments(DataSettings, "data")
     parser.link_arguments("model.base", "data.tokenizer")
     parser.link_arguments("model.max_new_tokens", "data.max_new_tokens")
     return parser
@@ -35,7 +38,7 @@ def task_parser(command: str, description: str = "") -> TaskParser:
 
 def read_task(
     parser: TaskParser, args: list[str], model: tuple[str, ...] = ("base", "max_new_tokens")
-) -> tuple[Namespace, Preparation]:
+) -> tuple[Namespace, DataSettings]:
     """The command line's values, with `task` set, and the rows it describes.
 
     Args:
@@ -68,7 +71,25 @@ def _without_training(args: list[str], model: tuple[str, ...]) -> tuple[list[str
             raise UserError(f"{paths[-1]}: model and data must hold keys")
         needed = {
             "model": {key: value for key, value in parts["model"].items() if key in model},
-            "data": {key: value for key, value in parts["data"].items() if key != "rows_per_step"},
+            "data": {
+                key: value
+                for key, value in parts["data"].items()
+                if key not in ("rows_per_step", "max_evaluation_rows")
+            },
         } | ({"task": content["task"]} if content.get("task") else {})
         kept.append(f"--config={yaml.safe_dump(needed)}")
     return kept, paths
+
+
+def read_run(folder: Path) -> tuple[Namespace, DataSettings]:
+    """The same of a run's own configuration.
+
+    Raises:
+        UserError: There is no run in the folder, or its configuration cannot be read.
+    """
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"{config}: No such file; name the folder of a run, such as logs/demo/RUN")
+    check_yaml(str(config))
+    parser = task_parser("")
+    return read_task(parser, ["-c", str(config)])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from formtune.errors import UserError
@@ -62,8 +63,8 @@ def check_processes(trainer: Any) -> None:
         )
 
 
-def check_monitors(trainer: Any, names: Set[str]) -> None:
-    """Refuse a callback that monitors what nobody measures; Lightning would say so after the first validation.
+def check_callbacks(trainer: Any, names: Set[str]) -> None:
+    """Refuse a callback that cannot work here, or that monitors a metric that does not exist.
 
     Args:
         trainer: With its callbacks.
@@ -74,6 +75,11 @@ def check_monitors(trainer: Any, names: Set[str]) -> None:
     """
     names = names | {"epoch", "step", "train/loss", "train/eval_loss", "val/loss_gap"}
     for callback in trainer.callbacks:
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__} averages weights after the best checkpoint was chosen, "
+                "so what is tested and exported would not be what was validated; leave it out"
+            )
         name = getattr(callback, "monitor", None)
         if name is not None and name not in names:
             near = difflib.get_close_matches(name, names, 1) or ["val/loss"]

@@ -13,22 +13,22 @@ from formtune.data.encoded import Splits, ignored_columns
 
 
 def print_data(splits: Splits, folder: Path | None) -> None:
-    """Rows per split with their lengths in tokens, what was repaired and what was set aside."""
+    """Print rows per split with their lengths in tokens, and what was ignored, repaired and quarantined."""
     table = Table("split", "rows", title="Data", title_justify="left")
     for column in ("prompt P50", "P95", "max", "answer P50", "P95", "max"):
         table.add_column(column, justify="right")
     for name, rows in splits.rows.items():
-        table.add_row(name, f"{len(rows):,}", *(f"{n:,}" for n in splits.lengths(name).values()))
+        table.add_row(name, f"{len(rows):,}", *(f"{n:,}" for n in splits.lengths(name)))
     console = Console()
     console.print(table)
     if splits.own_system:
-        console.print(f"rows with a system prompt of their own: {splits.own_system:,}", highlight=False)
+        console.print(f"rows with their own system prompt: {splits.own_system:,}", highlight=False)
     print_ignored(splits.ignored)
     if splits.cached:
         console.print(f"encoded rows read from {splits.cached}", highlight=False, soft_wrap=True)
     listed = f" (each with its reason in {folder / 'quarantine.jsonl'})" if folder else ""
-    if splits.set_aside:
-        console.print(f"set aside: {splits.set_aside}{listed}", highlight=False, soft_wrap=True)
+    if splits.quarantined:
+        console.print(f"quarantined: {splits.quarantined}{listed}", highlight=False, soft_wrap=True)
     if splits.shared:
         console.print(
             f"shared text: {splits.shared:.0%} of the input text is the same in many rows, such as an instruction; "

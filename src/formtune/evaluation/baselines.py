@@ -1,7 +1,6 @@
-"""What prompting alone reaches: the base on the test rows, plain and with training rows as examples in its prompt.
+"""What prompting alone reaches: the base on the test rows, plain and few-shot, measured before training.
 
-Fine-tuning is for what prompting cannot reach, so this is measured first, on the same rows, by the same renderer and
-the same contract. What was measured once for a base, rows and contract is read again from `.cache/baseline`.
+Measurements are cached in `.cache/baseline`.
 """
 
 from __future__ import annotations
@@ -10,55 +9,42 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from formtune.base.identity import identity
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
-from formtune.evaluation.outcomes import Outcome, field_f1, rate
+from formtune.evaluation.outcomes import Outcome, field_f1, paired, rate
 from formtune.evaluation.statistics import wilson
-from formtune.files import write_entry
+from formtune.files import own_code, read_entry, write_entry
 from formtune.formats import Format
 from formtune.formats.content import leaves
 
-SHOTS = 4  # training rows in the prompt, as many as fit
-ENOUGH = 0.95  # share of right answers from which on it is said that prompting may do
+SHOTS = 4  # training rows in the prompt, fewer if they do not fit
+ENOUGH = 0.95  # with so many right answers, prompting may be enough
 FOLDER = Path(".cache/baseline")
-KEPT = 24  # measurements
-PACKAGE = Path(__file__).parents[1]
+KEPT = 24  # measurements in the cache
 
 
-def choose_shots(train: Sequence[Row], count: int, contract: Format) -> list[Row]:
-    """Training rows to show, a function of their content alone; never rows of an evaluation.
-
-    Rows are taken in the order of a hash of their input; first those that show a label which none before them shows,
-    then the rest.
-    """
-    ordered = sorted(train, key=lambda row: hashlib.sha256(row.source.encode("utf-8", "surrogatepass")).digest())
+def choose_shots(train: Sequence[Row], count: int, format: Format) -> list[Row]:
+    """Training rows for the prompt: first those with a new label, then others, in the order of a hash of the input."""
+    ordered = sorted(train, key=lambda row: hashlib.sha256(row.input.encode("utf-8", "surrogatepass")).digest())
     chosen: list[Row] = []
     shown: set[tuple[str, Any]] = set()
     for row in ordered:
-        document = contract.check(row.gold or "").value
-        labels = {(path, str(value)) for _, (value, path) in leaves(document) if path in contract.derived}
-        if len(chosen) < count and (labels - shown or not contract.derived):
+        document = format.check(row.target or "").value
+        labels = {(path, str(value)) for _, (value, path) in leaves(document) if path in format.derived}
+        if len(chosen) < count and (labels - shown or not format.derived):
             chosen.append(row)
             shown |= labels
     return (chosen + [row for row in ordered if row not in chosen])[:count]
 
 
 def few_shot_rows(
-    test: Sequence[Row], shots: Sequence[Row], renderer: Renderer, contract: Format, context: int
+    test: Sequence[Row], shots: Sequence[Row], renderer: Renderer, format: Format, context: int
 ) -> tuple[list[Row], int]:
-    """The test rows with as many shots in front as fit, and how many these are.
-
-    Args:
-        test: Rows with their turns.
-        shots: Rows to show, as earlier turns of the conversation.
-        renderer: Turns conversations into ids.
-        contract: Marks the values of answers.
-        context: Tokens that prompt and wanted answer may have together.
-    """
+    """The test rows with as many shots as fit the context, as earlier turns; and the number of shots."""
     for count in range(len(shots), 0, -1):
         examples = [turn for row in shots[:count] for turn in row.messages if turn["role"] != "system"]
         conversations = []
@@ -66,87 +52,69 @@ def few_shot_rows(
             system = [turn for turn in row.messages if turn["role"] == "system"]
             rest = [turn for turn in row.messages if turn["role"] != "system"]
             conversations.append((system + examples + rest, row.where))
-        coded = list(renderer.encode(conversations, contract.value_spans))
-        rows = [row for row in coded if isinstance(row, Row) and len(row) <= context]
+        encoded = renderer.encode(conversations)
+        rows = [row for row in encoded if isinstance(row, Row) and len(row) <= context]
         if len(rows) == len(test):
             return rows, count
     return [], 0
 
 
-def baseline_key(base: str, rows: Sequence[Row], settings: dict[str, Any], contract: Format) -> str:
-    """A hash of all that decides the answers of a base: its files, the rows' ids, the settings, the code.
-
-    Weights are told apart by the names, sizes and times of their files: hashing them takes as long as loading them.
-    """
-    files = sorted(path for path in Path(base).glob("*") if path.is_file()) if Path(base).is_dir() else []
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    code = [*sorted((PACKAGE / "model").glob("*.py")), *sorted((PACKAGE / "formats").glob("*.py")), Path(__file__)]
-    hashed = hashlib.blake2b(digest_size=16)
-    known = [str(Path(base).resolve()) if files else base, stamps, settings, contract.to_dict()]
-    hashed.update(json.dumps(known, default=str).encode())
-    for path in code:
+def baseline_key(base: str, rows: Sequence[Row], settings: dict[str, Any], format: Format) -> str:
+    """A hash of all that decides the answers of a base: its identity, the rows' ids, the settings, the code."""
+    inputs = [identity(base), settings, format.to_dict()]
+    hashed = hashlib.blake2b(json.dumps(inputs, default=str).encode(), digest_size=16)
+    for path in own_code("base", "model", "formats", "evaluation"):
         hashed.update(path.read_bytes())
     for row in rows:
-        hashed.update(json.dumps([row.prompt, row.target, row.where]).encode())
+        hashed.update(json.dumps([row.prompt_ids, row.target_ids, row.where]).encode())
     return hashed.hexdigest()
 
 
 def load_baseline(key: str) -> dict[str, Any] | None:
-    """A measurement: its `values`, its `counts` and its `outcomes`; None if there is none."""
-    try:
-        found: dict[str, Any] = json.loads((FOLDER / f"{key}.json").read_text(encoding="utf-8"))
-        found["outcomes"] = [Outcome(**one) for one in found["outcomes"]]
-        return found
-    except (OSError, ValueError, TypeError, KeyError):
+    """The cached measurement with its `values`, `counts` and `outcomes`, or None."""
+    if (stored := read_entry(FOLDER / f"{key}.json")) is None:
         return None
+    return stored | {"outcomes": [Outcome(*values) for values in stored["outcomes"]]}
 
 
 def store_baseline(key: str, values: dict[str, float], counts: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
-    """Keep a measurement, whole or not at all; a folder that cannot be written is no reason to stop."""
-    record = {"values": values, "counts": counts, "outcomes": [asdict(one) for one in outcomes]}
-    write_entry(FOLDER / f"{key}.json", json.dumps(record).encode("ascii"), KEPT)
+    """Cache a measurement."""
+    write_entry(FOLDER / f"{key}.json", {"values": values, "counts": counts, "outcomes": list(outcomes)}, KEPT)
 
 
 def best_prompt(baselines: Mapping[str, Sequence[Outcome]]) -> str:
-    """The name of the prompt with the most right answers, then the most in format, then the highest field F1."""
-    return max(
-        baselines,
-        key=lambda n: (rate(baselines[n], "joint"), rate(baselines[n], "exact"), field_f1(baselines[n])),
-    )
+    """The prompt with the most right answers, then most valid formats, then highest field F1, on the common rows."""
+    common = dict(zip(baselines, paired(*baselines.values()), strict=True))
+    return max(common, key=lambda n: (rate(common[n], "joint"), rate(common[n], "exact"), field_f1(common[n])))
 
 
-def constant_answer(train: Sequence[Row], test: Sequence[Row], contract: Format) -> tuple[int, int]:
-    """For how many test rows the most frequent training answer is right, and how many there are.
-
-    What a model reaches that looks at no input: less than that is nothing learned of the content.
-    """
-    [(answer, _)] = Counter(row.gold or "" for row in train).most_common(1)
-    checks = (contract.check(answer, finished=True, gold=row.gold, source=row.source) for row in test)
+def constant_answer(train: Sequence[Row], test: Sequence[Row], format: Format) -> tuple[int, int]:
+    """Majority-answer accuracy as right rows and all rows: a model below it has learned nothing of the content."""
+    [(answer, _)] = Counter(row.target or "" for row in train).most_common(1)
+    checks = (format.check(answer, finished=True, target=row.target, input=row.input) for row in test)
     return sum(check.joint for check in checks), len(test)
 
 
 def prompting_verdict(prompts: Mapping[str, Sequence[Outcome]], constrained: Sequence[Outcome] | None = None) -> str:
-    """What prompting reaches, alone and with a grammar, and what is left for fine-tuning to win.
+    """What prompting and constrained decoding reach, and what is left for fine-tuning to win.
 
-    A grammar gives form and not content, so format alone decides nothing: the right answers are counted too.
-
-    Args:
-        prompts: By what it is called, the outcomes of each prompt.
-        constrained: Those of the best one under the contract's grammar.
+    Right answers are counted beside valid formats: constrained decoding gives the format and not the content.
     """
     name = best_prompt(prompts)
-    said = f"prompting, {name}, reaches {_reached(prompts[name], 'prompting')}"
-    return said if constrained is None else f"{said}. With a grammar it reaches {_reached(constrained, 'a grammar')}"
+    text = f"prompting, {name}, reaches {_reached(prompts[name], 'prompting')}"
+    if constrained is None:
+        return text
+    return f"{text}. With constrained decoding it reaches {_reached(constrained, 'constrained decoding')}"
 
 
 def _reached(outcomes: Sequence[Outcome], by: str) -> str:
     parts, left = [], []
-    for name, what in (("exact", "in format"), ("joint", "right")):
+    for name, what in (("exact", "valid format"), ("joint", "right")):
         count, rows = rate(outcomes, name)
         low, high = wilson(count, rows)
         parts.append(f"{count / rows:.1%} {what} ({low:.1%} to {high:.1%})")
         left.append(f"{100 * (1 - count / rows):.1f}")
-    cut = sum(one.kind == "truncated" for one in outcomes)
+    cut = sum(outcome.kind == "truncated" for outcome in outcomes)
     reached = " and ".join(parts) + (f", {cut:,} of {rows:,} answers cut for length" if cut else "")
     if count == rows:
         return f"{reached}: nothing is left to win"

@@ -1,4 +1,4 @@
-"""`formtune compare`: says of runs on the same test rows whether one is better, or that the rows cannot tell."""
+"""`formtune compare`: whether one of several runs is better on the same test rows, or the rows cannot tell."""
 
 from __future__ import annotations
 
@@ -18,18 +18,13 @@ from formtune.evaluation.outcomes import RATES, VIEWS, Outcome, field_f1, read_o
 from formtune.evaluation.statistics import f1_difference, f1_interval, rate_difference, verdict, wilson
 
 F1 = "content/field_f1"
-IN_WORDS = ("format/exact", "joint/exact")  # said in a sentence below the table
+FIELD = "content/field_acc/"
+IN_WORDS = ("format/exact", "joint/exact")  # figures in the sentence below the table
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run's test rows.
-
-    Args:
-        name: What it is called in the table.
-        path: File of its outcomes.
-        outcomes: Its rows; those of all runs in one order.
-    """
+    """A run's test rows, in the same order for all runs."""
 
     name: str
     path: Path
@@ -37,9 +32,9 @@ class Run:
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
-    """Read what `RUN RUN ...` names, and bring all rows into the order of the first.
+    """Read the outcomes of the runs named on the command line, all in the order of the first.
 
-    Rows are the same if input and target are; where a pair stands several times, the first is the first and so on.
+    Rows are matched by input and target; of repeated ones the first matches the first, and so on.
 
     Raises:
         UserError: A file is missing or damaged, or the runs were tested on different rows.
@@ -48,9 +43,9 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
     names = [Path(argument).name or argument for argument in arguments]
     if len(set(names)) < len(set(paths)):
         names = list(arguments)
-    keyed = [_keyed(read_outcomes(path)) for path in paths]
-    first = keyed[0]
-    for path, rows in zip(paths, keyed, strict=True):
+    runs = [_keyed(read_outcomes(path)) for path in paths]
+    first = runs[0]
+    for path, rows in zip(paths, runs, strict=True):
         if not rows:
             raise UserError(f"{path}: no test rows")
         if rows.keys() != first.keys():
@@ -58,16 +53,11 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
                 f"{path}: {len(rows.keys() & first.keys()):,} of its {len(rows):,} test rows are among the "
                 f"{len(first):,} of {paths[0]}; compare runs with the same data and the same test split"
             )
-    return [Run(name, path, [rows[key] for key in first]) for name, path, rows in zip(names, paths, keyed, strict=True)]
+    return [Run(name, path, [rows[key] for key in first]) for name, path, rows in zip(names, paths, runs, strict=True)]
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
-    """Every figure of every run with its interval, and what each further run has more than the first.
-
-    Returns:
-        `rows`, `runs` (each with `figures`) and `comparisons` (each with `differences`, for the figures that both runs
-        have), as `--out` writes them.
-    """
+    """Every figure of every run, and the differences of each further run from the first."""
     return {
         "rows": len(runs[0].outcomes),
         "runs": [{"name": run.name, "outcomes": str(run.path), "figures": figures(run.outcomes)} for run in runs],
@@ -78,35 +68,28 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def print_comparison(found: dict[str, Any]) -> None:
-    """One table, and one sentence for each run after the first."""
-    comparisons = found["comparisons"]
-    differences = [{}, *(one["differences"] for one in comparisons)]
+def print_comparison(comparison: dict[str, Any]) -> None:
+    """Print what `compare` returns: one table, and one sentence for each run after the first."""
+    pairs = comparison["comparisons"]
     console = Console()
-    console.print(figures_table(f"Comparison on {found['rows']:,} test rows", found["runs"], differences))
-    for one in comparisons:
-        parts = (f"{name} {_sentence(one['differences'][name])}" for name in IN_WORDS)
-        line = f"{one['run']} against {one['against']}: {'; '.join(parts)}"
+    title = f"Comparison on {comparison['rows']:,} test rows"
+    console.print(figures_table(title, comparison["runs"], [{}, *(pair["differences"] for pair in pairs)]))
+    for pair in pairs:
+        parts = (f"{name} {_sentence(pair['differences'][name])}" for name in IN_WORDS)
+        line = f"{pair['run']} against {pair['against']}: {'; '.join(parts)}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Every rate and field F1, each as `value` and `interval`."""
-    rates = {
-        name: {"value": sum(right) / len(right), "interval": wilson(sum(right), len(right))}
-        for name, right in _right(outcomes).items()
-    }
-    return _in_order(rates, {"value": field_f1(outcomes), "interval": f1_interval(_counts(outcomes))})
+    by_row = _by_row(outcomes)
+    f1 = {"value": field_f1(outcomes), "interval": f1_interval(by_row[F1])}
+    rates = {n: {"value": sum(r) / len(r), "interval": wilson(sum(r), len(r))} for n, r in by_row.items() if n != F1}
+    return {name: rates.get(name, f1) for name in by_row}
 
 
 def figures_table(title: str, runs: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> Table:
-    """A column for each run.
-
-    Args:
-        title: What stands above.
-        runs: Of each its `name` and `figures`.
-        differences: Of each, by figure, what it has more than the first; empty for the first.
-    """
+    """A column for each run's `name` and `figures`, with its differences from the first run ({} for none)."""
     table = Table(Column("metric", overflow="fold"), title=title, title_justify="left")
     for run in runs:
         table.add_column(Text(run["name"]), justify="right", overflow="fold")
@@ -126,36 +109,33 @@ def _path(argument: str) -> Path:
 
 
 def _keyed(outcomes: Sequence[Outcome]) -> dict[tuple[str, str, int], Outcome]:
+    """The outcomes by input, target and how many equal ones came before."""
     seen: Counter[tuple[str, str]] = Counter()
-    found = {}
-    for one in outcomes:
-        key = (one.input, one.target)
-        found[*key, seen[key]] = one
+    keyed = {}
+    for outcome in outcomes:
+        key = (outcome.input, outcome.target)
+        keyed[*key, seen[key]] = outcome
         seen[key] += 1
-    return found
+    return keyed
 
 
-def _right(outcomes: Sequence[Outcome]) -> dict[str, list[bool]]:
-    """For each rate, whether each row is right."""
-    right = {name: [getattr(one, attribute) for one in outcomes] for name, attribute in RATES.items()}
-    fields = [name for name in outcomes[0].fields if all(name in one.fields for one in outcomes)]
-    return right | {f"content/field_acc/{name}": [one.fields[name] for one in outcomes] for name in fields}
-
-
-def _counts(outcomes: Sequence[Outcome]) -> np.ndarray:
-    return np.array([[one.matched, one.predicted + one.gold] for one in outcomes]).T
-
-
-def _in_order(rates: dict[str, Any], f1: Any) -> dict[str, Any]:
-    """The headline rates, F1, the fields."""
-    return {name: rates[name] for name in RATES} | {F1: f1} | rates
+def _by_row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """For each rate whether each row is right, and for field F1 its counts; in the order of the table."""
+    fields = [name for name in outcomes[0].fields if all(name in o.fields for o in outcomes)]
+    return {
+        **{name: [getattr(o, attribute) for o in outcomes] for name, attribute in RATES.items()},
+        F1: np.array([[o.matched, o.predicted + o.expected] for o in outcomes]).T,
+        **{FIELD + name: [o.fields[name] for o in outcomes] for name in fields},
+    }
 
 
 def _differences(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, Any]:
-    before, after = _right(first), _right(second)
-    rates = {name: rate_difference(before[name], after[name]) for name in before if name in after}
-    differences = _in_order(rates, f1_difference(_counts(first), _counts(second)))
-    return {name: {"verdict": verdict(one), **asdict(one)} for name, one in differences.items()}
+    before, after = _by_row(first), _by_row(second)
+    differences = {}
+    for name in (name for name in before if name in after):
+        difference = (f1_difference if name == F1 else rate_difference)(before[name], after[name])
+        differences[name] = {"verdict": verdict(difference), **asdict(difference)}
+    return differences
 
 
 def _cell(figure: dict[str, Any] | None, difference: dict[str, Any] | None) -> str:

@@ -1,8 +1,7 @@
-"""Verdicts and losses to figures: integer sums, so that processes and uneven batches change nothing.
+"""Metrics as sums and counts, so that the number of processes and uneven batches change nothing.
 
-Every rate of format and content has all rows of the set in its denominator: an answer that cannot be parsed scores 0
-and is never left out. The one exception says so in its name (`_given_valid`). Content is compared on the document that
-was found, even if text stands around it, so that a model which knows the content and not the format is told apart.
+Every rate counts all rows: an answer that does not parse scores 0. Content is also compared if there is text around the
+document, which shows a model that knows the content but not the format.
 """
 
 from __future__ import annotations
@@ -18,113 +17,80 @@ from torchmetrics import Metric
 from formtune.errors import UserError, first_line
 from formtune.formats import KINDS, Format, Verdict
 
-EXACT = torch.float32 if torch.backends.mps.is_available() else torch.double  # Apple's GPUs have no 64 bits
-_LADDER = ("exact", "loose", "terminated", "no_extra_text", "parse", "schema", "keys_exact", "canonical")
+EXACT = torch.float32 if torch.backends.mps.is_available() else torch.double  # Apple GPUs have no float64
+_RATES = (
+    "format/exact", "format/loose", "joint/exact", "content/exact_match",
+    "content/invented_rate", "content/omitted_rate", "content/ungrounded_rate",
+)  # fmt: skip
 
 
 class FormatMetrics(Metric):
-    """Rates of format and content, and counts of each kind of failure.
-
-    Args:
-        contract: Its fields get an accuracy each.
-    """
+    """Rates of format and content, an accuracy of each field, and a count of each kind of failure."""
 
     full_state_update = False
     sums: Tensor
 
-    def __init__(self, contract: Format) -> None:
+    def __init__(self, format: Format) -> None:
         super().__init__()
-        self.fields = contract.fields
-        # A contract that leaves the layout free has no rate of it.
-        self._ladder = _LADDER if contract.is_canonical else _LADDER[:-1]
-        content = ("exact_match", "invented", "omitted", "ungrounded", "matched", "predicted", "gold")
-        valid = ("valid_matched", "valid_predicted", "valid_gold")
-        self._names = ["rows", *self._ladder, "joint", *content, *valid, *(f"fail/{k}" for k in KINDS)]
-        self._at = {name: i for i, name in enumerate(self._names)}
-        size = len(self._names) + len(self.fields)
-        # One vector: one exchange between processes, whatever is counted.
-        self.add_state("sums", torch.zeros(size, dtype=torch.long), dist_reduce_fx="sum")
+        self._rates = (*_RATES, *(f"content/field_acc/{field}" for field in format.fields))
+        # One vector is one exchange between processes: rows, both terms of F1, rates, failures.
+        self.add_state("sums", torch.zeros(3 + len(self._rates) + len(KINDS), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, verdicts: Sequence[Verdict]) -> None:
-        """Count verdicts, each made with the wanted answer at hand."""
+        """Count verdicts on answers to rows that have a target."""
         for verdict in verdicts:
             content = verdict.content
             if content is None:
-                raise ValueError("content can only be measured against a wanted answer: check(..., gold=...)")
-            counted = {name: int(getattr(verdict, name)) for name in self._ladder}
-            counted |= {"rows": 1, "joint": int(verdict.joint), f"fail/{verdict.kind}": 1}
-            counted |= {
-                "exact_match": int(content.equal),
-                "invented": int(content.invented),
-                "omitted": int(content.omitted),
-                "ungrounded": int(content.ungrounded),
-                "matched": content.matched,
-                "predicted": content.predicted,
-                "gold": content.gold,
-            }
-            if verdict.exact:
-                counted |= {f"valid_{name}": counted[name] for name in ("matched", "predicted", "gold")}
-            row = [counted.get(name, 0) for name in self._names] + [int(equal) for equal in content.fields]
-            # Not in place: Lightning tests in inference mode and validates outside it, with the same states.
-            self.sums = self.sums + torch.tensor(row, device=self.sums.device)
+                raise ValueError("content can only be measured against a target: check(..., target=...)")
+            row = [1, 2 * content.matched, content.predicted + content.expected]
+            row += [verdict.exact, verdict.loose, verdict.joint, content.equal]
+            row += [content.invented, content.omitted, content.ungrounded, *content.fields]
+            row += [verdict.kind == kind for kind in KINDS]
+            # Not in place: Lightning tests in inference mode and validates outside it, on the same states.
+            self.sums = self.sums + torch.tensor(row, dtype=torch.long, device=self.sums.device)
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """Numerator and denominator of each figure, by its name."""
-        sums = self.sums.tolist()
-        n = {name: sums[i] for name, i in self._at.items()}
-        rows = n["rows"]
-        found = {f"format/{name}": (n[name], rows) for name in self._ladder}
-        found["joint/exact"] = (n["joint"], rows)
-        found["content/exact_match"] = (n["exact_match"], rows)
-        found["content/field_precision"] = (n["matched"], n["predicted"])
-        found["content/field_recall"] = (n["matched"], n["gold"])
-        found["content/field_f1"] = (2 * n["matched"], n["predicted"] + n["gold"])
-        found["content/field_f1_given_valid"] = (2 * n["valid_matched"], n["valid_predicted"] + n["valid_gold"])
-        for name in ("invented", "omitted", "ungrounded"):
-            found[f"content/{name}_rate"] = (n[name], rows)
-        for i, field in enumerate(self.fields, len(self._names)):
-            found[f"content/field_acc/{field}"] = (sums[i], rows)
-        return found
+        """Numerator and denominator of each rate and of field F1."""
+        rows, both, either, *sums = self.sums.tolist()
+        rates = {name: (count, rows) for name, count in zip(self._rates, sums, strict=False)}
+        return rates | {"content/field_f1": (both, either)}
 
     def compute(self) -> dict[str, Tensor]:
-        """Every figure: rates between 0 and 1 (NaN without rows), `fail/*` as counts that sum to the rows."""
-        # 0 of 0 pairs is 0, not NaN: a model that finds nothing has found nothing.
-        rates = {
-            name: torch.tensor(k / n if n else (0.0 if self.sums[0] and "field_" in name else torch.nan))
-            for name, (k, n) in self.counts().items()
-        }
-        return rates | {f"fail/{kind}": self.sums[self._at[f"fail/{kind}"]].float() for kind in KINDS}
+        """Rates and field F1 between 0 and 1 (NaN without rows); `fail/*` as counts that sum to the rows."""
+        # F1 without any value is 0, not NaN: the model has found nothing.
+        none = 0.0 if self.sums[0] else torch.nan
+        rates = {name: torch.tensor(k / n if n else none) for name, (k, n) in self.counts().items()}
+        failures = self.sums[-len(KINDS) :].float()
+        return rates | {f"fail/{kind}": count for kind, count in zip(KINDS, failures, strict=True)}
 
 
 class OwnMetrics(torch.nn.ModuleList):
-    """Metrics of the user's own: `update` takes the answers and the wanted answers, two lists of texts.
+    """The user's own metrics on texts, such as those of torchmetrics.
 
-    Any metric of torchmetrics on texts will do. Each is called `own/` and its class; where `compute` gives several
-    figures by name, this name follows.
+    Each is called `own/` and its class, and the figure's name if `compute` returns several.
     """
 
     def update(self, predictions: list[str], targets: list[str]) -> None:
-        """Show every metric the same answers."""
+        """Add answers and their targets."""
         for name, metric in self._named() if predictions else ():
-            _mine(name, "update", metric.update, predictions, targets)
+            _call(name, "update", metric.update, predictions, targets)
 
     def compute(self) -> dict[str, float]:
-        """Every figure, of all processes; NaN before the first answer."""
-        found: dict[str, float] = {}
+        """Every figure, over all processes; NaN before the first answer."""
+        figures: dict[str, float] = {}
         for name, metric in self._named():
-            value = _mine(name, "compute", metric.compute)
+            value = _call(name, "compute", metric.compute)
             parts = {f"{name}/{part}": v for part, v in value.items()} if isinstance(value, Mapping) else {name: value}
-            for part, one in parts.items():
-                found[part] = _mine(name, "compute", float, one)
-        return found
+            figures |= {part: _call(name, "compute", float, figure) for part, figure in parts.items()}
+        return figures
 
     def reset(self) -> None:
-        """Forget all answers."""
+        """Reset every metric."""
         for name, metric in self._named():
-            _mine(name, "reset", metric.reset)
+            _call(name, "reset", metric.reset)
 
     def alone(self, predictions: list[str], targets: list[str]) -> dict[str, float]:
-        """Every figure of these answers, worked out by this process for itself."""
+        """Every figure of these answers, computed without the other processes."""
         copied = copy.deepcopy(self)
         for _, metric in copied._named():
             metric.distributed_available_fn = lambda: False
@@ -136,78 +102,61 @@ class OwnMetrics(torch.nn.ModuleList):
         named: dict[str, Any] = {}
         for metric in self:
             name = f"own/{type(metric).__name__}"
-            same = sum(known.partition("-")[0] == name for known in named)
+            same = sum(other.partition("-")[0] == name for other in named)
             named[f"{name}-{same + 1}" if same else name] = metric
         return list(named.items())
 
 
-def _mine(name: str, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    # Lightning tests in inference mode, and a state that is made there could not be changed in place in a validation.
+def _call(name: str, what: str, method: Callable[..., Any], *arguments: Any) -> Any:
+    # Lightning tests in inference mode, and a state made there could not be changed in place in a validation.
     with torch.inference_mode(False), torch.no_grad():
         try:
-            return call(*arguments)
-        except Exception as error:  # whatever a stranger's code makes of its input
+            return method(*arguments)
+        except Exception as error:  # whatever the user's code raises
             raise UserError(
                 f"model.metrics: {what} of {name.removeprefix('own/')} failed: {type(error).__name__}: "
-                f"{first_line(error)} (update is given two lists of texts, compute gives a number or numbers by name)"
+                f"{first_line(error)} (update takes two lists of texts, compute returns a number or numbers by name)"
             ) from error
 
 
 class LossMetrics(Metric):
-    """Loss of the wanted answers under teacher forcing, in nats per token, split into structure and values."""
+    """Loss of the targets under teacher forcing, and how often it predicts the whole target."""
 
     full_state_update = False
     nats: Tensor
-    value_nats: Tensor
-    tokens: Tensor
-    value_tokens: Tensor
-    rows: Tensor
-    exact_rows: Tensor
-    compared: Tensor
-    same: Tensor
+    sums: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("nats", "value_nats"):
-            self.add_state(name, torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
-        for name in ("tokens", "value_tokens", "rows", "exact_rows", "compared", "same"):
-            self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("nats", torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
+        # Tokens, rows, rows predicted exactly; answers that were decoded in full, and that were the same.
+        self.add_state("sums", torch.zeros(5, dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, nats: Tensor, correct: Tensor, is_value: Tensor, sizes: list[int]) -> None:
-        """Add rows, their targets one after the other; tensors have the shape (targets,).
+    def update(self, nats: Tensor, correct: Tensor, sizes: list[int]) -> None:
+        """Add rows.
 
         Args:
-            nats: Negative log-likelihood of each target token.
-            correct: Whether the most likely token is the target.
-            is_value: Whether the target belongs to a value of the answer.
-            sizes: Number of targets of each row.
+            nats: Negative log-likelihood of each target token, row after row, shape (tokens,).
+            correct: Whether it is the most likely token, shape (tokens,).
+            sizes: Number of target tokens of each row.
         """
-        nats = nats.to(self.nats.dtype)
-        self.nats = self.nats + nats.sum()
-        self.value_nats = self.value_nats + (nats * is_value).sum()
-        self.tokens = self.tokens + nats.numel()
-        self.value_tokens = self.value_tokens + is_value.sum()
-        self.rows = self.rows + len(sizes)
-        wrong = torch.stack([(~row).any() for row in correct.split(sizes)]).sum()
-        self.exact_rows = self.exact_rows + (len(sizes) - wrong)
+        exact = torch.stack([row.all() for row in correct.split(sizes)]).sum()
+        self.nats = self.nats + nats.to(self.nats.dtype).sum()
+        self._add(nats.numel(), len(sizes), exact, 0, 0)
 
     def compare(self, same: list[bool]) -> None:
-        """Add rows whose answer was decoded in full too, and whether it came out the same."""
-        self.compared, self.same = self.compared + len(same), self.same + sum(same)
+        """Record whether full generation agrees with the answers read from the teacher-forced pass."""
+        self._add(0, 0, 0, len(same), sum(same))
+
+    def _add(self, *counts: int | Tensor) -> None:
+        self.sums = self.sums + torch.stack([torch.as_tensor(count, device=self.sums.device) for count in counts])
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Numerator and denominator of the rates."""
-        return {
-            "val/tf_exact": (int(self.exact_rows), int(self.rows)),
-            "val/parity": (int(self.same), int(self.compared)),
-        }
+        _, rows, exact, compared, same = self.sums.tolist()
+        return {"val/tf_exact": (exact, rows), "val/parity": (same, compared)}
 
     def compute(self) -> dict[str, Tensor]:
-        """`loss`, `loss_structure`, `loss_value` in nats per token; `tf_exact` and `parity` as rates of rows."""
-        return {
-            "loss": self.nats / self.tokens,
-            "loss_structure": (self.nats - self.value_nats) / (self.tokens - self.value_tokens),
-            "loss_value": self.value_nats / self.value_tokens,
-            "tf_exact": self.exact_rows / self.rows,
-            "parity": self.same / self.compared,
-        }
+        """`loss` in nats per token; `tf_exact` and `parity` as rates of rows."""
+        tokens, rows, exact, compared, same = self.sums
+        return {"loss": self.nats / tokens, "tf_exact": exact / rows, "parity": same / compared}

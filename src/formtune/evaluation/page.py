@@ -1,4 +1,4 @@
-"""What the pages of this project share: one style, and plots as SVG."""
+"""What the HTML pages share: one style, and plots as SVG."""
 
 from __future__ import annotations
 
@@ -10,29 +10,23 @@ from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY, RED = "#2a6fbb", "#d9822b", "#8a94a0", "#c0392b"
 
-matplotlib.rcParams.update(
-    {
-        "svg.fonttype": "none",  # text stays text: small, selectable, read aloud
-        "svg.hashsalt": "formtune",  # the same findings give the same file
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 11,
-        "axes.titlelocation": "left",
-    }
-)
+matplotlib.rcParams.update({
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "formtune",  # the same figures give the same file
+    "font.family": "sans-serif", "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False,
+})  # fmt: skip
 
 
 def environment(autoescape: bool = True) -> Environment:
     """Templates by their path in the package; each includes `page.css`, so that a page is one file."""
-    found = Environment(
-        loader=PackageLoader("formtune", "."), autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    found.filters["percent"] = lambda share: f"{share:.1%}"
-    found.filters["thousands"] = lambda number: f"{number:,}"
-    return found
+    loader = PackageLoader("formtune", ".")
+    templates = Environment(
+        loader=loader, autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters["percent"] = lambda share: f"{share:.1%}"
+    templates.filters["thousands"] = lambda number: f"{number:,}"
+    return templates
 
 
 def svg(figure: Figure) -> str:

@@ -1,1 +1,1 @@
-"""Merged and quantized models from an adapter, written only if they still answer as the adapter does."""
+"""Merge and quantize an adapter; write the result only if it still answers as the adapter does."""

@@ -1,31 +1,71 @@
-"""The contract and its verdicts: a pure function of the text, of how it ended, and of the wanted answer."""
+"""The base class of formats, and the verdict that a format gives on a text."""
 
 from __future__ import annotations
 
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from functools import partial, wraps
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from formtune.errors import UserError
-from formtune.formats.content import compare
-from formtune.formats.verdict import KINDS, Problem, SyntaxProblem, Verdict
+from formtune.formats.content import Comparison, compare
 
-MAX_CHARACTERS = 100_000  # nothing longer is looked at: a verdict must be cheap whatever a model writes
-MAX_FENCES = 8  # looked at for a document
-TIMEOUT = "timeout"  # the subkind after which a text is given up: another look would take as long
+MAX_CHARACTERS = 100_000  # longer texts are not read: a verdict must be cheap whatever a model writes
+MAX_FENCES = 8  # searched for a document
 
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.S)
 
-_KEYS = {"wrong_root", "missing_key", "extra_key"}
-_SCHEMA = _KEYS | {"wrong_type", "bad_value_form"}
+# In order of precedence: a text's kind is the first that applies. All but `ok` and `content` break the format.
+KINDS = (
+    *("ok", "empty", "truncated", "extra_text", "syntax", "wrong_root", "missing_key", "extra_key"),
+    *("wrong_type", "bad_value_form", "layout", "content"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One reason why a text breaks its format."""
+
+    kind: str  # one of `KINDS`
+    detail: str  # one line for a person, with the path of the value
+    timeout: bool = False  # the check ran out of time: no other part of the text is tried
+
+
+class SyntaxProblem(ValueError):
+    """Raised by `Format.parse` for a text that is not a document of the format."""
+
+    def __init__(self, detail: str, timeout: bool = False) -> None:
+        super().__init__(detail)
+        self.problem = Problem("syntax", detail, timeout)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a format says of one text."""
+
+    kind: str  # one of `KINDS`
+    detail: str  # one line on what is wrong, "" if nothing is
+    loose: bool  # whether the format is valid without the fence, prose and think block around the document
+    value: Any  # the document, alone or within other text; None if there is none
+    content: Comparison | None  # the document compared with the target; None without a target
+
+    @property
+    def exact(self) -> bool:
+        """Whether the format is valid: nothing is wrong, or only the content."""
+        return self.kind in ("ok", "content")
+
+    @property
+    def joint(self) -> bool:
+        """Whether the format is valid and the content is the target's."""
+        return self.exact and self.content is not None and self.content.equal
 
 
 class Format(ABC):
-    """A contract; a format of your own needs `parse`, and the rest where it has more to say.
+    """A format; your own needs `parse`, and the other methods where it has more to say.
 
     Texts are judged as they are: nothing is stripped. White space around a document is extra text.
     """
@@ -36,20 +76,23 @@ class Format(ABC):
     sets: frozenset[str] = frozenset()
     #: Paths of values that need not occur in the input, such as labels.
     derived: frozenset[str] = frozenset()
-    #: Whether `canonical` says how a document must be written.
-    is_canonical = False
-    #: Whether exactly one line feed must follow the document.
-    trailing_newline = False
 
-    _init_args: dict[str, Any] = {}  # noqa: RUF012 (replaced, never changed)
+    _init_args: dict[str, Any]
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "__init__" in vars(cls):
-            cls.__init__ = _remembering(cls.__init__)  # type: ignore[method-assign]
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # Records the arguments for `to_dict`, so that your own format cannot forget one.
+        format = super().__new__(cls)
+        format._init_args = {}
+        if cls.__init__ is not object.__init__:
+            bound = inspect.signature(cls.__init__).bind(format, *args, **kwargs)
+            bound.apply_defaults()
+            for name, value in list(bound.arguments.items())[1:]:
+                is_kwargs = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+                format._init_args |= value if is_kwargs else {name: value}
+        return format
 
     def __reduce__(self) -> Any:
-        # Validators and patterns do not pickle; the arguments make them again.
+        # Validators and patterns cannot be pickled; the arguments make them again.
         return partial(type(self), **self.to_dict()["init_args"]), ()
 
     @abstractmethod
@@ -57,7 +100,7 @@ class Format(ABC):
         """The document that the whole text is, as plain Python data.
 
         Raises:
-            SyntaxProblem: The text is none; any other exception says the same, less precisely.
+            SyntaxProblem: The text is not a document; any other exception says the same, less precisely.
         """
 
     def problems(self, value: Any) -> list[Problem]:
@@ -65,7 +108,7 @@ class Format(ABC):
         return []
 
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
-        """Spans that may be a document within other text, for the loose view; what was only thought is left out."""
+        """Spans that may be a document within other text, for the loose view; think blocks are left out."""
         start = answer_start(text)
         yield _trimmed(text, start, len(text))
         for fence in islice(_FENCE.finditer(text, start), MAX_FENCES):
@@ -76,112 +119,90 @@ class Format(ABC):
         return None
 
     def canonical(self, value: Any) -> str | None:
-        """The one text that a document must have, None where every text of it is as good."""
-        return self.write(value) if self.is_canonical else None
-
-    def value_spans(self, text: str) -> list[tuple[int, int]]:
-        """Spans of the values in a text that complies; the rest is structure."""
-        return [(0, len(text))]
+        """The one text that a document must have, None where any text of it is valid."""
+        return None
 
     def grammar(self) -> str | None:
-        """The contract for constrained decoding, None where the format has no grammar.
+        """The format for constrained decoding, None where the format has no grammar.
 
-        Lark rules in llguidance's dialect, of which `answer` is the whole text: `answer: "yes" | "no"`. They may say
-        less than the contract allows, never more.
+        Lark rules in llguidance's dialect, of which `answer` is the whole text: `answer: "yes" | "no"`. They may allow
+        less than the format, never more.
 
         Raises:
-            UserError: This contract cannot be expressed.
+            UserError: This format cannot be expressed.
         """
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """The contract as plain data, whole in itself: `class_path` and `init_args`."""
+        """The format as plain data, complete without other files: `class_path` and `init_args`."""
         cls = type(self)
         return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(self._init_args)}
 
-    def check(self, text: str, *, finished: bool = True, gold: str | None = None, source: str | None = None) -> Verdict:
-        """Judge a text; whatever it is, this returns.
+    def check(
+        self, text: str, *, finished: bool = True, target: str | None = None, input: str | None = None
+    ) -> Verdict:
+        """Judge a text; every text gets a verdict.
 
         Args:
             text: The answer without its stop token.
-            finished: False if the answer was cut for length before a stop token came.
-            gold: The wanted answer, which itself keeps the contract.
-            source: The input, to tell values that were made up from values that were misread.
+            finished: False if the answer was cut for length before a stop token.
+            target: The target, which itself has a valid format.
+            input: The input, to tell made-up values from misread ones.
 
         Raises:
-            UserError: `gold` is no document of the format.
+            UserError: `target` is not a document of the format.
         """
-        body = self._body(text)
-        value, span, inner, problems = self._judge(body)
-        if self.trailing_newline and body == text and span is not None:
-            problems.append(Problem("layout", "trailing_newline", "the line feed at the end is missing"))
+        value, found, within, around = self._judge(text)
+        problems, content = [*around, *within], None
         if not finished:
-            subkind, why = (
-                ("unclosed", "cut before its end") if span is None else ("runaway", "a document, then no end")
-            )
-            problems.append(Problem("truncated", subkind, f"no stop token: {why}"))
-        content = None
-        if gold is not None:
-            wanted = self._gold(gold)
-            content = compare(value, wanted, span is not None, source, self.fields, self.sets, self.derived)
-            if content.difference is not None:
-                problems.append(Problem("content", *content.difference))
-        problems = [Problem(p.kind, p.subkind, " ".join(p.detail.split())) for p in (*problems, *inner)]
-        problems.sort(key=lambda problem: KINDS.index(problem.kind))
-        found, kinds = span is not None, {problem.kind for problem in problems}
-        return Verdict(
-            problems=tuple(problems),
-            loose=finished and found and not inner,
-            terminated=finished,
-            no_extra_text=span == (0, len(body)),
-            parse=found,
-            schema=found and not kinds & _SCHEMA,
-            keys_exact=found and not kinds & _KEYS,
-            canonical=found and "layout" not in kinds,
-            value=value,
-            content=content,
-        )
+            why = "a document, then no end" if found else "cut before its end"
+            problems.append(Problem("truncated", f"no stop token: {why}"))
+        if target is not None:
+            content = compare(value, self._target(target), found, input, self.fields, self.sets, self.derived)
+            if content.difference:
+                problems.append(Problem("content", content.difference))
+        first = min(problems, key=lambda problem: KINDS.index(problem.kind), default=Problem("ok", ""))
+        loose = finished and found and not within
+        return Verdict(first.kind, " ".join(first.detail.split()), loose, value, content)
 
-    def _judge(self, text: str) -> tuple[Any, tuple[int, int] | None, list[Problem], list[Problem]]:
-        """The document, its span (None if there is none), what is wrong with it, and what is wrong around it."""
+    def _judge(self, text: str) -> tuple[Any, bool, list[Problem], list[Problem]]:
+        """The document, whether there is one, the problems within it and those around it."""
         if not text.strip():
-            return None, None, [], [Problem("empty", "", "the answer is empty")]
+            return None, False, [], [Problem("empty", "the answer is empty")]
         if len(text) > MAX_CHARACTERS:
-            return None, None, [], [Problem("syntax", "other", f"longer than {MAX_CHARACTERS:,} characters")]
+            return None, False, [], [Problem("syntax", f"longer than {MAX_CHARACTERS:,} characters")]
         try:
-            value, inner = self._read(text)
-            return value, (0, len(text)), inner, []
+            value, within = self._read(text)
+            return value, True, within, []
         except SyntaxProblem as error:
-            if error.problem.subkind != TIMEOUT and (found := self._find(text)) is not None:
-                value, span, inner = found
-                return value, span, inner, [_extra_text(text, *span)]
-            return None, None, [], [error.problem]
+            embedded = None if error.problem.timeout else self._find(text)
+            return embedded or (None, False, [], [error.problem])
 
-    def _find(self, text: str) -> tuple[Any, tuple[int, int], list[Problem]] | None:
-        """The first document within the text that complies, else one that stands in the open, else None."""
+    def _find(self, text: str) -> tuple[Any, bool, list[Problem], list[Problem]] | None:
+        """As `_judge`, of the first valid document within the text, else of the first that is not part of another."""
         first = None
         for start, end in self.documents(text):
             try:
-                value, problems = self._read(text[start:end])
+                value, within = self._read(text[start:end])
             except SyntaxProblem as error:
-                if error.problem.subkind == TIMEOUT:
+                if error.problem.timeout:
                     break
                 continue
-            if not problems:
-                return value, (start, end), problems
-            # A part of a broken document is not the document: only what stands in the open counts.
+            found = value, True, within, [_extra_text(text[:start], text[end:])]
+            if not within:
+                return found
+            # A part of a broken document is not the document.
             if first is None and not re.search(r"[\[{]", text[answer_start(text) : start]):
-                first = value, (start, end), problems
-            if any(problem.subkind == TIMEOUT for problem in problems):
+                first = found
+            if any(problem.timeout for problem in within):
                 break
         return first
 
     def _read(self, text: str) -> tuple[Any, list[Problem]]:
         value = self._parse(text)
         problems = self.problems(value)
-        wanted = self.canonical(value)
-        if wanted is not None and wanted != text:
-            problems = [*problems, Problem("layout", "", "key order or white space is not canonical")]
+        if self.canonical(value) not in (None, text):
+            problems = [*problems, Problem("layout", "key order or white space is not canonical")]
         return value, problems
 
     def _parse(self, text: str) -> Any:
@@ -189,32 +210,14 @@ class Format(ABC):
             return self.parse(text)
         except SyntaxProblem:
             raise
-        except Exception as error:  # a parser of one's own may fail in any way on a text that it did not expect
-            raise SyntaxProblem("other", f"{type(error).__name__}: {error}") from error
+        except Exception as error:  # your own parser may fail in any way on an unexpected text
+            raise SyntaxProblem(f"{type(error).__name__}: {error}") from error
 
-    def _gold(self, gold: str) -> Any:
+    def _target(self, target: str) -> Any:
         try:
-            return self._parse(self._body(gold))
+            return self._parse(target)
         except SyntaxProblem as error:
-            raise UserError(f"a target breaks its contract ({error}): {gold[:80]!r}") from None
-
-    def _body(self, text: str) -> str:
-        return text.removesuffix("\n") if self.trailing_newline else text
-
-
-def _remembering(init: Callable[..., None]) -> Callable[..., None]:
-    """Keep the arguments for `to_dict`, so that no format of one's own can forget one there."""
-    signature = inspect.signature(init)
-
-    @wraps(init)
-    def remember(self: Format, *args: Any, **kwargs: Any) -> None:
-        if "_init_args" not in vars(self):  # else a subclass hands its own arguments on
-            bound = signature.bind(self, *args, **kwargs)
-            bound.apply_defaults()
-            self._init_args = dict(list(bound.arguments.items())[1:])
-        init(self, *args, **kwargs)
-
-    return remember
+            raise UserError(f"a target breaks its format ({error}): {target[:80]!r}") from None
 
 
 def answer_start(text: str) -> int:
@@ -230,15 +233,13 @@ def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
     return start + len(inner) - len(inner.lstrip()), max(start, end - len(inner) + len(inner.rstrip()))
 
 
-def _extra_text(text: str, start: int, end: int) -> Problem:
-    before, after = text[:start], text[end:]
+def _extra_text(before: str, after: str) -> Problem:
     if "</think>" in before:
-        subkind = "think_block"
+        what = "think block"
     elif "```" in before or "```" in after:
-        subkind = "code_fence"
+        what = "code fence"
     elif after.lstrip()[:1] in ("{", "["):
-        subkind = "second_document"
+        what = "second document"
     else:
-        subkind = "prefix" if before else "suffix"
-    extra = before or after
-    return Problem("extra_text", subkind, f"{subkind.replace('_', ' ')}: {extra[:60]!r} stands beside the document")
+        what = "prefix" if before else "suffix"
+    return Problem("extra_text", f"{what}: {(before or after)[:60]!r} is beside the document")

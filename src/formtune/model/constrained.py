@@ -1,7 +1,4 @@
-"""Greedy decoding under a grammar: at each step the most likely token of those that can still lead to a document.
-
-llguidance says which tokens these are. A row has a matcher of its own that knows what was written so far.
-"""
+"""Constrained greedy decoding: each step takes the most likely token among those that llguidance's grammar allows."""
 
 from __future__ import annotations
 
@@ -20,84 +17,62 @@ from formtune.formats import Format
 
 
 class Grammar:
-    """A contract, compiled for the tokens of a model.
-
-    Args:
-        contract: What answers must keep.
-        renderer: The model's tokenizer and the tokens that end an answer.
+    """A format, compiled for the tokens of a model.
 
     Raises:
-        UserError: llguidance is not there, or the contract cannot be expressed.
+        UserError: llguidance is not installed, or the format has no grammar.
     """
 
-    def __init__(self, contract: Format, renderer: Renderer) -> None:
+    def __init__(self, format: Format, renderer: Renderer) -> None:
         try:
             from llguidance import LLExecutor, LLMatcher
             from llguidance.hf import from_tokenizer
         except ImportError:
             raise UserError("model.constrained: needs llguidance; pip install 'formtune[constrained]'") from None
-        rules = contract.grammar()
+        rules = format.grammar()
         if rules is None:
-            name = type(contract).__name__
+            name = type(format).__name__
             raise UserError(f"model.constrained: {name} has no grammar; give it a `grammar` method")
-        # Logits beyond the tokenizer's tokens, with which some models are padded, have no text and are never chosen.
+        # Some models pad their vocabulary: logits beyond the tokenizer's tokens have no text and are never chosen.
         self.vocabulary = max(renderer.tokenizer.get_vocab().values()) + 1
         tokenizer = from_tokenizer(renderer.tokenizer, n_vocab=self.vocabulary, eos_token=list(renderer.stop_ids))
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         [row] = renderer.encode([(turn, "")])
-        # Spaces that template and tokenizer put before every answer; for llguidance they are text like any other.
-        lead = tokenizer.decode_str(row.target[:-1]).removesuffix("b")  # type: ignore[union-attr]
+        # Spaces that chat template and tokenizer put before every answer belong to the grammar's text.
+        lead = tokenizer.decode_str(row.target_ids[:-1]).removesuffix("b")  # type: ignore[union-attr]
         text = f"start: {json.dumps(lead) if lead else ''} answer\n{rules}"
         self.stop = frozenset(renderer.stop_ids)
         self.matcher: Any = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
         self.executor = LLExecutor()
         if self.matcher.is_error():
             reason = _reason(self.matcher)
-            raise UserError(f"model.constrained: the contract cannot be put in a grammar ({reason})")
-
-    def begin(self, rows: int) -> Documents:
-        """As many documents, nothing of them written."""
-        return Documents(self, rows)
+            raise UserError(f"model.constrained: the format cannot be put in a grammar ({reason})")
 
 
 class Documents:
-    """The documents of some rows, as far as they are written.
-
-    Args:
-        grammar: What they must keep.
-        rows: How many they are.
-    """
+    """The answers of some rows as written so far; a matcher for each knows which tokens may follow."""
 
     def __init__(self, grammar: Grammar, rows: int) -> None:
         self._grammar = grammar
         self._matchers = [grammar.matcher.deep_copy() for _ in range(rows)]
 
     def write(self, row: int, tokens: Sequence[int]) -> int:
-        """Write tokens of an answer up to the first that the grammar refuses; how many were written.
-
-        Args:
-            row: Which document.
-            tokens: The next ones, a stop token at most at their end.
-        """
+        """Write tokens of an answer, with at most a stop token at their end; how many the grammar accepts."""
         matcher, ended = self._matchers[row], tokens[-1] in self._grammar.stop
         written = matcher.try_consume_tokens(list(tokens[: len(tokens) - ended]))
         return written + (ended and written == len(tokens) - 1 and matcher.is_accepting())
 
     def choose(self, rows: list[int], logits: Tensor) -> list[int]:
-        """Write the most likely token that the grammar allows in each of `rows`; a stop token ends a document.
+        """Write the most likely allowed token in each of `rows`, from logits of shape (rows, vocabulary).
 
-        A document that llguidance cannot follow any further ends where it is, for the contract to judge: one row must
-        not cost a run, nor leave other processes waiting for this one.
-
-        Args:
-            rows: Which documents.
-            logits: Shape (rows, vocabulary).
+        If llguidance fails on a document, it ends there with a stop token and the format judges it: one row must
+        neither end the run nor make other processes wait.
         """
         from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask_par
 
         matchers = [self._matchers[row] for row in rows]
         size = min(self._grammar.vocabulary, logits.size(-1))
-        packed = allocate_token_bitmask(len(rows), self._grammar.vocabulary)  # 32 tokens to a number
+        packed = allocate_token_bitmask(len(rows), self._grammar.vocabulary)  # 32 tokens per number
         fill_next_token_bitmask_par(self._grammar.executor, [(m, i) for i, m in enumerate(matchers)], packed)
         places = torch.arange(32, dtype=torch.int32, device=logits.device)
         allowed = (packed.to(logits.device)[:, :, None] >> places & 1).flatten(1)[:, :size].bool()
@@ -105,12 +80,12 @@ class Documents:
         for i, (matcher, token) in enumerate(zip(matchers, tokens, strict=True)):
             ended = token in self._grammar.stop
             if matcher.is_error() or not (ended or matcher.consume_token(token)):
-                rank_zero_warn(f"an answer under the grammar could not go on and was ended there: {_reason(matcher)}")
+                rank_zero_warn(f"constrained decoding failed and ended an answer early: {_reason(matcher)}")
                 tokens[i] = min(self._grammar.stop)
         return tokens
 
     def processor(self, rows: list[int], width: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """For `generate`: `rows` from nothing written on, their answers beginning at column `width`."""
+        """A logits processor for `generate` that writes `rows` anew, their answers beginning at column `width`."""
         for row in rows:
             self._matchers[row].reset()
 
@@ -126,7 +101,7 @@ class Documents:
 
 
 def _reason(matcher: Any) -> str:
-    """What llguidance says in its many lines, in one."""
+    """The line of llguidance's message that names the error."""
     lines = matcher.get_error().splitlines() or ["no reason given"]
-    found = next((line for line in lines if line.startswith("error: ")), lines[0])
-    return re.sub(r"^error: |^at \d+\(\d+\): ", "", found)[:160]
+    line = next((line for line in lines if line.startswith("error: ")), lines[0])
+    return re.sub(r"^error: |^at \d+\(\d+\): ", "", line)[:160]

@@ -1,4 +1,4 @@
-"""How the rows of a batch go through the model, under teacher forcing and on to their greedy answers."""
+"""How the rows of a batch go through the model: split into micro-batches, teacher-forced, and decoded greedily."""
 
 from __future__ import annotations
 
@@ -18,25 +18,19 @@ Answers = list[list[int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Open:
-    """Answers of a pass that have not come to their end.
+class Unfinished:
+    """Answers that are still being generated."""
+
+    places: list[int]  # of their rows in the micro-batch
+    begun: Answers  # their tokens so far
+    limits: list[int]  # tokens that each may have
+
+
+class MicroBatches(ABC):
+    """Splits rows into micro-batches, and computes their predictions and greedy answers.
 
     Args:
-        places: Of their rows in the pass.
-        begun: What they say so far, in token ids.
-        limits: Tokens that each may have.
-    """
-
-    places: list[int]
-    begun: Answers
-    limits: list[int]
-
-
-class Passes(ABC):
-    """Splits rows into passes, and runs one: under teacher forcing, and on to the greedy answers.
-
-    Args:
-        model: A causal language model, under PEFT or not.
+        model: A causal language model, with PEFT or without.
     """
 
     def __init__(self, model: Any) -> None:
@@ -48,73 +42,64 @@ class Passes(ABC):
 
     @abstractmethod
     def split(self, rows: Sequence[Row], tokens: int, room: int = 0) -> Iterator[Any]:
-        """Passes of at most `tokens` tokens, `room` more for each row included; each has `rows`, their indices."""
+        """Micro-batches of at most `tokens` tokens, with `room` more for each row; their `rows` are indices."""
 
-    def blank(self) -> Any:
-        """A pass that nobody needs, for a process that has none left where others have."""
-        [group] = self.split([Row([0], [0], [False], "", None, "")], 1)
-        return group
-
-    @abstractmethod
-    def predictions(self, group: Any, keep: bool = False) -> tuple[Predictions, Any]:
-        """One teacher-forced pass; with `keep` also what answers can go on from."""
+    def dummy(self) -> Any:
+        """A micro-batch whose result is not used, so that all ranks do the same number of forward passes (FSDP)."""
+        [micro_batch] = self.split([Row([0], [0], "", None, "")], 1)
+        return micro_batch
 
     @abstractmethod
-    def _go_on(self, kept: Any, open_: Open, stop: Stops, documents: Documents | None) -> Answers:
-        """The whole answers of which these are the beginnings."""
+    def predictions(self, micro_batch: Any, keep: bool = False) -> tuple[Predictions, Any]:
+        """One teacher-forced forward pass, and with `keep` what `_finish` continues from, such as its KV cache."""
+
+    @abstractmethod
+    def _finish(self, kept: Any, unfinished: Unfinished, stop: Stops, documents: Documents | None) -> Answers:
+        """Generate the rest of the answers."""
 
     def evaluate(
         self, rows: Sequence[Row], tokens: int, stop: Stops, limits: Sequence[int], grammar: Grammar | None = None
     ) -> Iterator[tuple[list[int], Predictions, Answers]]:
-        """Indices of some of the rows, their predictions and their greedy answers, pass after pass.
-
-        Args:
-            rows: All rows.
-            tokens: Most tokens of a pass, those that answers may still have included.
-            stop: Tokens that end an answer.
-            limits: For each row the tokens that its answer may have.
-            grammar: What answers must keep, None where every token may follow every other.
-        """
-        for group in self.split(rows, tokens, max(limits, default=0)):
-            yield (group.rows, *self.answers(rows, group, stop, limits, grammar))
+        """For each micro-batch of at most `tokens` tokens: its rows' indices, their predictions and greedy answers."""
+        for micro_batch in self.split(rows, tokens, max(limits, default=0)):
+            yield (micro_batch.rows, *self.answers(rows, micro_batch, stop, limits, grammar))
 
     @torch.no_grad()
     def answers(
-        self, rows: Sequence[Row], group: Any, stop: Stops, limits: Sequence[int], grammar: Grammar | None = None
+        self, rows: Sequence[Row], micro_batch: Any, stop: Stops, limits: Sequence[int], grammar: Grammar | None = None
     ) -> tuple[Predictions, Answers]:
-        """Predictions and greedy answers of one pass, the answers up to and including a stop token.
+        """Predictions and greedy answers of one micro-batch, each answer up to and including a stop token.
 
-        Greedy decoding sees the same tokens as a teacher-forced pass for as long as it says what the target says. So an
-        answer whose every predicted token is the target's is the target, and any other goes on from the first mismatch.
-        The most likely token of all is also the most likely one that a grammar allows, if it allows it; where it does
-        not, the token before it is fed once more, and its logits are chosen from anew.
+        As long as greedy decoding agrees with the target, it sees the same tokens as the teacher-forced pass. So if
+        every predicted token is the target's, the answer is the target, and otherwise generation resumes at the first
+        mismatch. With constrained decoding, a predicted token that the grammar refuses is chosen again among the
+        allowed ones.
 
         Args:
-            rows: What `split` was given.
-            group: One of the passes it made.
+            rows: All rows of the batch.
+            micro_batch: Some of them.
             stop: Tokens that end an answer.
-            limits: For each of `rows` the tokens that its answer may have.
-            grammar: What answers must keep, None where every token may follow every other.
+            limits: For each row the tokens that its answer may have.
+            grammar: For constrained decoding.
         """
-        documents = grammar.begin(len(group.rows)) if grammar else None
-        found, kept = self.predictions(group, keep=True)
-        members = [rows[i] for i in group.rows]
-        limit = [limits[i] for i in group.rows]
+        documents = Documents(grammar, len(micro_batch.rows)) if grammar else None
+        predictions, kept = self.predictions(micro_batch, keep=True)
+        members = [rows[i] for i in micro_batch.rows]
+        most = [limits[i] for i in micro_batch.rows]
         answers = []
-        said_by = found.tokens.split(target_sizes(members))
-        for j, (row, tokens, most) in enumerate(zip(members, said_by, limit, strict=True)):
-            said = tokens.tolist()
-            same = next((i for i, (a, b) in enumerate(zip(said, row.target, strict=False)) if a != b), len(row.target))
-            answer = (row.target[:same] + said[same : same + 1])[:most]
+        for j, (row, tokens) in enumerate(zip(members, predictions.tokens.split(label_counts(members)), strict=True)):
+            ids, target = tokens.tolist(), row.target_ids
+            same = next((i for i, (a, b) in enumerate(zip(ids, target, strict=False)) if a != b), len(target))
+            answer = (target[:same] + ids[same : same + 1])[: most[j]]
             answers.append(answer[: documents.write(j, answer)] if documents else answer)
-        places = [j for j, a in enumerate(answers) if not a or (a[-1] not in stop and len(a) < limit[j])]
+        places = [j for j, a in enumerate(answers) if not a or (a[-1] not in stop and len(a) < most[j])]
         if places:
-            open_ = Open(places, [answers[j] for j in places], [limit[j] for j in places])
-            for j, answer in zip(places, self._go_on(kept, open_, stop, documents), strict=True):
+            unfinished = Unfinished(places, [answers[j] for j in places], [most[j] for j in places])
+            for j, answer in zip(places, self._finish(kept, unfinished, stop, documents), strict=True):
                 answers[j] = answer
-        return found, answers
+        return predictions, answers
 
 
-def target_sizes(rows: Sequence[Row]) -> list[int]:
-    """Predictions that each row takes part in with: one where there is no target, from which an answer begins."""
-    return [max(len(row.target), 1) for row in rows]
+def label_counts(rows: Sequence[Row]) -> list[int]:
+    """Predictions of each row; a row without a target has one, from which its answer starts."""
+    return [max(len(row.target_ids), 1) for row in rows]

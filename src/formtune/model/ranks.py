@@ -1,7 +1,8 @@
-"""What the processes of a run have to know of each other."""
+"""What the processes of a run exchange."""
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -11,19 +12,17 @@ T = TypeVar("T")
 
 
 def highest(trainer: Any, *values: float) -> list[float]:
-    """Each value's highest over all processes, the same on each of them."""
+    """Each value's maximum over all processes."""
     if trainer.world_size == 1:
         return [float(value) for value in values]
-    found = trainer.strategy.reduce(
-        torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device), reduce_op="max"
-    )
-    return found.tolist()
+    tensor = torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device)
+    return trainer.strategy.reduce(tensor, reduce_op="max").tolist()  # type: ignore[no-any-return]
 
 
 def gathered(trainer: Any, part: list[T]) -> list[T]:
-    """The parts of all processes one after the other, the same on each of them."""
+    """The parts of all processes in the order of their ranks."""
     if trainer.world_size == 1:
         return part
     parts: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(parts, part)
-    return [one for some in parts for one in some]
+    return list(chain(*parts))

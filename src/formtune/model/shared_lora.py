@@ -1,10 +1,9 @@
-"""LoRA layers that read a shared input once: what query, key and value have in common is done together.
+"""LoRA layers with the same input, such as query, key and value, compute dropout and A together.
 
-Alone, each layer draws a dropout mask over the whole input, multiplies by an A of a few rows (far too thin a product
-for a processor's matrix units) and passes over its output three times. Layers that are given the same tensor share
-one mask m and one product h = (x * m) [A_1; A_2; ...]^T; each then adds alpha/r h_i B_i^T to its base's output in
-place. An element is dropped with the same probability as before; that q, k and v drop the same elements of x is the
-only difference, and none at all where the dropout is 0.
+PEFT's layers each draw a dropout mask, multiply by an A of a few rows (too thin a product for matrix units) and pass
+over the output three times. Here, layers that are given the same tensor share one mask m and one product
+h = (x * m) [A_1; A_2; ...]^T; each then adds alpha/r h_i B_i^T to its base layer's output in place. The dropout
+probability stays the same; the only difference is that q, k and v drop the same elements of x.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ from torch import Tensor, nn
 
 
 class SharedInput:
-    """The first half of the adapters of layers that are called, one after the other, with the same tensor."""
+    """x A^T of layers that are called one after the other with the same tensor."""
 
     def __init__(self, layers: list[LoraLinear]) -> None:
         self.layers = layers
         self._input: Tensor | None = None
         self._waiting: dict[LoraLinear, Tensor] = {}
-        self.scale = 1.0  # makes up for the elements that were dropped
+        self.scale = 1.0  # 1 / (1 - dropout), applied by `LoraLinear.forward`
 
     def down(self, layer: LoraLinear, x: Tensor) -> Tensor:
-        """x A^T of one layer, shape (..., r), with dropout in training and not yet divided by the share kept."""
+        """x A^T of one layer, shape (..., r), with dropout in training, to be multiplied by `scale`."""
         if self._input is x and layer in self._waiting:
-            found = self._waiting.pop(layer)
-            self._input = x if self._waiting else None  # holds no activation longer than it is needed
-            return found
+            h = self._waiting.pop(layer)
+            self._input = x if self._waiting else None  # frees the activation as soon as possible
+            return h
         if layer is self.layers[0]:
-            # Who did not ask last time has another input, and computes for itself from now on.
-            self.layers = [one for one in self.layers if one not in self._waiting]
-            weights = [one.down for one in self.layers]
+            # A layer that did not take its part last time has another input; from now on it computes alone.
+            self.layers = [other for other in self.layers if other not in self._waiting]
+            weights = [other.down for other in self.layers]
             h = F.linear(self._drop(layer, x), torch.cat(weights) if len(weights) > 1 else weights[0])
             self._waiting = dict(zip(self.layers, h.split([len(w) for w in weights], -1), strict=True))
             self._input = x if len(self.layers) > 1 else None
@@ -49,9 +48,9 @@ class SharedInput:
         if not share:
             return x
         dropped = round(share * 2**16)
-        if x.device.type != "cpu" or dropped == 2**16:  # nothing is left to scale up
+        if x.device.type != "cpu" or dropped == 2**16:  # 2**16: all are dropped, there is no scale
             return F.dropout(x, share)
-        # On a CPU torch draws one number for each element, on one core. A quarter of a draw will do: 16 bits.
+        # On a CPU torch draws a number per element on one core; 16 bits of a draw are enough, so one serves four.
         draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
         self.scale = 2**16 / (2**16 - dropped)
@@ -59,7 +58,7 @@ class SharedInput:
 
 
 class LoraLinear(Linear):
-    """PEFT's LoRA layer, its adapter computed together with those that share its input; same names, same file."""
+    """PEFT's LoRA layer, computed together with those that share its input; parameter names stay the same."""
 
     shared: SharedInput
 
@@ -69,7 +68,7 @@ class LoraLinear(Linear):
         return self.lora_A["default"].weight  # type: ignore[return-value]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the base layer: (..., in features) -> (..., out features)."""
+        """(..., in features) -> (..., out features)."""
         if self.disable_adapters or self.merged or args or kwargs or self.active_adapters != ["default"]:
             return super().forward(x, *args, **kwargs)
         out = self.base_layer(x)
@@ -81,7 +80,7 @@ class LoraLinear(Linear):
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Let adapters within one module that read inputs of the same width share the work on them."""
+    """Group the adapters of each module that have inputs of the same width."""
     for module in model.modules():
         groups: dict[Any, list[LoraLinear]] = {}
         for layer in module.children():

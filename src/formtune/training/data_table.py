@@ -13,23 +13,27 @@ from formtune.data.table import print_data, print_ignored
 
 
 class DataTable(Callback):
-    """Prints rows per split, what was repaired, set aside and ignored, and the date in the prompts, once."""
+    """Prints rows per split, what was repaired, quarantined and ignored, and the date in the prompts, once."""
 
     def __init__(self) -> None:
         self._done = False
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        data = trainer.datamodule
-        if data is None or not trainer.is_global_zero or self._done:
+        if trainer.datamodule is not None:
+            self.show(trainer, trainer.datamodule)
+
+    def show(self, trainer: Any, data: Any) -> None:
+        """Print it, if it was not printed yet."""
+        if not trainer.is_global_zero or self._done:
             return
         if data.splits is not None:
             print_data(data.splits, Path(trainer.default_root_dir) if trainer.loggers else None)
-        for key, counts in data.preparation.ignored.items():
+        for key, counts in data.settings.ignored.items():
             print_ignored(counts, key)
         count = len(data.splits.rows.get("train", ())) if data.splits else 0
         if 0 < count < FEW_ROWS:
             print(f"few rows: {count} to train on, where {FEW_ROWS} are the least for a task; see formtune audit")
-        if data.splits and (date := data.preparation.date):
+        if data.splits and (date := data.settings.date):
             print(
                 f"the chat template writes the date; frozen at {date} for this run; a server writes its own day, "
                 "unless the date is written into the chat_template.jinja that it serves"

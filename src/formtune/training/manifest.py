@@ -1,8 +1,8 @@
-"""What an exported folder holds and what it was made from, as hashes in its `manifest.json`.
+"""`manifest.json` of an exported folder: hashes of its files and of what it was made from.
 
-An adapter is right only on the base it was trained on, with the chat template it was trained with, judged by the
-contract it was trained for. Names do not say that, hashes do. The file names every other file of its folder but the
-card, so that one that is missing, changed or led elsewhere is found before it is loaded.
+An adapter is right only with the base, the chat template and the format that it was trained with; hashes tell these
+apart, names do not. All files but the card are listed, so that one that is missing, changed or a link out of the folder
+is found before it is loaded.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from formtune import __version__
+from formtune.base.folder import base_folder
 from formtune.errors import UserError
 from formtune.files import write_json
 
 NAME = "manifest.json"
-CARD = "README.md"  # prose, that is written later and that people edit: not listed
+CARD = "README.md"  # not listed: it is written later, and edited by people
 KINDS = ("adapter", "merged", "int8", "nf4", "gptq", "awq")
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
-# What decides a base's weights, shape and tokens; cards and pictures beside them do not.
+# Files that decide a base's weights, shape and tokens; cards and pictures do not.
 _BASE_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 
 
@@ -34,23 +36,22 @@ def write_manifest(
     verification: dict[str, Any] | None = None,
     packages: tuple[str, ...] = (),
 ) -> None:
-    """Write the manifest of a folder whose other files are all there.
+    """Write the manifest of a folder that is otherwise complete.
 
     Args:
-        folder: The folder; it holds `contract.json` and `config.yaml`, and `chat_template.jinja` where the base has
-            a template.
+        folder: Holds `format.json`, `config.yaml`, and `chat_template.jinja` if the base has one.
         kind: One of `KINDS`.
         base: Folder or hub id of the base, as configured.
         data: Content hash of the rows, as in a run's `metrics.json`.
-        verification: What was measured before the folder was written, None where nothing was.
-        packages: Further packages whose versions matter to who loads it.
+        verification: Measurements made before the export.
+        packages: Further packages whose versions matter for loading.
     """
-    files = _hashes(folder, (path for path in folder.rglob("*") if path.is_file() and path.name not in (NAME, CARD)))
+    files = _hashes(folder, (path for path in folder.rglob("*") if path.name not in (NAME, CARD)))
     manifest = {
         "formtune": __version__,
         "kind": kind,
         "base": {"path": base, "files": base_files(base)},
-        "contract": files.get("contract.json"),
+        "format": files.get("format.json"),
         "data": data,
         "config": files.get("config.yaml"),
         "template": files.get("chat_template.jinja"),
@@ -62,31 +63,27 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `write_manifest` wrote.
-
-    Raises:
-        UserError: There is none, or it is none.
-    """
+    """Read and check a folder's manifest."""
     path = folder / NAME
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
+        base = manifest["base"]
+        hashes = [*manifest["files"].values(), *base["files"].values()]
+        if manifest["kind"] not in KINDS or not all(isinstance(text, str) for text in (base["path"], *hashes)):
+            raise TypeError
+        return manifest
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; an exported folder has one (formtune export)") from None
     except ValueError:
         raise UserError(f"{path}: not JSON; export the folder again") from None
-    if not _is_manifest(found):
-        raise UserError(f"{path}: not a manifest; export the folder again")
-    return found
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(f"{path}: not a manifest; export the folder again") from None
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The folder's manifest, if every file that it lists is there and as it was.
-
-    Raises:
-        UserError: A listed file is missing, changed or lies outside the folder; names it.
-    """
+    """The folder's manifest; raises a UserError that names a listed file which is missing, changed or outside."""
     manifest, home = read_manifest(folder), folder.resolve()
-    for name, wanted in manifest["files"].items():
+    for name, expected in manifest["files"].items():
         if "\0" in name:
             raise UserError(f"{folder / NAME}: {name!r}: not a file's name; export the folder again")
         parts = PurePosixPath(name)
@@ -95,37 +92,15 @@ def verify(folder: Path) -> dict[str, Any]:
             raise UserError(f"{path}: leads out of {folder}; export the folder again")
         if not path.is_file():
             raise UserError(f"{path}: missing, but listed in {NAME}; export the folder again")
-        if file_hash(path) != wanted:
+        if file_hash(path) != expected:
             raise UserError(f"{path}: changed since it was exported; export the folder again")
     return manifest
 
 
 def base_files(base: str) -> dict[str, str]:
-    """The hash of each file that decides a base, by its name; of a hub id those in the local cache.
-
-    Raises:
-        UserError: The base is not there.
-    """
+    """Name and hash of each file that decides a base; for a hub id, of those in the local cache."""
     folder = base_folder(base)
-    return _hashes(folder, (path for path in folder.iterdir() if path.suffix in _BASE_SUFFIXES and path.is_file()))
-
-
-def base_folder(base: str) -> Path:
-    """The folder of a base's files; of a hub id the one in the local cache.
-
-    Raises:
-        UserError: The base is not there.
-    """
-    if Path(base).is_dir():
-        return Path(base)
-    from transformers.utils.hub import cached_file
-
-    from formtune.base.folder import check_base
-
-    try:
-        return Path(str(cached_file(check_base(base), "config.json", local_files_only=True))).parent
-    except OSError:
-        raise UserError(f"{base}: the base is neither a folder nor in the local cache of the hub") from None
+    return _hashes(folder, (path for path in folder.iterdir() if path.suffix in _BASE_SUFFIXES))
 
 
 def file_hash(path: Path) -> str:
@@ -134,23 +109,5 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def installed(package: str) -> str | None:
-    """The version of a package, None where it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _hashes(folder: Path, paths: Any) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): file_hash(path) for path in sorted(paths)}
-
-
-def _is_manifest(found: Any) -> bool:
-    if not isinstance(found, dict) or found.get("kind") not in KINDS:
-        return False
-    base = found.get("base")
-    listings = [found.get("files"), base.get("files") if isinstance(base, dict) else None]
-    return all(
-        isinstance(listing, dict) and all(isinstance(value, str) for value in listing.values()) for listing in listings
-    ) and isinstance(base.get("path"), str)  # type: ignore[union-attr]
+def _hashes(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): file_hash(path) for path in sorted(paths) if path.is_file()}

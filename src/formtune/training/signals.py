@@ -1,6 +1,6 @@
-"""Signals that ask a run to stop: noted when they come, obeyed between two steps, by all processes at the same one.
+"""Signals that stop a run: noted when they arrive, obeyed between two steps, by all processes at the same step.
 
-A handler that saved or exchanged something by itself would meet a half-done step, and processes that wait for others.
+A handler that saved or communicated by itself would meet a half-done step, and processes that wait for others.
 """
 
 from __future__ import annotations
@@ -15,25 +15,21 @@ from lightning.pytorch.callbacks import Callback
 from formtune.errors import Stopped
 from formtune.model.ranks import highest
 
-# What a terminal, a shell, a batch system (SLURM announces a preemption by SIGUSR1 if asked to) and its end send.
+# From a terminal, a shell, a batch system (SLURM can announce a preemption by SIGUSR1), and the end of a session.
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Signals(Callback):
-    """Notes a signal in `number` while there is something to lose, stops at once elsewhere and at a second Ctrl-C.
+    """Notes a signal in `number` while a step could be lost; elsewhere, and at a second Ctrl-C, stops at once."""
 
-    Args:
-        remedy: How to go on, for the last line.
-    """
-
-    def __init__(self, remedy: str = "") -> None:
-        self.remedy = remedy
+    def __init__(self) -> None:
+        self.remedy = ""  # how to continue, for the last line
         self.number = 0
-        self._looping = False
+        self._in_loop = False
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Take the signals over, but for those that are ignored (as `nohup` does)."""
+        """Install the handlers, except for ignored signals (`nohup`)."""
         if threading.current_thread() is threading.main_thread():
             for number in NUMBERS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -41,71 +37,46 @@ class Signals(Callback):
                     self._before.setdefault(number, before)
 
     def restore(self) -> None:
-        """Give them back."""
+        """Restore the handlers that were there before."""
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before.clear()
 
     def _note(self, number: int, frame: Any) -> None:
-        if not self._looping:
-            self.number = number  # for the next poll, should this be raised where nothing can be
+        if not self._in_loop:
+            self.number = number  # for the next poll, if this is raised where exceptions are swallowed
             raise Stopped(number, self.remedy)
         if self.number and number == signal.SIGINT:
             os._exit(128 + number)
         self.number = number
 
-    def begin(self, at_once: bool = False) -> None:
-        """Batches begin; Lightning has just put a handler of its own in front, which exchanges data and kills.
-
-        Args:
-            at_once: Stop in their midst.
-        """
-        self.install()
-        self._looping = not at_once
-
-    def end(self) -> None:
-        """Batches have ended."""
-        self._looping = False
-
-    def poll(self, trainer: Any) -> None:
-        """Stop if a signal came to any process, nothing being there to save.
-
-        Raises:
-            Stopped: It did.
-        """
+    def _poll(self, trainer: Any, *_: Any, **__: Any) -> None:
+        """Stop if any process has noted a signal."""
         [number] = highest(trainer, self.number)
         if number:
             raise Stopped(int(number), self.remedy)
 
+    def _end(self, *_: Any, **__: Any) -> None:
+        self._in_loop = False
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.begin()
+        self.install()  # again: Lightning has just installed its own, which communicate and kill
+        self._in_loop = True
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.end()
-
-    # Nothing of an evaluation is kept, and a batch of it can last minutes; but several processes have to agree.
+    # An evaluation has nothing to save and a batch of it can take minutes, so a single process stops at once.
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        self.begin(at_once=trainer.world_size == 1)
+        self.install()
+        self._in_loop = trainer.world_size > 1
 
     on_test_start = on_predict_start = on_validation_start
 
     def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.state.fn != "fit":  # in training it is known what was saved
-            self.poll(trainer)
+        if trainer.state.fn != "fit":  # in training, the checkpoint callback polls: it says what is saved
+            self._poll(trainer)
 
-    def on_test_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.poll(trainer)
-
-    def on_predict_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.poll(trainer)
+    on_test_batch_end = on_predict_batch_end = _poll
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self._looping = trainer.state.fn == "fit"
+        self._in_loop = trainer.state.fn == "fit"
 
-    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        self.end()
-
-    on_predict_end = on_test_end
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self.end()
+    on_train_end = on_test_end = on_predict_end = on_exception = _end

@@ -1,4 +1,4 @@
-"""The test rows one by one, from all processes and in the order of the file."""
+"""The outcome of each test row, from all processes, in the order of the file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Outcomes(Callback):
 
     def __init__(self) -> None:
         self.outcomes: list[Outcome] = []
-        self._found: list[tuple[int, Outcome]] = []
+        self._numbered: list[tuple[int, Outcome]] = []
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        contract: Any = pl_module.format
-        self._found += [(a.row.number, outcome(a.row, a.text, a.verdict, contract)) for a in outputs]
+        format: Any = pl_module.format
+        self._numbered += [(a.row.number, outcome(a.row, a.text, a.verdict, format)) for a in outputs]
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.outcomes = [one for _, one in sorted(gathered(trainer, self._found), key=lambda pair: pair[0])]
-        self._found = []
+        numbered = sorted(gathered(trainer, self._numbered), key=lambda pair: pair[0])
+        self.outcomes, self._numbered = [outcome for _, outcome in numbered], []

@@ -168,6 +168,17 @@ class Validations(Callback):
         """The checkpoint's validation with the lowest loss, which need not be the best one."""
         return min(_measured(self.history), key=lambda v: v.val_loss, default=None)
 
+    def summary(self) -> dict[str, Any]:
+        """What `metrics.json` records of the validations; none of it is measured on the test rows."""
+        best, lowest = self.best, self.lowest_loss
+        return {
+            "best_step": best.step if best else None,
+            "best_reason": reason(self.history),
+            "best": best.figures() | {"loss": best.val_loss} if best else None,
+            "lowest_loss_step": lowest.step if lowest else None,
+            "history": [validation.figures() for validation in self.history],
+        }
+
     def state_dict(self) -> dict[str, Any]:
         # As text: safe loading takes no integers of more than 255 bytes.
         return {"history": [asdict(v) | {"valid": f"{v.valid:x}", "right": f"{v.right:x}"} for v in self.history]}
