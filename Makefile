@@ -1,4 +1,4 @@
-# Everything starts here: `make train` on a fresh clone sets up, trains the demo and prints where the results lie.
+# Everything starts here: `make train` on a fresh clone installs, trains the demo and prints where the results are.
 PYTHON ?= python3
 VENV   ?= .venv
 CONFIG ?= configs/demo.yaml
@@ -10,10 +10,10 @@ BENCH     := .venv-bench
 DEMO      := data/demo/train.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint tensorboard base bench faults clean
+.PHONY: help setup train test test-fast lint tensorboard reference demo-base bench faults clean
 
 help: ## Show this help
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo '  Variables: CONFIG=configs/demo.yaml  ARGS="--model.lora.r 8"  PYTHON=python3.12  VENV=.venv'
 
 setup: $(INSTALLED) ## Make the virtual environment with the pinned packages
@@ -30,11 +30,14 @@ $(INSTALLED): requirements.txt pyproject.toml
 $(DEMO): src/formtune/demo/generator.py | $(INSTALLED)
 	$(BIN)/python -m formtune.demo.generator $(dir $@)
 
-train: $(INSTALLED) $(DEMO) ## Train the demo (or CONFIG=... ARGS=...), or go on with it; test the best, export the adapter
-	$(BIN)/formtune fit -c $(CONFIG) $(ARGS) --resume
+train: $(INSTALLED) $(DEMO) ## The whole job on the demo, or on CONFIG=... ARGS=...; continues an interrupted run
+	$(BIN)/formtune train -c $(CONFIG) $(ARGS) --resume
 
 test: $(INSTALLED) ## Run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+test-fast: $(INSTALLED) ## Run the quick tests
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' tests/unit $(ARGS)
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .
@@ -44,8 +47,11 @@ lint: $(INSTALLED) ## Check style and types
 tensorboard: $(INSTALLED) ## Look at the runs in logs/
 	$(BIN)/tensorboard --logdir logs
 
-base: $(INSTALLED) ## Build the demo's base model again (about half an hour)
-	$(BIN)/python -m formtune.demo.build_base src/formtune/demo/base
+reference: $(INSTALLED) ## Write configs/reference.yaml from the code
+	$(BIN)/python tools/reference.py
+
+demo-base: $(INSTALLED) ## Build the demo's base model again (about half an hour)
+	$(BIN)/python tools/build_demo_base.py src/formtune/demo/base
 
 # An environment of its own: the peers are no part of the template, and one of them asks for older packages.
 $(BENCH)/.installed: requirements.txt benchmarks/requirements.txt pyproject.toml

@@ -1,4 +1,4 @@
-"""Writes docs/reliability.md: the fault matrix as its tests find it, and what a hundred kills leave of a run.
+"""Writes docs/benchmarks/faults.md: the fault matrix as its tests find it, and what a hundred kills leave of a run.
 
 make faults                                # both, about half an hour on two cores
 make faults ARGS="--kills 12 --no-matrix"  # a short one
@@ -22,16 +22,18 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs/reliability.md"
+PAGE = ROOT / "docs/benchmarks/faults.md"
 FIGURES = ROOT / "docs/benchmarks/faults.json"
-MARK = "<!-- below: written by `make faults` -->"
-FILES = ["tests/test_bad_input.py", "tests/test_faults.py", "tests/test_checkpoints.py"]
+TITLE = "# Interruptions and bad input\n\nWritten by `make faults`; docs/reliability.md says what it means."
+NAMES = ("integration/test_bad_input.py", "integration/test_faults.py", "unit/training/test_checkpoints.py")
+FILES = [f"tests/{name}" for name in NAMES]
 sys.path[:0] = [str(ROOT / "tests")]
 os.environ["TMPDIR"] = "/dev/shm"  # another file system than that of the runs; read when the first of them starts
 
+from test_faults import FIT, _task, adapter, result, steps  # noqa: E402
+
 from conftest import byte_tokenizer, tiny_model  # noqa: E402
 from interrupting import signalled, start  # noqa: E402
-from test_faults import FIT, _task, adapter, result, steps  # noqa: E402
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -132,8 +134,8 @@ def _done(folder: Path) -> int:
 
 def foreign_temporary_folder(folder: Path, base: str, count: int) -> dict[str, int]:
     """Kill runs that save at every step while TMPDIR lies on another file system: files that are there and damaged."""
-    from formtune import checkpoint_files
     from formtune.errors import UserError
+    from formtune.training import checkpoint_files
 
     rng, damaged, looked = random.Random(0), 0, 0
     _task(folder, base)
@@ -156,8 +158,8 @@ def checkpoint_cost(folder: Path) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from formtune.checkpoint_files import CheckpointFiles, check
     from formtune.model.lora import Lora, add_lora
+    from formtune.training.checkpoint_files import CheckpointFiles, check
 
     model = add_lora(AutoModelForCausalLM.from_pretrained(ROOT / "src/formtune/demo/base"), Lora())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -183,7 +185,7 @@ def checkpoint_cost(folder: Path) -> dict[str, float]:
 
 def page(found: dict) -> str:
     """The part of the page that is written by this script."""
-    lines = [MARK, "", f"On {found['machine']}, {found['date']}.", ""]
+    lines = [TITLE, "", f"On {found['machine']}, {found['date']}.", ""]
     kills = found["kills"]
     lines += ["| | " + " | ".join(kills) + " |", "|---|" + "---|" * len(kills)]
     for name in next(iter(kills.values())):
@@ -234,8 +236,7 @@ def main() -> None:
     if not options.no_matrix:
         found["matrix"] = matrix()
     FIGURES.write_text(json.dumps(found, indent=1) + "\n")
-    head = PAGE.read_text().partition(MARK)[0]
-    PAGE.write_text(head + page(found))
+    PAGE.write_text(page(found))
     equal = all(one["equal"] == one["runs"] for one in found["kills"].values()) and not found["foreign"]["damaged"]
     failed = [row["case"] for row in found["matrix"] if row.get("failed")]
     print(f"{PAGE.relative_to(ROOT)}: {'all runs equal' if equal else 'RUNS DIFFER'}; failed cases: {failed or 'none'}")

@@ -1,9 +1,9 @@
-"""The tests of tests/test_fuzz.py, led by coverage: atheris chooses the bytes from which hypothesis draws its examples.
+"""Coverage-guided fuzzing: atheris chooses the bytes from which hypothesis draws the examples of test_fuzz.py.
 
 `pip install atheris`, then
-`PYTHONPATH=src:tests python benchmarks/fuzz.py test_yaml -max_total_time=300 -timeout=10 -len_control=0`;
+`PYTHONPATH=src:tests:tests/unit/formats python benchmarks/fuzz.py test_yaml -max_total_time=300 -timeout=10`;
 what follows the test's name goes to libFuzzer. The first finding ends the process; hypothesis keeps the example, and
-`pytest tests/test_fuzz.py` shows it again.
+`pytest tests/unit/formats/test_fuzz.py` shows it again.
 """
 
 import sys

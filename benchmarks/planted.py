@@ -14,7 +14,8 @@ from pathlib import Path
 
 import yaml
 
-from formtune.data.preparation import Preparation
+from formtune.data.preparation import load_splits
+from formtune.data.settings import DataSettings
 from formtune.demo.generator import datasets, planted
 from formtune.formats import JsonSchema
 
@@ -24,13 +25,13 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     """Write the table."""
     options = yaml.safe_load((ROOT / "configs/demo.yaml").read_text(encoding="utf-8"))["data"]
-    contract = JsonSchema(**options.pop("format")["init_args"])
+    format = JsonSchema(**options.pop("format")["init_args"])
     with tempfile.TemporaryDirectory() as folder:
         files = {name: f"{folder}/{name}.jsonl" for name in ("train", "validation", "test", "production")}
         for name, path in files.items():
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in datasets()[name])
             Path(path).write_text("".join(lines), encoding="utf-8")
-        splits = Preparation(contract, tokenizer=str(ROOT / "src/formtune/demo/base"), **(options | files)).split()
+        splits = load_splits(DataSettings(format, tokenizer=str(ROOT / "src/formtune/demo/base"), **(options | files)))
         aside = {row.where: row.reason for row in splits.quarantine}
         table = Counter((kind, aside.get(f"{files['train']}:{n}", "used")) for n, kind in enumerate(planted(), 1))
     lines = [

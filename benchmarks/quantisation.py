@@ -1,4 +1,4 @@
-"""What merging and quantising a run's adapter costs in answers, as the table in docs/deployment.md.
+"""What merging and quantizing a run's adapter costs in answers, as the table in docs/deployment.md.
 
 python benchmarks/quantisation.py logs/demo/RUN
 
@@ -12,11 +12,10 @@ import re
 import sys
 from pathlib import Path
 
-from formtune.deploy.export import JUDGED, cells, export
-from formtune.deploy.finished import metrics, read_run
-from formtune.deploy.manifest import KINDS
-from formtune.deploy.processes import lacking
 from formtune.errors import UserError
+from formtune.export.exporter import COLUMNS, cells, export, read_exports, read_run
+from formtune.export.quantize import lacking
+from formtune.training.manifest import KINDS
 
 DOCS = Path(__file__).parents[1] / "docs" / "deployment.md"
 MARKS = ("<!-- quantisation: begin -->", "<!-- quantisation: end -->")
@@ -25,17 +24,16 @@ MAX_LOSS = 0.01
 
 def table(run: Path) -> str:
     """The rows of all kinds, in Markdown."""
-    columns = ["kind", *JUDGED, "weights", "tokens/s", "KL", "top-1"]
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    found = read_run(run)
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    finished = read_run(run)
     for kind in KINDS:
         reason = lacking(kind)
         if reason is None and (kind == "adapter" or not (run / kind).exists()):
             try:
-                export(found, kind, MAX_LOSS)
+                export(finished, kind, MAX_LOSS)
             except UserError as error:
                 reason = str(error).removeprefix(f"--as {kind}: ")
-        row = metrics(run).get(kind)
+        row = read_exports(run).get(kind)
         lines.append(f"| {' | '.join(cells(kind, row))} |" if row else f"| {kind} | not run: {reason} |")
     return "\n".join(lines)
 

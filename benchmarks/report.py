@@ -278,10 +278,10 @@ def growth(results: dict[str, Any]) -> str:
     if not (ok(results, "memory") or ok(results, "growth")):
         return ""
     text = (
-        "## Memory and growth\n\nformtune at several token budgets (`model.tokens_per_pass`), on `mixed` with the 135M "
-        "shape. Tokens per second count every row in full, prefix included; computed tokens are those that went "
-        "through the model. GFLOP/s are 4 operations for each weight outside the embeddings and computed token, and 4 "
-        "for each weight of the output layer and target; attention, adapters and optimizer are not "
+        "## Memory and growth\n\nformtune at several token budgets (`model.tokens_per_micro_batch`), on `mixed` with "
+        "the 135M shape. Tokens per second count every row in full, prefix included; computed tokens are those that "
+        "went through the model. GFLOP/s are 4 operations for each weight outside the embeddings and computed token, "
+        "and 4 for each weight of the output layer and target; attention, adapters and optimizer are not "
         "counted. The share is of the fastest float32 product above.\n\n"
     )
     records = ok(results, "memory")

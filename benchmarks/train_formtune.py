@@ -21,9 +21,9 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 from train_trl import SEED, arguments
 
+from formtune.base.row import Row
 from formtune.formats import JsonSchema
 from formtune.model import FormatModule, Lora
-from formtune.rendering import Row
 
 
 class Clock(Callback):
@@ -72,10 +72,7 @@ class Rows(L.LightningDataModule):
 
 def rows_of(workload: dict[str, Any]) -> list[Row]:
     """The workload's rows as the model takes them."""
-    return [
-        Row(row["prompt"], row["target"], [False] * len(row["target"]), "", "", f"row {n}", n)
-        for n, row in enumerate(workload["rows"])
-    ]
+    return [Row(row["prompt"], row["target"], "", "", f"row {n}", n) for n, row in enumerate(workload["rows"])]
 
 
 def weights(model: Any) -> dict[str, int]:
@@ -104,7 +101,7 @@ def main() -> None:
         base=args.model,
         format=JsonSchema({}),
         lora=Lora(dropout=args.dropout),
-        tokens_per_pass=args.tokens,
+        tokens_per_micro_batch=args.tokens,
         compile=args.compile,
     )
     clock = Clock()
@@ -146,7 +143,7 @@ def main() -> None:
             "passes": type(module.passes).__name__,
             "computed_tokens": computed,  # of each pass of each step
             "weights": weights(module.model),
-            "targets": [sum(len(row.target) for row in step) for step in steps],
+            "targets": [sum(len(row.target_ids) for row in step) for step in steps],
             "versions": measure.versions("lightning"),
         },
     )

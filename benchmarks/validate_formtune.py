@@ -5,7 +5,7 @@
 The interface is validate_generate.py's, and so is OUT.json, except that loss and answers come from the same passes and
 have no times of their own. What runs is what `FormatModule.validation_step` runs: `--batch` rows at once (the data
 module hands over 256), split by the evaluation's token budget, and the rows that are decoded in full once more, which
-show that both ways of decoding agree, are in the time as well. Judging the answers by a contract is not.
+show that both ways of decoding agree, are in the time as well. Judging the answers by a format is not.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import torch
 from peft import PeftModel
 from validate_generate import arguments
 
-from formtune.data.module import EVALUATION_ROWS
-from formtune.model.chosen_passes import passes
+from formtune.base.row import Row
+from formtune.data.datamodule import EVALUATION_ROWS
 from formtune.model.lora import load_base
+from formtune.model.micro_batches import MicroBatches
 from formtune.model.module import EVALUATION, PARITY
-from formtune.model.passes import Passes
-from formtune.rendering import Row
+from formtune.model.shared_prefixes import choose_micro_batches
 
 
 def decode(
-    way: Passes, rows: list[Row], budget: int, max_new: int, context: int, stop: list[int]
+    way: MicroBatches, rows: list[Row], budget: int, max_new: int, context: int, stop: list[int]
 ) -> tuple[list[list[int]], float]:
     """The answers in the order of the rows, and the loss summed over all targets."""
-    limits = [min(max_new, context - len(row.prompt)) for row in rows]
+    limits = [min(max_new, context - len(row.prompt_ids)) for row in rows]
     said: list[list[int]] = [[] for _ in rows]
     nats = 0.0
     for indices, found, answers in way.evaluate(rows, budget, stop, limits):
@@ -49,10 +49,7 @@ def main() -> None:
 
     workload = measure.read_workload(args.rows, args.limit)
     stop = args.stop or workload["model"]["stop_ids"]
-    rows = [
-        Row(row["prompt"], row["target"], [False] * len(row["target"]), "", "", f"row {n}", n)
-        for n, row in enumerate(workload["rows"])
-    ]
+    rows = [Row(row["prompt"], row["target"], "", "", f"row {n}", n) for n, row in enumerate(workload["rows"])]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     model: Any = load_base(args.model, dtype, None, device)
@@ -65,14 +62,14 @@ def main() -> None:
 
     measure.synchronise()
     began = time.perf_counter()
-    way, budget = passes(model), EVALUATION * args.tokens
+    way, budget = choose_micro_batches(model), EVALUATION * args.tokens
     given: list[list[int]] = []
     nats, same = 0.0, []
     for start in range(0, len(rows), args.batch):
         batch = rows[start : start + args.batch]
         said, part = decode(way, batch, budget, args.max_new, context, stop)
         sample = sorted({len(batch) * i // PARITY for i in range(PARITY)})
-        blind = [replace(batch[i], target=[], is_value=[]) for i in sample]
+        blind = [replace(batch[i], target_ids=[]) for i in sample]
         in_full, _ = decode(way, blind, budget, args.max_new, context, stop)
         same += [answer == said[i] for i, answer in zip(sample, in_full, strict=True)]
         given += said
@@ -85,7 +82,7 @@ def main() -> None:
             "tool": "formtune",
             "settings": {k: str(v) for k, v in vars(args).items() if k != "out"},
             "seconds": ended - began,
-            "loss": nats / sum(len(row.target) for row in rows),
+            "loss": nats / sum(len(row.target_ids) for row in rows),
             "peak_rss_bytes": measure.peak(),
             "peak_gpu_bytes": measure.gpu_peak(),
             "baseline_rss_bytes": baseline,

@@ -34,10 +34,12 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer
 
-from formtune.data.preparation import Preparation
+from formtune.base.renderer import Renderer
+from formtune.base.row import Row
+from formtune.data.preparation import load_splits
+from formtune.data.settings import DataSettings
 from formtune.demo.generator import datasets
 from formtune.formats import JsonSchema
-from formtune.rendering import Renderer, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "src/formtune/demo"
@@ -109,7 +111,7 @@ def system_prompt(lead: str, tokens: int, source: Source, examples: list[Pair], 
 
 def common_prefix(rows: list[Row]) -> int:
     """Tokens with which every prompt begins."""
-    first, last = min(row.prompt for row in rows), max(row.prompt for row in rows)
+    first, last = min(row.prompt_ids for row in rows), max(row.prompt_ids for row in rows)
     same = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     return next(same, min(len(first), len(last)))
 
@@ -129,13 +131,13 @@ def growth(prefix: int, vocabulary: int, stop: int) -> list[dict[str, list[int]]
 def demo() -> tuple[list[Row], Renderer]:
     """The demo's test rows, cleaned, judged and rendered as configs/demo.yaml says."""
     settings = yaml.safe_load((ROOT / "configs/demo.yaml").read_text(encoding="utf-8"))["data"]
-    contract = settings.pop("format")["init_args"]
+    format = settings.pop("format")["init_args"]
     with tempfile.TemporaryDirectory() as folder:
         files = {name: str(Path(folder) / f"{name}.jsonl") for name in ("train", "validation", "test", "production")}
         for name, file in files.items():
             Path(file).write_text("".join(json.dumps(row) + "\n" for row in datasets()[name]), encoding="utf-8")
-        contract = JsonSchema(**contract | {"schema": str(ROOT / contract["schema"])})
-        splits = Preparation(contract, **(settings | files), tokenizer=str(DEMO / "base")).split()
+        format = JsonSchema(**format | {"schema": str(ROOT / format["schema"])})
+        splits = load_splits(DataSettings(format, **(settings | files), tokenizer=str(DEMO / "base")))
         return splits.rows["test"], Renderer.load(str(DEMO / "base"))
 
 
@@ -201,11 +203,11 @@ def main() -> None:
                 "stop_ids": list(renderer.stop_ids),
                 "longest_row": max(lengths),
             },
-            "rows": [{"prompt": row.prompt, "target": row.target} for row in rows],
+            "rows": [{"prompt": row.prompt_ids, "target": row.target_ids} for row in rows],
         } | ({"groups": groups} if name == "mixed" else {})
         path = args.out / f"{name}.json"
         path.write_text(json.dumps(workload), encoding="utf-8")
-        targets = sum(len(row.target) for row in rows)
+        targets = sum(len(row.target_ids) for row in rows)
         print(
             f"{path}: {len(rows)} rows of {source.note['rows']}, {sum(lengths) / len(rows):.1f} tokens each "
             f"({targets / len(rows):.1f} in the answer), system {sizes or 'none'}, "
@@ -235,7 +237,7 @@ def main() -> None:
             "stop_ids": stops,
             "longest_row": max(map(len, rows)),
         },
-        "rows": [{"prompt": row.prompt, "target": row.target} for row in rows],
+        "rows": [{"prompt": row.prompt_ids, "target": row.target_ids} for row in rows],
     }
     (args.out / "demo.json").write_text(json.dumps(workload), encoding="utf-8")
     print(f"{args.out}/demo.json: {len(rows)} rows, all begin with the same {workload['shared_prefix']}")

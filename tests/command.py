@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["formtune.cli", "command", "formtune.lightning_cli", "formtune.audit.verb"])
+PROCESSES.set_forkserver_preload(
+    ["formtune.cli", "command", "formtune.commands.formtune_cli", "formtune.commands.audit"]
+)
 OUTPUT = ("stdout.txt", "stderr.txt", "peak.txt")
 
 

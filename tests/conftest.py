@@ -132,9 +132,9 @@ def write_run(folder: Path, base: str, rows: list[tuple[str, bool]], rank: int =
     """
     from peft import LoraConfig, get_peft_model
 
-    from formtune.deploy.manifest import write_manifest
     from formtune.evaluation.outcomes import Outcome, write_outcomes
     from formtune.formats import JsonSchema
+    from formtune.training.manifest import write_manifest
 
     adapter = folder / "adapter"
     torch.manual_seed(rank)
@@ -145,7 +145,7 @@ def write_run(folder: Path, base: str, rows: list[tuple[str, bool]], rank: int =
     model.save_pretrained(adapter, save_embedding_layers=False)
     byte_tokenizer().save_pretrained(adapter)
     (adapter / "README.md").unlink(missing_ok=True)
-    (adapter / "contract.json").write_text(json.dumps(JsonSchema(SCHEMA).to_dict()))
+    (adapter / "format.json").write_text(json.dumps(JsonSchema(SCHEMA).to_dict()))
     config = {"task": "small", "model": {"base": base, "max_new_tokens": 8}, "data": {"system": "Number it."}}
     (adapter / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     write_manifest(adapter, "adapter", base, "abc")

@@ -82,13 +82,11 @@ def _child(folder: str, args: tuple[str, ...], every: float) -> None:
         os.dup2(log, descriptor)
     import torch
 
-    from formtune.callbacks import checkpoints
     from formtune.cli import main
 
     torch.set_num_threads(1)
-    checkpoints.EVERY = every
     try:
-        code = main(list(args))
+        code = main([*args, f"--checkpoint.every_n_seconds={every}"])
     except KeyboardInterrupt:  # before `main` has begun to look after it
         code = 130
     sys.exit(code)

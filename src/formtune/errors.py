@@ -1,4 +1,4 @@
-"""How formtune ends when it does not end well: each with one line and an exit code of its own."""
+"""Exceptions and their exit codes."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ import signal
 
 
 class UserError(Exception):
-    """A mistake in configuration, data, contract or model folder.
+    """A mistake in configuration, data, format or model folder; exit code 2.
 
-    The message is one line: it names the key or `file:line` and the remedy. `main` prints it without a
-    traceback and exits with code 2, so a script can tell it from a crash.
+    The message is one line that names the key or `file:line` and the remedy, printed without a traceback.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # a key or a value of a file may hold line breaks
 
 
 class Fault(Exception):
-    """What stopped a run that was in order: no space, no memory, a process that was lost. One line, exit code 1."""
+    """What stopped a correct run: no disk space, no memory, a lost process. One line; exit code 1."""
 
 
 class Stopped(BaseException):
-    """A signal was obeyed; exit code 128 and its number.
-
-    Args:
-        number: The signal's number.
-        detail: What was saved, and how to go on.
-    """
+    """A signal stopped the run; exit code 128 + its number. `detail` is what was saved, and how to continue."""
 
     def __init__(self, number: int, detail: str = "") -> None:
         super().__init__(f"{signal.Signals(number).name}: {detail or 'stopped'}")
@@ -31,5 +28,5 @@ class Stopped(BaseException):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line; its name where it says nothing."""
+    """The first line of an error's message, or the error's name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,61 +1,83 @@
-"""Files that are written whole or not at all, and are on the disk when the call returns."""
+"""Files that are written atomically, and are on the disk when the call returns."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-ABANDONED = 3600  # seconds after which an entry that was never finished is removed
+LOGS = Path("logs")  # one folder per task, one folder per run
+
+ABANDONED = 3600  # seconds after which an unfinished cache entry is removed
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file: a kill, a crash or a full disk leaves the old one as it was.
-
-    The new content stands beside it until it is whole: in another folder, such as TMPDIR, the last step would be a
-    copy that can be cut off.
-    """
-    partial = Path(f"{path}.part")  # a path without a name is refused by the system, not by pathlib
+    """Write a file: a kill, a crash or a full disk leaves the old one as it was."""
+    # In the same folder: from another one, such as TMPDIR, the last step would be a copy that can be cut off.
+    partial = Path(f"{path}.part")  # not with_name(), which raises a ValueError for a path without a name
     _write(partial, path, content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write plain data as a JSON file for people and programs to read."""
+    """Write plain data as an indented JSON file."""
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Write plain data as JSON Lines, in a folder that is made where there is none."""
+    """Write plain data as JSON Lines, and make the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write_entry(path: Path, content: bytes, kept: int) -> None:
-    """Write an entry of a cache; a process killed at any moment leaves none, or a whole one.
+def write_entry(path: Path, value: Any, kept: int) -> None:
+    """Atomically write a cache entry and evict the least recently used beyond `kept`.
 
-    Several processes may write the same entry, and the last one's file stays. A folder that cannot be written is no
-    reason to stop: what it would hold is in memory.
-
-    Args:
-        path: The file.
-        content: What it shall hold.
-        kept: Entries of its kind that the folder may hold; those touched longest ago are removed.
+    Dataclasses are written as lists of their fields. Several processes may write the same entry; the last one's file
+    stays. If the folder cannot be written, there is no entry, and no error.
     """
+    content = json.dumps(value, default=_field_values).encode("ascii")  # escaped: a lone surrogate survives too
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")  # a name of its own: others write as well
+        descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")  # unique: others write as well
         os.close(descriptor)
-        _write(Path(part), path, content)
-        # Another process may prune as well, and a file be gone before it is looked at.
-        entries = sorted(path.parent.glob(f"*{path.suffix}"), key=lambda one: one.stat().st_mtime, reverse=True)
-        parts = [one for one in path.parent.glob("*.part") if time.time() - one.stat().st_mtime > ABANDONED]
+        _write(Path(part), path, _checksum(content) + b"\n" + content)
+        # Another process may evict as well, and delete a file before its stat().
+        entries = sorted(path.parent.glob(f"*{path.suffix}"), key=lambda entry: entry.stat().st_mtime, reverse=True)
+        parts = [part for part in path.parent.glob("*.part") if time.time() - part.stat().st_mtime > ABANDONED]
         for old in (*entries[kept:], *parts):
             old.unlink(missing_ok=True)
+
+
+def read_entry(path: Path) -> Any:
+    """The value of an entry; None if there is none, or its file is damaged."""
+    try:
+        checksum, _, content = path.read_bytes().partition(b"\n")
+        os.utime(path)  # file systems rarely note when a file is read
+    except OSError:
+        return None
+    return json.loads(content) if checksum == _checksum(content) else None
+
+
+def _checksum(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
+
+
+def _field_values(record: Any) -> list[Any]:
+    return [getattr(record, field.name) for field in fields(record)]  # `astuple` copies each list of ids, item by item
+
+
+def own_code(*rooms: str) -> Iterator[Path]:
+    """The source files of rooms of formtune: a cached result is read again only by the code that computed it."""
+    package = Path(__file__).parent
+    for folder in (package, *(package / room for room in rooms)):
+        yield from sorted(folder.glob("*.py"))
 
 
 def _write(partial: Path, path: Path, content: bytes) -> None:
@@ -71,7 +93,7 @@ def _write(partial: Path, path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file or the names in a folder written to the disk."""
+    """Flush a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,107 +1,106 @@
-"""Encoded splits on disk, each below the hash of all that decides it: written whole or not at all, checked when read.
+"""Encoded splits on disk, in `.cache/encoded`, each named by a hash of everything that decides its rows.
 
-A file holds token ids in one flat array and everything that is text as one JSON array of bytes, in the safetensors
-format: no pickle, so reading runs no code, and a fraction of a second for ten thousand rows.
+The conversations themselves are hashed, not the files they were read from: reading costs a twentieth of judging and
+encoding, works for any `Source`, and a column that changes nothing changes no hash. So are formtune's own code, the
+code of a format of your own (all Python files beside it), and the files that its arguments name. A file that such a
+format opens by a path in its code is not seen: name it in an argument.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-import os
+import platform
+import sys
 from collections import Counter
-from dataclasses import astuple
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
-
-from formtune.data.cleaning import Quarantined
+from formtune.base.row import Row
+from formtune.data.cleaning import Example, Quarantined
 from formtune.data.encoded import Splits
+from formtune.data.settings import DataSettings
 from formtune.data.styles import Mixture
-from formtune.files import write_entry
-from formtune.rendering import Row
+from formtune.files import own_code, read_entry, write_entry
+from formtune.formats import Format
 
-FOLDER = Path(".cache/encoded")  # of the working directory, like `logs`
-KEPT = 8  # entries; those used longest ago are removed
+FOLDER = Path(".cache/encoded")  # in the working directory, like `logs`
+KEPT = 8  # entries; the least recently used are removed
+STORED = ("rows", "read", "repairs", "quarantine", "mixtures", "origins", "shared", "key")
+PACKAGES = ("tokenizers", "transformers", "jinja2", "regex", "jsonschema", "referencing", "ftfy", "rensa")
 
 
 def load(key: str) -> Splits | None:
-    """The splits below a key, None if there are none or their file is damaged."""
-    path = _path(key)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            if (file.metadata() or {}).get("checksum") != _checksum(arrays):
-                return None
-        os.utime(path)  # file systems rarely note when a file is read
-    except (OSError, SafetensorError):
+    """The splits with this hash, None if there are none or their file is damaged."""
+    path = FOLDER / f"{key}.json"
+    if (stored := read_entry(path)) is None:
         return None
-    splits = _unpack(arrays)
-    splits.cached = path
-    return splits
+    return Splits(
+        rows={name: [Row(*row) for row in rows] for name, rows in stored["rows"].items()},
+        read=Counter(stored["read"]),
+        repairs=Counter(stored["repairs"]),
+        quarantine=[Quarantined(*row) for row in stored["quarantine"]],
+        mixtures=[Mixture(*mixture) for mixture in stored["mixtures"]],
+        origins=stored["origins"],
+        shared=stored["shared"],
+        key=stored["key"],
+        cached=path,
+    )
 
 
 def store(key: str, splits: Splits) -> None:
-    """Write splits below a key; two processes that write the same key write the same rows."""
-    arrays = _pack(splits)
-    write_entry(_path(key), save(arrays, {"checksum": _checksum(arrays)}), KEPT)
+    """Write the splits, or nothing if the folder cannot be written."""
+    write_entry(FOLDER / f"{key}.json", {name: getattr(splits, name) for name in STORED}, KEPT)
 
 
-def _path(key: str) -> Path:
-    return FOLDER / f"{key}.safetensors"
-
-
-def _checksum(arrays: dict[str, Any]) -> str:
-    hashed = hashlib.sha256()
-    for name in sorted(arrays):
-        hashed.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        hashed.update(np.ascontiguousarray(arrays[name]).data)
+def fingerprint(examples: Mapping[str, Sequence[Example]], settings: DataSettings) -> str | None:
+    """A hash of all that decides the rows; None if an argument of the format is not plain data."""
+    format, tokenizer, date = settings.format, settings.renderer.tokenizer, settings.renderer.date
+    inputs = {
+        "shares": settings.shares,
+        "clean": settings.clean,
+        "repair_answers": settings.repair_answers,
+        "near_duplicates": settings.near_duplicates,
+        "limits": [settings.limit, settings.max_new_tokens],
+        "format": [format.to_dict(), format._init_args],
+        "tokenizer": [
+            f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}",
+            tokenizer.backend_tokenizer.to_str(),
+            tokenizer.chat_template,
+            {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            tokenizer.split_special_tokens,
+            date,
+        ],
+        "packages": [*map(version, PACKAGES), platform.python_version()],
+    }
+    try:
+        hashed = hashlib.blake2b(json.dumps(inputs).encode(), digest_size=16)
+        for path in (*own_code("base", "data", "formats"), *_format_code(format), *_files(format._init_args)):
+            hashed.update(hashlib.sha256(path.read_bytes()).digest())
+    except (TypeError, ValueError, OSError):  # arguments that are not plain data, a class typed into an interpreter
+        return None
+    for name, rows in examples.items():
+        hashed.update(f"{name} {len(rows)}".encode())
+        for example in rows:
+            hashed.update(json.dumps([example.where, example.messages, example.origin]).encode())
     return hashed.hexdigest()
 
 
-def _pack(splits: Splits) -> dict[str, Any]:
-    rows = [row for rows in splits.rows.values() for row in rows]
-    text = {
-        "rows": {name: len(rows) for name, rows in splits.rows.items()},
-        "texts": [(row.source, row.gold, row.where, row.origin, row.messages) for row in rows],
-        "read": splits.read,
-        "repairs": splits.repairs,
-        "quarantine": [astuple(row) for row in splits.quarantine],
-        "mixtures": [astuple(mixture) for mixture in splits.mixtures],
-        "origins": splits.origins,
-        "shared": splits.shared,
-        "key": splits.key,
-    }
-    return {
-        "ids": np.array([token for row in rows for token in (*row.prompt, *row.target)], np.int32),
-        "is_value": np.array([mark for row in rows for mark in row.is_value], np.bool_),
-        "sizes": np.array([(len(row.prompt), len(row.target), row.number) for row in rows], np.int64).reshape(-1, 3),
-        # Escaped to ASCII: a lone surrogate in somebody's text survives too.
-        "text": np.frombuffer(json.dumps(text).encode("ascii"), np.uint8),
-    }
+def _format_code(format: Format) -> Iterator[Path]:
+    """The file of a format of your own, and those beside it, which it may import."""
+    for cls in type(format).__mro__:
+        package = cls.__module__.partition(".")[0]
+        if package not in sys.stdlib_module_names and package != "formtune":
+            yield from sorted(Path(inspect.getfile(cls)).resolve().parent.glob("*.py"))
 
 
-def _unpack(arrays: dict[str, Any]) -> Splits:
-    text = json.loads(arrays["text"].tobytes())
-    ids, marks = arrays["ids"].tolist(), arrays["is_value"].tolist()
-    rows, at, mark = [], 0, 0
-    for (prompt, target, number), words in zip(arrays["sizes"].tolist(), text["texts"], strict=True):
-        source, gold, where, origin, messages = words
-        middle, end = at + prompt, at + prompt + target
-        marked = marks[mark : mark + target]
-        rows.append(Row(ids[at:middle], ids[middle:end], marked, source, gold, where, number, origin, messages))
-        at, mark = end, mark + target
-    left = iter(rows)
-    return Splits(
-        rows={name: [next(left) for _ in range(count)] for name, count in text["rows"].items()},
-        read=Counter(text["read"]),
-        repairs=Counter(text["repairs"]),
-        quarantine=[Quarantined(*row) for row in text["quarantine"]],
-        mixtures=[Mixture(*mixture) for mixture in text["mixtures"]],
-        origins=text["origins"],
-        shared=text["shared"],
-        key=text["key"],
-    )
+def _files(value: Any) -> Iterator[Path]:
+    """Files named in a format's arguments: what they hold may decide its verdicts."""
+    if isinstance(value, str) and len(value) < 1024 and "\0" not in value and Path(value).is_file():
+        yield Path(value)
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _files(inner)

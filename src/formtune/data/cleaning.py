@@ -1,8 +1,8 @@
-"""Repairs what is safe to repair and sets aside what cannot be trained on, each with its reason.
+"""Repairs what is safe to repair and quarantines what cannot be trained on, each row with its reason.
 
-Inputs are repaired by named steps; the same steps run on the inputs of evaluation and prediction, so that the
-model never meets a text in production that was prepared in another way. Answers are judged, and rewritten only by the
-steps that a user names for them. Nothing vanishes: every row is kept or set aside with a reason and a place.
+Inputs are repaired by named steps; the same steps run on the inputs of evaluation and prediction, so that training
+and production prepare texts alike. Answers are judged, and rewritten only by the steps that a user names for them.
+Every row is kept or quarantined.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any, Literal
 
 import ftfy
 
+from formtune.base.row import Message
 from formtune.formats import Format
-from formtune.rendering import Message
 
 Step = Literal["encoding", "unicode", "control", "html", "spaces", "edges"]
 AnswerStep = Literal["edges", "fence", "canonical"]
 
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)\n?```", re.S)
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
-# Joiners (U+200D) and direction marks carry meaning in emoji and in several scripts: they stay.
+# Joiners (U+200D) and direction marks carry meaning in emoji and in several scripts: they are kept.
 _INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff\u00ad]")
 
-# Marks that change no meaning for a reader, unless a digit stands on both sides.
+# Punctuation that changes no meaning, unless there is a digit on both sides.
 _MARKS = re.compile(r"(?<!\d)[.,:;!?…\"'“”‘’()\[\]]|[.,:;!?…\"'“”‘’()\[\]](?!\d)")
 
 # In the order in which they run. Each is a function of the text alone.
@@ -44,22 +44,15 @@ STEPS: dict[str, Callable[[str], str]] = {
 
 @dataclass(slots=True)
 class Example:
-    """A conversation on its way to training.
+    """A conversation before it is encoded."""
 
-    Args:
-        messages: Its turns, the last one the answer.
-        where: The place it came from.
-        origin: Who wrote it: "human", the name of a model, or "" where the rows do not say.
-        value: The document that its answer is, once that was judged.
-    """
-
-    messages: list[Message]
-    where: str
-    origin: str = ""
-    value: Any = None
+    messages: list[Message]  # the last one is the answer
+    where: str  # the place it came from
+    origin: str = ""  # who wrote it: "human", the name of a model, or "" where the rows do not say
+    value: Any = None  # the document that its answer is, once that was judged
 
     @property
-    def gold(self) -> str:
+    def target(self) -> str:
         return self.messages[-1]["content"]
 
     @property
@@ -79,10 +72,9 @@ class Example:
 
     @property
     def key(self) -> str:
-        """The input without its case, its marks and its spacing: rows that share it never stand in two splits.
+        """The input without case, punctuation and spacing: rows that share it are never in two splits.
 
-        Coarser than `text` on purpose: "call anna" and "Call Anna!" leak, but their answers may rightly differ, as they
-        may under two system prompts.
+        Coarser than `text`: "call anna" and "Call Anna!" leak, but their answers may rightly differ.
         """
         return _folded_more(self._folded("user", "assistant"))
 
@@ -102,25 +94,16 @@ def _folded_more(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """A row that was set aside.
-
-    Args:
-        where: Its place.
-        reason: One word.
-        detail: What is wrong, in one line.
-        messages: Its turns, repaired as far as they could be.
-        other: Place of the row that it repeats or contradicts, "" if there is none.
-    """
+    """A row that is not used."""
 
     where: str
-    reason: str
-    detail: str
-    messages: list[Message]
-    other: str = ""
+    reason: str  # one word
+    detail: str  # what is wrong, in one line
+    messages: list[Message]  # repaired as far as they could be
+    other: str = ""  # place of the row that it repeats or contradicts
 
 
-def set_aside(example: Example, reason: str, detail: str, other: str = "") -> Quarantined:
-    """The example's entry in the quarantine."""
+def quarantine(example: Example, reason: str, detail: str, other: str = "") -> Quarantined:
     return Quarantined(example.where, reason, detail, example.messages, other)
 
 
@@ -139,57 +122,47 @@ def repair(messages: Sequence[Message], steps: Iterable[str], repairs: Counter[s
     return repaired
 
 
-def repair_answer(answer: str, contract: Format, steps: Sequence[str], repairs: Counter[str]) -> str:
-    """An answer that breaks its contract, or is not canonical, repaired by `steps` as far as it then keeps it.
+def repair_answer(answer: str, format: Format, steps: Sequence[str], repairs: Counter[str]) -> str:
+    """An answer that breaks its format, or is not canonical, repaired by `steps` as far as it then keeps it.
 
-    `edges` takes white space from its ends, `fence` the code fence around it, `canonical` writes the document anew as
-    the contract would write it. A repair that does not lead to a good answer is not made.
+    `edges` strips white space, `fence` the code fence around it, `canonical` writes the document as the format would.
+    A repair that does not lead to a valid answer is not made.
     """
-    mended, made = answer, []
+    repaired, made = answer, []
     for step in ("edges", "fence", "canonical"):
         if step not in steps:
             continue
-        before = mended
+        before = repaired
         if step == "edges":
-            mended = mended.strip() + ("\n" if contract.trailing_newline else "")
-        elif step == "fence" and (match := _FENCE.fullmatch(mended.strip())):
-            mended = match[1]
-        elif step == "canonical" and (verdict := contract.check(mended)).schema and verdict.no_extra_text:
-            mended = contract.write(verdict.value) or mended
-        made += [step] if mended != before else []
-    if not made or not contract.check(mended).exact:
+            repaired = repaired.strip()
+        elif step == "fence" and (match := _FENCE.fullmatch(repaired.strip())):
+            repaired = match[1]
+        elif step == "canonical" and (verdict := format.check(repaired)).kind in ("ok", "layout"):
+            repaired = format.write(verdict.value) or repaired
+        made += [step] if repaired != before else []
+    if not made or not format.check(repaired).exact:
         return answer
     repairs.update(f"answer {step}" for step in made)
-    return mended
+    return repaired
 
 
 def judge(
     examples: Iterable[Example],
-    contract: Format,
+    format: Format,
     steps: Sequence[str],
     answer_steps: Sequence[str],
     repairs: Counter[str],
 ) -> Iterator[Example | Quarantined]:
-    """Repair and judge rows with a gold answer; each comes back with its document, or with what is wrong with it.
-
-    Args:
-        examples: The rows.
-        contract: Judges every answer by the rule that will judge the model's.
-        steps: Names of the repairs to run on inputs.
-        answer_steps: Names of the repairs to run on answers.
-        repairs: Counts how many texts each step changed.
-
-    A row is set aside as `empty`, or as `format` if its answer breaks the contract.
-    """
+    """Repair and judge rows with a target by the rule that will judge the model's answers; counts the repairs made."""
     for example in examples:
         messages = repair(example.messages, steps, repairs)
         if answer_steps:
-            messages[-1]["content"] = repair_answer(messages[-1]["content"], contract, answer_steps, repairs)
-        done = Example(messages, example.where, example.origin)
-        if not done.gold.strip() or not done.input.strip():
-            yield set_aside(done, "empty", "the input or the answer is empty")
-        elif (verdict := contract.check(done.gold)).exact:
-            done.value = verdict.value
-            yield done
+            messages[-1]["content"] = repair_answer(messages[-1]["content"], format, answer_steps, repairs)
+        repaired = Example(messages, example.where, example.origin)
+        if not repaired.target.strip() or not repaired.input.strip():
+            yield quarantine(repaired, "empty", "the input or the answer is empty")
+        elif (verdict := format.check(repaired.target)).exact:
+            repaired.value = verdict.value
+            yield repaired
         else:
-            yield set_aside(done, "format", f"{verdict.kind}: {verdict.detail}")
+            yield quarantine(repaired, "format", f"{verdict.kind}: {verdict.detail}")

@@ -5,8 +5,8 @@
 
     pairs = near_pairs_on_ray(ray.data.read_parquet("keys/"), 0.8)  # columns: id (integer) and text
 
-What travels between machines is one row for each band of a text, grouped by the band's key; what comes back is the
-pairs, which are few, for `duplicates.components` and the rules of `selection` on one machine. Needs the extra `scale`.
+One row for each band of a text travels between machines; the pairs, which are few, come back to one machine. Needs
+the extra `scale`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,7 @@ GROUP = 2000  # texts of one group compared at a time with all of the group
 
 
 def near_pairs_on_ray(texts: Any, threshold: float) -> Pairs:
-    """All pairs of texts whose Jaccard index reaches the threshold, as `duplicates.near_pairs` finds them.
-
-    Args:
-        texts: A `ray.data.Dataset` with the columns `id` (integers) and `text` (each text once).
-        threshold: From which index on a pair is reported.
-    """
+    """As `duplicates.near_pairs`, of a `ray.data.Dataset` with columns `id` (integers) and `text` (each text once)."""
 
     def explode(batch: dict[str, Any]) -> dict[str, Any]:
         """A row for each band: its key, the text and its id."""
@@ -38,7 +33,7 @@ def near_pairs_on_ray(texts: Any, threshold: float) -> Pairs:
 
     def compare(group: dict[str, Any]) -> dict[str, Any]:
         """The pairs of a group that are near; smaller id first."""
-        ids, found = group["id"], []
+        ids, pairs = group["id"], []
         order = np.argsort(ids, kind="stable")
         texts_, ids = group["text"][order].tolist(), ids[order]
         for start in range(0, len(ids), GROUP):
@@ -46,8 +41,8 @@ def near_pairs_on_ray(texts: Any, threshold: float) -> Pairs:
             left, right = i[i < j], j[i < j]
             index = similar(texts_, left, right) if len(left) else np.zeros(0)
             close = index >= threshold
-            found.append((ids[left[close]], ids[right[close]], index[close]))
-        left, right, index = (np.concatenate(part) for part in zip(*found, strict=True))
+            pairs.append((ids[left[close]], ids[right[close]], index[close]))
+        left, right, index = (np.concatenate(part) for part in zip(*pairs, strict=True))
         return {"left": left, "right": right, "index": index}
 
     pairs = texts.map_batches(explode).groupby("mark").map_groups(compare).to_pandas()

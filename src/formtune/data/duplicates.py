@@ -1,13 +1,11 @@
 """Texts that are nearly the same: MinHash and locality-sensitive hashing propose pairs, their Jaccard index decides.
 
 A text is the set of its runs of five characters (its shingles). MinHash (Broder, 1997) turns a set into numbers of
-which two sets share as many as they have in common; bands of these numbers that are equal make a pair a candidate.
-Candidates are compared by their real sets, so no pair is reported that is not one; the bands are chosen so that about
-one real pair in five hundred is missed. The signatures are `rensa`'s; everything here works on whole chunks of texts
-at a time, and what is kept of a text is a few numbers.
+which two sets share the more the more similar they are; a pair with an equal band of these numbers is a candidate.
+Candidates are compared by their sets, so no reported pair is wrong; about one pair in five hundred is missed.
 
-Each step is a map over texts or a group by key, so the same functions run on an engine for more than one machine:
-`bands` maps, equal (band, key) is the group, `similar` judges the pairs of a group, `components` joins what is left.
+Each step is a map over texts or a group by key, so the same functions run on several machines (`distributed`): `bands`
+maps, equal (band, key) is the group, `similar` judges the pairs of a group, `components` joins them.
 """
 
 from __future__ import annotations
@@ -88,13 +86,7 @@ def similar(texts: Sequence[str], left: NDArray[np.int64], right: NDArray[np.int
 def near_pairs(
     texts: Sequence[str], threshold: float, progress: Callable[[Iterator[int], int], Iterator[int]] | None = None
 ) -> Pairs:
-    """All pairs of texts whose Jaccard index reaches the threshold.
-
-    Args:
-        texts: Different texts.
-        threshold: From which index on a pair is reported.
-        progress: Shows how far the iterator (of chunks and bands) has come, given its length.
-    """
+    """All pairs of different texts whose Jaccard index reaches the threshold; `progress` wraps an iterator of steps."""
     starts = range(0, len(texts), TEXTS)
     count = PERMUTATIONS // band_size(threshold)
     steps: Iterator[int] = iter(range(len(starts) + count))
@@ -102,17 +94,17 @@ def near_pairs(
     keys = np.empty((len(texts), count), np.uint64)
     for start, _ in zip(starts, steps, strict=False):
         keys[start : start + TEXTS] = bands(texts[start : start + TEXTS], threshold)
-    found: list[Pairs] = []
+    pairs: list[Pairs] = []
     for band in range(count):
         for left, right in _candidates(keys, band):
             index = similar(texts, left, right)
             close = index >= threshold
-            found.append((left[close], right[close], index[close]))
+            pairs.append((left[close], right[close], index[close]))
         next(steps, None)
-    if not found:
+    if not pairs:
         none = np.zeros(0, np.int64)
         return none, none, np.zeros(0)
-    i, j, index = (np.concatenate(part) for part in zip(*found, strict=True))
+    i, j, index = (np.concatenate(part) for part in zip(*pairs, strict=True))
     return i, j, index
 
 

@@ -1,17 +1,14 @@
-"""The rows that a run trains on and is judged by, in token ids."""
+"""The rows of a run in token ids, and what became of all the others."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
+from formtune.base.row import Row, quantile
 from formtune.data.cleaning import Quarantined
 from formtune.data.styles import Mixture
-from formtune.rendering import Row
 
 FEW_ROWS = 500  # below this, fine-tuning mostly learns the examples; the guide's lower bound
 NAMED = 20  # ignored columns named in the terminal
@@ -28,41 +25,33 @@ class Splits:
     mixtures: list[Mixture] = field(default_factory=list)
     origins: dict[str, dict[str, int]] = field(default_factory=dict)  # rows of each split by who wrote them
     ignored: Counter[str] = field(default_factory=Counter)  # rows that have a key which is not read, by its name
-    own_system: int = 0  # rows with a system prompt of their own
+    own_system: int = 0  # rows with their own system prompt
     shared: float = 0.0  # share of the inputs' text that many share and the near comparison left out
     key: str | None = None  # content hash of all that decides the rows
     cached: Path | None = field(default=None, compare=False)  # the file they were read from
 
     @property
     def reasons(self) -> Counter[str]:
-        """How many rows were set aside for each reason."""
+        """How many rows were quarantined for each reason."""
         return Counter(row.reason for row in self.quarantine)
 
     @property
-    def set_aside(self) -> str:
+    def quarantined(self) -> str:
         """The same in words, the most frequent first; empty if no row was."""
         return ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
 
-    def lengths(self, split: str) -> dict[str, int]:
-        """P50, P95 and maximum of prompt and answer in tokens, zeros where there are no rows."""
-        found = {}
-        for name in ("prompt", "target"):
-            sizes = [len(getattr(row, name)) for row in self.rows[split]]
-            for label, q in (("P50", 50), ("P95", 95), ("max", 100)):
-                found[f"{name} {label}"] = quantile(sizes, q)
-        return found
+    def lengths(self, split: str) -> list[int]:
+        """P50, P95 and maximum of the prompts and then of the answers, in tokens; zeros where there are no rows."""
+        rows = self.rows[split]
+        sides = [len(row.prompt_ids) for row in rows], [len(row.target_ids) for row in rows]
+        return [quantile(sizes, percent) for sizes in sides for percent in (50, 95, 100)]
 
 
 def ignored_columns(counts: Counter[str]) -> str:
     """The counts in words, the most frequent first; empty if there are none."""
-    said = [f"{name} ({count:,})" for name, count in counts.most_common(NAMED)]
-    if said:
-        said[0] = said[0].removesuffix(")") + " rows)"
+    parts = [f"{name} ({count:,})" for name, count in counts.most_common(NAMED)]
+    if parts:
+        parts[0] = parts[0].removesuffix(")") + " rows)"
     if len(counts) > NAMED:
-        said.append(f"{len(counts) - NAMED:,} more")
-    return ", ".join(said)
-
-
-def quantile(sizes: Sequence[int], percent: float) -> int:
-    """The size that `percent` of all sizes do not exceed: one of them, nothing in between; 0 if there are none."""
-    return int(np.percentile(sizes, percent, method="higher")) if len(sizes) else 0
+        parts.append(f"{len(counts) - NAMED:,} more")
+    return ", ".join(parts)

@@ -1,22 +1,18 @@
-"""Which of the rows that keep their contract are used: one of each duplicate, none of a conflict, none of a leak.
+"""Which of the rows with a valid format are used: one of each duplicate, none of a conflict, none of a leak.
 
-All rows of all splits are clustered once: by their inputs without case, marks and spacing, then by near-sameness (see
-`duplicates`) of what they say beyond the text that many of them share (see `boilerplate`). A conversation and those
-that continue it are one cluster too. Rows are compared with each other only below the same system prompt and the same
-shared instruction, and never with a row whose conversation they continue: another answer is right there. The rules, in
-this order:
+All rows of all splits are clustered once. Rows are in one cluster if their inputs are the same but for case,
+punctuation and spacing, if what they say beyond shared text (see `boilerplate`) is nearly the same (see `duplicates`),
+or if one conversation continues the other. Only rows with the same system prompt and the same shared instruction are
+compared, and never two of which one continues the other: there, another answer is right. The rules, in this order:
 
-* **conflict**: rows of one split with the same input (below the same system prompt) whose answers differ are all set
-  aside, since nobody can tell which one is right. Inputs that differ in their case, marks, spacing or a mistyped letter
-  count as the same, unless they show why the answers differ: each value that differs stands in its own row's input and
-  not in both ("call Anna", "call anna"). Where a word or a number more sets two inputs apart, it may be the reason for
-  another answer ("urgent"; "8 in Roman numerals"): if the inputs do not show it, the two are **suspects**, listed for a
-  person to look at, and used.
-* **leak**: a cluster belongs to one split. Where test rows are given it is theirs, then the validation rows'; rows of
-  a later split in it are set aside.
-* **duplicate**: rows are taken in the order of their file, and one with the answer and (nearly) the input of a row that
-  was taken before is set aside. So each has a near twin among the rows that are kept, also where a chain of similar
-  rows joins two that are not.
+* **conflict**: rows of one split with the same input and different answers are all dropped, since nobody can tell
+  which one is right. Inputs that differ only in case, punctuation, spacing or a mistyped letter count as the same,
+  unless they show why the answers differ: each value that differs is in its own row's input and not in both ("call
+  Anna", "call anna"). Inputs that differ by a word or a number may rightly have different answers. If the inputs do
+  not show why, the two rows are **suspects**: used, and listed for a person to look at.
+* **leak**: a cluster belongs to one split, the first that has a row in it. Its rows in later splits are dropped.
+* **duplicate**: rows are taken in the order of their file; one with the answer and (nearly) the input of a row taken
+  before is dropped.
 """
 
 from __future__ import annotations
@@ -30,32 +26,26 @@ from typing import Any
 
 import numpy as np
 
-from formtune.data.boilerplate import Boilerplate
-from formtune.data.cleaning import Example, Quarantined, set_aside
+from formtune.data.boilerplate import split_shared
+from formtune.data.cleaning import Example, Quarantined, quarantine
 from formtune.data.duplicates import components, near_pairs
 from formtune.formats.content import Words, leaves, typed
 
-WORD = 5  # letters of the shortest word in which one letter is taken for a mistake: "now" and "not" are two words
+WORD = 5  # letters of the shortest word in which one letter counts as mistyped: "now" and "not" are two words
 OPENING = 10  # a conversation continued in more ways is an opening such as "hello", and joins nothing
+
+Near = Mapping[int, list[tuple[int, float]]]  # for each input those that are nearly the same, with their similarity
 
 
 @dataclass(slots=True)
 class Selection:
-    """The rows to use, the rows set aside, and for each used row the hash of its cluster.
+    """The rows to use, and the others."""
 
-    Args:
-        kept: Used rows of each split.
-        quarantine: The others.
-        cluster: By place of a used row, a number in [0, 1) that all rows of its cluster have in common.
-        suspects: Pairs of rows with nearly the same input whose different answers nothing explains.
-        shared: Share of the different inputs' text that many of them share, left out of the near comparison.
-    """
-
-    kept: dict[str, list[Example]] = field(default_factory=dict)
+    kept: dict[str, list[Example]]  # used rows of each split
     quarantine: list[Quarantined] = field(default_factory=list)
-    cluster: dict[str, float] = field(default_factory=dict)
+    cluster: dict[str, float] = field(default_factory=dict)  # by place of a used row, its cluster's number in [0, 1)
     suspects: list[tuple[Example, Example]] = field(default_factory=list)
-    shared: float = 0.0
+    shared: float = 0.0  # share of the inputs' text that many of them share, left out of the near comparison
 
 
 def select(
@@ -64,13 +54,10 @@ def select(
     sets: frozenset[str] = frozenset(),
     progress: Callable[[Iterator[int], int], Iterator[int]] | None = None,
 ) -> Selection:
-    """Choose the rows to use.
+    """Choose the rows to use; splits that come first own what they share with later ones.
 
-    Args:
-        splits: Judged rows; splits that come first own what they share with later ones.
-        threshold: Jaccard index from which on two inputs are nearly the same; 1 switches that off.
-        sets: Paths of arrays in answers whose order does not matter.
-        progress: As in `near_pairs`.
+    Two inputs are nearly the same from a Jaccard index of `threshold` on; 1 switches that off. `sets` are the paths of
+    arrays in answers whose order does not matter.
     """
     keys: dict[str, int] = {}
     rows = [
@@ -83,38 +70,38 @@ def select(
         groups[row.at].append(row)
     names = list(keys)
     places = [_share(name) for name in names]
-    done = Selection({split: [] for split in splits})
-    near, edges = _near(names, places, rows, threshold, progress, done)
+    selection = Selection({split: [] for split in splits})
+    near, edges = _near(names, places, rows, threshold, progress, selection)
     edges += _continuations(names, rows)
     left, right = np.array(edges, np.int64).reshape(-1, 2).T
     clusters = components(len(names), left, right).tolist()
-    done.suspects = _mark_conflicts(groups, near)
+    selection.suspects = _mark_conflicts(groups, near)
     owners: dict[int, _Row] = {}
     taken: dict[int, list[_Row]] = defaultdict(list)
     for row in rows:
         owner = owners.get(clusters[row.at], row)
         if row.rival is not None:
-            entry = row.aside("conflict", "same input as {}, another answer", row.rival, row.similarity)
+            entry = row.quarantined("conflict", "same input as {}, another answer", row.rival, row.similarity)
         elif owner.split != row.split:
-            entry = row.aside("leak", "the input also stands in {}", owner, 1.0 if owner.at == row.at else None)
+            entry = row.quarantined("leak", "the input is also in {}", owner, 1.0 if owner.at == row.at else None)
         elif twin := _twin(row, taken, near):
             reason = "duplicate" if twin[0].text == row.text else "near_duplicate"
-            entry = row.aside(reason, "same input and answer as {}", *twin)
+            entry = row.quarantined(reason, "same input and answer as {}", *twin)
         else:
             owners.setdefault(clusters[row.at], row)
             taken[row.at].append(row)
-            done.kept[row.split].append(row.example)
+            selection.kept[row.split].append(row.example)
             continue
-        done.quarantine.append(entry)
+        selection.quarantine.append(entry)
     lowest: dict[int, float] = {}
     for place, cluster in zip(places, clusters, strict=True):
         lowest[cluster] = min(lowest.get(cluster, 1.0), place)
-    done.cluster = {row.example.where: lowest[clusters[at]] for at, found in taken.items() for row in found}
-    return done
+    selection.cluster = {row.example.where: lowest[clusters[at]] for at, group in taken.items() for row in group}
+    return selection
 
 
 class _Row:
-    """An example with what it is compared by."""
+    """An example with what it is compared by: the number of its input, and hashes."""
 
     __slots__ = ("answer", "at", "example", "rival", "similarity", "split", "task", "text")
 
@@ -125,14 +112,14 @@ class _Row:
         self.similarity = 1.0
         self.task = ""  # the instruction that its input shares with others
 
-    def aside(self, reason: str, detail: str, other: _Row, similarity: float | None = 1.0) -> Quarantined:
+    def quarantined(self, reason: str, detail: str, other: _Row, similarity: float | None = 1.0) -> Quarantined:
         where = other.example.where
-        said = detail.format(where)
+        detail = detail.format(where)
         if similarity is None:
-            said = f"the input is nearly one that stands in {where}, or continues it"
+            detail = f"the input is nearly that of {where}, or continues it"
         elif similarity < 1:
-            said = said.replace("same input", f"input {similarity:.0%} the same", 1)
-        return set_aside(self.example, reason, said, where)
+            detail = detail.replace("same input", f"input {similarity:.0%} the same", 1)
+        return quarantine(self.example, reason, detail, where)
 
     def comparable(self, other: _Row) -> bool:
         """Whether equal inputs of the two should have equal answers."""
@@ -151,25 +138,25 @@ def _near(
     rows: Iterable[_Row],
     threshold: float,
     progress: Callable[[Iterator[int], int], Iterator[int]] | None,
-    done: Selection,
-) -> tuple[Mapping[int, list[tuple[int, float]]], list[tuple[int, int]]]:
-    """For each input those that are nearly the same below the same instruction; and the pairs that make clusters."""
+    selection: Selection,
+) -> tuple[Near, list[tuple[int, int]]]:
+    """The inputs that are nearly the same with the same instruction; and the pairs that make clusters."""
     near: dict[int, list[tuple[int, float]]] = defaultdict(list)
     if threshold >= 1:
         return near, []
     alike: dict[str, list[int]] = {}
     tasks = []
-    for at, (rest, task) in enumerate(Boilerplate(names, places).split(names)):
+    for at, (rest, task) in enumerate(split_shared(names, places)):
         alike.setdefault(rest, []).append(at)
         tasks.append(task)
-    done.shared = 1 - sum(len(rest) * len(found) for rest, found in alike.items()) / max(sum(map(len, names)), 1)
+    selection.shared = 1 - sum(len(rest) * len(group) for rest, group in alike.items()) / max(sum(map(len, names)), 1)
     for row in rows:
         row.task = tasks[row.at]
     members = list(alike.values())
     left, right, index = near_pairs(list(alike), threshold, progress)
-    edges = [(found[0], other) for found in members for other in found[1:]]
+    edges = [(group[0], other) for group in members for other in group[1:]]
     edges += [(members[i][0], members[j][0]) for i, j in zip(left.tolist(), right.tolist(), strict=True)]
-    equal = ((combinations(found, 2), 1.0) for found in members)
+    equal = ((combinations(group, 2), 1.0) for group in members)
     close = zip(left.tolist(), right.tolist(), index.tolist(), strict=True)
     for pairs, similarity in chain(equal, ((product(members[i], members[j]), s) for i, j, s in close)):
         for one, other in pairs:
@@ -180,7 +167,7 @@ def _near(
 
 
 def _continuations(names: Sequence[str], rows: Sequence[_Row]) -> list[tuple[int, int]]:
-    """Pairs of inputs of which one begins with all turns of the other, which is no mere opening."""
+    """Pairs of inputs of which one begins with all turns of the other, unless that is a mere opening."""
     begun: dict[tuple[str, ...], int] = {}
     longer: list[tuple[int, list[str]]] = []
     for row in rows:
@@ -196,16 +183,14 @@ def _continuations(names: Sequence[str], rows: Sequence[_Row]) -> list[tuple[int
                 ways[start][tuple(turns[end : end + 2])].append(at)
     return [
         (begun[start], at)
-        for start, found in ways.items()
-        if len(found) <= OPENING
-        for places in found.values()
+        for start, continued in ways.items()
+        if len(continued) <= OPENING
+        for places in continued.values()
         for at in places
     ]
 
 
-def _mark_conflicts(
-    groups: list[list[_Row]], near: Mapping[int, list[tuple[int, float]]]
-) -> list[tuple[Example, Example]]:
+def _mark_conflicts(groups: list[list[_Row]], near: Near) -> list[tuple[Example, Example]]:
     """Give each row of a conflict its rival; returns the suspects."""
     suspects = []
     for at, group in enumerate(groups):
@@ -223,7 +208,7 @@ def _mark_conflicts(
                     _set_rivals(first, row, similarity)
                 else:
                     suspects.append((row.example, first.example))
-        for row in group:  # one conflict among rows of the same text speaks for them all
+        for row in group:  # rows of the same text share one conflict
             first = alike[row.split, row.text]
             if row.rival is not None and first.rival is None:
                 first.rival, first.similarity = row, 1.0
@@ -257,7 +242,7 @@ def _mistyped(a: str, b: str) -> bool:
 
 
 def _one_letter(x: str, y: str) -> bool:
-    """Whether one letter was added, left out, replaced or swapped with its neighbour; digits are no letters."""
+    """Whether one letter was added, left out, replaced or swapped with its neighbor; digits are not letters."""
     if min(len(x), len(y)) < WORD or not (x.isalpha() and y.isalpha()):
         return False
     start = next((i for i, (p, q) in enumerate(zip(x, y, strict=False)) if p != q), min(len(x), len(y)))
@@ -269,29 +254,25 @@ def _one_letter(x: str, y: str) -> bool:
 
 
 def _explained(a: Example, b: Example) -> bool:
-    """Whether every value in which two answers differ is read off its own input, and not off both."""
+    """Whether every value in which two answers differ is in its own input, and not in both."""
     values = dict(leaves(a.value)), dict(leaves(b.value))
     for path in values[0].keys() | values[1].keys():
-        mine, theirs = (found[path][0] if path in found else None for found in values)
-        if typed(mine) == typed(theirs):
+        x, y = (leaf[path][0] if path in leaf else None for leaf in values)
+        if typed(x) == typed(y):
             continue
-        if not (_said(mine, a.input) and _said(theirs, b.input)):
-            return False
-        if _said(mine, b.input) and _said(theirs, a.input):
+        if not (_holds(a.input, x) and _holds(b.input, y)) or (_holds(b.input, x) and _holds(a.input, y)):
             return False
     return True
 
 
-def _said(value: Any, text: str) -> bool:
-    """Whether a text holds a value letter for letter, or a number by what it amounts to; nothing is always said."""
+def _holds(text: str, value: Any) -> bool:
+    """Whether a text holds a value: a string letter for letter, a number by its value, null always."""
     if isinstance(value, str):
         return value in text
     return value is None or (not isinstance(value, bool) and Words(text).hold(value))
 
 
-def _twin(
-    row: _Row, taken: Mapping[int, list[_Row]], near: Mapping[int, list[tuple[int, float]]]
-) -> tuple[_Row, float] | None:
+def _twin(row: _Row, taken: Mapping[int, list[_Row]], near: Near) -> tuple[_Row, float] | None:
     """A row taken before with the same answer and the same or nearly the same input."""
     for place, similarity in ((row.at, 1.0), *near.get(row.at, ())):
         for other in taken.get(place, ()):

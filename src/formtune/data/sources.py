@@ -1,7 +1,7 @@
-"""Where rows come from: each source yields plain records together with the place that a person can open.
+"""Sources of rows: each yields plain records, each with the place where a person finds it.
 
 JSON Lines are read here and not by a data-frame library: those guess types (ISO dates become timestamps, missing
-keys become null, a dictionary becomes a struct) and lose the line number of whatever they cannot read.
+keys become null) and lose the line number of what they cannot read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Source(ABC):
 
     @abstractmethod
     def records(self) -> Iterator[tuple[dict[str, Any], str]]:
-        """Yield each record as a dictionary, with `file:line` or what else finds it again."""
+        """Yield each record as a dictionary, with its `file:line` or another place."""
 
 
 class FileSource(Source):
@@ -53,10 +53,8 @@ class JsonLines(FileSource):
                 record = loads_strict(text)
             except ValueError as error:
                 if text[0] == "[" or text == "{":
-                    raise UserError(
-                        f"{where}: expected one JSON object per line; write each on a line of its own"
-                    ) from None
-                raise UserError(f"{where}: not valid JSON ({error}); mend or remove the line") from None
+                    raise UserError(f"{where}: expected one JSON object per line; write each on its own line") from None
+                raise UserError(f"{where}: not valid JSON ({error}); fix or remove the line") from None
             if not isinstance(record, dict):
                 raise UserError(f"{where}: expected one JSON object per line, found {json.dumps(record)[:40]}")
             yield record, where
@@ -146,7 +144,7 @@ class Columns:
 
     Args:
         prompt: Column of the input, or a template such as `"Title: {title}\\n{body}"` over several columns.
-        completion: Column of the wanted answer.
+        completion: Column of the target.
         messages: Column of chat turns; where a record has it, `prompt` and `completion` are not read.
         system: Column of the row's own system prompt, in place of `data.system`; may be absent or empty.
         source: Column that says who wrote the row: "human", or the name of the model that did; may be absent.
@@ -165,11 +163,7 @@ class Columns:
         self.system = None if system in (*self._in_prompt, completion) else system
 
     def origin(self, record: dict[str, Any], where: str) -> str:
-        """Who wrote a record, "" where it does not say.
-
-        Raises:
-            UserError: The column is no text.
-        """
+        """Who wrote a record, "" where it does not say."""
         if self.source is None or (name := record.get(self.source)) is None:
             return ""
         if not isinstance(name, str):
@@ -180,29 +174,21 @@ class Columns:
         return "human" if name.strip().casefold() == "human" else name
 
     def conversation(
-        self, record: dict[str, Any], where: str, gold: bool, ignored: set[str] | None = None
+        self, record: dict[str, Any], where: str, with_target: bool, ignored: set[str] | None = None
     ) -> list[dict[str, str]]:
-        """The record's turns, the last one the assistant's where `gold` is asked for and the user's otherwise.
+        """The record's turns; the last one is the assistant's with a target, the user's without.
 
-        Args:
-            record: The row.
-            where: Its place.
-            gold: Whether an answer is asked for.
-            ignored: Takes the names of the keys that have a value and are not read.
-
-        Raises:
-            UserError: A column is missing or is not text, the turns do not end as they must, or a key would change
-                what is trained and cannot be honored.
+        `ignored` takes the names of the keys that have a value and are not read.
         """
         ignored = set() if ignored is None else ignored
         chat = self.messages in record
         content = [self.messages] if chat else [*self._in_prompt, self.completion]
         note_unread(record, {*content, self.system, self.source}, REFUSED, where, "", ignored)
         if chat:
-            turns = read_turns(record[self.messages], self.messages, where, gold, ignored)
+            turns = read_turns(record[self.messages], self.messages, where, with_target, ignored)
         else:
             turns = [{"role": "user", "content": self._prompt(record, where)}]
-            if gold:
+            if with_target:
                 turns.append({"role": "assistant", "content": _text(record, self.completion, where)})
         if self.system is None or empty(record.get(self.system)):
             return turns
@@ -222,7 +208,7 @@ class Columns:
     def _prompt(self, record: dict[str, Any], where: str) -> str:
         if "{" not in self.prompt:
             return _text(record, self.prompt, where)
-        # One pass over the template: str.format would run attribute look-ups, and what the data holds stays text.
+        # Not str.format: it would look up attributes, and replace braces in the data.
         return re.sub(_FIELD, lambda m: _text(record, m[1], where), self.prompt)
 
 
@@ -237,7 +223,7 @@ def _text(record: dict[str, Any], column: str, where: str) -> str:
 
 
 def _lines(path: str) -> Iterator[tuple[str, str]]:
-    """Place and text of each line of a UTF-8 file, never more of it in memory than a line may have."""
+    """Place and text of each line of a UTF-8 file, read line by line."""
     with _open(path) as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):

@@ -1,9 +1,8 @@
-"""One format throughout: the ways in which the answers write the same thing, field by field.
+"""Styles: the different ways in which answers write the same thing, field by field.
 
-A contract may leave open how a date is written or whether an empty field is null or absent. A model trained on a
-mixture writes a mixture, so the less frequent ways are found here, with the rows that use them. Values that
-answers copy from their inputs are left alone: how they are written is the inputs' matter. A value whose spelling the
-row's own system prompt gives is held to that one.
+A format may leave open how a date is written, or whether an empty field is null or absent. A model trained on a
+mixture writes a mixture, so this module finds the less frequent styles and their rows. It ignores values that answers
+copy from their inputs. Where the row's own system prompt spells a value, that spelling is the right one.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from typing import Any
 from formtune.data.cleaning import Example
 
 MOST = 0.8  # share of a field's values that must be dates (or numbers) for it to be a field of dates
-COPIED = 0.95  # share of a field's values that stand in their inputs for it to be a copied one
-ALWAYS = 0.95  # share of the objects that must have a key for its place to be a matter of form
-FORMS = 50  # different values at most for a field whose casing is looked at: a category, no free text
+COPIED = 0.95  # share of a field's values that must be in their inputs for it to be a copied one
+ALWAYS = 0.95  # share of the objects that must have a key for its place to be a style
+FORMS = 50  # different values at most for a field whose casing is looked at: a category, not free text
 
 _ESCAPE = re.compile(r"\\u[0-9a-fA-F]{4}|\\.")
 _SHORT = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
-_LAYOUT = '{}[]:," \\\n\r\t'  # as they are, these are no part of a text
+_LAYOUT = '{}[]:," \\\n\r\t'  # unescaped, these are never inside a string
 _LETTERS = "é"  # stands for all characters beyond ASCII that can be seen
 _PROMPTED = "the spelling of the row's system prompt"
 
@@ -49,34 +48,21 @@ _NUMBERS = {
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """One thing that answers write in several ways.
+    """One thing that answers write in several ways."""
 
-    Args:
-        path: Dotted path of the field, "" for the whole answer.
-        what: Kind of style: `layout`, `escapes`, `key order`, `empty`, `date`, `number` or `case`.
-        forms: How many rows write it in each way, the most frequent first.
-        minority: For each other way, the places of the rows that use it.
-    """
-
-    path: str
-    what: str
-    forms: dict[str, int]
-    minority: dict[str, list[str]]
-
-    def __str__(self) -> str:
-        ways = ", ".join(f"{form} {count:,}" for form, count in self.forms.items())
-        return f"{self.what} of {self.path or 'the answer'}: {ways}"
+    path: str  # dotted path of the field, "" for the whole answer
+    what: str  # layout, escapes, key order, empty, date, number or case
+    forms: dict[str, int]  # how many rows write it in each way, the most frequent first
+    minority: dict[str, list[str]]  # for each other way, the places of the rows that use it
 
 
 def mixtures(examples: Sequence[Example], fields: Sequence[str] = ()) -> list[Mixture]:
-    """What the answers write in more than one way.
+    """What the answers of judged rows write in more than one way.
 
-    Args:
-        examples: Judged rows.
-        fields: Dotted paths that the contract declares; in these, null and absent are two ways of saying nothing.
+    `fields` are the dotted paths that the format declares; in these, null and absent are two ways of saying nothing.
     """
-    found = [
-        _mixture("", "layout", [(form, e.where) for e in examples if (form := _layout(e.gold, e.value))]),
+    result = [
+        _mixture("", "layout", [(form, e.where) for e in examples if (form := _layout(e.target, e.value))]),
         *_escapes(examples),
         *_key_orders(examples),
         *_empties(examples, fields),
@@ -88,8 +74,8 @@ def mixtures(examples: Sequence[Example], fields: Sequence[str] = ()) -> list[Mi
             copied = isinstance(value, str) and value in text
             by_path[path].append((value, example.where, copied, system))
     for path, values in by_path.items():
-        found += _values(path, values)
-    return [mixture for mixture in found if mixture is not None]
+        result += _values(path, values)
+    return [mixture for mixture in result if mixture is not None]
 
 
 def _mixture(path: str, what: str, seen: Sequence[tuple[str, str]]) -> Mixture | None:
@@ -106,7 +92,7 @@ def _mixture(path: str, what: str, seen: Sequence[tuple[str, str]]) -> Mixture |
 
 
 def _layout(text: str, value: Any) -> str | None:
-    """How a JSON object or array is set out; what has no separators could be either and says nothing."""
+    """How a JSON object or array is laid out, None where it has no separators to tell."""
     if not isinstance(value, dict | list):
         return "with a line feed at its end" if text.endswith("\n") else "without a line feed at its end"
     outside = re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)
@@ -120,9 +106,11 @@ def _layout(text: str, value: Any) -> str | None:
 
 def _escapes(examples: Sequence[Example]) -> Iterator[Mixture | None]:
     """Characters that JSON answers write as they are in some rows and escaped in others."""
-    texts = [(e.gold, e.where) for e in examples if isinstance(e.value, dict | list) and e.gold.lstrip()[:1] in "{["]
+    texts = [
+        (e.target, e.where) for e in examples if isinstance(e.value, dict | list) and e.target.lstrip()[:1] in "{["
+    ]
     escaped = [_escaped(text) if "\\" in text else {} for text, _ in texts]
-    # The short escapes but that of "/" are no choice, unless some row writes a longer one.
+    # Short escapes other than that of "/" are required, so they are a style only if some row writes a longer one.
     kinds = {
         kind: None for ways in escaped for kind, forms in ways.items() if kind == "/" or any("u" in f for f in forms)
     }
@@ -182,7 +170,7 @@ def _scalars(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _key_orders(examples: Sequence[Example]) -> Iterator[Mixture | None]:
-    """Objects whose keys stand in another order than in most: pairs of keys vote on which one comes first."""
+    """Objects with another order of keys than most: each pair of keys votes on which one comes first."""
     orders: dict[str, list[tuple[tuple[str, ...], str]]] = defaultdict(list)
     for example in examples:
         for path, value in _objects(example.value):
@@ -194,15 +182,15 @@ def _key_orders(examples: Sequence[Example]) -> Iterator[Mixture | None]:
         usual: Counter[str] = Counter()
         for keys, count in tuples.items():
             usual.update(dict.fromkeys(keys, count))
-        # Keys that (nearly) all objects have are the form; others are data, in the order in which the input names them.
-        form = {key for key, count in usual.items() if count >= ALWAYS * len(seen)}
+        # Keys that only some objects have are data, in the order in which the input names them.
+        always = {key for key, count in usual.items() if count >= ALWAYS * len(seen)}
         before: Counter[tuple[str, str]] = Counter()
         for keys, count in tuples.items():
-            for pair in combinations([key for key in keys if key in form], 2):
+            for pair in combinations([key for key in keys if key in always], 2):
                 before[pair] += count
         labels = {}
         for keys in tuples:
-            turned = [p for p in combinations([k for k in keys if k in form], 2) if before[p] < before[p[::-1]]]
+            turned = [p for p in combinations([k for k in keys if k in always], 2) if before[p] < before[p[::-1]]]
             labels[keys] = f"{turned[0][0]} before {turned[0][1]}" if turned else "the usual order"
         yield _mixture(path, "key order", [(labels[keys], where) for keys, where in seen])
 

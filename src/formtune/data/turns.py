@@ -1,4 +1,4 @@
-"""Chat turns as rows of other tools hold them: read, refused by name, or noted as ignored; never dropped in silence."""
+"""Chat turns as other tools write them. A key is read, refused by name, or noted as ignored; never silently dropped."""
 
 from __future__ import annotations
 
@@ -35,28 +35,20 @@ _REFUSED_IN_TURNS = REFUSED | {
 _ROLE_REMEDIES = {"developer": "write it as `system`", "tool": _RESULTS, "function": _RESULTS}
 
 
-def read_turns(turns: Any, column: str, where: str, gold: bool, ignored: set[str]) -> list[dict[str, str]]:
-    """The turns of a row, the last one the assistant's where `gold` is asked for and the user's otherwise.
+def read_turns(turns: Any, column: str, where: str, with_target: bool, ignored: set[str]) -> list[dict[str, str]]:
+    """The turns in a row's column; without a target, an answer at the end is left out.
 
-    Args:
-        turns: What the row holds.
-        column: Its name.
-        where: Place of the row.
-        gold: Whether an answer is asked for; if not, an answer at the end is left out.
-        ignored: Takes the names of the keys that have a value and are not read.
-
-    Raises:
-        UserError: A turn cannot be read as it is meant, or they do not end as they must.
+    `ignored` takes the names of the keys that have a value and are not read.
     """
     if not isinstance(turns, list):
         raise UserError(f"{where}: `{column}` is {kind(turns)}; it must be a list of turns with `role` and `content`")
-    if not gold and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":
+    if not with_target and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":
         turns = turns[:-1]
-    answer = len(turns) - 1 if gold else None
+    answer = len(turns) - 1 if with_target else None
     read = [
         _turn(turn, f"{where}: {column}[{n}]", f"{column}[].", n == answer, ignored) for n, turn in enumerate(turns)
     ]
-    last = "assistant" if gold else "user"
+    last = "assistant" if with_target else "user"
     if not read or read[-1]["role"] != last or all(t["role"] != "user" for t in read):
         raise UserError(f"{where}: the last turn of `{column}` must be the {last}'s, after one of the user's")
     return read
@@ -67,13 +59,8 @@ def note_unread(
 ) -> None:
     """Refuse a key that would change what is trained or rendered; note every other that has a value and is not read.
 
-    Args:
-        holder: A row, a turn or a part of its content.
-        read: Keys that are read.
-        refused: Remedies by key.
-        where: Place of the holder.
-        inside: What to put before the names of its keys.
-        ignored: Takes these names.
+    `holder` is a row, a turn or a part of its content, `refused` has the remedy for each key, and `inside` comes before
+    the names that are noted.
     """
     for key, value in holder.items():
         if key in read or empty(value):
@@ -84,14 +71,13 @@ def note_unread(
 
 
 def empty(value: Any) -> bool:
-    """Whether a value says nothing; tables write that as a struct of nulls, or as JSON in a text."""
+    """Whether a value is empty; tables write that as a struct of nulls, or as JSON in a string."""
     if isinstance(value, dict):
         return all(map(empty, value.values()))
     return value is None or value == [] or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
 
 
 def kind(value: Any) -> str:
-    """A value's type, in a word."""
     return "null" if value is None else type(value).__name__
 
 
@@ -123,9 +109,8 @@ def _turn(turn: Any, here: str, inside: str, is_answer: bool, ignored: set[str])
 
 
 def _part(part: Any, here: str, inside: str, ignored: set[str]) -> str:
-    """The text of a part of a turn's content."""
     if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        found = f"of type {part['type']!r}" if isinstance(part, dict) and "type" in part else kind(part)
-        raise UserError(f'{here} is {found}; only text is read, as a string or {{"type": "text", "text": ...}}')
+        actual = f"of type {part['type']!r}" if isinstance(part, dict) and "type" in part else kind(part)
+        raise UserError(f'{here} is {actual}; only text is read, as a string or {{"type": "text", "text": ...}}')
     note_unread(part, {"type", "text"}, _REFUSED_IN_TURNS, here, f"{inside}content[].", ignored)
     return part["text"]

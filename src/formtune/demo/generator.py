@@ -1,17 +1,16 @@
 """Write the demo's data set: support messages and the JSON tickets that they should become.
 
-A fine-tuning template can only be tried on data, and real tickets cannot be shipped. So the messages are made here:
-a random generator draws a ticket, then words it as a mail. The answer always follows from the message alone:
+Real tickets cannot be shipped, so a random generator draws a ticket and then words it as a mail. The target follows
+from the message alone:
 
-* ``category`` follows from what went wrong and ``priority`` from how urgent the writer says it is;
-* name, city, order number, items and amount are copied; they are drawn from millions of combinations, so that a model
-  cannot know them by heart;
+* ``category`` is what went wrong, ``priority`` how urgent the writer says it is;
+* name, city, order number, items and amount are copied; there are millions of combinations, so that a model cannot
+  memorise them;
 * ``date`` and ``currency`` are converted ("12 March 2026" -> "2026-03-12", "euros" -> "EUR").
 
-``train.jsonl`` is messy on purpose, as collected data is: duplicates, contradictions, targets in other formats, HTML
-remains, rows that also stand in the test set. About one row in six is affected; cleaning has to find them.
-``validation.jsonl`` and ``test.jsonl`` are clean. ``production.jsonl`` holds prompts only, and longer ones, so that a
-check of length drift has something to find.
+``train.jsonl`` is messy, as collected data is: duplicates, contradictions, targets in other formats, HTML remains,
+rows that are also in the test set. Cleaning has to find them; they are about one row in six. ``validation.jsonl`` and
+``test.jsonl`` are clean. ``production.jsonl`` has prompts only, and longer ones, so that the audit finds length drift.
 
     python -m formtune.demo.generator OUT_DIR
 """
@@ -25,7 +24,7 @@ from pathlib import Path
 
 SYSTEM = "Turn the support message into a ticket and answer with one JSON object only."
 
-SEEDS = {"train": 11, "validation": 12, "test": 13, "production": 14}  # building the base uses none of these
+SEEDS = {"train": 11, "validation": 12, "test": 13, "production": 14}  # the demo's base was built with others
 CATEGORIES = ("billing", "delivery", "damage", "return", "account", "technical")
 PRIORITIES = ("low", "normal", "high", "urgent")
 CURRENCIES = {"EUR": ("euros", "EUR", "euro in total"), "USD": ("dollars", "USD", "US dollars"),
@@ -194,7 +193,7 @@ def tickets(seed, count, taken=(), long=False):
 
 
 def wrong_formats(answer, rng):
-    """Return the same ticket as people and models really write it, each time not as declared."""
+    """Return the same ticket in the wrong formats that people and models really write."""
     lost = rng.choice(("amount", "priority", "date"))
     without = {key: value for key, value in answer.items() if key != lost}
     return {
@@ -209,7 +208,7 @@ def wrong_formats(answer, rng):
 
 
 def near_duplicate(message, rng):
-    """Return ``message`` with one harmless change, as when a mail was sent twice."""
+    """Return ``message`` with one harmless change, as if the mail was sent twice."""
     return rng.choice((message + "!", message.replace(".", "", 1), message.lower().capitalize(),
                        message.replace("I ", "i ", 1) + ".", message.replace(" the ", " that ", 1) + " Thanks"))
 
@@ -217,7 +216,7 @@ def near_duplicate(message, rng):
 def messy_train(test, taken):
     """Return the raw training rows as ``(message, answer, kind)``, shuffled.
 
-    1,660 are clean and about 340 need cleaning; ``kind`` says what was done to a row ("" for nothing).
+    1,660 are clean and about 340 need cleaning; ``kind`` is what was done to a row ("" for nothing).
     """
     rng = random.Random(SEEDS["train"])
     clean = tickets(SEEDS["train"], 1850, taken)
@@ -263,7 +262,7 @@ def planted():
 
 
 def datasets():
-    """Return all four files as ``{name: rows}``, each row a dict as it stands in the file."""
+    """Return all four files as ``{name: rows}``, each row a dict."""
     test, validation = held_out()
     train = messy_train(test, {message for message, _ in test + validation})
     files = {"train": [(message, answer) for message, answer, _ in train]}

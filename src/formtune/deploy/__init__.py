@@ -1,1 +1,1 @@
-"""From a trained adapter to what production loads: checked, merged, quantised, and told apart by its manifest."""
+"""What is in production: the pointer to it, its server, and a check of what is served."""

@@ -1,12 +1,11 @@
-"""Format contracts: what an answer must look like, and a verdict on every text. Imports neither torch nor lightning.
+"""Formats: what an answer must look like, and a verdict on every text. Imports neither torch nor lightning.
 
-One contract judges the training answers, the model's answers in validation and the answers of `predict`.
-Subclass `Format` for a format of your own and name the class in YAML; `parse` is all it needs.
+One format judges the training targets, the model's answers in validation and the answers of `predict`.
+For your own format, subclass `Format` and name the class in YAML; it needs only `parse`.
 """
 
-from formtune.formats.contract import Format
+from formtune.formats.format import KINDS, Format, Problem, SyntaxProblem, Verdict
 from formtune.formats.json_schema import JsonSchema
 from formtune.formats.text import Labels, Regex, Tagged
-from formtune.formats.verdict import KINDS, Problem, SyntaxProblem, Verdict
 
 __all__ = ["KINDS", "Format", "JsonSchema", "Labels", "Problem", "Regex", "SyntaxProblem", "Tagged", "Verdict"]

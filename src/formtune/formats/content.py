@@ -1,11 +1,11 @@
-"""Compare two documents value by value, types included: 1, 1.0, true and "1" are four different values."""
+"""Compares two documents value by value, types included: 1, 1.0, true and "1" are four different values."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,85 +15,66 @@ _MISSING = object()
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How a document compares with the wanted one.
+    """How a document compares with the target; values are counted without nulls."""
 
-    Args:
-        equal: Whether they are the same.
-        matched: Values that both have at the same path; nulls are not counted, here and below.
-        predicted: Values of the document.
-        gold: Values of the wanted document.
-        fields: For each field of the contract, whether both agree on it.
-        omitted: Whether a wanted value is null or absent.
-        invented: Whether there is a value where none is wanted.
-        ungrounded: Whether a wrong value does not even occur in the input.
-        difference: Subkind and one line on the first difference, None if there is none.
-    """
-
-    equal: bool
-    matched: int
-    predicted: int
-    gold: int
-    fields: tuple[bool, ...]
-    omitted: bool
-    invented: bool
-    ungrounded: bool
-    difference: tuple[str, str] | None
+    equal: bool  # whether they are the same
+    matched: int  # values that both have at the same path
+    predicted: int  # values of the document
+    expected: int  # values of the target
+    fields: tuple[bool, ...]  # for each field of the format, whether both agree on it
+    omitted: bool  # whether a value of the target is null or absent
+    invented: bool  # whether there is a value where the target has none
+    ungrounded: bool  # whether a wrong value does not even occur in the input
+    difference: str  # one line on the first difference, "" if there is none
 
 
 def compare(
     value: Any,
-    gold: Any,
+    target: Any,
     found: bool,
-    source: str | None,
+    input: str | None,
     fields: tuple[str, ...],
     sets: frozenset[str],
     derived: frozenset[str],
 ) -> Comparison:
-    """Compare a document with the wanted one.
-
-    Args:
-        value: The document, plain data.
-        gold: The wanted document.
-        found: False where there is no document: then nothing is right, not even what should be null or absent.
-        source: The input that values should come from, None to leave `ungrounded` out.
-        fields: Dotted paths to report one by one.
-        sets: Paths of arrays whose order does not matter.
-        derived: Paths of values that need not occur in the input.
-    """
-    got, wanted = dict(leaves(value, sets)), dict(leaves(gold, sets))
-    omitted = [p for p in wanted if p not in got]
-    invented = [p for p in got if p not in wanted]
-    mismatched = [p for p in wanted if p in got and not _same(got[p][0], wanted[p][0])]
-    equal = found and typed(value, sets) == typed(gold, sets)
-    difference = None
-    for subkind, paths in (("omitted", omitted), ("invented", invented), ("mismatch", mismatched)):
-        if paths and difference is None:
-            path = paths[0]
-            difference = subkind, f"{path or '$'}: {_show(got, path)} instead of {_show(wanted, path)}"
-    if difference is None and not equal:
-        difference = "mismatch", "nulls, empty values or types differ" if found else "there is no document"
+    """Compare a document with the target. If none was `found`, nothing is right, not even what should be absent."""
+    got, expected = dict(leaves(value, sets)), dict(leaves(target, sets))
+    omitted = [p for p in expected if p not in got]
+    invented = [p for p in got if p not in expected]
+    mismatched = [p for p in expected if p in got and _exact(got[p][0]) != _exact(expected[p][0])]
+    equal = found and typed(value, sets) == typed(target, sets)
+    if different := [*omitted, *invented, *mismatched]:
+        path = different[0]
+        difference = f"{path or '$'}: {_show(got, path)} instead of {_show(expected, path)}"
+    else:
+        difference = "" if equal else "nulls, empty values or types differ" if found else "there is no document"
     wrong = [value for value, path in (got[p] for p in (*invented, *mismatched)) if path not in derived]
     return Comparison(
         equal=equal,
-        matched=len(wanted) - len(omitted) - len(mismatched),
+        matched=len(expected) - len(omitted) - len(mismatched),
         predicted=len(got),
-        gold=len(wanted),
-        fields=tuple(found and typed(_at(value, f), sets, f) == typed(_at(gold, f), sets, f) for f in fields),
+        expected=len(expected),
+        fields=tuple(found and typed(_at(value, f), sets, f) == typed(_at(target, f), sets, f) for f in fields),
         omitted=bool(omitted),
         invented=bool(invented),
-        ungrounded=bool(wrong) and source is not None and not all(map(Words(source).hold, wrong)),
+        ungrounded=bool(wrong) and input is not None and not all(map(Words(input).hold, wrong)),
         difference=difference,
     )
 
 
-def typed(value: Any, sets: frozenset[str] = frozenset(), path: str = "") -> Any:
+def _exact(value: Any) -> Any:
+    return type(value).__name__, value
+
+
+def typed(value: Any, sets: frozenset[str] = frozenset(), path: str = "", scalar: Callable[[Any], Any] = _exact) -> Any:
     """A hashable form in which values are equal only if their types are; arrays in `sets` lose their order."""
     if isinstance(value, dict):
-        return "object", frozenset((k, typed(v, sets, f"{path}.{k}" if path else k)) for k, v in value.items())
+        items = ((k, typed(v, sets, f"{path}.{k}" if path else k, scalar)) for k, v in value.items())
+        return "object", frozenset(items)
     if isinstance(value, list):
-        items = [typed(v, sets, path) for v in value]
-        return "array", frozenset(Counter(items).items()) if path in sets else tuple(items)
-    return type(value).__name__, value
+        inner = [typed(v, sets, path, scalar) for v in value]
+        return "array", frozenset(Counter(inner).items()) if path in sets else tuple(inner)
+    return scalar(value)
 
 
 def leaves(
@@ -101,11 +82,11 @@ def leaves(
 ) -> Iterator[tuple[str, tuple[Any, str]]]:
     """Every value that is not null: its path, and the value with its path in the schema (without indices).
 
-    In a set, the value itself and its count stand for the index.
+    In a set, the value itself and its count replace the index.
     """
     if isinstance(value, dict):
+        dot = "." if path else ""
         for key, inner in value.items():
-            dot = "." if path else ""
             yield from leaves(inner, sets, f"{path}{dot}{key}", f"{plain}{dot}{key}")
     elif isinstance(value, list):
         seen: Counter[Any] = Counter()
@@ -117,10 +98,6 @@ def leaves(
             yield from leaves(inner, sets, f"{path}[{mark}]", plain)
     elif value is not None:
         yield path, (value, plain)
-
-
-def _same(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and a == b
 
 
 def _at(value: Any, path: str) -> Any:
@@ -136,17 +113,13 @@ def _show(values: dict[str, tuple[Any, str]], path: str) -> str:
 
 
 class Words:
-    """What a text says, to look values up in.
-
-    Args:
-        text: The text.
-    """
+    """The words and numbers of a text, to look values up in."""
 
     def __init__(self, text: str) -> None:
         self._words, self._numbers = _words(text), _numbers(text)
 
     def hold(self, value: Any) -> bool:
-        """Whether the text holds a value: texts as their words, numbers by what they amount to, all else always."""
+        """Whether the text holds a value: strings by their words, numbers by their amount; true of all else."""
         if isinstance(value, int | float) and not isinstance(value, bool):
             return abs(value) in self._numbers
         return not isinstance(value, str) or _words(value) in self._words
@@ -157,10 +130,10 @@ def _words(text: str) -> str:
 
 
 def _numbers(text: str) -> set[float]:
-    """The numbers in a text, read with a comma both between thousands and before decimals (1,200.50 and 1.200,50)."""
-    found = set()
+    """The numbers in a text, with a comma read both as thousands separator and as decimal point."""
+    numbers = set()
     for token in re.findall(r"\d+(?:[.,]\d+)*", text, re.ASCII):
         for thousands, point in ((",", "."), (".", ",")):
             with suppress(ValueError):
-                found.add(float(token.replace(thousands, "").replace(point, ".")))
-    return found
+                numbers.add(float(token.replace(thousands, "").replace(point, ".")))
+    return numbers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -11,16 +10,15 @@ from typing import Any
 from jsonschema.exceptions import ValidationError
 
 from formtune.errors import UserError
-from formtune.formats.contract import Format, answer_start
+from formtune.formats.bounded import CHECK_SECONDS, start_clock
+from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
 from formtune.formats.grammar import json_rules
-from formtune.formats.keywords import CHECK_SECONDS, errors_in_time
 from formtune.formats.places import Places, is_array, is_label
 from formtune.formats.schema import make_validator, read_schema
 from formtune.formats.strict_json import find_documents, first_error, loads_strict
-from formtune.formats.verdict import Problem, SyntaxProblem
 
 MAX_PROBLEMS = 20  # per text: more do not help a reader
-MAX_FIELDS, MAX_PATHS = 1000, 10_000  # of a contract, outside arrays and in all; references can multiply without end
+MAX_FIELDS, MAX_PATHS = 1000, 10_000  # of a format, outside arrays and in all; references can multiply without end
 
 _KINDS = {
     "required": "missing_key",
@@ -28,9 +26,8 @@ _KINDS = {
     "additionalProperties": "extra_key",
     "unevaluatedProperties": "extra_key",
     "propertyNames": "extra_key",
+    "type": "wrong_type",
 }
-_NAMES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-_LEAF = re.compile(r'"(?:[^"\\]|\\.)*"(\s*:)?|-?\d[\d.eE+-]*|true|false|null')
 
 
 class JsonSchema(Format):
@@ -41,8 +38,7 @@ class JsonSchema(Format):
     Args:
         schema: File of the schema, or the schema itself; draft 2020-12, without remote references.
         canonical: Whether key order (the schema's, of alternatives one that the document keeps) and white space (none)
-            are part of the contract.
-        trailing_newline: Whether exactly one line feed must follow the document.
+            are part of the format.
         sets: Dotted paths of arrays whose order does not matter for content.
         derived: Dotted paths of values that answers work out instead of copying them from the input, such as a date
             written in another form; enums, constants and booleans are known to be.
@@ -52,7 +48,6 @@ class JsonSchema(Format):
         self,
         schema: str | dict[str, Any],
         canonical: bool = False,
-        trailing_newline: bool = False,
         sets: list[str] | None = None,
         derived: list[str] | None = None,
     ) -> None:
@@ -61,52 +56,51 @@ class JsonSchema(Format):
         self._validator = make_validator(self.schema, name)
         self._root = self._validator.schema
         self._places = Places(self._validator)
-        self.is_canonical, self.trailing_newline = canonical, trailing_newline
-        self.sets = frozenset(sets or ())
-        parts: dict[str, list[dict[str, Any]]] = {}
+        self._is_canonical = canonical
         fields: dict[str, None] = {}
+        parts: dict[str, list[dict[str, Any]]] = {}
         try:
-            for path, found, listed in self._places.paths():
-                parts.setdefault(path, []).extend(found)
-                fields |= {path: None} if path and not listed else {}
+            for path, parts_here, in_array in self._places.paths([self._root]):
+                parts.setdefault(path, []).extend(parts_here)
+                fields |= {path: None} if path and not in_array else {}
                 if len(fields) > MAX_FIELDS or len(parts) > MAX_PATHS:
                     most = f"{MAX_FIELDS:,} fields or {MAX_PATHS:,} within arrays"
                     raise UserError(f"{name}: more than {most}; say `additionalProperties` for the rest")
         except RecursionError:
             raise UserError(f"{name}: the schema is nested too deeply; use fewer $ref within each other") from None
-        self.fields = tuple(fields)
-        # One alternative that gives labels is enough: else each wrong label of it would be called made up.
-        labels = [path for path, found in parts.items() if any(map(is_label, found))]
+        self.fields, self.sets = tuple(fields), frozenset(sets or ())
+        # One alternative with labels is enough: else each of its labels would be called made up.
+        labels = [path for path, parts_here in parts.items() if any(map(is_label, parts_here))]
         self.derived = frozenset([*labels, *(derived or ())])
-        if unknown := self.sets - {path for path, found in parts.items() if any(map(is_array, found))}:
+        if unknown := self.sets - {path for path, parts_here in parts.items() if any(map(is_array, parts_here))}:
             raise UserError(f"data.format.sets: {name} declares no array at {', '.join(sorted(unknown))}")
-        if wrong := set(derived or ()) - set(parts):
-            raise UserError(f"data.format.derived: {name} declares no value at {', '.join(sorted(wrong))}")
-        # "See [1]" holds no document where only an object is wanted.
+        if unknown := frozenset(derived or ()) - parts.keys():
+            raise UserError(f"data.format.derived: {name} declares no value at {', '.join(sorted(unknown))}")
+        # "See [1]" holds no document where the schema asks for an object.
         self._brackets = {"object": "{", "array": "["}.get(str(self._root.get("type")), "{[")
 
     def parse(self, text: str) -> Any:
-        if text[:1] in (" ", "\t", "\n", "\r") or text[-1:] in (" ", "\t", "\n", "\r"):
-            raise SyntaxProblem("other", "white space stands around the document")
+        if text != text.strip(" \t\n\r"):
+            raise SyntaxProblem("white space around the document")
         try:
             return loads_strict(text)
         except SyntaxProblem as error:
-            # "Expecting value at column 1" says nothing of what broke behind a fence or a sentence.
+            # "Expecting value at column 1" does not say what is wrong behind a fence or a sentence.
             start = min((at for b in self._brackets if (at := text.find(b, answer_start(text))) >= 0), default=0)
             raise (start and first_error(text, start)) or error from None
 
     def problems(self, value: Any) -> list[Problem]:
-        found: list[Problem] = []
+        problems: list[Problem] = []
+        start_clock()
         try:
-            for error in islice(errors_in_time(self._validator, value), MAX_PROBLEMS):
-                found.append(_problem(error))
+            for error in islice(self._validator.iter_errors(value), MAX_PROBLEMS):
+                problems.append(_problem(error))
         except TimeoutError:
-            found.append(
-                Problem("bad_value_form", "timeout", f"$: the check took more than {CHECK_SECONDS} s of processor time")
-            )
+            detail = f"$: the check took more than {CHECK_SECONDS} s of processor time"
+            problems.append(Problem("bad_value_form", detail, timeout=True))
         except RecursionError:
-            found.append(Problem("wrong_type", "too_deep", "$: nested deeper than the schema can be followed"))
-        return found
+            problems.append(Problem("wrong_type", "$: nested deeper than the schema can be followed"))
+        return problems
 
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
         yield from super().documents(text)
@@ -116,29 +110,23 @@ class JsonSchema(Format):
         return self._written(value, keep=False) or _dump(value)
 
     def canonical(self, value: Any) -> str | None:
-        # Where alternatives give the same keys in another order, a text in either is as good; the grammar writes both.
-        return self._written(value, keep=True) if self.is_canonical else None
+        # Where alternatives give the same keys in another order, either text is valid; the grammar writes both.
+        return self._written(value, keep=True) if self._is_canonical else None
 
     def _written(self, value: Any, keep: bool) -> str:
         try:
             return _dump(self._places.ordered(value, keep))
-        except (TimeoutError, RecursionError):  # no text is known to be right, as no document is that is not checked
+        except (TimeoutError, RecursionError):  # no text is known to be right
             return ""
 
-    def value_spans(self, text: str) -> list[tuple[int, int]]:
-        spans = []
-        for match in _LEAF.finditer(text):
-            if not match[1]:
-                quoted = match[0].startswith('"')
-                spans.append((match.start() + quoted, match.end() - quoted))
-        return spans
-
     def grammar(self) -> str | None:
-        return json_rules(self._root, self.is_canonical, self.trailing_newline)
+        return json_rules(self._root, self._is_canonical)
 
     def to_dict(self) -> dict[str, Any]:
-        found = super().to_dict()
-        return found | {"init_args": found["init_args"] | {"schema": self.schema}}
+        whole = super().to_dict()
+        if "schema" in whole["init_args"]:  # its content instead of its file
+            whole["init_args"]["schema"] = self.schema
+        return whole
 
 
 def _dump(value: Any) -> str:
@@ -150,19 +138,12 @@ def _problem(error: ValidationError) -> Problem:
         branches: dict[Any, list[ValidationError]] = {}
         for inner in error.context:
             branches.setdefault(next(iter(inner.schema_path), None), []).append(inner)  # none for `false`
-        deepest = lambda found: max(len(e.absolute_path) for e in found)  # noqa: E731
-        error = min(branches.values(), key=lambda found: (-deepest(found), len(found)))[0]
-    keyword, value, limit = str(error.validator), error.instance, error.validator_value
-    message = error.message
-    if keyword == "enum":
-        message = f"{value!r} is not one of {', '.join(map(repr, limit))}"
+        error = min(branches.values(), key=lambda errors: (-max(len(e.absolute_path) for e in errors), len(errors)))[0]
+    kind, message = _KINDS.get(str(error.validator), "bad_value_form"), error.message
+    if error.validator == "enum":
+        message = f"{error.instance!r} is not one of {', '.join(map(repr, error.validator_value))}"
     elif error.schema is False:  # `"key": false` in the schema
-        keyword, message = "additionalProperties", "the key is not allowed"
-    detail = f"{error.json_path}: {message[:200]}"
-    if keyword == "type":
-        got = "null" if value is None else _NAMES.get(type(value), type(value).__name__)
-        wanted = next((t for t in ([limit] if isinstance(limit, str) else limit) if t != "null"), "null")
-        wanted = "number" if wanted == "integer" else wanted
-        subkind = "null_not_allowed" if value is None else f"{wanted}_as_{got}"
-        return Problem("wrong_type" if error.absolute_path else "wrong_root", subkind, detail)
-    return Problem(_KINDS.get(keyword, "bad_value_form"), keyword, detail)
+        kind, message = "extra_key", "the key is not allowed"
+    elif kind == "wrong_type" and not error.absolute_path:
+        kind = "wrong_root"
+    return Problem(kind, f"{error.json_path}: {message[:200]}")

@@ -1,7 +1,8 @@
-"""Contracts for texts that are not JSON: a pattern, a label, tagged sections."""
+"""Formats for texts that are not JSON: a pattern, a label, tagged sections."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -11,14 +12,13 @@ import regex
 from jsonargparse.typing import PositiveFloat
 
 from formtune.errors import UserError
-from formtune.formats.contract import TIMEOUT, Format, answer_start
-from formtune.formats.grammar import label_rules, regex_rules, section_rules
-from formtune.formats.patterns import compile_pattern
-from formtune.formats.verdict import Problem, SyntaxProblem
+from formtune.formats.bounded import compile_pattern
+from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
+from formtune.formats.grammar import check_pattern
 
 MAX_MATCHES = 64  # of a pattern looked at within other text
 
-_FIRST, _NEXT = re.compile(r"<([A-Za-z_][\w-]*)>"), re.compile(r"\s*<([A-Za-z_][\w-]*)>")
+_TAG = re.compile(r"(\s*)<([A-Za-z_][\w-]*)>")
 
 
 class Regex(Format):
@@ -33,12 +33,17 @@ class Regex(Format):
         try:
             self._pattern = compile_pattern(pattern)
         except regex.error as error:
-            raise UserError(f"data.format.pattern: no regular expression ({error})") from None
+            raise UserError(f"data.format.pattern: not a regular expression ({error})") from None
         self.pattern, self.seconds = pattern, seconds
         self.fields = tuple(self._pattern.groupindex)
 
     def parse(self, text: str) -> Any:
-        match = self._match(text)
+        try:
+            match = self._pattern.fullmatch(text, timeout=self.seconds)
+        except TimeoutError:
+            raise SyntaxProblem(f"matching took more than {self.seconds} s", timeout=True) from None
+        if match is None:
+            raise SyntaxProblem(f"{text[:60]!r} does not match the pattern")
         return match.groupdict() if self.fields else text
 
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
@@ -49,21 +54,11 @@ class Regex(Format):
         except TimeoutError:
             return
 
-    def value_spans(self, text: str) -> list[tuple[int, int]]:
-        match = self._match(text)
-        return [match.span(name) for name in self.fields if match[name]] if self.fields else super().value_spans(text)
-
     def grammar(self) -> str | None:
-        return regex_rules(self.pattern)
-
-    def _match(self, text: str) -> Any:
-        try:
-            match = self._pattern.fullmatch(text, timeout=self.seconds)
-        except TimeoutError:
-            raise SyntaxProblem(TIMEOUT, f"matching took longer than {self.seconds} s") from None
-        if match is None:
-            raise SyntaxProblem("other", f"{text[:60]!r} does not match the pattern")
-        return match
+        check_pattern(self.pattern, "data.format.pattern")
+        escapes = {"/": r"\/", "\n": r"\n"}
+        escaped = re.sub(r"\\.|[/\n]", lambda match: escapes.get(match[0], match[0]), self.pattern, flags=re.S)
+        return f"answer: /(?:{escaped})/"
 
 
 class Labels(Format):
@@ -83,20 +78,20 @@ class Labels(Format):
 
     def parse(self, text: str) -> Any:
         if text not in self.labels and ("\n" in text or text != text.strip() or self._any.search(text)):
-            raise SyntaxProblem("other", "not one label alone")
+            raise SyntaxProblem("not one label alone")
         return text
 
     def problems(self, value: Any) -> list[Problem]:
         if value in self.labels:
             return []
-        return [Problem("bad_value_form", "enum", f"{value[:60]!r} is none of the {len(self.labels)} labels")]
-
-    def grammar(self) -> str | None:
-        return label_rules(self.labels)
+        return [Problem("bad_value_form", f"{value[:60]!r} is none of the {len(self.labels)} labels")]
 
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
         yield from super().documents(text)
         yield from _only_one(text, [match.span() for match in self._any.finditer(text, answer_start(text))])
+
+    def grammar(self) -> str | None:
+        return f"answer: {' | '.join(map(json.dumps, self.labels))}"
 
 
 class Tagged(Format):
@@ -114,13 +109,27 @@ class Tagged(Format):
         self.fields = tuple(sections)
 
     def parse(self, text: str) -> Any:
-        return {name: text[start:end] for name, start, end in self._read_sections(text)}
+        values: dict[str, str] = {}
+        at = 0
+        while at < len(text):  # stops where no section follows, so that time is linear
+            tag = _TAG.match(text, at)
+            if tag is None or (tag[1] and not at) or (tag[2] == "think" and "think" not in self.sections):
+                raise SyntaxProblem(f"text outside the sections: {text[at : at + 60]!r}")
+            name = tag[2]
+            end = text.find(f"</{name}>", tag.end())
+            if end < 0:
+                raise SyntaxProblem(f"<{name}> has no end")
+            if name in values:
+                raise SyntaxProblem(f"duplicate section <{name}>")
+            values[name] = text[tag.end() : end]
+            at = end + len(name) + 3
+        return values
 
     def problems(self, value: Any) -> list[Problem]:
-        problems = [Problem("missing_key", "section", f"no <{s}>") for s in self.sections if s not in value]
-        problems += [Problem("extra_key", "section", f"<{s}> is not declared") for s in value if s not in self.sections]
+        problems = [Problem("missing_key", f"no <{s}>") for s in self.sections if s not in value]
+        problems += [Problem("extra_key", f"<{s}> is not declared") for s in value if s not in self.sections]
         if not problems and list(value) != self.sections:
-            problems.append(Problem("layout", "order", "the sections are in another order"))
+            problems.append(Problem("layout", "the sections are in another order"))
         return problems
 
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
@@ -129,33 +138,15 @@ class Tagged(Format):
         if 0 <= start < end:
             yield start, end + len(self.sections[-1]) + 3
 
-    def value_spans(self, text: str) -> list[tuple[int, int]]:
-        return [(start, end) for _, start, end in self._read_sections(text)]
-
     def grammar(self) -> str | None:
-        return section_rules(self.sections)
-
-    def _read_sections(self, text: str) -> list[tuple[str, int, int]]:
-        """Name and span of each section; stops where none follows, so that time is linear whatever the text."""
-        found: list[tuple[str, int, int]] = []
-        at = 0
-        while at < len(text):
-            opening = (_NEXT if found else _FIRST).match(text, at)
-            if opening is None or (opening[1] == "think" and "think" not in self.sections):
-                raise SyntaxProblem("other", f"text outside the sections: {text[at : at + 60]!r}")
-            name = opening[1]
-            end = text.find(f"</{name}>", opening.end())
-            if end < 0:
-                raise SyntaxProblem("unbalanced", f"<{name}> has no end")
-            if any(name == other for other, *_ in found):
-                raise SyntaxProblem("duplicate_key", f"<{name}> stands twice")
-            found.append((name, opening.end(), end))
-            at = end + len(name) + 3
-        return found
+        sections = " /[ \\t\\r\\n]+/? ".join(f'"<{name}>" section{i}' for i, name in enumerate(self.sections))
+        # Lazy: a section ends at the first closing tag.
+        bodies = [f"section{i}[lazy]: /(?s:.*)<\\/{name}>/" for i, name in enumerate(self.sections)]
+        return "\n".join([f"answer: {sections}", *bodies])
 
 
 def _only_one(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The one thing that stands in a text as whole words, nothing if there are several: "yes or no" is no answer."""
+    """The only match that is a whole word, nothing if several differ: "yes or no" is not an answer."""
 
     def is_whole(start: int, end: int) -> bool:
         return start < end and not re.search(r"\w", text[max(start - 1, 0) : start] + text[end : end + 1])

@@ -1,12 +1,12 @@
-"""Attention within packed sequences: exact, and at the price of those pairs of tokens that see each other.
+"""Exact attention within packed sequences, computed only for pairs of tokens that attend to each other.
 
-On a CPU no mask is built. A token sees the segments on its path, so its softmax runs over several pieces of keys. Each
-piece is one call of a fused kernel: causal within a segment, full for all tokens behind a segment against it. A piece
-also gives z_i = logsumexp(scores_i), and the whole is out = sum_i exp(z_i - z) out_i with z = logsumexp_i z_i. In the
-backward pass each piece is given the whole's `out` and `z`, from which the kernel computes the true probabilities again
-(as ring attention does, arXiv:2310.01889).
+On a CPU no mask is built. A token attends to the segments on its path, so its softmax is over several pieces of keys.
+Each piece is one call of a fused kernel: causal within a segment, full for the tokens that continue a segment. A piece
+also returns z_i = logsumexp(scores_i), and out = sum_i exp(z_i - z) out_i with z = logsumexp_i z_i. The backward pass
+gives each piece the merged `out` and `z`, from which the kernel recomputes the true probabilities (as ring attention
+does, arXiv:2310.01889).
 
-On CUDA one FlexAttention kernel skips the blocks that nobody sees (arXiv:2412.05496); elsewhere SDPA gets a mask.
+On CUDA one FlexAttention kernel skips fully masked blocks (arXiv:2412.05496); other devices use SDPA with a mask.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from formtune.model.packing import Packed
 
-NAME = "formtune"  # as transformers knows it, once `register` was called
+NAME = "formtune"  # of this attention in transformers, after `register()`
 
 # (layer, query, key, value, scaling, sliding window) -> output, all of shape (batch, heads, tokens, width).
 Attend = Callable[[int, Tensor, Tensor, Tensor, float | None, int | None], Tensor]
@@ -32,10 +32,10 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def register() -> None:
-    """Make `NAME` an attention of transformers; it builds no mask of its own for it."""
+    """Make `NAME` an attention implementation of transformers, which then builds no mask."""
     from transformers import AttentionInterface
 
-    # Its Python is a different program for each packed sequence, so that no compiled layer can hold it.
+    # Not compiled with the layers: its Python code takes another path for each packed sequence.
     AttentionInterface.register(NAME, torch.compiler.disable(_attention))
 
 
@@ -53,56 +53,46 @@ def _attention(
     changes = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     if attention_mask is not None or changes:
         raise NotImplementedError(f"the model's attention is a special one ({', '.join(changes) or 'its masks'})")
-    if attend is None:  # somebody calls the model as it is, on whole rows
-        if sliding_window is not None and key.size(2) > sliding_window:
-            raise NotImplementedError("rows are longer than the window: call set_attn_implementation('sdpa') first")
-        attend = _whole_rows
-    return attend(module.layer_idx, query, key, value, scaling, sliding_window).transpose(1, 2), None
-
-
-def _whole_rows(
-    layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
-) -> Tensor:
+    if attend is not None:
+        return attend(module.layer_idx, query, key, value, scaling, sliding_window).transpose(1, 2), None
+    # The model is called from elsewhere, on rows that are not packed.
+    if sliding_window is not None and key.size(2) > sliding_window:
+        raise NotImplementedError("rows are longer than the window: call set_attn_implementation('sdpa') first")
     causal = query.size(2) > 1
-    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
 
 
 class PackedAttention:
-    """Attention of one packed sequence.
-
-    Args:
-        packed: The sequence.
-        keep: Keep every layer's keys and values in `kept`, for decoding to go on from.
-    """
+    """Attention of one packed sequence; with `keep`, `kept` is every layer's KV cache, for decoding."""
 
     def __init__(self, packed: Packed, keep: bool = False) -> None:
         self.packed, self.keep = packed, keep
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self._seen: dict[int | None, Any] = {}  # by window: who sees whom, in the form that the device wants
+        self._masks: dict[int | None, Any] = {}  # by window: pieces, a dense mask or a block mask
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
-        """As `Attend` says; the batch is 1, and keys and values may have fewer heads than queries."""
+        """See `Attend`; the batch is 1, and keys and values may have fewer heads than queries."""
         if self.keep:
             self.kept[layer] = (key, value)
         if window is not None and self.packed.longest <= window:
             window = None
-        if window not in self._seen:
-            device = query.device.type
-            make = {"cpu": _pieces, "cuda": _block_mask}.get(device, _dense_mask)
-            self._seen[window] = make(self.packed, window, query.device)
-        seen = self._seen[window]
-        if isinstance(seen, list):
-            return _Pieces.apply(query, key, value, seen, scaling)  # type: ignore[no-any-return]
-        if isinstance(seen, Tensor):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling, enable_gqa=True)
-        return _flex()(query, key, value, block_mask=seen, scale=scaling, enable_gqa=True)
+        if window not in self._masks:
+            make = {"cpu": _pieces, "cuda": _block_mask}.get(query.device.type, _dense_mask)
+            self._masks[window] = make(self.packed, window, query.device)
+        mask = self._masks[window]
+        if isinstance(mask, list):
+            return _Pieces.apply(query, key, value, mask, scaling)  # type: ignore[no-any-return]
+        if isinstance(mask, Tensor):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+        return _flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Queries and the keys that they see in one call; `mask` is added to the scores where a window cuts in."""
+    """Queries and the keys that they attend to in one call; `mask` is added to the scores under a sliding window."""
 
     queries: slice
     keys: slice
@@ -111,36 +101,35 @@ class Piece:
 
 
 def _pieces(packed: Packed, window: int | None, device: torch.device) -> list[Piece]:
-    """Within each segment, then each shared segment as seen by the tokens that continue it."""
-    within = [Piece(slice(s.start, s.end), slice(s.start, s.end), True, None) for s in packed.segments]
-    behind = [
+    """Each segment with itself, then each shared segment with the tokens that continue it."""
+    pieces = [Piece(slice(s.start, s.end), slice(s.start, s.end), True, None) for s in packed.segments]
+    pieces += [
         Piece(slice(s.end, s.stop), slice(s.start, s.end), False, None) for s in packed.segments if s.stop > s.end
     ]
     if window is None:
-        return within + behind
-    cut = []
-    for piece in within + behind:
-        ahead = packed.positions[0, piece.queries, None] - packed.positions[0, None, piece.keys]
-        seen = (ahead < window) & (ahead >= 0)
-        if not seen.any():
-            continue
-        mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-        cut.append(Piece(piece.queries, piece.keys, False, mask))
-    return cut
+        return pieces
+    masked = []
+    for piece in pieces:
+        distance = packed.positions[0, piece.queries, None] - packed.positions[0, None, piece.keys]
+        seen = (distance < window) & (distance >= 0)
+        if seen.any():
+            mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+            masked.append(Piece(piece.queries, piece.keys, False, mask))
+    return masked
 
 
 class _Pieces(torch.autograd.Function):
-    """Softmax over several pieces of keys, put together by their denominators."""
+    """Softmax over several pieces of keys, merged by their denominators."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, pieces: list[Piece], scale: float | None
     ) -> Tensor:
         batch, heads, tokens, width = query.shape
-        # The model wants (batch, tokens, heads, width) next: laid out so, no copy is needed.
+        # The model transposes to (batch, tokens, heads, width) next: in this layout, no copy is needed.
         out = query.new_empty(batch, tokens, heads, width).transpose(1, 2)
         z = torch.empty(batch, heads, tokens, dtype=torch.promote_types(query.dtype, torch.float32))
-        # The kernel takes fewer heads of keys than of queries, and then needs up to twice the time.
+        # The kernel accepts fewer key heads than query heads, but then takes up to twice the time.
         wide_key, wide_value = (x.repeat_interleave(heads // x.size(1), 1) for x in (key, value))
         first = 0
         for piece in pieces:
@@ -149,9 +138,9 @@ class _Pieces(torch.autograd.Function):
             part, part_z = _forward(
                 query[:, :, q], wide_key[:, :, k], wide_value[:, :, k], 0.0, piece.causal, attn_mask=mask, scale=scale
             )
-            if mask is not None:  # the kernel says z = 0 for a query that sees none of these keys
+            if mask is not None:  # the kernel returns z = 0 for a query that attends to none of these keys
                 part_z.masked_fill_(mask.isneginf().all(-1), float("-inf"))
-            if q.start == first:  # segments cover the sequence in their order: nothing to put it together with yet
+            if q.start == first:  # these come first and cover the sequence: nothing to merge with yet
                 out[:, :, q], z[:, :, q], first = part, part_z, q.stop
                 continue
             whole = torch.logaddexp(z[:, :, q], part_z)
@@ -171,17 +160,9 @@ class _Pieces(torch.autograd.Function):
             q, k = piece.queries, piece.keys
             mask = None if piece.mask is None else piece.mask.to(query.dtype)
             parts = _backward(
-                grad[:, :, q],
-                query[:, :, q],
-                key[:, :, k],
-                value[:, :, k],
-                out[:, :, q],
-                z[:, :, q],
-                0.0,
-                piece.causal,
-                attn_mask=mask,
-                scale=ctx.scale,
-            )
+                grad[:, :, q], query[:, :, q], key[:, :, k], value[:, :, k], out[:, :, q], z[:, :, q], 0.0,
+                piece.causal, attn_mask=mask, scale=ctx.scale,
+            )  # fmt: skip
             within = q.start == first and q == k  # these come first and cover the sequence
             first = q.stop if within else first
             for whole, part, where in zip(grads, parts, (q, k, k), strict=True):
@@ -193,7 +174,7 @@ class _Pieces(torch.autograd.Function):
 
 
 def _see(packed: Packed, window: int | None, device: torch.device) -> Callable[..., Tensor]:
-    """Whether token q sees token k: all that either mask needs."""
+    """The function that tells whether token q attends to token k."""
     stops, positions = packed.stops().to(device), packed.positions[0].to(device)
 
     def see(batch: Any, head: Any, q: Tensor, k: Tensor) -> Tensor:

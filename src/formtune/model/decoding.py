@@ -1,4 +1,4 @@
-"""Greedy decoding that goes on from the keys and values of a teacher-forced pass, prompts sharing theirs."""
+"""Greedy decoding that continues from the KV cache of a teacher-forced pass, shared prefixes included."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ GROWTH = 32  # tokens that the cache grows by at a time
 
 
 class CachedAttention:
-    """Attention of one new token per row to the row's own cache and to the segments it continues.
+    """Attention of one new token per row to the row's own KV cache and to the shared segments that it continues.
 
-    Columns of the scores: | positions of the shared segments, read where they lie | the row's own tokens |
+    Columns of the scores: | positions of the shared segments, not copied | the row's own tokens |
 
     Args:
-        kept: Keys and values of a packed sequence, by layer, shape (1, heads, tokens, width).
+        kept: KV cache of a packed sequence, by layer, shape (1, heads, tokens, width).
         paths: For each row its segments, from the root to its leaf; rows in the order of their leaves.
-        own: For each row how many of its leaf's tokens its answer goes on from.
+        own: For each row how many of its leaf's tokens belong to the cache.
     """
 
     def __init__(self, kept: dict[int, tuple[Tensor, Tensor]], paths: list[list[Segment]], own: list[int]) -> None:
@@ -45,7 +45,7 @@ class CachedAttention:
         self._begin()
 
     def select(self, rows: list[int]) -> None:
-        """Go on with some of the rows."""
+        """Keep these rows only."""
         index = torch.tensor(rows, device=self.at.device)
         self.paths = [self.paths[i] for i in rows]
         self.starts, self.at = self.starts[index], self.at[index]
@@ -53,24 +53,24 @@ class CachedAttention:
         self._regroup()
 
     def _regroup(self) -> None:
-        """Which rows [a, b) continue which shared segment, and the position at which it begins."""
-        found: dict[Segment, list[int]] = {}
+        """Find which rows [a, b) continue each shared segment, and the position at which it begins."""
+        spans: dict[Segment, list[int]] = {}
         for i, path in enumerate(self.paths):
             position = 0
             for segment in path:
-                found.setdefault(segment, [i, i, position])[1] = i + 1
+                spans.setdefault(segment, [i, i, position])[1] = i + 1
                 position += segment.end - segment.start
-        self.shared = [(segment, a, b, position) for segment, (a, b, position) in found.items()]
+        self.shared = [(segment, a, b, position) for segment, (a, b, position) in spans.items()]
         self._begin()
 
     def _begin(self) -> None:
-        self._longest = int(self.at.max()) + 1  # tokens of the longest own part, the one about to be fed included
+        self._longest = int(self.at.max()) + 1  # own tokens of the longest row, with the one about to be fed
         self._masks: dict[int | None, Tensor] = {}
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
-        """As `Attend` says; one token per row."""
+        """See `Attend`; one token per row."""
         rows, heads, _, width = query.shape
         keys, values = self._append(layer, key, value)
         groups = key.size(1)
@@ -100,7 +100,7 @@ class CachedAttention:
         return pair[0][:, :, : self._longest], pair[1][:, :, : self._longest]
 
     def _mask(self, window: int | None, own: int) -> Tensor:
-        """Added to the scores, shape (rows, 1, 1, columns); the same in all layers with this window."""
+        """Added to the scores of all layers with this window, shape (rows, 1, 1, columns)."""
         if window not in self._masks:
             edge = max((position + s.end - s.start for s, _, _, position in self.shared), default=0)
             columns = torch.arange(edge + own, device=self.at.device)[None]
@@ -123,14 +123,14 @@ def greedy(
     stop_ids: Sequence[int],
     limits: Sequence[int],
 ) -> list[list[int]]:
-    """The continuation of each row token by token, up to and including a stop token.
+    """Generate each row's answer to its end, up to and including a stop token.
 
     Args:
         feed: (ids of shape (rows, 1), positions of the same shape, cache) -> logits, shape (rows, vocabulary).
-        choose: (these logits, which rows they are of) -> their next tokens.
-        cache: Holds all that was fed so far.
-        before: For each row the token before its answer, which is fed where the answer has not begun.
-        begun: For each row its answer so far; the last token was not fed yet.
+        choose: (these logits, which rows they belong to) -> the next tokens.
+        cache: All tokens fed so far.
+        before: For each row the token before its answer, fed if the answer is still empty.
+        begun: For each row its answer so far; its last token was not fed yet.
         stop_ids: Tokens that end an answer.
         limits: For each row how many tokens its answer may have.
     """
@@ -142,9 +142,9 @@ def greedy(
         cache.advance()
         for i, token in zip(alive, tokens, strict=True):
             answers[i].append(token)
-        on = [j for j, i in enumerate(alive) if answers[i][-1] not in stop_ids and len(answers[i]) < limits[i]]
-        if len(on) < len(alive):
-            alive = [alive[j] for j in on]
+        unfinished = [j for j, i in enumerate(alive) if answers[i][-1] not in stop_ids and len(answers[i]) < limits[i]]
+        if len(unfinished) < len(alive):
+            alive = [alive[j] for j in unfinished]
             if alive:
-                cache.select(on)
+                cache.select(unfinished)
     return answers

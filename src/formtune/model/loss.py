@@ -1,4 +1,4 @@
-"""Next-token loss of the answers: logits exist at the predicting tokens alone, a bounded number of them at a time."""
+"""Next-token loss of the targets: logits are computed only where a label is predicted, and in chunks."""
 
 from __future__ import annotations
 
@@ -8,35 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Logits that exist at once: 32 MiB in float32 on a CPU, where the system hands out larger blocks anew each time, page
-# by page. A GPU wants fewer and larger products.
+# Logits of a chunk: 32 MiB in float32 on a CPU, where larger blocks are mapped anew each time, page by page. A GPU
+# prefers fewer and larger products.
 LOGITS = {"cpu": 2**23 - 2**10, "cuda": 2**26}
 
 
 @dataclass(slots=True)
 class Predictions:
-    """What a teacher-forced pass says of its targets, row after row.
+    """Result of a teacher-forced pass: a value for each label, row after row."""
 
-    Args:
-        targets: What was wanted, -1 where there is no target, shape (targets,).
-        loss: Sum of `nats`, with a gradient where one was asked for.
-        nats: Negative log-likelihood of each target, float32, shape (targets,); 0 where there is no target.
-        tokens: The most likely tokens, shape (targets,); empty where a gradient was asked for.
-    """
-
-    targets: Tensor
-    loss: Tensor
-    nats: Tensor
-    tokens: Tensor
+    targets: Tensor  # the labels, -1 where there is none
+    loss: Tensor  # sum of `nats`, with a gradient if gradients are enabled
+    nats: Tensor  # negative log-likelihood of each label in float32, 0 where there is none
+    tokens: Tensor  # the most likely tokens; empty if gradients are enabled
 
 
 def judge(head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: int) -> Predictions:
-    """Judge the last hidden states of the predicting tokens.
+    """Predictions from the last hidden states of the predicting tokens.
 
     Args:
-        head: Turns hidden states into logits; may have trained parameters.
-        hidden: Shape (targets, width).
-        targets: Token ids, -1 where there is none, shape (targets,).
+        head: Gives the logits; may have trained parameters.
+        hidden: Shape (labels, width).
+        targets: The labels, -1 where there is none, shape (labels,).
         vocabulary: Number of logits per token.
     """
     size = max(1, LOGITS.get(hidden.device.type, 2**25) // vocabulary)
@@ -44,38 +37,38 @@ def judge(head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: int) -> 
         trained = [p for p in head.parameters() if p.requires_grad]
         loss, nats = _Loss.apply(hidden, targets, head, size, *trained)
         return Predictions(targets, loss, nats, targets.new_empty(0))
-    judged = []
-    for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
-        logits = head(part).float()
+    chunks = []
+    for chunk, labels in zip(hidden.split(size), targets.split(size), strict=True):
+        logits = head(chunk).float()
         tokens = logits.argmax(-1)
-        judged.append((_nats_in_place(logits, wanted)[0], tokens))
-    nats, tokens = (torch.cat(parts) for parts in zip(*judged, strict=True))
+        chunks.append((_nats_in_place(logits, labels)[0], tokens))
+    nats, tokens = (torch.cat(parts) for parts in zip(*chunks, strict=True))
     return Predictions(targets, nats.sum(), nats, tokens)
 
 
 class _Loss(torch.autograd.Function):
-    """Takes each chunk's gradient while its logits exist, so that they need be neither kept nor computed again.
+    """Computes each chunk's gradient while its logits exist, so that they are neither kept nor computed again.
 
-    The gradient of a sum depends on what comes after it by a factor only (used so by Liger, arXiv:2410.10989).
+    What follows a sum scales its gradient by a factor only, applied in `backward` (as Liger does, arXiv:2410.10989).
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Any, size: int, *trained: Tensor) -> Any:
         grads, nats = [], []
         trained_grads = [torch.zeros_like(p) for p in trained]
-        for part, wanted in zip(hidden.detach().split(size), targets.split(size), strict=True):
+        for chunk, labels in zip(hidden.detach().split(size), targets.split(size), strict=True):
             with torch.enable_grad():
-                logits = head(part.requires_grad_())
-            # A plain head's backward needs no logits; what a trained one saved of them is left alone.
-            found = logits.detach().to(torch.float32, copy=bool(trained))
-            loss, total = _nats_in_place(found, wanted)
+                logits = head(chunk.requires_grad_())
+            # The backward pass of a frozen head needs no logits, so they can be overwritten; a trained head's may.
+            slopes = logits.detach().to(torch.float32, copy=bool(trained))
+            loss, total = _nats_in_place(slopes, labels)
             nats.append(loss)
-            # d loss / d logits = softmax - one at the target
-            found.div_(total)
-            places = wanted.clamp_min(0).unsqueeze(-1)
-            found.scatter_add_(-1, places, -torch.ones_like(found[:, :1]))
-            found.masked_fill_((wanted < 0).unsqueeze(-1), 0.0)
-            grad, *others = torch.autograd.grad(logits, [part, *trained], found.to(logits.dtype))
+            # d loss / d logits = softmax - one-hot label
+            slopes.div_(total)
+            places = labels.clamp_min(0).unsqueeze(-1)
+            slopes.scatter_add_(-1, places, -torch.ones_like(slopes[:, :1]))
+            slopes.masked_fill_((labels < 0).unsqueeze(-1), 0.0)
+            grad, *others = torch.autograd.grad(logits, [chunk, *trained], slopes.to(logits.dtype))
             grads.append(grad)
             for whole, other in zip(trained_grads, others, strict=True):
                 whole += other
@@ -91,9 +84,9 @@ class _Loss(torch.autograd.Function):
 
 
 def _nats_in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Nats of each target, 0 where it is -1, and each row's sum of exp(logit - largest); `logits` become these exps."""
+    """Nats of each label, 0 where it is -1, and each row's sum of exp(logit - largest); `logits` become these exps."""
     logits -= logits.amax(-1, keepdim=True)
-    wanted = logits.gather(-1, targets.clamp_min(0).unsqueeze(-1))
+    own = logits.gather(-1, targets.clamp_min(0).unsqueeze(-1))
     total = logits.exp_().sum(-1, keepdim=True)
-    nats = (total.log() - wanted).squeeze(-1)
+    nats = (total.log() - own).squeeze(-1)
     return nats.masked_fill(targets < 0, 0.0), total

@@ -1,92 +1,66 @@
-"""The LightningModule: one batch is one optimizer step, and answers are judged by the contract as they are decoded."""
+"""The LightningModule: one batch is one optimizer step; evaluation decodes greedily and checks each answer's format."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
-import time
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
+import lightning.pytorch as L
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
-from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import Metric
 
-from formtune.errors import Fault, UserError, first_line
-from formtune.formats import Format, Verdict
-from formtune.metrics import EXACT, FormatMetrics, LossMetrics, OwnMetrics
-from formtune.model.adapter_state import AdapterState
-from formtune.model.chosen_passes import passes
-from formtune.model.grammar import Grammar
-from formtune.model.identity import contract_hash, identity
-from formtune.model.lora import Lora, add_lora, check_layers, load_base
-from formtune.model.passes import Passes
-from formtune.rendering import Renderer, Row, context_length
-from formtune.sharding import ShardedBase
+from formtune.base.folder import context_length
+from formtune.base.identity import check_identity, format_hash, identity
+from formtune.base.renderer import Renderer
+from formtune.base.row import Row
+from formtune.errors import UserError
+from formtune.evaluation.metrics import EXACT, LossMetrics
+from formtune.formats import Format
+from formtune.model.batch import Answer, Batch, Decoding, out_of_memory_named
+from formtune.model.constrained import Grammar
+from formtune.model.fsdp import ShardedBase, padded, uneven_counts, unsynced
+from formtune.model.lora import Lora, add_lora, check_adapters, check_layers, compile_layers, load_base
+from formtune.model.micro_batches import MicroBatches
+from formtune.model.optimization import CosineWithWarmup, GradientGuard, build_optimizer, check_optimizer
+from formtune.model.scores import Scores
+from formtune.model.shared_prefixes import choose_micro_batches
 
-EVALUATION = 16  # tokens evaluated together, answers included, for each token of a training pass
-PARITY = 2  # rows of each evaluation batch that are decoded in full as well
-SKIPPED = 20  # steps in a row without a finite gradient that end a run; 16-mixed needs some to find its scale
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the model said to a row, and what the contract says of it."""
-
-    row: Row
-    text: str
-    verdict: Verdict
+EVALUATION = 16  # an evaluation micro-batch has so many times the tokens of a training one, answers included
+PARITY = 2  # rows of each evaluation batch that are also decoded in full
 
 
-def _check_optimizer(factory: OptimizerCallable) -> None:
-    """Try the optimizer's values before anything slow is done with the model.
+class FormatModule(L.LightningModule):
+    """A causal language model with LoRA, trained on answers and evaluated by exact format compliance.
 
-    Raises:
-        UserError: One is refused, or is no finite number.
-    """
-    try:
-        values = factory([torch.nn.Parameter(torch.zeros(1, 1))]).defaults
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model.optimizer: {first_line(error)}") from error
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"model.optimizer: {name} is {value}, it must be a finite number")
-
-
-class FormatModule(AdapterState):
-    """A causal language model with LoRA, trained on answers and judged by exact format compliance.
-
-    One batch holds the rows of one optimizer step. The step is computed in as many passes as fit `tokens_per_pass`,
-    the loss of each divided by the target tokens of the whole step on all devices: how a step is split changes
-    nothing but its memory, and every count of steps is a count of optimizer steps.
+    One batch holds the rows of one optimizer step. The step is computed in as many micro-batches as fit
+    `tokens_per_micro_batch`; the loss of each is divided by the target tokens of the whole step on all devices. So the
+    budget changes memory and nothing else, and every count of steps is a count of optimizer steps.
 
     Args:
         base: Folder or hub id of the base model.
-        format: The contract that answers must keep (follows `data.format`).
+        format: The format that answers must have (follows `data.format`).
         lora: The adapters.
         optimizer: Optimizer of the adapters; `--model.optimizer.lr 1e-4` sets the peak learning rate.
-        warmup: Share of all steps in which the learning rate rises; it then falls along a cosine to zero.
+        scheduler: Learning-rate schedule, stepped after each optimizer step.
         max_grad_norm: Norm that gradients are clipped to; 0 switches clipping off.
         max_new_tokens: Tokens of the longest answer that evaluation decodes.
-        tokens_per_pass: Tokens computed at once, a shared prefix counted once (evaluation, which keeps no activations,
-            takes 16 times as many); lower it if memory runs out, the result stays the same.
+        tokens_per_micro_batch: Tokens computed at once, a shared prefix counted once (evaluation, which keeps no
+            activations, takes 16 times as many). Lower it if memory runs out; the result stays the same.
         gradient_checkpointing: Compute activations twice instead of keeping them: less memory, a third slower.
         compile: Compile the layers with torch.compile: about a minute at the start, then each step is shorter.
         quantize: Load the frozen base in 4 bits (QLoRA, arXiv:2305.14314); needs the extra `qlora`.
-        constrained: Evaluate and predict under the contract's grammar: only tokens that can still lead to a document
-            are chosen from, so an answer that ends is in format, and `format/exact` says how many ended in time.
-            Training, losses and `val/tf_exact` stay the same. Keys come in the schema's order, and none that it does
-            not name. Needs the extra `constrained`.
-        metrics: Metrics of your own, each a `torchmetrics.Metric` whose `update` takes the answers and the wanted
-            answers, two lists of texts; shown as `own/` and the name of the class.
+        constrained: Use constrained decoding in every evaluation and in `predict`: only tokens that can still lead to a
+            valid format are chosen from. Training and losses stay the same. JSON keys come in the schema's order. Needs
+            the extra `constrained`.
+        metrics: Metrics of your own, each a `torchmetrics.Metric` whose `update` takes answers and targets, two lists
+            of texts; shown as `own/` and the name of the class.
     """
 
     def __init__(
@@ -94,12 +68,12 @@ class FormatModule(AdapterState):
         base: str,
         format: Format,
         lora: Lora = Lora(),
-        # No weight decay: adapters begin at zero and need no pull towards it.
+        # No weight decay: adapters start at zero and need no pull towards it.
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-4, weight_decay=0.0, fused=True),
-        warmup: ClosedUnitInterval = 0.1,
+        scheduler: LRSchedulerCallable = lambda o: CosineWithWarmup(o, warmup=0.1),
         max_grad_norm: NonNegativeFloat = 1.0,
         max_new_tokens: PositiveInt = 256,
-        tokens_per_pass: PositiveInt = 4096,
+        tokens_per_micro_batch: PositiveInt = 4096,
         gradient_checkpointing: bool = False,
         compile: bool = False,
         quantize: Literal["4bit"] | None = None,
@@ -108,261 +82,211 @@ class FormatModule(AdapterState):
     ) -> None:
         super().__init__()
         check_layers(base, lora)
-        _check_optimizer(optimizer)
-        # No save_hyperparameters(): on resume the checkpoint's values would silently beat YAML and flags.
-        self.automatic_optimization = False
+        check_optimizer(optimizer)
+        # No save_hyperparameters(): on resume the checkpoint's values would silently override YAML and flags.
+        self.automatic_optimization = False  # the number of micro-batches differs from step to step
         self.base, self.format, self.lora, self.quantize = base, format, lora, quantize
-        self.optimizer_factory, self.warmup, self.max_grad_norm = optimizer, warmup, max_grad_norm
-        self.max_new_tokens, self.tokens_per_pass = max_new_tokens, tokens_per_pass
-        self.gradient_checkpointing, self.compile_passes = gradient_checkpointing, compile
+        self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
+        self.max_new_tokens, self.tokens_per_micro_batch = max_new_tokens, tokens_per_micro_batch
+        self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile
         self.constrained = constrained
-        self.grammar: Grammar | None = None
         self.model: Any = None
-        self.verdicts, self.losses, self.own = FormatMetrics(format), LossMetrics(), OwnMetrics(metrics)
-        self.logs_evaluations = True  # False keeps an evaluation that is no point of the curves out of them
-        self._clock, self._tokens = time.perf_counter(), 0
-        self.skipped = self._skipped_in_a_row = 0  # steps that were left out
+        self.scores = Scores(format, metrics)
+        self.guard = GradientGuard(max_grad_norm)
+        self.logged = True  # whether the evaluation in progress goes to the logger
 
     def configure_model(self) -> None:
         """Load the base and add the adapters; Lightning calls this before every fit, test and predict."""
         if self.model is not None:
             return
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
         self.renderer = Renderer.load(self.base)
-        self.context = context_length(self.base)
+        self.context = context_length(self.base) or 10**9
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.trainer.precision, torch.float32)
-        # What is to be split may have no room elsewhere as a whole.
-        device = torch.device("cpu") if self._sharded else self.trainer.strategy.root_device
-        base = load_base(self.base, dtype, self.quantize, device)
+        strategy = self.trainer.strategy
+        sharded = isinstance(strategy, ShardedBase)  # then the whole base may not fit on one device
+        base = load_base(self.base, dtype, self.quantize, torch.device("cpu") if sharded else strategy.root_device)
         if base.get_input_embeddings().num_embeddings < len(self.renderer.tokenizer):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
         if self.constrained:
-            self.grammar = Grammar(self.format, self.renderer)
-        self._identity = {"base": identity(self.base, base.config), "contract": contract_hash(self.format)}
+            _ = self.grammar  # refuses a format that has none before training
+        self._identity = {"base": identity(self.base), "format": format_hash(self.format)}
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        torch.manual_seed(self._seed)  # adapters begin alike whatever was drawn before
+        torch.manual_seed(self._seed)  # the adapters begin alike, whatever drew random numbers before
         self.model = add_lora(base, self.lora, quantized=bool(self.quantize))
         self._trained = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
-        if self._sharded:
-            self._sharded.shard(self, self.model)
-        if self.compile_passes:
-            for layer in self.model.modules():
-                # One layer's code serves them all; a whole model would be compiled again for each kind of pass.
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.compile(dynamic=True)
+        if isinstance(strategy, ShardedBase):
+            strategy.shard(self, self.model)
+        if self.compile_layers:
+            compile_layers(self.model)
+
+    @functools.cached_property
+    def grammar(self) -> Grammar:
+        """The format, compiled for constrained decoding."""
+        return Grammar(self.format, self.renderer)
+
+    @functools.cached_property
+    def micro_batches(self) -> MicroBatches:
+        """How batches go through the model; chosen at the first batch, when the model is on its device."""
+        # Batches are collated outside of autocast, where a base of 16 bits and adapters of 32 do not multiply.
+        with self.trainer.precision_plugin.forward_context():
+            return choose_micro_batches(self.model)
 
     @property
     def _seed(self) -> int:
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
-    @property
-    def _sharded(self) -> ShardedBase | None:
-        strategy = self.trainer.strategy
-        return strategy if isinstance(strategy, ShardedBase) else None
-
-    @functools.cached_property
-    def passes(self) -> Passes:
-        """How batches go through the model; found at the first one, when the model is where it will run."""
-        return passes(self.model)
-
     def configure_optimizers(self) -> Any:
-        from transformers import get_cosine_schedule_with_warmup
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return build_optimizer(self.optimizer_factory, self.scheduler_factory, parameters, self.trainer)
 
-        trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = self.optimizer_factory(trained)
-        # Fused optimizers would scale 16-mixed gradients back inside step(), after they should have been clipped.
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise UserError("trainer.max_steps: set it, since the learning rate needs an end to fall towards")
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(self.warmup * steps), int(steps))
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+    def collate(self, rows: Sequence[Row], evaluation: bool, decoding: Decoding | None = None) -> Batch:
+        """This process's rows of an optimizer step or of an evaluation as a batch; the data module calls it."""
+        if not evaluation:
+            return Batch(rows, list(self.micro_batches.split(rows, self.tokens_per_micro_batch)))
+        decoding = decoding or Decoding()
+        room = max(self._limits(rows, decoding), default=0)
+        budget = EVALUATION * self.tokens_per_micro_batch
+        return Batch(rows, list(self.micro_batches.split(rows, budget, room)), decoding)
 
-    def training_step(self, batch: list[Row], batch_idx: int) -> None:
-        """One optimizer step over the batch's rows; one whose gradient is no finite number is left out and counted.
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One optimizer step over the batch's rows; a step with a non-finite gradient is skipped and counted.
 
         Raises:
-            Fault: Memory ran out, or `SKIPPED` steps in a row had to be left out.
+            Fault: Memory ran out, or `SKIPPED` steps in a row were skipped.
         """
         optimizer: Any = self.optimizers()
-        # Noise is a function of seed, step and process: nothing that happens between two steps changes the next one.
+        strategy = self.trainer.strategy
+        # Dropout is a function of seed, step and rank: nothing that happens between two steps changes the next one.
         torch.manual_seed((self._seed * 1_000_003 + self.trainer.global_step) * 8191 + self.trainer.global_rank)
-        tokens = torch.tensor(sum(len(row.target) for row in batch), device=self.device)
-        tokens = self.trainer.strategy.reduce(tokens, reduce_op="sum")
-        # DDP averages the gradients of its ranks; the step's gradient is their sum over all its tokens.
+        tokens = torch.tensor(sum(len(row.target_ids) for row in batch.rows), device=self.device)
+        tokens = strategy.reduce(tokens, reduce_op="sum")
+        # DDP averages gradients over the ranks; the step's gradient is their sum, divided by the tokens of all ranks.
         scale = self.trainer.world_size / tokens
         nats = torch.zeros((), device=self.device)
-        groups = list(self.passes.split(batch, self.tokens_per_pass))
-        # Fewer rows than ranks: even a process without any joins the gradient exchange.
-        count = max(len(groups), 1)
-        if self._sharded:
-            count = self._sharded.most(count)
-        blank = count - len(groups)
-        groups = [self.passes.blank()] * blank + groups
-        with _memory_named(batch, self.tokens_per_pass):
-            for i, group in enumerate(groups):
-                with contextlib.nullcontext() if i == count - 1 else self._unsynced():
-                    loss = self.passes.predictions(group)[0].loss * (i >= blank)
+        micro_batches = padded(strategy, batch.micro_batches, self.micro_batches.dummy)
+        dummies = len(micro_batches) - len(batch.micro_batches)
+        with out_of_memory_named(batch.rows, self.tokens_per_micro_batch):
+            for i, micro_batch in enumerate(micro_batches):
+                last = i == len(micro_batches) - 1  # gradients are exchanged once, in its backward pass
+                with contextlib.nullcontext() if last else unsynced(strategy):
+                    loss = self.micro_batches.predictions(micro_batch)[0].loss * (i >= dummies)
                     self.manual_backward(loss * scale)
                 nats += loss.detach()
         rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        self._log_step(self.trainer.strategy.reduce(nats, reduce_op="sum") / tokens, rate, batch)
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        # Here and not in training_step: under 16-mixed the gradients have just been scaled back.
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
-        if torch.isfinite(norm):  # the same on all processes, since gradients were exchanged
-            self._skipped_in_a_row = 0
-            return
-        for parameter in parameters:
-            parameter.grad = None  # an optimizer leaves such a parameter and its moments as they are
-        self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
-        if self._skipped_in_a_row == SKIPPED:
-            raise Fault(
-                f"model.optimizer: {SKIPPED} steps in a row had a gradient that is no finite number (up to step "
-                f"{self.trainer.global_step}); the checkpoints before are kept; lower the learning rate or look at the "
-                "rows by formtune audit"
-            )
-
-    def _unsynced(self) -> Any:
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else contextlib.nullcontext()
-
-    def _log_step(self, loss: Tensor, rate: float, batch: list[Row]) -> None:
-        self._tokens += sum(map(len, batch)) * self.trainer.world_size  # ranks hold equal shares, or nearly
-        figures: dict[str, Any] = {"train/loss": loss, "train/learning_rate": rate}
-        if self.skipped:
-            figures["train/skipped_steps"] = float(self.skipped)
-        trainer: Any = self.trainer
-        if trainer.global_step % max(trainer.log_every_n_steps, 1) == 0:
-            now = time.perf_counter()
-            figures["train/tokens_per_second"] = self._tokens / (now - self._clock)
-            self._clock, self._tokens = now, 0
+        figures = {"train/loss": strategy.reduce(nats, reduce_op="sum") / tokens, "train/learning_rate": rate}
+        if self.guard.skipped:
+            figures["train/skipped_steps"] = float(self.guard.skipped)
         self.log_dict(figures, prog_bar=True, batch_size=1)
         self._log_step_number()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        # Here and not in training_step: 16-mixed has just unscaled the gradients.
+        self.guard.check([p for p in self.parameters() if p.grad is not None], self.trainer.global_step)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Any:
+        """Loss and greedy answers of the rows from the same forward passes; returns the list of `Answer`."""
+        rows, self.logged = batch.rows, batch.decoding.logged
+        decoded = self._decode(batch, self.scores.losses)
+        sample = sorted({len(rows) * i // PARITY for i in range(PARITY)}) if rows else []
+        in_full = self._decode(self.collate([replace(rows[i], target_ids=[]) for i in sample], True, batch.decoding))
+        self.scores.losses.compare([answer == decoded[i] for i, answer in zip(sample, in_full, strict=True)])
+        answers = [self._judge(row, ids) for row, ids in zip(rows, decoded, strict=True)]
+        self.scores.update(answers)
+        return answers
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Any:
+        """The same on the test rows."""
+        return self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer]:
+        """Greedy answers to prompts, each with its verdict."""
+        return [self._judge(row, ids) for row, ids in zip(batch.rows, self._decode(batch), strict=True)]
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores(test=False)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores(test=True)
+
+    def _log_scores(self, test: bool) -> None:
+        values, self.counts = self.scores.compute(test)
+        self.evaluation = {name: float(value) for name, value in values.items()}
+        if self.logged:
+            for name, value in values.items():
+                self.log(name, value, prog_bar=name in ("val/loss", "format/exact"), batch_size=1)
+            self._log_step_number()
 
     def _log_step_number(self) -> None:
         # Lightning would write step 99 for what was measured after 100 steps.
         self.log("step", float(self.trainer.global_step), batch_size=1)
 
-    def on_train_start(self) -> None:
-        self._clock, self._tokens = time.perf_counter(), 0
+    def _limits(self, rows: Sequence[Row], decoding: Decoding) -> list[int]:
+        """Tokens that the answer to each row may have."""
+        most = min(self.max_new_tokens, decoding.max_new_tokens or self.max_new_tokens)
+        return [min(most, self.context - len(row.prompt_ids)) for row in rows]
 
-    def on_validation_end(self) -> None:
-        self._clock, self._tokens = time.perf_counter(), 0  # evaluation is not training time
-
-    def validation_step(self, batch: list[Row], batch_idx: int) -> Any:
-        """Loss and greedy answers of the rows from the same passes, and their verdicts: the list of `Answer`."""
-        said = self._decode(batch, self.losses)
-        sample = sorted({len(batch) * i // PARITY for i in range(PARITY)}) if batch else []
-        in_full = self._decode([replace(batch[i], target=[], is_value=[]) for i in sample])
-        same = [answer == said[i] for i, answer in zip(sample, in_full, strict=True)]
-        self.losses.compare(same)
-        if not all(same):
-            rank_zero_warn(
-                f"{batch[sample[same.index(False)]].where}: decoded in full this row gets another answer than decoded "
-                "from where it leaves its target: two tokens are equally likely but for rounding (see val/parity)"
-            )
-        answers = [self._judge(row, ids) for row, ids in zip(batch, said, strict=True)]
-        self.verdicts.update([answer.verdict for answer in answers])
-        self.own.update([answer.text for answer in answers], [answer.row.gold or "" for answer in answers])
+    def _decode(self, batch: Batch, losses: LossMetrics | None = None) -> list[list[int]]:
+        """Token ids of the greedy answers, in the order of the rows; the targets' loss goes to `losses`."""
+        rows, limits = batch.rows, self._limits(batch.rows, batch.decoding)
+        answers: list[list[int]] = [[] for _ in rows]
+        grammar = self.grammar if self.constrained or batch.decoding.constrained else None
+        with uneven_counts(self.trainer.strategy, self._dummy_forward):
+            for micro_batch in batch.micro_batches:
+                stop = self.renderer.stop_ids
+                predictions, decoded = self.micro_batches.answers(rows, micro_batch, stop, limits, grammar)
+                for i, answer in zip(micro_batch.rows, decoded, strict=True):
+                    answers[i] = answer
+                if losses is not None:
+                    sizes = [len(rows[i].target_ids) for i in micro_batch.rows]
+                    losses.update(predictions.nats, predictions.tokens == predictions.targets, sizes)
         return answers
 
-    def test_step(self, batch: list[Row], batch_idx: int) -> Any:
-        """The same on the test rows."""
-        return self.validation_step(batch, batch_idx)
-
-    def predict_step(self, batch: list[Row], batch_idx: int) -> list[Answer]:
-        """Greedy answers to prompts, judged by the contract."""
-        return [self._judge(row, ids) for row, ids in zip(batch, self._decode(batch), strict=True)]
-
-    def _decode(self, rows: list[Row], losses: LossMetrics | None = None) -> list[list[int]]:
-        """Greedy answers in token ids, in the order of the rows; the targets' loss goes to `losses`."""
-        limits = [min(self.max_new_tokens, (self.context or 10**9) - len(row.prompt)) for row in rows]
-        said: list[list[int]] = [[] for _ in rows]
-        budget = EVALUATION * self.tokens_per_pass
-        stop = self.renderer.stop_ids
-        with self._in_step():
-            for indices, found, answers in self.passes.evaluate(rows, budget, stop, limits, self.grammar):
-                for i, answer in zip(indices, answers, strict=True):
-                    said[i] = answer
-                if losses is not None:
-                    members = [rows[i] for i in indices]
-                    is_value = torch.tensor([v for row in members for v in row.is_value], device=self.device)
-                    sizes = [len(row.target) for row in members]
-                    losses.update(found.nats, found.tokens == found.targets, is_value, sizes)
-        return said
-
-    def _in_step(self) -> Any:
-        """Around forward passes of which another process may do more or fewer."""
-        passes = self.passes
-        if not self._sharded:
-            return contextlib.nullcontext()
-        return self._sharded.in_step(lambda: passes.predictions(passes.blank()))
+    def _dummy_forward(self) -> None:
+        self.micro_batches.predictions(self.micro_batches.dummy())
 
     def _judge(self, row: Row, ids: list[int]) -> Answer:
         text, finished = self.renderer.answer(ids)
-        return Answer(row, text, self.format.check(text, finished=finished, gold=row.gold, source=row.source))
+        return Answer(row, text, self.format.check(text, finished=finished, target=row.target, input=row.input))
 
     @torch.no_grad()
-    def teacher_forced_loss(self, rows: list[Row]) -> Tensor:
-        """Loss over the rows of all processes in nats per token; each process gives its share. Decodes nothing."""
+    def teacher_forced_loss(self, rows: Sequence[Row]) -> Tensor:
+        """Loss over the rows of all processes, in nats per token, without decoding; each process passes its share."""
         sums = torch.zeros(2, dtype=EXACT, device=self.device)
-        # The precision and the passes of validation, with its room for answers: equal rows get an equal loss.
-        with self.trainer.precision_plugin.forward_context(), self._in_step():
-            for group in self.passes.split(rows, EVALUATION * self.tokens_per_pass, self.max_new_tokens):
-                nats = self.passes.predictions(group)[0].nats
+        # Precision and micro-batches as in validation, its room for answers included: equal rows get an equal loss.
+        budget = EVALUATION * self.tokens_per_micro_batch
+        strategy = self.trainer.strategy
+        with self.trainer.precision_plugin.forward_context(), uneven_counts(strategy, self._dummy_forward):
+            for micro_batch in self.micro_batches.split(rows, budget, self.max_new_tokens):
+                nats = self.micro_batches.predictions(micro_batch)[0].nats
                 sums += torch.stack([nats.sum(dtype=EXACT), sums.new_tensor(nats.numel())])
-        nats, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        nats, tokens = strategy.reduce(sums, reduce_op="sum")
         return nats / tokens
 
-    @property
-    def validation_names(self) -> set[str]:
-        """Names of all that a validation measures."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # nothing was measured yet
-            found = {f"val/{name}" for name in LossMetrics().compute()} | set(FormatMetrics(self.format).compute())
-        return found
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record the base, the format and the number of processes that the state belongs to."""
+        skipped = {"skipped": [self.guard.skipped, self.guard.in_a_row]}
+        checkpoint["formtune"] = self._identity | {"processes": self.trainer.world_size} | skipped
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("", "val/")
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the state of another base or format, though it may have the same shapes."""
+        saved, resumes = checkpoint.get("formtune"), self.trainer.state.fn == "fit"
+        check_identity(saved, self._identity | {"processes": self.trainer.world_size}, resumes)
+        if resumes:
+            self.guard.skipped, self.guard.in_a_row = saved["skipped"]  # type: ignore[index]
 
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test/", "test/")
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapters alone, without the frozen base."""
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in self._trained}
 
-    def _log_evaluation(self, verdict_prefix: str, loss_prefix: str) -> None:
-        values: dict[str, Any] = {loss_prefix + name: value for name, value in self.losses.compute().items()}
-        values |= {verdict_prefix + name: value for name, value in self.verdicts.compute().items()}
-        values |= {verdict_prefix + name: value for name, value in self.own.compute().items()}
-        self.evaluation = {name: float(value) for name, value in values.items()}
-        # compute() leaves each process with its own counts again
-        with self.verdicts.sync_context(), self.losses.sync_context():
-            self.counts = self.verdicts.counts() | self.losses.counts()
-        shown = ("val/loss", "format/exact")
-        if self.logs_evaluations:
-            for name, value in values.items():
-                self.log(name, value, prog_bar=name in shown, batch_size=1)
-            self._log_step_number()
-        for metrics in (self.losses, self.verdicts, self.own):
-            metrics.reset()
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load exactly these adapters.
 
-
-@contextlib.contextmanager
-def _memory_named(rows: Sequence[Row], tokens: int) -> Iterator[None]:
-    """Say which rows were in work when memory ran out, and what to lower."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        longest = max(rows, key=len)
-        raise Fault(
-            f"out of memory in a step of {len(rows)} rows, the longest {longest.where} with {len(longest)} tokens; "
-            f"lower model.tokens_per_pass (now {tokens}) or set model.gradient_checkpointing: true"
-        ) from error
+        Raises:
+            UserError: The state belongs to other LoRA targets or another rank, or holds non-finite numbers.
+        """
+        check_adapters(self.state_dict(), state_dict)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)

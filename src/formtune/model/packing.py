@@ -1,15 +1,15 @@
-"""Rows that begin alike share their beginning: a trie of their tokens, laid out as one sequence.
+"""Rows share the prefixes of their prompts: a trie of their tokens, laid out as one sequence.
 
-Three rows of two system prompts, P and Q, where the first two rows' prompts also go on alike (s):
+Three rows with two system prompts, P and Q; the first two rows' prompts share some more tokens (s):
 
-    token      P P P P s s a a a a b b b Q Q Q c c c c      depth first, so that whoever continues a segment
-    position   0 1 2 3 4 5 6 7 8 9 6 7 8 0 1 2 3 4 5 6      stands right behind it, up to the segment's `stop`
+    token      P P P P s s a a a a b b b Q Q Q c c c c      depth first: what continues a segment
+    position   0 1 2 3 4 5 6 7 8 9 6 7 8 0 1 2 3 4 5 6      follows it directly, up to the segment's `stop`
     segment    [P        stop -------->)   [Q   stop ->)
                        [s  stop ------>)
 
-A token sees the earlier tokens of its own segment and all of those that its segment continues, never another row:
-exactly what it would see alone. Every row owns at least the token before its answer, where the first target is
-predicted, so no prediction is shared. What is computed shrinks; what a step contains does not change.
+A token attends to the earlier tokens of its own segment and to the segments that this one continues: exactly the tokens
+that it would attend to if its row were computed alone. Every row owns at least the token before its target, which
+predicts the first label, so no prediction is shared. Fewer tokens are computed; the step's loss is the same.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from formtune.rendering import Row
+from formtune.base.row import Row
+from formtune.model.batch import TensorFields
 
-# A shared segment costs every token behind it one more attention call and its merging, about a tenth of a token's
-# own work: sharing less than this share of the tokens behind it would be slower than computing them again.
+# A shared segment costs each token that continues it one more attention call, about a tenth of the token's own cost:
+# sharing fewer than this share of those tokens would be slower than computing the prefix again.
 GAIN = 1 / 8
 
 
@@ -38,64 +40,50 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """One sequence that holds several rows.
+class Packed(TensorFields):
+    """One micro-batch: a sequence that holds several rows."""
 
-    Args:
-        rows: Which rows, by their index among those given, in the order of their leaves.
-        ids: Token ids, shape (1, tokens).
-        positions: Position of each token in its own row, shape (1, tokens).
-        segments: The trie's nodes, depth first.
-        leaves: For each row the index of the segment that it owns; its last tokens predict the row's targets.
-        predicting: Indices of the tokens that predict targets, row after row, shape (targets,).
-        targets: What they should predict, -1 where there is no gold answer, shape (targets,).
-        sizes: For each row the number of its targets, at least 1.
-        longest: Tokens of the longest row.
-    """
+    TENSORS: ClassVar = ("ids", "positions", "predicting", "targets")
 
-    rows: list[int]
-    ids: Tensor
-    positions: Tensor
-    segments: list[Segment]
-    leaves: list[int]
-    predicting: Tensor
-    targets: Tensor
-    sizes: list[int]
-    longest: int
+    rows: list[int]  # their indices in the batch, in the order of their leaves
+    ids: Tensor  # token ids, (1, tokens)
+    positions: Tensor  # of each token in its own row, (1, tokens)
+    segments: list[Segment]  # the trie's nodes, depth first
+    leaves: list[int]  # for each row the index of the segment that it owns; its last tokens predict the row's labels
+    predicting: Tensor  # indices of the tokens that predict labels, row after row, (labels,)
+    targets: Tensor  # the labels, -1 for rows without a target, (labels,)
+    sizes: list[int]  # for each row the number of its labels, at least 1
+    longest: int  # tokens of the longest row
 
     def stops(self) -> Tensor:
-        """For each token the end of what may look at it, so that q sees k if `k <= q < stops[k]`; shape (tokens,)."""
+        """For each token the end of those that attend to it: q attends to k if `k <= q < stops[k]`; (tokens,)."""
         stops = torch.empty(self.ids.size(1), dtype=torch.long)
         for segment in self.segments:
             stops[segment.start : segment.end] = segment.stop
         return stops
 
     def paths(self) -> list[list[Segment]]:
-        """For each row the segments that it consists of, from the root to its leaf."""
-        open_: list[Segment] = []
-        found = []
+        """For each row its segments, from the root to its leaf."""
+        path: list[Segment] = []
+        paths = []
         leaves = set(self.leaves)
         for i, segment in enumerate(self.segments):
-            while open_ and open_[-1].stop <= segment.start:
-                open_.pop()
-            open_.append(segment)
+            while path and path[-1].stop <= segment.start:
+                path.pop()
+            path.append(segment)
             if i in leaves:
-                found.append(list(open_))
-        return found
+                paths.append(list(path))
+        return paths
 
 
 def pack(rows: Sequence[Row], tokens: int, room: int = 0) -> Iterator[Packed]:
-    """Lay rows out in packed sequences, similar rows together.
+    """Lay rows out in packed sequences of at most `tokens` tokens, `room` more per row included, similar rows together.
 
-    Args:
-        rows: The rows of a step or of an evaluation batch.
-        tokens: Tokens of one sequence; a row longer than that gets one of its own.
-        room: Tokens that each row may need on top of those computed now.
+    A row longer than that gets a sequence of its own.
     """
-    order = sorted(range(len(rows)), key=lambda i: rows[i].prompt)
-    # Rows in the order of their letters: the longest beginning that two rows share is the least of those of the
-    # neighbours between them.
-    alike = [_alike(rows[a].prompt, rows[b].prompt) for a, b in pairwise(order)]
+    order = sorted(range(len(rows)), key=lambda i: rows[i].prompt_ids)
+    # In sorted order, the prefix that two rows share is the shortest of those that neighbors between them share.
+    alike = [_shared(rows[a].prompt_ids, rows[b].prompt_ids) for a, b in pairwise(order)]
     first = 0
     while first < len(order):
         last, used = first, 0
@@ -104,7 +92,7 @@ def pack(rows: Sequence[Row], tokens: int, room: int = 0) -> Iterator[Packed]:
             if last > first and used + new > tokens:
                 break
             last, used = last + 1, used + new
-        # What saves too little is not shared, so the sequence can come out longer than it was taken to be.
+        # A prefix that saves too little is not shared, so the sequence can be longer than estimated.
         while (
             (packed := _lay_out(rows, order[first:last], alike[first : last - 1]))
             and last - first > 1
@@ -116,12 +104,12 @@ def pack(rows: Sequence[Row], tokens: int, room: int = 0) -> Iterator[Packed]:
 
 
 def _computed(row: Row) -> int:
-    """Tokens of a row that are fed in: nothing is predicted from the last one."""
-    return len(row.prompt) + max(len(row.target) - 1, 0)
+    """Input tokens of a row: the last target token predicts nothing."""
+    return len(row.prompt_ids) + max(len(row.target_ids) - 1, 0)
 
 
-def _alike(a: list[int], b: list[int]) -> int:
-    """Tokens that two prompts have in common at their beginning, at most all but the last of each."""
+def _shared(a: list[int], b: list[int]) -> int:
+    """Length of the prefix that two prompts share, at most all but the last token of each."""
     limit = min(len(a), len(b)) - 1
     return next((i for i in range(limit) if a[i] != b[i]), limit)
 
@@ -141,7 +129,7 @@ def _lay_out(rows: Sequence[Row], order: list[int], alike: list[int]) -> Packed:
         positions.extend(range(depth, depth + len(tokens)))
         return len(segments) - 1
 
-    # (first row, end, tokens that are laid out already) or, once a shared segment's rows are done, that segment.
+    # (first row, end, tokens laid out already), or a shared segment whose rows are all laid out.
     todo: list[tuple[int, int, int] | int] = [(0, len(order), 0)]
     while todo:
         item = todo.pop()
@@ -151,16 +139,16 @@ def _lay_out(rows: Sequence[Row], order: list[int], alike: list[int]) -> Packed:
         a, b, depth = item
         if b - a == 1:
             row = rows[order[a]]
-            leaves.append(add((row.prompt + row.target)[depth : sizes[a]], depth))
+            leaves.append(add((row.prompt_ids + row.target_ids)[depth : sizes[a]], depth))
             segments[leaves[-1]][2] = len(ids)
-            wanted = row.target or [-1]
-            predicting += range(len(ids) - len(wanted), len(ids))
-            targets += wanted
+            labels = row.target_ids or [-1]
+            predicting += range(len(ids) - len(labels), len(ids))
+            targets += labels
             continue
         shared = min(alike[a : b - 1])
         saved = (shared - depth) * (b - a - 1)
         if saved > GAIN * (sum(sizes[a:b]) - shared * (b - a)):
-            todo.append(add(rows[order[a]].prompt[depth:shared], depth))
+            todo.append(add(rows[order[a]].prompt_ids[depth:shared], depth))
             depth = shared
         cuts = [a, *(i + 1 for i in range(a, b - 1) if alike[i] == shared), b]
         todo += [(x, y, depth) for x, y in reversed(list(pairwise(cuts)))]
@@ -172,6 +160,6 @@ def _lay_out(rows: Sequence[Row], order: list[int], alike: list[int]) -> Packed:
         leaves,
         torch.tensor(predicting),
         torch.tensor(targets),
-        [max(len(rows[i].target), 1) for i in order],
+        [max(len(rows[i].target_ids), 1) for i in order],
         max(sizes),
     )

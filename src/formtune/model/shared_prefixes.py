@@ -1,55 +1,119 @@
-"""Passes in which rows share what their prompts have in common."""
+"""Micro-batches in which rows share the prefixes of their prompts, for every model that allows it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from formtune.model.attention import PackedAttention
+from formtune.base.row import Row
+from formtune.errors import first_line
+from formtune.model.attention import NAME, PackedAttention, register
+from formtune.model.constrained import Documents
 from formtune.model.decoding import CachedAttention, greedy
-from formtune.model.grammar import Documents
+from formtune.model.length_buckets import LengthBuckets
 from formtune.model.loss import Predictions, judge
+from formtune.model.micro_batches import Answers, MicroBatches, Stops, Unfinished
 from formtune.model.packing import Packed, pack
-from formtune.model.passes import Answers, Open, Passes, Stops
-from formtune.rendering import Row
 
 
-class SharedPrefixes(Passes):
-    """Passes over packed sequences; decoding reads the keys and values of the same pass."""
+class SharedPrefixes(MicroBatches):
+    """Packed sequences; decoding reuses the KV cache of the teacher-forced pass."""
 
     def split(self, rows: Sequence[Row], tokens: int, room: int = 0) -> Iterator[Packed]:
         return pack(rows, tokens, room)
 
-    def predictions(self, group: Packed, keep: bool = False) -> tuple[Predictions, Any]:
-        attention = PackedAttention(group, keep)
-        hidden = self.hidden(group.ids, group.positions, attention)[0, group.predicting.to(self.device)]
+    def predictions(self, packed: Packed, keep: bool = False) -> tuple[Predictions, Any]:
+        attention = PackedAttention(packed, keep)
+        hidden = self.hidden(packed.ids, packed.positions, attention)[0, packed.predicting.to(self.device)]
         vocabulary = self.base.get_input_embeddings().num_embeddings
         head = self.base.get_output_embeddings()
-        return judge(head, hidden, group.targets.to(self.device), vocabulary), attention
+        return judge(head, hidden, packed.targets.to(self.device), vocabulary), attention
 
-    def _go_on(self, kept: PackedAttention, open_: Open, stop: Stops, documents: Documents | None) -> Answers:
-        packed, paths = kept.packed, kept.packed.paths()
-        ends = [paths[j][-1].end - packed.sizes[j] for j in open_.places]  # of the prompts, but for their last tokens
-        before = packed.ids[0, ends].tolist()
-        # What was fed of a target from the first mismatch on is no part of the answer.
-        own = [end - paths[j][-1].start + len(a) for j, end, a in zip(open_.places, ends, open_.begun, strict=True)]
+    def _finish(
+        self, kept: PackedAttention, unfinished: Unfinished, stop: Stops, documents: Documents | None
+    ) -> Answers:
+        packed, paths, places = kept.packed, kept.packed.paths(), unfinished.places
+        # Index of the last token of each prompt, which predicts the first label.
+        last = [paths[j][-1].end - packed.sizes[j] for j in places]
+        # Tokens of each leaf that stay in the cache: the target was fed beyond the first mismatch too.
+        own = [
+            end - paths[j][-1].start + len(answer)
+            for j, end, answer in zip(places, last, unfinished.begun, strict=True)
+        ]
 
         def choose(logits: Tensor, rows: list[int]) -> list[int]:
             if documents is None:
                 return logits.argmax(-1).tolist()
-            return documents.choose([open_.places[i] for i in rows], logits)
+            return documents.choose([places[i] for i in rows], logits)
 
-        cache = CachedAttention(kept.kept, [paths[j] for j in open_.places], own)
-        return greedy(self._next, choose, cache, before, open_.begun, stop, open_.limits)
+        cache = CachedAttention(kept.kept, [paths[j] for j in places], own)
+        before = packed.ids[0, last].tolist()
+        return greedy(self._next, choose, cache, before, unfinished.begun, stop, unfinished.limits)
 
     def _next(self, ids: Tensor, positions: Tensor, cache: CachedAttention) -> Tensor:
         return self.base.get_output_embeddings()(self.hidden(ids, positions, cache)[:, -1])
 
     def hidden(self, ids: Tensor, positions: Tensor, attend: Any) -> Tensor:
-        """Hidden states of packed tokens, of which `attend` does the attention."""
+        """Hidden states of packed tokens; `attend` computes the attention."""
         out = self.base.get_decoder()(
             input_ids=ids.to(self.device), position_ids=positions.to(self.device), use_cache=False, attend=attend
         )
         return out.last_hidden_state
+
+
+@torch.no_grad()
+def choose_micro_batches(model: Any) -> MicroBatches:
+    """Shared prefixes if the model computes the same logits with them, length buckets otherwise.
+
+    There is no list of architectures: the model is tried on a few dozen tokens.
+    """
+    shared, training = SharedPrefixes(model), [module for module in model.modules() if module.training]
+    usual = shared.base.config._attn_implementation
+    model.eval()
+    try:
+        difference = _difference(shared)
+    except Exception as error:  # an architecture may fail in any way on keyword arguments that it does not know
+        difference = first_line(error)
+    for module in training:
+        module.training = True
+    if difference is None:
+        return shared
+    shared.base.set_attn_implementation(usual)
+    rank_zero_warn(f"prefixes are not shared, each row is computed on its own: {difference}")
+    return LengthBuckets(model)
+
+
+def _difference(shared: SharedPrefixes) -> str | None:
+    """Why this model cannot take packed rows, None if it can; its attention is then the packed one."""
+    base, config = shared.base, shared.base.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    if kinds - {"full_attention", "sliding_attention"}:
+        return f"the model has layers of other kinds ({', '.join(sorted(kinds))})"
+    size = base.get_input_embeddings().num_embeddings
+    ids = [1 + i * 7919 % (size - 1) for i in range(48)]
+    # Two levels of sharing, and a row that shares nothing.
+    prompts = [ids[:16] + ids[16:20], ids[:16] + ids[16:18] + ids[24:28], ids[:16] + ids[30:40], ids[40:]]
+    [packed] = pack([Row(prompt, [], "", None, "") for prompt in prompts], 10**6)
+    alone = [base(torch.tensor([prompts[i]], device=shared.device), use_cache=False).logits[0] for i in packed.rows]
+    register()
+    base.set_attn_implementation(NAME)
+    windows, attention = set(), PackedAttention(packed)
+
+    def attend(*arguments: Any) -> Tensor:
+        windows.add(arguments[-1])
+        return attention(*arguments)
+
+    together = base.get_output_embeddings()(shared.hidden(packed.ids, packed.positions, attend)[0])
+    window = getattr(config, "sliding_window", None)
+    if window and "sliding_attention" in kinds and window not in windows:
+        return "the model does not pass its sliding window to the attention"
+    for path, logits in zip(packed.paths(), alone, strict=True):
+        same = torch.cat([together[segment.start : segment.end] for segment in path]).float()
+        error = float((same - logits.float()).norm() / logits.float().norm())
+        if not error < (1e-3 if together.dtype == torch.float32 else 0.05):
+            return f"the model's logits differ by {error:.1%}"
+    return None

@@ -1,0 +1,95 @@
+"""The base model's folder, refused if it leads elsewhere: to other files, pickles, another base or remote code."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from formtune.errors import UserError, first_line
+
+INDEX = "model.safetensors.index.json"
+
+
+def skeleton(base: str) -> Any:
+    """The model without its weights: the name and the shape of every layer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        check_folder(base)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"model.base: {base} cannot be loaded ({first_line(error)})") from error
+
+
+def check_folder(base: str) -> None:
+    """Refuse an adapter, and files that lead elsewhere, before `transformers` follows them."""
+    from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(check_base(base)) is not None:
+        # transformers would load whatever base the adapter names, from anywhere.
+        raise UserError(f"model.base: {base} is an adapter; name the base it was trained on, or a merged model")
+    index = Path(base) / INDEX
+    if index.is_file():
+        for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
+            if name != Path(name).name or not name.endswith(".safetensors"):
+                raise UserError(f"model.base: {index} names {name!r}; weights must be safetensors files beside it")
+    attention = AutoConfig.from_pretrained(base, trust_remote_code=False)._attn_implementation
+    if attention is not None and "/" in attention:
+        raise UserError(f"model.base: config.json of {base} asks for a kernel to download ({attention}); remove that")
+
+
+def check_base(base: str) -> str:
+    """Return `base` if it is a local model folder or can be a hub id, so that a mistyped path never goes online."""
+    if not Path(base).is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or base.startswith("."):
+            raise UserError(f"model.base: no folder {base} (hub ids look like owner/name)")
+        _look_for_hub()
+    return base
+
+
+def base_folder(base: str) -> Path:
+    """The folder of a base; of a hub id the one in the local cache."""
+    if Path(base).is_dir():
+        return Path(base)
+    from transformers.utils.hub import cached_file
+
+    try:
+        return Path(str(cached_file(check_base(base), "config.json", local_files_only=True))).parent
+    except OSError:
+        raise UserError(f"{base}: the base is neither a folder nor in the local cache of the hub") from None
+
+
+@functools.cache
+def _look_for_hub() -> None:
+    """Go offline if the hub cannot be reached; otherwise each call would try for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10)
+        except Exception:  # no name, no route, no proxy, no certificate
+            constants.HF_HUB_OFFLINE = True
+
+
+@functools.lru_cache(maxsize=4)
+def context_length(base: str) -> int | None:
+    """Tokens that the base model was made for, None where its config does not say."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(check_base(base), trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception:  # loading the model says what is wrong with the folder
+        return None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -1,0 +1,51 @@
+"""Which base and format a state belongs to: a different base with the same shapes would load silently."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from formtune.base.folder import base_folder
+from formtune.errors import UserError
+from formtune.formats import Format
+
+BLOCK, BLOCKS = 4096, 256  # bytes at a time, and blocks per file: reading all of a large base takes minutes
+
+
+def identity(base: str) -> str:
+    """A hash of a base's config and of evenly spaced samples of its weights.
+
+    Another training of the same base moves nearly all weights, so that samples tell them apart.
+    """
+    folder = base_folder(base)
+    hashed = hashlib.blake2b(digest_size=16)
+    for path in (folder / "config.json", *sorted(folder.glob("*.safetensors"))):
+        size = path.stat().st_size
+        hashed.update(f"{size} ".encode())
+        with path.open("rb") as file:
+            for i in range(BLOCKS):
+                file.seek(i * max(size - BLOCK, 0) // (BLOCKS - 1))
+                hashed.update(file.read(BLOCK))
+    return hashed.hexdigest()
+
+
+def format_hash(format: Format) -> str:
+    """A hash of what the format says, wherever its files are."""
+    text = json.dumps(format.to_dict(), sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def check_identity(recorded: Any, current: dict[str, Any], resumes: bool) -> None:
+    """Refuse a checkpoint of another base; to resume from it, also one of another format or number of processes."""
+    if not isinstance(recorded, dict):
+        raise UserError("ckpt_path: the checkpoint was not written by this version of formtune")
+    if recorded["base"] != current["base"]:
+        raise UserError("model.base: the checkpoint was trained on another base")
+    if resumes and recorded["format"] != current["format"]:
+        raise UserError("data.format: the format is another than when this run began; begin a new run")
+    if resumes and recorded["processes"] != current["processes"]:
+        raise UserError(
+            f"trainer.devices: this run began on {recorded['processes']} processes, now there are "
+            f"{current['processes']}; resume with as many or begin a new run"
+        )

@@ -1,0 +1,19 @@
+"""`formtune audit`: writes and prints what it finds."""
+
+from __future__ import annotations
+
+from formtune.audit.findings import audit
+from formtune.audit.output import print_audit, write_report
+from formtune.commands import COMMANDS
+from formtune.configuration.task import read_task, task_parser
+from formtune.files import LOGS
+
+
+def run(command: str, args: list[str]) -> int:
+    """Audit, write `logs/<task>/audit/`, print; 1 if the rows must not be trained on."""
+    config, settings = read_task(task_parser(command, COMMANDS[command].description), args)
+    findings, splits = audit(settings)
+    folder = LOGS / config.task / "audit"
+    write_report(findings, folder)
+    print_audit(findings, splits, folder)
+    return int(findings["verdict"] == "blocked")

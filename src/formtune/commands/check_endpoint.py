@@ -1,0 +1,117 @@
+"""`formtune check-endpoint`: send the test rows to a server; judge its answers as the model's were."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+from rich.console import Console
+
+from formtune.commands import COMMANDS
+from formtune.configuration.task import read_task, task_parser
+from formtune.data.blockers import check_rows
+from formtune.data.preparation import load_splits
+from formtune.data.progress import shown
+from formtune.deploy.endpoint import Endpoint
+from formtune.errors import UserError
+from formtune.evaluation.comparison import figures, figures_table
+from formtune.evaluation.outcomes import Outcome, outcome, worst_first, write_outcomes
+from formtune.evaluation.statistics import quantile_interval
+from formtune.files import LOGS, write_json
+from formtune.formats import KINDS
+
+WORST = 3  # answers that are printed
+
+
+def run(command: str, args: list[str]) -> int:
+    """Ask, judge, print, write `logs/<task>/<run>/`; 1 if fewer answers than `--min_exact` have a valid format."""
+    parser = task_parser(command, COMMANDS[command].description)
+    parser.add_argument("url", type=str, help="Base URL, such as http://127.0.0.1:8000/v1; the key, where one is "
+                        "needed, is read from OPENAI_API_KEY")  # fmt: skip
+    parser.add_argument("--served_model", type=str | None, help="Name of the model to ask for (default: the task's, as "
+                        "formtune serve calls it)")  # fmt: skip
+    parser.add_argument("--rows", type=PositiveInt | None, help="Test rows to ask, drawn at random and the same each "
+                        "time (default: all, as formtune compare needs them)")  # fmt: skip
+    parser.add_argument("--at_once", type=PositiveInt, default=4, help="Requests at the same time")
+    parser.add_argument("--min_exact", type=ClosedUnitInterval, default=0.0, help="Share of answers in a valid "
+                        "format below which the exit code is 1")  # fmt: skip
+    parser.add_argument("--run", type=str, default="endpoint", help="Name of the folder to write in logs/<task>/")
+    config, settings = read_task(parser, args)
+    folder = LOGS / config.task / config.run
+    if (folder / "checkpoints").exists():
+        raise UserError(f"--run: {folder} holds a training run; choose another name")
+    splits = load_splits(settings)
+    check_rows(settings, splits)
+    rows = splits.rows["test"]
+    if config.rows and config.rows < len(rows):
+        rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), config.rows))]
+    endpoint = Endpoint(config.url, config.served_model or config.task, settings.max_new_tokens, settings.date)
+    endpoint.open(rows[0])
+    started, pool = time.perf_counter(), ThreadPoolExecutor(config.at_once)
+    try:
+        replies = list(shown(pool.map(endpoint.ask, rows), len(rows), "asking"))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    seconds = time.perf_counter() - started
+    if all(not reply.text for reply in replies):
+        raise UserError(f"{config.url}: every answer is empty; is {endpoint.model} the tuned model?")
+    format, outcomes = settings.format, []
+    for row, reply in zip(rows, replies, strict=True):
+        verdict = format.check(reply.text, finished=reply.finished, target=row.target, input=row.input)
+        outcomes.append(outcome(row, reply.text, verdict, format))
+    tokens = [reply.tokens for reply in replies if reply.tokens is not None]
+    times = [reply.seconds for reply in replies]
+    kinds = Counter(one.kind for one in outcomes)
+    result = {
+        "endpoint": endpoint.url,
+        "model": endpoint.model,
+        "data": splits.key,
+        "rows": len(outcomes),
+        "prompts": "same tokens" if endpoint.gives_ids else "same number of tokens",
+        "figures": figures(outcomes),
+        "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
+        "at_once": config.at_once,
+        "latency_s": {
+            f"P{percent}": {
+                "value": float(np.percentile(times, percent)),
+                "interval": quantile_interval(times, percent),
+            }
+            for percent in (50, 95)
+        },
+        "requests_per_s": len(replies) / seconds,
+        "tokens_per_s": sum(tokens) / seconds if len(tokens) == len(replies) else None,
+    }
+    write_outcomes(folder / "outcomes" / "after.jsonl", outcomes)
+    write_json(folder / "endpoint.json", result)
+    _show(result, outcomes, folder)
+    reached = result["figures"]["format/exact"]["value"]
+    if reached < config.min_exact:
+        print(f"format/exact {reached:.1%} is below --min_exact {config.min_exact:.1%}")
+    return int(reached < config.min_exact)
+
+
+def _show(result: dict[str, Any], outcomes: Sequence[Outcome], folder: Path) -> None:
+    """One table, a line for each other figure, and the worst answers beside their targets."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    runs = [{"name": result["model"], "figures": result["figures"]}]
+    console.print(figures_table(f"What is served, on {result['rows']:,} test rows", runs, [{}]), soft_wrap=False)
+    latency = ", ".join(
+        f"{name} {one['value']:.2f} s ({one['interval'][0]:.2f} to {one['interval'][1]:.2f})"
+        for name, one in result["latency_s"].items()
+    )
+    tokens = "" if result["tokens_per_s"] is None else f", {result['tokens_per_s']:.1f} tokens/s"
+    console.print(f"prompts: {result['prompts']} as formtune's in every row")
+    console.print("kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in result["kinds"].items()))
+    console.print(
+        f"latency with {result['at_once']} at once: {latency}; {result['requests_per_s']:.2f} requests/s{tokens}"
+    )
+    for one in worst_first(outcomes)[:WORST]:
+        console.print(f"{one.where}: {one.kind}: {one.detail}\n  target {one.target!r}\n  answer {one.answer!r}")
+    console.print(f"answers: {folder / 'outcomes/after.jsonl'} (formtune compare RUN {folder})")

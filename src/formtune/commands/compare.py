@@ -1,0 +1,50 @@
+"""`formtune compare`: whether one run is better than another on the same test rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from formtune.commands import COMMANDS
+from formtune.configuration.parsing import CommandParser
+from formtune.errors import UserError
+from formtune.evaluation.comparison import compare, print_comparison, read_runs
+from formtune.evaluation.outcomes import VIEWS
+from formtune.files import write_json
+
+HELP = """\
+Each further RUN is compared with the first one, row by row, so all must have been tested on the same rows.
+
+how to read it:
+  97.3% (94.9 to 98.6)   the figure and its 95 % interval: Wilson's for a rate, a bootstrap over rows for field F1
+  better, p = 0.002      two equal runs would differ this much in 2 of 1,000 repetitions; below 0.05 the verdict is
+                         better or worse. Rates: exact McNemar test on the rows that only one of the two has right;
+                         field F1: randomization test that swaps the two answers to a row at random
+  cannot tell            luck alone can explain the difference; the sentence below the table says how many test rows
+                         would show a real difference of this size with 80 % power
+Each figure is a separate test: of twenty without a real difference, one seems to have one.
+
+examples:
+  formtune compare logs/demo/r16 logs/demo/r32 logs/demo/r64
+  formtune compare logs/demo/r16:before logs/demo/r16 --out gain.json
+"""
+
+
+def run(command: str, args: list[str]) -> int:
+    """Read, compare, print, and write JSON if `--out` asks for it."""
+    usage = "formtune compare RUN RUN [RUN ...] [--out FILE.json]"
+    parser = CommandParser(command, COMMANDS[command].description, usage, HELP)
+    parser.add_argument("runs", metavar="RUN", nargs="*", help="Folder of a run, for its tuned model; FOLDER:NAME for "
+                        f"another evaluation ({', '.join(VIEWS)}); or a file of outcomes")  # fmt: skip
+    parser.add_argument("--out", metavar="FILE.json", type=Path, help="Write the same as JSON")
+    config = parser.parse_intermixed_args(args)
+    if len(config.runs) < 2:
+        raise UserError("name two runs or more, such as logs/demo/r16 logs/demo/r32")
+    comparison = compare(read_runs(config.runs))
+    print_comparison(comparison)
+    if config.out:
+        try:
+            config.out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(config.out, comparison)
+        except OSError as error:
+            raise UserError(f"--out: {config.out}: {error.strerror}") from None
+    return 0

@@ -1,0 +1,182 @@
+"""The LightningDataModule: one batch is the rows of one optimizer step."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import random
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+
+from formtune.base.row import Row
+from formtune.data.blockers import check_rows
+from formtune.data.encoded import Splits
+from formtune.data.preparation import load_splits, prompt_rows
+from formtune.data.settings import DataSettings
+from formtune.errors import UserError
+from formtune.files import write_lines
+
+EVALUATION_ROWS = 256  # rows handed over at once; the model splits them further by tokens
+
+
+class Order(Sampler[int]):
+    """A permutation of the rows that depends on seed and epoch alone; `seen` tells where a resumed run continues."""
+
+    def __init__(self, rows: int, seed: int, seen: Callable[[], int] = lambda: 0) -> None:
+        self.rows, self.seed, self.epoch, self._seen = rows, seed, 0, seen
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        # `_seen` is called at the first row: Lightning creates the iterator before it reads the checkpoint.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        yield from torch.randperm(self.rows, generator=generator).tolist()[self._seen() :]
+
+
+class StepLoader(DataLoader):
+    """Batches of one optimizer step each. Its place in the epoch is the trainer's own count, so its state is empty."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
+
+
+class FormatDataModule(L.LightningDataModule):
+    """Prepared rows as batches; a training batch is one optimizer step.
+
+    Args:
+        rows_per_step: Rows of one optimizer step, over all devices.
+        max_evaluation_rows: Validation rows, and test rows, to use at most, the same in every run; None uses all.
+        settings: What `DataSettings` takes.
+    """
+
+    def __init__(
+        self, rows_per_step: PositiveInt = 16, max_evaluation_rows: PositiveInt | None = None, **settings: Any
+    ) -> None:
+        super().__init__()
+        self.rows_per_step, self.max_evaluation_rows = rows_per_step, max_evaluation_rows
+        self.settings = DataSettings(**settings)
+        self.splits: Splits | None = None
+        self.rows: dict[str, list[Row]] = {}  # by split, those that are used
+        self.prompt_rows: list[Row] = []
+
+    def prepare_data(self) -> None:
+        """Prepare the splits and cache them; Lightning calls this on one process, before `setup` on all.
+
+        Raises:
+            UserError: A file, a row or all rows cannot be used; names the file and line, or the reasons with counts.
+        """
+        if self.trainer is None or self.trainer.state.fn != "predict":
+            self.setup("fit")
+
+    def setup(self, stage: str) -> None:
+        """Read the splits (fit, validate, test) or the prompts (predict), once; raises as `prepare_data`."""
+        if stage == "predict":
+            self.prompt_rows = prompt_rows(self.settings)
+        elif self.splits is None:
+            splits = load_splits(self.settings)
+            if self.trainer is not None and self.trainer.loggers:
+                _write_quarantine(Path(self.trainer.default_root_dir) / "quarantine.jsonl", splits)
+            check_rows(self.settings, splits)
+            self.splits = splits
+            self.rows = {name: self._sample(name, rows) for name, rows in splits.rows.items()}
+
+    def _sample(self, name: str, rows: list[Row]) -> list[Row]:
+        most = self.max_evaluation_rows
+        return rows if name == "train" or most is None or len(rows) <= most else _drawn(rows, most)
+
+    def train_dataloader(self) -> DataLoader:
+        rows: Any = self._rows("train")
+        order = Order(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0)), self._rows_seen)
+        steps = BatchSampler(order, self.rows_per_step, drop_last=False)
+        return StepLoader(rows, batch_sampler=steps, collate_fn=self._collate, pin_memory=torch.cuda.is_available())
+
+    def _rows_seen(self) -> int:
+        steps = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0
+        return steps * self.rows_per_step
+
+    def state_dict(self) -> dict[str, str]:
+        return {"rows": self._rows_hash}
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        if self.trainer is not None and self.trainer.state.fn == "fit" and state_dict["rows"] != self._rows_hash:
+            raise UserError(
+                "data: the training or validation rows are not those that this run began with; begin a new run"
+            )
+
+    @functools.cached_property
+    def _rows_hash(self) -> str:
+        """Of the training and validation rows, whatever file they came from."""
+        hashed = hashlib.blake2b(digest_size=16)
+        for split in ("train", "validation"):
+            for row in self._rows(split):
+                hashed.update(array("i", [*row.prompt_ids, -1, *row.target_ids, -2]))
+            hashed.update(split.encode())
+        return hashed.hexdigest()
+
+    def val_dataloader(self) -> DataLoader:
+        return self.evaluation_loader(self._rows("validation"))
+
+    def test_dataloader(self) -> DataLoader:
+        return self.evaluation_loader(self._rows("test"))
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.evaluation_loader(self.prompt_rows)
+
+    def evaluation_loader(self, rows: Sequence[Row], decoding: Any = None) -> DataLoader:
+        """Batches of any rows to evaluate, for `trainer.test(model, dataloaders=...)`.
+
+        Args:
+            rows: In the order of their file, so that a limited evaluation sees rows of all lengths.
+            decoding: How the model decodes them (`formtune.model.batch.Decoding`), None for its own settings.
+        """
+        collate = functools.partial(self._collate, evaluation=True, decoding=decoding)
+        return DataLoader(rows, batch_size=EVALUATION_ROWS, collate_fn=collate, pin_memory=torch.cuda.is_available())  # type: ignore[arg-type]
+
+    def training_sample(self) -> list[Row]:
+        """This process's share of a fixed sample of training rows, as many as validation sees."""
+        assert self.trainer is not None
+        rows, validated = self._rows("train"), int(sum(self.trainer.num_val_batches)) * EVALUATION_ROWS
+        count = min(len(rows), len(self._rows("validation")), validated)
+        return self._share(_drawn(rows, count))
+
+    def _rows(self, split: str) -> list[Row]:
+        assert self.splits is not None, "setup() comes first"
+        return self.rows[split]
+
+    def _collate(self, rows: list[Row], evaluation: bool = False, decoding: Any = None) -> Any:
+        """This process's share of the rows, as the model's batch; the rows themselves without a model."""
+        if self.trainer is None:
+            return rows
+        model: Any = self.trainer.lightning_module
+        return model.collate(self._share(rows), evaluation, decoding)
+
+    def _share(self, rows: list[Row]) -> list[Row]:
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return rows[rank::world]
+
+
+@rank_zero_only
+def _write_quarantine(path: Path, splits: Splits) -> None:
+    write_lines(path, map(asdict, splits.quarantine))
+
+
+def _drawn(rows: Sequence[Row], count: int) -> list[Row]:
+    """A random sample in the order of the file: not evenly spaced, since files made from templates repeat."""
+    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), count))]

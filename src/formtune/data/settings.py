@@ -1,0 +1,118 @@
+"""The YAML's `data` group: where a task's rows come from and how they are prepared."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from datetime import date as calendar_day
+from typing import Any, Literal
+
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+
+from formtune.base.folder import context_length
+from formtune.base.renderer import Renderer, today
+from formtune.data.cleaning import AnswerStep, Step
+from formtune.data.sources import Columns, Source
+from formtune.errors import UserError
+from formtune.formats import Format
+
+
+def system_prompt(system: str | None, format: dict[str, Any]) -> str | None:
+    """The system prompt with the schema in the place of `{schema}`.
+
+    Args:
+        system: As configured.
+        format: What the format's `to_dict` gives, as an exported folder's `format.json` holds it.
+
+    Raises:
+        UserError: The format has no schema.
+    """
+    if not system or "{schema}" not in system:
+        return system
+    schema = format["init_args"].get("schema")
+    if schema is None:
+        raise UserError("data.system: {schema} needs a JsonSchema as data.format")
+    return system.replace("{schema}", json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
+
+
+def _checked_date(text: str) -> str:
+    try:
+        return calendar_day.fromisoformat(text).isoformat()
+    except ValueError:
+        raise UserError(f"data.date: {text!r} is no day; write it as YYYY-MM-DD") from None
+
+
+class DataSettings:
+    """Where the rows come from, how they are cleaned, and which of them are used.
+
+    Args:
+        format: The format that every answer must keep, the training answers first.
+        train: File (.jsonl, .csv, .parquet), data set folder, hub id, or a Source.
+        validation: The same for validation, or the share of train's inputs to split off.
+        test: The same for the final test, or the share of train's inputs to split off.
+        prompts: Inputs for `predict`: the same kinds as train, no answers needed.
+        production: Inputs as production sends them, the same kinds: the rows must be like these.
+        tokenizer: Model folder or hub id of the tokenizer (follows `model.base`).
+        system: System prompt for rows that have none; `{schema}` in it stands for the format's JSON Schema.
+        columns: Which columns hold the conversation.
+        clean: Repairs to run on inputs, here and in `predict`.
+        repair_answers: Repairs to run on answers, where they then keep the format; none by default.
+        near_duplicates: Jaccard index of two inputs' runs of five characters from which on they are nearly the same;
+            1 compares only what is the same but for case, marks and spacing.
+        bad_rows: What to do when answers break the format, mix styles or are too long: refuse to train, or drop and
+            count.
+        max_synthetic: Share of training rows that models may have written, of those whose `columns.source` says so.
+        max_length: Tokens that prompt and answer may have together; longer rows are bad rows, they are never cut.
+        max_new_tokens: Tokens that an answer may have (follows `model.max_new_tokens`).
+        date: Day that a chat template writes where it writes today's, as YYYY-MM-DD; None takes the day the run began.
+    """
+
+    def __init__(
+        self,
+        format: Format,
+        train: str | Source | None = None,
+        validation: ClosedUnitInterval | str | Source = 0.1,
+        test: ClosedUnitInterval | str | Source = 0.1,
+        prompts: str | Source | None = None,
+        production: str | Source | None = None,
+        tokenizer: str = "",
+        system: str | None = None,
+        columns: Columns | None = None,
+        clean: list[Step] = ["encoding", "unicode", "control", "edges"],  # noqa: B006 (jsonargparse shows it in --help)
+        repair_answers: list[AnswerStep] = [],  # noqa: B006
+        near_duplicates: ClosedUnitInterval = 0.8,
+        bad_rows: Literal["refuse", "drop"] = "refuse",
+        max_synthetic: ClosedUnitInterval = 0.5,
+        max_length: PositiveInt = 1024,
+        max_new_tokens: PositiveInt = 256,
+        date: str | None = None,
+    ) -> None:
+        # In this order a split owns what it shares with a later one.
+        self.sources: dict[str, Any] = {"test": test, "validation": validation, "train": train}
+        shares = {"validation": validation, "test": test}
+        self.shares = {name: share for name, share in shares.items() if isinstance(share, float)}
+        if sum(self.shares.values()) >= 1:
+            raise UserError("data.validation, data.test: the two shares leave no rows to train on")
+        self.format, self.prompts, self.production, self.base = format, prompts, production, tokenizer
+        self.system, self.columns = system_prompt(system, format.to_dict()), columns or Columns()
+        self.clean, self.repair_answers, self.near_duplicates = clean, repair_answers, near_duplicates
+        self.bad_rows, self.max_synthetic = bad_rows, max_synthetic
+        self.max_length, self.max_new_tokens = max_length, max_new_tokens
+        self._day = today() if date is None else _checked_date(date)
+        self.ignored: dict[str, Counter[str]] = {}  # columns of `prompts` and `production` that were not read
+
+    @functools.cached_property
+    def renderer(self) -> Renderer:
+        """Turns conversations into ids, on the day of the run."""
+        return Renderer.load(self.base, self._day)
+
+    @property
+    def date(self) -> str | None:
+        """Day that the chat template writes, None where it writes none."""
+        return self.renderer.date
+
+    @functools.cached_property
+    def limit(self) -> int:
+        """Tokens that a row may have: `max_length`, or the base's context if that is less."""
+        return min(self.max_length, context_length(self.base) or self.max_length)

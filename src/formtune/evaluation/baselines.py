@@ -1,0 +1,122 @@
+"""What prompting alone reaches: the base on the test rows, plain and few-shot, measured before training.
+
+Measurements are cached in `.cache/baseline`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from formtune.base.identity import identity
+from formtune.base.renderer import Renderer
+from formtune.base.row import Row
+from formtune.evaluation.outcomes import Outcome, field_f1, paired, rate
+from formtune.evaluation.statistics import wilson
+from formtune.files import own_code, read_entry, write_entry
+from formtune.formats import Format
+from formtune.formats.content import leaves
+
+SHOTS = 4  # training rows in the prompt, fewer if they do not fit
+ENOUGH = 0.95  # with so many right answers, prompting may be enough
+FOLDER = Path(".cache/baseline")
+KEPT = 24  # measurements in the cache
+
+
+def choose_shots(train: Sequence[Row], count: int, format: Format) -> list[Row]:
+    """Training rows for the prompt: first those with a new label, then others, in the order of a hash of the input."""
+    ordered = sorted(train, key=lambda row: hashlib.sha256(row.input.encode("utf-8", "surrogatepass")).digest())
+    chosen: list[Row] = []
+    shown: set[tuple[str, Any]] = set()
+    for row in ordered:
+        document = format.check(row.target or "").value
+        labels = {(path, str(value)) for _, (value, path) in leaves(document) if path in format.derived}
+        if len(chosen) < count and (labels - shown or not format.derived):
+            chosen.append(row)
+            shown |= labels
+    return (chosen + [row for row in ordered if row not in chosen])[:count]
+
+
+def few_shot_rows(
+    test: Sequence[Row], shots: Sequence[Row], renderer: Renderer, format: Format, context: int
+) -> tuple[list[Row], int]:
+    """The test rows with as many shots as fit the context, as earlier turns; and the number of shots."""
+    for count in range(len(shots), 0, -1):
+        examples = [turn for row in shots[:count] for turn in row.messages if turn["role"] != "system"]
+        conversations = []
+        for row in test:
+            system = [turn for turn in row.messages if turn["role"] == "system"]
+            rest = [turn for turn in row.messages if turn["role"] != "system"]
+            conversations.append((system + examples + rest, row.where))
+        encoded = renderer.encode(conversations)
+        rows = [row for row in encoded if isinstance(row, Row) and len(row) <= context]
+        if len(rows) == len(test):
+            return rows, count
+    return [], 0
+
+
+def baseline_key(base: str, rows: Sequence[Row], settings: dict[str, Any], format: Format) -> str:
+    """A hash of all that decides the answers of a base: its identity, the rows' ids, the settings, the code."""
+    inputs = [identity(base), settings, format.to_dict()]
+    hashed = hashlib.blake2b(json.dumps(inputs, default=str).encode(), digest_size=16)
+    for path in own_code("base", "model", "formats", "evaluation"):
+        hashed.update(path.read_bytes())
+    for row in rows:
+        hashed.update(json.dumps([row.prompt_ids, row.target_ids, row.where]).encode())
+    return hashed.hexdigest()
+
+
+def load_baseline(key: str) -> dict[str, Any] | None:
+    """The cached measurement with its `values`, `counts` and `outcomes`, or None."""
+    if (stored := read_entry(FOLDER / f"{key}.json")) is None:
+        return None
+    return stored | {"outcomes": [Outcome(*values) for values in stored["outcomes"]]}
+
+
+def store_baseline(key: str, values: dict[str, float], counts: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
+    """Cache a measurement."""
+    write_entry(FOLDER / f"{key}.json", {"values": values, "counts": counts, "outcomes": list(outcomes)}, KEPT)
+
+
+def best_prompt(baselines: Mapping[str, Sequence[Outcome]]) -> str:
+    """The prompt with the most right answers, then most valid formats, then highest field F1, on the common rows."""
+    common = dict(zip(baselines, paired(*baselines.values()), strict=True))
+    return max(common, key=lambda n: (rate(common[n], "joint"), rate(common[n], "exact"), field_f1(common[n])))
+
+
+def constant_answer(train: Sequence[Row], test: Sequence[Row], format: Format) -> tuple[int, int]:
+    """Majority-answer accuracy as right rows and all rows: a model below it has learned nothing of the content."""
+    [(answer, _)] = Counter(row.target or "" for row in train).most_common(1)
+    checks = (format.check(answer, finished=True, target=row.target, input=row.input) for row in test)
+    return sum(check.joint for check in checks), len(test)
+
+
+def prompting_verdict(prompts: Mapping[str, Sequence[Outcome]], constrained: Sequence[Outcome] | None = None) -> str:
+    """What prompting and constrained decoding reach, and what is left for fine-tuning to win.
+
+    Right answers are counted beside valid formats: constrained decoding gives the format and not the content.
+    """
+    name = best_prompt(prompts)
+    text = f"prompting, {name}, reaches {_reached(prompts[name], 'prompting')}"
+    if constrained is None:
+        return text
+    return f"{text}. With constrained decoding it reaches {_reached(constrained, 'constrained decoding')}"
+
+
+def _reached(outcomes: Sequence[Outcome], by: str) -> str:
+    parts, left = [], []
+    for name, what in (("exact", "valid format"), ("joint", "right")):
+        count, rows = rate(outcomes, name)
+        low, high = wilson(count, rows)
+        parts.append(f"{count / rows:.1%} {what} ({low:.1%} to {high:.1%})")
+        left.append(f"{100 * (1 - count / rows):.1f}")
+    cut = sum(outcome.kind == "truncated" for outcome in outcomes)
+    reached = " and ".join(parts) + (f", {cut:,} of {rows:,} answers cut for length" if cut else "")
+    if count == rows:
+        return f"{reached}: nothing is left to win"
+    worth = f"fine-tuning has at most {left[0]} points of format and {left[1]} of right answers to win"
+    return f"{reached}: {worth}" + (f", so {by} may be enough" if count / rows >= ENOUGH else "")

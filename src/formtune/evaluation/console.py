@@ -1,0 +1,67 @@
+"""The result of an evaluation or a whole run in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from formtune.evaluation.outcomes import VIEWS
+
+HEADLINES = (
+    "format/exact", "format/loose", "joint/exact", "content/exact_match", "content/field_f1", "val/tf_exact",
+    "val/loss",
+)  # fmt: skip
+
+
+def print_result(result: dict[str, Any], folder: Path | None, split: str = "test", measured: str | None = None) -> None:
+    """One table with the headlines of each evaluation and the failures by kind, then the run's files.
+
+    Args:
+        result: As in `metrics.json`, or one evaluation called `result`.
+        folder: Of the run; None if nothing was written.
+        split: Of the rows.
+        measured: The checkpoint or untuned base that `result` belongs to.
+    """
+    views = [view for view in (*VIEWS, "result") if view in result]
+    first, counts = result[views[0]], result["counts"]
+    console = Console()
+    # The model's name comes first: a long title is broken after it.
+    title = f"{Path(measured).name if measured else 'Result'} on {result['rows']:,} {split} rows"
+    table = Table(Column("metric", no_wrap=True), title=title, title_justify="left", pad_edge=False)
+    for view in views:
+        rows = counts[view]["format/exact"][1]
+        sample = f"\n{rows:,} rows" if rows != result.get("rows", rows) else ""
+        name = Path(measured).name if measured else VIEWS.get(view, view).replace(" ", "\n")  # narrow: 80 characters
+        table.add_column(name + sample, justify="right")
+    own = [name for name in first if name.startswith("own/")]
+    # With five columns, 80 characters have no room for fields and counts; the report has them.
+    few = len(views) <= 3
+    fields = [name for name in first if few and name.startswith("content/field_acc/")]
+    kinds = [name for name in first if name.startswith("fail/") and any(result[view][name] for view in views)]
+    for name in (*HEADLINES, *own, *fields, *kinds):
+        cells = [_cell(name, result[view][name], few and counts[view].get(name)) for view in views]
+        table.add_row(name, *cells, end_section=name in ((own or HEADLINES)[-1], *fields[-1:]))
+    console.print(table)
+    if folder is None:
+        return
+    training = result["training"]
+    files = {"checkpoint": f"checkpoints/step-{training['best_step']}.ckpt", "adapter": "adapter"}
+    files |= {"report": "report.html", "figures": "metrics.json", "configuration": "config.yaml"}
+    lines = [
+        f"{training['steps']} steps in {training['seconds']:.0f} s; {training['best_reason']}",
+        f"diagnosis: {training['diagnosis']}",
+        *(f"{what:>14}: {folder / name}" for what, name in files.items()),
+        f"{'curves':>14}: make tensorboard",
+    ]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _cell(name: str, value: float, count: Any) -> str:
+    if name.startswith("fail/"):
+        return f"{value:,.0f}"
+    if not count or name == "content/field_f1":
+        return f"{value:.4f}" if name == "val/loss" or name.startswith("own/") else f"{value:.1%}"
+    return f"{value:.1%} ({count[0]:,}/{count[1]:,})"

@@ -1,0 +1,162 @@
+"""Metrics as sums and counts, so that the number of processes and uneven batches change nothing.
+
+Every rate counts all rows: an answer that does not parse scores 0. Content is also compared if there is text around the
+document, which shows a model that knows the content but not the format.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from formtune.errors import UserError, first_line
+from formtune.formats import KINDS, Format, Verdict
+
+EXACT = torch.float32 if torch.backends.mps.is_available() else torch.double  # Apple GPUs have no float64
+_RATES = (
+    "format/exact", "format/loose", "joint/exact", "content/exact_match",
+    "content/invented_rate", "content/omitted_rate", "content/ungrounded_rate",
+)  # fmt: skip
+
+
+class FormatMetrics(Metric):
+    """Rates of format and content, an accuracy of each field, and a count of each kind of failure."""
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self, format: Format) -> None:
+        super().__init__()
+        self._rates = (*_RATES, *(f"content/field_acc/{field}" for field in format.fields))
+        # One vector is one exchange between processes: rows, both terms of F1, rates, failures.
+        self.add_state("sums", torch.zeros(3 + len(self._rates) + len(KINDS), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, verdicts: Sequence[Verdict]) -> None:
+        """Count verdicts on answers to rows that have a target."""
+        for verdict in verdicts:
+            content = verdict.content
+            if content is None:
+                raise ValueError("content can only be measured against a target: check(..., target=...)")
+            row = [1, 2 * content.matched, content.predicted + content.expected]
+            row += [verdict.exact, verdict.loose, verdict.joint, content.equal]
+            row += [content.invented, content.omitted, content.ungrounded, *content.fields]
+            row += [verdict.kind == kind for kind in KINDS]
+            # Not in place: Lightning tests in inference mode and validates outside it, on the same states.
+            self.sums = self.sums + torch.tensor(row, dtype=torch.long, device=self.sums.device)
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Numerator and denominator of each rate and of field F1."""
+        rows, both, either, *sums = self.sums.tolist()
+        rates = {name: (count, rows) for name, count in zip(self._rates, sums, strict=False)}
+        return rates | {"content/field_f1": (both, either)}
+
+    def compute(self) -> dict[str, Tensor]:
+        """Rates and field F1 between 0 and 1 (NaN without rows); `fail/*` as counts that sum to the rows."""
+        # F1 without any value is 0, not NaN: the model has found nothing.
+        none = 0.0 if self.sums[0] else torch.nan
+        rates = {name: torch.tensor(k / n if n else none) for name, (k, n) in self.counts().items()}
+        failures = self.sums[-len(KINDS) :].float()
+        return rates | {f"fail/{kind}": count for kind, count in zip(KINDS, failures, strict=True)}
+
+
+class OwnMetrics(torch.nn.ModuleList):
+    """The user's own metrics on texts, such as those of torchmetrics.
+
+    Each is called `own/` and its class, and the figure's name if `compute` returns several.
+    """
+
+    def update(self, predictions: list[str], targets: list[str]) -> None:
+        """Add answers and their targets."""
+        for name, metric in self._named() if predictions else ():
+            _call(name, "update", metric.update, predictions, targets)
+
+    def compute(self) -> dict[str, float]:
+        """Every figure, over all processes; NaN before the first answer."""
+        figures: dict[str, float] = {}
+        for name, metric in self._named():
+            value = _call(name, "compute", metric.compute)
+            parts = {f"{name}/{part}": v for part, v in value.items()} if isinstance(value, Mapping) else {name: value}
+            figures |= {part: _call(name, "compute", float, figure) for part, figure in parts.items()}
+        return figures
+
+    def reset(self) -> None:
+        """Reset every metric."""
+        for name, metric in self._named():
+            _call(name, "reset", metric.reset)
+
+    def alone(self, predictions: list[str], targets: list[str]) -> dict[str, float]:
+        """Every figure of these answers, computed without the other processes."""
+        copied = copy.deepcopy(self)
+        for _, metric in copied._named():
+            metric.distributed_available_fn = lambda: False
+        copied.reset()
+        copied.update(predictions, targets)
+        return copied.compute()
+
+    def _named(self) -> list[tuple[str, Metric]]:
+        named: dict[str, Any] = {}
+        for metric in self:
+            name = f"own/{type(metric).__name__}"
+            same = sum(other.partition("-")[0] == name for other in named)
+            named[f"{name}-{same + 1}" if same else name] = metric
+        return list(named.items())
+
+
+def _call(name: str, what: str, method: Callable[..., Any], *arguments: Any) -> Any:
+    # Lightning tests in inference mode, and a state made there could not be changed in place in a validation.
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            return method(*arguments)
+        except Exception as error:  # whatever the user's code raises
+            raise UserError(
+                f"model.metrics: {what} of {name.removeprefix('own/')} failed: {type(error).__name__}: "
+                f"{first_line(error)} (update takes two lists of texts, compute returns a number or numbers by name)"
+            ) from error
+
+
+class LossMetrics(Metric):
+    """Loss of the targets under teacher forcing, and how often it predicts the whole target."""
+
+    full_state_update = False
+    nats: Tensor
+    sums: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nats", torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
+        # Tokens, rows, rows predicted exactly; answers that were decoded in full, and that were the same.
+        self.add_state("sums", torch.zeros(5, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, nats: Tensor, correct: Tensor, sizes: list[int]) -> None:
+        """Add rows.
+
+        Args:
+            nats: Negative log-likelihood of each target token, row after row, shape (tokens,).
+            correct: Whether it is the most likely token, shape (tokens,).
+            sizes: Number of target tokens of each row.
+        """
+        exact = torch.stack([row.all() for row in correct.split(sizes)]).sum()
+        self.nats = self.nats + nats.to(self.nats.dtype).sum()
+        self._add(nats.numel(), len(sizes), exact, 0, 0)
+
+    def compare(self, same: list[bool]) -> None:
+        """Record whether full generation agrees with the answers read from the teacher-forced pass."""
+        self._add(0, 0, 0, len(same), sum(same))
+
+    def _add(self, *counts: int | Tensor) -> None:
+        self.sums = self.sums + torch.stack([torch.as_tensor(count, device=self.sums.device) for count in counts])
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Numerator and denominator of the rates."""
+        _, rows, exact, compared, same = self.sums.tolist()
+        return {"val/tf_exact": (exact, rows), "val/parity": (same, compared)}
+
+    def compute(self) -> dict[str, Tensor]:
+        """`loss` in nats per token; `tf_exact` and `parity` as rates of rows."""
+        tokens, rows, exact, compared, same = self.sums
+        return {"loss": self.nats / tokens, "tf_exact": exact / rows, "parity": same / compared}

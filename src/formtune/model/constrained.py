@@ -1,0 +1,107 @@
+"""Constrained greedy decoding: each step takes the most likely token among those that llguidance's grammar allows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from formtune.base.renderer import Renderer
+from formtune.errors import UserError
+from formtune.formats import Format
+
+
+class Grammar:
+    """A format, compiled for the tokens of a model.
+
+    Raises:
+        UserError: llguidance is not installed, or the format has no grammar.
+    """
+
+    def __init__(self, format: Format, renderer: Renderer) -> None:
+        try:
+            from llguidance import LLExecutor, LLMatcher
+            from llguidance.hf import from_tokenizer
+        except ImportError:
+            raise UserError("model.constrained: needs llguidance; pip install 'formtune[constrained]'") from None
+        rules = format.grammar()
+        if rules is None:
+            name = type(format).__name__
+            raise UserError(f"model.constrained: {name} has no grammar; give it a `grammar` method")
+        # Some models pad their vocabulary: logits beyond the tokenizer's tokens have no text and are never chosen.
+        self.vocabulary = max(renderer.tokenizer.get_vocab().values()) + 1
+        tokenizer = from_tokenizer(renderer.tokenizer, n_vocab=self.vocabulary, eos_token=list(renderer.stop_ids))
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        [row] = renderer.encode([(turn, "")])
+        # Spaces that chat template and tokenizer put before every answer belong to the grammar's text.
+        lead = tokenizer.decode_str(row.target_ids[:-1]).removesuffix("b")  # type: ignore[union-attr]
+        text = f"start: {json.dumps(lead) if lead else ''} answer\n{rules}"
+        self.stop = frozenset(renderer.stop_ids)
+        self.matcher: Any = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
+        self.executor = LLExecutor()
+        if self.matcher.is_error():
+            reason = _reason(self.matcher)
+            raise UserError(f"model.constrained: the format cannot be put in a grammar ({reason})")
+
+
+class Documents:
+    """The answers of some rows as written so far; a matcher for each knows which tokens may follow."""
+
+    def __init__(self, grammar: Grammar, rows: int) -> None:
+        self._grammar = grammar
+        self._matchers = [grammar.matcher.deep_copy() for _ in range(rows)]
+
+    def write(self, row: int, tokens: Sequence[int]) -> int:
+        """Write tokens of an answer, with at most a stop token at their end; how many the grammar accepts."""
+        matcher, ended = self._matchers[row], tokens[-1] in self._grammar.stop
+        written = matcher.try_consume_tokens(list(tokens[: len(tokens) - ended]))
+        return written + (ended and written == len(tokens) - 1 and matcher.is_accepting())
+
+    def choose(self, rows: list[int], logits: Tensor) -> list[int]:
+        """Write the most likely allowed token in each of `rows`, from logits of shape (rows, vocabulary).
+
+        If llguidance fails on a document, it ends there with a stop token and the format judges it: one row must
+        neither end the run nor make other processes wait.
+        """
+        from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask_par
+
+        matchers = [self._matchers[row] for row in rows]
+        size = min(self._grammar.vocabulary, logits.size(-1))
+        packed = allocate_token_bitmask(len(rows), self._grammar.vocabulary)  # 32 tokens per number
+        fill_next_token_bitmask_par(self._grammar.executor, [(m, i) for i, m in enumerate(matchers)], packed)
+        places = torch.arange(32, dtype=torch.int32, device=logits.device)
+        allowed = (packed.to(logits.device)[:, :, None] >> places & 1).flatten(1)[:, :size].bool()
+        tokens = logits[:, :size].masked_fill(~allowed, float("-inf")).argmax(-1).tolist()
+        for i, (matcher, token) in enumerate(zip(matchers, tokens, strict=True)):
+            ended = token in self._grammar.stop
+            if matcher.is_error() or not (ended or matcher.consume_token(token)):
+                rank_zero_warn(f"constrained decoding failed and ended an answer early: {_reason(matcher)}")
+                tokens[i] = min(self._grammar.stop)
+        return tokens
+
+    def processor(self, rows: list[int], width: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """A logits processor for `generate` that writes `rows` anew, their answers beginning at column `width`."""
+        for row in rows:
+            self._matchers[row].reset()
+
+        def only_chosen(ids: Tensor, scores: Tensor) -> Tensor:
+            last = ids[:, -1].tolist()
+            alive = [i for i in range(len(rows)) if ids.size(1) == width or last[i] not in self._grammar.stop]
+            tokens = self.choose([rows[i] for i in alive], scores[alive])
+            chosen = torch.full_like(scores, float("-inf"))
+            chosen[alive, tokens] = 0.0
+            return chosen
+
+        return only_chosen
+
+
+def _reason(matcher: Any) -> str:
+    """The line of llguidance's message that names the error."""
+    lines = matcher.get_error().splitlines() or ["no reason given"]
+    line = next((line for line in lines if line.startswith("error: ")), lines[0])
+    return re.sub(r"^error: |^at \d+\(\d+\): ", "", line)[:160]

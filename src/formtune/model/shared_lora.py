@@ -1,0 +1,92 @@
+"""LoRA layers with the same input, such as query, key and value, compute dropout and A together.
+
+PEFT's layers each draw a dropout mask, multiply by an A of a few rows (too thin a product for matrix units) and pass
+over the output three times. Here, layers that are given the same tensor share one mask m and one product
+h = (x * m) [A_1; A_2; ...]^T; each then adds alpha/r h_i B_i^T to its base layer's output in place. The dropout
+probability stays the same; the only difference is that q, k and v drop the same elements of x.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+
+
+class SharedInput:
+    """x A^T of layers that are called one after the other with the same tensor."""
+
+    def __init__(self, layers: list[LoraLinear]) -> None:
+        self.layers = layers
+        self._input: Tensor | None = None
+        self._waiting: dict[LoraLinear, Tensor] = {}
+        self.scale = 1.0  # 1 / (1 - dropout), applied by `LoraLinear.forward`
+
+    def down(self, layer: LoraLinear, x: Tensor) -> Tensor:
+        """x A^T of one layer, shape (..., r), with dropout in training, to be multiplied by `scale`."""
+        if self._input is x and layer in self._waiting:
+            h = self._waiting.pop(layer)
+            self._input = x if self._waiting else None  # frees the activation as soon as possible
+            return h
+        if layer is self.layers[0]:
+            # A layer that did not take its part last time has another input; from now on it computes alone.
+            self.layers = [other for other in self.layers if other not in self._waiting]
+            weights = [other.down for other in self.layers]
+            h = F.linear(self._drop(layer, x), torch.cat(weights) if len(weights) > 1 else weights[0])
+            self._waiting = dict(zip(self.layers, h.split([len(w) for w in weights], -1), strict=True))
+            self._input = x if len(self.layers) > 1 else None
+            return self._waiting.pop(layer)
+        return F.linear(self._drop(layer, x), layer.down)
+
+    def _drop(self, layer: LoraLinear, x: Tensor) -> Tensor:
+        dropout = layer.lora_dropout["default"]
+        share = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
+        self.scale = 1.0
+        if not share:
+            return x
+        dropped = round(share * 2**16)
+        if x.device.type != "cpu" or dropped == 2**16:  # 2**16: all are dropped, there is no scale
+            return F.dropout(x, share)
+        # On a CPU torch draws a number per element on one core; 16 bits of a draw are enough, so one serves four.
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+        self.scale = 2**16 / (2**16 - dropped)
+        return torch.where(keep, x, 0.0)
+
+
+class LoraLinear(Linear):
+    """PEFT's LoRA layer, computed together with those that share its input; parameter names stay the same."""
+
+    shared: SharedInput
+
+    @property
+    def down(self) -> Tensor:
+        """A, shape (r, in features)."""
+        return self.lora_A["default"].weight  # type: ignore[return-value]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in features) -> (..., out features)."""
+        if self.disable_adapters or self.merged or args or kwargs or self.active_adapters != ["default"]:
+            return super().forward(x, *args, **kwargs)
+        out = self.base_layer(x)
+        h = self.shared.down(self, x).to(out.dtype)
+        up = self.lora_B["default"].weight.to(out.dtype)
+        flat = out.view(-1, out.size(-1))
+        flat.addmm_(h.reshape(-1, h.size(-1)), up.T, alpha=self.scaling["default"] * self.shared.scale)
+        return out
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Group the adapters of each module that have inputs of the same width."""
+    for module in model.modules():
+        groups: dict[Any, list[LoraLinear]] = {}
+        for layer in module.children():
+            if isinstance(layer, LoraLinear):
+                groups.setdefault(layer.in_features, []).append(layer)
+        for layers in groups.values():
+            shared = SharedInput(layers)
+            for layer in layers:
+                layer.shared = shared

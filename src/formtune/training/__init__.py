@@ -1,0 +1,1 @@
+"""The training pipeline, and the callbacks and files around a run."""

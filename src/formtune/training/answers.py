@@ -1,0 +1,82 @@
+"""Answers for people to read: the worst ones in TensorBoard, all predictions in a file."""
+
+from __future__ import annotations
+
+import html
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from formtune.evaluation.outcomes import worst_first
+from formtune.files import write_lines
+
+
+class AnswerTable(Callback):
+    """A table of the worst answers of each evaluation beside their targets, in TensorBoard.
+
+    Args:
+        rows: Number of answers, invalid formats first.
+    """
+
+    def __init__(self, rows: int = 12) -> None:
+        self.rows = rows
+        self._failed: list[Any] = []
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any, **__: Any) -> None:
+        self._failed = worst_first([*self._failed, *outputs], attrgetter("verdict.kind"))[: self.rows]
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._show(trainer, pl_module, "answers/validation")
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._show(trainer, pl_module, "answers/test")
+
+    def _show(self, trainer: Any, pl_module: Any, tag: str) -> None:
+        if trainer.is_global_zero and pl_module.logged and isinstance(trainer.logger, TensorBoardLogger):
+            lines = ["| why | input | target | answer |", "|---|---|---|---|"]
+            for a in self._failed:
+                cells = (f"{a.verdict.kind}: {a.verdict.detail}", a.row.input, a.row.target or "", a.text)
+                lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+            text = "\n".join(lines) if self._failed else "every answer is right"
+            trainer.logger.experiment.add_text(tag, text, trainer.global_step)
+        self._failed = []
+
+
+def _cell(text: str, limit: int = 400) -> str:
+    text = text if len(text) <= limit else text[:limit] + " ..."
+    return "<code>" + html.escape(text).replace("|", "&#124;").replace("\n", "<br>") + "</code>"
+
+
+class AnswerFile(Callback):
+    """Writes predictions as JSON Lines: where, prompt, answer, and the format's verdict.
+
+    Args:
+        path: File to write; on several devices each further process appends its rank to the name.
+        untuned: The model's name in each record if it is not a tuned one.
+    """
+
+    def __init__(self, path: str, untuned: str | None = None) -> None:
+        self.path, self._more = Path(path), {"model": untuned} if untuned else {}
+        self._answers: list[Any] = []
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # now, not after all the work
+
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self._answers += outputs
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        rank = trainer.global_rank
+        records = (
+            {
+                "where": a.row.where, "prompt": a.row.input, "answer": a.text,
+                "compliant": a.verdict.exact, "kind": a.verdict.kind, "detail": a.verdict.detail, **self._more,
+            }
+            for a in sorted(self._answers, key=lambda a: a.row.number)
+        )  # fmt: skip
+        write_lines(self.path.with_name(f"{self.path.name}.{rank}") if rank else self.path, records)

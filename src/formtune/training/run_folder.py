@@ -1,0 +1,132 @@
+"""The folder of one run: held by one process at a time, resumed after an interruption, never continued as another."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from formtune.errors import UserError
+
+# Keys that change where a run is or how it is watched, and not what is trained.
+FREE = (
+    *("run", "resume", "task", "trainer.default_root_dir", "trainer.enable_progress_bar", "data.prompts"),
+    *("checkpoint.every_n_seconds", "checkpoint.save_last", "answer_table"),
+)
+
+
+class RunFolder:
+    """A folder that has `config.yaml` once a run has begun, and `metrics.json` once it is finished."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = FileLock(path / ".lock", timeout=0)  # released by the system when the process ends
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run has begun here."""
+        return (self.path / "config.yaml").exists()
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is finished."""
+        return (self.path / "metrics.json").exists()
+
+    @property
+    def date(self) -> str | None:
+        """Date that the chat template writes into the run's prompts; None if no run has begun, or it writes none."""
+        try:
+            date = self._config()["data"]["date"]
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+            return None
+        return None if date is None else str(date)
+
+    def difference(self, config: str) -> str | None:
+        """The first key, with both values, in which this run's configuration differs from another in YAML, or None."""
+        try:
+            old = dict(_leaves(self._config()))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{self.path / 'config.yaml'}: cannot be read ({error}); begin another run") from None
+        new = dict(_leaves(yaml.safe_load(config)))
+        if None in (old.get("data.date"), new.get("data.date")):  # the template writes none, or the run's is taken
+            old["data.date"] = new["data.date"] = None
+        for key in new | old:
+            if old.get(key) != new.get(key) and not key.startswith(FREE):
+                return f"{key} {old.get(key)}, now {new.get(key)}"
+        return None
+
+    def _config(self) -> Any:
+        return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+
+    def hold(self) -> None:
+        """Make the folder, and lock it for as long as this process lives.
+
+        Raises:
+            UserError: Another process holds it, or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"{self.path}: this run is going on in another process; wait for it or stop it, or name another --run"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{self.path}: no run can write here ({error.strerror})") from None
+
+    def release(self) -> None:
+        """Release the lock, and delete the folder if nothing was written."""
+        if self._lock.is_locked:
+            if not self.begun:
+                (self.path / ".lock").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
+            self._lock.release()
+
+
+def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], str]) -> str | None:
+    """The name of the run to begin or to resume; None for a new run, which is named by the clock.
+
+    Args:
+        task: Folder of the task.
+        name: As given by the user.
+        resume: Whether to resume an interrupted run.
+        config: Returns the whole configuration as YAML.
+
+    Raises:
+        UserError: The run of that name has another configuration.
+        SystemExit: It is finished, with this configuration.
+    """
+    folder = RunFolder(task / name) if name else _last(task) if resume else None
+    if folder is None or not folder.begun or (folder.finished and not name):
+        return name
+    if not resume:
+        raise UserError(f"run: {folder.path} already holds a run; continue it with --resume, or choose another --run")
+    difference = folder.difference(config())
+    if difference and name:
+        raise UserError(f"resume: {folder.path} began with {difference}; choose another --run for another run")
+    if folder.finished:
+        print(f"nothing to do: {folder.path} is finished")
+        raise SystemExit(0)
+    new = f"{folder.path} began with {difference}: a new run begins"
+    print(new if difference else f"continuing {folder.path}", flush=True)
+    return None if difference else name or folder.path.name
+
+
+def _last(task: Path) -> RunFolder | None:
+    """The run of a task that began last; those of a sweep do not count."""
+    begun = [path for path in task.glob("*/config.yaml") if not (path.parent / ".sweep").exists()]
+    newest = max(begun, key=lambda path: path.stat().st_mtime, default=None)
+    return RunFolder(newest.parent) if newest else None
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value

@@ -1,0 +1,203 @@
+"""What a Lightning user expects of flags, callbacks, loggers and checkpoints works here too."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from conftest import SCHEMA, pair
+from formtune.cli import main
+from formtune.commands.keys import KEYS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def task_yaml(tmp_path, base, monkeypatch):
+    """The YAML of a small task in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FORMTUNE_RUN", raising=False)
+    Path("schema.json").write_text(json.dumps(SCHEMA))
+    Path("train.jsonl").write_text("".join(json.dumps(pair(n)) + "\n" for n in range(60)))
+    config = {
+        "model": {"base": base, "max_new_tokens": 24, "lora": {"r": 2}},
+        "data": {
+            "train": "train.jsonl",
+            "near_duplicates": 1.0,
+            "format": {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}},
+        },
+        "trainer": {
+            "max_steps": 4, "val_check_interval": 2, "accelerator": "cpu", "precision": "32-true",
+            "enable_progress_bar": False,
+        },
+        "baselines": [],
+    }  # fmt: skip
+    Path("small.yaml").write_text(yaml.safe_dump(config))
+    return "small.yaml"
+
+
+def fit(*words):
+    return main(["fit", "-c", "small.yaml", "--run", "one", *words])
+
+
+def callbacks(*classes):
+    return "--trainer.callbacks=" + json.dumps(
+        [{"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": given} for name, given in classes]
+    )
+
+
+def test_fit_is_lightnings_fit_it_trains_validates_and_keeps_checkpoints(task_yaml, capsys):
+    assert fit() == 0
+    run = Path("logs/small/one")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-2.ckpt", "step-4.ckpt"]
+    assert (run / "config.yaml").exists() and not (run / "metrics.json").exists() and not (run / "adapter").exists()
+    assert "best checkpoint: step" in capsys.readouterr().out
+
+
+def test_callbacks_of_formtune_are_groups_of_the_yaml(task_yaml, capfd):
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", task_yaml, "--print_config"])
+    config = yaml.safe_load(capfd.readouterr().out)
+    assert config["checkpoint"] == {"monitor": None, "mode": "max", "every_n_seconds": 30.0, "save_last": 2}
+    assert config["overfitting"] == {"patience": None} and config["answer_table"] == {"rows": 12}
+
+
+def test_a_monitored_metric_chooses_the_best_checkpoint(task_yaml, capsys):
+    assert (
+        main(["train", "-c", task_yaml, "--run", "one", "--checkpoint.monitor", "val/loss", "--checkpoint.mode", "min"])
+        == 0
+    )
+    result = json.loads(Path("logs/small/one/metrics.json").read_text())["training"]
+    assert result["best_step"] == result["lowest_loss_step"]
+    assert result["best_reason"].startswith(f"best checkpoint: step {result['best_step']} (the lowest val/loss, ")
+
+
+def test_a_model_checkpoint_of_the_users_own_works_beside_the_best_checkpoint(task_yaml):
+    own = ("ModelCheckpoint", {"dirpath": "mine/deep", "monitor": "val/loss", "save_top_k": 1, "save_last": True})
+    assert fit(callbacks(own)) == 0
+    assert any(path.name == "last.ckpt" for path in Path("mine/deep").iterdir())
+    assert list(Path("logs/small/one/checkpoints").glob("step-*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("EarlyStopping", {"monitor": "val/loss", "patience": 1}),
+        ("LearningRateMonitor", {}),
+        ("DeviceStatsMonitor", {"cpu_stats": True}),
+    ],
+)
+def test_other_callbacks_work(task_yaml, other):
+    assert fit(callbacks(other)) == 0
+
+
+@pytest.mark.parametrize("name", ["StochasticWeightAveraging", "EMAWeightAveraging"])
+def test_weight_averaging_is_refused_with_the_reason(task_yaml, capfd, name):
+    given = {"swa_lrs": 1e-3} if name.startswith("Stochastic") else {}
+    assert fit(callbacks((name, given))) == 2
+    assert f"{name} averages weights after the best checkpoint was chosen" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--trainer.fast_dev_run", "true"],
+        ["--trainer.overfit_batches", "1"],
+        ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"],
+        ["--trainer.profiler", "simple"],
+        ["--trainer.detect_anomaly", "true"],
+        ["--trainer.logger", '{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "csv"}}'],
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", "train"])
+def test_flags_of_the_trainer_work(task_yaml, command, flags):
+    assert main([command, "-c", task_yaml, "--run", "one", *flags]) == 0
+    assert ("fast_dev_run" not in flags[0]) == Path("logs/small/one/config.yaml").exists()
+    assert bool(list(Path().glob("csv/**/metrics.csv"))) == ("csv" in flags[-1])
+
+
+@pytest.mark.parametrize("name", ["WandbLogger", "MLFlowLogger"])
+def test_a_logger_whose_package_is_missing_gets_one_line(task_yaml, capfd, name):
+    assert fit("--trainer.logger", f"lightning.pytorch.loggers.{name}") in (1, 2)
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("formtune: error:")]
+    assert len(errors) == 1 and name.removesuffix("Logger").lower() in errors[0].lower()
+
+
+def test_a_schedule_of_torch_replaces_the_cosine(task_yaml):
+    schedule = '{"class_path": "torch.optim.lr_scheduler.ConstantLR", "init_args": {"factor": 1.0}}'
+    assert fit("--model.scheduler", schedule) == 0
+    state = torch.load("logs/small/one/checkpoints/step-4.ckpt", weights_only=True)["lr_schedulers"][0]
+    assert state["factor"] == 1.0
+
+
+def test_commands_take_a_run_and_measure_its_best_checkpoint(task_yaml, capsys):
+    assert main(["train", "-c", task_yaml, "--run", "one"]) == 0
+    result = json.loads(Path("logs/small/one/metrics.json").read_text())
+    capsys.readouterr()
+    assert main(["test", "logs/small/one"]) == 0
+    out = capsys.readouterr().out
+    assert f"step-{result['training']['best_step']}.ckpt, the run's best checkpoint" in out
+    Path("prompts.jsonl").write_text('{"prompt": "number 5"}\n')
+    assert main(["predict", "logs/small/one", "prompts.jsonl", "--answers", "a.jsonl"]) == 0
+    assert len(Path("a.jsonl").read_text().splitlines()) == 1
+    assert main(["test", "logs/small/two"]) == 2
+    assert "logs/small/two: no run is there" in capsys.readouterr().err
+
+
+def test_try_answers_with_base_and_tuned_model(task_yaml, capsys, monkeypatch):
+    assert main(["train", "-c", task_yaml, "--run", "one"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", __import__("io").StringIO("number 5\n"))
+    assert main(["try", "logs/small/one"]) == 0
+    out = capsys.readouterr().out
+    assert "base" in out and "tuned" in out and "verdict" in out
+
+
+def test_quick_measures_no_baselines_and_few_rows(task_yaml, capsys):
+    assert main(["train", "-c", task_yaml, "--run", "one", "--quick", "--data.validation", "train.jsonl"]) == 2
+    assert main(["train", "-c", task_yaml, "--run", "two", "--quick", "--baselines", "[few_shot]"]) == 0
+    result = json.loads(Path("logs/small/two/metrics.json").read_text())
+    assert "few_shot" not in result and result["rows"] <= 50
+
+
+def test_baselines_are_measured_on_a_stated_sample_and_say_how_long_they_take(task_yaml, capsys):
+    words = ["--data.test", "0.4", "--baseline_rows", "9", "--baselines", "[few_shot]"]
+    assert main(["train", "-c", task_yaml, "--run", "one", *words]) == 0
+    result = json.loads(Path("logs/small/one/metrics.json").read_text())
+    rows = {name: result["counts"][name]["format/exact"][1] for name in ("before", "few_shot", "after")}
+    assert rows["before"] == rows["few_shot"] == 9 < rows["after"]
+    out = capsys.readouterr().out
+    assert f"baselines: 2 evaluations of 9 of {rows['after']} test rows" in out and "--baselines '[]'" in out
+
+
+def test_the_short_help_is_quick_and_says_the_true_defaults(task_yaml, capfd):
+    program = "import sys; from formtune.cli import main; main(['train', '--help']); sys.exit('torch' in sys.modules)"
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) < 50 and time.monotonic() - started < 30
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", task_yaml, "--print_config"])
+    config = yaml.safe_load(capfd.readouterr().out)
+    told = {key: default for key, default, _ in KEYS}
+    defaults = yaml.safe_load((ROOT / "configs/reference.yaml").read_text())
+    for key, default in told.items():
+        node = defaults
+        for part in key.split("."):
+            if node is None:  # a class whose defaults are in its own signature
+                break
+            node = node["init_args"] if "init_args" in node and part not in node else node
+            node = node[part]
+        assert default == "" or node is None or yaml.safe_load(default) == node, key
+    assert config["model"]["lora"]["r"] == 2
+
+
+def test_the_reference_configuration_is_current(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from reference import REFERENCE, reference
+
+    assert REFERENCE.read_text() == reference(), "run make reference"

@@ -1,0 +1,180 @@
+"""Only the answer and its end of turn are supervised, for every tokenizer at hand."""
+
+from datetime import datetime
+
+import pytest
+
+from conftest import TEMPLATE, byte_tokenizer, shared
+from formtune.base import renderer as rendering
+from formtune.base.folder import check_base
+from formtune.base.renderer import Renderer
+from formtune.base.row import Row, UnfitRow
+from formtune.errors import UserError
+
+ANSWERS = ['{"a":"x y","b":[1,2]}', '{"name":"Zoë  🎉","n":null}', "positive", '{\n  "a": 1\n}']
+TOKENIZERS = [
+    f"tokenizers/{n}" for n in ("gpt2", "mistral-v3-instruct", "phi-3-mini-instruct", "qwen3", "smollm2-instruct")
+]
+END = {"gpt2": "<|endoftext|>", "mistral": "</s>", "phi-3": "<|end|>", "qwen3": "<|im_end|>", "smollm2": "<|im_end|>"}
+
+
+def conversation(answer, system="Be exact."):
+    return [
+        {"role": "system", "content": system},
+        {"role": "user", "content": "héllo  wörld\nsecond line"},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+@pytest.mark.parametrize("folder", [*TOKENIZERS, "models/stories260K"])
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_supervised_tokens_decode_to_the_answer_and_its_end_of_turn(folder, answer):
+    renderer = Renderer.load(str(shared(folder)))
+    [row] = renderer.encode([(conversation(answer), "f:1")])
+    assert isinstance(row, Row)
+    assert renderer.answer(row.target_ids) == (answer, True)
+    end = renderer.tokenizer.convert_ids_to_tokens(row.target_ids[-1])
+    assert end == next((e for name, e in END.items() if name in folder), "</s>")
+    assert row.target_ids[-1] in renderer.stop_ids and not set(row.target_ids[:-1]) & set(renderer.stop_ids)
+    bos = renderer.tokenizer.bos_token_id
+    assert (row.prompt_ids + row.target_ids)[:2] != [bos, bos]
+    if any(name in folder for name in ("mistral", "stories")):
+        assert row.prompt_ids[0] == bos and bos not in (row.prompt_ids + row.target_ids)[1:]
+
+
+@pytest.mark.parametrize("folder", TOKENIZERS[1:])
+def test_training_and_prediction_see_the_same_prompt(folder):
+    renderer = Renderer.load(str(shared(folder)))
+    messages = conversation("yes")
+    [trained] = renderer.encode([(messages, "f:1")])
+    [asked] = renderer.encode([(messages[:-1], "f:1")])
+    served = renderer.tokenizer.apply_chat_template(
+        messages[:-1], add_generation_prompt=True, enable_thinking=False, return_dict=False
+    )
+    assert trained.prompt_ids == asked.prompt_ids == served and asked.target_ids == [] and asked.target is None
+
+
+def test_earlier_assistant_turns_are_context_only():
+    renderer = Renderer(byte_tokenizer())
+    [row] = renderer.encode(
+        [([*conversation("first"), {"role": "user", "content": "q"}, *conversation("last")[2:]], "f:1")]
+    )
+    assert renderer.answer(row.target_ids)[0] == "last" and row.input == "q"
+
+
+def test_a_template_that_trims_the_answer_makes_the_row_unfit():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content }}", "{{ m.content | trim }}")
+    [row] = Renderer(tokenizer).encode([(conversation(" padded "), "f:1")])
+    assert isinstance(row, UnfitRow) and "alters the answer" in str(row)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ bos_token }}<|im_end|>{{ messages[0].content }}", "cannot be supervised"),
+        ("{% for m in messages %}{{ m.content }} {% endfor %}", "no end-of-turn token"),
+    ],
+)
+def test_a_template_that_cannot_be_supervised_is_refused(template, message):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=message):
+        Renderer(tokenizer)
+
+
+FOLDED = (  # Gemma 3: the system prompt in front of the first user turn
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages %}"
+    "{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' and loop.index <= 2 %}{{ system }}\n\n"
+    "{% endif %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONTEXT = "{% set c = m.content if m.role == 'assistant' else m.content | EDIT %}"
+LEFT_OUT = {  # template, system prompt, what the line says
+    "the system prompt": (TEMPLATE.replace("messages", "(messages | rejectattr('role', 'eq', 'system'))"), "Be exact.",
+                          "leaves out the system prompt 'Be exact.'; write it into the user turn"),
+    "a text that is elsewhere too": (TEMPLATE.replace("messages", "(messages | rejectattr('role', 'eq', 'system'))"),
+                                     "line", "leaves out the system prompt 'line'"),
+    "all but the last turns": (TEMPLATE.replace("messages", "messages[-2 if messages[-1].role == 'assistant' else -1:]"),
+                               "Be exact.", "leaves out the system prompt"),
+    "a user turn": (TEMPLATE.replace("messages", "(messages | rejectattr('role', 'eq', 'user'))"), "Be exact.",
+                    "leaves out the user turn"),
+    "the end of a text": (TEMPLATE.replace("{{ m.content }}", CONTEXT.replace("EDIT", "truncate(9, true, '', 0)")
+                                           + "{{ c }}"), "Be exact, and say nothing else.", "leaves out the system"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_a_turn_that_the_template_leaves_out_makes_the_row_unfit(case):
+    template, system, says = LEFT_OUT[case]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    [row, asked] = Renderer(tokenizer).encode(
+        [(conversation("yes", system), "f:1"), (conversation("yes", system)[:-1], "f:2")]
+    )
+    assert isinstance(row, UnfitRow) and isinstance(asked, UnfitRow) and says in str(row)
+
+
+@pytest.mark.parametrize("edit", ["trim", "e", "tojson", "lower", "replace('\n', ' ')", "folded"])
+def test_a_template_that_folds_trims_or_escapes_a_turn_leaves_nothing_out(edit):
+    tokenizer = byte_tokenizer()
+    edited = TEMPLATE.replace("{{ m.content }}", CONTEXT.replace("EDIT", edit) + "{{ c }}")
+    tokenizer.chat_template = FOLDED if edit == "folded" else edited
+    system = ' Say "yes" & <no>,\nÄnd  nothing else. '
+    [row, short] = Renderer(tokenizer).encode([(conversation("yes", system), "f:1"), (conversation("no")[1:], "f:2")])
+    assert isinstance(row, Row) and isinstance(short, Row), row
+
+
+def test_a_template_that_leaves_out_what_an_earlier_answer_thought_is_taken():
+    messages = [*conversation("<think>well</think>first"), {"role": "user", "content": "q"}, *conversation("last")[2:]]
+    [row] = Renderer.load(str(shared("tokenizers/qwen3"))).encode([(messages, "f:1")])
+    assert isinstance(row, Row)
+
+
+@pytest.mark.parametrize("pattern, says", [("%d %b %Y", "25 Nov 2026"), ("%B %d, %Y %H:%M", "November 25, 2026 00:00")])
+def test_the_date_of_a_template_is_that_of_the_run(pattern, says):
+    tokenizer = byte_tokenizer()
+    # As Llama 3.2 has it.
+    tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now('PATTERN') %}"
+        "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}Today is {{ date_string }}\n" + TEMPLATE
+    ).replace("PATTERN", pattern)
+    renderer = Renderer(tokenizer, "2026-11-25")
+    [row] = renderer.encode([(conversation("yes"), "f:1")])
+    assert f"Today is {says}\n" in renderer.tokenizer.decode(row.prompt_ids) and renderer.date == "2026-11-25"
+    plain = tokenizer.apply_chat_template(conversation("yes"), tokenize=False)  # what a server writes
+    assert datetime.now().strftime(pattern.removesuffix(" %H:%M")) in plain
+
+
+def test_a_template_without_a_date_has_none():
+    assert Renderer(byte_tokenizer(), "2026-11-25").date is None
+
+
+@pytest.mark.parametrize("base", ["no/such/folder", "./here", "nowhere", "../x"])
+def test_a_mistyped_folder_is_not_looked_up_on_a_hub(base):
+    with pytest.raises(UserError, match="no folder"):
+        check_base(base)
+
+
+def test_one_refused_conversation_among_many_costs_no_other_its_place(monkeypatch):
+    monkeypatch.setattr(rendering, "AT_ONCE", 7)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].content == 'odd' %}{{ raise_exception('no odd ones') }}{% endif %}" + tokenizer.chat_template
+    )
+    rows = [(conversation(str(n), "odd" if n in (3, 12) else "even"), f"f:{n}") for n in range(20)]
+    coded = list(Renderer(tokenizer).encode(rows))
+    assert [n for n, row in enumerate(coded) if isinstance(row, UnfitRow)] == [3, 12]
+    assert str(coded[3]) == "the chat template refuses the conversation: no odd ones"
+    good = [row for row in coded if isinstance(row, Row)]
+    assert [row.number for row in good] == [n for n in range(20) if n not in (3, 12)]
+    assert [row.target for row in good] == [str(row.number) for row in good]
+
+
+def test_a_tokenizer_shipped_with_truncation_and_padding_cuts_and_fills_nothing():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=500)
+    [row] = Renderer(tokenizer).encode([(conversation("long enough"), "f:1")])
+    [plain] = Renderer(byte_tokenizer()).encode([(conversation("long enough"), "f:1")])
+    assert row == plain

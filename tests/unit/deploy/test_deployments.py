@@ -1,0 +1,219 @@
+"""Production moves only on evidence, wholly or not at all, and back again."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from conftest import write_run
+from formtune.cli import main
+from formtune.commands import promote as command
+from formtune.deploy import registry
+from formtune.deploy.registry import find_pointer, read_pointer
+
+ROWS = 40
+POINTER = Path("deployments/small/production.json")
+
+
+def rows(wrong=0, of=ROWS):
+    return [(f"input {i}", i >= wrong) for i in range(of)]
+
+
+@pytest.fixture(scope="module")
+def made(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for rank, (name, wrong) in enumerate((("good", 1), ("equal", 3), ("bad", 20), ("good2", 1)), 1):
+        write_run(folder / name, base, rows(wrong), rank)
+    write_run(folder / "other", base, [("something else", True)])
+    return folder
+
+
+@pytest.fixture
+def logs(made, tmp_path, monkeypatch):
+    shutil.copytree(made, tmp_path / "logs/small")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "logs/small"
+
+
+def promote(run, *more):
+    return main(["promote", f"logs/small/{run}", "--to", "production", *more])
+
+
+def rollback(*more):
+    return main(["rollback", "production", "--reason", "it broke", *more])
+
+
+def test_a_run_that_is_not_worse_is_promoted_and_nothing_depends_on_logs_then(logs, capsys):
+    assert promote("good", "--reason", "first") == 0
+    assert promote("equal") == 0
+    said = capsys.readouterr().out
+    assert "small/production: equal-adapter (before: good-adapter)" in said
+    assert "format/exact 92.5% (80.1% to 97.4%) on 40 test rows; against good-adapter: cannot tell" in said
+    shutil.rmtree(logs)
+    pointer = find_pointer("production")
+    assert (pointer.verified("equal-adapter") / "adapter_model.safetensors").is_file()
+    first, second = pointer.history
+    assert (first["reason"], second["reason"], first["by"] != "", second["overruled"]) == ("first", None, True, [])
+    assert second["evidence"]["differences"]["format/exact"]["verdict"].startswith("cannot tell")
+    assert json.loads(POINTER.read_text())["current"] == "equal-adapter"
+    assert rollback() == 0
+    assert find_pointer("small/production").current == "good-adapter"
+
+
+def test_a_worse_run_is_refused_unless_forced_with_a_reason_which_is_recorded(logs, capsys):
+    assert promote("good") == 0
+    assert promote("bad") == 2
+    assert (
+        "format/exact is worse than good-adapter's by 47.5 points (p = 3.8e-06, 40 test rows)"
+        in capsys.readouterr().err
+    )
+    assert promote("bad", "--force") == 2 and "--reason" in capsys.readouterr().err
+    assert find_pointer("production").current == "good-adapter" and len(find_pointer("production").history) == 1
+    assert promote("bad", "--force", "--reason", "the old one leaks") == 0
+    last = find_pointer("production").history[-1]
+    assert last["reason"] == "the old one leaks" and "joint/exact is worse" in last["overruled"][1]
+    assert main(["deployments"]) == 0
+    said = capsys.readouterr().out
+    assert "bad-adapter" in said and "good-adapter" in said and "forced" in said
+
+
+def test_other_test_rows_a_missing_evaluation_and_another_format_are_no_evidence(logs, base, capsys):
+    assert promote("good") == 0
+    assert promote("other") == 2
+    assert "0 of its 1 test rows are among the 40" in capsys.readouterr().err
+    (logs / "equal/outcomes/after.jsonl").unlink()
+    assert promote("equal") == 2 and "outcomes/after.jsonl: No such file" in capsys.readouterr().err
+    manifest = json.loads((logs / "good2/adapter/manifest.json").read_text())
+    format = logs / "good2/adapter/format.json"
+    format.write_text(format.read_text() + "\n")
+    manifest["format"] = manifest["files"]["format.json"] = registry.file_hash(format)
+    (logs / "good2/adapter/manifest.json").write_text(json.dumps(manifest))
+    assert promote("good2") == 2 and "the format is not that of good-adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["changed", "missing"])
+def test_what_is_not_as_it_was_exported_is_never_pointed_to(logs, capsys, what):
+    path = logs / "good/adapter/adapter_model.safetensors"
+    path.write_bytes(b"other") if what == "changed" else path.unlink()
+    assert promote("good") == 2 and what in capsys.readouterr().err
+    assert not POINTER.exists() and not Path("deployments/small/versions/good-adapter").exists()
+
+
+def test_a_rollback_goes_back_one_by_one_or_to_a_version_and_verifies_it(logs, capsys):
+    for run in ("good", "equal", "good2"):
+        assert promote(run) == 0
+    assert rollback() == 0 and find_pointer("production").current == "equal-adapter"
+    assert rollback() == 0 and find_pointer("production").current == "good-adapter"
+    assert rollback() == 2 and "no version before good-adapter" in capsys.readouterr().err
+    assert rollback("--to", "never-adapter") == 2 and "was never small/production" in capsys.readouterr().err
+    assert rollback("--to", "good2-adapter") == 0
+    assert rollback() == 0 and find_pointer("production").current == "good-adapter"
+    Path("deployments/small/versions/equal-adapter/format.json").write_text("{}")
+    assert rollback("--to", "equal-adapter") == 2 and "changed since it was exported" in capsys.readouterr().err
+    # A whole folder in its place, consistent in itself, is not what was promoted either.
+    shutil.rmtree("deployments/small/versions/good2-adapter")
+    shutil.copytree(logs / "bad/adapter", "deployments/small/versions/good2-adapter")
+    assert rollback("--to", "good2-adapter") == 2 and "not what was promoted" in capsys.readouterr().err
+    assert find_pointer("production").current == "good-adapter"
+
+
+def test_a_run_of_the_same_name_with_other_content_does_not_replace_a_version(logs, capsys):
+    assert promote("good") == 0 and promote("equal") == 0
+    shutil.rmtree(logs / "good")
+    (logs / "good2").rename(logs / "good")
+    assert promote("good") == 2 and "holds another export of this name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+def test_a_rename_that_fails_leaves_the_old_pointer(logs, monkeypatch, capsys, failing):
+    """The renames: the version's folder, its outcomes, the pointer; a fourth one there is not."""
+    assert promote("good") == 0
+    before, real, calls = POINTER.read_bytes(), Path.replace, []
+
+    def replace(self, target):
+        calls.append(target)
+        if len(calls) == failing:
+            raise OSError(28, "No space left on device")
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        if failing == 4:
+            assert promote("equal") == 0 and len(calls) == 3
+            return
+        assert promote("equal") == 2 and "points to what it pointed to before" in capsys.readouterr().err
+        assert POINTER.read_bytes() == before
+    assert promote("equal") == 0 and not list(Path("deployments").rglob("*.part"))
+
+
+def test_a_process_killed_at_any_moment_leaves_the_old_or_the_new_pointer(logs, monkeypatch):
+    monkeypatch.setattr(command, "weigh", lambda *_: ({}, []))  # the statistics would be most of the time
+    assert promote("good") == 0
+    dice = random.Random(0)
+    for _ in range(30):
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            for number in range(10**6):
+                shutil.rmtree("deployments/small/versions/equal-adapter", ignore_errors=True)
+                promote("equal") if number % 2 == 0 else rollback()
+            os._exit(0)
+        time.sleep(dice.uniform(0.02, 0.12))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pointer = read_pointer(POINTER)
+        assert pointer.current in ("good-adapter", "equal-adapter")
+        pointer.verified("good-adapter")
+    promoted = len(read_pointer(POINTER).history)
+    assert promoted > 10, "the processes did something before they were killed"
+    rollback()
+    assert promote("good2") == 0  # no lock is left behind
+
+
+def test_promotions_at_the_same_time_come_one_after_the_other(logs, monkeypatch):
+    stored = registry.store
+    monkeypatch.setattr(registry, "store", lambda *args: (time.sleep(0.05), stored(*args)))
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(promote, ("good", "equal", "good2"))) == [0, 0, 0]
+    assert {move["version"] for move in find_pointer("production").history} == {
+        "good-adapter", "equal-adapter", "good2-adapter",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", '{"task": "small", "alias": "production", "current": "x", "history": []}']
+)
+def test_a_damaged_pointer_is_named(logs, capsys, content):
+    assert promote("good") == 0
+    POINTER.write_text(content)
+    for words in (["deployments"], ["rollback", "production", "--reason", "x"], ["serve", "production"]):
+        assert main(words) == 2
+        assert f"{POINTER}: not a pointer" in capsys.readouterr().err
+
+
+def test_names_and_folders_that_cannot_be_are_refused_in_one_line(logs, capsys):
+    for words, said in (
+        (["promote", "logs/small/none", "--to", "production"], "none/adapter: no such folder"),
+        (["promote", "logs/small/good", "--to", "../production"], "'../production': a name has letters"),
+        (["promote", "logs/small/good", "--to", "production", "--as", "merged"], "good/merged: no such folder"),
+        (["rollback", "production", "--reason", "x"], "no such deployment (nothing is deployed yet)"),
+        (["serve", "logs/small"], "neither an exported folder nor a run with adapter/"),
+    ):
+        assert main(words) == 2
+        line = capsys.readouterr().err
+        assert said in line and len(line.splitlines()) == 1
+    assert main(["deployments"]) == 0 and "nothing is deployed yet" in capsys.readouterr().out
+
+
+def test_a_name_that_several_tasks_have_needs_the_task(logs, capsys):
+    assert promote("good") == 0
+    shutil.copytree("deployments/small", "deployments/big")
+    text = POINTER.read_text().replace('"task": "small"', '"task": "big"')
+    Path("deployments/big/production.json").write_text(text)
+    assert rollback() == 2 and "say big/production or small/production" in capsys.readouterr().err

@@ -1,0 +1,232 @@
+"""What is served is judged as the run was, and must show that it renders the same prompts; against a real server here."""
+
+import json
+import shutil
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from conftest import SCHEMA, pair
+from formtune.cli import main
+from formtune.evaluation.outcomes import read_outcomes
+
+ROWS = 12
+
+
+class Server:
+    """Answers chat completions as OpenAI does, by the tokenizer and template of a base.
+
+    `say` makes the answer to an input: a text, or a whole message. `seen` are the requests.
+    """
+
+    def __init__(self, base, say):
+        self.tokenizer, self.say = AutoTokenizer.from_pretrained(base), say
+        self.seen, self.most, self.now = [], 0, 0
+        self.system, self.extra, self.tokenize, self.usage, self.finish = None, 0, False, True, "stop"
+        self.status, self.html = 200, False
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.seen.append((self.path, body))
+                outer.now += 1
+                outer.most = max(outer.most, outer.now)
+                status, reply = outer.reply(self.path, body)
+                outer.now -= 1
+                data = b"<html></html>" if outer.html else json.dumps(reply).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "text/html" if outer.html else "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def prompt(self, messages):
+        if self.system:
+            messages = [{"role": "system", "content": self.system}, *messages[1:]]
+        return [0] * self.extra + self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+
+    def reply(self, path, body):
+        if path == "/tokenize" and self.tokenize:
+            return 200, {"count": 0, "tokens": self.prompt(body["messages"])}
+        if self.status != 200:
+            return self.status, {"error": {"message": "so it is"}}
+        if path != "/v1/chat/completions":
+            return 404, {"detail": "Not Found"}
+        found = self.say(body["messages"][-1]["content"])
+        time.sleep(0.01)
+        message = found if isinstance(found, dict) else {"role": "assistant", "content": found}
+        reply = {
+            "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
+            "choices": [{"index": 0, "finish_reason": self.finish, "message": message}],
+        }  # fmt: skip
+        if self.usage:
+            count = len(self.prompt(body["messages"]))
+            reply["usage"] = {"prompt_tokens": count, "completion_tokens": 7, "total_tokens": count + 7}
+        return 200, reply
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch, base):
+    """A task, a server that answers it rightly, and a function that checks that server."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("formtune.deploy.endpoint.RETRIES", 0)
+    for name, start in (("train", 0), ("validation", 100), ("test", 200)):
+        rows = (pair(n) for n in range(start, start + (ROWS if name == "test" else 20)))
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("schema.json").write_text(json.dumps(SCHEMA))
+    data = {name: f"{name}.jsonl" for name in ("train", "validation", "test")} | {
+        "system": "Number it.",
+        "near_duplicates": 1,
+        "format": {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}},
+    }
+    Path("small.yaml").write_text(yaml.safe_dump({"model": {"base": base, "max_new_tokens": 48}, "data": data}))
+    server = Server(base, lambda text: pair(int(text.split()[1]))["completion"])
+
+    def run(*more, url=None):
+        return main(["check-endpoint", url or server.url, "-c", "small.yaml", *more])
+
+    yield run, server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def asked(server):
+    return [body for path, body in server.seen if path.endswith("completions")]
+
+
+def test_served_answers_are_judged_as_a_runs_and_can_be_compared_with_it(check, capsys):
+    run, server = check
+    right = server.say
+    server.say = lambda text: "It is " + right(text) if text == "number 203" else right(text)
+    assert run("--at_once", "3") == 0
+    outcomes = read_outcomes(Path("logs/small/endpoint/outcomes/after.jsonl"))
+    assert [one.input for one in outcomes] == [f"number {n}" for n in range(200, 200 + ROWS)]
+    assert [one.kind for one in outcomes if not one.exact] == ["extra_text"] and outcomes[3].loose
+    found = json.loads(Path("logs/small/endpoint/endpoint.json").read_text())
+    exact = found["figures"]["format/exact"]
+    assert exact["value"] == 11 / 12 and exact["interval"][0] < 11 / 12 < exact["interval"][1]
+    assert found["kinds"] == {"ok": 11, "extra_text": 1} and found["rows"] == ROWS
+    for one in found["latency_s"].values():
+        assert 0.01 <= one["interval"][0] <= one["value"] <= one["interval"][1]
+    assert found["tokens_per_s"] == pytest.approx(7 * found["requests_per_s"])
+    requests = asked(server)
+    assert len(requests) == ROWS + 1, "one is sent before the clock starts"
+    assert {body["temperature"] for body in requests} == {0} and {body["max_tokens"] for body in requests} == {48}
+    assert {body["model"] for body in requests} == {"small"}, "the task's name, as formtune serve calls it"
+    assert requests[0]["messages"] == [
+        {"role": "system", "content": "Number it."}, {"role": "user", "content": "number 200"},
+    ]  # fmt: skip
+    assert 2 <= server.most <= 3
+    said = capsys.readouterr().out
+    assert "prompts: same number of tokens as formtune's in every row" in said
+    assert "kinds: ok 11, extra_text 1" in said and "test.jsonl:4: extra_text" in said and "answer 'It is {" in said
+    assert main(["compare", "logs/small/endpoint", "logs/small/endpoint"]) == 0
+
+
+def test_too_few_answers_in_format_give_exit_code_1(check, capsys):
+    run, server = check
+    server.finish = "length"
+    assert run("--min_exact", "0.5") == 1
+    assert "format/exact 0.0% is below --min_exact 50.0%" in capsys.readouterr().out
+    assert {one.kind for one in read_outcomes(Path("logs/small/endpoint/outcomes/after.jsonl"))} == {"truncated"}
+
+
+def test_some_rows_are_the_same_ones_each_time(check):
+    run, server = check
+    for _ in range(2):
+        assert run("--rows", "4", "--at_once", "1") == 0
+    inputs = [body["messages"][-1]["content"] for body in asked(server)]
+    assert inputs[1:5] == inputs[6:] and len(set(inputs[1:5])) == 4
+
+
+def test_a_prompt_with_one_token_more_is_refused_with_the_row_and_both_counts(check, capsys):
+    run, server = check
+    server.extra = 1
+    assert run() == 2
+    said = capsys.readouterr().err
+    assert "test.jsonl:1: the server's prompt has 50 tokens and formtune's 49; serve the tokenizer" in said
+    assert len(said.splitlines()) == 1 and not Path("logs/small/endpoint").exists()
+
+
+def test_as_many_but_other_tokens_are_found_where_the_server_shows_them(check, capsys):
+    run, server = check
+    server.system = "Number IT."
+    assert run() == 0, "by their number alone they cannot be told apart, and the output claims no more"
+    assert "same number of tokens" in capsys.readouterr().out
+    server.tokenize = True
+    assert run() == 2
+    assert "has 49 tokens and formtune's 49, differing from token 15 on" in capsys.readouterr().err
+    server.system = None
+    assert run() == 0 and "prompts: same tokens as formtune's in every row" in capsys.readouterr().out
+
+
+def test_a_server_that_writes_its_own_day_is_told_from_one_with_another_template(check, capsys, base, tmp_path):
+    run, server = check
+    dated = "{{ strftime_now('%d %b %Y') }}" + server.tokenizer.chat_template
+    server.tokenizer.chat_template, server.tokenize = dated, True
+    own = shutil.copytree(base, tmp_path / "base")
+    (own / "chat_template.jinja").write_text(dated)
+    assert run("--model.base", str(own)) == 0, "both write today's"
+    assert run("--model.base", str(own), "--data.date", "2020-01-01") == 2
+    said = capsys.readouterr().err
+    assert "the template writes the date, which is 2020-01-01 in formtune's prompts and today in the server's" in said
+
+
+def test_a_server_that_does_not_count_proves_nothing(check, capsys):
+    run, server = check
+    server.usage = False
+    assert run() == 2 and "does not say how many tokens" in capsys.readouterr().err
+    server.tokenize = True
+    assert run() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"status": 401}, "the key was refused (so it is); set OPENAI_API_KEY"),
+        ({"status": 404}, "not found (so it is); such a URL usually ends in /v1, and --served_model names"),
+        ({"status": 400}, "asked for 'small', it refused (so it is); --served_model"),
+        ({"status": 500}, "so it is"),
+        ({"html": True}, "the reply is not a chat completion"),
+        ({"say": lambda _: ""}, "every answer is empty"),
+        ({"say": lambda _: {"role": "assistant", "content": None, "reasoning_content": "{}"}}, "took the answer for"),
+    ],
+)
+def test_what_a_server_refuses_or_leaves_out_is_said_in_one_line(check, capsys, change, said):
+    run, server = check
+    for name, value in change.items():
+        setattr(server, name, value)
+    assert run() == 2
+    line = capsys.readouterr().err
+    assert said in line and len(line.splitlines()) == 1
+
+
+def test_a_server_that_is_slow_or_not_there_is_said_in_one_line(check, capsys, monkeypatch):
+    run, server = check
+    assert run(url="http://127.0.0.1:9/v1") == 2
+    assert "http://127.0.0.1:9/v1: no connection ([Errno 111] Connection refused)" in capsys.readouterr().err
+    assert run(url="nonsense") == 2 and "nonsense: no connection" in capsys.readouterr().err
+    monkeypatch.setattr("formtune.deploy.endpoint.TIMEOUT", 0.2)
+    server.say = lambda _: time.sleep(0.5)
+    assert run() == 2 and "no answer within 0.2 s" in capsys.readouterr().err
+
+
+def test_a_training_run_is_not_written_over(check, capsys):
+    run, _ = check
+    Path("logs/small/r16/checkpoints").mkdir(parents=True)
+    assert run("--run", "r16") == 2 and "logs/small/r16 holds a training run" in capsys.readouterr().err

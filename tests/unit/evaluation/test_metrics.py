@@ -1,0 +1,151 @@
+"""Figures are sums over all rows: the same for one process, for shards and for a plain loop."""
+
+import math
+import random
+
+import pytest
+import torch
+from torchmetrics import Metric
+from torchmetrics.text import CharErrorRate
+
+from formtune.errors import UserError
+from formtune.evaluation.metrics import FormatMetrics, LossMetrics, OwnMetrics
+from formtune.formats import KINDS
+from test_formats import CASES, FORMAT, GOLD
+
+VERDICTS = [FORMAT.check(text, target=GOLD, input="Ann") for text, *_ in CASES]
+VERDICTS += [FORMAT.check(text, target=GOLD, finished=False) for text in (GOLD, GOLD[:9])]
+
+
+def measured(verdicts):
+    metrics = FormatMetrics(FORMAT)
+    metrics.update(verdicts)
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
+def test_figures_equal_a_plain_loop():
+    found, n = measured(VERDICTS), len(VERDICTS)
+    assert found["format/exact"] == pytest.approx(sum(v.kind in ("ok", "content") for v in VERDICTS) / n)
+    assert found["format/loose"] == pytest.approx(sum(v.loose for v in VERDICTS) / n)
+    assert found["joint/exact"] == pytest.approx(sum(v.kind == "ok" for v in VERDICTS) / n)
+    assert found["content/exact_match"] == pytest.approx(sum(v.content.equal for v in VERDICTS) / n)
+    for kind in KINDS:
+        assert found[f"fail/{kind}"] == sum(v.kind == kind for v in VERDICTS)
+    names = ("matched", "predicted", "expected")
+    matched, predicted, expected = (sum(getattr(v.content, name) for v in VERDICTS) for name in names)
+    precision, recall = matched / predicted, matched / expected
+    assert expected == 6 * n  # p, name, two items, n, d; the null is no value
+    assert found["content/field_f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    assert found["content/field_acc/c.name"] == pytest.approx(sum(v.content.fields[1] for v in VERDICTS) / n)
+
+
+def test_failures_sum_to_the_rows():
+    assert sum(value for name, value in measured(VERDICTS).items() if name.startswith("fail/")) == len(VERDICTS)
+
+
+def test_an_unparseable_answer_lowers_every_rate():
+    good = FORMAT.check(GOLD, target=GOLD)
+    all_good, one_bad = measured([good] * 4), measured([good] * 3 + [FORMAT.check("no", target=GOLD)])
+    for name, value in all_good.items():
+        if value == 1:
+            assert one_bad[name] < 1, name
+    assert {name for name, value in all_good.items() if value == 1} >= {
+        "format/exact",
+        "joint/exact",
+        "content/field_f1",
+    }
+
+
+def test_two_shards_equal_one_set():
+    shuffled = random.Random(0).sample(VERDICTS, len(VERDICTS))
+    one, two = FormatMetrics(FORMAT), FormatMetrics(FORMAT)
+    one.update(shuffled[:5])
+    two.update(shuffled[5:])
+    one.merge_state(two)
+    assert {name: float(value) for name, value in one.compute().items()} == measured(VERDICTS)
+
+
+def test_processes_get_the_figures_and_counts_of_the_whole_and_go_on_with_their_own():
+    ranks = [FormatMetrics(FORMAT), FormatMetrics(FORMAT)]
+    ranks[0].update(VERDICTS[:7])
+    ranks[1].update(VERDICTS[7:])
+    sums = [rank.sums.clone() for rank in ranks]
+    for rank in ranks:
+        rank.dist_sync_fn, rank.distributed_available_fn = (lambda tensor, group: sums), lambda: True
+        assert {name: float(value) for name, value in rank.compute().items()} == measured(VERDICTS)
+        with rank.sync_context(rank.dist_sync_fn):
+            assert rank.counts()["format/exact"][1] == len(VERDICTS)
+    assert [rank.counts()["format/exact"][1] for rank in ranks] == [7, len(VERDICTS) - 7]
+
+
+def test_counts_explain_every_rate():
+    metrics = FormatMetrics(FORMAT)
+    metrics.update(VERDICTS)
+    for name, (k, n) in metrics.counts().items():
+        assert float(metrics.compute()[name]) == pytest.approx(k / n)
+
+
+def test_no_rows_give_nan_and_no_found_value_gives_zero():
+    assert all(math.isnan(value) for name, value in measured([]).items() if not name.startswith("fail/"))
+    assert measured([FORMAT.check("no", target=GOLD)])["content/field_f1"] == 0
+
+
+def test_content_without_a_target_is_refused():
+    with pytest.raises(ValueError, match="target"):
+        FormatMetrics(FORMAT).update([FORMAT.check(GOLD)])
+
+
+def test_loss_is_weighted_by_tokens_and_rows_are_exact_only_as_a_whole():
+    metrics = LossMetrics()
+    correct = torch.tensor([True, True, False, True])
+    metrics.update(torch.tensor([1.0, 2.0, 3.0, 6.0]), correct, [3, 1])
+    metrics.compare([True, False, True])
+    found = {name: float(value) for name, value in metrics.compute().items()}
+    assert found == {"loss": 3.0, "tf_exact": 0.5, "parity": pytest.approx(2 / 3)}
+
+
+class Lengths(Metric):
+    """Several figures by name; a state that is changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("said", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, predictions, targets):
+        self.said += sum(map(len, predictions))
+
+    def compute(self):
+        return {"said": self.said, "doubled": 2 * self.said}
+
+
+def test_metrics_of_ones_own_are_named_by_class_number_and_figure_and_begin_anew():
+    metrics = OwnMetrics([Lengths(), Lengths(), CharErrorRate()])
+    metrics.update(["ab"], ["ac"])
+    metrics.update([], [])  # a process may get no row
+    lengths = {"own/Lengths/said": 2, "own/Lengths/doubled": 4, "own/Lengths-2/said": 2, "own/Lengths-2/doubled": 4}
+    assert metrics.compute() == lengths | {"own/CharErrorRate": 0.5}
+    assert metrics.alone(["abcd"], ["abcd"])["own/Lengths/said"] == 4
+    assert metrics.compute()["own/Lengths/said"] == 2
+    metrics.reset()
+    metrics.update(["x"], ["y"])
+    assert metrics.compute()["own/Lengths/said"] == 1
+
+
+class Broken(Metric):
+    full_state_update = False
+
+    def update(self, predictions, targets):
+        return predictions["no"]
+
+    def compute(self):
+        return "many words"
+
+
+def test_a_metric_of_ones_own_that_fails_is_named_in_one_line():
+    metrics = OwnMetrics([Broken()])
+    with pytest.raises(
+        UserError, match=r"^model.metrics: update of Broken failed: TypeError: list indices .*two lists"
+    ):
+        metrics.update(["a"], ["b"])
+    with pytest.raises(UserError, match="compute of Broken failed: ValueError: could not"):
+        metrics.compute()

@@ -1,0 +1,172 @@
+"""Verdicts and figures are those of the `jsonschema` library and of a plain count, on thousands of documents."""
+
+import json
+import random
+
+import pytest
+from jsonschema import Draft202012Validator, FormatChecker
+
+from formtune.evaluation.metrics import FormatMetrics
+from formtune.formats import JsonSchema
+
+CLOSED = {"type": "object", "additionalProperties": False}
+SCHEMAS = {
+    "ticket": CLOSED
+    | {
+        "properties": {
+            "kind": {"enum": ["new", "old", None, 3]},
+            "name": {"type": "string", "minLength": 1, "maxLength": 8, "pattern": "^[A-Za-zé ]*$"},
+            "amount": {"type": ["number", "null"], "minimum": 0, "exclusiveMaximum": 1000},
+            "urgent": {"type": "boolean"},
+            "lines": {
+                "type": "array",
+                "minItems": 1,
+                "maxItems": 3,
+                "items": CLOSED
+                | {
+                    "properties": {"n": {"type": "integer", "maximum": 99}, "code": {"type": "string"}},
+                    "required": ["n"],
+                },
+            },
+        },
+        "required": ["kind", "name", "lines"],
+    },
+    "open": {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": {"type": "string"}},
+    "choice": {
+        "oneOf": [
+            CLOSED | {"properties": {"ok": {"const": True}, "n": {"type": "integer"}}, "required": ["ok", "n"]},
+            CLOSED | {"properties": {"ok": {"const": False}, "why": {"type": "string"}}, "required": ["ok", "why"]},
+        ]
+    },
+    "tree": {
+        "$ref": "#/$defs/node",
+        "$defs": {
+            "node": CLOSED
+            | {
+                "properties": {
+                    "v": {"type": "integer", "multipleOf": 2},
+                    "kids": {"type": "array", "items": {"$ref": "#/$defs/node"}},
+                },
+                "required": ["v"],
+            }
+        },
+    },
+    "list": {"type": "array", "uniqueItems": True, "items": {"type": "string", "format": "date"}},
+}
+SCALARS = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    7,
+    -3,
+    100,
+    1.0,
+    0.5,
+    1e3,
+    "",
+    "a",
+    "new",
+    "Zoé",
+    "1",
+    "2024-02-29",
+    "2023-02-29",
+]
+
+
+def document(dice, schema, root):
+    """A document that keeps the schema, or nearly: some are wrong by a maximum or an item too many."""
+    if "$ref" in schema:
+        schema = root["$defs"]["node"]
+    for key in ("oneOf", "enum"):
+        if key in schema:
+            one = dice.choice(schema[key])
+            return document(dice, one, root) if key == "oneOf" else one
+    if "const" in schema:
+        return schema["const"]
+    kinds = schema.get("type", "string")
+    kind = dice.choice(kinds) if isinstance(kinds, list) else kinds
+    if kind == "object":
+        known = schema["properties"]
+        kept = [k for k in known if k in schema.get("required", ()) or dice.random() < 0.5]
+        if "kids" in kept and dice.random() < 0.6:
+            kept.remove("kids")
+        found = {key: document(dice, known[key], root) for key in kept}
+        if isinstance(extra := schema.get("additionalProperties"), dict) and dice.random() < 0.5:
+            found["more"] = document(dice, extra, root)
+        return found
+    if kind == "array":
+        return [document(dice, schema["items"], root) for _ in range(dice.randint(schema.get("minItems", 0), 3))]
+    if kind == "string":
+        return dice.choice(["2024-02-29", "1999-12-31"]) if "format" in schema else dice.choice(["Ann", "Zoé", "b c"])
+    step = schema.get("multipleOf", 1)
+    return {"integer": step * dice.randint(0, 40), "number": dice.choice([0, 1.5, 999]), "null": None}.get(
+        kind, dice.random() < 0.5
+    )
+
+
+def mutated(dice, value):
+    """The document with one thing changed at a random depth."""
+    if isinstance(value, dict) and value and dice.random() < 0.8:
+        key, found = dice.choice(list(value)), dict(value)
+        how = dice.randrange(4)
+        if how == 0:
+            del found[key]
+        elif how == 1:
+            found[dice.choice(["more", "x", ""])] = dice.choice(SCALARS)
+        else:
+            found[key] = mutated(dice, value[key])
+        return found
+    if isinstance(value, list) and value and dice.random() < 0.8:
+        at, found = dice.randrange(len(value)), list(value)
+        found[at : at + 1] = dice.choice([[], [value[at], value[at]], [mutated(dice, value[at])]])
+        return found
+    return dice.choice([*SCALARS, [], {}, [1], {"a": 1}])
+
+
+def values(document, path=()):
+    """Path and value of all that is neither null nor a container."""
+    inner = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
+    for key, one in inner:
+        yield from values(one, (*path, key))
+    if not isinstance(document, dict | list | None):
+        yield path, type(document), document
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_verdicts_and_figures_are_those_of_jsonschema_and_of_a_plain_count(name):
+    schema, dice = SCHEMAS[name], random.Random(name)
+    format, judge = JsonSchema(schema), Draft202012Validator(schema, format_checker=FormatChecker())
+    metrics, rows = FormatMetrics(format), 1200
+    valid = right = equal = shared = either = 0
+    for number in range(rows):
+        target = document(dice, schema, schema)
+        while not judge.is_valid(target):
+            target = document(dice, schema, schema)
+        said = target if number % 3 == 0 else document(dice, schema, schema)
+        for _ in range(number % 4):
+            said = mutated(dice, said)
+        text = json.dumps(said, ensure_ascii=dice.random() < 0.5, indent=dice.choice([None, 1]))
+        verdict = format.check(text, target=json.dumps(target))
+        assert verdict.exact == judge.is_valid(json.loads(text)), (text, verdict.detail)
+        metrics.update([verdict])
+        # `repr` tells 1, 1.0 and True apart; keys have no order.
+        same = repr(sorted_keys(said)) == repr(sorted_keys(target))
+        valid, right, equal = valid + verdict.exact, right + (verdict.exact and same), equal + same
+        both = [set(values(one)) for one in (said, target)]
+        shared, either = shared + 2 * len(both[0] & both[1]), either + len(both[0]) + len(both[1])
+    assert 0.2 * rows < valid < 0.9 * rows and 0 < right < valid, "nothing is tested where all are alike"
+    counts = metrics.counts()
+    assert counts["format/exact"] == (valid, rows) and counts["joint/exact"] == (right, rows)
+    assert counts["content/exact_match"] == (equal, rows)
+    assert counts["content/field_f1"] == (shared, either)
+
+
+def sorted_keys(value):
+    if isinstance(value, dict):
+        return {key: sorted_keys(value[key]) for key in sorted(value)}
+    return [sorted_keys(one) for one in value] if isinstance(value, list) else value

@@ -1,0 +1,390 @@
+"""Baselines are measured before training on the same rows, and a run's page says where it fails."""
+
+import json
+import re
+import sys
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from conftest import SCHEMA, byte_tokenizer, pair
+from formtune.base.renderer import Renderer
+from formtune.base.row import Row
+from formtune.cli import main
+from formtune.errors import UserError
+from formtune.evaluation import baselines as baseline
+from formtune.evaluation.baselines import best_prompt, choose_shots, constant_answer, few_shot_rows, prompting_verdict
+from formtune.evaluation.console import HEADLINES, print_result
+from formtune.evaluation.outcomes import (
+    VIEWS,
+    Outcome,
+    field_f1,
+    paired,
+    rate,
+    read_outcomes,
+    worst_first,
+    write_outcomes,
+)
+from formtune.evaluation.probe import probe_lengths, probe_rows
+from formtune.evaluation.report import Run, card, gallery, headline, page, pictures
+from formtune.evaluation.slices import slices
+from formtune.formats import KINDS, JsonSchema, Labels
+
+
+def outcome(number, exact=True, kind="ok", tokens=10, origin="", target='{"n":1,"s":"a"}', answer=None):
+    answer = target if answer is None else answer
+    return Outcome(
+        f"f:{number}", origin, tokens, 5, f"input {number}", target, answer, kind, "why", exact, exact, kind == "ok",
+        2 if kind == "ok" else 1, 2, 2, {"n": kind == "ok", "s": True},
+    )  # fmt: skip
+
+
+def said(rows, exact, right):
+    """The first ones in format, of these the first ones right, too."""
+    kinds = ["ok"] * right + ["content"] * (exact - right) + ["syntax"] * (rows - exact)
+    return [outcome(n, kind in ("ok", "content"), kind) for n, kind in enumerate(kinds)]
+
+
+def test_outcomes_survive_the_disk_and_a_foreign_file_is_named(tmp_path):
+    kept = [outcome(1), outcome(2, False, "syntax", answer="\ud800 lone")]
+    write_outcomes(tmp_path / "o" / "a.jsonl", kept[:1])
+    assert read_outcomes(tmp_path / "o" / "a.jsonl") == kept[:1]
+    assert rate(kept, "exact") == (1, 2) and field_f1(kept) == 2 * 3 / 8
+    (tmp_path / "b.jsonl").write_text('{"where": "f:1"}\n')
+    with pytest.raises(UserError, match=r"b.jsonl:1: not an outcome"):
+        read_outcomes(tmp_path / "b.jsonl")
+    with pytest.raises(UserError, match="no.jsonl: No such file"):
+        read_outcomes(tmp_path / "no.jsonl")
+
+
+def test_the_worst_failures_come_first_and_right_answers_not_at_all():
+    judged = [outcome(n, kind=kind) for n, kind in enumerate(("content", "ok", "syntax", "empty", "content"))]
+    assert [one.where for one in worst_first(judged)] == ["f:3", "f:2", "f:0", "f:4"]
+    assert worst_first([("ok", 1), ("content", 2), ("layout", 3)], lambda pair: pair[0]) == [
+        ("layout", 3),
+        ("content", 2),
+    ]
+
+
+def rows(renderer, number, format):
+    texts = [(f"text {n}", format.labels[n % 3]) for n in range(number)]
+    turns = [
+        [
+            {"role": "system", "content": "Label it."},
+            {"role": "user", "content": t},
+            {"role": "assistant", "content": a},
+        ]
+        for t, a in texts
+    ]
+    return list(renderer.encode([(t, f"f:{n}") for n, t in enumerate(turns)]))
+
+
+def test_shots_are_training_rows_that_show_every_label_and_depend_on_nothing_else():
+    renderer, format = Renderer(byte_tokenizer()), Labels(["yes", "no", "maybe"])
+    train = rows(renderer, 30, format)
+    chosen = choose_shots(train, 3, format)
+    assert {row.target for row in chosen} == {"yes", "no", "maybe"}
+    assert choose_shots(train[::-1], 3, format) == chosen
+    assert len(choose_shots(train, 5, format)) == 5 and choose_shots(train, 2, format) == chosen[:2]
+
+
+def test_shots_stand_between_system_prompt_and_question_and_as_many_as_fit_are_taken():
+    renderer, format = Renderer(byte_tokenizer()), Labels(["yes", "no", "maybe"])
+    encoded = rows(renderer, 12, format)
+    few, count = few_shot_rows(encoded[:4], encoded[4:8], renderer, format, 10**6)
+    assert count == 4 and [row.target_ids for row in few] == [row.target_ids for row in encoded[:4]]
+    text = renderer.tokenizer.decode(few[0].prompt_ids)
+    assert text.count("Label it.") == 1 and text.index("text 4") < text.index("text 7") < text.index("text 0")
+    limit = max(map(len, few)) - 1
+    fewer, count = few_shot_rows(encoded[:4], encoded[4:8], renderer, format, limit)
+    assert count == 3 and all(len(row) <= limit for row in fewer)
+    assert few_shot_rows(encoded[:4], encoded[4:8], renderer, format, len(encoded[0]) + 1) == ([], 0)
+
+
+def test_an_answer_that_looks_at_no_input_is_counted():
+    renderer, format = Renderer(byte_tokenizer()), Labels(["yes", "no", "maybe"])
+    encoded = rows(renderer, 30, format)
+    often = [replace(row, target="no") for row in encoded[:20]]
+    right = sum(row.target == "no" for row in encoded)
+    assert 0 < right < 30 and constant_answer([*encoded, *often], encoded, format) == (right, 30)
+
+
+def test_the_verdict_names_the_better_prompt_with_its_interval():
+    base, shots = said(10, exact=5, right=5), said(10, exact=8, right=7)
+    assert prompting_verdict({"without examples": base, "with 3 examples": shots}) == (
+        "prompting, with 3 examples, reaches 80.0% valid format (49.0% to 94.3%) and 70.0% right (39.7% to 89.2%): "
+        "fine-tuning has at most 20.0 points of format and 30.0 of right answers to win"
+    )
+    assert "nothing is left to win" in prompting_verdict({"plain": said(1, exact=1, right=1)})
+    # Right answers decide, and not the format alone.
+    assert "prompting, b," in prompting_verdict({"a": said(10, exact=9, right=1), "b": said(10, exact=4, right=4)})
+
+
+def test_constrained_decoding_that_gives_form_without_content_leaves_points_to_win():
+    plain = {"without examples": said(100, exact=15, right=15)}
+    assert prompting_verdict(plain, said(100, exact=100, right=20)).endswith(
+        ". With constrained decoding it reaches 100.0% valid format (96.3% to 100.0%) and 20.0% right (13.3% to 28.9%): "
+        "fine-tuning has at most 0.0 points of format and 80.0 of right answers to win"
+    )
+    assert prompting_verdict(plain, said(100, exact=100, right=97)).endswith(
+        "at most 0.0 points of format and 3.0 of right answers to win, so constrained decoding may be enough"
+    )
+    assert prompting_verdict({"p": said(100, exact=97, right=97)}).endswith("so prompting may be enough")
+    cut = [outcome(n, False, "truncated") for n in range(7)]
+    assert "right (0.0% to 35.4%), 7 of 7 answers cut for length: fine-tuning" in prompting_verdict(plain, cut)
+
+
+FORMAT = JsonSchema({"properties": {"n": {"type": "integer"}, "s": {"enum": ["a", "b"]}}})
+
+
+def test_slices_hold_the_rows_that_they_name():
+    found = [
+        outcome(n, tokens=10 + n, origin="human" if n % 2 else "wise-1", target=f'{{"n":{n},"s":"{"ab"[n % 3 == 0]}"}}')
+        for n in range(40)
+    ]
+    named = {(one.group, one.name): one.rows for one in slices(found, FORMAT, longest=40, production_p95=45)}
+    assert named["source", "human"] == tuple(range(1, 40, 2))
+    assert named["s", "b"] == tuple(range(0, 40, 3))
+    assert named["prompt tokens", "longer than any training row (40)"] == tuple(range(31, 40))
+    assert named["prompt tokens", "from production's P95 (45) on"] == tuple(range(35, 40))
+    buckets = [rows for (group, name), rows in named.items() if group == "prompt tokens" and " to " in name]
+    assert len(buckets) == 4 and sorted(row for rows in buckets for row in rows) == list(range(40))
+    assert not slices(found[:3], FORMAT, longest=100)
+
+
+def test_a_probe_lengthens_inputs_and_keeps_answers():
+    renderer, format = Renderer(byte_tokenizer()), Labels(["yes", "no", "maybe"])
+    encoded = rows(renderer, 60, format)
+    lengths = probe_lengths([50, 60, 70], [100 + n for n in range(100)], context=190)
+    assert lengths == {"production P50": 150, "twice the longest training row": 140}
+    assert set(probe_lengths([50], [], 10**6)) == {
+        "train P50",
+        "train P95",
+        "train P99",
+        "twice the longest training row",
+    }
+    texts = [f"some other mail with number {n} in it" for n in range(50)]
+    found = probe_rows(encoded, texts, {"a": 150, "b": 300}, renderer, format)
+    for name, tokens in (("a", 150), ("b", 300)):
+        assert len(found[name]) == 48
+        assert all(0.85 * tokens <= len(row.prompt_ids) <= 1.1 * tokens for row in found[name])
+        assert [row.target for row in found[name]] == [row.target for row in encoded[:48]]
+        assert all(row.input.endswith(old.input) for row, old in zip(found[name], encoded, strict=False))
+
+
+def run_of(before, after, **views):
+    training = {"steps": 5, "seconds": 1.0, "best_step": 4, "best_reason": "best checkpoint: step 4 (why)"}
+    result = {"rows": len(after), "training": training, "data": "abc", "after": {}, "probe": []}
+    result["counts"] = {"after": {"val/parity": (41, 42)}}
+    return Run(
+        "task/one", result, {"before": before, "after": after} | views, FORMAT, 20, None, {"format": 2}, "model: {}",
+        "some/base",
+    )  # fmt: skip
+
+
+def test_the_headline_says_whether_training_was_worth_it():
+    before = said(300, exact=50, right=50)
+    assert headline(run_of(before, said(300, exact=280, right=240))) == [
+        "93.3% of the answers have a valid format (89.9% to 95.6%): against 16.7% (base) better",
+        "80.0% of the answers are right (75.1% to 84.1%): against 16.7% (base) better",
+    ]
+    assert all("cannot tell" in line for line in headline(run_of(before, said(300, exact=51, right=51))))
+    assert all("worse" in line for line in headline(run_of(before, said(300, exact=5, right=5))))
+    run = run_of(before, said(300, exact=280, right=240))
+    run.result["constant"] = (250, 300)
+    assert headline(run)[1].endswith("better, against 83.3% for always giving the most frequent training answer")
+    assert 'class="verdict blocked"' in page(run)  # right less often than without a look at the input
+    assert 'class="verdict"' in page(run_of(before, said(300, exact=280, right=240)))
+    assert 'class="verdict blocked"' in page(run_of(before, said(300, exact=51, right=51)))
+    few, constrained = said(300, exact=60, right=60), said(300, exact=300, right=235)
+    form, content = headline(
+        run_of(before, said(300, exact=280, right=240), few_shot=few, before_constrained=constrained)
+    )
+    assert "against 20.0% (base few-shot) better, against 100.0% (base constrained) worse" in form
+    tuned = {"after_constrained": said(300, exact=300, right=270)}
+    assert headline(run_of(before, said(300, exact=280, right=240), **tuned))[1].startswith(
+        "80.0% of the answers are right (75.1% to 84.1%), 90.0% constrained (86.1% to 92.9%): against"
+    )
+    assert re.search(r"better, against 78.3% \(base constrained\) cannot tell with 300 rows", content)
+
+
+def test_rows_are_paired_by_place_and_those_that_only_one_evaluation_has_are_left_out():
+    before, after = [outcome(n, kind="content") for n in (5, 1, 3, 9)], [outcome(n) for n in range(6)]
+    assert paired(before, after) == [[before[0], before[1], before[2]], [after[5], after[1], after[3]]]
+    assert paired(after, before, after[:4]) == [[after[1], after[3]], [before[1], before[2]], [after[1], after[3]]]
+    assert paired(before[3:], after) == [[], []] and paired(after) == [after]
+
+
+def test_a_baseline_measured_on_a_sample_is_compared_on_its_rows_and_shown_with_their_number(capsys, monkeypatch):
+    after = [outcome(n, n >= 10, "ok" if n >= 10 else "syntax", tokens=10 + n, origin="ab"[n % 2]) for n in range(300)]
+    right = [outcome(n) for n in range(200, 300)]
+    run = run_of(right, after)
+    # 100 % of 100 rows is not better than 96.7 % of 300: on the common rows both are right.
+    assert headline(run)[0] == (
+        "96.7% of the answers have a valid format (94.0% to 98.2%): "
+        "against 100.0% of 100 rows (base) cannot tell with 100 rows"
+    )
+    wrong = [outcome(n, False, "syntax") for n in range(200, 220)]
+    run = run_of(wrong, after, few_shot=[*wrong[:9], outcome(209)], before_constrained=right)
+    assert all("of 10 rows (base few-shot)" in line for line in headline(run))  # the better one, on fewer rows
+    assert all(line.endswith("of 100 rows (base constrained) cannot tell with 100 rows") for line in headline(run))
+    few = said(100, exact=60, right=60)
+    assert best_prompt({"many": said(300, exact=150, right=150)[::-1], "few": few}) == "many"  # right on all of the 100
+    text = page(run_of(wrong, after))
+    assert '<th class="n">base, 20 rows</th><th class="n">tuned, 300 rows</th>' in text
+    assert "0.0% <small>0.0% to 16.1%</small>" in text  # the interval of 20 rows
+    assert '<tr><td>source</td><td>a</td><td class="n">150 (base 10)</td><td class="n">0.0%</td>' in text
+    assert "| test rows | base, 20 rows | tuned, 300 rows |" in card(run_of(wrong, after))
+
+    monkeypatch.setenv("COLUMNS", "80")
+    figures = dict.fromkeys((*HEADLINES, "fail/syntax"), 0.5)
+    counts = {name: {"format/exact": (1, rows)} for name, rows in (("before", 20), ("after", 300))}
+    print_result({"rows": 300, "before": figures, "after": figures, "counts": counts}, None)
+    header = capsys.readouterr().out.partition("format/exact")[0]
+    assert "Result on 300 test rows" in header and re.search(r" base ?┃.*\n.* 20 rows ?┃ *tuned ?┃", header)
+    five = dict.fromkeys(VIEWS, figures) | {"counts": dict.fromkeys(VIEWS, counts["after"]), "rows": 300}
+    print_result(five, None)
+    header = capsys.readouterr().out.partition("format/exact")[0]
+    assert re.search(
+        r" base .* base .* tuned.*\n.* base ?┃ ?few-shot ?┃ ?constrained ?┃ *tuned ?┃ ?constrained ?┃", header
+    )
+    assert "rows" not in header.replace("300 test rows", "")
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.outside = Counter(), []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.outside += [v for k, v in attrs if k in ("src", "href") and v and not v.startswith("#")]
+
+
+def test_the_page_shows_failures_marked_and_escaped_and_loads_nothing():
+    bad = outcome(3, False, "syntax", answer='{"n":1,"s":<script>alert(1)</script>')
+    text = page(run_of([outcome(n) for n in range(9)], [*(outcome(n) for n in range(8)), bad]))
+    seen = Page()
+    seen.feed(text)
+    assert not seen.tags["script"] and not seen.outside and seen.tags["svg"] == 1
+    assert "<title>Run task/one</title>" in text and "on some/base" in text
+    assert "5 steps in 1 s. Best checkpoint: step 4 (why).</p>" in text
+    [(one, target, answer)] = gallery([outcome(1), bad])
+    assert one is bad and "<del>" in target and "<ins>" in answer and "<script>" not in answer
+
+
+@pytest.mark.parametrize("losses", [(9.3, 8.5), (0.06, 0.002)])
+def test_losses_stand_at_their_axis_as_plain_numbers(losses):
+    run = run_of([outcome(1)], [outcome(1)])
+    points = [
+        {"step": n, "train_loss": loss, "val_loss": loss, "exact": 1, "rows": 1, "field_f1": 1.0}
+        for n, loss in enumerate(losses)
+    ]
+    run.result["training"]["history"] = points
+    ((_, _, figure), _) = pictures(run)
+    figure.draw_without_rendering()
+    axis = figure.axes[0].yaxis
+    marks = [tick.get_text() for tick in axis.get_ticklabels(which="both") if tick.get_text()]
+    assert len(marks) >= 3 and all(float(mark) > 0 for mark in marks)
+
+
+def test_no_two_kinds_of_failure_have_one_colour():
+    failed = [outcome(n, kind == "content", kind) for n, kind in enumerate(KINDS)]
+    ((_, _, figure),) = pictures(run_of(failed, failed))
+    colors = {bars[0].get_facecolor() for bars in figure.axes[0].containers}
+    assert len(colors) == len(KINDS)
+
+
+def test_the_card_has_the_evidence_and_the_metadata():
+    text = card(run_of([outcome(n, n < 2) for n in range(9)], [outcome(n) for n in range(9)]))
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["base_model"] == "some/base" and head["library_name"] == "peft"
+    assert "| format/exact | 22.2% (6.3% to 54.7%) | 100.0% (70.1% to 100.0%) |" in text
+
+
+def edits(a, b):
+    """Levenshtein's distance."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        above, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (x != y))
+    return row[-1]
+
+
+def test_fit_measures_the_prompted_base_first_and_only_once(task, base, monkeypatch, capsys):
+    folder, write = task
+    monkeypatch.chdir(folder)
+    write("train.jsonl", [pair(n, f"number {n * 7919} of {n}") for n in range(60)])
+    words = ["train", "--model.base", base, "--data.train", "train.jsonl", "--data.format", "JsonSchema", "--task", "t"]
+    words += ["--data.format.schema", "schema.json", "--trainer.max_steps", "2", "--model.max_new_tokens", "24"]
+    words += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+    words += ["--model.metrics", "[{class_path: torchmetrics.text.CharErrorRate}]"]
+    assert main([*words, "--run", "one"]) == 0
+    said = capsys.readouterr().out
+    assert ", reaches 0.0% valid format" in said and ". With constrained decoding it reaches" in said
+    assert said.index("prompting") < said.index("Result")
+    run = folder / "logs/t/one"
+    first = json.loads((run / "metrics.json").read_text())
+    kept = {name: read_outcomes(run / "outcomes" / f"{name}.jsonl") for name in VIEWS}
+    assert len({tuple(one.where for one in outcomes) for outcomes in kept.values()}) == 1
+    assert VIEWS.keys() <= first.keys() and VIEWS.keys() == first["counts"].keys()
+    for name, outcomes in kept.items():
+        assert rate(outcomes, "exact") == tuple(first["counts"][name]["format/exact"])
+        assert all(one.answer.lstrip()[0] == "{" for one in outcomes) == ("constrained" in name)
+        characters = sum(len(one.target) for one in outcomes)
+        wrong = sum(edits(one.answer, one.target) for one in outcomes)
+        assert first[name]["own/CharErrorRate"] == pytest.approx(wrong / characters)
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert {"own/CharErrorRate", "test/own/CharErrorRate"} <= set(events.Tags()["scalars"])
+    page_text = (run / "report.html").read_text()
+    assert "own/CharErrorRate" in page_text and "tuned constrained" in page_text
+    assert min(o.prompt_tokens for o in kept["few_shot"]) > max(o.prompt_tokens for o in kept["before"])
+    train = {Path(place).name for place in first["shots"]}
+    assert len(train) == len(first["shots"]) > 1 and not train & {Path(one.where).name for one in kept["before"]}
+    assert (run / "report.html").is_file() and "some" not in (run / "adapter/README.md").read_text()[:10]
+
+    asked = []
+    monkeypatch.setattr(
+        "lightning.pytorch.Trainer.test",
+        lambda *args, __real=__import__("lightning.pytorch").pytorch.Trainer.test, **kw: (
+            asked.append(1),
+            __real(*args, **kw),
+        )[1],
+    )
+    assert main([*words, "--run", "two"]) == 0
+    second = json.loads((folder / "logs/t/two/metrics.json").read_text())
+    assert len(asked) == 3  # the tuned model's, that under the grammar and the probe; the base's were found
+    assert all(second[name] == first[name] for name in VIEWS)
+
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    assert main([*words, "--run", "three", "--baselines", "[constrained]"]) == 0
+    why = "constrained decoding is not measured: needs llguidance; pip install 'formtune[constrained]'"
+    assert why in capsys.readouterr().out.splitlines()
+    third = json.loads((folder / "logs/t/three/metrics.json").read_text())
+    assert third["counts"].keys() == {"before", "after"} and third["after"] == first["after"]
+    assert (
+        "was not measured with constrained decoding: needs llguidance"
+        in (folder / "logs/t/three/report.html").read_text()
+    )
+
+
+def test_another_base_or_format_is_measured_anew(tmp_path):
+    row = Row([1, 2], [3], "s", "g", "f:1")
+    (tmp_path / "config.json").write_text("{}")
+    keys = {
+        baseline.baseline_key(str(tmp_path), [row], {"precision": "32-true"}, JsonSchema(SCHEMA)),
+        baseline.baseline_key(str(tmp_path), [row], {"precision": "bf16-mixed"}, JsonSchema(SCHEMA)),
+        baseline.baseline_key(str(tmp_path), [row], {"precision": "32-true"}, JsonSchema({})),
+        baseline.baseline_key(str(tmp_path), [row, row], {"precision": "32-true"}, JsonSchema(SCHEMA)),
+    }
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    keys.add(baseline.baseline_key(str(tmp_path), [row], {"precision": "32-true"}, JsonSchema(SCHEMA)))
+    assert len(keys) == 5

@@ -1,0 +1,376 @@
+"""Intervals and tests agree with closed formulas and with simulation, and `compare` says only what the rows can tell."""
+
+import itertools
+import json
+import math
+import random
+import re
+import warnings
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from formtune.cli import main
+from formtune.evaluation.comparison import read_runs
+from formtune.evaluation.outcomes import Outcome, field_f1, read_outcomes, write_outcomes
+from formtune.evaluation.statistics import (
+    Difference,
+    f1_difference,
+    f1_interval,
+    mcnemar,
+    rate_difference,
+    rows_needed,
+    verdict,
+    wilson,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+COUNTS = st.integers(0, 400).flatmap(lambda rows: st.tuples(st.integers(0, rows), st.just(rows)))
+PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60)
+ROWS = st.lists(st.tuples(*[st.integers(0, 5)] * 3), min_size=2, max_size=12)
+
+
+def counts(rows):
+    """(matched, missed, too many) per row as the counts that F1 is computed from."""
+    return np.array([[both, 2 * both + missed + surplus] for both, missed, surplus in rows]).T
+
+
+@given(COUNTS)
+def test_wilson_is_the_closed_formula_and_holds_the_rate(count):
+    k, n = count
+    low, high = wilson(k, n)
+    if not n:
+        assert (low, high) == (0, 1)
+        return
+    p, z = k / n, 1.959963984540054
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    assert (low, high) == pytest.approx((centre - half, centre + half), abs=1e-12)
+    assert 0 <= low <= p <= high <= 1
+    assert wilson(n - k, n) == pytest.approx((1 - high, 1 - low))
+
+
+def test_wilson_holds_the_true_rate_in_19_of_20_test_sets():
+    rows, rate = 330, 0.97
+    held = sum(
+        stats.binom.pmf(k, rows, rate) for k in range(rows + 1) if wilson(k, rows)[0] <= rate <= wilson(k, rows)[1]
+    )
+    assert held == pytest.approx(0.95, abs=0.02)
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_is_the_tail_of_fair_coins_and_does_not_care_which_run_comes_first(gained, lost):
+    n = gained + lost
+    tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2**n
+    assert mcnemar(gained, lost) == pytest.approx(min(1, 2 * tail))
+    assert mcnemar(lost, gained) == pytest.approx(mcnemar(gained, lost))
+
+
+@given(PAIRS)
+def test_runs_swapped_say_the_opposite(pairs):
+    first, second = [a for a, _ in pairs], [b for _, b in pairs]
+    there, back = rate_difference(first, second), rate_difference(second, first)
+    assert there.value == -back.value and (there.p, there.needed) == pytest.approx((back.p, back.needed))
+    assert there.value == pytest.approx((sum(second) - sum(first)) / max(len(pairs), 1))
+    assert {verdict(there), verdict(back)} in ({"better", "worse"}, {verdict(there)})
+    assert there.sure == (there.p < 0.05)
+    assert there.sure or there.needed is None or there.needed > there.rows
+    same = rate_difference(first, first)
+    assert (same.value, same.sure, same.needed, same.p) == (0, False, None, 1)
+
+
+def power(gained, lost, rows, tries=2000):
+    """Share of drawn test sets of `rows` rows on which the exact test is below 0.05."""
+    drawn = np.random.default_rng(7).multinomial(rows, [gained, lost, 1 - gained - lost], tries)
+    pairs, times = np.unique(drawn[:, :2], axis=0, return_counts=True)
+    return sum(times[[stats.binomtest(int(g), int(g + n)).pvalue < 0.05 for g, n in pairs]]) / tries
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "rows"), [(20, 12, 330), (30, 20, 330), (10, 5, 100), (60, 40, 1000), (20, 12, 50), (8, 2, 330)]
+)
+def test_the_rows_needed_tell_the_difference_in_four_of_five_tries(gained, lost, rows):
+    needed = rows_needed(gained, lost, rows)
+    assert needed == rows_needed(lost, gained, rows) and needed > rows
+    assert power(gained / rows, lost / rows, needed) == pytest.approx(0.8, abs=0.045)
+    assert power(gained / rows, lost / rows, needed // 2) < 0.6
+
+
+@pytest.mark.parametrize(("gained", "rows"), [(1, 330), (5, 330), (5, 12)])
+def test_where_no_row_is_lost_the_rows_needed_are_enough(gained, rows):
+    assert 0.8 <= power(gained / rows, 0, rows_needed(gained, 0, rows)) < 0.95
+
+
+def test_the_formula_without_its_correction_is_connors():
+    # 10 % gained, 5 % lost: (1.960 sqrt(0.15) + 0.842 sqrt(0.15 - 0.05^2))^2 / 0.05^2 = 468.4 by hand; then the
+    # smallest n with 0.05 n - 1 = (1.960 sqrt(0.15) + 0.842 sqrt(0.1475)) sqrt(n).
+    n = rows_needed(10, 5, 100)
+    spread = 1.959964 * math.sqrt(0.15) + 0.841621 * math.sqrt(0.1475)
+    assert (spread / 0.05) ** 2 == pytest.approx(468.4, abs=0.2)
+    assert 0.05 * n - 1 >= spread * math.sqrt(n) and 0.05 * (n - 1) - 1 < spread * math.sqrt(n - 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(ROWS, st.randoms(use_true_random=False))
+def test_f1_intervals_are_finite_and_repeat(rows, dice):
+    first, second = counts(rows), counts(dice.sample(rows, len(rows)))
+    low, high = f1_interval(first)
+    assert 0 <= low <= high <= 1 and (low, high) == f1_interval(first)
+    there, back = f1_difference(first, second), f1_difference(second, first)
+    assert there.value == -back.value == 0  # the same rows in another order
+    assert there.interval == pytest.approx((-back.interval[1], -back.interval[0]), abs=1e-12)
+    assert -1 <= there.interval[0] <= there.interval[1] <= 1
+    assert not f1_difference(first, first).sure
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "interval", "sure"),
+    [
+        ([(3, 0, 0)] * 5, [(3, 0, 0)] * 5, (0, 0), False),  # all right
+        ([(0, 3, 0)] * 6, [(3, 0, 0)] * 6, (1, 1), True),  # the same in each row
+        ([(0, 3, 0)] * 5, [(3, 0, 0)] * 5, (1, 1), False),  # too few, as for a rate
+        ([(0, 0, 0)] * 5, [(0, 0, 0)] * 5, (0, 0), False),  # no value anywhere
+        ([(3, 0, 0)], [(0, 3, 0)], (-1, 1), False),  # one row tells nothing
+    ],
+)
+def test_f1_where_there_is_nothing_to_draw(first, second, interval, sure):
+    found = f1_difference(counts(first), counts(second))
+    assert (found.interval, found.sure) == (interval, sure)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(0, 3)] * 6), min_size=2, max_size=7))
+def test_f1_is_tested_by_dealing_the_answers_in_every_way(rows):
+    first, second = counts([one[:3] for one in rows]), counts([one[3:] for one in rows])
+
+    def gain(swapped):
+        left, right = np.where(swapped, second, first), np.where(swapped, first, second)
+        scores = [Fraction(2 * int(a.sum()), int(max(b.sum(), 1))) for a, b in (left, right)]
+        return scores[1] - scores[0]
+
+    there = gain([False] * len(rows))
+    deals = [gain(swapped) for swapped in itertools.product([False, True], repeat=len(rows))]
+    tail = min(sum(one >= there for one in deals), sum(one <= there for one in deals)) / len(deals)
+    found = f1_difference(first, second)
+    assert found.p == pytest.approx(min(1, 2 * tail)) and found.p == pytest.approx(f1_difference(second, first).p)
+    assert found.sure == (found.p < 0.05) and (found.sure or not found.needed or found.needed > found.rows)
+
+
+def test_f1_by_kinds_of_rows_is_what_scipy_finds_row_by_row():
+    dice = np.random.default_rng(11)
+    first, second = (counts(dice.integers(0, 4, (120, 3)).tolist()) for _ in range(2))
+
+    def gain(a, b, c, d, axis=-1):
+        return 2 * c.sum(axis) / d.sum(axis) - 2 * a.sum(axis) / b.sum(axis)
+
+    found, every = f1_difference(first, second), np.concatenate([first, second])
+    by_row = stats.bootstrap(tuple(every), gain, paired=True, method="percentile", rng=dice)
+    width = by_row.confidence_interval.high - by_row.confidence_interval.low
+    assert found.interval == pytest.approx(by_row.confidence_interval, abs=width / 20)
+    dealt = stats.permutation_test(
+        (np.arange(120), np.arange(120, 240)),
+        lambda a, b, axis: gain(*(x[..., i] for i in (a, b) for x in np.concatenate([first.T, second.T]).T), axis=axis),
+        permutation_type="samples", rng=dice,
+    )  # fmt: skip
+    assert found.p == pytest.approx(dealt.pvalue, abs=0.03)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(4, 0), (6, 0), (9, 2), (0, 1), (40, 20)])
+def test_f1_of_one_value_a_row_is_tested_as_a_rate_is(gained, lost):
+    first = counts([(0, 1, 0)] * gained + [(1, 0, 0)] * (330 - gained))
+    second = counts([(1, 0, 0)] * (330 - lost) + [(0, 1, 0)] * lost)
+    assert f1_difference(first, second).p == pytest.approx(mcnemar(gained, lost), abs=0.005)
+
+
+def test_f1_agrees_with_the_delta_method_and_tells_apart_by_chance_in_1_of_20():
+    dice = np.random.default_rng(3)
+
+    def run(wrong, rows=300):
+        missed = dice.binomial(6, wrong, rows)
+        return np.array([6 - missed, np.full(rows, 12)])  # so that F1 is a mean, whose standard error is known
+
+    first, second = run(0.1), run(0.08)
+    gain = (second[0] - first[0]) / 6
+    found = f1_difference(first, second)
+    assert found.value == pytest.approx(gain.mean())
+    error = gain.std() / math.sqrt(300)
+    assert found.interval == pytest.approx((gain.mean() - 1.96 * error, gain.mean() + 1.96 * error), abs=error / 5)
+    assert found.needed == pytest.approx(300 * (2.80 * error / gain.mean()) ** 2, rel=0.05)
+    tries = 40
+    assert sum(f1_difference(run(0.1, 100), run(0.1, 100)).sure for _ in range(tries)) <= stats.binom.ppf(
+        0.999, tries, 0.05
+    )
+
+
+@pytest.mark.parametrize(
+    ("difference", "words"),
+    [
+        (Difference(0.03, True, 300, 100, 0.5), "better"),
+        (Difference(-0.03, True, 300, 100, 0.5), "worse"),
+        (Difference(0.03, False, 300, 1151, 0.5), "cannot tell with 300 rows: about 1,200 would"),
+        (Difference(-0.03, False, 1300, 10001, 0.5), "cannot tell with 1,300 rows: about 11,000 would"),
+        (Difference(0.2, False, 5, 9, 0.5), "cannot tell with 5 rows: about 9 would"),
+        (Difference(0, False, 300, None, 0.5), "cannot tell with 300 rows"),
+    ],
+)
+def test_the_verdict_in_words(difference, words):
+    assert verdict(difference) == words
+
+
+def row(number, right, text="in", fields=("a", "b"), **changes):
+    """An outcome that is right, or has one of two values wrong."""
+    found = {"where": f"test.jsonl:{number + 1}", "origin": "", "prompt_tokens": 3, "target_tokens": 2}
+    found |= {"input": f"{text} {number}", "target": '{"a":1,"b":2}', "answer": "", "kind": "ok", "detail": ""}
+    found |= {"exact": right, "loose": True, "joint": right, "matched": 1 + right, "predicted": 2, "expected": 2}
+    return Outcome(**(found | {"fields": {name: right or name == "a" for name in fields}} | changes))
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Writes a run's outcomes: for each row, whether it is right, or the outcomes themselves."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def write(name, rows, when="after"):
+        rows = [one if isinstance(one, Outcome) else row(n, one) for n, one in enumerate(rows)]
+        write_outcomes(Path("logs", name, "outcomes", f"{when}.jsonl"), rows)
+        return f"logs/{name}"
+
+    return write
+
+
+def flags(wrong, rows=300):
+    return [n >= wrong for n in range(rows)]
+
+
+def test_a_run_against_itself_cannot_be_told(runs, capsys):
+    one = runs("one", flags(30))
+    assert main(["compare", one, one, "--out", "new/found.json"]) == 0
+    said = capsys.readouterr().out
+    assert "one against one: format/exact cannot tell with 300 rows; joint/exact cannot tell with 300 rows" in said
+    assert re.search(r"format/exact .* 90.0% \(86.1 to 92.9\) ", said) and "cannot tell, p = 1.000" in said
+    [found] = json.loads(Path("new/found.json").read_text())["comparisons"]
+    assert {d["verdict"] for d in found["differences"].values()} == {"cannot tell with 300 rows"}
+    assert [p.name for p in Path("new").iterdir()] == ["found.json"]
+
+
+def test_clearly_better_and_worse_and_before_and_a_file(runs, capsys):
+    one, two = runs("one", flags(30)), runs("two", flags(10))
+    runs("two", flags(34), "before")
+    assert main(["compare", one, two, "--out", "found.json", f"{two}:before", f"{two}/outcomes/after.jsonl"]) == 0
+    said = capsys.readouterr().out
+    assert "\ntwo against one: format/exact better by 6.7 points (p < 0.001); joint/exact better by 6.7" in said
+    assert "\ntwo:before against one: format/exact cannot tell with 300 rows: about 730 would; joint" in said
+    assert "\nafter.jsonl against one: format/exact better" in said
+    found = json.loads(Path("found.json").read_text())
+    names = [
+        "format/exact", "format/loose", "joint/exact", "content/field_f1", "content/field_acc/a", "content/field_acc/b",
+    ]  # fmt: skip
+    assert found["rows"] == 300 and [list(one["figures"]) for one in found["runs"]] == [names] * 4
+    assert [one["name"] for one in found["runs"]] == ["one", "two", "two:before", "after.jsonl"]
+    first = found["comparisons"][0]["differences"]
+    assert first["format/exact"]["p"] == pytest.approx(2 / 2**20)
+    assert first["format/loose"]["verdict"] == "cannot tell with 300 rows"
+    assert first["content/field_acc/b"]["verdict"] == first["content/field_f1"]["verdict"] == "better"
+    assert first["content/field_f1"]["value"] == pytest.approx(20 / 600)
+    f1 = found["runs"][1]["figures"]["content/field_f1"]
+    assert f1["value"] == field_f1(read_outcomes(Path(two, "outcomes/after.jsonl"))) == pytest.approx(590 / 600)
+    assert f1["interval"][0] < f1["value"] < f1["interval"][1]
+    assert main(["compare", two, one]) == 0
+    assert "one against two: format/exact worse by 6.7 points (p < 0.001)" in capsys.readouterr().out
+
+
+def test_rows_are_paired_by_input_and_target_in_any_order_and_each_as_often_as_it_stands(runs):
+    rows = [row(n % 40, n % 3 > 0, where=f"x:{n}") for n in range(100)]
+    shuffled = sorted(rows, key=lambda one: (random.Random(one.input).random(), int(one.where[2:])))
+    first, second = read_runs([runs("one", rows), runs("two", shuffled)])
+    assert first.outcomes == second.outcomes == rows != shuffled
+
+
+def test_different_rows_are_refused_in_one_line(runs, capsys):
+    one = runs("one", flags(30))
+    for rows, common, total in (
+        ([row(n, True) for n in range(20, 320)], 280, 300),
+        ([row(n, True) for n in range(299)], 299, 299),
+        ([row(n, True) for n in (*range(300), 7)], 300, 301),
+        ([row(n, True, text="other") for n in range(300)], 0, 300),
+        ([row(n, True, target='{"a":1,"b":3}') for n in range(300)], 0, 300),
+    ):
+        assert main(["compare", one, runs("two", rows), "--out", "found.json"]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert f"two/outcomes/after.jsonl: {common} of its {total} test rows are among the 300 of logs/one/" in line
+        assert line.endswith("compare runs with the same data and the same test split")
+    assert not Path("found.json").exists()
+
+
+def test_fields_that_only_one_run_has_are_shown_and_not_compared(runs, capsys):
+    one = runs("one", [row(n, n > 3, fields=("a", "b")) for n in range(50)])
+    two = runs("two", [row(n, n > 2, fields=("a", "c")) for n in range(50)])
+    assert main(["compare", one, two, "--out", "found.json"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"field_acc/b .* 92.0% \(.*\) │ +- │", said) and re.search(r"field_acc/c .* - │ +94.0% \(", said)
+    [found] = json.loads(Path("found.json").read_text())["comparisons"]
+    assert [name for name in found["differences"] if "acc" in name] == ["content/field_acc/a"]
+
+
+def test_names_in_brackets_and_equal_names_stay_readable(runs, capsys):
+    one, two = runs("x/[bold]", flags(3)), runs("y/[bold]", flags(4))
+    assert main(["compare", one, two]) == 0
+    assert "\nlogs/y/[bold] against logs/x/[bold]: format/exact cannot tell" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "logs/two/outcomes/after.jsonl: No such file or directory; a finished run has it"),
+        ("", "logs/two/outcomes/after.jsonl: no test rows"),
+        ("GOOD{", "after.jsonl:2: not an outcome of a test row"),
+        ("GOOD\n", "after.jsonl:2: not an outcome of a test row"),
+        ('GOOD{"where":"x:1"}\n', "after.jsonl:2: not an outcome of a test row"),
+        ("GOOD[]\n", "after.jsonl:2: not an outcome of a test row"),
+        ('YES"exact": "yes"', "after.jsonl:1: not an outcome of a test row"),
+        ('YES"matched": true', "after.jsonl:1: not an outcome of a test row"),
+        ('YES"fields": {"a": 1}', "after.jsonl:1: not an outcome of a test row"),
+        ('YES"fields": []', "after.jsonl:1: not an outcome of a test row"),
+        (b"\xff", "after.jsonl: not UTF-8"),
+    ],
+)
+def test_a_file_that_is_missing_or_damaged_is_named(runs, capsys, content, message):
+    one, path = runs("one", flags(1, 5)), Path("logs/two/outcomes/after.jsonl")
+    path.parent.mkdir(parents=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None and content.startswith("YES"):
+        path.write_text(json.dumps(asdict(row(0, True)) | json.loads("{" + content[3:] + "}")))
+    elif content is not None:
+        path.write_text(content.replace("GOOD", json.dumps(asdict(row(0, True))) + "\n"))
+    assert main(["compare", one, "logs/two"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("formtune: error: ") and message in line
+
+
+def test_an_out_that_cannot_be_written_is_named(runs, capsys):
+    one = runs("one", flags(1, 5))
+    for path in (one, f"{one}/outcomes/after.jsonl/found.json", "."):
+        assert main(["compare", one, one, "--out", path]) == 2
+        assert f"--out: {path}: " in capsys.readouterr().err
+    assert not list(Path("logs").rglob("*.part"))
+
+
+def test_an_answer_may_hold_any_end_of_line(tmp_path):
+    rows = [row(0, False, answer="a\u2028b\x85c\r\nd\x0be\rf")]
+    write_outcomes(tmp_path / "after.jsonl", rows)
+    assert read_outcomes(tmp_path / "after.jsonl") == rows

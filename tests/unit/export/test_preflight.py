@@ -1,0 +1,243 @@
+"""What is known to make another model without a word is found before it is trained, by a rule and by trying it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from conftest import byte_tokenizer, pair, tiny_model
+from formtune.cli import main
+from formtune.errors import UserError
+from formtune.export.measure import EXACT, merge
+from formtune.export.rules import RULES, TARGETS, Plan, check
+from formtune.export.trial import Trial, attempt, shrink
+from formtune.model.lora import Lora, lora_config
+
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 259}
+ROWS = [[(7 * i + 13 * j) % 250 for j in range(20)] for i in range(2)]
+
+
+def found(adapter, shape="llama", targets=TARGETS, **changes):
+    """Names of the rules that apply to an adapter on a model of the shape, by severity."""
+    model = tiny_model(shape, **({"tie_word_embeddings": False} | (WIDE if shape == "llama" else {}) | changes))
+    findings = check(Plan(model, adapter, False), targets)
+    assert all(len(one.line.splitlines()) == 1 and one.rule.versions for one in findings)
+    return {
+        severity: [f.rule.name for f in findings if f.rule.severity == severity] for severity in ("error", "warning")
+    }
+
+
+def test_a_plain_adapter_on_a_plain_base_breaks_no_rule():
+    assert found(LoraConfig(r=16, target_modules=["q_proj", "v_proj"])) == {"error": [], "warning": []}
+    assert found(LoraConfig(r=16, target_modules="all-linear"), tie_word_embeddings=True)["error"] == []
+
+
+@pytest.mark.parametrize(("width", "group"), [(256, 128), (64, 64), (96, 32), (48, None)])
+def test_a_group_divides_the_inputs_of_every_layer(width, group):
+    model = tiny_model(hidden_size=width, intermediate_size=256, num_attention_heads=4)
+    assert Plan(model, LoraConfig(target_modules=["q_proj"]), False).group == group
+
+
+@pytest.mark.parametrize(
+    ("adapter", "changes", "name", "targets"),
+    [
+        ({"target_modules": ["lm_head"]}, {"tie_word_embeddings": True}, "tied embeddings", "merge"),
+        ({"target_modules": ["embed_tokens"]}, {"tie_word_embeddings": True}, "tied embeddings", "int8"),
+        ({"layer_replication": [(0, 2), (1, 2)]}, {}, "layer_replication", "merge"),
+        ({"layer_replication": [(0, 2), (1, 2)]}, {}, "replicated layers", "vllm"),
+        ({"lora_bias": True}, {}, "lora_bias", "merge"),
+        ({"init_lora_weights": "pissa"}, {}, "initialization", "vllm"),
+        ({"init_lora_weights": "olora"}, {}, "initialization", "vllm"),
+        ({"init_lora_weights": "pissa_niter_4"}, {}, "initialization", "vllm"),
+        ({"r": 1024}, {}, "rank", "vllm"),
+        ({"r": 8, "rank_pattern": {"v_proj": 600}}, {}, "rank", "vllm"),
+        ({"use_dora": True}, {}, "DoRA", "vllm"),
+        ({"bias": "lora_only"}, {}, "bias", "vllm"),
+        ({"alora_invocation_tokens": [1]}, {}, "variant", "vllm"),
+        ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save", "vllm"),
+        ({"trainable_token_indices": {"embed_tokens": [1]}}, {}, "token indices", "vllm"),
+        ({}, {"hidden_size": 120, "head_dim": 32}, "group size", "gptq"),
+        ({}, {"intermediate_size": 264}, "output width", "awq"),
+    ],
+)
+def test_a_rule_finds_what_fails(adapter, changes, name, targets):
+    config = LoraConfig(**{"target_modules": ["q_proj", "v_proj"]} | adapter)
+    assert name in found(config, targets=[targets], **changes)["error"]
+    others = [target for target in TARGETS if not any(r.name == name and target in r.targets for r in RULES)]
+    assert name not in found(config, targets=others, **changes)["error"]
+
+
+def test_a_rank_above_vllms_default_names_the_flag_and_conv1d_layers_keep_off_gptq():
+    config = LoraConfig(r=33, target_modules=["q_proj"])
+    [finding] = check(Plan(tiny_model(**WIDE), config, False), ["vllm"])
+    assert "--max-lora-rank 64" in finding.line and finding.rule.severity == "warning"
+    adapter = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    assert "Conv1D" in found(adapter, "gpt2", ["gptq"], n_embd=128)["error"]
+    assert found(adapter, "gpt2", ["merge", "int8"], n_embd=128)["error"] == []
+
+
+def test_layers_trained_in_full_beside_shared_embeddings_are_a_warning_and_a_quantized_base_an_error():
+    adapter = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert found(adapter, targets=["merge"], tie_word_embeddings=True)["warning"] == ["tied embeddings kept"]
+    model = tiny_model()
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    [finding] = check(Plan(model, LoraConfig(target_modules=["q_proj"]), False), ["merge"])
+    assert "quantized by gptq cannot be merged into" in finding.line
+    [finding] = check(Plan(tiny_model(), LoraConfig(target_modules=["q_proj"]), True), ["merge"])
+    assert finding.rule.severity == "warning" and "into the full-precision base" in finding.line
+
+
+def perturbed(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "wrong"),
+    [
+        ({"target_modules": ["lm_head"]}, True),
+        ({"target_modules": ["embed_tokens"]}, True),
+        ({"target_modules": ["q_proj"], "layer_replication": [(0, 2), (1, 2)]}, True),
+        ({"target_modules": "all-linear"}, False),
+        ({"target_modules": ["q_proj"], "use_dora": True}, False),
+        ({"target_modules": ["q_proj"], "use_rslora": True, "r": 64}, False),
+        ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
+    ],
+)
+def test_the_comparison_finds_a_wrong_merge_and_passes_a_right_one(adapter, wrong):
+    model = perturbed(get_peft_model(tiny_model(tie_word_embeddings=True), LoraConfig(**adapter)))
+    _, closeness = merge(model, ROWS)
+    assert bool(EXACT.broken_by(closeness)) == wrong, closeness
+
+
+def test_a_merge_that_peft_refuses_is_one_line():
+    model = perturbed(get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], lora_bias=True)))
+    with pytest.raises(UserError, match="cannot be merged: Impossible to merge"):
+        merge(model, ROWS)
+
+
+def test_an_adapter_that_changed_its_base_answers_as_another_model_on_the_base_as_it_was(tmp_path):
+    """Why PiSSA and OLoRA must not be served as they are: what a server computes is W + sBA."""
+    for method, wrong in (("pissa", True), ("olora", True), (True, False)):
+        model = perturbed(get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=method)))
+        model.save_pretrained(tmp_path / str(method))
+        wanted = model(torch.tensor(ROWS)).logits
+        right = PeftModel.from_pretrained(tiny_model(), tmp_path / str(method))
+        torch.testing.assert_close(right(torch.tensor(ROWS)).logits, wanted, rtol=1e-4, atol=1e-4)
+        config = json.loads((tmp_path / str(method) / "adapter_config.json").read_text())
+        (tmp_path / str(method) / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": True}))
+        served = PeftModel.from_pretrained(tiny_model(), tmp_path / str(method))
+        assert ((served(torch.tensor(ROWS)).logits - wanted).abs().max() > 1e-3) == wrong
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "phi3", "gemma3_text", "gpt2", "gpt_neox"])
+def test_the_trial_goes_through_on_every_family_with_two_layers_and_a_small_vocabulary(shape, tmp_path):
+    layers = {"n_layer": 5} if shape == "gpt2" else {"num_hidden_layers": 5}
+    tiny_model(shape, **layers, vocab_size=10_003, tie_word_embeddings=True).config.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    trial = Trial(str(tmp_path / "base"), Lora(r=4), 40, tmp_path)
+    text = trial.config.get_text_config()
+    assert (text.num_hidden_layers, text.vocab_size) == (2, 4096 + 10_003 % 4096) and text.tie_word_embeddings
+    went, said = attempt(trial.merged)
+    assert went, said
+    assert (tmp_path / "merged/model.safetensors").is_file()
+
+
+def test_a_small_vocabulary_is_kept_and_a_wide_one_keeps_what_does_not_divide_evenly():
+    assert shrink(tiny_model().config).vocab_size == 259
+    assert shrink(tiny_model(vocab_size=9001).config).vocab_size % 4096 == 9001 % 4096
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_the_trial_quantizes_and_loads_again_in_a_fresh_process(scheme, tmp_path):
+    pytest.importorskip({"int8": "torchao", "nf4": "bitsandbytes"}[scheme], reason="an optional package")
+    tiny_model(**WIDE).config.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    trial = Trial(str(tmp_path / "base"), Lora(r=4), 40, tmp_path)
+    assert attempt(trial.merged)[0]
+    went, said = attempt(lambda: trial.quantized(scheme))
+    assert went and "in a fresh process, at 40 tokens" in said, said
+
+
+@pytest.fixture
+def project(task, monkeypatch, tmp_path):
+    folder, write = task
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("FORMTUNE_RUN", raising=False)
+    tiny_model(tie_word_embeddings=True).save_pretrained("base")
+    byte_tokenizer().save_pretrained("base")
+    write("train.jsonl", [pair(n) for n in range(60)])
+    format = {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}}
+    config = {
+        "model": {"base": "base", "max_new_tokens": 24, "lora": {"r": 4}},
+        "data": {"train": "train.jsonl", "format": format},
+        "trainer": {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
+    }
+    Path("small.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def preflight(*words):
+    code = main(["preflight", "-c", "small.yaml", *words])
+    return code, json.loads(Path("logs/small/preflight.json").read_text())
+
+
+def test_preflight_says_what_fails_in_its_exit_code_and_in_json(project, capsys):
+    code, result = preflight()
+    assert code == 0 and result["failed"] == [] and result["targets"] == ["merge", "vllm"]
+    assert [one["verdict"] for one in result["checks"]] == ["ok"] * 3
+    assert "verdict: no objection to merge, vllm" in capsys.readouterr().out
+    code, result = preflight("--model.lora.targets", '["lm_head"]', "--model.lora.dora", "true")
+    assert code == 1 and result["failed"] == ["merge", "vllm"]
+    fails = {(one["target"], one["check"]) for one in result["checks"] if one["verdict"] == "fails"}
+    assert fails == {("merge", "tied embeddings"), ("merge", "trial"), ("vllm", "DoRA")}
+    assert preflight("--for", "vllm", "--model.lora.targets", '["lm_head"]')[0] == 0
+    assert preflight("--for", "gptq")[0] == 1  # 32 wide, 48 between
+
+
+def test_a_package_that_is_not_there_is_a_line_and_no_failure(project, monkeypatch, capsys):
+    from formtune.export import quantize
+
+    monkeypatch.setitem(quantize.PACKAGES, "int8", ("no-such-package",))
+    code, result = preflight("--for", "int8")
+    assert code == 0 and quantize.lacking("int8") == "needs no-such-package: pip install -e '.[quantize]'"
+    assert [one["verdict"] for one in result["checks"]] == ["ok", "not tried"]
+    assert "by the rules alone for int8" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--for", "onnx"], "--for: no target 'onnx'"),
+        (["--for", ","], "--for: name some of"),
+        (["--model.lora.targets", '["nope"]'], "no layer is called 'nope'"),
+        (["--model.lora.layer_replication", "x"], "layer_replication"),
+        (["--model.lora.modules_to_save", '["lm_head"]'], "ties its embeddings"),
+        (["--model.base", "gone"], "no folder gone"),
+    ],
+)
+def test_mistakes_are_one_line(project, capsys, words, message):
+    assert main(["preflight", "-c", "small.yaml", *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+
+
+def test_fit_refuses_what_would_merge_into_another_model_and_warns_of_what_vllm_refuses(project, capsys):
+    assert main(["train", "-c", "small.yaml", "--model.lora.targets", '["lm_head"]']) == 2
+    assert "shares between input and output" in capsys.readouterr().err
+    assert not list(Path("logs").glob("small/*/metrics.json"))
+    words = ["--model.lora.dora", "true", "--trainer.max_steps", "1", "--baselines", "[]"]
+    assert main(["train", "-c", "small.yaml", *words]) == 0
+    assert "preflight: model.lora.dora is not supported by vLLM" in capsys.readouterr().out
+
+
+def test_the_configuration_that_rules_see_is_the_one_that_is_trained():
+    config = lora_config(tiny_model(), Lora(r=8, rslora=True, targets=["q_proj"]))
+    assert (config.r, config.lora_alpha, config.use_rslora, config.target_modules) == (8, 16, True, {"q_proj"})

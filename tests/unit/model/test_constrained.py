@@ -1,0 +1,463 @@
+"""Under a grammar a model that knows nothing keeps the format, and its answers are those of a naive masked loop."""
+
+import json
+import random
+import sys
+
+import lightning.pytorch as L
+import pytest
+import torch
+from test_packing import random_rows, row
+
+from conftest import SCHEMA, SHAPES, byte_tokenizer, shared, tiny_model
+from formtune.base.renderer import Renderer
+from formtune.data.datamodule import FormatDataModule
+from formtune.errors import UserError
+from formtune.formats import Format, JsonSchema, Labels, Regex, Tagged
+from formtune.model import FormatModule
+from formtune.model.constrained import Documents, Grammar
+from formtune.model.length_buckets import LengthBuckets
+from formtune.model.shared_prefixes import SharedPrefixes, choose_micro_batches
+
+pytest.importorskip("llguidance", reason="needs the extra `constrained`")
+
+RENDERER = Renderer(byte_tokenizer())
+[END] = RENDERER.stop_ids
+SIZE = 259
+
+CLOSED = {"type": "object", "additionalProperties": False}
+SHORT = {"type": "string", "maxLength": 6}
+ORDER = CLOSED | {
+    "required": ["kind", "name", "lines"],
+    "properties": {
+        "kind": {"enum": ["new", "newer", None]},
+        "name": SHORT,
+        "due": {"type": "string", "format": "date"},
+        "lines": {
+            "type": "array",
+            "maxItems": 2,
+            "items": CLOSED
+            | {"properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}}, "required": ["n"]},
+        },
+    },
+}
+DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
+NUMBERED = {"type": "object", "properties": {"n": DIGIT}}
+
+
+def keys(names, required=None, **more):
+    """An object with these keys in this order."""
+    found = dict.fromkeys(names, DIGIT) | more
+    return {"type": "object", "properties": found, "required": list(found if required is None else required)}
+
+
+def closed(*args, **kwargs):
+    return CLOSED | keys(*args, **kwargs)
+
+
+# The first five as Pydantic writes them, but for titles.
+UNIONS = {
+    "discriminated": {
+        "$defs": {
+            "Hotel": keys("", parameters={"$ref": "#/$defs/HotelArgs"}, method={"const": "hotel", "type": "string"}),
+            "Movie": keys("", method={"const": "movie", "type": "string"}, parameters={"$ref": "#/$defs/MovieArgs"}),
+            "HotelArgs": keys("ba"),
+            "MovieArgs": keys("ab", g={"enum": ["drama", "comedy"]}),
+        },
+        "discriminator": {"mapping": {"hotel": "#/$defs/Hotel", "movie": "#/$defs/Movie"}, "propertyName": "method"},
+        "oneOf": [{"$ref": "#/$defs/Hotel"}, {"$ref": "#/$defs/Movie"}],
+    },
+    "nullable": {
+        "$defs": {"Who": keys("ba", "b")},
+        **keys("", who={"anyOf": [{"$ref": "#/$defs/Who"}, {"type": "null"}], "default": None}, n=DIGIT),
+    },
+    "overlapping": {"anyOf": [keys("ab", "a"), keys("bac", "ba"), keys("cb")]},
+    "list of unions": {"type": "array", "maxItems": 3, "items": {"anyOf": [keys("bca", "b"), keys("ab"), DIGIT]}},
+    "tuple": keys("", pair={"type": "array", "prefixItems": [keys("ba"), DIGIT], "minItems": 2, "maxItems": 2}),
+    "open": {"anyOf": [keys("a", ""), keys("ca", ""), keys("acb", "")]},
+    "open below": {"anyOf": [keys("", "", p=keys("x", "")), keys("", "", p=keys("yx", ""))]},
+    "several below": {"anyOf": [closed("", p=keys("xy"), q=keys("xy")), closed("", q=keys("yx"), p=keys("yx"))]},
+    "nested": {"anyOf": [{"anyOf": [keys("ab"), keys("ba", "b")]}, {"oneOf": [keys("cab"), {"type": "null"}]}]},
+    "types": CLOSED | {"type": ["object", "null"], "properties": {"b": DIGIT, "a": DIGIT}},
+    "same key": {
+        "anyOf": [
+            closed("", v={"const": 1}, w=keys("ab")),
+            closed("", w=keys("ba"), v={"type": "string", "maxLength": 1}),
+        ]
+    },
+    "object or scalar": keys(
+        "", x={"anyOf": [SHORT, keys("zy"), {"type": "array", "maxItems": 2, "items": keys("yz")}]}
+    ),
+    "literals": {
+        "enum": [{"b": 1, "a": {"d": [1, {"y": 1, "x": 2}], "c": None}}, {"a": 2, "b": 1}, [{"z": 1, "b": 2}], "x"]
+    },
+    "allOf": {"allOf": [closed("ba", ""), closed("abc", "")]},
+    "reference with keys before": {"$defs": {"x": closed("kqz", "")}, **closed("zk", ""), "$ref": "#/$defs/x"},
+    "reference with keys behind": {"$defs": {"x": closed("kqz", "")}, "$ref": "#/$defs/x", **closed("zk", "")},
+    "keys and anyOf": closed("cba", "") | {"anyOf": [closed("ab"), closed("cba", "c")]},
+    "anyOf and keys": {"anyOf": [closed("ab"), closed("cba", "c")], **closed("cba", "")},
+    "two unions": {
+        "anyOf": [closed("ab", ""), closed("cba", "c")],
+        "allOf": [{"anyOf": [closed("ba", ""), closed("bac", "")]}],
+    },
+    "tuples": {
+        "anyOf": [
+            {"type": "array", "prefixItems": [keys("ab"), DIGIT], "items": False},
+            {
+                "type": "array",
+                "prefixItems": [keys("ba"), DIGIT],
+                "maxItems": 3,
+                "items": {"anyOf": [keys("ab"), keys("ba")]},
+            },
+        ]
+    },
+}
+CONTRACTS = {
+    "json": JsonSchema(
+        schema=SCHEMA | {"properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}, "s": SHORT}}
+    ),
+    "canonical": JsonSchema(schema=ORDER, canonical=True),
+    "labels": Labels(labels=["yes", "yes please", "no", 'so "so"', "é😀"]),
+    "regex": Regex(pattern=r"^(?P<id>[A-Z]{2}/\d+|[a-z]?)[\x20-\x7e]{1,12}$"),
+    "tagged": Tagged(sections=["reason", "answer"]),
+}
+
+
+def grammar_of(format, renderer=RENDERER):
+    return Grammar(format, renderer)
+
+
+def naive(model, grammar, prompt, limit):
+    """One row, one token at a time, everything computed again for each, the mask straight from the library."""
+    matcher, ids = grammar.matcher.deep_copy(), list(prompt)
+    while len(ids) < len(prompt) + limit:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        bits = int.from_bytes(matcher.compute_bitmask(), "little")
+        allowed = torch.tensor([bool(bits >> token & 1) for token in range(SIZE)])
+        ids.append(int(logits.masked_fill(~allowed, float("-inf")).argmax()))
+        if ids[-1] == END:
+            break
+        assert matcher.consume_token(ids[-1])
+    return ids[len(prompt) :]
+
+
+def sharp_model(shape):
+    model = tiny_model(shape).eval()
+    # Random weights that repeat themselves less, with no two logits near one another.
+    model.get_output_embeddings().weight.data *= 30
+    return model
+
+
+def answered(way, rows, grammar, limits, tokens=300):
+    answers = {}
+    for group in way.split(rows, tokens, max(limits)):
+        _, found = way.answers(rows, group, RENDERER.stop_ids, limits, grammar)
+        answers |= dict(zip(group.rows, found, strict=True))
+    return [answers[i] for i in range(len(rows))]
+
+
+def rows_of_every_kind(prompts, said):
+    """Targets that the constrained model says, that leave it at the first, a middle or the last token, and none."""
+    rng, rows = random.Random(7), []
+    for i, (prompt, answer) in enumerate(zip(prompts, said, strict=True)):
+        at = (None, 0, len(answer) // 2, len(answer) - 1, len(answer))[i % 5]
+        target = [] if at == len(answer) else list(answer)
+        if target and at is not None:
+            target[at] = rng.choice([t for t in range(3, SIZE) if t != target[at]])
+        rows.append(row(prompt, target))
+    return rows
+
+
+@pytest.mark.parametrize(
+    "shape, name", [(s, "canonical") for s in SHAPES] + [("llama", n) for n in CONTRACTS if n != "canonical"]
+)
+def test_answers_equal_those_of_a_naive_masked_loop(shape, name):
+    model, grammar = sharp_model(shape), grammar_of(CONTRACTS[name])
+    prompts = [r.prompt_ids for r in random_rows(5, 10)]
+    prompts.append(list(prompts[0]))  # twice the same: it is shared up to its last token
+    limits = [3 if i % 4 == 3 else 16 for i in range(len(prompts))]
+    wanted = [naive(model, grammar, p, most) for p, most in zip(prompts, limits, strict=True)]
+    rows = rows_of_every_kind(prompts, wanted)
+    way = choose_micro_batches(model)
+    assert isinstance(way, SharedPrefixes)
+    assert answered(way, rows, grammar, limits) == wanted
+    assert answered(way, rows, grammar, limits, tokens=1) == wanted
+    model.set_attn_implementation("sdpa")
+    assert answered(LengthBuckets(model), rows, grammar, limits) == wanted
+
+
+def test_what_the_model_says_of_its_own_accord_is_not_decoded_again(monkeypatch):
+    model, grammar = sharp_model("llama"), grammar_of(Regex(pattern=r"(?s).{1,8}"))
+    prompts = [r.prompt_ids for r in random_rows(3, 8)]
+    said = [naive(model, grammar, p, 20) for p in prompts]
+    fed, feed, way = [], SharedPrefixes._next, choose_micro_batches(model)
+    monkeypatch.setattr(SharedPrefixes, "_next", lambda *a: fed.append(a[1].numel()) or feed(*a))
+    free = answered(way, [row(p) for p in prompts], None, [20] * len(prompts))
+    assert any(a[0] == b[0] for a, b in zip(free, said, strict=True)), (
+        "the model says nothing that the grammar allows, so that nothing is tested"
+    )
+    fed.clear()
+    rows = [row(p, s) for p, s in zip(prompts, said, strict=True)]
+    assert answered(way, rows, grammar, [20] * len(prompts)) == said
+    assert sum(fed) < sum(map(len, said))
+
+
+@pytest.mark.parametrize("name", ["json", "canonical", "labels", "regex"])
+def test_a_model_that_knows_nothing_keeps_the_format(name):
+    format, ended = CONTRACTS[name], 0
+    grammar = grammar_of(format)
+    for seed in range(4):
+        model = tiny_model(seed=seed).eval()
+        model.get_output_embeddings().weight.data *= 30
+        model.get_output_embeddings().weight.data[END] += 2 * torch.randn(32)
+        rows = [row(r.prompt_ids) for r in random_rows(seed, 12)]
+        for ids in answered(choose_micro_batches(model), rows, grammar, [120] * len(rows), 10**5):
+            text, finished = RENDERER.answer(ids)
+            verdict = format.check(text, finished=finished)
+            assert verdict.exact or not finished, (text, verdict.detail)
+            ended += finished
+    assert ended
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_a_model_that_would_write_something_else_is_led_to_a_document(name):
+    format, grammar = CONTRACTS[name], grammar_of(CONTRACTS[name])
+    wish = 'Sure! Here {"you": 1} are </reason>, and <answer>b</answer>} or b</answer> so yes please 2024-02-30}]}'
+    for seed in range(8):
+        torch.manual_seed(seed)
+        documents, said = Documents(grammar, 1), []
+        for token in RENDERER.tokenizer(wish, add_special_tokens=False)["input_ids"] + [END] * 200:
+            logits = torch.randn(1, SIZE)
+            logits[0, token] = 9.0
+            said += documents.choose([0], logits)
+            if said[-1] == END:
+                break
+        text, finished = RENDERER.answer(said)
+        assert finished and format.check(text).exact, text
+
+
+def accepts(format, text):
+    return takes(grammar_of(format), text)
+
+
+def takes(grammar, text):
+    ids = [*RENDERER.tokenizer(text, add_special_tokens=False)["input_ids"], END]
+    return Documents(grammar, 1).write(0, ids) == len(ids)
+
+
+@pytest.mark.parametrize(
+    "name, good, bad",
+    [
+        (
+            "json",
+            ['{"n":1,"s":"a"}', '{ "n": 1,\n "s": "é\\n" }'],
+            ['{"s":"a","n":1}', '{"n":1,"s":"a"}\n', '{"n":1}', " {}"],
+        ),
+        (
+            "canonical",
+            ['{"kind":null,"name":"","due":"2024-02-29","lines":[{"n":7}]}'],
+            [
+                '{"kind":null,"name":"","due":"2026-02-29","lines":[]}',
+                '{"kind":null,"name":"","lines":[]}\n',
+                '{"kind": null,"name":"","lines":[]}',
+                '{"name":"","kind":null,"lines":[]}',
+            ],
+        ),
+        ("labels", ["yes", "yes please", 'so "so"', "é😀"], ["", "ye", "yes ", "YES"]),
+        ("regex", ["AB/12 x", "ax"], ["", "x\ny", "AB/" + "1" * 3 + "x" * 13]),
+        (
+            "tagged",
+            ["<reason>a</reason><answer>b</answer>", "<reason></b>\n</reason>\n <answer><</answer>"],
+            ["<answer>b</answer>", "<reason>a</reason>", " <reason>a</reason><answer>b</answer>"],
+        ),
+    ],
+)
+def test_what_a_grammar_takes_is_what_the_format_says(name, good, bad):
+    for text in good:
+        assert CONTRACTS[name].check(text).exact and accepts(CONTRACTS[name], text), text
+    for text in bad:
+        assert not accepts(CONTRACTS[name], text), text
+
+
+def test_dates_and_times_are_those_of_the_format():
+    def schema(kind):
+        return JsonSchema(schema={"type": ["string", "null"], "format": kind})
+
+    days = [
+        f"{y}-{m:02}-{d:02}" for y in (1900, 2000, 2023, 2024) for m in range(14) for d in (0, 1, 28, 29, 30, 31, 32)
+    ]
+    times = ["23:59:59Z", "24:00:00Z", "23:59:60Z", "00:00:00.5+23:59", "00:00:00+24:00", "00:00:00"]
+    both = [f"{day}T{clock}" for day in ("2023-02-29", "2024-02-29") for clock in times]
+    for kind, texts in (("date", days), ("time", times), ("date-time", both), ("uri", ["a:", "a:b"])):
+        grammar = grammar_of(schema(kind))
+        for text in map(json.dumps, texts):
+            assert takes(grammar, text) == schema(kind).check(text).exact, (kind, text)
+
+
+def document(dice, schema, root):
+    """A document that one alternative of the schema may have asked for, its keys in any order."""
+    if "$ref" in schema and "properties" not in schema:
+        return document(dice, root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root)
+    for key in ("anyOf", "oneOf", "allOf", "enum"):
+        if key in schema:
+            one = dice.choice(schema[key])
+            return one if key == "enum" else document(dice, one, root)
+    kinds = schema.get("type", "string")
+    kind = dice.choice(kinds) if isinstance(kinds, list) else kinds
+    if "const" in schema:
+        return schema["const"]
+    if kind == "object":
+        kept = [k for k in schema["properties"] if k in schema.get("required", ()) or dice.random() < 0.6]
+        return {k: document(dice, schema["properties"][k], root) for k in dice.sample(kept, len(kept))}
+    if kind == "array":
+        found = [document(dice, one, root) for one in schema.get("prefixItems", ())]
+        more = dice.randint(0, 1) if schema.get("items") else 0
+        return found + [document(dice, schema["items"], root) for _ in range(more)]
+    return {"null": None, "string": "s"}.get(kind, dice.randint(0, 9))
+
+
+def walk(dice, grammar, most=120):
+    """A text that the grammar writes, its tokens drawn at random; None if it has no end by then."""
+    matcher, said = grammar.matcher.deep_copy(), []
+    while len(said) < most:
+        bits = int.from_bytes(matcher.compute_bitmask(), "little")
+        allowed = [token for token in range(SIZE) if bits >> token & 1]
+        if END in allowed and (len(allowed) == 1 or dice.random() < 0.3):
+            return RENDERER.answer([*said, END])[0]
+        said.append(dice.choice([token for token in allowed if token != END]))
+        assert matcher.consume_token(said[-1])
+    return None
+
+
+@pytest.mark.parametrize("name", UNIONS)
+def test_a_canonical_union_is_written_and_checked_in_the_same_order_of_keys(name):
+    schema, dice = UNIONS[name], random.Random(name)
+    format = JsonSchema(schema=schema, canonical=True)
+    grammar, right, wrong, walks = grammar_of(format), 0, 0, 0
+    for _ in range(60):
+        value = document(dice, schema, schema)
+        if not JsonSchema(schema=schema).check(json.dumps(value)).exact:
+            continue  # asked for by one part of several
+        text, other = format.write(value), json.dumps(value, separators=(",", ":"))
+        assert format.check(text).exact and takes(grammar, text), text
+        assert format.write(json.loads(json.dumps(value, sort_keys=True))) == text
+        assert format.check(other).exact == takes(grammar, other), other
+        right, wrong = right + 1, wrong + (not format.check(other).exact)
+    for _ in range(25):
+        text = walk(dice, grammar)
+        assert text is None or format.check(text).exact, text
+        walks += text is not None
+    assert right and walks and (wrong or name == "literals"), "nothing is tested where every order is right"
+
+
+def test_a_document_is_written_in_the_order_of_the_alternative_that_it_keeps():
+    format = JsonSchema(schema=UNIONS["discriminated"], canonical=True)
+    assert format.write({"method": "hotel", "parameters": {"a": 1, "b": 2}}) == (
+        '{"parameters":{"b":2,"a":1},"method":"hotel"}'
+    )
+    assert format.write({"parameters": {"g": "drama", "b": 2, "a": 1}, "method": "movie"}) == (
+        '{"method":"movie","parameters":{"a":1,"b":2,"g":"drama"}}'
+    )
+
+
+def test_a_tuple_has_a_grammar():
+    format = JsonSchema(schema={"type": "array", "prefixItems": [DIGIT, SHORT], "minItems": 1})
+    assert all(accepts(format, text) for text in ("[1]", '[1,"a"]'))
+    assert not any(accepts(format, text) for text in ("[]", '["a",1]', '[1,"a",2]'))
+    # A part is not closed where another part has more items, unless it says how many there are.
+    pair = {"type": "array", "prefixItems": [DIGIT, SHORT]}
+    assert accepts(JsonSchema(schema={"allOf": [pair | {"maxItems": 2}]}), '[1,"a"]')
+    with pytest.raises(UserError, match=r"\$\.allOf\[0\]\.items: a grammar needs the type"):
+        grammar_of(JsonSchema(schema={"allOf": [pair, pair | {"items": DIGIT}]}))
+
+
+class Mine(Format):
+    def parse(self, text):
+        return text
+
+
+class Spoken(Mine):
+    def grammar(self):
+        return 'answer: "a" "b"+'
+
+
+def test_a_format_of_ones_own_may_have_a_grammar():
+    assert accepts(Spoken(), "abb") and not accepts(Spoken(), "a")
+
+
+@pytest.mark.parametrize(
+    "format, message",
+    [
+        (Mine(), "Mine has no grammar"),
+        (Regex(pattern="(?=a).*"), "pattern: '(?=a' has no place"),
+        (Regex(pattern="(?<!a)b"), "pattern: '(?<!' has no place"),
+        (Regex(pattern="a++b"), "pattern: '++' has no place"),
+        (Regex(pattern="[[a-z]--b]+"), "another meaning"),
+        (Regex(pattern=r"(a)\1"), "backreferences are not supported"),
+        (Regex(pattern=r"\bword"), "cannot be put in a grammar"),
+        (JsonSchema(schema={"type": "object", "properties": {"a": {}}}), "needs the type of every value"),
+        (JsonSchema(schema={"type": "object", "properties": {"a": True}}), "$.properties.a: a grammar needs the type"),
+        (JsonSchema(schema={"type": "array"}), "$.items: a grammar needs the type"),
+        (JsonSchema(schema={"type": "object", "additionalProperties": {"type": "integer"}}), "cannot keep keys apart"),
+        (JsonSchema(schema={"type": "string", "pattern": "a(?!b)"}), "$.pattern: '(?!b' has no place"),
+        (JsonSchema(schema={"type": "array", "items": {"type": "null"}, "uniqueItems": True}), "uniqueItems"),
+        (JsonSchema(schema={"anyOf": [{"type": "null"}, True]}), "$.anyOf[1]: a grammar needs the type"),
+        (JsonSchema(schema={"type": "array", "prefixItems": [True]}), "$.prefixItems[0]: a grammar needs the type"),
+        (JsonSchema(schema={"anyOf": [NUMBERED], "oneOf": [NUMBERED]}), "$.anyOf[0]: a grammar cannot keep keys apart"),
+        (JsonSchema(schema=NUMBERED | {"if": True, "then": True}, canonical=True), "Unimplemented keys"),
+        (JsonSchema(schema=NUMBERED | {"dependentSchemas": {"n": True}}, canonical=True), "Unimplemented keys"),
+    ],
+)
+def test_a_format_that_no_grammar_expresses_is_refused_in_one_line(format, message):
+    with pytest.raises(UserError) as error:
+        grammar_of(format)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_objects_that_say_nothing_of_other_keys_get_none():
+    format = JsonSchema(schema={"type": "object", "properties": {"a": {"type": "null"}}})
+    assert accepts(format, '{"a":null}') and not accepts(format, '{"a":null,"b":null}')
+
+
+@pytest.mark.parametrize("constrained, exact", [(False, 0.0), (True, 1.0)])
+def test_the_switch_constrains_evaluation_and_nothing_else(base, task, constrained, exact):
+    folder, write = task
+    format = Labels(labels=["yes", "no"])
+    train = write(
+        "train.jsonl", [{"prompt": "q" * (n % 9) + str(n), "completion": ["yes", "no"][n % 2]} for n in range(60)]
+    )
+    data = FormatDataModule(format=format, train=train, tokenizer=base)
+    module = FormatModule(base=base, format=format, max_new_tokens=8, constrained=constrained)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder, precision="32-true",
+    )  # fmt: skip
+    trainer.validate(module, data, verbose=False)
+    assert module.evaluation["format/exact"] == exact
+    assert module.evaluation["val/loss"] > 5 and module.evaluation["val/parity"] == 1.0
+
+
+def test_without_the_library_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(UserError, match=r"needs llguidance; pip install 'formtune\[constrained\]'$"):
+        grammar_of(Labels(labels=["a"]))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi-3-mini-instruct", "mistral-v3-instruct"])
+def test_targets_of_other_tokenizers_keep_the_grammar(name):
+    renderer = Renderer.load(str(shared(f"tokenizers/{name}")))
+    grammar = grammar_of(CONTRACTS["json"], renderer)
+    for answer in ('{"n":1,"s":"é😀"}', '{"n": 1, "s": ""}'):
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+        [encoded] = renderer.encode([(turn, "")])
+        documents = Documents(grammar, 2)
+        assert documents.write(0, encoded.target_ids) == len(encoded.target_ids)
+        logits = torch.zeros(1, len(renderer.tokenizer) + 64)
+        logits[0, encoded.target_ids] = 1.0 + torch.arange(len(encoded.target_ids), 0, -1)
+        said = []
+        while not said or said[-1] != encoded.target_ids[-1]:
+            said += documents.choose([1], logits)
+            logits[0, said[-1]] -= 1e3
+        text, finished = renderer.answer(said)
+        assert CONTRACTS["json"].check(text, finished=finished).exact

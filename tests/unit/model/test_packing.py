@@ -1,0 +1,211 @@
+"""Rows that share their beginning are computed together, and nothing of what they say or teach changes."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import SHAPES, pair, shared, tiny_model
+from formtune.base.renderer import Renderer
+from formtune.base.row import Row
+from formtune.model.attention import PackedAttention, _block_mask, _dense_mask
+from formtune.model.length_buckets import LengthBuckets
+from formtune.model.lora import Lora, add_lora
+from formtune.model.packing import pack
+from formtune.model.shared_prefixes import SharedPrefixes, choose_micro_batches
+
+
+def row(prompt, target=()):
+    return Row(list(prompt), list(target), "", "", "f:1")
+
+
+def random_rows(seed, count=12, vocabulary=259, longest=12):
+    """Rows of a few system prompts, of few-shot prompts that go on from them, and of none."""
+    rng = random.Random(seed)
+
+    def ids(n):
+        return [rng.randrange(3, vocabulary) for _ in range(n)]
+
+    beginnings = [ids(rng.randrange(20, 60)) for _ in range(rng.randrange(1, 4))]
+    beginnings += [beginnings[0] + ids(rng.randrange(5, 20)), []]
+    return [
+        row(rng.choice(beginnings) + ids(rng.randrange(1, longest)), ids(rng.randrange(1, longest)))
+        for _ in range(count)
+    ]
+
+
+def tuned(model, **options):
+    """Adapters whose B is not zero, so that all of them matter."""
+    model = add_lora(model, Lora(r=4, dropout=0.0, **options)).eval()
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def one_by_one(model, rows):
+    """Summed loss and its gradients, each row alone through the model's usual forward pass."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    attention = model.get_base_model().config._attn_implementation
+    model.get_base_model().set_attn_implementation("sdpa")
+    total = torch.zeros(())
+    for one in rows:
+        logits = model(torch.tensor([one.prompt_ids + one.target_ids])).logits[0, len(one.prompt_ids) - 1 : -1]
+        total = total + F.cross_entropy(logits.float(), torch.tensor(one.target_ids), reduction="sum")
+    grads = torch.autograd.grad(total, trained)
+    model.get_base_model().set_attn_implementation(attention)
+    return float(total.detach()), grads
+
+
+def in_micro_batches(model, way, rows, tokens):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    total, grads = 0.0, [torch.zeros_like(p) for p in trained]
+    for group in way.split(rows, tokens):
+        loss = way.predictions(group)[0].loss
+        for whole, part in zip(grads, torch.autograd.grad(loss, trained), strict=True):
+            whole += part
+        total += float(loss.detach())
+    return total, grads
+
+
+def assert_same(found, wanted):
+    assert abs(found[0] - wanted[0]) <= 1e-5 * wanted[0]
+    for got, want in zip(found[1], wanted[1], strict=True):
+        assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_and_gradients_equal_those_of_one_row_at_a_time(shape, seed):
+    model, rows = tuned(tiny_model(shape)), random_rows(seed)
+    way = choose_micro_batches(model)
+    assert isinstance(way, SharedPrefixes)
+    wanted = one_by_one(model, rows)
+    for tokens in (10**6, 150, 1):
+        assert_same(in_micro_batches(model, way, rows, tokens), wanted)
+    assert_same(in_micro_batches(model, LengthBuckets(_usual(model)), rows, 150), wanted)
+
+
+def _usual(model):
+    model.get_base_model().set_attn_implementation("sdpa")
+    return model
+
+
+def test_the_model_is_left_in_the_mode_it_was_in():
+    model = add_lora(tiny_model(), Lora(r=4))
+    before = [module.training for module in model.modules()]
+    choose_micro_batches(model)
+    assert [module.training for module in model.modules()] == before and model.training
+
+
+TOKENIZERS = ["qwen3", "mistral-v3-instruct", "phi-3-mini-instruct", "smollm2-instruct", "gpt2"]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_real_tokenizers_and_templates_share_their_system_prompts(name):
+    renderer = Renderer.load(str(shared(f"tokenizers/{name}")))
+    systems = ["Answer with one JSON object. Keys: n (integer), s (string). " * k for k in (3, 5)]
+    talks = [
+        [
+            {"role": "system", "content": systems[n % 2]},
+            {"role": "user", "content": pair(n)["prompt"]},
+            {"role": "assistant", "content": pair(n)["completion"]},
+        ]
+        for n in range(6)
+    ]
+    rows = list(renderer.encode([(messages, "f:1") for messages in talks]))
+    model = tuned(tiny_model(vocab_size=len(renderer.tokenizer)))
+    [packed] = pack(rows, 10**6)
+    assert packed.ids.numel() < sum(map(len, rows)) / 1.5
+    assert_same(in_micro_batches(model, choose_micro_batches(model), rows, 10**6), one_by_one(model, rows))
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.lists(st.integers(3, 5), max_size=4)),
+        max_size=12,
+    ),
+    st.integers(1, 60),
+)
+def test_packing_holds_every_row_once_and_each_token_sees_its_own_row(rows, tokens):
+    rows = [row(*r) for r in rows]
+    groups = list(pack(rows, tokens))
+    assert sorted(i for group in groups for i in group.rows) == list(range(len(rows)))
+    for group in groups:
+        assert group.ids.size(1) <= tokens or len(group.rows) == 1
+        stops, at = group.stops(), torch.arange(group.ids.size(1))
+        sees = (at[None] <= at[:, None]) & (at[:, None] < stops[None])
+        predicting = iter(group.predicting.split(group.sizes))
+        targets = iter(group.targets.split(group.sizes))
+        for i, path in zip(group.rows, group.paths(), strict=True):
+            own = torch.cat([torch.arange(s.start, s.end) for s in path])
+            fed = (rows[i].prompt_ids + rows[i].target_ids)[: max(len(rows[i]) - 1, len(rows[i].prompt_ids))]
+            assert group.ids[0, own].tolist() == fed
+            assert group.positions[0, own].tolist() == list(range(len(fed)))
+            assert sees[own[-1]].nonzero().flatten().tolist() == own.tolist()
+            assert next(predicting).tolist() == own[len(rows[i].prompt_ids) - 1 :].tolist()
+            assert next(targets).tolist() == (rows[i].target_ids or [-1])
+
+
+def test_no_gain_means_no_sharing():
+    rows = [row([1, *range(10 * n, 10 * n + 30)], [5] * 20) for n in range(1, 9)]
+    [packed] = pack(rows, 10**6)
+    assert packed.ids.size(1) == sum(len(r) - 1 for r in rows)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_masks_of_other_devices_say_the_same_as_the_pieces_of_a_cpu(window):
+    [packed] = pack(random_rows(4, count=8), 10**6)
+    size = packed.ids.size(1)
+    query, key, value = (torch.randn(1, heads, size, 8) for heads in (4, 2, 2))
+    pieces = PackedAttention(packed)(0, query, key, value, None, window)
+    mask = _dense_mask(packed, window, query.device)
+    dense = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(pieces, dense)
+    blocks = _block_mask(packed, window, query.device)
+    at = torch.arange(size)
+    assert torch.equal(blocks.mask_mod(0, 0, at[:, None], at[None]), mask)
+
+
+def test_a_model_that_cannot_take_packed_rows_gets_length_buckets_and_says_so():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = SHAPES["gemma3_text"] | {"vocab_size": 259, "final_logit_softcapping": 5.0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **sizes))
+    torch.nn.init.normal_(model.lm_head.weight, std=2.0)
+    model = tuned(model)
+    with pytest.warns(UserWarning, match="prefixes are not shared, each row is computed on its own"):
+        way = choose_micro_batches(model)
+    assert isinstance(way, LengthBuckets)
+    rows = random_rows(1)
+    assert_same(in_micro_batches(model, way, rows, 200), one_by_one(model, rows))
+
+
+@pytest.mark.parametrize("shape", ["bloom", "mamba"])
+def test_other_architectures_are_trained_in_length_buckets(shape):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "vocab_size": 259, "n_head": 4, "n_layer": 2, "num_hidden_layers": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape, **sizes)).eval()
+    with pytest.warns(UserWarning, match="prefixes are not shared"):
+        assert isinstance(choose_micro_batches(model), LengthBuckets)
+
+
+def test_adapters_on_the_output_head_are_trained_through_every_chunk(monkeypatch):
+    from formtune.model import loss
+
+    monkeypatch.setattr(loss, "LOGITS", {"cpu": 259 * 5})
+    model = tuned(tiny_model(tie_word_embeddings=False), targets=["q_proj", "lm_head"])
+    rows = random_rows(2)
+    assert_same(in_micro_batches(model, choose_micro_batches(model), rows, 10**6), one_by_one(model, rows))
+
+
+def test_a_layer_trained_in_full_learns_the_same():
+    model = tuned(tiny_model(tie_word_embeddings=False), modules_to_save=["lm_head"])
+    rows = random_rows(3)
+    assert_same(in_micro_batches(model, choose_micro_batches(model), rows, 10**6), one_by_one(model, rows))

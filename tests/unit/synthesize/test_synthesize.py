@@ -1,0 +1,208 @@
+"""A teacher's rows are judged before they are written, against a real server on this machine."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import yaml
+
+from conftest import SCHEMA, pair
+from formtune.cli import main
+from formtune.commands.synthesize import KnownInputs, read_reply, read_written
+
+
+class Server:
+    """Speaks as much of the chat completions API as a client needs; `say` makes reply number n."""
+
+    def __init__(self, say):
+        self.say, self.requests, self.failures = say, [], 0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if outer.failures:
+                    outer.failures -= 1
+                    self.send_response(503)
+                    self.send_header("Retry-After", "0")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                outer.requests.append(body)
+                reply = {
+                    "id": "1",
+                    "object": "chat.completion",
+                    "created": 0,
+                    "model": body["model"],
+                    "choices": [
+                        {
+                            "index": 0,
+                            "finish_reason": "stop",
+                            "message": {"role": "assistant", "content": outer.say(len(outer.requests))},
+                        }
+                    ],
+                }
+                data = json.dumps(reply).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def make(say):
+        servers.append(Server(say))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(pair(n)) + "\n" for n in range(30)))
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    data = {
+        "train": "train.jsonl",
+        "system": "Number it.",
+        "format": {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}},
+    }
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump({"model": {"base": base}, "data": data}))
+
+    def run(server, *more, rows=6):
+        words = ["synthesize", "-c", "t.yaml", "--endpoint", server.url, "--teacher", "wise-1", "--out", "s.jsonl"]
+        return main([*words, "--rows", str(rows), "--at_once", "1", *more])
+
+    return tmp_path, run
+
+
+def line(text, answer):
+    return json.dumps({"prompt": text, "completion": answer})
+
+
+def good(number):
+    texts = (
+        f"{'ABCDEFGHIJ'[number % 10] * 9} wants {number}",
+        f"could {number * 7919} be sent to {'klmnopqrst'[number % 10] * 9}?",
+    )
+    return "\n".join(line(text, json.dumps({"n": number, "s": "a"}, separators=(",", ":"))) for text in texts)
+
+
+def test_only_rows_in_a_valid_format_that_are_new_are_written_with_their_source(serve, task, capsys):
+    folder, run = task
+
+    def say(number):
+        bad = [
+            line("an answer in prose", "the number is 5"),
+            line("a key too many", '{"n":1,"s":"a","x":1}'),
+            line(pair(3)["prompt"].upper(), '{"n":1,"s":"a"}'),  # stands in train
+            '{"prompt": "cut off", "comp',
+            json.dumps({"prompt": 5}),
+        ]
+        return "Sure! Here are the rows:\n```json\n" + "\n".join([*bad, good(number)]) + "\n```"
+
+    server = serve(say)
+    server.failures = 2
+    assert run(server) == 0
+    rows = [json.loads(text) for text in (folder / "s.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and {row["source"] for row in rows} == {"wise-1"}
+    assert all(set(json.loads(row["completion"])) == {"n", "s"} for row in rows)
+    said = capsys.readouterr().out
+    assert "6 rows (6 new)" in said and "data.columns.source: source" in said
+    assert "invalid format: syntax" in said and "invalid format: extra_key" in said
+    assert "near-duplicate" in said and "not a row" in said
+    asked = server.requests[0]["messages"][0]["content"]
+    assert "Number it." in asked and '"additionalProperties": false' in asked and pair(0)["prompt"][:4] in asked
+
+
+def test_the_teachers_name_goes_into_the_column_that_the_task_names(serve, task, capsys):
+    folder, run = task
+    assert run(serve(good), "--data.columns.source", "by", rows=2) == 0
+    assert json.loads((folder / "s.jsonl").read_text().splitlines()[0])["by"] == "wise-1"
+    assert "data.columns.source" not in capsys.readouterr().out
+
+
+def test_an_answer_that_comes_as_an_object_is_written_as_its_text(serve, task):
+    folder, run = task
+    assert (
+        run(serve(lambda n: json.dumps({"prompt": f"subject {n * n * 17}", "completion": {"s": "a", "n": n}})), rows=2)
+        == 0
+    )
+    assert json.loads((folder / "s.jsonl").read_text().splitlines()[0])["completion"] == '{"n":1,"s":"a"}'
+
+
+def test_an_interrupted_run_continues_where_it_stopped_and_a_torn_line_is_removed(serve, task):
+    folder, run = task
+    server = serve(good)
+    assert run(server, rows=4) == 0
+    whole = (folder / "s.jsonl").read_bytes()
+    (folder / "s.jsonl").write_bytes(whole + b'{"prompt": "torn')
+    asked = len(server.requests)
+    assert run(server, rows=4) == 0 and len(server.requests) == asked  # nothing left to do
+    assert (folder / "s.jsonl").read_bytes() == whole
+    assert run(server, rows=8) == 0
+    rows = [json.loads(text)["prompt"] for text in (folder / "s.jsonl").read_text().splitlines()]
+    assert len(set(rows)) == 8 and (folder / "s.jsonl").read_bytes().startswith(whole)
+
+
+def test_a_teacher_with_nothing_new_to_say_ends_the_run(serve, task, capsys):
+    _, run = task
+    assert run(serve(lambda n: good(1))) == 1
+    assert "brought nothing new" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "nonsense"])
+def test_an_endpoint_that_does_not_answer_is_named_in_one_line(task, capsys, monkeypatch, url):
+    monkeypatch.setattr("formtune.commands.synthesize.RETRIES", 0)
+
+    class Nobody:
+        pass
+
+    Nobody.url = url
+    _, run = task
+    assert run(Nobody) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"formtune: error: endpoint: {url} gave no rows") and len(said.splitlines()) == 1
+
+
+def test_a_file_of_something_else_is_not_touched(task, capsys):
+    folder, run = task
+    (folder / "s.jsonl").write_text("my notes\n")
+
+    class Nobody:
+        url = "http://127.0.0.1:9/v1"
+
+    assert run(Nobody) == 2
+    assert "s.jsonl:1: not a row of formtune synthesize" in capsys.readouterr().err
+    assert (folder / "s.jsonl").read_text() == "my notes\n"
+
+
+def test_what_is_nearly_known_is_not_new():
+    known = KnownInputs(0.8)
+    text = "i would like to book a table for five people in the old harbour tonight"
+    assert [known.add(t) for t in (text, text, text + " thanks", "something else")] == [True, False, False, True]
+    exact = KnownInputs(1.0)
+    assert [exact.add(t) for t in (text, text, text + " thanks")] == [True, False, True]
+
+
+def test_replies_are_read_line_by_line():
+    assert list(read_reply('Sure:\n{"a": 1},\n{"a": \n[1]\n{"b": 2}')) == [{"a": 1}, None, {"b": 2}]
+
+
+def test_a_new_file_has_no_rows(tmp_path):
+    assert read_written(tmp_path / "none.jsonl") == []

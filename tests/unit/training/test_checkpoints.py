@@ -1,0 +1,262 @@
+"""The best checkpoint is the one that keeps the format, and only the files that can still win are kept."""
+
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from conftest import byte_tokenizer, tiny_model
+from formtune.cli import main
+from formtune.errors import UserError
+from formtune.formats import JsonSchema
+from formtune.training.checkpoint import BestCheckpoint
+from formtune.training.validations import Validation, Validations, best, contenders, reason
+
+ROWS = 119
+
+
+def rows(*spans):
+    """One bit for each row of the spans, given by their first row and the one behind their last."""
+    return sum(1 << row for span in spans for row in range(*span))
+
+
+def measured(step, valid, right=0, f1=0.5, loss=1.0, rows=ROWS):
+    """What a validation measured, by the bits of its valid rows and the number of its right ones."""
+    return Validation(step, loss, loss, f1, rows, valid, (1 << right) - 1)
+
+
+def first(count):
+    return rows((0, count))
+
+
+# 115 and 113 valid rows of 119: 5 in the first alone, 3 in the second alone.
+EARLY, LATE = measured(125, rows((0, 115)), 22, 0.625), measured(248, rows((5, 118)), 43, 0.749)
+
+
+def test_two_rows_less_that_are_noise_do_not_beat_21_more_right_answers():
+    assert (EARLY.exact, LATE.exact) == (115, 113)
+    assert best([EARLY, LATE]) == LATE and contenders([EARLY, LATE]) >= {248}
+    assert reason([EARLY, LATE]) == (
+        "best checkpoint: step 248 (43 of 119 right; its valid format, 113, is within one standard error of step 125's "
+        "115, the most); lowest loss: step 125 (22 right, 115 valid); last: the same; most right: the same"
+    )
+
+
+def test_two_rows_less_that_are_no_noise_lose_whatever_is_right():
+    lost = measured(248, rows((2, 115)), 43, 0.749)  # none in its place: 2 > sqrt(2 + 0)
+    assert best([EARLY, lost]) == EARLY
+    assert reason([EARLY, lost]) == (
+        "best checkpoint: step 125 (22 of 119 right; its valid format, 115, is the most); lowest loss: the same; "
+        "last: step 248 (43 right, 113 valid); "
+        "most right: step 248 (43 right, 113 valid, more than one standard error below the most)"
+    )
+    assert best([EARLY, measured(248, rows((3, 116)), 43)]).step == 248  # 2 = sqrt(3 + 1)
+    assert best([EARLY, measured(248, rows((9, 119)), 43)]).step == 125  # 5 > sqrt(9 + 4)
+    assert best([measured(1, first(90)), measured(2, first(95), loss=9.0)]).step == 2
+
+
+def test_among_candidates_right_answers_decide_then_field_f1_then_loss_then_the_earlier_step():
+    reference = measured(1, first(100), 9, 0.8, 0.4)
+    for other, first_by in (
+        (measured(2, first(99), 10, 0.1, 9.0), None),
+        (measured(2, first(99), 9, 0.9, 9.0), "a higher field F1"),
+        (measured(2, first(99), 9, 0.8, 0.3), "a lower loss"),
+    ):
+        assert best([reference, other]) == best([other, reference]) == other
+        assert (f"as many right as step 1, with {first_by}" in reason([reference, other])) == bool(first_by)
+    later = measured(2, first(100), 9, 0.8, 0.4)
+    assert best([later, reference]) == reference
+    assert "is the most; as many right as step 2, with fewer steps)" in reason([reference, later])
+
+
+def test_the_candidates_are_a_set_and_not_a_chain():
+    # 98 and 99 rows are equal, and so are 99 and 100, but not 98 and 100.
+    assert best([measured(1, first(98), 30), measured(2, first(99), 20), measured(3, first(100), 10)]).step == 2
+
+
+def test_a_later_reference_brings_back_what_was_behind():
+    right = measured(1, rows((0, 100)), 50)
+    behind = measured(2, rows((4, 105)), 40)  # more valid rows, less right
+    assert best([right, behind]) == right and contenders([right, behind]) == {1, 2}
+    later = measured(3, rows((0, 103)), 30)  # 100 rows of it are those of the first: 3 > sqrt(3), and 2 < sqrt(6)
+    assert best([right, behind, later]) == behind
+    assert contenders([right, behind, later]) >= {2}
+
+
+def test_nan_is_never_best_and_no_number_at_all_is_no_best():
+    nan = measured(1, first(119), 99, loss=math.nan)
+    assert best([nan]) is None and contenders([nan]) == set() and best([]) is None
+    assert reason([nan]) == "no best checkpoint: no validation gave a finite loss"
+    good = measured(2, first(1), 0, 0.0, 3.0)
+    assert best([nan, good]) == best([good, nan]) == good and contenders([nan, good]) == {2}
+    assert best([measured(1, 1, f1=math.nan), good]) == good
+
+
+def test_the_base_is_no_checkpoint_and_no_reference():
+    base = measured(0, first(119), 119, 1.0, 0.0)
+    assert best([base]) is None and best([base, EARLY, LATE]) == LATE
+    assert "the most); lowest loss: step 125" in reason([base, EARLY, LATE])
+
+
+def test_every_order_of_arrival_gives_the_same_best():
+    rng = random.Random(0)
+    for _ in range(50):
+        history = history_of(rng, 8, 5)
+        assert {best(order) for order in itertools.permutations(history)} == {best(history)}
+
+
+def history_of(rng, size, validations):
+    """Validations whose rows are alike, as those of a run are, or have nothing to do with each other."""
+    alike, common, share = rng.random() < 0.7, rng.getrandbits(size), rng.choice([0.1, 0.2, 0.3])
+    history = []
+    for step in range(1, validations + 1):
+        changed = sum(1 << row for row in range(size) if rng.random() < share)
+        valid = common ^ changed if alike else rng.getrandbits(size)
+        loss = rng.choice([0.0, 1.0, 2.0, math.nan])
+        history.append(measured(step, valid, rng.randrange(4), rng.randrange(3) / 2, loss, size))
+    return history
+
+
+def test_the_best_of_all_is_always_among_the_kept_and_what_was_removed_is_never_needed():
+    rng = random.Random(1)
+    removed = 0
+    for _ in range(1500):
+        history, kept = history_of(rng, rng.choice([5, 8, 20, 119]), 12), set()
+        for seen in range(1, len(history) + 1):
+            needed = contenders(history[:seen])
+            assert needed <= kept | {seen}
+            kept, winner = needed, best(history[:seen])
+            assert winner is None or winner.step in kept
+        removed += len(history) - len(kept)
+    assert removed > 1500 * 4  # not everything is kept
+
+
+def test_no_reference_that_can_be_measured_later_makes_a_removed_checkpoint_the_best():
+    rng = random.Random(2)
+    wins = 0
+    for _ in range(150):
+        history = history_of(rng, 7, 5)
+        kept, now = contenders(history), best(history)
+        for valid in range(2**7):
+            winner = best([*history, measured(99, valid, 0, 0.0, 9.0, 7)])
+            assert winner.step in kept | {99}
+            wins += winner not in (now, history[-1]) and winner.step != 99
+    assert wins > 100  # one that was behind does win
+
+
+def test_few_are_kept_of_a_long_run_that_has_nothing_left_to_learn():
+    rng = random.Random(3)
+    for _ in range(5):
+        hard = [rng.gauss(-2, 1) for _ in range(ROWS)]  # some rows are valid nearly always, some now and then
+        history, most = [], 0
+        for step in range(1, 61):
+            valid = sum(1 << row for row in range(ROWS) if rng.gauss(0, 0.5) > hard[row])
+            history.append(measured(step, valid, rng.randrange(60, 70), rng.random()))
+            most = max(most, len(contenders(history)))
+        assert most <= 10
+
+
+def test_the_verdicts_of_the_rows_survive_safe_loading(tmp_path):
+    record, again = Validations(), Validations()
+    record.history = [EARLY, LATE, measured(300, rows((1, 5000)), 3, rows=5000)]
+    torch.save(record.state_dict(), tmp_path / "state")
+    again.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    assert again.history == record.history and again.best == record.best
+
+
+def test_a_run_of_a_version_without_verdicts_is_refused():
+    with pytest.raises(UserError, match="begin a new run"):
+        BestCheckpoint().load_state_dict({"scores": [[1, 2, 0.5, 0.1]], "rows": 3, "seconds": 1.0})
+
+
+def test_the_rows_are_in_the_order_of_the_file_whichever_process_has_them(monkeypatch):
+    answers = [
+        SimpleNamespace(row=SimpleNamespace(number=n), verdict=SimpleNamespace(exact=n % 3 > 0, joint=n % 3 > 1))
+        for n in range(1, 8)
+    ]
+    trainer = SimpleNamespace(
+        sanity_checking=False, global_step=5, callback_metrics={"val/loss": torch.tensor(0.5), "content/field_f1": 0.25}
+    )
+
+    def recorded(mine, others):
+        record = Validations()
+        record.on_validation_start(trainer, None)
+        for batch in mine:
+            record.on_validation_batch_end(trainer, None, batch, None, 0)
+        found = [(a.row.number, a.verdict.exact, a.verdict.joint) for a in others]
+        monkeypatch.setattr("formtune.training.validations.gathered", lambda _, part: found + part)
+        record.on_validation_end(trainer, None)
+        return record.history[0]
+
+    one = recorded([answers], [])
+    assert (one.rows, one.valid, one.right) == (7, 0b1101101, 0b0100100) and (one.val_loss, one.field_f1) == (0.5, 0.25)
+    parts = [recorded([answers[::2][:2], answers[::2][2:]], answers[1::2]), recorded([[]], answers)]
+    assert all((v.rows, v.valid, v.right) == (7, one.valid, one.right) for v in parts)
+
+
+def test_the_adapter_that_keeps_the_format_is_exported_and_not_the_one_of_the_lowest_loss(task, monkeypatch):
+    """Every training answer is the same and no validation answer is like it. The longer the model learns it by heart,
+    the less likely it finds what is wanted, and the surer its answers are in format.
+    """
+    folder, write = task
+    monkeypatch.chdir(folder)
+    model = tiny_model()
+    model.get_output_embeddings().weight.data *= 30  # random weights that are sure of something
+    model.save_pretrained("base")
+    byte_tokenizer().save_pretrained("base")
+    for name, text, count in (("train", lambda k: (1, "a"), 48), ("validation", wanted, 24), ("test", wanted, 24)):
+        answers = [json.dumps(dict(zip("ns", text(k), strict=True)), separators=(",", ":")) for k in range(count)]
+        write(f"{name}.jsonl", [{"prompt": f"{name}{k * 7919}", "completion": a} for k, a in enumerate(answers)])
+    words = ["train", "--model.base", "base", "--data.train", "train.jsonl", "--data.validation", "validation.jsonl"]
+    words += ["--data.test", "test.jsonl", "--data.format", "JsonSchema", "--data.format.schema", "schema.json"]
+    words += ["--model.lora.targets", "all-linear", "--model.optimizer.lr", "0.01", "--model.max_new_tokens", "32"]
+    words += ["--trainer.max_steps", "120", "--trainer.max_epochs", "-1", "--trainer.val_check_interval", "10"]
+    words += [
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.precision",
+        "32-true",
+        "--baselines",
+        "[]",
+        "--task",
+        "t",
+        "--seed_everything",
+        "1",
+    ]
+    assert main([*words, "--run", "r", "--trainer.enable_progress_bar", "false"]) == 0
+
+    run = Path("logs/t/r")
+    training = json.loads((run / "metrics.json").read_text())["training"]
+    by_step = {one["step"]: one for one in training["history"]}
+    chosen, lowest = by_step[training["best_step"]], by_step[training["lowest_loss_step"]]
+    assert chosen["exact"] == max(one["exact"] for one in by_step.values()) > lowest["exact"]
+    assert chosen["val_loss"] > lowest["val_loss"] and lowest["step"] < chosen["step"] < 120
+
+    # What stands in the folder says in format what that validation counted, by PEFT and plain `generate`.
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), run / "adapter")
+    tokenizer, format = AutoTokenizer.from_pretrained(run / "adapter"), JsonSchema(schema="schema.json")
+    checkpoint = torch.load(run / f"checkpoints/step-{chosen['step']}.ckpt", weights_only=True)
+    state = checkpoint["state_dict"]
+    for name, weight in tuned.state_dict().items():
+        assert "lora" not in name or torch.equal(weight, state[f"model.{name}"])
+    verdicts = ""
+    for line in Path("validation.jsonl").read_text().splitlines():
+        turn = [{"role": "user", "content": json.loads(line)["prompt"]}]
+        ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        said = tuned.generate(**ids, max_new_tokens=32, do_sample=False, pad_token_id=0)[0, ids["input_ids"].size(1) :]
+        *answer, last = said.tolist()
+        verdicts += str(int(format.check(tokenizer.decode(answer), finished=last == tokenizer.eos_token_id).exact))
+    [kept] = [v for v in checkpoint["callbacks"]["Validations"]["history"] if v["step"] == chosen["step"]]
+    assert verdicts.count("1") == chosen["exact"] and int(verdicts, 2) == int(kept["valid"], 16)
+
+
+def wanted(k):
+    return k * 37 % 100, "bcdefgh"[k % 7] * (k % 5)
