@@ -27,7 +27,7 @@ FIGURES = ROOT / "docs/benchmarks/faults.json"
 TITLE = "# Interruptions and bad input\n\nWritten by `make faults`; docs/reliability.md says what it means."
 NAMES = ("integration/test_bad_input.py", "integration/test_faults.py", "unit/training/test_checkpoints.py")
 FILES = [f"tests/{name}" for name in NAMES]
-sys.path[:0] = [str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/integration")]
 os.environ["TMPDIR"] = "/dev/shm"  # another file system than that of the runs; read when the first of them starts
 
 from test_faults import FIT, _task, adapter, result, steps  # noqa: E402

@@ -10,6 +10,7 @@ are in it. bf16 means what the other tools' does: base weights in bfloat16, adap
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class ConstantRate(FormatModule):
 
 
 class Rows(L.LightningDataModule):
-    """The workload's steps, as formtune's data module hands them over: rows in plain Python."""
+    """The workload's steps, collated by the model as formtune's data module does it."""
 
     def __init__(self, rows: list[Row], rows_per_step: int) -> None:
         super().__init__()
@@ -64,10 +65,10 @@ class Rows(L.LightningDataModule):
         self.rows_per_step = rows_per_step
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.rows, batch_size=self.rows_per_step, collate_fn=list)
-
-    def transfer_batch_to_device(self, batch: list[Row], device: torch.device, dataloader_idx: int) -> list[Row]:
-        return batch
+        model: Any = self.trainer.lightning_module
+        return DataLoader(
+            self.rows, batch_size=self.rows_per_step, collate_fn=functools.partial(model.collate, evaluation=False)
+        )
 
 
 def rows_of(workload: dict[str, Any]) -> list[Row]:
@@ -87,7 +88,7 @@ def weights(model: Any) -> dict[str, int]:
 def main() -> None:
     """Train and write the measurements."""
     parser = arguments()
-    parser.add_argument("--tokens", type=int, default=4096, help="token budget of one pass")
+    parser.add_argument("--tokens", type=int, default=4096, help="token budget of one micro-batch")
     parser.add_argument("--share", choices=("prefixes", "nothing"), default="prefixes")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", type=Path, help="write torch.profiler's table here (slows all steps down)")
@@ -128,7 +129,7 @@ def main() -> None:
         args.profile.write_text(profile.key_averages().table(sort_by=order, row_limit=40), encoding="utf-8")
     peaks = {"peak_rss_bytes": measure.peak(), "peak_gpu_bytes": measure.gpu_peak()}
     steps = [rows[i : i + args.rows_per_step] for i in range(0, len(rows), args.rows_per_step)]
-    computed = [[group.ids.numel() for group in module.passes.split(step, args.tokens)] for step in steps]
+    computed = [[group.ids.numel() for group in module.micro_batches.split(step, args.tokens)] for step in steps]
     measure.write(
         args.out,
         {
@@ -140,8 +141,8 @@ def main() -> None:
             **peaks,
             "baseline_rss_bytes": clock.baseline,
             "tokens": measure.tokens_per_step(workload["rows"], args.rows_per_step),
-            "passes": type(module.passes).__name__,
-            "computed_tokens": computed,  # of each pass of each step
+            "micro_batches": type(module.micro_batches).__name__,
+            "computed_tokens": computed,  # of each micro-batch of each step
             "weights": weights(module.model),
             "targets": [sum(len(row.target_ids) for row in step) for step in steps],
             "versions": measure.versions("lightning"),

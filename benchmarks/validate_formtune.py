@@ -44,7 +44,7 @@ def decode(
 def main() -> None:
     """Validate once and write the measurements."""
     parser = arguments(__doc__, batch=EVALUATION_ROWS)
-    parser.add_argument("--tokens", type=int, default=4096, help="token budget of one training pass")
+    parser.add_argument("--tokens", type=int, default=4096, help="token budget of one training micro-batch")
     args = parser.parse_args()
 
     workload = measure.read_workload(args.rows, args.limit)
@@ -86,7 +86,7 @@ def main() -> None:
             "peak_rss_bytes": measure.peak(),
             "peak_gpu_bytes": measure.gpu_peak(),
             "baseline_rss_bytes": baseline,
-            "passes": type(way).__name__,
+            "micro_batches": type(way).__name__,
             "decoded_in_full": {"rows": len(same), "same": sum(same)},
             "versions": measure.versions("lightning"),
             "answers": given,
