@@ -15,6 +15,7 @@ os.environ["PYTHONPATH"] = f"{Path(__file__).parent}/offline:{os.environ.get('PY
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -96,6 +97,26 @@ SCHEMA = {
 }
 
 
+WORDY = [
+    "amber",
+    "basil",
+    "candle",
+    "delta",
+    "ember",
+    "fable",
+    "garnet",
+    "hazel",
+    "ivory",
+    "kettle",
+    "lemon",
+    "maple",
+    "nylon",
+    "ocean",
+    "pencil",
+    "quartz",
+]
+
+
 @pytest.fixture
 def task(tmp_path):
     """Writes a small task (schema, rows) and returns the folder and a function that writes rows."""
@@ -112,6 +133,27 @@ def task(tmp_path):
 def pair(n: int, prompt: str | None = None) -> dict:
     """A row of the small task."""
     return {"prompt": prompt or f"number {n}", "completion": json.dumps({"n": n, "s": f"x{n}"}, separators=(",", ":"))}
+
+
+@pytest.fixture
+def write_project(task, base, monkeypatch):
+    """A function that writes a task in YAML and makes its folder the working directory; it returns the folder."""
+    folder, write = task
+
+    def written(trainer: dict, lora: dict | None = None, data: dict | None = None) -> Path:
+        monkeypatch.chdir(folder)
+        monkeypatch.delenv("FORMTUNE_RUN", raising=False)
+        write("train.jsonl", [pair(n) for n in range(60)])
+        schema = {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}}
+        config = {
+            "model": {"base": base, "max_new_tokens": 24} | ({"lora": lora} if lora else {}),
+            "data": {"train": "train.jsonl", "format": schema} | (data or {}),
+            "trainer": {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False} | trainer,
+        }
+        Path("small.yaml").write_text(yaml.safe_dump(config))
+        return folder
+
+    return written
 
 
 def shared(path: str) -> Path:

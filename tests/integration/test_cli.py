@@ -11,29 +11,16 @@ import pytest
 import torch
 import yaml
 
-from conftest import SCHEMA, byte_tokenizer, pair, shared, tiny_model
+from conftest import SCHEMA, byte_tokenizer, shared, tiny_model
 from formtune.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def project(task, base, monkeypatch):
+def project(write_project):
     """A folder with a task in YAML; the working directory of the test."""
-    folder, write = task
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("FORMTUNE_RUN", raising=False)
-    write("train.jsonl", [pair(n) for n in range(60)])
-    config = {
-        "model": {"base": base, "max_new_tokens": 24, "lora": {"r": 4}},
-        "data": {
-            "train": "train.jsonl",
-            "format": {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}},
-        },
-        "trainer": {"max_epochs": 2, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
-    }
-    Path("small.yaml").write_text(yaml.safe_dump(config))
-    return folder
+    return write_project({"max_epochs": 2}, lora={"r": 4})
 
 
 def fit(*extra):

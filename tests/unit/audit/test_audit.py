@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from conftest import SCHEMA, SHARED, pair
+from conftest import SCHEMA, SHARED, WORDY, pair
 from formtune.audit.drift import compare_inputs
 from formtune.audit.findings import audit
 from formtune.audit.origins import by_origin, ungrounded
@@ -402,20 +402,7 @@ def test_labels_are_counted_by_split(task):
 
 def test_one_instruction_above_every_message_leaves_the_shares_as_asked_for(task, capsys):
     order = "Read the message and return a JSON object with the keys n and s, and nothing else around the object. " * 4
-    words = [
-        "amber",
-        "basil",
-        "candle",
-        "delta",
-        "ember",
-        "fable",
-        "garnet",
-        "hazel",
-        "ivory",
-        "kettle",
-        "lemon",
-        "maple",
-    ]
+    words = WORDY[:12]
     rows = [
         pair(n, f"{order}\nMessage: {words[n % 12]} {words[n // 12 % 12]} {words[n * 7 % 11]} number {n * 7919}")
         for n in range(300)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import WORDY
 from formtune.data.boilerplate import split_shared
 from formtune.data.cleaning import Example
 from formtune.data.duplicates import SHINGLE, band_size, components, near_pairs, shingles, similar
@@ -245,24 +246,6 @@ def test_on_an_engine_for_many_machines_the_same_functions_find_the_same_pairs()
     assert pairs[0] == pairs[1] and len(pairs[0]) > 100
 
 
-WORDY = [
-    "amber",
-    "basil",
-    "candle",
-    "delta",
-    "ember",
-    "fable",
-    "garnet",
-    "hazel",
-    "ivory",
-    "kettle",
-    "lemon",
-    "maple",
-    "nylon",
-    "ocean",
-    "pencil",
-    "quartz",
-]
 ORDER = (
     "Read the customer's message and return a JSON object with the keys mood and item. Use positive, negative or "
     "neutral for the mood and the name of the thing for the item. Return the object only, without a code fence."

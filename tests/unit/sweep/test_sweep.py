@@ -160,22 +160,9 @@ data = Path("train.jsonl").read_text()
 
 
 @pytest.fixture
-def project(task, base, monkeypatch):
+def project(write_project):
     """A folder with a task in YAML; the working directory of the test."""
-    folder, write = task
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("FORMTUNE_RUN", raising=False)
-    write("train.jsonl", [pair(n) for n in range(60)])
-    config = {
-        "model": {"base": base, "max_new_tokens": 24},
-        "data": {
-            "train": "train.jsonl",
-            "format": {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}},
-        },
-        "trainer": {"max_steps": 2, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
-    }
-    Path("small.yaml").write_text(yaml.safe_dump(config))
-    return folder
+    return write_project({"max_steps": 2})
 
 
 @functools.cache

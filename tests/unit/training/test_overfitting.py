@@ -12,7 +12,6 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
-import yaml
 
 from conftest import byte_tokenizer, pair, tiny_model
 from formtune.cli import main
@@ -339,22 +338,8 @@ def test_the_watch_does_not_change_what_is_trained(train):
 
 
 @pytest.fixture
-def project(task, base, monkeypatch):
-    folder, write = task
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("FORMTUNE_RUN", raising=False)
-    write("train.jsonl", [pair(n) for n in range(60)])
-    config = {
-        "model": {"base": base, "max_new_tokens": 24, "lora": {"r": 4, "dropout": 0.0}},
-        "data": {
-            "train": "train.jsonl",
-            "rows_per_step": 5,
-            "format": {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}},
-        },
-        "trainer": {"max_epochs": 2, "val_check_interval": 4, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
-    }  # fmt: skip
-    Path("small.yaml").write_text(yaml.safe_dump(config))
-    return folder
+def project(write_project):
+    return write_project({"max_epochs": 2, "val_check_interval": 4}, {"r": 4, "dropout": 0.0}, {"rows_per_step": 5})
 
 
 def curves(folder):
