@@ -54,11 +54,11 @@ def about(record_property, case, title):
 
 
 def refused(done, *parts, leaves=()):
-    """One line, exit code 2, nothing left but what is named."""
+    """One line, exit code 2, nothing left but the cache and what is named."""
     assert done.code == 2, (done.code, done.out[-500:], done.err[-3000:])
     assert len(done.err.splitlines()) == 1 and done.err.startswith("formtune: error: "), done.err
     assert all(part in done.err for part in parts), done.err
-    assert {name for name in done.new if not name.endswith(leaves or "-")} == set()
+    assert all(name.startswith(".cache/encoded/") or name.endswith(leaves or "-") for name in done.new), done.new
 
 
 def accepted(done):

@@ -17,7 +17,7 @@ from formtune.base.row import Row, quantile
 from formtune.data.blockers import blockers
 from formtune.data.cleaning import Example
 from formtune.data.encoded import FEW_ROWS, Splits
-from formtune.data.preparation import Prepared, prepare_splits, production_rows
+from formtune.data.preparation import load_splits, production_rows
 from formtune.data.settings import DataSettings
 from formtune.formats import Format
 from formtune.formats.content import leaves
@@ -39,8 +39,8 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
     Raises:
         UserError: A file or a row cannot be read.
     """
-    prepared = prepare_splits(settings)
-    splits, examples, format = prepared.splits, prepared.examples, settings.format
+    splits = load_splits(settings, from_cache=False)
+    examples, format = splits.examples, settings.format
     train, all_examples = examples["train"], [example for rows in examples.values() for example in rows]
     reasons = blockers(settings, splits)
     findings: dict[str, Any] = {
@@ -60,9 +60,9 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
         "labels": _labels(examples, format),
         "sources": by_origin(train, format),
         "ungrounded": ungrounded(all_examples, format),
-        "suspects": [[{"where": e.where, "messages": e.messages} for e in pair] for pair in prepared.suspects],
+        "suspects": [[{"where": e.where, "messages": e.messages} for e in pair] for pair in splits.suspects],
         "production": None,
-        "quarantine": _quarantine(prepared),
+        "quarantine": _quarantine(splits),
     }
     if rows := production_rows(settings):
         findings["production"] = {
@@ -74,11 +74,11 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
     return findings, splits
 
 
-def _quarantine(prepared: Prepared) -> list[dict[str, Any]]:
+def _quarantine(splits: Splits) -> list[dict[str, Any]]:
     """The quarantined rows, each with the turns of the row that it repeats or contradicts."""
-    turns = {row.where: row.messages for row in prepared.splits.quarantine}
-    turns |= {example.where: example.messages for rows in prepared.examples.values() for example in rows}
-    return [asdict(row) | {"other_messages": turns.get(row.other)} for row in prepared.splits.quarantine]
+    turns = {row.where: row.messages for row in splits.quarantine}
+    turns |= {example.where: example.messages for rows in splits.examples.values() for example in rows}
+    return [asdict(row) | {"other_messages": turns.get(row.other)} for row in splits.quarantine]
 
 
 def _lengths(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:

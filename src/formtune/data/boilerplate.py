@@ -1,13 +1,8 @@
 """Text that many inputs share, such as an instruction around every message: the near comparison leaves it out.
 
-With one long instruction in front, all messages look nearly the same. Two kinds of text count as shared, wherever in
-an input they are, so that the parts of a template, several templates in one file and few-shot examples are found:
-
-* a **run** of at least 15 words that many inputs hold letter for letter;
-* short **pieces**, such as "Message:", whose words nearly all inputs hold equally often and in the same order. They
+* A **run** of at least 15 words that many inputs hold letter for letter, wherever it is.
+* Short **pieces**, such as "Message:", whose words nearly all inputs hold equally often and in the same order. They
   count only where shared text is most of the text: elsewhere, frequent words ("play", "by") belong to the message.
-
-Both are found in a sample that the texts alone decide, so the order of the rows changes nothing.
 """
 
 from __future__ import annotations
@@ -24,42 +19,27 @@ STEADY = 0.8  # the lower of two neighboring windows' counts by the higher, with
 SHARE, LEAST = 0.02, 20  # of the sampled inputs, and how many at least, that hold a run
 NEARLY_ALL = 0.9  # of the inputs hold the words of a short piece equally often
 MOST = 0.65  # of an input's letters, in the median, are shared text where short pieces count
-INPUTS, WORDS = 4000, 1_000_000  # sampled at most
+INPUTS = 4000  # sampled at most
 
 # Scripts without spaces between words: each letter is a word.
 _WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\s\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+")
 
 
-def split_shared(texts: Sequence[str], places: Sequence[float]) -> Iterator[tuple[str, str]]:
+def split_shared(texts: Sequence[str], hashes: Sequence[float]) -> Iterator[tuple[str, str]]:
     """What each text says beyond shared text (all of it if that is nothing), and the runs that it shares.
 
-    `places` has a number for each text that the text alone decides; those with the lowest are the sample.
+    The texts with the lowest hashes are the sample that decides, so that the order of the rows changes nothing.
     """
-    sample = _sample(texts, places)
+    sample = [_words(texts[at]) for at in sorted(range(len(texts)), key=hashes.__getitem__)[:INPUTS]]
     windows = _frequent(map(_windows, sample), max(LEAST, SHARE * len(sample)))
     pieces = _short_pieces(sample, max(LEAST, NEARLY_ALL * len(sample)))
     if median([_share(words, windows, pieces) for words in sample] or [0]) < MOST:
         pieces = {}
-    if not windows and not pieces:
-        yield from ((text, "") for text in texts)
-        return
     for text in texts:
-        words = _words(text)
+        words = _words(text) if windows or pieces else []
         in_run = _in_runs(words, windows)
         own = (not run and not piece for run, piece in zip(in_run, _in_pieces(words, pieces), strict=True))
-        yield " ".join(compress(words, own)) or " ".join(words), " ".join(compress(words, in_run))
-
-
-def _sample(texts: Sequence[str], places: Sequence[float]) -> list[list[str]]:
-    sample: list[list[str]] = []
-    left = WORDS
-    for at in sorted(range(len(texts)), key=places.__getitem__)[:INPUTS]:
-        words = _words(texts[at])
-        left -= len(words)
-        if left < 0 and len(sample) >= 2 * LEAST:
-            break
-        sample.append(words)
-    return sample
+        yield " ".join(compress(words, own)) or text, " ".join(compress(words, in_run))
 
 
 def _words(text: str) -> list[str]:
@@ -67,7 +47,7 @@ def _words(text: str) -> list[str]:
 
 
 def _windows(words: list[str]) -> list[int]:
-    """The hash of each window of the text, by the place where it begins."""
+    """The hash of the window that begins at each word."""
     return list(map(hash, zip(*(words[at:] for at in range(WINDOW)), strict=False)))
 
 
@@ -79,8 +59,7 @@ def _frequent(texts: Iterable[Iterable[Any]], least: float) -> dict[Any, int]:
 
 def _short_pieces(sample: list[list[str]], least: float) -> dict[str, int]:
     """The words of short pieces, with how often a text holds each."""
-    held = _frequent((Counter(words).items() for words in sample), least)
-    pieces = dict(held.keys())  # of (word, count) pairs
+    pieces = dict(_frequent((Counter(words).items() for words in sample), least).keys())  # of (word, count) pairs
     orders = (pairwise(["", *compress(words, _in_pieces(words, pieces))]) for words in sample)
     ordered = {word for pair in _frequent(orders, least) for word in pair}
     return {word: count for word, count in pieces.items() if word in ordered}

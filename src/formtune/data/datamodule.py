@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import random
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,12 +13,11 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from formtune.base.row import Row
 from formtune.data.blockers import check_rows
-from formtune.data.encoded import Splits
+from formtune.data.encoded import Splits, content_hash
 from formtune.data.preparation import load_splits, prompt_rows
 from formtune.data.settings import DataSettings
 from formtune.errors import UserError
@@ -48,7 +45,7 @@ class Order(Sampler[int]):
 
 
 class StepLoader(DataLoader):
-    """Batches of one optimizer step each. Its place in the epoch is the trainer's own count, so its state is empty."""
+    """Batches of one optimizer step each; stateless, since the trainer counts the steps of the epoch."""
 
     def state_dict(self) -> dict[str, int]:
         return {}
@@ -77,88 +74,65 @@ class FormatDataModule(L.LightningDataModule):
         self.prompt_rows: list[Row] = []
 
     def prepare_data(self) -> None:
-        """Prepare the splits and cache them; Lightning calls this on one process, before `setup` on all.
-
-        Raises:
-            UserError: A file, a row or all rows cannot be used; names the file and line, or the reasons with counts.
-        """
+        """Prepare the splits and cache them; Lightning calls this on one process, before `setup` on all."""
         if self.trainer is None or self.trainer.state.fn != "predict":
             self.setup("fit")
 
     def setup(self, stage: str) -> None:
-        """Read the splits (fit, validate, test) or the prompts (predict), once; raises as `prepare_data`."""
+        """Read the splits (fit, validate, test) or the prompts (predict), once."""
         if stage == "predict":
             self.prompt_rows = prompt_rows(self.settings)
         elif self.splits is None:
             splits = load_splits(self.settings)
-            if self.trainer is not None and self.trainer.loggers:
-                _write_quarantine(Path(self.trainer.default_root_dir) / "quarantine.jsonl", splits)
+            if self.trainer is not None and self.trainer.loggers and self.trainer.is_global_zero:
+                write_lines(Path(self.trainer.default_root_dir) / "quarantine.jsonl", map(asdict, splits.quarantine))
             check_rows(self.settings, splits)
-            self.splits = splits
-            self.rows = {name: self._sample(name, rows) for name, rows in splits.rows.items()}
-
-    def _sample(self, name: str, rows: list[Row]) -> list[Row]:
-        most = self.max_evaluation_rows
-        return rows if name == "train" or most is None or len(rows) <= most else _drawn(rows, most)
+            self.splits, self.rows = splits, dict(splits.rows)
+            if self.max_evaluation_rows is not None:
+                for name in ("validation", "test"):
+                    self.rows[name] = _sample(splits.rows[name], self.max_evaluation_rows)
 
     def train_dataloader(self) -> DataLoader:
-        rows: Any = self._rows("train")
+        rows: Any = self.rows["train"]
         order = Order(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0)), self._rows_seen)
         steps = BatchSampler(order, self.rows_per_step, drop_last=False)
         return StepLoader(rows, batch_sampler=steps, collate_fn=self._collate, pin_memory=torch.cuda.is_available())
 
     def _rows_seen(self) -> int:
-        steps = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0
-        return steps * self.rows_per_step
+        return self.rows_per_step * self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0
 
     def state_dict(self) -> dict[str, str]:
-        return {"rows": self._rows_hash}
+        return {"rows": self._content_hash}
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
-        if self.trainer is not None and self.trainer.state.fn == "fit" and state_dict["rows"] != self._rows_hash:
+        if self.trainer is not None and self.trainer.state.fn == "fit" and state_dict["rows"] != self._content_hash:
             raise UserError(
                 "data: the training or validation rows are not those that this run began with; begin a new run"
             )
 
     @functools.cached_property
-    def _rows_hash(self) -> str:
-        """Of the training and validation rows, whatever file they came from."""
-        hashed = hashlib.blake2b(digest_size=16)
-        for split in ("train", "validation"):
-            for row in self._rows(split):
-                hashed.update(array("i", [*row.prompt_ids, -1, *row.target_ids, -2]))
-            hashed.update(split.encode())
-        return hashed.hexdigest()
+    def _content_hash(self) -> str:
+        return content_hash({split: self.rows[split] for split in ("train", "validation")})
 
     def val_dataloader(self) -> DataLoader:
-        return self.evaluation_loader(self._rows("validation"))
+        return self.evaluation_loader(self.rows["validation"])
 
     def test_dataloader(self) -> DataLoader:
-        return self.evaluation_loader(self._rows("test"))
+        return self.evaluation_loader(self.rows["test"])
 
     def predict_dataloader(self) -> DataLoader:
         return self.evaluation_loader(self.prompt_rows)
 
     def evaluation_loader(self, rows: Sequence[Row], decoding: Any = None) -> DataLoader:
-        """Batches of any rows to evaluate, for `trainer.test(model, dataloaders=...)`.
-
-        Args:
-            rows: In the order of their file, so that a limited evaluation sees rows of all lengths.
-            decoding: How the model decodes them (`formtune.model.batch.Decoding`), None for its own settings.
-        """
+        """Batches of any rows for `trainer.test`; `decoding` as the model takes it, None for its own settings."""
         collate = functools.partial(self._collate, evaluation=True, decoding=decoding)
         return DataLoader(rows, batch_size=EVALUATION_ROWS, collate_fn=collate, pin_memory=torch.cuda.is_available())  # type: ignore[arg-type]
 
     def training_sample(self) -> list[Row]:
         """This process's share of a fixed sample of training rows, as many as validation sees."""
         assert self.trainer is not None
-        rows, validated = self._rows("train"), int(sum(self.trainer.num_val_batches)) * EVALUATION_ROWS
-        count = min(len(rows), len(self._rows("validation")), validated)
-        return self._share(_drawn(rows, count))
-
-    def _rows(self, split: str) -> list[Row]:
-        assert self.splits is not None, "setup() comes first"
-        return self.rows[split]
+        validated = int(sum(self.trainer.num_val_batches)) * EVALUATION_ROWS
+        return self._share(_sample(self.rows["train"], min(len(self.rows["validation"]), validated)))
 
     def _collate(self, rows: list[Row], evaluation: bool = False, decoding: Any = None) -> Any:
         """This process's share of the rows, as the model's batch; the rows themselves without a model."""
@@ -172,11 +146,6 @@ class FormatDataModule(L.LightningDataModule):
         return rows[rank::world]
 
 
-@rank_zero_only
-def _write_quarantine(path: Path, splits: Splits) -> None:
-    write_lines(path, map(asdict, splits.quarantine))
-
-
-def _drawn(rows: Sequence[Row], count: int) -> list[Row]:
-    """A random sample in the order of the file: not evenly spaced, since files made from templates repeat."""
-    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), count))]
+def _sample(rows: list[Row], count: int) -> list[Row]:
+    """At most `count` random rows, in file order; evenly spaced ones would be biased in files made from templates."""
+    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), min(count, len(rows))))]

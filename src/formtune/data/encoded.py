@@ -1,17 +1,28 @@
-"""The rows of a run in token ids, and what became of all the others."""
+"""The rows of a run in token ids, what became of all the others, and their cache in `.cache/encoded`."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import platform
+from array import array
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from formtune.base.row import Row, quantile
-from formtune.data.cleaning import Quarantined
+from formtune.data.cleaning import Example, Quarantined
+from formtune.data.settings import DataSettings
 from formtune.data.styles import Mixture
+from formtune.files import own_code, read_entry, write_entry
 
 FEW_ROWS = 500  # below this, fine-tuning mostly learns the examples; the guide's lower bound
-NAMED = 20  # ignored columns named in the terminal
+CACHE = Path(".cache/encoded")  # in the working directory, like `logs`
+KEPT = 8  # entries of the cache; the least recently used are removed
+CACHED = ("rows", "read", "repairs", "quarantine", "mixtures", "shared", "key")
+PACKAGES = ("tokenizers", "transformers", "jinja2", "regex", "jsonschema", "referencing", "ftfy", "rensa")
 
 
 @dataclass(slots=True)
@@ -23,12 +34,14 @@ class Splits:
     repairs: Counter[str] = field(default_factory=Counter)
     quarantine: list[Quarantined] = field(default_factory=list)
     mixtures: list[Mixture] = field(default_factory=list)
-    origins: dict[str, dict[str, int]] = field(default_factory=dict)  # rows of each split by who wrote them
+    shared: float = 0.0  # share of the inputs' text that many share and the near comparison left out
+    key: str = ""  # content hash of the rows
     ignored: Counter[str] = field(default_factory=Counter)  # rows that have a key which is not read, by its name
     own_system: int = 0  # rows with their own system prompt
-    shared: float = 0.0  # share of the inputs' text that many share and the near comparison left out
-    key: str | None = None  # content hash of all that decides the rows
     cached: Path | None = field(default=None, compare=False)  # the file they were read from
+    # Empty if the rows were read from the cache:
+    examples: dict[str, list[Example]] = field(default_factory=dict, compare=False)  # the conversation of each row
+    suspects: list[tuple[Example, Example]] = field(default_factory=list, compare=False)  # see `selection`
 
     @property
     def reasons(self) -> Counter[str]:
@@ -47,11 +60,48 @@ class Splits:
         return [quantile(sizes, percent) for sizes in sides for percent in (50, 95, 100)]
 
 
-def ignored_columns(counts: Counter[str]) -> str:
-    """The counts in words, the most frequent first; empty if there are none."""
-    parts = [f"{name} ({count:,})" for name, count in counts.most_common(NAMED)]
-    if parts:
-        parts[0] = parts[0].removesuffix(")") + " rows)"
-    if len(counts) > NAMED:
-        parts.append(f"{len(counts) - NAMED:,} more")
-    return ", ".join(parts)
+def content_hash(rows: Mapping[str, Sequence[Row]]) -> str:
+    """A hash of the token ids of each split's rows, whatever files they came from."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for split, members in rows.items():
+        for row in members:
+            hashed.update(array("i", [*row.prompt_ids, -1, *row.target_ids, -2]))
+        hashed.update(split.encode())
+    return hashed.hexdigest()
+
+
+def cache_path(examples: Mapping[str, Sequence[Example]], settings: DataSettings) -> Path | None:
+    """The file of these rows, named by all that decides them; None for your own format, whose code may change."""
+    format, tokenizer = settings.format, settings.renderer.tokenizer
+    if not type(format).__module__.startswith("formtune.formats."):
+        return None
+    inputs = [
+        [settings.shares, settings.clean, settings.repair_answers, settings.near_duplicates],
+        [settings.limit, settings.max_new_tokens, settings.date, format.to_dict()],
+        [type(tokenizer).__qualname__, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template],
+        [{name: str(token) for name, token in tokenizer.special_tokens_map.items()}, tokenizer.split_special_tokens],
+        [*map(version, PACKAGES), platform.python_version()],
+    ]
+    hashed = hashlib.blake2b(json.dumps(inputs).encode(), digest_size=16)
+    for path in own_code("base", "data", "formats"):
+        hashed.update(path.read_bytes())
+    for name, rows in examples.items():
+        for example in rows:
+            hashed.update(json.dumps([name, example.where, example.messages, example.origin]).encode())
+    return CACHE / f"{hashed.hexdigest()}.json"
+
+
+def read_cache(path: Path) -> Splits | None:
+    """The splits in this file, None if there is none or it is damaged."""
+    if (stored := read_entry(path)) is None:
+        return None
+    stored["rows"] = {name: [Row(*row) for row in rows] for name, rows in stored["rows"].items()}
+    stored["quarantine"] = [Quarantined(*row) for row in stored["quarantine"]]
+    stored["mixtures"] = [Mixture(*mixture) for mixture in stored["mixtures"]]
+    stored["read"], stored["repairs"] = Counter(stored["read"]), Counter(stored["repairs"])
+    return Splits(**stored, cached=path)
+
+
+def write_cache(path: Path, splits: Splits) -> None:
+    """Write the splits, or nothing if the folder cannot be written."""
+    write_entry(path, {name: getattr(splits, name) for name in CACHED}, KEPT)

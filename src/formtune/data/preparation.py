@@ -1,19 +1,16 @@
-"""Files to cleaned, judged, split and encoded rows: no input is in two splits, and no row is cut.
-
-Knows no model and no Lightning, so that an audit answers in seconds.
-"""
+"""Files to cleaned, judged, split and encoded rows: no input is in two splits, and no row is cut."""
 
 from __future__ import annotations
 
 import functools
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
 
 from formtune.base.row import Row
-from formtune.data import cache
 from formtune.data.cleaning import Example, judge, quarantine, repair
-from formtune.data.encoded import Splits
+from formtune.data.encoded import Splits, cache_path, content_hash, read_cache, write_cache
 from formtune.data.progress import shown
 from formtune.data.selection import select
 from formtune.data.settings import DataSettings
@@ -21,54 +18,18 @@ from formtune.data.sources import Source, open_source
 from formtune.data.styles import mixtures
 from formtune.errors import UserError
 
-# Of all conversations together, about a second of work: for less, a cache costs as much as it saves.
-CACHED_CHARACTERS = 500_000
 
-
-@dataclass(slots=True)
-class Prepared:
-    """Splits, their conversations, and the suspects: used rows with nearly the same input and unexplained answers."""
-
-    splits: Splits
-    examples: dict[str, list[Example]]
-    suspects: list[tuple[Example, Example]]
-
-
-def load_splits(settings: DataSettings) -> Splits:
-    """Train, validation and test rows, from the cache where it has them.
-
-    Raises:
-        UserError: A file or a row cannot be read; names the file and line.
-    """
+def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
+    """Train, validation and test rows; those from the cache come without their examples and suspects."""
     examples, ignored = read_splits(settings)
-    key = cache.fingerprint(examples, settings)
-    size = sum(len(m["content"]) for rows in examples.values() for example in rows for m in example.messages)
-    cached = key is not None and size >= CACHED_CHARACTERS
-    splits = cache.load(str(key)) if cached else None
+    path = cache_path(examples, settings)
+    splits = read_cache(path) if path and from_cache else None
     if splits is None:
-        splits = _prepare(settings, examples, key).splits
-        if cached:
-            cache.store(str(key), splits)
-    return _noted(splits, settings, examples, ignored)
-
-
-def prepare_splits(settings: DataSettings) -> Prepared:
-    """The same computed anew and stored for `load_splits` to find, with the conversations."""
-    examples, ignored = read_splits(settings)
-    key = cache.fingerprint(examples, settings)
-    prepared = _prepare(settings, examples, key)
-    if key is not None:
-        cache.store(key, prepared.splits)
-    _noted(prepared.splits, settings, examples, ignored)
-    return prepared
-
-
-def _noted(
-    splits: Splits, settings: DataSettings, examples: Mapping[str, Sequence[Example]], ignored: Counter[str]
-) -> Splits:
-    """Add what is counted while reading; it is not in the cache, since it decides no row."""
+        splits = _prepare(settings, examples)
+        if path:
+            write_cache(path, splits)
     splits.ignored = ignored
-    splits.own_system = sum(e.system not in ("", settings.system) for rows in examples.values() for e in rows)
+    splits.own_system = sum(e.system not in ("", settings.system) for e in chain(*examples.values()))
     return splits
 
 
@@ -97,9 +58,9 @@ def read_examples(
     return examples
 
 
-def _prepare(settings: DataSettings, examples: Mapping[str, Sequence[Example]], key: str | None) -> Prepared:
+def _prepare(settings: DataSettings, examples: Mapping[str, Sequence[Example]]) -> Splits:
     """Judge, select, keep the usual style, split and encode."""
-    splits = Splits(key=key)
+    splits = Splits()
     judged: dict[str, list[Example]] = {}
     for name, given in examples.items():
         splits.read[name], judged[name] = len(given), []
@@ -109,11 +70,9 @@ def _prepare(settings: DataSettings, examples: Mapping[str, Sequence[Example]], 
                 judged[name].append(row)
             else:
                 splits.quarantine.append(row)
-    selection = select(
-        judged, settings.near_duplicates, settings.format.sets, lambda steps, n: shown(steps, n, "comparing")
-    )
+    selection = select(judged, settings.near_duplicates, settings.format.sets)
     splits.quarantine += selection.quarantine
-    splits.shared = selection.shared
+    splits.shared, splits.suspects = selection.shared, selection.suspects
     used: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     used |= _usual_style(settings, selection.kept, splits)
     test, validation = settings.shares.get("test", 0.0), settings.shares.get("validation", 0.0)
@@ -121,59 +80,48 @@ def _prepare(settings: DataSettings, examples: Mapping[str, Sequence[Example]], 
     for example in train:
         at = selection.cluster[example.where]
         used["test" if at < test else "validation" if at < test + validation else "train"].append(example)
-    encoded = {name: _encode(settings, rows, splits) for name, rows in used.items()}
-    splits.rows = {name: [row for _, row in pairs] for name, pairs in encoded.items()}
-    conversations = {name: [example for example, _ in pairs] for name, pairs in encoded.items()}
-    splits.origins = {name: dict(Counter(e.origin for e in rows)) for name, rows in conversations.items()}
-    return Prepared(splits, conversations, selection.suspects)
+    for name, members in used.items():
+        splits.examples[name], splits.rows[name] = _encode(settings, members, splits)
+    splits.key = content_hash(splits.rows)
+    return splits
 
 
 def _usual_style(
     settings: DataSettings, examples: dict[str, list[Example]], splits: Splits
 ) -> dict[str, list[Example]]:
     """The rows without those that write something in another way than most."""
-    splits.mixtures = mixtures([example for rows in examples.values() for example in rows], settings.format.fields)
-    details: dict[str, str] = defaultdict(str)
+    splits.mixtures = mixtures(list(chain(*examples.values())), settings.format.fields)
+    details: dict[str, str] = {}
     for mixture in splits.mixtures:
         usual = next(iter(mixture.forms))
         for form, places in mixture.minority.items():
             detail = f"{mixture.what} of {mixture.path or 'the answer'}: {form}, most rows have {usual}"
-            for where in places:
-                details[where] = details[where] or detail
+            details = dict.fromkeys(places, detail) | details
     for rows in examples.values():
         splits.quarantine += [quarantine(e, "style", details[e.where]) for e in rows if e.where in details]
     return {name: [e for e in rows if e.where not in details] for name, rows in examples.items()}
 
 
-def _encode(settings: DataSettings, examples: list[Example], splits: Splits) -> list[tuple[Example, Row]]:
-    pairs = []
+def _encode(settings: DataSettings, examples: list[Example], splits: Splits) -> tuple[list[Example], list[Row]]:
+    """The examples that fit the tokenizer and the limits, and their rows."""
+    fitting, rows = [], []
     encoded = settings.renderer.encode([(e.messages, e.where) for e in examples])
     for example, row in zip(examples, shown(encoded, len(examples), "encoding"), strict=True):
-        reason, detail = "too_long", ""
         if not isinstance(row, Row):
-            reason, detail = "unfit", str(row)
-        elif len(row) > settings.limit:
-            detail = f"{len(row)} tokens, the limit is {settings.limit}"
-        elif (size := len(row.target_ids)) > settings.max_new_tokens:
-            detail = f"the answer has {size} tokens, model.max_new_tokens is {settings.max_new_tokens}"
-        if detail or not isinstance(row, Row):
-            splits.quarantine.append(quarantine(example, reason, detail))
+            splits.quarantine.append(quarantine(example, "unfit", str(row)))
+        elif (size := len(row)) > (limit := settings.limit):
+            splits.quarantine.append(quarantine(example, "too_long", f"{size} tokens, the limit is {limit}"))
+        elif (size := len(row.target_ids)) > (limit := settings.max_new_tokens):
+            detail = f"the answer has {size} tokens, model.max_new_tokens is {limit}"
+            splits.quarantine.append(quarantine(example, "too_long", detail))
         else:
-            pairs.append((example, replace(row, origin=example.origin)))
-    return pairs
+            fitting.append(example)
+            rows.append(replace(row, origin=example.origin))
+    return fitting, rows
 
 
 def encode_inputs(settings: DataSettings, source: str | Source, key: str) -> list[Row]:
-    """Rows without answers, such as the prompts to predict.
-
-    Args:
-        settings: How they are read.
-        source: Where they come from.
-        key: Name of the option that names them, for messages.
-
-    Raises:
-        UserError: There is none, or one cannot be rendered; names the file and line.
-    """
+    """Rows without answers, such as the prompts to predict; `key` is the option that names their source."""
     settings.ignored[key] = Counter()
     examples = read_examples(settings, source, settings.ignored[key], with_target=False)
     encoded = settings.renderer.encode([(repair(e.messages, settings.clean), e.where) for e in examples])
@@ -189,12 +137,12 @@ def encode_inputs(settings: DataSettings, source: str | Source, key: str) -> lis
 
 @functools.lru_cache(maxsize=1)
 def production_rows(settings: DataSettings) -> list[Row]:
-    """Production's inputs, none where the task names no file of them; raises as `encode_inputs`."""
+    """Production's inputs, none where the task names no file of them."""
     return [] if settings.production is None else encode_inputs(settings, settings.production, "production")
 
 
 def prompt_rows(settings: DataSettings) -> list[Row]:
-    """The prompts to predict, each short enough for an answer; raises as `encode_inputs`, or if one is too long."""
+    """The prompts to predict, each short enough for an answer."""
     if settings.prompts is None:
         raise UserError("data.prompts: name a file of prompts to answer")
     rows = encode_inputs(settings, settings.prompts, "prompts")

@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from formtune.data.encoded import Splits, ignored_columns
+from formtune.data.encoded import Splits
+
+NAMED = 20  # ignored columns named in the terminal
 
 
 def print_data(splits: Splits, folder: Path | None) -> None:
@@ -44,5 +46,6 @@ def print_data(splits: Splits, folder: Path | None) -> None:
 def print_ignored(counts: Counter[str], key: str = "") -> None:
     """The columns that have values and are not read, in one line; `key` is the option that names the file."""
     if counts:
-        line = f"{f'data.{key}: ' if key else ''}ignored columns: {ignored_columns(counts)}"
+        columns = ", ".join(f"{name} ({count:,} rows)" for name, count in counts.most_common(NAMED))
+        line = f"{f'data.{key}: ' if key else ''}ignored columns: {columns}"
         Console().print(escape(line), highlight=False, soft_wrap=True)

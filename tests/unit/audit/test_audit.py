@@ -26,7 +26,7 @@ from formtune.cli import main
 from formtune.data.blockers import uneven_shares
 from formtune.data.cleaning import Example
 from formtune.data.encoded import Splits
-from formtune.data.preparation import load_splits, prepare_splits
+from formtune.data.preparation import load_splits
 from formtune.data.settings import DataSettings
 from formtune.demo.generator import datasets, planted
 from formtune.errors import UserError
@@ -65,7 +65,7 @@ def test_a_clean_task_is_ready_and_its_rows_are_those_that_training_finds(task, 
     assert main(["audit", "-c", "t.yaml"]) == 0
     found = read(folder)
     assert found["verdict"] == "ready" and sum(rows["used"] for rows in found["rows"].values()) == 60
-    assert (folder / ".cache/encoded" / f"{found['data']}.json").is_file()
+    assert len(list((folder / ".cache/encoded").glob("*.json"))) == 1
     said = capsys.readouterr().out
     assert said.splitlines()[-1].startswith("verdict: ready") and "below about 500" in said
     assert not list(folder.glob("logs/t/audit/*.part"))
@@ -139,7 +139,7 @@ def test_what_is_ignored_is_said_on_the_first_screen(task, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(pair(n) | {"user": n}) + "\n" for n in range(20)))
     assert main(["audit", "-c", "t.yaml"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "ignored columns: id (60 rows), [bold] (7)" in lines
+    assert "ignored columns: id (60 rows), [bold] (7 rows)" in lines
     assert "data.production: ignored columns: user (20 rows)" in lines
     found = read(folder)
     assert found["ignored"] == {"id": 60, "[bold]": 7} and found["production"]["ignored"] == {"user": 20}
@@ -374,8 +374,8 @@ def test_what_is_known_of_real_rows_is_found(tmp_path, monkeypatch, base, name, 
     monkeypatch.chdir(tmp_path)
     paths = {file.stem: str(file) for file in (SHARED / "data" / name).glob("*.jsonl")}
     settings = DataSettings(JsonSchema({"type": "object"}), tokenizer=base, bad_rows="drop", **paths)
-    prepared = prepare_splits(settings)
-    aside = {row.where: row.reason for row in prepared.splits.quarantine}
+    splits = load_splits(settings, from_cache=False)
+    aside = {row.where: row.reason for row in splits.quarantine}
     files = {split: [json.loads(line) for line in Path(path).read_text().splitlines()] for split, path in paths.items()}
     seen, answers, repeated, found_leaks = set(), {}, [], []
     for number, row in enumerate(files["train"], 1):
@@ -451,8 +451,8 @@ def test_every_kind_of_bad_row_has_its_own_line_count_and_remedy(task):
     assert main(["audit", "-c", "t.yaml"]) == 1
     lines = read(folder)["blockers"]
     expected = {
-        "train.jsonl:61: ": ("(4 such rows); set data.repair_answers: [fence], which repairs 3 of them", "extra_text"),
-        "train.jsonl:65: ": ("(2 such rows); set data.repair_answers: [canonical], which repairs 2 of them", "layout"),
+        "train.jsonl:61: ": ("(4 such rows); fix them, try data.repair_answers: [edges, fence]", "extra_text"),
+        "train.jsonl:65: ": ("(2 such rows); fix them, try data.repair_answers: [canonical]", "layout"),
         "train.jsonl:67: ": ("(4 such rows); raise data.max_length", "tokens, the limit is 500"),
         "train.jsonl:71: ": ("(2 such rows); raise model.max_new_tokens", "the answer has"),
         "train.jsonl:73: ": ("(1 such rows); fix them", "the text holds <|im_end|>"),

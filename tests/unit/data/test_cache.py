@@ -1,4 +1,4 @@
-"""Encoded rows are read again only if nothing that decides them has changed, and never from a damaged file."""
+"""Encoded rows are read from the cache only if nothing that decides them has changed, and never from a damaged file."""
 
 import json
 import os
@@ -12,20 +12,20 @@ import pytest
 
 from conftest import SCHEMA, byte_tokenizer, pair
 from formtune.base.renderer import Renderer
-from formtune.data import Columns, cache, preparation
+from formtune.data import Columns, encoded
+from formtune.data.encoded import read_cache
 from formtune.data.preparation import load_splits
 from formtune.data.settings import DataSettings
 from formtune.files import read_entry, write_entry
-from formtune.formats import Format, JsonSchema
+from formtune.formats import JsonSchema
 
 STEPS = ["unicode", "control", "edges"]
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory whose rows are many enough to be kept: some kept, some quarantined, some repaired."""
+    """A working directory with rows of which some are kept, some quarantined and some repaired."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(preparation, "CACHED_CHARACTERS", 0)
     rows = [pair(n, f"  number {n} \u200b\U0001f389") for n in range(60)] + [pair(3, "number 4 \U0001f389"), pair(5)]
     rows += [{"prompt": "bad", "completion": "no JSON"}, pair(70, "x" * 200), pair(71, "<|im_end|>")]
     write(rows)
@@ -67,7 +67,7 @@ def entries():
     return sorted(Path(".cache/encoded").glob("*"))
 
 
-def test_what_is_read_again_is_what_was_worked_out(folder):
+def test_the_rows_in_the_cache_are_those_that_were_prepared(folder):
     first, again = split(), split()
     assert first.cached is None and again.cached == entries()[0] and len(entries()) == 1
     assert again == first and list(again.rows) == list(first.rows)
@@ -76,7 +76,7 @@ def test_what_is_read_again_is_what_was_worked_out(folder):
     assert all(type(token) is int for token in row.prompt_ids)
 
 
-def test_what_is_ignored_is_counted_anew_where_rows_are_read_again(folder):
+def test_ignored_columns_are_counted_on_each_reading(folder):
     split()
     write([{**row, "id": n + 1, "system": None} for n, row in enumerate(rows_of())])
     again = split()
@@ -126,12 +126,12 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_whatever_decides_the_rows_decides_what_is_read_again(folder, change):
+def test_a_change_of_what_decides_the_rows_prepares_them_again(folder, change):
     split()
     assert split(**CHANGES[change]()).cached is None and len(entries()) == 2
 
 
-def test_the_date_decides_only_where_the_template_writes_it(folder):
+def test_the_date_matters_only_if_the_template_writes_it(folder):
     split(date="2026-11-25")
     assert split(date="2026-11-26").cached is not None
     dated = byte_tokenizer()
@@ -142,62 +142,29 @@ def test_the_date_decides_only_where_the_template_writes_it(folder):
     assert split(dated, date="2026-11-26", limits=limits).cached is None
 
 
-def test_a_version_or_a_line_of_code_decides_too(folder, monkeypatch, tmp_path):
+def test_another_version_or_another_line_of_code_prepares_the_rows_again(folder, monkeypatch):
     split()
-    monkeypatch.setattr(cache, "version", lambda name: "0")
-    assert split().cached is None
-    monkeypatch.undo()
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(preparation, "CACHED_CHARACTERS", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(encoded, "version", lambda name: "0")
+        assert split().cached is None
     Path("code.py").write_text("a = 1")
-    monkeypatch.setattr(cache, "own_code", lambda *rooms: [Path("code.py")])
+    monkeypatch.setattr(encoded, "own_code", lambda *rooms: [Path("code.py")])
     split()
     assert split().cached is not None
     Path("code.py").write_text("a = 2")
     assert split().cached is None
 
 
-def load_format(folder, body):
-    (folder / "mine.py").write_text(
-        f"from formtune.formats import Format\nimport mine_rules\nclass Mine(Format):\n{body}\n"
-        "    def parse(self, text):\n        return mine_rules.parse(text)\n"
-    )
-    for name in ("mine", "mine_rules"):
-        sys.modules.pop(name, None)
-    import mine
+def test_rows_of_your_own_format_are_prepared_each_time(folder):
+    class Own(JsonSchema):
+        pass
 
-    return mine.Mine
-
-
-def test_a_format_of_ones_own_is_told_by_its_code_that_of_its_neighbours_and_the_files_it_is_given(folder, monkeypatch):
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    (folder / "mine_rules.py").write_text("def parse(text):\n    return text\n")
-    (folder / "words.txt").write_text("a")
-    body = "    def __init__(self, words: str = 'words.txt') -> None:\n        pass"
-    found = load_format(folder, body)
-    split(format=found())
-    assert split(format=found()).cached is not None
-    (folder / "words.txt").write_text("b")
-    assert split(format=found()).cached is None
-    (folder / "mine_rules.py").write_text("def parse(text):\n    return text + ''\n")
-    assert split(format=load_format(folder, body)()).cached is None
-    assert split(format=load_format(folder, body + "\n    # another")()).cached is None
-
-
-def test_a_format_with_arguments_that_are_no_data_is_worked_out_each_time(folder):
-    class Opaque(Format):
-        def __init__(self, rule: object) -> None:
-            pass
-
-        def parse(self, text: str) -> object:
-            return text
-
-    assert [split(format=Opaque(object())).cached for _ in range(2)] == [None, None] and not entries()
+    first, again = split(format=Own(SCHEMA)), split(format=Own(SCHEMA))
+    assert first == again and first.key and again.cached is None and not entries()
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty", "other format", "a folder"])
-def test_a_damaged_file_is_worked_out_and_written_again(folder, damage):
+def test_a_damaged_file_is_written_again(folder, damage):
     first = split()
     [path] = entries()
     whole = path.read_bytes()
@@ -225,17 +192,17 @@ def test_a_folder_that_cannot_be_written_stops_nothing(folder):
     assert sum(map(len, split().rows.values())) and split().cached is None
 
 
-def test_a_process_killed_while_it_writes_leaves_nothing_that_is_read(folder):
+def test_a_process_killed_while_it_writes_leaves_no_entry(folder):
     program = (
-        "import os, time\nfrom formtune.data import cache\nfrom formtune.data.encoded import Splits\n"
+        "import os, time\nfrom pathlib import Path\nfrom formtune.data.encoded import Splits, write_cache\n"
         "def stop(*_):\n    print('writing', flush=True)\n    time.sleep(60)\n"
-        "os.fsync = stop\ncache.store('0' * 32, Splits(rows={'train': []}))\n"
+        "os.fsync = stop\nwrite_cache(Path('.cache/encoded/a.json'), Splits(rows={'train': []}))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "writing\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert [path.suffix for path in entries()] == [".part"] and cache.load("0" * 32) is None
+    assert [path.suffix for path in entries()] == [".part"] and read_cache(Path(".cache/encoded/a.json")) is None
     os.utime(entries()[0], (0, 0))
     split()
     assert [path.suffix for path in entries()] == [".json"]
@@ -253,17 +220,11 @@ def test_a_full_disk_leaves_the_old_entry_and_no_part_of_the_new(tmp_path, monke
 
 
 def test_the_entries_used_last_are_kept(folder):
-    for limit in range(cache.KEPT + 3):
+    for limit in range(encoded.KEPT + 3):
         split(limits=(150, 60 + limit))
         now = time.time() + limit - 100
         newest = max(entries(), key=lambda path: path.stat().st_mtime)
         os.utime(newest, (now, now))
         if limit:
             assert split().cached is not None  # used each time, so it stays
-    assert len(entries()) == cache.KEPT
-
-
-def test_a_few_rows_are_not_worth_a_file(folder, monkeypatch):
-    monkeypatch.setattr(preparation, "CACHED_CHARACTERS", 500_000)
-    split()
-    assert not entries()
+    assert len(entries()) == encoded.KEPT
