@@ -169,25 +169,6 @@ def test_f1_is_tested_by_dealing_the_answers_in_every_way(rows):
     assert found.sure == (found.p < 0.05) and (found.sure or not found.needed or found.needed > found.rows)
 
 
-def test_f1_by_kinds_of_rows_is_what_scipy_finds_row_by_row():
-    dice = np.random.default_rng(11)
-    first, second = (counts(dice.integers(0, 4, (120, 3)).tolist()) for _ in range(2))
-
-    def gain(a, b, c, d, axis=-1):
-        return 2 * c.sum(axis) / d.sum(axis) - 2 * a.sum(axis) / b.sum(axis)
-
-    found, every = f1_difference(first, second), np.concatenate([first, second])
-    by_row = stats.bootstrap(tuple(every), gain, paired=True, method="percentile", rng=dice)
-    width = by_row.confidence_interval.high - by_row.confidence_interval.low
-    assert found.interval == pytest.approx(by_row.confidence_interval, abs=width / 20)
-    dealt = stats.permutation_test(
-        (np.arange(120), np.arange(120, 240)),
-        lambda a, b, axis: gain(*(x[..., i] for i in (a, b) for x in np.concatenate([first.T, second.T]).T), axis=axis),
-        permutation_type="samples", rng=dice,
-    )  # fmt: skip
-    assert found.p == pytest.approx(dealt.pvalue, abs=0.03)
-
-
 @pytest.mark.parametrize(("gained", "lost"), [(4, 0), (6, 0), (9, 2), (0, 1), (40, 20)])
 def test_f1_of_one_value_a_row_is_tested_as_a_rate_is(gained, lost):
     first = counts([(0, 1, 0)] * gained + [(1, 0, 0)] * (330 - gained))
