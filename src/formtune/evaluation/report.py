@@ -137,14 +137,14 @@ def _facts(run: Run) -> dict[str, Any]:
 def _slices(run: Run) -> Iterator[tuple[str, str, list[str]]]:
     """Group and name of each slice, its rows, and three figures of the base and the tuned model on it."""
     tuned = run.outcomes["after"]
-    for part in slices(tuned, run.format, run.longest, run.production_p95):
-        after = [tuned[i] for i in part.rows]
+    for group, name, rows in slices(tuned, run.format, run.longest, run.production_p95):
+        after = [tuned[i] for i in rows]
         before, _ = paired(run.outcomes["before"], after)
         cells = [f"{len(after):,}" if len(before) == len(after) else f"{len(after):,} (base {len(before):,})"]
-        for name in ("exact", "joint"):
-            cells += [f"{rate(before, name)[0] / len(before):.1%}" if before else "", _share(*rate(after, name))]
+        for right in ("exact", "joint"):
+            cells += [f"{rate(before, right)[0] / len(before):.1%}" if before else "", _share(*rate(after, right))]
         cells += [f"{field_f1(before):.1%}" if before else "", f"{field_f1(after):.1%}"]
-        yield part.group, part.name, cells
+        yield group, name, cells
 
 
 def gallery(outcomes: Sequence[Outcome]) -> Iterator[tuple[Outcome, Markup, Markup]]:
