@@ -14,11 +14,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from formtune.errors import UserError
-from formtune.evaluation.outcomes import RATES, VIEWS, Outcome, field_f1, read_outcomes
+from formtune.evaluation.outcomes import FIELD, RATES, VIEWS, Outcome, field_f1, read_outcomes
 from formtune.evaluation.statistics import f1_difference, f1_interval, rate_difference, verdict, wilson
 
 F1 = "content/field_f1"
-FIELD = "content/field_acc/"
 IN_WORDS = ("format/exact", "joint/exact")  # figures in the sentence below the table
 
 

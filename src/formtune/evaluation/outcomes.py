@@ -23,6 +23,7 @@ VIEWS = {  # the evaluations of the test rows, and how they are displayed
     "after_constrained": "tuned constrained",
 }
 RATES = {"format/exact": "exact", "format/loose": "loose", "joint/exact": "joint"}  # attributes of `Outcome`
+FIELD = "content/field_acc/"  # before a field's name
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY, RED = "#2a6fbb", "#d9822b", "#8a94a0", "#c0392b"
+BLUE, ORANGE, GREY = "#2a6fbb", "#d9822b", "#8a94a0"
 
 matplotlib.rcParams.update({
     "svg.fonttype": "none",  # text stays text

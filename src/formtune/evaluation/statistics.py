@@ -132,12 +132,15 @@ def _swapped(counts: np.ndarray) -> float:
     differs = (counts[:2] != counts[2:]).any(axis=0)
     if differs.sum() < 2:
         return 1.0
-    equal = counts[:, ~differs].sum(axis=1)  # swapping these changes nothing
+    shared, values = counts[:2, ~differs].sum(axis=1)  # of the other rows, where swapping changes nothing
     both, either = np.concatenate([counts[:2, differs], counts[2:, differs]], axis=1)
 
     def gain(before: np.ndarray, after: np.ndarray, axis: int) -> Any:
-        sums = [counts[rows].sum(axis, keepdims=True) for rows in (before, after) for counts in (both, either)]
-        return _gain(*(total + same for total, same in zip(sums, equal, strict=True)), axis=axis)
+        first, second = (
+            2 * (shared + both[rows].sum(axis)) / np.maximum(values + either[rows].sum(axis), 1)
+            for rows in (before, after)
+        )
+        return second - first
 
     rows = np.arange(len(both)).reshape(2, -1)
     batch = max(1, _ELEMENTS // len(both))
