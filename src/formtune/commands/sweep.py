@@ -26,32 +26,21 @@ from formtune.configuration.yaml_file import config_paths
 from formtune.errors import UserError
 from formtune.files import LOGS, write_json, write_whole
 from formtune.sweep import grid
-from formtune.sweep.choice import METRICS, Measured, choose, measure, reason
+from formtune.sweep.choice import METRICS, Measured, choose, measure
 from formtune.sweep.runs import Job, devices, run_all
 
 HELP = """\
-All other arguments are passed to `formtune train`, -c TASK.yaml first of all.
-
-A point is one value for each key, and is trained once with each seed. The sweep takes the point with the fewest
-trainable parameters within one standard error of the best format/exact and, among those, of the best field F1, both
-on the validation rows. The test rows have no part in the choice.
+All other arguments are passed to `formtune train`, -c TASK.yaml first of all. A point is one value for each key.
 
 Runs are in logs/<task>/<sweep>/, with the configuration taken in config.yaml and all figures in sweep.json. The same
 command again keeps the finished runs and resumes the others, also with more values or seeds. With several GPUs, each
 takes one run at a time.
 
 examples:
-  formtune sweep -c configs/demo.yaml
   formtune sweep -c configs/demo.yaml --over model.lora.r=8,16 --over model.optimizer.lr=1e-4,2e-4 --seeds 0,1
-  formtune sweep -c configs/demo.yaml --over 'model.lora.targets=attention,all-linear' --trainer.max_epochs 1
   formtune train -c logs/demo/SWEEP/config.yaml
 """
-RESERVED = {  # keys that the sweep sets
-    "run": "a sweep names its runs",
-    "resume": "a sweep always resumes what was interrupted",
-    "seed_everything": "name the seeds with --seeds",
-    "print_config": "a sweep prints none; formtune train does",
-}
+RESERVED = {"run", "resume", "seed_everything", "print_config"}  # keys that the sweep sets
 CHANGES_ROWS = ("data.", "model.base", "model.max_new_tokens")  # keys on which the encoded rows depend
 
 
@@ -67,10 +56,8 @@ def run(command: str, args: list[str]) -> int:
     points, seeds = grid.points(options.over or [grid.RANKS]), grid.seeds(options.seeds)
     keys = list(points[0].values)
     given = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
-    for key in given.union(keys) & RESERVED.keys():
-        raise UserError(f"{key}: {RESERVED[key]}")
-    for key in given.intersection(keys):
-        raise UserError(f"{key}: the sweep sets its values; name them in --over alone")
+    for key in given & RESERVED.union(keys) | RESERVED.intersection(keys):
+        raise UserError(f"{key}: the sweep sets it; --over names the values to try, --seeds the seeds")
     configuration = _configuration(arguments)
     settings = yaml.safe_load(configuration)
     task = settings.get("task") or Path([*config_paths(arguments), "task"][0]).stem
@@ -82,8 +69,9 @@ def run(command: str, args: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
+            day = _first_day(folder)
             if not (settings.get("data") or {}).get("date"):
-                arguments.append(f"--data.date={_first_day(folder)}")
+                arguments.append(f"--data.date={day}")
             jobs: dict[str, list[Job]] = {point.name: [] for point in points}
             for seed, point in itertools.product(seeds, points):
                 job = folder / f"{point.name}-seed{seed}"
@@ -100,8 +88,8 @@ def run(command: str, args: list[str]) -> int:
             taken, why = None, "Nothing is taken: no point has finished with every seed."
             (folder / "config.yaml").unlink(missing_ok=True)
             if complete:
-                choice = choose(complete)
-                taken, why = choice[0].name, reason(*choice)
+                best, why = choose(complete)
+                taken = best.name
                 write_whole(folder / "config.yaml", configurations[taken])
             summary = {"points": [asdict(point) for point in measured], "taken": taken, "reason": why}
             write_json(folder / "sweep.json", summary | {"seeds": seeds, "failed": failed})
@@ -157,13 +145,12 @@ def _run(jobs: Sequence[Job], on: Sequence[str | None], folder: Path, same_rows:
 def _print(measured: Sequence[Measured], seeds: int, taken: str | None, why: str, folder: Path) -> None:
     """The table, which point is taken and why, and the files."""
     table = Table("point", title="Sweep (the choice never sees the test rows)", title_justify="left")
-    columns = ("trainable\nparameters", "format/exact\nvalidation", "field F1\nvalidation", "test\nexact", "test\nF1")
-    for column in (*columns, "seconds"):
+    for column in ("trainable\nparameters", "exact\nvalidation", "F1\nvalidation", "exact\ntest", "F1\ntest"):
         table.add_column(column, justify="right", no_wrap=True, style="dim" if "test" in column else None)
     for point in measured:
         missing = f" ({point.seeds} of {seeds} seeds)" if point.seeds < seeds else ""
         cells = [f"{point.trainable_parameters:,}", *(str(point.validation[metric]) for metric in METRICS)]
-        cells += [*(f"{point.test[metric]:.1%}" for metric in METRICS), f"{point.seconds:,.0f}"]
+        cells += [f"{point.test[metric]:.1%}" for metric in METRICS]
         table.add_row(escape(point.name) + missing, *cells, style="bold" if point.name == taken else None)
     console = Console()
     console.print(table)

@@ -36,7 +36,6 @@ class Measured:
     loss: float  # nats per token
     validation: dict[str, Estimate]  # by metric
     test: dict[str, float]
-    seconds: float
 
 
 def measure(name: str, results: Sequence[dict[str, Any]]) -> Measured:
@@ -53,7 +52,6 @@ def measure(name: str, results: Sequence[dict[str, Any]]) -> Measured:
         loss=fmean(b["loss"] for b in best),
         validation={metric: estimate(values, rows) for metric, values in shares.items()},
         test={metric: fmean(result["after"][metric] for result in results) for metric in METRICS},
-        seconds=fmean(run["seconds"] for run in training),
     )
 
 
@@ -65,27 +63,26 @@ def estimate(shares: Sequence[float], rows: int) -> Estimate:
     return Estimate(mean, math.sqrt(mean * (1 - mean) / rows))
 
 
-def choose(points: Sequence[Measured]) -> tuple[Measured, list[Measured], list[Measured]]:
-    """The point to take, the points that are equal to the best in format, and those of them in content."""
+def choose(points: Sequence[Measured]) -> tuple[Measured, str]:
+    """The point to take, and why."""
     in_format = _equal_to_the_best(points, FORMAT)
     in_content = _equal_to_the_best(in_format, CONTENT)
 
     def smallest(point: Measured) -> tuple[float, ...]:
         return (point.trainable_parameters, *(-point.validation[metric].mean for metric in METRICS), point.loss)
 
-    return min(in_content, key=smallest), in_format, in_content
-
-
-def reason(taken: Measured, in_format: Sequence[Measured], in_content: Sequence[Measured]) -> str:
-    """Why this point is taken."""
-    valid = any(point.validation[FORMAT].mean for point in in_format)
+    taken = min(in_content, key=smallest)
+    valid = any(point.validation[FORMAT].mean for point in points)
     nothing = "" if valid else "No point has an answer with a valid format, so train longer first. "
-    return (
-        f"{nothing}{taken.name} is taken. Within one standard error, or one row, of the best format/exact: "
-        f"{', '.join(point.name for point in in_format)}. Of these, within the same of their best field F1: "
-        f"{', '.join(point.name for point in in_content)}. None of these has fewer trainable parameters than "
-        f"{taken.name}, {taken.trainable_parameters:,}."
+    return taken, (
+        f"{nothing}{taken.name} is taken: none has fewer parameters ({taken.trainable_parameters:,}) of those "
+        f"within one standard error, or one row, of the best format/exact ({_names(in_format)}) and then of the best "
+        f"field F1 ({_names(in_content)})."
     )
+
+
+def _names(points: Sequence[Measured]) -> str:
+    return ", ".join(point.name for point in points)
 
 
 def _equal_to_the_best(points: Sequence[Measured], metric: str) -> list[Measured]:

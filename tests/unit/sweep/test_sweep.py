@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from formtune.commands import sweep as command
 from formtune.errors import UserError
 from formtune.sweep import grid
 from formtune.sweep import runs as processes
-from formtune.sweep.choice import CONTENT, FORMAT, METRICS, Estimate, Measured, choose, estimate, reason
+from formtune.sweep.choice import CONTENT, FORMAT, METRICS, Estimate, Measured, choose, estimate
 from formtune.sweep.runs import devices
 
 ROWS = 200
@@ -33,7 +34,7 @@ def measured(parameters, exact, field_f1=0.9, error=0.01, loss=0.1):
 
 
 def point(parameters, exact, field_f1, loss):
-    return Measured("r", 1, parameters, ROWS, loss, {FORMAT: exact, CONTENT: field_f1}, {}, 1.0)
+    return Measured(f"p{parameters}", 1, parameters, ROWS, loss, {FORMAT: exact, CONTENT: field_f1}, {})
 
 
 @pytest.mark.parametrize(
@@ -55,10 +56,12 @@ def point(parameters, exact, field_f1, loss):
     ],
 )
 def test_the_smallest_within_one_standard_error_of_the_best_is_taken(points, taken, in_format, in_content):
-    choice, *equal = choose(points)
+    names = [f"p{number}" for number in range(len(points))]
+    points = [replace(each, name=name) for each, name in zip(points, names, strict=True)]
+    choice, why = choose(points)
     assert choice is points[taken]
-    for chosen, expected in zip(equal, (in_format, in_content), strict=True):
-        assert list(map(id, chosen)) == [id(points[n]) for n in expected]
+    for metric, equal in (("format/exact", in_format), ("field F1", in_content)):
+        assert f"the best {metric} ({', '.join(names[n] for n in equal)})" in why
 
 
 shares = st.integers(0, ROWS).map(lambda n: n / ROWS)
@@ -68,12 +71,11 @@ POINTS = st.lists(st.builds(point, st.sampled_from([8, 16, 32]), estimates, esti
 
 @given(POINTS, st.randoms())
 def test_the_choice_is_among_the_equals_the_smallest_of_them_and_the_same_in_any_order(points, random):
-    taken, in_format, in_content = choose(points)
-    assert taken in in_content and all(chosen in in_format for chosen in in_content)
-    best = max(each.validation[FORMAT].mean for each in points)
-    assert best in [each.validation[FORMAT].mean for each in in_format]
-    assert all(each.trainable_parameters >= taken.trainable_parameters for each in in_content)
-    again, *_ = choose(random.sample(points, len(points)))
+    taken, _ = choose(points)
+    best = max(points, key=lambda each: each.validation[FORMAT].mean)
+    margin = max(each.validation[FORMAT].standard_error for each in points) + 1 / ROWS + 1e-9
+    assert taken.validation[FORMAT].mean >= best.validation[FORMAT].mean - margin
+    again, _ = choose(random.sample(points, len(points)))
     assert (again.trainable_parameters, again.loss) == (taken.trainable_parameters, taken.loss)
     assert all(again.validation[metric].mean == taken.validation[metric].mean for metric in METRICS)
 
@@ -91,9 +93,8 @@ def test_a_standard_error_is_that_of_the_seeds_and_of_the_rows_where_there_is_on
 
 @pytest.mark.parametrize(("exact", "warned"), [(0.0, True), (0.005, False)])
 def test_a_choice_among_points_that_never_keep_the_format_says_so(exact, warned):
-    text = reason(*choose([measured(8, exact), measured(16, exact)]))
-    assert text.startswith("No point has an answer with a valid format, so train longer first. ") == warned
-    assert text.endswith("None of these has fewer trainable parameters than r, 8.")
+    _, why = choose([measured(8, exact), measured(16, exact)])
+    assert why.startswith("No point has an answer with a valid format, so train longer first. p8 is taken") == warned
 
 
 def test_a_grid_is_all_combinations_and_hands_on_the_values_as_they_are_written():
@@ -315,9 +316,9 @@ def test_other_settings_are_another_sweep_and_one_that_is_running_is_left_alone(
         (["--over", "model.lora.r=8,16,8"], "expected a key and two or more different values"),
         (["--over", "model.lora.r=8,16", "--over", "model.lora.r=32,64"], "duplicate key"),
         (["--seeds", "0-2"], "expected whole numbers"),
-        (["--over", "seed_everything=0,1"], "name the seeds with --seeds"),
-        (["--run", "mine"], "a sweep names its runs"),
-        (["--model.lora.r", "8"], "name them in --over alone"),
+        (["--over", "seed_everything=0,1"], "seed_everything: the sweep sets it"),
+        (["--run", "mine"], "run: the sweep sets it"),
+        (["--model.lora.r", "8"], "model.lora.r: the sweep sets it"),
         (["-c", "gone.yaml"], "gone.yaml: No such file"),
     ],
 )
