@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import itertools
 import signal
 import sys
 from collections.abc import Sequence
@@ -72,17 +71,13 @@ def run(command: str, args: list[str]) -> int:
             day = _first_day(folder)
             if not (settings.get("data") or {}).get("date"):
                 arguments.append(f"--data.date={day}")
-            jobs: dict[str, list[Job]] = {point.name: [] for point in points}
-            for seed, point in itertools.product(seeds, points):
-                job = folder / f"{point.name}-seed{seed}"
-                seeded = [f"--seed_everything={seed}", f"--run={folder.name}/{job.name}", "--resume"]
-                jobs[point.name].append(Job(job, [*arguments, *point.arguments, *seeded]))
             # All points once before any of them twice: an interrupted sweep shows the most.
-            ordered = [job for of_a_seed in zip(*jobs.values(), strict=True) for job in of_a_seed]
+            jobs = [_job(point, seed, folder, arguments) for seed in seeds for point in points]
             same_rows = not any(key.startswith(CHANGES_ROWS) for key in keys)
-            failed = _run(ordered, devices(settings.get("trainer") or {}), folder, same_rows)
-            results = {name: [r for job in of_a_point if (r := job.result())] for name, of_a_point in jobs.items()}
-            measured = [measure(name, finished) for name, finished in results.items() if finished]
+            failed = _run(jobs, devices(settings.get("trainer") or {}), folder, same_rows)
+            finished = [(job.point, result) for job in jobs if (result := job.result())]
+            results = {point.name: [result for name, result in finished if name == point.name] for point in points}
+            measured = [measure(name, of_a_point) for name, of_a_point in results.items() if of_a_point]
             # A point that lost a seed would be judged by those that went well.
             complete = [point for point in measured if point.seeds == len(seeds)]
             taken, why = None, "Nothing is taken: no point has finished with every seed."
@@ -97,6 +92,12 @@ def run(command: str, args: list[str]) -> int:
         raise UserError(f"{folder}: this sweep is already running") from None
     _print(measured, len(seeds), taken, why, folder)
     return int(bool(failed))
+
+
+def _job(point: grid.Point, seed: int, folder: Path, arguments: Sequence[str]) -> Job:
+    name = f"{point.name}-seed{seed}"
+    own = [f"--seed_everything={seed}", f"--run={folder.name}/{name}", "--resume"]
+    return Job(point.name, folder / name, [*arguments, *point.arguments, *own])
 
 
 def _configuration(arguments: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ PAUSE = 0.2  # seconds between two checks for processes that have ended
 class Job:
     """One run."""
 
+    point: str
     folder: Path
     arguments: list[str]
 
