@@ -25,11 +25,7 @@ Run = tuple[str, list[Outcome]]  # as named on the command line, and its test ro
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
-    """Read the outcomes of the runs named on the command line; rows are matched by input and target.
-
-    Raises:
-        UserError: A file is missing or damaged, or the runs were tested on different rows.
-    """
+    """Read the outcomes of the runs named on the command line; a UserError if they were tested on different rows."""
     runs, first = [], Counter[tuple[str, str]]()
     for argument in arguments:
         path = _path(argument)

@@ -20,11 +20,7 @@ HEADLINES = (
 def print_result(result: dict[str, Any], folder: Path | None, split: str = "test", measured: str | None = None) -> None:
     """One table with the headlines of each evaluation, the worst fields and the failures by kind; then the run's files.
 
-    Args:
-        result: As in `metrics.json`, or one evaluation called `result`.
-        folder: Of the run; None if nothing was written.
-        split: Of the rows.
-        measured: The checkpoint or untuned base that `result` belongs to.
+    `result` is as in `metrics.json`, or holds one evaluation called `result`, of the model `measured`.
     """
     views = [view for view in (*VIEWS, "result") if view in result]
     first, counts = result[views[0]], result["counts"]

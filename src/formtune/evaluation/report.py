@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
 from formtune import __version__
 from formtune.evaluation.baselines import best_prompt
 from formtune.evaluation.comparison import figures
 from formtune.evaluation.outcomes import FIELD, VIEWS, Outcome, field_f1, paired, rate, worst_first
-from formtune.evaluation.page import BLUE, GREY, ORANGE, environment, svg
+from formtune.evaluation.page import environment
 from formtune.evaluation.slices import slices
 from formtune.evaluation.statistics import rate_difference, verdict, wilson
 from formtune.files import write_whole
@@ -54,9 +52,11 @@ def write_run_report(run: Run, folder: Path) -> None:
 def page(run: Run) -> str:
     """The report as HTML."""
     template = environment().get_template("evaluation/report.html.jinja")
+    history = run.result["training"].get("history") or []
     return template.render(
         **_facts(run),
-        curves=svg(curves(run.result["training"])) if len(run.result["training"].get("history", ())) > 1 else "",
+        history=history,
+        curves=_curves(history),
         kinds={VIEWS[view]: _kinds(run.outcomes[view]) for view in VIEWS if view in run.outcomes},
         slices=list(_slices(run)),
         gallery=list(gallery(run.outcomes["after"])),
@@ -154,27 +154,19 @@ def gallery(outcomes: Sequence[Outcome]) -> Iterator[tuple[Outcome, Markup, Mark
         yield outcome, Markup(target), Markup(answer)
 
 
-def curves(training: dict[str, Any]) -> Figure:
-    """Losses and rates at each validation."""
-    figure = Figure(figsize=(7.5, 2.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    history = training["history"]
-    steps = [point["step"] for point in history]
-    for key, label, color in (("train_loss", "train", BLUE), ("val_loss", "validation", ORANGE)):
-        values = [point.get(key) for point in history]
-        if all(value is not None for value in values):
-            left.plot(steps, values, marker=".", color=color, label=label)
-    left.set(title="loss, nats per token", xlabel="optimizer steps", yscale="log")
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    left.yaxis.set_major_formatter("{x:.4g}")
-    left.yaxis.set_minor_locator(NullLocator())
-    right.plot(steps, [100 * p["exact"] / p["rows"] for p in history], marker=".", color=BLUE, label="format/exact")
-    right.plot(steps, [100 * p["field_f1"] for p in history], marker=".", color=ORANGE, label="field F1")
-    right.set(title="% of the validation rows", xlabel="optimizer steps", ylim=(0, 102))
-    for axis in (left, right):
-        axis.legend(frameon=False, fontsize=8)
-        axis.axvline(training["best_step"], color=GREY, linestyle="--", linewidth=1)
-    return figure
+def _curves(history: Sequence[dict[str, Any]]) -> list[tuple[str, float, dict[str, list[Any]]]]:
+    """Title and upper limit of each plot, and the values of its curves at each validation."""
+    losses = {
+        "train": [point.get("train_loss") for point in history],
+        "validation": [p.get("val_loss") for p in history],
+    }
+    losses = {name: values for name, values in losses.items() if None not in values}
+    rates = {
+        "format/exact": [100 * point["exact"] / point["rows"] for point in history],
+        "field F1": [100 * point["field_f1"] for point in history],
+    }
+    highest = max((value for values in losses.values() for value in values), default=1)
+    return [("loss, nats per token", highest, losses), ("% of the validation rows", 100, rates)]
 
 
 def _kinds(outcomes: Sequence[Outcome]) -> dict[str, float]:

@@ -19,13 +19,9 @@ Slice = tuple[str, str, list[int]]  # what the rows are grouped by, the group's 
 
 
 def slices(outcomes: Sequence[Outcome], format: Format, longest: int, production_p95: int | None = None) -> list[Slice]:
-    """The slices with at least `FEW` rows that do not hold all rows.
+    """The slices with at least `FEW` rows that do not hold all rows: by length, source and the format's labels.
 
-    Args:
-        outcomes: Of the test rows.
-        format: Its fields with a fixed set of values are labels.
-        longest: Tokens of the longest prompt in training.
-        production_p95: Tokens of production's prompts at P95, None if unknown.
+    `longest` is the longest prompt in training, in tokens, and `production_p95` the P95 of production's if it is known.
     """
     parts = _lengths([o.prompt_tokens for o in outcomes], longest, production_p95)
     parts += _groups("source", [o.origin for o in outcomes])

@@ -31,7 +31,7 @@ from formtune.evaluation.outcomes import (
     write_outcomes,
 )
 from formtune.evaluation.probe import probe_lengths, probe_rows
-from formtune.evaluation.report import Run, card, curves, gallery, headline, page
+from formtune.evaluation.report import Run, card, gallery, headline, page
 from formtune.evaluation.slices import slices
 from formtune.formats import KINDS, JsonSchema, Labels
 
@@ -294,19 +294,20 @@ def test_the_page_shows_failures_marked_and_escaped_and_loads_nothing():
     assert one is bad and "<del>" in target and "<ins>" in answer and "<script>" not in answer
 
 
-@pytest.mark.parametrize("losses", [(9.3, 8.5), (0.06, 0.002)])
-def test_losses_stand_at_their_axis_as_plain_numbers(losses):
+def test_curves_are_drawn_to_scale_once_there_are_two_validations():
     run = run_of([outcome(1)], [outcome(1)])
-    points = [
-        {"step": n, "train_loss": loss, "val_loss": loss, "exact": 1, "rows": 1, "field_f1": 1.0}
-        for n, loss in enumerate(losses)
+    assert "<svg" not in page(run)
+    run.result["training"]["history"] = [
+        {"step": step, "train_loss": train, "val_loss": 2.0, "exact": step // 2, "rows": 4, "field_f1": 0.5}
+        for step, train in ((4, None), (8, 0.1))
     ]
-    run.result["training"]["history"] = points
-    figure = curves(run.result["training"])
-    figure.draw_without_rendering()
-    axis = figure.axes[0].yaxis
-    marks = [tick.get_text() for tick in axis.get_ticklabels(which="both") if tick.get_text()]
-    assert len(marks) >= 3 and all(float(mark) > 0 for mark in marks)
+    text = page(run)
+    assert re.findall(r'points="([^"]*)"', text) == [
+        "198.0,25.0 356.0,25.0 ",
+        "198.0,77.5 356.0,25.0 ",
+        "198.0,77.5 356.0,77.5 ",
+    ]
+    assert ">2</text>" in text and "8 optimizer steps" in text and ">train</text>" not in text
 
 
 def test_every_kind_of_verdict_is_shown_in_a_color_of_its_own():
