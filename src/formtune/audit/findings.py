@@ -29,7 +29,8 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
     prepared = prepare_splits(settings)
     splits, examples, format = prepared.splits, prepared.examples, settings.format
     all_examples = [example for rows in examples.values() for example in rows]
-    turns = {row.where: row.messages for row in (*splits.quarantine, *all_examples)}
+    turns = {row.where: row.messages for row in splits.quarantine}
+    turns |= {example.where: example.messages for example in all_examples}
     reasons = blockers(settings, splits)
     findings: dict[str, Any] = {
         "verdict": "blocked" if reasons else "ready",

@@ -27,7 +27,8 @@ KEPT = 24  # measurements in it
 def choose_shots(train: Sequence[Row], count: int, format: Format) -> list[Row]:
     """Training rows for the prompt: first those with a new label, then others, in the order of a hash of the input."""
     ordered = sorted(train, key=lambda row: hashlib.sha256(row.input.encode("utf-8", "surrogatepass")).digest())
-    new, others = [], []
+    new: list[Row] = []
+    others: list[Row] = []
     shown: set[tuple[str, str]] = set()
     for row in ordered:
         values = leaves(format.check(row.target or "").value)

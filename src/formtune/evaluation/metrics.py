@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,14 +99,15 @@ class OwnMetrics(torch.nn.ModuleDict):
     def alone(self, predictions: list[str], targets: list[str]) -> dict[str, float]:
         """Every figure of these answers, computed without the other processes."""
         copied = copy.deepcopy(self)
-        for metric in copied.values():
+        metrics: Any = copied.values()
+        for metric in metrics:
             metric.distributed_available_fn = lambda: False
         copied.reset()
         copied.update(predictions, targets)
         return copied.compute()
 
 
-def _call(name: str, what: str, method: Callable[..., Any], *arguments: Any) -> Any:
+def _call(name: str, what: str, method: Any, *arguments: Any) -> Any:
     # Lightning tests in inference mode, and a state made there could not be changed in place in a validation.
     with torch.inference_mode(False), torch.no_grad():
         try:

@@ -23,6 +23,7 @@ from formtune.files import write_whole
 from formtune.formats import KINDS, Format
 
 SHOWN = 60  # failures in the gallery
+LOSSES = {"train": "train_loss", "validation": "val_loss"}
 PACKAGES = ("torch", "lightning", "transformers", "peft", "tokenizers")
 
 
@@ -156,11 +157,8 @@ def gallery(outcomes: Sequence[Outcome]) -> Iterator[tuple[Outcome, Markup, Mark
 
 def _curves(history: Sequence[dict[str, Any]]) -> list[tuple[str, float, dict[str, list[Any]]]]:
     """Title and upper limit of each plot, and the values of its curves at each validation."""
-    losses = {
-        "train": [point.get("train_loss") for point in history],
-        "validation": [p.get("val_loss") for p in history],
-    }
-    losses = {name: values for name, values in losses.items() if None not in values}
+    measured = {name: [point.get(key) for point in history] for name, key in LOSSES.items()}
+    losses: dict[str, list[Any]] = {name: values for name, values in measured.items() if None not in values}
     rates = {
         "format/exact": [100 * point["exact"] / point["rows"] for point in history],
         "field F1": [100 * point["field_f1"] for point in history],
