@@ -194,8 +194,8 @@ def write_run(folder: Path, base: str, rows: list[tuple[str, bool]], rank: int =
     write_outcomes(
         folder / "outcomes/after.jsonl",
         [
-            Outcome(f"t:{i}", "", 9, 9, text, "{}", "{}" if right else "", "ok" if right else "empty", "", right, right,
-                    right, 2 * right, 2 * right, 2, {"n": right, "s": right})
+            Outcome(f"t:{i}", "", 9, text, "{}", "{}" if right else "", "ok" if right else "empty", "", right, 2 * right,
+                    2 * right + 2, {"n": right, "s": right})
             for i, (text, right) in enumerate(rows)
         ],
     )  # fmt: skip

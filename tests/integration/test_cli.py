@@ -48,7 +48,7 @@ def test_fit_leaves_an_adapter_that_peft_loads_alone_and_figures_before_and_afte
     assert json.loads((run / "adapter/format.json").read_text())["init_args"]["schema"] == SCHEMA
     assert main(["compare", f"{run}:before", str(run), "--out", "gain.json"]) == 0
     said = capsys.readouterr().out
-    assert "\none against one:before: format/exact " in said
+    assert f"\n{run} against {run}:before: format/exact " in said
     assert re.search(r"^few rows: \d\d to train on", said, re.M)
     for when, compared in zip(("before", "after"), json.loads(Path("gain.json").read_text())["runs"], strict=True):
         figures = {name: figure["value"] for name, figure in compared["figures"].items()}

@@ -1,18 +1,13 @@
-"""Everything that an audit finds, as plain data: what `audit.json` holds and the report shows.
-
-The rows are prepared by the very code that prepares them for training, and cached under the hash of all that decides
-them, so that the audited rows are the trained rows; what blocks training here blocks it there.
-"""
+"""Everything that an audit finds, as plain data; the rows are prepared by the code that prepares them for training."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from formtune.audit.drift import compare_inputs
-from formtune.audit.origins import by_origin, ungrounded
 from formtune.base.row import Row, quantile
 from formtune.data.blockers import blockers
 from formtune.data.cleaning import Example
@@ -20,7 +15,7 @@ from formtune.data.encoded import FEW_ROWS, Splits
 from formtune.data.preparation import load_splits, production_rows
 from formtune.data.settings import DataSettings
 from formtune.formats import Format
-from formtune.formats.content import leaves
+from formtune.formats.content import Words, leaves
 
 COMPLEX_FIELDS = 8  # from this many fields on, or with nesting, a format is complex
 COMPLEX_ROWS = 2000  # needed for a complex format
@@ -30,18 +25,12 @@ QUANTILES = {"P50": 50, "P95": 95, "P99": 99, "max": 100}
 
 
 def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
-    """Prepare the rows and describe them.
-
-    Returns:
-        `verdict` (blocked or ready), `blockers` and `warnings` (one line each, with the remedy), and the evidence; and
-        the splits.
-
-    Raises:
-        UserError: A file or a row cannot be read.
-    """
+    """Prepare the rows, and describe them: the verdict, blockers and warnings with the remedy, and the evidence."""
     splits = load_splits(settings, from_cache=False)
     examples, format = splits.examples, settings.format
-    train, all_examples = examples["train"], [example for rows in examples.values() for example in rows]
+    all_examples = [example for rows in examples.values() for example in rows]
+    turns = {row.where: row.messages for row in splits.quarantine}
+    turns |= {example.where: example.messages for example in all_examples}
     reasons = blockers(settings, splits)
     findings: dict[str, Any] = {
         "verdict": "blocked" if reasons else "ready",
@@ -58,38 +47,46 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
         "lengths": {name: _lengths(rows) for name, rows in splits.rows.items() if rows},
         "limit": settings.limit,
         "labels": _labels(examples, format),
-        "sources": by_origin(train, format),
+        "sources": dict(Counter(example.origin for example in examples["train"]).most_common()),
         "ungrounded": ungrounded(all_examples, format),
         "suspects": [[{"where": e.where, "messages": e.messages} for e in pair] for pair in splits.suspects],
         "production": None,
-        "quarantine": _quarantine(splits),
+        # With the turns of the row that it repeats or contradicts.
+        "quarantine": [asdict(row) | {"other_messages": turns.get(row.other)} for row in splits.quarantine],
     }
     if rows := production_rows(settings):
         findings["production"] = {
             "lengths": _lengths(rows),
             "ignored": dict(settings.ignored["production"].most_common()),
-            **compare_inputs([e.input for e in train], [row.input for row in rows]),
+            **compare_inputs([example.input for example in examples["train"]], [row.input for row in rows]),
         }
     findings["warnings"] = list(_warnings(findings, format))
     return findings, splits
 
 
-def _quarantine(splits: Splits) -> list[dict[str, Any]]:
-    """The quarantined rows, each with the turns of the row that it repeats or contradicts."""
-    turns = {row.where: row.messages for row in splits.quarantine}
-    turns |= {example.where: example.messages for rows in splits.examples.values() for example in rows}
-    return [asdict(row) | {"other_messages": turns.get(row.other)} for row in splits.quarantine]
+def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[str, Any]]:
+    """Values that answers should copy and that are not in their inputs: by field, their share and their rows.
+
+    Words are compared without case and punctuation, numbers by their value; fields that the format says are derived,
+    enums among them, are exempt.
+    """
+    counts: Counter[str] = Counter()
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for example in examples:
+        words = Words(example.input)
+        for _, (value, path) in leaves(example.value, format.sets):
+            if path in format.derived or isinstance(value, bool):
+                continue
+            counts[path] += 1
+            if not words.hold(value):
+                rows.setdefault(path, []).append({"where": example.where, "value": value, "source": example.origin})
+    return {path: {"share": len(invented) / counts[path], "rows": invented} for path, invented in rows.items()}
 
 
-def _lengths(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """P50, P95, P99 and maximum of prompt and answer in tokens, and how many rows have each length."""
+def _lengths(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """P50, P95, P99 and maximum of prompt and answer in tokens."""
     sides = {"prompt": [len(row.prompt_ids) for row in rows], "answer": [len(row.target_ids) for row in rows]}
-    return {
-        name: {label: quantile(sizes, percent) for label, percent in QUANTILES.items()}
-        | {"sizes": dict(sorted(Counter(sizes).items()))}
-        for name, sizes in sides.items()
-        if any(sizes)
-    }
+    return {side: {name: quantile(sizes, q) for name, q in QUANTILES.items()} for side, sizes in sides.items()}
 
 
 def _labels(examples: dict[str, list[Example]], format: Format) -> dict[str, dict[str, dict[str, int]]]:
@@ -102,16 +99,15 @@ def _labels(examples: dict[str, list[Example]], format: Format) -> dict[str, dic
                     counts.setdefault(path, {name: Counter() for name in examples})[split][str(value)] += 1
     tables = {}
     for path, table in counts.items():
-        total = sum(table.values(), Counter())
-        if len(total) <= LABELS:
-            order = sorted(total, key=lambda label: (-table["train"][label], -total[label]))
-            tables[path or "answer"] = {split: {label: c[label] for label in order} for split, c in table.items()}
+        labels = [label for label, _ in sum(table.values(), Counter()).most_common(LABELS + 1)]
+        if len(labels) <= LABELS:
+            tables[path or "answer"] = {split: {label: c[label] for label in labels} for split, c in table.items()}
     return tables
 
 
 def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
     """What does not block training and should be looked at, one line each."""
-    rows, suspects = findings["rows"]["train"]["used"], findings["suspects"]
+    rows, suspects, production = findings["rows"]["train"]["used"], findings["suspects"], findings["production"]
     is_complex = len(format.fields) >= COMPLEX_FIELDS or any("." in path for path in format.fields)
     if rows < FEW_ROWS:
         yield (
@@ -133,23 +129,15 @@ def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
         if rare := sorted(label for label, count in splits["train"].items() if count < RARE * total):
             yield f"{path}: fewer than {RARE:.0%} of the training rows have {', '.join(rare[:8])}"
     for path, entry in findings["ungrounded"].items():
-        first, count = entry["rows"][0], len(entry["rows"])
-        yield f"{path or 'the answer'}: " + (
-            f"{entry['share']:.0%} of the values are not in their inputs; if answers compute them, say so in "
-            "data.format.derived"
-            if entry["share"] > 0.5
-            else f"{count:,} values are not in their inputs ({first['where']}: {str(first['value'])[:40]!r}): "
-            "invented, or derived?"
+        first = entry["rows"][0]
+        yield (
+            f"{path or 'the answer'}: {len(entry['rows']):,} values ({entry['share']:.0%}) are not in their inputs "
+            f"({first['where']}: {str(first['value'])[:40]!r}): invented, or derived? If answers compute them, name "
+            "the field in data.format.derived"
         )
-    for name, entry in findings["sources"].items():
-        opening, share = next(iter(entry["openings"].items()), ("", 0.0))
-        if name and entry["rows"] >= 50 and share > 0.2:
-            yield f"{share:.0%} of the rows of {name} begin with {opening!r}: ask the teacher for more variety"
-    if production := findings["production"]:
-        auc = max(production["auc"], production["auc_length"])
-        signs = ", ".join(repr(word) for word, _ in production["features"]["production"][:4])
-        if auc > 0.75:
-            yield (
-                f"a simple classifier tells production's inputs from train's (AUC {auc:.2f}; 0.5 would be alike), by "
-                f"{'their words: ' + signs if auc == production['auc'] else 'their length'}; add rows like production's"
-            )
+    if production and production["auc"] > 0.75:
+        words = ", ".join(map(repr, production["features"]["production"][:4]))
+        yield (
+            f"a simple classifier tells production's inputs from train's (AUC {production['auc']:.2f}; 0.5 would be "
+            f"alike), by their words: {words}; add rows like production's"
+        )

@@ -14,14 +14,10 @@ from formtune.files import write_json
 HELP = """\
 Each further RUN is compared with the first one, row by row, so all must have been tested on the same rows.
 
-how to read it:
   97.3% (94.9 to 98.6)   the figure and its 95 % interval: Wilson's for a rate, a bootstrap over rows for field F1
-  better, p = 0.002      two equal runs would differ this much in 2 of 1,000 repetitions; below 0.05 the verdict is
-                         better or worse. Rates: exact McNemar test on the rows that only one of the two has right;
-                         field F1: randomization test that swaps the two answers to a row at random
-  cannot tell            luck alone can explain the difference; the sentence below the table says how many test rows
-                         would show a real difference of this size with 80 % power
-Each figure is a separate test: of twenty without a real difference, one seems to have one.
+  better, p = 0.002      equal runs differ this much in 2 of 1,000 repetitions; below 0.05 the verdict is better or
+                         worse (exact McNemar test for rates, randomization test for field F1)
+  cannot tell            chance alone can explain the difference; about how many test rows would show a real one
 
 examples:
   formtune compare logs/demo/r16 logs/demo/r32 logs/demo/r64

@@ -1,7 +1,4 @@
-"""What prompting alone reaches: the base on the test rows, plain and few-shot, measured before training.
-
-Measurements are cached in `.cache/baseline`.
-"""
+"""What prompting alone reaches: the base on the test rows, plain and few-shot, measured before training."""
 
 from __future__ import annotations
 
@@ -22,23 +19,23 @@ from formtune.formats import Format
 from formtune.formats.content import leaves
 
 SHOTS = 4  # training rows in the prompt, fewer if they do not fit
-ENOUGH = 0.95  # with so many right answers, prompting may be enough
+ENOUGH = 0.95  # share of right answers from which on prompting may be enough
 FOLDER = Path(".cache/baseline")
-KEPT = 24  # measurements in the cache
+KEPT = 24  # measurements in it
 
 
 def choose_shots(train: Sequence[Row], count: int, format: Format) -> list[Row]:
     """Training rows for the prompt: first those with a new label, then others, in the order of a hash of the input."""
     ordered = sorted(train, key=lambda row: hashlib.sha256(row.input.encode("utf-8", "surrogatepass")).digest())
-    chosen: list[Row] = []
-    shown: set[tuple[str, Any]] = set()
+    new: list[Row] = []
+    others: list[Row] = []
+    shown: set[tuple[str, str]] = set()
     for row in ordered:
-        document = format.check(row.target or "").value
-        labels = {(path, str(value)) for _, (value, path) in leaves(document) if path in format.derived}
-        if len(chosen) < count and (labels - shown or not format.derived):
-            chosen.append(row)
-            shown |= labels
-    return (chosen + [row for row in ordered if row not in chosen])[:count]
+        values = leaves(format.check(row.target or "").value)
+        labels = {(path, str(value)) for _, (value, path) in values if path in format.derived}
+        (new if labels - shown else others).append(row)
+        shown |= labels
+    return [*new, *others][:count]
 
 
 def few_shot_rows(
@@ -49,11 +46,9 @@ def few_shot_rows(
         examples = [turn for row in shots[:count] for turn in row.messages if turn["role"] != "system"]
         conversations = []
         for row in test:
-            system = [turn for turn in row.messages if turn["role"] == "system"]
-            rest = [turn for turn in row.messages if turn["role"] != "system"]
-            conversations.append((system + examples + rest, row.where))
-        encoded = renderer.encode(conversations)
-        rows = [row for row in encoded if isinstance(row, Row) and len(row) <= context]
+            first = 1 if row.messages[0]["role"] == "system" else 0
+            conversations.append(([*row.messages[:first], *examples, *row.messages[first:]], row.where))
+        rows = [row for row in renderer.encode(conversations) if isinstance(row, Row) and len(row) <= context]
         if len(rows) == len(test):
             return rows, count
     return [], 0
@@ -108,15 +103,15 @@ def prompting_verdict(prompts: Mapping[str, Sequence[Outcome]], constrained: Seq
 
 
 def _reached(outcomes: Sequence[Outcome], by: str) -> str:
-    parts, left = [], []
+    parts, left, rows = [], [], len(outcomes)
     for name, what in (("exact", "valid format"), ("joint", "right")):
-        count, rows = rate(outcomes, name)
+        count, _ = rate(outcomes, name)
         low, high = wilson(count, rows)
         parts.append(f"{count / rows:.1%} {what} ({low:.1%} to {high:.1%})")
         left.append(f"{100 * (1 - count / rows):.1f}")
     cut = sum(outcome.kind == "truncated" for outcome in outcomes)
     reached = " and ".join(parts) + (f", {cut:,} of {rows:,} answers cut for length" if cut else "")
-    if count == rows:
-        return f"{reached}: nothing is left to win"
-    worth = f"fine-tuning has at most {left[0]} points of format and {left[1]} of right answers to win"
-    return f"{reached}: {worth}" + (f", so {by} may be enough" if count / rows >= ENOUGH else "")
+    enough = f", so {by} may be enough" if count / rows >= ENOUGH else ""
+    return (
+        f"{reached}: fine-tuning has at most {left[0]} points of format and {left[1]} of right answers to win{enough}"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +14,43 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from formtune.errors import UserError
-from formtune.evaluation.outcomes import RATES, VIEWS, Outcome, field_f1, read_outcomes
+from formtune.evaluation.outcomes import FIELD, RATES, VIEWS, Outcome, field_f1, read_outcomes
 from formtune.evaluation.statistics import f1_difference, f1_interval, rate_difference, verdict, wilson
 
 F1 = "content/field_f1"
-FIELD = "content/field_acc/"
 IN_WORDS = ("format/exact", "joint/exact")  # figures in the sentence below the table
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A run's test rows, in the same order for all runs."""
-
-    name: str
-    path: Path
-    outcomes: list[Outcome]
+Run = tuple[str, list[Outcome]]  # as named on the command line, and its test rows in the same order for all runs
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
-    """Read the outcomes of the runs named on the command line, all in the order of the first.
-
-    Rows are matched by input and target; of repeated ones the first matches the first, and so on.
-
-    Raises:
-        UserError: A file is missing or damaged, or the runs were tested on different rows.
-    """
-    paths = [_path(argument) for argument in arguments]
-    names = [Path(argument).name or argument for argument in arguments]
-    if len(set(names)) < len(set(paths)):
-        names = list(arguments)
-    runs = [_keyed(read_outcomes(path)) for path in paths]
-    first = runs[0]
-    for path, rows in zip(paths, runs, strict=True):
+    """Read the outcomes of the runs named on the command line; a UserError if they were tested on different rows."""
+    runs, first = [], Counter[tuple[str, str]]()
+    for argument in arguments:
+        path = _path(argument)
+        outcomes = sorted(read_outcomes(path), key=lambda o: (o.input, o.target))
+        rows = Counter((o.input, o.target) for o in outcomes)
         if not rows:
             raise UserError(f"{path}: no test rows")
-        if rows.keys() != first.keys():
+        first = first or rows
+        if rows != first:
             raise UserError(
-                f"{path}: {len(rows.keys() & first.keys()):,} of its {len(rows):,} test rows are among the "
-                f"{len(first):,} of {paths[0]}; compare runs with the same data and the same test split"
+                f"{path}: {(rows & first).total():,} of its {rows.total():,} test rows are among the "
+                f"{first.total():,} of {_path(arguments[0])}; compare runs with the same data and the same test split"
             )
-    return [Run(name, path, [rows[key] for key in first]) for name, path, rows in zip(names, paths, runs, strict=True)]
+        runs.append((argument, outcomes))
+    return runs
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
     """Every figure of every run, and the differences of each further run from the first."""
+    (first, before), *others = runs
     return {
-        "rows": len(runs[0].outcomes),
-        "runs": [{"name": run.name, "outcomes": str(run.path), "figures": figures(run.outcomes)} for run in runs],
+        "rows": len(before),
+        "runs": [{"name": name, "figures": figures(outcomes)} for name, outcomes in runs],
         "comparisons": [
-            {"run": run.name, "against": runs[0].name, "differences": _differences(runs[0].outcomes, run.outcomes)}
-            for run in runs[1:]
+            {"run": name, "against": first, "differences": _differences(before, outcomes)} for name, outcomes in others
         ],
     }
 
@@ -75,17 +62,24 @@ def print_comparison(comparison: dict[str, Any]) -> None:
     title = f"Comparison on {comparison['rows']:,} test rows"
     console.print(figures_table(title, comparison["runs"], [{}, *(pair["differences"] for pair in pairs)]))
     for pair in pairs:
-        parts = (f"{name} {_sentence(pair['differences'][name])}" for name in IN_WORDS)
+        parts = []
+        for name in IN_WORDS:
+            difference = pair["differences"][name]
+            size = f" by {100 * abs(difference['value']):.1f} points ({_p(difference)})" if difference["sure"] else ""
+            parts.append(f"{name} {difference['verdict']}{size}")
         line = f"{pair['run']} against {pair['against']}: {'; '.join(parts)}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Every rate and field F1, each as `value` and `interval`."""
-    by_row = _by_row(outcomes)
-    f1 = {"value": field_f1(outcomes), "interval": f1_interval(by_row[F1])}
-    rates = {n: {"value": sum(r) / len(r), "interval": wilson(sum(r), len(r))} for n, r in by_row.items() if n != F1}
-    return {name: rates.get(name, f1) for name in by_row}
+    result = {}
+    for name, rows in _by_row(outcomes).items():
+        if name == F1:
+            result[name] = {"value": field_f1(outcomes), "interval": f1_interval(rows)}
+        else:
+            result[name] = {"value": sum(rows) / len(rows), "interval": wilson(sum(rows), len(rows))}
+    return result
 
 
 def figures_table(title: str, runs: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> Table:
@@ -100,32 +94,21 @@ def figures_table(title: str, runs: Sequence[dict[str, Any]], differences: Seque
 
 
 def _path(argument: str) -> Path:
+    """The file of outcomes that `FILE.jsonl`, `FOLDER` or `FOLDER:VIEW` names."""
     if argument.endswith(".jsonl"):
         return Path(argument)
     folder, _, view = argument.rpartition(":")
-    if not folder or view not in VIEWS:
+    if view not in VIEWS:
         folder, view = argument, "after"
     return Path(folder, "outcomes", f"{view}.jsonl")
 
 
-def _keyed(outcomes: Sequence[Outcome]) -> dict[tuple[str, str, int], Outcome]:
-    """The outcomes by input, target and how many equal ones came before."""
-    seen: Counter[tuple[str, str]] = Counter()
-    keyed = {}
-    for outcome in outcomes:
-        key = (outcome.input, outcome.target)
-        keyed[*key, seen[key]] = outcome
-        seen[key] += 1
-    return keyed
-
-
 def _by_row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """For each rate whether each row is right, and for field F1 its counts; in the order of the table."""
-    fields = [name for name in outcomes[0].fields if all(name in o.fields for o in outcomes)]
     return {
         **{name: [getattr(o, attribute) for o in outcomes] for name, attribute in RATES.items()},
-        F1: np.array([[o.matched, o.predicted + o.expected] for o in outcomes]).T,
-        **{FIELD + name: [o.fields[name] for o in outcomes] for name in fields},
+        F1: np.array([[o.matched, o.values] for o in outcomes]).T,
+        **{FIELD + name: [o.fields[name] for o in outcomes] for name in outcomes[0].fields},
     }
 
 
@@ -144,12 +127,6 @@ def _cell(figure: dict[str, Any] | None, difference: dict[str, Any] | None) -> s
     low, high = figure["interval"]
     cell = f"{figure['value']:.1%} ({100 * low:.1f} to {100 * high:.1f})"
     return cell + (f"\n{difference['verdict'].partition(' with ')[0]}, {_p(difference)}" if difference else "")
-
-
-def _sentence(difference: dict[str, Any]) -> str:
-    if not difference["sure"]:
-        return difference["verdict"]
-    return f"{difference['verdict']} by {100 * abs(difference['value']):.1f} points ({_p(difference)})"
 
 
 def _p(difference: dict[str, Any]) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from formtune.evaluation.outcomes import VIEWS
+from formtune.evaluation.outcomes import FIELD, VIEWS
 
+WORST = 5  # fields that are printed
 HEADLINES = (
     "format/exact", "format/loose", "joint/exact", "content/exact_match", "content/field_f1", "val/tf_exact",
     "val/loss",
@@ -17,29 +18,26 @@ HEADLINES = (
 
 
 def print_result(result: dict[str, Any], folder: Path | None, split: str = "test", measured: str | None = None) -> None:
-    """One table with the headlines of each evaluation and the failures by kind, then the run's files.
+    """One table with the headlines of each evaluation, the worst fields and the failures by kind; then the run's files.
 
-    Args:
-        result: As in `metrics.json`, or one evaluation called `result`.
-        folder: Of the run; None if nothing was written.
-        split: Of the rows.
-        measured: The checkpoint or untuned base that `result` belongs to.
+    `result` is as in `metrics.json`, or holds one evaluation called `result`, of the model `measured`.
     """
     views = [view for view in (*VIEWS, "result") if view in result]
     first, counts = result[views[0]], result["counts"]
     console = Console()
-    # The model's name comes first: a long title is broken after it.
-    title = f"{Path(measured).name if measured else 'Result'} on {result['rows']:,} {split} rows"
+    model = Path(measured).name if measured else None
+    title = f"{model or 'Result'} on {result['rows']:,} {split} rows"
     table = Table(Column("metric", no_wrap=True), title=title, title_justify="left", pad_edge=False)
     for view in views:
         rows = counts[view]["format/exact"][1]
-        sample = f"\n{rows:,} rows" if rows != result.get("rows", rows) else ""
-        name = Path(measured).name if measured else VIEWS.get(view, view).replace(" ", "\n")  # narrow: 80 characters
-        table.add_column(name + sample, justify="right")
+        sample = f"\n{rows:,} rows" if rows != result["rows"] else ""
+        table.add_column((model or VIEWS.get(view, view).replace(" ", "\n")) + sample, justify="right")
+    few = len(views) <= 3  # with five columns, fields and counts would not fit into 80 characters
     own = [name for name in first if name.startswith("own/")]
-    # With five columns, 80 characters have no room for fields and counts; the report has them.
-    few = len(views) <= 3
-    fields = [name for name in first if few and name.startswith("content/field_acc/")]
+    fields = sorted((name for name in first if name.startswith(FIELD)), key=result.get("after", first).__getitem__)
+    if few and len(fields) > WORST:
+        table.caption = f"the {WORST} worst of {len(fields)} fields{'; the report has all' if folder else ''}"
+    fields = fields[:WORST] if few else []
     kinds = [name for name in first if name.startswith("fail/") and any(result[view][name] for view in views)]
     for name in (*HEADLINES, *own, *fields, *kinds):
         cells = [_cell(name, result[view][name], few and counts[view].get(name)) for view in views]

@@ -1,13 +1,10 @@
-"""Metrics as sums and counts, so that the number of processes and uneven batches change nothing.
-
-Every rate counts all rows: an answer that does not parse scores 0. Content is also compared if there is text around the
-document, which shows a model that knows the content but not the format.
-"""
+"""Metrics as sums and counts over all rows, so that the number of processes and uneven batches change nothing."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +30,7 @@ class FormatMetrics(Metric):
     def __init__(self, format: Format) -> None:
         super().__init__()
         self._rates = (*_RATES, *(f"content/field_acc/{field}" for field in format.fields))
-        # One vector is one exchange between processes: rows, both terms of F1, rates, failures.
+        # One vector means one exchange between processes: rows, both terms of F1, rates, failures.
         self.add_state("sums", torch.zeros(3 + len(self._rates) + len(KINDS), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, verdicts: Sequence[Verdict]) -> None:
@@ -64,58 +61,61 @@ class FormatMetrics(Metric):
         return rates | {f"fail/{kind}": count for kind, count in zip(KINDS, failures, strict=True)}
 
 
-class OwnMetrics(torch.nn.ModuleList):
+class OwnMetrics(torch.nn.ModuleDict):
     """The user's own metrics on texts, such as those of torchmetrics.
 
     Each is called `own/` and its class, and the figure's name if `compute` returns several.
     """
 
-    def update(self, predictions: list[str], targets: list[str]) -> None:
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        super().__init__()
+        counts: Counter[str] = Counter()
+        for metric in metrics:
+            name = type(metric).__name__
+            counts[name] += 1
+            self[f"{name}-{counts[name]}" if counts[name] > 1 else name] = metric
+
+    def update(self, predictions: list[str], targets: list[str]) -> None:  # type: ignore[override]
         """Add answers and their targets."""
-        for name, metric in self._named() if predictions else ():
+        for name, metric in self.items() if predictions else ():
             _call(name, "update", metric.update, predictions, targets)
 
     def compute(self) -> dict[str, float]:
         """Every figure, over all processes; NaN before the first answer."""
-        figures: dict[str, float] = {}
-        for name, metric in self._named():
+        figures: dict[str, Any] = {}
+        for name, metric in self.items():
             value = _call(name, "compute", metric.compute)
-            parts = {f"{name}/{part}": v for part, v in value.items()} if isinstance(value, Mapping) else {name: value}
-            figures |= {part: _call(name, "compute", float, figure) for part, figure in parts.items()}
+            named = (
+                {f"/{part}": figure for part, figure in value.items()} if isinstance(value, Mapping) else {"": value}
+            )
+            figures |= {f"own/{name}{part}": _call(name, "compute", float, figure) for part, figure in named.items()}
         return figures
 
     def reset(self) -> None:
         """Reset every metric."""
-        for name, metric in self._named():
+        for name, metric in self.items():
             _call(name, "reset", metric.reset)
 
     def alone(self, predictions: list[str], targets: list[str]) -> dict[str, float]:
         """Every figure of these answers, computed without the other processes."""
         copied = copy.deepcopy(self)
-        for _, metric in copied._named():
+        metrics: Any = copied.values()
+        for metric in metrics:
             metric.distributed_available_fn = lambda: False
         copied.reset()
         copied.update(predictions, targets)
         return copied.compute()
 
-    def _named(self) -> list[tuple[str, Metric]]:
-        named: dict[str, Any] = {}
-        for metric in self:
-            name = f"own/{type(metric).__name__}"
-            same = sum(other.partition("-")[0] == name for other in named)
-            named[f"{name}-{same + 1}" if same else name] = metric
-        return list(named.items())
 
-
-def _call(name: str, what: str, method: Callable[..., Any], *arguments: Any) -> Any:
+def _call(name: str, what: str, method: Any, *arguments: Any) -> Any:
     # Lightning tests in inference mode, and a state made there could not be changed in place in a validation.
     with torch.inference_mode(False), torch.no_grad():
         try:
             return method(*arguments)
         except Exception as error:  # whatever the user's code raises
             raise UserError(
-                f"model.metrics: {what} of {name.removeprefix('own/')} failed: {type(error).__name__}: "
-                f"{first_line(error)} (update takes two lists of texts, compute returns a number or numbers by name)"
+                f"model.metrics: {what} of {name} failed: {type(error).__name__}: {first_line(error)} (update takes "
+                "two lists of texts, compute returns a number or numbers by name)"
             ) from error
 
 
@@ -133,13 +133,7 @@ class LossMetrics(Metric):
         self.add_state("sums", torch.zeros(5, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor, correct: Tensor, sizes: list[int]) -> None:
-        """Add rows.
-
-        Args:
-            nats: Negative log-likelihood of each target token, row after row, shape (tokens,).
-            correct: Whether it is the most likely token, shape (tokens,).
-            sizes: Number of target tokens of each row.
-        """
+        """Add rows of these sizes: each target token's negative log-likelihood, and if it is the most likely."""
         exact = torch.stack([row.all() for row in correct.split(sizes)]).sum()
         self.nats = self.nats + nats.to(self.nats.dtype).sum()
         self._add(nats.numel(), len(sizes), exact, 0, 0)

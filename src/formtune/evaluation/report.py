@@ -5,28 +5,25 @@ from __future__ import annotations
 import difflib
 import html
 import importlib.metadata
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 
 from formtune import __version__
 from formtune.evaluation.baselines import best_prompt
-from formtune.evaluation.comparison import FIELD, figures
-from formtune.evaluation.outcomes import VIEWS, Outcome, field_f1, paired, rate, worst_first
-from formtune.evaluation.page import BLUE, GREY, ORANGE, RED, environment, svg
+from formtune.evaluation.comparison import figures
+from formtune.evaluation.outcomes import FIELD, VIEWS, Outcome, field_f1, paired, rate, worst_first
+from formtune.evaluation.page import environment
 from formtune.evaluation.slices import slices
 from formtune.evaluation.statistics import rate_difference, verdict, wilson
 from formtune.files import write_whole
 from formtune.formats import KINDS, Format
 
 SHOWN = 60  # failures in the gallery
+LOSSES = {"train": "train_loss", "validation": "val_loss"}
 PACKAGES = ("torch", "lightning", "transformers", "peft", "tokenizers")
 
 
@@ -55,16 +52,16 @@ def write_run_report(run: Run, folder: Path) -> None:
 
 def page(run: Run) -> str:
     """The report as HTML."""
-    return (
-        environment()
-        .get_template("evaluation/report.html.jinja")
-        .render(
-            **_facts(run),
-            plots={name: (caption, svg(figure)) for name, caption, figure in pictures(run)},
-            slices=list(_slices(run)),
-            gallery=list(gallery(run.outcomes["after"])),
-            parity=_share(*run.result["counts"]["after"]["val/parity"]),
-        )
+    template = environment().get_template("evaluation/report.html.jinja")
+    history = run.result["training"].get("history") or []
+    return template.render(
+        **_facts(run),
+        history=history,
+        curves=_curves(history),
+        kinds={VIEWS[view]: _kinds(run.outcomes[view]) for view in VIEWS if view in run.outcomes},
+        slices=list(_slices(run)),
+        gallery=list(gallery(run.outcomes["after"])),
+        parity=_share(*run.result["counts"]["after"]["val/parity"]),
     )
 
 
@@ -118,7 +115,6 @@ def _facts(run: Run) -> dict[str, Any]:
     """What the report and the card show."""
     views = [view for view in VIEWS if view in run.outcomes]
     right, rows = rate(run.outcomes["after"], "joint")
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     better = any(_verdict(run, _compared(run)[0], name) == "better" for name in ("exact", "joint"))
     return {
         "run": run,
@@ -129,7 +125,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "figures": {view: figures(run.outcomes[view]) for view in views},
         "field": FIELD,
         "own": [name for name in run.result["after"] if name.startswith("own/")],
-        "versions": {"formtune": __version__} | versions | {"python": platform.python_version()},
+        "versions": {"formtune": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
         "format": run.format.to_dict(),
     }
 
@@ -137,14 +133,14 @@ def _facts(run: Run) -> dict[str, Any]:
 def _slices(run: Run) -> Iterator[tuple[str, str, list[str]]]:
     """Group and name of each slice, its rows, and three figures of the base and the tuned model on it."""
     tuned = run.outcomes["after"]
-    for part in slices(tuned, run.format, run.longest, run.production_p95):
-        after = [tuned[i] for i in part.rows]
+    for group, name, rows in slices(tuned, run.format, run.longest, run.production_p95):
+        after = [tuned[i] for i in rows]
         before, _ = paired(run.outcomes["before"], after)
         cells = [f"{len(after):,}" if len(before) == len(after) else f"{len(after):,} (base {len(before):,})"]
-        for name in ("exact", "joint"):
-            cells += [f"{rate(before, name)[0] / len(before):.1%}" if before else "", _share(*rate(after, name))]
+        for right in ("exact", "joint"):
+            cells += [f"{rate(before, right)[0] / len(before):.1%}" if before else "", _share(*rate(after, right))]
         cells += [f"{field_f1(before):.1%}" if before else "", f"{field_f1(after):.1%}"]
-        yield part.group, part.name, cells
+        yield group, name, cells
 
 
 def gallery(outcomes: Sequence[Outcome]) -> Iterator[tuple[Outcome, Markup, Markup]]:
@@ -159,56 +155,19 @@ def gallery(outcomes: Sequence[Outcome]) -> Iterator[tuple[Outcome, Markup, Mark
         yield outcome, Markup(target), Markup(answer)
 
 
-def pictures(run: Run) -> Iterator[tuple[str, str, Figure]]:
-    """Name, caption and figure of each plot."""
-    history = run.result["training"].get("history") or []
-    if len(history) > 1:
-        yield "curves", "Loss without dropout and valid formats at each validation", _curves(run.result["training"])
-    yield "kinds", "Verdicts on the test rows", _kinds(run)
+def _curves(history: Sequence[dict[str, Any]]) -> list[tuple[str, float, dict[str, list[Any]]]]:
+    """Title and upper limit of each plot, and the values of its curves at each validation."""
+    measured = {name: [point.get(key) for point in history] for name, key in LOSSES.items()}
+    losses: dict[str, list[Any]] = {name: values for name, values in measured.items() if None not in values}
+    rates = {
+        "format/exact": [100 * point["exact"] / point["rows"] for point in history],
+        "field F1": [100 * point["field_f1"] for point in history],
+    }
+    highest = max((value for values in losses.values() for value in values), default=1)
+    return [("loss, nats per token", highest, losses), ("% of the validation rows", 100, rates)]
 
 
-class _Plain(LogFormatter):
-    """Labels a logarithmic axis with plain numbers such as 0.02, not with powers of ten."""
-
-    def __call__(self, x: float, pos: int | None = None) -> str:
-        return f"{x:.4g}" if super().__call__(x, pos) else ""
-
-
-def _curves(training: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(7.5, 2.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    history = training["history"]
-    steps = [point["step"] for point in history]
-    for key, label, color in (("train_loss", "train", BLUE), ("val_loss", "validation", ORANGE)):
-        values = [point.get(key) for point in history]
-        if all(value is not None for value in values):
-            left.plot(steps, values, marker=".", color=color, label=label)
-    left.set(title="loss, nats per token", xlabel="optimizer steps", yscale="log")
-    left.yaxis.set_major_formatter(_Plain())
-    left.yaxis.set_minor_formatter(_Plain(labelOnlyBase=False))
-    right.plot(steps, [100 * p["exact"] / p["rows"] for p in history], marker=".", color=BLUE, label="format/exact")
-    right.plot(steps, [100 * p["field_f1"] for p in history], marker=".", color=ORANGE, label="field F1")
-    right.set(title="% of the validation rows", xlabel="optimizer steps", ylim=(0, 102))
-    for axis in (left, right):
-        axis.legend(frameon=False, fontsize=8)
-        axis.axvline(training["best_step"], color=GREY, linestyle="--", linewidth=1)
-    return figure
-
-
-def _kinds(run: Run) -> Figure:
-    views = [view for view in VIEWS if view in run.outcomes]
-    figure = Figure(figsize=(7.5, 0.9 + 0.4 * len(views)), layout="constrained")
-    axis = figure.subplots()
-    colors = {"ok": "#2f9e60", "content": "#8bc6a4", "extra_text": "#e8c15c", "syntax": RED, "truncated": GREY}
-    others = iter((ORANGE, "#7a4f9e", BLUE, "#6b4423", "#d67fa8", "#1f9aa8", "#3b3f46"))  # one for each other kind
-    left = np.zeros(len(views))
-    for kind in ("ok", "content", *(kind for kind in KINDS if kind not in ("ok", "content"))):
-        shares = np.array([np.mean([outcome.kind == kind for outcome in run.outcomes[view]]) for view in views])
-        if shares.any():
-            color = colors.get(kind) or next(others)
-            axis.barh([VIEWS[view] for view in views], shares, left=left, color=color, label=kind)
-            left += shares
-    axis.invert_yaxis()
-    axis.set(xlim=(0, 1), xticks=[])
-    axis.legend(frameon=False, fontsize=8, ncols=6, loc="upper left", bbox_to_anchor=(0, 0))
-    return figure
+def _kinds(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Share of each kind of verdict that occurs, right answers first."""
+    shares = {kind: sum(outcome.kind == kind for outcome in outcomes) / len(outcomes) for kind in KINDS}
+    return {kind: shares[kind] for kind in ("ok", "content", *KINDS[1:-1]) if shares[kind]}

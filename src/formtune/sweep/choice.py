@@ -1,19 +1,15 @@
 """The point of a grid to take: the smallest within one standard error of the best (Breiman et al. 1984).
 
-Format first: the points whose `format/exact` counts as equal to the highest; of these the points whose field F1 counts
-as equal to their highest; of these the one with the fewest trainable parameters. All on the validation rows: a choice
-that has seen the test rows would flatter its test figures.
+Only validation rows count: a choice that has seen the test rows would flatter its test figures.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
-
-from formtune.sweep.grid import Point
 
 FORMAT, CONTENT = METRICS = ("format/exact", "content/field_f1")
 
@@ -31,101 +27,66 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What the best checkpoints of a point's runs, one a seed, got on the validation rows."""
+    """The figures of a point's finished runs: those of their best checkpoints, and the means on the test rows."""
 
+    name: str
+    seeds: int
     trainable_parameters: int
-    rows: int
-    exact: Estimate
-    field_f1: Estimate
+    rows: int  # for validation
     loss: float  # nats per token
+    validation: dict[str, Estimate]  # by metric
+    test: dict[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Indices into the points: the one to take, and those that count as equal to the best in format and in content."""
-
-    taken: int
-    best_in_format: int
-    in_format: tuple[int, ...]
-    best_in_content: int
-    in_content: tuple[int, ...]
+def measure(name: str, results: Sequence[dict[str, Any]]) -> Measured:
+    """Summarize the `metrics.json` of a point's runs, one a seed."""
+    training = [result["training"] for result in results]
+    best = [run["best"] for run in training]
+    rows = best[0]["rows"]
+    shares = {FORMAT: [b["exact"] / rows for b in best], CONTENT: [b["field_f1"] for b in best]}
+    return Measured(
+        name=name,
+        seeds=len(results),
+        trainable_parameters=training[0]["trainable_parameters"],
+        rows=rows,
+        loss=fmean(b["loss"] for b in best),
+        validation={metric: estimate(values, rows) for metric, values in shares.items()},
+        test={metric: fmean(result["after"][metric] for result in results) for metric in METRICS},
+    )
 
 
 def estimate(shares: Sequence[float], rows: int) -> Estimate:
-    """Mean and standard error: over seeds, or of a rate over the rows if there is one seed.
-
-    The second is exact for a share of rows, and an approximation for F1.
-    """
+    """Mean and standard error over seeds; with one seed the error of a rate over rows, an approximation for F1."""
     mean = fmean(shares)
     if len(shares) > 1:
         return Estimate(mean, stdev(shares) / math.sqrt(len(shares)))
     return Estimate(mean, math.sqrt(mean * (1 - mean) / rows))
 
 
-def choose(points: Sequence[Measured]) -> Choice:
-    """The point to take; all have the same number of seeds and the same validation rows."""
-    best_in_format, in_format = _equal_to_the_best(range(len(points)), [p.exact for p in points], points[0].rows)
-    best_in_content, in_content = _equal_to_the_best(in_format, [p.field_f1 for p in points], points[0].rows)
+def choose(points: Sequence[Measured]) -> tuple[Measured, str]:
+    """The point to take, and why."""
+    in_format = _equal_to_the_best(points, FORMAT)
+    in_content = _equal_to_the_best(in_format, CONTENT)
 
-    def smallest(i: int) -> tuple[float, ...]:
-        point = points[i]
-        return (point.trainable_parameters, -point.exact.mean, -point.field_f1.mean, point.loss, i)
+    def smallest(point: Measured) -> tuple[float, ...]:
+        return (point.trainable_parameters, *(-point.validation[metric].mean for metric in METRICS), point.loss)
 
-    return Choice(min(in_content, key=smallest), best_in_format, in_format, best_in_content, in_content)
-
-
-def _equal_to_the_best(among: Sequence[int], estimates: Sequence[Estimate], rows: int) -> tuple[int, tuple[int, ...]]:
-    best = max(among, key=lambda i: (estimates[i].mean, estimates[i].standard_error))
-    # One row never decides, as among checkpoints: seeds that happen to agree have a standard error of 0.
-    margin = max(estimates[best].standard_error, 1 / rows) + 1e-9  # a row's share is rounded
-    return best, tuple(i for i in among if estimates[i].mean >= estimates[best].mean - margin)
-
-
-def findings(
-    points: Sequence[Point], seeds: Sequence[int], results: dict[tuple[int, int], dict[str, Any]]
-) -> dict[str, Any]:
-    """What each point measured, which is taken, and why; `results` is `metrics.json` by index of the point and seed."""
-    entries = []
-    measured: dict[str, Measured] = {}
-    for at, point in enumerate(points):
-        runs = {seed: results[at, seed] for seed in seeds if (at, seed) in results}
-        folders = {seed: f"{point.name}-seed{seed}" for seed in runs}
-        entry: dict[str, Any] = {"name": point.name, "values": point.values, "runs": folders}
-        entries.append(entry)
-        if not runs:
-            continue
-        first, training = next(iter(runs.values())), [result["training"] for result in runs.values()]
-        best, rows = [one["best"] for one in training], training[0]["best"]["rows"]
-        exact = estimate([one["exact"] / rows for one in best], rows)
-        field_f1 = estimate([one["field_f1"] for one in best], rows)
-        loss, size = fmean(one["loss"] for one in best), training[0]["trainable_parameters"]
-        test = {name: [result["after"][name] for result in runs.values()] for name in METRICS}
-        entry |= {"trainable_parameters": size, "seconds": fmean(one["seconds"] for one in training), "loss": loss}
-        entry |= {"rows": rows, "validation": {FORMAT: asdict(exact), CONTENT: asdict(field_f1)}}
-        entry |= {"test": {name: asdict(estimate(shares, first["rows"])) for name, shares in test.items()}}
-        if len(runs) == len(seeds):  # a point that lost a seed would be judged by those that went well
-            measured[point.name] = Measured(size, rows, exact, field_f1, loss)
-    found = {"rows": None, "points": entries, "taken": None}
-    if not measured:
-        return found | {"reason": "Nothing is taken: no point has finished with every seed."}
-    names, candidates = list(measured), list(measured.values())
-    choice = choose(candidates)
-    reason = _reason(names, candidates, choice)
-    if lacking := [point.name for point in points if point.name not in names]:
-        reason += f" Not considered, since a run failed: {', '.join(lacking)}."
-    return found | {"rows": candidates[0].rows, "taken": names[choice.taken], "reason": reason}
-
-
-def _reason(names: Sequence[str], points: Sequence[Measured], choice: Choice) -> str:
-    taken, size = names[choice.taken], points[choice.taken].trainable_parameters
-    as_small = sum(points[at].trainable_parameters == size for at in choice.in_content)
-    best = f"the best figures of the {as_small} with " if as_small > 1 else ""
-    in_format, in_content = (", ".join(names[at] for at in among) for among in (choice.in_format, choice.in_content))
-    exact, field_f1 = points[choice.best_in_format].exact, points[choice.best_in_content].field_f1
-    nothing = "" if exact.mean else "No point has an answer with a valid format, so train longer first. "
-    return (
-        f"{nothing}{taken} is taken. Within one standard error, or one row, of the best format/exact "
-        f"({names[choice.best_in_format]}, {exact}): {in_format}. Of these, as near to their best field F1 "
-        f"({names[choice.best_in_content]}, {field_f1}): {in_content}. "
-        f"{taken} has {best}the fewest trainable parameters, {size:,}."
+    taken = min(in_content, key=smallest)
+    valid = any(point.validation[FORMAT].mean for point in points)
+    nothing = "" if valid else "No point has an answer with a valid format, so train longer first. "
+    return taken, (
+        f"{nothing}{taken.name} is taken: none has fewer parameters ({taken.trainable_parameters:,}) of those "
+        f"within one standard error, or one row, of the best format/exact ({_names(in_format)}) and then of the best "
+        f"field F1 ({_names(in_content)})."
     )
+
+
+def _names(points: Sequence[Measured]) -> str:
+    return ", ".join(point.name for point in points)
+
+
+def _equal_to_the_best(points: Sequence[Measured], metric: str) -> list[Measured]:
+    best = max((p.validation[metric] for p in points), key=lambda e: (e.mean, e.standard_error))
+    # One row never decides, as among checkpoints: seeds that happen to agree have a standard error of 0.
+    margin = max(best.standard_error, 1 / points[0].rows) + 1e-9  # a row's share is rounded
+    return [point for point in points if point.validation[metric].mean >= best.mean - margin]

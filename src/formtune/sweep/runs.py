@@ -1,7 +1,8 @@
-"""Runs are separate processes of `formtune fit`, so that one out of memory does not end the sweep."""
+"""Runs are separate processes of `formtune train`, so that one out of memory does not end the sweep."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,25 +15,37 @@ from pathlib import Path
 from typing import Any
 
 TRAIN = [sys.executable, "-m", "formtune", "train"]
-PAUSE = 0.2  # seconds between two looks at what has ended
+PAUSE = 0.2  # seconds between two checks for processes that have ended
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One run."""
 
-    at: tuple[int, int]  # index of its point, and its seed
+    point: str
     folder: Path
-    words: list[str]  # after `formtune fit`
+    arguments: list[str]
 
     @property
     def log(self) -> Path:
         """What the run prints."""
         return self.folder / "output.log"
 
+    def result(self) -> dict[str, Any] | None:
+        """Its `metrics.json`; None if it is not finished."""
+        path = self.folder / "metrics.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def why(self, code: int) -> str:
+        """Why it ended with this exit code, in one line."""
+        if code < 0:
+            return f"ended by {signal.Signals(-code).name}"
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().rsplit("\n", 1)
+        return lines[-1].removeprefix("formtune: error: ") or f"exit code {code}"
+
 
 def devices(trainer: dict[str, Any]) -> list[str | None]:
-    """The GPUs that take one run each at a time, as CUDA_VISIBLE_DEVICES names them; None takes what there is.
+    """The GPUs that take one run each at a time, as CUDA_VISIBLE_DEVICES names them; None is whatever there is.
 
     Runs whose trainer asks for several devices follow one another.
     """
@@ -67,7 +80,7 @@ def run_all(jobs: Sequence[Job], on: Sequence[str | None]) -> Generator[tuple[Jo
                 yield job, process.returncode
     finally:
         for process in running:
-            os.killpg(process.pid, signal.SIGKILL)  # at once, with its own processes: it loses seconds
+            os.killpg(process.pid, signal.SIGKILL)  # with its own processes; a resumed run loses seconds
             process.wait()
 
 
@@ -76,6 +89,6 @@ def _start(job: Job, device: str | None) -> subprocess.Popen[bytes]:
     visible = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
     with job.log.open("wb") as log:
         return subprocess.Popen(
-            [*TRAIN, *job.words], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            [*TRAIN, *job.arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             env=os.environ | visible, start_new_session=True,
         )  # fmt: skip

@@ -18,10 +18,8 @@ from hypothesis import strategies as st
 
 from conftest import SCHEMA, SHARED, WORDY, pair
 from formtune.audit.drift import compare_inputs
-from formtune.audit.findings import audit
-from formtune.audit.origins import by_origin, ungrounded
+from formtune.audit.findings import audit, ungrounded
 from formtune.audit.output import page
-from formtune.audit.pictures import pictures
 from formtune.cli import main
 from formtune.data.blockers import uneven_shares
 from formtune.data.cleaning import Example
@@ -110,7 +108,7 @@ def test_production_that_is_longer_than_the_limit_blocks(task, tmp_path):
     assert main(["audit", "-c", "t.yaml"]) == 1
     found = read(folder)
     assert "production's inputs have" in found["blockers"][0] and "raise data.max_length" in found["blockers"][0]
-    assert any("by their" in line for line in found["warnings"])
+    assert any("by their words" in line for line in found["warnings"])
 
 
 def test_synthetic_rows_are_counted_and_capped(task):
@@ -194,16 +192,6 @@ def test_values_that_do_not_stand_in_the_input_are_listed_but_for_derived_ones()
     }
     assert found["who"]["rows"][0] == {"where": "2", "value": "Anne", "source": "m"}
     assert found["who"]["share"] == pytest.approx(1 / 3)
-    sources = by_origin(rows, FORMAT)
-    assert (sources["m"]["rows"], sources["m"]["ungrounded"], sources[""]["ungrounded"]) == (2, 1, 1)
-
-
-def test_a_teacher_that_always_begins_alike_is_seen():
-    rows = [example(str(n), f"I want to order {n}", {}, "m") for n in range(30)]
-    rows += [example(str(n), f"{n} please, and {n * 7} too", {}, "human") for n in range(30)]
-    found = by_origin(rows, FORMAT)
-    assert found["m"]["openings"] == {"i want to": 1.0}
-    assert found["m"]["distinct_2"] < found["human"]["distinct_2"]
 
 
 def test_a_classifier_tells_what_differs_and_nothing_where_nothing_does():
@@ -211,8 +199,7 @@ def test_a_classifier_tells_what_differs_and_nothing_where_nothing_does():
     same = compare_inputs(texts[:150], texts[150:])
     assert same["auc"] < 0.7
     other = compare_inputs(texts[:150], [text.replace("please", "urgent:") for text in texts[150:]])
-    assert other["auc"] > 0.95 and other["features"]["production"][0][0].startswith("urgent")
-    assert other["new_words"]["urgent"] == 150 and other["known_words"] < 1
+    assert other["auc"] > 0.95 and other["features"]["production"][0].startswith("urgent")
     assert compare_inputs(["a"], ["b"])["auc"] == 0.5
 
 
@@ -288,17 +275,6 @@ def test_the_demos_production_is_seen_to_be_longer(demo):
     assert not found["ungrounded"]
 
 
-def test_every_p95_line_has_its_figure_in_the_legend(demo):
-    found, _, _ = demo
-    (lengths,) = [figure for name, _, figure in pictures(found) if name == "lengths"]
-    said = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in lengths.axes]
-    train, production = found["lengths"]["train"], found["production"]["lengths"]
-    assert said == [
-        [f"train: P95 {train['prompt']['P95']}", f"production: P95 {production['prompt']['P95']}"],
-        [f"train: P95 {train['answer']['P95']}"],
-    ]
-
-
 def test_the_page_is_whole_in_itself_and_escapes_what_rows_hold(demo):
     found, _, _ = demo
     strange = {
@@ -315,10 +291,11 @@ def test_the_page_is_whole_in_itself_and_escapes_what_rows_hold(demo):
     seen.feed(text)
     assert not seen.outside and "url(http" not in text
     assert not seen.tags["script"] and "&lt;script&gt;" in text
-    assert seen.tags["svg"] >= 3 and seen.tags["details"] >= 5
+    assert seen.tags["details"] >= 5
     assert len(text) < 3_000_000
 
 
+@pytest.mark.slow
 def test_a_killed_audit_leaves_nothing_half_written(tmp_path, base):
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     rows = [pair(n, f"number {n * 7919} of {n * n}") for n in range(4000)]
@@ -368,6 +345,7 @@ def test_no_row_is_ever_lost_whatever_the_bytes(tmp_path, base, lines):
     assert len(places) == len(set(places)) == splits.read["train"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real rows in ../shared")
 @pytest.mark.parametrize(("name", "copies", "torn", "leaks"), [("snips", 161, 0, 2), ("wnut17", 91, 11, 0)])
 def test_what_is_known_of_real_rows_is_found(tmp_path, monkeypatch, base, name, copies, torn, leaks):
