@@ -65,7 +65,7 @@ def fingerprint(examples: Mapping[str, Sequence[Example]], settings: DataSetting
         "repair_answers": settings.repair_answers,
         "near_duplicates": settings.near_duplicates,
         "limits": [settings.limit, settings.max_new_tokens],
-        "format": [format.to_dict(), format._init_args],
+        "format": format.to_dict(),
         "tokenizer": [
             f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}",
             tokenizer.backend_tokenizer.to_str(),
@@ -78,7 +78,7 @@ def fingerprint(examples: Mapping[str, Sequence[Example]], settings: DataSetting
     }
     try:
         hashed = hashlib.blake2b(json.dumps(inputs).encode(), digest_size=16)
-        for path in (*own_code("base", "data", "formats"), *_format_code(format), *_files(format._init_args)):
+        for path in (*own_code("base", "data", "formats"), *_format_code(format), *_files(inputs["format"])):
             hashed.update(hashlib.sha256(path.read_bytes()).digest())
     except (TypeError, ValueError, OSError):  # arguments that are not plain data, a class typed into an interpreter
         return None

@@ -9,10 +9,9 @@ from itertools import islice
 from typing import Any
 
 import regex
-from jsonargparse.typing import PositiveFloat
 
 from formtune.errors import UserError
-from formtune.formats.bounded import compile_pattern
+from formtune.formats.bounded import CHECK_SECONDS, compile_pattern, seconds_left
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
 from formtune.formats.grammar import check_pattern
 
@@ -26,22 +25,21 @@ class Regex(Format):
 
     Args:
         pattern: Regular expression in the syntax of the `regex` package; named groups are the values.
-        seconds: Time after which a match is given up and counts as none.
     """
 
-    def __init__(self, pattern: str, seconds: PositiveFloat = 1.0) -> None:
+    def __init__(self, pattern: str) -> None:
         try:
             self._pattern = compile_pattern(pattern)
         except regex.error as error:
             raise UserError(f"data.format.pattern: not a regular expression ({error})") from None
-        self.pattern, self.seconds = pattern, seconds
+        self.pattern = pattern
         self.fields = tuple(self._pattern.groupindex)
 
     def parse(self, text: str) -> Any:
         try:
-            match = self._pattern.fullmatch(text, timeout=self.seconds)
+            match = self._pattern.fullmatch(text, timeout=seconds_left())
         except TimeoutError:
-            raise SyntaxProblem(f"matching took more than {self.seconds} s", timeout=True) from None
+            raise SyntaxProblem(f"matching took more than {CHECK_SECONDS} s") from None
         if match is None:
             raise SyntaxProblem(f"{text[:60]!r} does not match the pattern")
         return match.groupdict() if self.fields else text
@@ -49,7 +47,7 @@ class Regex(Format):
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
         yield from super().documents(text)
         try:
-            matches = islice(self._pattern.finditer(text, answer_start(text), timeout=self.seconds), MAX_MATCHES)
+            matches = islice(self._pattern.finditer(text, answer_start(text), timeout=seconds_left()), MAX_MATCHES)
             yield from _only_one(text, [match.span() for match in matches])
         except TimeoutError:
             return

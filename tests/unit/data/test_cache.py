@@ -174,7 +174,7 @@ def test_a_format_of_ones_own_is_told_by_its_code_that_of_its_neighbours_and_the
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (folder / "mine_rules.py").write_text("def parse(text):\n    return text\n")
     (folder / "words.txt").write_text("a")
-    body = "    def __init__(self, words: str = 'words.txt') -> None:\n        pass"
+    body = "    def __init__(self, words: str = 'words.txt') -> None:\n        self.words = words"
     found = load_format(folder, body)
     split(format=found())
     assert split(format=found()).cached is not None
@@ -188,7 +188,7 @@ def test_a_format_of_ones_own_is_told_by_its_code_that_of_its_neighbours_and_the
 def test_a_format_with_arguments_that_are_no_data_is_worked_out_each_time(folder):
     class Opaque(Format):
         def __init__(self, rule: object) -> None:
-            pass
+            self.rule = rule
 
         def parse(self, text: str) -> object:
             return text
