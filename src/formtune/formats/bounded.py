@@ -1,7 +1,7 @@
 """A JSON Schema validator and regular expressions with bounds of time and memory, whatever the text.
 
-The `jsonschema` library validates. Replaced are the keywords that hand patterns to `re`, which has no timeout, or that
-compare all pairs of items. References check the time: alternatives that refer to each other can cost 2**depth.
+The `jsonschema` library validates, but for the keywords that hand patterns to `re`, which has no timeout, that compare
+all pairs of items, or that follow references: alternatives that refer to each other can cost 2**depth.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
 from datetime import time as clock
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
+import referencing
+import referencing.jsonschema
 import regex
 from jsonschema import Draft202012Validator, FormatChecker
 from jsonschema.exceptions import ValidationError
@@ -131,24 +133,28 @@ def _unique_items(validator: Any, unique: bool, value: Any, schema: Any) -> Iter
             yield ValidationError("items are not unique")
 
 
-def _timed(keyword: str) -> Callable[..., Iterator[ValidationError]]:
-    follow = Draft202012Validator.VALIDATORS[keyword]
+def resolver(root: dict[str, Any]) -> Callable[[str], Any]:
+    """The function that looks up references within a schema; it raises `Unresolvable` and never fetches anything."""
+    resource = referencing.jsonschema.DRAFT202012.create_resource(root)
+    within = referencing.Registry().with_resource("", resource).resolver()
+    return cache(lambda reference: within.lookup(reference).contents)
 
-    def check(validator: Any, reference: str, value: Any, schema: Any) -> Iterator[ValidationError]:
+
+def bounded_validator(root: dict[str, Any]) -> Any:
+    """The validator of a schema that has no `$id` and no references to other files."""
+    resolve = resolver(root)
+
+    def follow(validator: Any, reference: str, value: Any, schema: Any) -> Iterator[ValidationError]:
         seconds_left()
-        yield from follow(validator, reference, value, schema)
+        yield from validator.descend(value, resolve(reference))
 
-    return check
-
-
-BoundedValidator: Any = extend(
-    Draft202012Validator,
-    {
+    keywords = {
         "pattern": _pattern,
         "patternProperties": _pattern_properties,
         "additionalProperties": _additional,
         "uniqueItems": _unique_items,
-        "$ref": _timed("$ref"),
-        "$dynamicRef": _timed("$dynamicRef"),
-    },
-)
+        "$ref": follow,
+        "$dynamicRef": follow,
+    }
+    cls: Any = extend(Draft202012Validator, keywords)
+    return cls(root, registry=referencing.Registry(), format_checker=FORMATS)

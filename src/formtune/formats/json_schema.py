@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -90,7 +91,9 @@ class JsonSchema(Format):
         yield from find_documents(text, answer_start(text), self._brackets)
 
     def write(self, value: Any) -> str:
-        return json.dumps(self._places.ordered(value), ensure_ascii=False, separators=(",", ":"))
+        with suppress(RecursionError):  # an alternative that refers to itself gives no order
+            value = self._places.ordered(value)
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
     def grammar(self) -> str:
         return json_rules(self._root, self.canonical)

@@ -8,12 +8,11 @@ bottom with one alternative of each union that the document keeps; llguidance wr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
 from itertools import chain, islice, product
 from typing import Any
 
-from formtune.formats.bounded import seconds_left
-from formtune.formats.schema import resolver, types
+from formtune.formats.bounded import resolver, seconds_left
+from formtune.formats.schema import types
 
 MAX_WAYS = 1000  # of combining alternatives at one place; each union multiplies them
 
@@ -29,7 +28,7 @@ class Places:
 
     def __init__(self, validator: Any) -> None:
         self._validator, self._root = validator, validator.schema
-        self._referenced = cache(lambda reference: resolver(self._root).lookup(reference).contents)
+        self._resolve = resolver(self._root)
 
     def paths(
         self, nodes: Sequence[Any], path: str = "", above: frozenset[int] = frozenset(), in_array: bool = False
@@ -78,7 +77,7 @@ class Places:
             if key == own:
                 yield None
             elif key in ("$ref", "$dynamicRef"):
-                yield [self._referenced(inner)]
+                yield [self._resolve(inner)]
             elif key == "allOf":
                 yield from ([part] for part in inner)
             elif key in ("anyOf", "oneOf"):

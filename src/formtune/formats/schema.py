@@ -7,15 +7,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import referencing
-import referencing.exceptions
-import referencing.jsonschema
 import regex
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
+from referencing.exceptions import Unresolvable
 
 from formtune.errors import UserError
-from formtune.formats.bounded import FORMATS, BoundedValidator, compile_ecma, time_limit
+from formtune.formats.bounded import FORMATS, bounded_validator, compile_ecma, resolver, time_limit
 from formtune.formats.strict_json import loads_strict
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -57,13 +55,12 @@ def make_validator(schema: Any, name: str) -> Any:
     """
     for problem in _problems(schema):
         raise UserError(f"{name}: {problem}")
-    return _validator(schema)
+    return bounded_validator(_without_root_keys(schema))
 
 
-def _validator(schema: dict[str, Any]) -> Any:
+def _without_root_keys(schema: dict[str, Any]) -> dict[str, Any]:
     # With `$schema` in it a reference to the root would leave the bounded keywords for the library's own.
-    root = {key: value for key, value in schema.items() if key not in ROOT_ONLY}
-    return BoundedValidator(root, registry=referencing.Registry(), format_checker=FORMATS)
+    return {key: value for key, value in schema.items() if key not in ROOT_ONLY}
 
 
 def _problems(schema: Any) -> Iterator[str]:
@@ -77,14 +74,14 @@ def _problems(schema: Any) -> Iterator[str]:
     meta = Draft202012Validator(Draft202012Validator.META_SCHEMA)
     if error := best_match(meta.iter_errors(schema)):
         yield f"not a JSON Schema ({error.json_path}: {error.message[:120]})"
-    validator = _validator(schema)
-    nodes = list(schema_nodes(validator.schema))
+    root = _without_root_keys(schema)
+    nodes = list(schema_nodes(root))
     for path, node in nodes:
         yield from _node_problems(path, node)
     if {"patternProperties", "unevaluatedProperties"} <= {key for _, node in nodes for key in node}:
         # The library would match these by `re`.
         yield "patternProperties with unevaluatedProperties is not read; use additionalProperties"
-    yield from _reference_problems(validator, nodes)
+    yield from _reference_problems(root, nodes)
 
 
 def _node_problems(path: str, node: dict[str, Any]) -> Iterator[str]:
@@ -103,32 +100,27 @@ def _node_problems(path: str, node: dict[str, Any]) -> Iterator[str]:
         yield f"{path}.format: {node['format']!r} cannot be checked, only {known}; use a pattern"
 
 
-def _reference_problems(validator: Any, nodes: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
-    schemas, lookup = {id(node) for _, node in nodes}, resolver(validator.schema).lookup
+def _reference_problems(root: dict[str, Any], nodes: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+    schemas, resolve = {id(node) for _, node in nodes}, resolver(root)
     references = [(path, node, key) for path, node in nodes for key in REFERENCES if key in node]
     for path, node, key in references:
         reference = node[key]
         if not reference.startswith("#"):
             yield f"{key} {reference!r} leads out of the file; copy what it names into $defs"
         try:
-            target = lookup(reference).contents
-        except referencing.exceptions.Unresolvable:
+            target = resolve(reference)
+        except Unresolvable:
             target = None
         if not isinstance(target, bool) and id(target) not in schemas:
             yield f"{path}: a $ref leads nowhere ({reference!r}); fix it or add what it names"
     values: tuple[Any, ...] = (None, True, 0, "", [], {})
+    validator = bounded_validator(root)
     try:
         for (_, node, _), value in product(references, values):
             with time_limit():
                 validator.evolve(schema=node).is_valid(value)
     except (RecursionError, TimeoutError):
         yield "a $ref leads back to itself without end; put a property or items between"
-
-
-def resolver(root: Any) -> Any:
-    """Looks up `$ref` within a schema; never fetches anything."""
-    resource = referencing.jsonschema.DRAFT202012.create_resource(root)
-    return referencing.Registry().with_resource("", resource).resolver()
 
 
 def types(node: dict[str, Any]) -> list[str]:
