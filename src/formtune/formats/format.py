@@ -59,16 +59,6 @@ class Verdict:
         return self.exact and self.content is not None and self.content.equal
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """What `Format.check` finds in a text."""
-
-    problems: list[Problem]  # of the document, or why there is none
-    value: Any = None
-    is_document: bool = False
-    around: str = ""  # the text beside the document
-
-
 class Format(ABC):
     """A format; your own needs `parse`, and the other methods if it has more to say.
 
@@ -144,60 +134,60 @@ class Format(ABC):
         Raises:
             UserError: `target` is not a document of the format.
         """
-        reading, content = self._read(text), None
-        problems = list(reading.problems)
-        if reading.around:
-            problems.append(Problem("extra_text", f"{reading.around[:60]!r} is beside the document"))
+        is_document, value, problems = self._read(text)
+        content, is_loose = None, finished and is_document and all(p.kind == "extra_text" for p in problems)
         if not finished:
-            why = "a document, then no end" if reading.is_document else "cut before its end"
+            why = "a document, then no end" if is_document else "cut before its end"
             problems.append(Problem("truncated", f"no stop token: {why}"))
         if target is not None:
-            expected = self._target(target)
-            content = compare(
-                reading.value, expected, reading.is_document, input, self.fields, self.sets, self.derived
-            )
+            try:
+                expected = self._parse(target)
+            except SyntaxProblem as error:
+                raise UserError(f"a target breaks its format ({error}): {target[:80]!r}") from None
+            content = compare(value, expected, is_document, input, self.fields, self.sets, self.derived)
             if content.difference:
                 problems.append(Problem("content", content.difference))
         first = min(problems, key=lambda problem: KINDS.index(problem.kind), default=Problem("ok", ""))
-        loose = finished and reading.is_document and not reading.problems
-        return Verdict(first.kind, " ".join(first.detail.split()), loose, reading.value, content)
+        return Verdict(first.kind, " ".join(first.detail.split()), is_loose, value, content)
 
-    def _read(self, text: str) -> _Reading:
-        """Read the whole text as a document, else a document within it."""
+    def _read(self, text: str) -> tuple[bool, Any, list[Problem]]:
+        """Whether the text holds a document, the document, and what is wrong."""
         if not text.strip():
-            return _Reading([Problem("empty", "the answer is empty")])
+            return False, None, [Problem("empty", "the answer is empty")]
         if len(text) > MAX_CHARACTERS:
-            return _Reading([Problem("syntax", f"longer than {MAX_CHARACTERS:,} characters")])
+            return False, None, [Problem("syntax", f"longer than {MAX_CHARACTERS:,} characters")]
         try:
-            return self._read_document(text)
+            return True, *self._judge(text)
         except SyntaxProblem as error:
-            return self._find(text) or _Reading([Problem("syntax", str(error))])
+            return self._find(text) or (False, None, [Problem("syntax", str(error))])
 
-    def _find(self, text: str) -> _Reading | None:
-        """The first valid document within the text, else the first that is not part of another."""
+    def _find(self, text: str) -> tuple[bool, Any, list[Problem]] | None:
+        """As `_read`, of the first valid document within the text, else of the first that is not part of another."""
         first = None
         for start, end in self.documents(text):
             try:
-                reading = self._read_document(text[start:end], text[:start] or text[end:])
+                value, problems = self._judge(text[start:end])
             except SyntaxProblem:
                 continue
-            if not reading.problems:
-                return reading
+            extra = Problem("extra_text", f"{(text[:start] or text[end:])[:60]!r} is beside the document")
+            if not problems:
+                return True, value, [extra]
             # A part of a broken document is not the document.
             if first is None and not re.search(r"[\[{]", text[answer_start(text) : start]):
-                first = reading
+                first = True, value, [extra, *problems]
         return first
 
-    def _read_document(self, text: str, around: str = "") -> _Reading:
+    def _judge(self, text: str) -> tuple[Any, list[Problem]]:
+        """The document that the whole text is, and what is wrong with it."""
         value = self._parse(text)
         try:
             problems = self.problems(value)
             if self.canonical and self.write(value) != text:
-                problems = [*problems, Problem("layout", "key order or white space is not canonical")]
+                problems.append(Problem("layout", "key order or white space is not canonical"))
         except (TimeoutError, RecursionError):
             detail = f"the check took more than {CHECK_SECONDS} s of processor time or recursed too deeply"
             problems = [Problem("bad_value_form", detail)]
-        return _Reading(problems, value, True, around)
+        return value, problems
 
     def _parse(self, text: str) -> Any:
         try:
@@ -206,12 +196,6 @@ class Format(ABC):
             raise
         except Exception as error:  # your own parser may fail in any way on an unexpected text
             raise SyntaxProblem(f"{type(error).__name__}: {error}") from error
-
-    def _target(self, target: str) -> Any:
-        try:
-            return self._parse(target)
-        except SyntaxProblem as error:
-            raise UserError(f"a target breaks its format ({error}): {target[:80]!r}") from None
 
 
 def answer_start(text: str) -> int:

@@ -46,11 +46,7 @@ class Regex(Format):
 
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
         yield from super().documents(text)
-        try:
-            matches = islice(self._pattern.finditer(text, answer_start(text), timeout=seconds_left()), MAX_MATCHES)
-            yield from _only_one(text, [match.span() for match in matches])
-        except TimeoutError:
-            return
+        yield from _only_match(self._pattern, text)
 
     def grammar(self) -> str | None:
         check_pattern(self.pattern, "data.format.pattern")
@@ -86,7 +82,7 @@ class Labels(Format):
 
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
         yield from super().documents(text)
-        yield from _only_one(text, [match.span() for match in self._any.finditer(text, answer_start(text))])
+        yield from _only_match(self._any, text)
 
     def grammar(self) -> str | None:
         return f"answer: {' | '.join(map(json.dumps, self.labels))}"
@@ -143,11 +139,12 @@ class Tagged(Format):
         return "\n".join([f"answer: {sections}", *bodies])
 
 
-def _only_one(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _only_match(pattern: Any, text: str) -> list[tuple[int, int]]:
     """The only match that is a whole word, nothing if several differ: "yes or no" is not an answer."""
-
-    def is_whole(start: int, end: int) -> bool:
-        return start < end and not re.search(r"\w", text[max(start - 1, 0) : start] + text[end : end + 1])
-
-    whole = [(start, end) for start, end in spans if is_whole(start, end)]
+    try:
+        matches = list(islice(pattern.finditer(text, answer_start(text), timeout=seconds_left()), MAX_MATCHES))
+    except TimeoutError:
+        return []
+    spans = [match.span() for match in matches if match[0]]
+    whole = [(a, b) for a, b in spans if not re.search(r"\w", text[max(a - 1, 0) : a] + text[b : b + 1])]
     return whole[:1] if len({text[start:end] for start, end in whole}) == 1 else []
