@@ -26,6 +26,7 @@ from jsonschema.validators import extend
 
 from formtune.formats.content import typed
 
+ROOT_ONLY = ("$schema", "$id")
 CHECK_SECONDS = 0.5  # of processor time, so that a busy machine changes no verdict; an ordinary check needs 0.0001
 MAX_STEPS = 100_000  # of a pattern with its repetitions written out, some 30 MB
 
@@ -140,8 +141,10 @@ def resolver(root: dict[str, Any]) -> Callable[[str], Any]:
     return cache(lambda reference: within.lookup(reference).contents)
 
 
-def bounded_validator(root: dict[str, Any]) -> Any:
-    """The validator of a schema that has no `$id` and no references to other files."""
+def bounded_validator(schema: dict[str, Any]) -> Any:
+    """The validator of a schema without references to other files."""
+    # With `$schema` in it a reference to the root would leave the keywords below for the library's own.
+    root = {key: value for key, value in schema.items() if key not in ROOT_ONLY}
     resolve = resolver(root)
 
     def follow(validator: Any, reference: str, value: Any, schema: Any) -> Iterator[ValidationError]:

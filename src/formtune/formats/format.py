@@ -77,11 +77,7 @@ class Format(ABC):
 
     @abstractmethod
     def parse(self, text: str) -> Any:
-        """The document that the whole text is, as plain Python data.
-
-        Raises:
-            SyntaxProblem: The text is not a document; any other exception says the same, less precisely.
-        """
+        """The document that the whole text is, as plain Python data; raises SyntaxProblem if it is not one."""
 
     def problems(self, value: Any) -> list[Problem]:
         """What is wrong with a document that parsed."""
@@ -102,10 +98,7 @@ class Format(ABC):
         """The format for constrained decoding, None if the format has no grammar.
 
         Lark rules in llguidance's dialect, of which `answer` is the whole text: `answer: "yes" | "no"`. They may allow
-        less than the format, never more.
-
-        Raises:
-            UserError: This format cannot be expressed.
+        less than the format, never more. Raises UserError if the format cannot be expressed.
         """
         return None
 
@@ -123,16 +116,10 @@ class Format(ABC):
     def check(
         self, text: str, *, finished: bool = True, target: str | None = None, input: str | None = None
     ) -> Verdict:
-        """Judge a text; every text gets a verdict.
+        """Judge an answer without its stop token; every text gets a verdict.
 
-        Args:
-            text: The answer without its stop token.
-            finished: False if the answer was cut for length before a stop token.
-            target: The target, which itself has a valid format.
-            input: The input, to tell made-up values from misread ones.
-
-        Raises:
-            UserError: `target` is not a document of the format.
+        `finished` is False for an answer that was cut for length. `target` must be a document of the format. The input
+        tells made-up values from misread ones.
         """
         is_document, value, problems = self._read(text)
         content, is_loose = None, finished and is_document and all(p.kind == "extra_text" for p in problems)
@@ -181,7 +168,7 @@ class Format(ABC):
         """The document that the whole text is, and what is wrong with it."""
         value = self._parse(text)
         try:
-            problems = self.problems(value)
+            problems = [*self.problems(value)]
             if self.canonical and self.write(value) != text:
                 problems.append(Problem("layout", "key order or white space is not canonical"))
         except (TimeoutError, RecursionError):

@@ -13,11 +13,10 @@ from jsonschema.exceptions import best_match
 from referencing.exceptions import Unresolvable
 
 from formtune.errors import UserError
-from formtune.formats.bounded import FORMATS, bounded_validator, compile_ecma, resolver, time_limit
+from formtune.formats.bounded import FORMATS, ROOT_ONLY, bounded_validator, compile_ecma, resolver, time_limit
 from formtune.formats.strict_json import loads_strict
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-ROOT_ONLY = ("$schema", "$id")
 REFERENCES = ("$ref", "$dynamicRef")
 MAX_CHARACTERS = 500_000  # of a schema's file: to check a schema takes time
 
@@ -55,16 +54,11 @@ def make_validator(schema: Any, name: str) -> Any:
     """
     for problem in _problems(schema):
         raise UserError(f"{name}: {problem}")
-    return bounded_validator(_without_root_keys(schema))
-
-
-def _without_root_keys(schema: dict[str, Any]) -> dict[str, Any]:
-    # With `$schema` in it a reference to the root would leave the bounded keywords for the library's own.
-    return {key: value for key, value in schema.items() if key not in ROOT_ONLY}
+    return bounded_validator(schema)
 
 
 def _problems(schema: Any) -> Iterator[str]:
-    """What keeps a schema from judging every text; each step takes for granted that those before found nothing."""
+    """What keeps a schema from judging every text; no step makes sense unless those before it yield nothing."""
     if not isinstance(schema, dict):
         yield f"expected an object as schema, found {schema!r:.40}"
         return
@@ -74,14 +68,14 @@ def _problems(schema: Any) -> Iterator[str]:
     meta = Draft202012Validator(Draft202012Validator.META_SCHEMA)
     if error := best_match(meta.iter_errors(schema)):
         yield f"not a JSON Schema ({error.json_path}: {error.message[:120]})"
-    root = _without_root_keys(schema)
-    nodes = list(schema_nodes(root))
+    validator = bounded_validator(schema)
+    nodes = list(schema_nodes(validator.schema))
     for path, node in nodes:
         yield from _node_problems(path, node)
     if {"patternProperties", "unevaluatedProperties"} <= {key for _, node in nodes for key in node}:
         # The library would match these by `re`.
         yield "patternProperties with unevaluatedProperties is not read; use additionalProperties"
-    yield from _reference_problems(root, nodes)
+    yield from _reference_problems(validator, nodes)
 
 
 def _node_problems(path: str, node: dict[str, Any]) -> Iterator[str]:
@@ -100,8 +94,8 @@ def _node_problems(path: str, node: dict[str, Any]) -> Iterator[str]:
         yield f"{path}.format: {node['format']!r} cannot be checked, only {known}; use a pattern"
 
 
-def _reference_problems(root: dict[str, Any], nodes: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
-    schemas, resolve = {id(node) for _, node in nodes}, resolver(root)
+def _reference_problems(validator: Any, nodes: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+    schemas, resolve = {id(node) for _, node in nodes}, resolver(validator.schema)
     references = [(path, node, key) for path, node in nodes for key in REFERENCES if key in node]
     for path, node, key in references:
         reference = node[key]
@@ -114,7 +108,6 @@ def _reference_problems(root: dict[str, Any], nodes: list[tuple[str, dict[str, A
         if not isinstance(target, bool) and id(target) not in schemas:
             yield f"{path}: a $ref leads nowhere ({reference!r}); fix it or add what it names"
     values: tuple[Any, ...] = (None, True, 0, "", [], {})
-    validator = bounded_validator(root)
     try:
         for (_, node, _), value in product(references, values):
             with time_limit():

@@ -17,11 +17,7 @@ MAX_DIGITS = 300  # of an integer: more do not fit a float, and arithmetic on th
 
 
 def loads_strict(text: str) -> Any:
-    """The value of a JSON text (RFC 8259) with unique keys, finite numbers and valid Unicode.
-
-    Raises:
-        SyntaxProblem: The text is not that; a ValueError whose message is one line.
-    """
+    """The value of a JSON text (RFC 8259) with unique keys, finite numbers and valid Unicode, or SyntaxProblem."""
     try:
         value = _STRICT.decode(text)
         if _depth(value) > MAX_DEPTH:
