@@ -1,23 +1,24 @@
-"""Regular expressions and a JSON Schema validator within bounds of time and memory, whatever the text.
+"""A JSON Schema validator and regular expressions with bounds of time and memory, whatever the text.
 
-The `jsonschema` library validates (draft 2020-12). Replaced are the keywords that hand patterns to `re`, which cannot
-be stopped, that compare all pairs of items, or that check no date or time. References look at the clock, because
-alternatives that refer to each other can cost two to the power of a document's depth.
+The `jsonschema` library validates, but for the keywords that hand patterns to `re`, which has no timeout, that compare
+all pairs of items, or that follow references: alternatives that refer to each other can cost 2**depth.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import date, datetime
+from datetime import datetime
 from datetime import time as clock
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
+import referencing
+import referencing.jsonschema
 import regex
 from jsonschema import Draft202012Validator, FormatChecker
 from jsonschema.exceptions import ValidationError
@@ -25,17 +26,13 @@ from jsonschema.validators import extend
 
 from formtune.formats.content import typed
 
-CHECK_SECONDS = 0.5  # of processor time (a busy machine changes no verdict); an ordinary check needs 0.0001
+ROOT_ONLY = ("$schema", "$id")
+CHECK_SECONDS = 0.5  # of processor time, so that a busy machine changes no verdict; an ordinary check needs 0.0001
 MAX_STEPS = 100_000  # of a pattern with its repetitions written out, some 30 MB
 
-_END: ContextVar[float] = ContextVar("end")
+_END: ContextVar[float] = ContextVar("end", default=1e9)
 
-_PIECE = re.compile(
-    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|(?P<comment>\(\?#[^)]*\))|(?P<open>\()|(?P<close>\))|\{(?P<least>\d+)|.", re.S
-)
-_OTHER_SYNTAX = re.compile(r"\(\?[\w-]*[xV]")  # comments and nested sets, in which a bracket may mean something else
-
-_DATE, _TIME = r"\d{4}-\d\d-\d\d", r"\d\d:\d\d:\d\d(?:\.\d+)?(?:[zZ]|[+-]\d\d:\d\d)"
+_TIME = r"\d\d:\d\d:\d\d(?:\.\d+)?(?:[zZ]|[+-]\d\d:\d\d)"
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 
 
@@ -44,24 +41,43 @@ def _shape(pattern: str, parse: Callable[[str], Any] = bool) -> tuple[Callable[[
     return lambda value: not isinstance(value, str) or (compiled.fullmatch(value) and parse(value.upper())), ValueError
 
 
-FORMATS = FormatChecker(())
-FORMATS.checkers = {  # RFC 3339 for dates and times, as the standard asks
-    "date": _shape(_DATE, date.fromisoformat),
+FORMATS = FormatChecker(("date", "ipv4", "ipv6"))
+FORMATS.checkers |= {  # which the library leaves to other packages, or does not check to the end
     "time": _shape(_TIME, clock.fromisoformat),
-    "date-time": _shape(f"{_DATE}[Tt]{_TIME}", datetime.fromisoformat),
+    "date-time": _shape(rf"\d{{4}}-\d\d-\d\d[Tt]{_TIME}", datetime.fromisoformat),
     "duration": _shape(r"P(?=.)(?:\d+W|(?:\d+Y)?(?:\d+M)?(?:\d+D)?(?:T(?=.)(?:\d+H)?(?:\d+M)?(?:\d+S)?)?)"),
     "email": _shape(r"[^@\s]+@[^@\s]+"),
     "hostname": _shape(rf"(?=.{{1,253}}\Z){_NAME}(?:\.{_NAME})*"),
-    "ipv4": _shape(r"[\d.]+", ipaddress.IPv4Address),
-    "ipv6": _shape("[^%]+", ipaddress.IPv6Address),
     "uri": _shape(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s<>\"{}|\\^`]+"),
     "uuid": _shape(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"),
 }
 
 
+@contextmanager
+def time_limit() -> Iterator[None]:
+    """Stop the work within by a TimeoutError after `CHECK_SECONDS`, or earlier if an outer limit ends."""
+    token = _END.set(min(_END.get(), time.thread_time() + CHECK_SECONDS))
+    try:
+        yield
+    finally:
+        _END.reset(token)
+
+
+def seconds_left() -> float:
+    """The time that is left; raises TimeoutError if there is none."""
+    left = _END.get() - time.thread_time()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
 def compile_pattern(pattern: str) -> Any:
-    """Compile a pattern of the `regex` package; raises `regex.error` also where it is too large."""
-    if _steps(pattern) > MAX_STEPS:
+    """Compile a pattern of the `regex` package; raises `regex.error` also if it is too large."""
+    # `regex` writes a repetition out as often as it must match: the counts of groups multiply.
+    counts = [(before, max(int(count), 1)) for before, count in re.findall(r"(.?)\{(\d{1,9})", pattern, re.S)]
+    of_characters = [count for before, count in counts if re.match(r"[\w\].]", before)]
+    of_groups = [count for before, count in counts if not re.match(r"[\w\].]", before)]
+    if (len(pattern) + sum(of_characters)) * math.prod(of_groups) > MAX_STEPS:
         raise regex.error(f"its repetitions amount to more than {MAX_STEPS:,} steps")
     try:
         return regex.compile(pattern)
@@ -80,44 +96,6 @@ def compile_ecma(pattern: str) -> Any:
         return {"$": r"\Z", r"\d": "[0-9]"}.get(token, token)
 
     return compile_pattern(re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]|\$", translate, pattern, flags=re.S))
-
-
-def _steps(pattern: str) -> int:
-    """About how large the compiled pattern is: `regex` writes a repetition out as often as it has to match."""
-    if _OTHER_SYNTAX.search(pattern):
-        return len(pattern) * math.prod(_count(least) for least in re.findall(r"\{(\d+)", pattern))
-    sizes, last = [0], 0  # of the open groups, and of what a repetition would repeat
-    for piece in _PIECE.finditer(pattern):
-        if piece["open"]:
-            sizes.append(0)
-        elif piece["close"]:
-            last = sizes.pop() if len(sizes) > 1 else 0
-            sizes[-1] += last
-        elif piece["least"]:
-            added = last * (_count(piece["least"]) - 1)
-            sizes[-1] += added
-            last += added
-        elif not piece["comment"]:
-            last = 1
-            sizes[-1] += 1
-    return sum(sizes)
-
-
-def _count(least: str) -> int:
-    return max(int(least), 1) if len(least) < 10 else 10**9
-
-
-def start_clock() -> None:
-    """Give the following work `CHECK_SECONDS`; then validators raise TimeoutError."""
-    _END.set(time.thread_time() + CHECK_SECONDS)
-
-
-def seconds_left() -> float:
-    """The time that is left; raises TimeoutError if there is none."""
-    left = _END.get() - time.thread_time()
-    if left <= 0:
-        raise TimeoutError
-    return left
 
 
 def _matches(pattern: str, text: str) -> bool:
@@ -156,24 +134,30 @@ def _unique_items(validator: Any, unique: bool, value: Any, schema: Any) -> Iter
             yield ValidationError("items are not unique")
 
 
-def _on_the_clock(keyword: str) -> Callable[..., Iterator[ValidationError]]:
-    follow = Draft202012Validator.VALIDATORS[keyword]
+def resolver(root: dict[str, Any]) -> Callable[[str], Any]:
+    """The function that looks up references within a schema; it raises `Unresolvable` and never fetches anything."""
+    resource = referencing.jsonschema.DRAFT202012.create_resource(root)
+    within = referencing.Registry().with_resource("", resource).resolver()
+    return cache(lambda reference: within.lookup(reference).contents)
 
-    def check(validator: Any, reference: str, value: Any, schema: Any) -> Iterator[ValidationError]:
+
+def bounded_validator(schema: dict[str, Any]) -> Any:
+    """The validator of a schema without references to other files."""
+    # With `$schema` in it a reference to the root would leave the keywords below for the library's own.
+    root = {key: value for key, value in schema.items() if key not in ROOT_ONLY}
+    resolve = resolver(root)
+
+    def follow(validator: Any, reference: str, value: Any, schema: Any) -> Iterator[ValidationError]:
         seconds_left()
-        yield from follow(validator, reference, value, schema)
+        yield from validator.descend(value, resolve(reference))
 
-    return check
-
-
-BoundedValidator: Any = extend(
-    Draft202012Validator,
-    {
+    keywords = {
         "pattern": _pattern,
         "patternProperties": _pattern_properties,
         "additionalProperties": _additional,
         "uniqueItems": _unique_items,
-        "$ref": _on_the_clock("$ref"),
-        "$dynamicRef": _on_the_clock("$dynamicRef"),
-    },
-)
+        "$ref": follow,
+        "$dynamicRef": follow,
+    }
+    cls: Any = extend(Draft202012Validator, keywords)
+    return cls(root, registry=referencing.Registry(), format_checker=FORMATS)

@@ -31,30 +31,30 @@ class Comparison:
 def compare(
     value: Any,
     target: Any,
-    found: bool,
+    is_document: bool,
     input: str | None,
     fields: tuple[str, ...],
     sets: frozenset[str],
     derived: frozenset[str],
 ) -> Comparison:
-    """Compare a document with the target. If none was `found`, nothing is right, not even what should be absent."""
+    """Compare a document with the target. Without one nothing is right, not even what should be absent."""
     got, expected = dict(leaves(value, sets)), dict(leaves(target, sets))
     omitted = [p for p in expected if p not in got]
     invented = [p for p in got if p not in expected]
     mismatched = [p for p in expected if p in got and _exact(got[p][0]) != _exact(expected[p][0])]
-    equal = found and typed(value, sets) == typed(target, sets)
+    equal = is_document and typed(value, sets) == typed(target, sets)
     if different := [*omitted, *invented, *mismatched]:
         path = different[0]
         difference = f"{path or '$'}: {_show(got, path)} instead of {_show(expected, path)}"
     else:
-        difference = "" if equal else "nulls, empty values or types differ" if found else "there is no document"
+        difference = "" if equal else "nulls, empty values or types differ" if is_document else "there is no document"
     wrong = [value for value, path in (got[p] for p in (*invented, *mismatched)) if path not in derived]
     return Comparison(
         equal=equal,
         matched=len(expected) - len(omitted) - len(mismatched),
         predicted=len(got),
         expected=len(expected),
-        fields=tuple(found and typed(_at(value, f), sets, f) == typed(_at(target, f), sets, f) for f in fields),
+        fields=tuple(is_document and typed(_at(value, f), sets, f) == typed(_at(target, f), sets, f) for f in fields),
         omitted=bool(omitted),
         invented=bool(invented),
         ungrounded=bool(wrong) and input is not None and not all(map(Words(input).hold, wrong)),

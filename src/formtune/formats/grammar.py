@@ -47,6 +47,8 @@ def json_rules(schema: dict[str, Any], canonical: bool) -> str:
         place = f"data.format.schema: {path}"
         if "pattern" in node:
             check_pattern(node["pattern"], f"{place}.pattern")
+        for key in node.keys() & {"enum", "const"} if canonical else ():  # keys without a schema are sorted
+            node[key] = json.loads(json.dumps(node[key], sort_keys=True))
         _close(place, node, whole)
         if node.get("format") in _FORMATS:
             node.setdefault("allOf", []).append({"pattern": f"^{_FORMATS[node.pop('format')]}$"})

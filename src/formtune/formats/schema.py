@@ -7,21 +7,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import referencing
-import referencing.exceptions
-import referencing.jsonschema
 import regex
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
+from referencing.exceptions import Unresolvable
 
 from formtune.errors import UserError
-from formtune.formats.bounded import FORMATS, BoundedValidator, compile_ecma, start_clock
-from formtune.formats.strict_json import MAX_DEPTH, loads_strict
+from formtune.formats.bounded import FORMATS, ROOT_ONLY, bounded_validator, compile_ecma, resolver, time_limit
+from formtune.formats.strict_json import loads_strict
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-ROOT_ONLY = ("$schema", "$id")
-MAX_CHARACTERS = 4 * 2**20  # of a schema's file
-MAX_VALUES = 20_000  # of a schema, keys and all they hold: checking a schema by its schema takes time
+REFERENCES = ("$ref", "$dynamicRef")
+MAX_CHARACTERS = 500_000  # of a schema's file: to check a schema takes time
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
@@ -55,55 +52,68 @@ def make_validator(schema: Any, name: str) -> Any:
 
     Messages call the schema by `name`.
     """
+    for problem in _problems(schema):
+        raise UserError(f"{name}: {problem}")
+    return bounded_validator(schema)
+
+
+def _problems(schema: Any) -> Iterator[str]:
+    """What keeps a schema from judging every text; no step makes sense unless those before it yield nothing."""
     if not isinstance(schema, dict):
-        raise UserError(f"{name}: expected an object as schema, found {schema!r:.40}")
-    _check_size(schema, name)
+        yield f"expected an object as schema, found {schema!r:.40}"
+        return
     if str(schema.get("$schema", DIALECT)).rstrip("#") != DIALECT:
-        raise UserError(f"{name}: $schema is {schema['$schema']}, but only draft 2020-12 is read; convert the schema")
-    try:
-        # Without formats: "regex" would be checked by `re`, which knows less than what patterns run on.
-        meta = Draft202012Validator(Draft202012Validator.META_SCHEMA)
-        if error := best_match(meta.iter_errors(schema)):
-            raise UserError(f"{name}: not a JSON Schema ({error.json_path}: {error.message[:120]})")
-        # With `$schema` in it a reference to the root would leave the bounded keywords for the library's own.
-        root = {key: value for key, value in schema.items() if key not in ROOT_ONLY}
-        validator = BoundedValidator(root, registry=referencing.Registry(), format_checker=FORMATS)
-        nodes = list(schema_nodes(root))
-        for path, node in nodes:
-            _check_node(f"{name}: {path}", node)
-        entries = [root, *_referenced(root, nodes, name)]
-    except RecursionError:
-        raise UserError(f"{name}: the schema is nested too deeply; flatten it with $defs") from None
-    used = {key for _, node in nodes for key in node}
-    if used >= {"patternProperties", "unevaluatedProperties"}:  # the library would match these by `re`
-        raise UserError(f"{name}: patternProperties with unevaluatedProperties is not read; use additionalProperties")
+        yield f"$schema is {schema['$schema']}, but only draft 2020-12 is read; convert the schema"
+    # Without formats: "regex" would be checked by `re`, which knows less than what patterns run on.
+    meta = Draft202012Validator(Draft202012Validator.META_SCHEMA)
+    if error := best_match(meta.iter_errors(schema)):
+        yield f"not a JSON Schema ({error.json_path}: {error.message[:120]})"
+    validator = bounded_validator(schema)
+    nodes = list(schema_nodes(validator.schema))
+    for path, node in nodes:
+        yield from _node_problems(path, node)
+    if {"patternProperties", "unevaluatedProperties"} <= {key for _, node in nodes for key in node}:
+        # The library would match these by `re`.
+        yield "patternProperties with unevaluatedProperties is not read; use additionalProperties"
+    yield from _reference_problems(validator, nodes)
+
+
+def _node_problems(path: str, node: dict[str, Any]) -> Iterator[str]:
+    for key in node:
+        if key not in _KEYWORDS and not key.startswith("x-"):  # a typo here would let every answer pass
+            yield f"{path}.{key}: not a keyword of draft 2020-12, so it would be ignored; fix or remove it"
+        if key in ROOT_ONLY:
+            yield f"{path}.{key}: allowed at the root only; remove it"
+    for pattern in (*node.get("patternProperties", ()), *([node["pattern"]] if "pattern" in node else ())):
+        try:
+            compile_ecma(pattern)
+        except regex.error as error:
+            yield f"{path}: not a JSON Schema (pattern {pattern!r}: {error})"
+    if node.get("format", "date") not in FORMATS.checkers:
+        known = ", ".join(FORMATS.checkers)
+        yield f"{path}.format: {node['format']!r} cannot be checked, only {known}; use a pattern"
+
+
+def _reference_problems(validator: Any, nodes: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+    schemas, resolve = {id(node) for _, node in nodes}, resolver(validator.schema)
+    references = [(path, node, key) for path, node in nodes for key in REFERENCES if key in node]
+    for path, node, key in references:
+        reference = node[key]
+        if not reference.startswith("#"):
+            yield f"{key} {reference!r} leads out of the file; copy what it names into $defs"
+        try:
+            target = resolve(reference)
+        except Unresolvable:
+            target = None
+        if not isinstance(target, bool) and id(target) not in schemas:
+            yield f"{path}: a $ref leads nowhere ({reference!r}); fix it or add what it names"
     values: tuple[Any, ...] = (None, True, 0, "", [], {})
     try:
-        for entry, value in product(entries, values):
-            start_clock()
-            validator.evolve(schema=entry).is_valid(value)
+        for (_, node, _), value in product(references, values):
+            with time_limit():
+                validator.evolve(schema=node).is_valid(value)
     except (RecursionError, TimeoutError):
-        raise UserError(f"{name}: a $ref leads back to itself without end; put a property or items between") from None
-    return validator
-
-
-def _check_size(schema: Any, name: str) -> None:
-    level, values = [schema], 0
-    for _ in range(MAX_DEPTH):
-        containers = [node for node in level if isinstance(node, dict | list)]
-        level = [inner for node in containers for inner in (node.values() if isinstance(node, dict) else node)]
-        values += len(level)
-        if values > MAX_VALUES:
-            raise UserError(f"{name}: more than {MAX_VALUES:,} keys and values; a format is not that large")
-        if not level:
-            return
-    raise UserError(f"{name}: the schema is nested deeper than {MAX_DEPTH} levels; flatten it with $defs")
-
-
-def resolver(root: Any) -> Any:
-    """Looks up `$ref` within a schema; never fetches anything."""
-    resource = referencing.jsonschema.DRAFT202012.create_resource(root)
-    return referencing.Registry().with_resource("", resource).resolver()
+        yield "a $ref leads back to itself without end; put a property or items between"
 
 
 def types(node: dict[str, Any]) -> list[str]:
@@ -125,35 +135,3 @@ def schema_nodes(node: Any, path: str = "$") -> Iterator[tuple[str, dict[str, An
             yield from schema_nodes(inner, f"{path}.{key}[{index}]")
     for key in _SINGLES:
         yield from schema_nodes(node.get(key), f"{path}.{key}")
-
-
-def _check_node(place: str, node: dict[str, Any]) -> None:
-    for key in node:
-        if key not in _KEYWORDS and not key.startswith("x-"):  # a typo here would let every answer pass
-            raise UserError(f"{place}.{key}: not a keyword of draft 2020-12, so it would be ignored; fix or remove it")
-        if key in ROOT_ONLY:
-            raise UserError(f"{place}.{key}: allowed at the root only; remove it")
-    for pattern in (*node.get("patternProperties", ()), *([node["pattern"]] if "pattern" in node else ())):
-        try:
-            compile_ecma(pattern)
-        except regex.error as error:
-            raise UserError(f"{place}: not a JSON Schema (pattern {pattern!r}: {error})") from None
-    if node.get("format", "date") not in FORMATS.checkers:
-        known = ", ".join(FORMATS.checkers)
-        raise UserError(f"{place}.format: {node['format']!r} cannot be checked, only {known}; use a pattern")
-
-
-def _referenced(root: Any, nodes: list[tuple[str, dict[str, Any]]], name: str) -> Iterator[Any]:
-    """What all references lead to."""
-    known, lookup = {id(node) for _, node in nodes}, resolver(root).lookup
-    for path, node in nodes:
-        for key in [key for key in ("$ref", "$dynamicRef") if key in node]:
-            if not node[key].startswith("#"):
-                raise UserError(f"{name}: {key} {node[key]!r} leads out of the file; copy what it names into $defs")
-            try:
-                entry = lookup(node[key]).contents
-            except referencing.exceptions.Unresolvable:
-                entry = None
-            if not isinstance(entry, bool) and id(entry) not in known:
-                raise UserError(f"{name}: {path}: a $ref leads nowhere ({node[key]!r}); fix it or add what it names")
-            yield entry

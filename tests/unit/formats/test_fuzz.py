@@ -201,7 +201,7 @@ PATTERNS = st.lists(st.sampled_from(["a", "b", "(", ")", "(?:", "(?P<x>", "[", "
 @given(PATTERNS | st.text(max_size=15), st.text(alphabet="ab1é\n", max_size=30))
 def test_a_pattern_is_refused_or_matches_in_time(pattern, text):
     begun = time.process_time()
-    for make in (lambda: Regex(pattern, seconds=0.1), lambda: JsonSchema({"type": "string", "pattern": pattern})):
+    for make in (lambda: Regex(pattern), lambda: JsonSchema({"type": "string", "pattern": pattern})):
         try:
             format = make()
         except UserError as error:
