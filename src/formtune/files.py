@@ -6,16 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 LOGS = Path("logs")  # one folder per task, one folder per run
-
-ABANDONED = 3600  # seconds after which an unfinished cache entry is removed
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -37,22 +33,18 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
 
 
 def write_entry(path: Path, value: Any, kept: int) -> None:
-    """Atomically write a cache entry and evict the least recently used beyond `kept`.
+    """Write a cache entry, dataclasses as lists of their fields, and delete the least recently used beyond `kept`.
 
-    Dataclasses are written as lists of their fields. Several processes may write the same entry; the last one's file
-    stays. If the folder cannot be written, there is no entry, and no error.
+    If the folder cannot be written, there is no entry, and no error.
     """
     content = json.dumps(value, default=_field_values).encode("ascii")  # escaped: a lone surrogate survives too
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")  # unique: others write as well
-        os.close(descriptor)
-        _write(Path(part), path, _checksum(content) + b"\n" + content)
-        # Another process may evict as well, and delete a file before its stat().
+        # Other processes may write the same entry.
+        _write(Path(f"{path}.{os.getpid()}.part"), path, _checksum(content) + b"\n" + content)
         entries = sorted(path.parent.glob(f"*{path.suffix}"), key=lambda entry: entry.stat().st_mtime, reverse=True)
-        parts = [part for part in path.parent.glob("*.part") if time.time() - part.stat().st_mtime > ABANDONED]
-        for old in (*entries[kept:], *parts):
-            old.unlink(missing_ok=True)
+        for entry in entries[kept:]:
+            entry.unlink(missing_ok=True)
 
 
 def read_entry(path: Path) -> Any:

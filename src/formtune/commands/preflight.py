@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -30,13 +30,13 @@ COLORS = {"ok": "green", "warning": "yellow", "fails": "red", "not tried": "yell
 
 
 class Line(NamedTuple):
-    """What a rule or the trial says of one target."""
+    """The verdict of a rule or of the trial on one target."""
 
     target: str
     check: str
     verdict: str  # one of `COLORS`
     detail: str
-    versions: str = ""  # that the rule was seen to hold for
+    versions: str = ""  # for which the rule was seen to hold
 
 
 def run(command: str, args: list[str]) -> int:
@@ -47,72 +47,69 @@ def run(command: str, args: list[str]) -> int:
     parser.add_argument("--model.quantize", type=Literal["4bit"] | None, help="As in training")
     parser.add_argument("--for", type=str, default="merge,vllm", dest="targets", help="What to do with the adapter, of "
                         f"{', '.join(TARGETS)} (default: merge,vllm)")  # fmt: skip
-    config, settings = read_task(parser, args, ("base", "max_new_tokens", "lora", "quantize"))
+    config, settings = read_task(parser, args)
     targets, base = _targets(config.targets), config.model.base
     lora: Lora = parser.instantiate_classes(config).model.lora
-    lines = _rule_lines(read_plan(base, lora, config.model.quantize), targets)
-    length = _input_tokens(settings, base)
-    if merged := [target for target in targets if target in MERGED]:
-        lines += _trial_lines(base, lora, length, merged)
-    failed = [target for target in targets if any(one.target == target and one.verdict == "fails" for one in lines)]
+    plan, length = read_plan(base, lora, config.model.quantize), _input_tokens(settings, base)
+    lines = [*_rule_lines(plan, targets), *_trial_lines(base, lora, length, targets)]
+    fails = {line.target for line in lines if line.verdict == "fails"}
+    failed = [target for target in targets if target in fails]
     path = LOGS / config.task / "preflight.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     checks = [line._asdict() for line in lines]
     write_json(path, {"targets": targets, "failed": failed, "input_tokens": length, "checks": checks})
-    _show(lines, targets, failed, path)
+    _print_lines(lines, targets, failed, path)
     return int(bool(failed))
-
-
-def _rule_lines(plan: Plan, targets: Sequence[str]) -> list[Line]:
-    lines = []
-    for target in targets:
-        findings = check(plan, [target])
-        for rule, line in findings:
-            verdict = "fails" if rule.severity == "error" else "warning"
-            lines.append(Line(target, rule.name, verdict, line, rule.versions))
-        if not findings:
-            lines.append(Line(target, "rules", "ok", "no rule applies"))
-    return lines
-
-
-def _trial_lines(base: str, lora: Lora, length: int, targets: Sequence[str]) -> list[Line]:
-    """What comes of trying it, for each target that begins with the merged model."""
-    lines: list[Line] = []
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(base, lora, length, Path(folder))
-        merges, measured = attempt(trial.merged)
-        for target in targets:
-            if missing := lacking(target):
-                lines.append(Line(target, "trial", "not tried", f"{missing}; only the rules were checked"))
-            else:
-                quantizes = merges and target != "merge"
-                passed, detail = attempt(partial(trial.quantized, target)) if quantizes else (merges, measured)
-                lines.append(Line(target, "trial", "ok" if passed else "fails", detail))
-    return lines
-
-
-def _input_tokens(settings: DataSettings, base: str) -> int:
-    """Tokens of production's inputs at P95; of the training rows' where the task names no production inputs."""
-    rows = production_rows(settings)
-    if not rows:
-        train = settings.sources["train"]
-        if train is None:
-            raise UserError("data.train: name a file to train on")
-        rows = encode_inputs(settings, train, "train")
-    return min(quantile([len(row) for row in rows], 95), (context_length(base) or 10**9) - 8)
 
 
 def _targets(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
-    wrong = [f"no target {name!r}; " for name in names if name not in TARGETS]
-    if wrong or not names:
-        raise UserError(f"--for: {''.join(wrong[:1])}name some of {', '.join(TARGETS)}")
+    unknown = [f"no target {name!r}; " for name in names if name not in TARGETS]
+    if unknown or not names:
+        raise UserError(f"--for: {''.join(unknown[:1])}name some of {', '.join(TARGETS)}")
     return [name for name in TARGETS if name in names]
 
 
-def _show(lines: Sequence[Line], targets: Sequence[str], failed: Sequence[str], path: Path) -> None:
+def _input_tokens(settings: DataSettings, base: str) -> int:
+    """Tokens of production's inputs at P95; of the training rows' if the task names no production inputs."""
+    rows = production_rows(settings)
+    if not rows:
+        if settings.sources["train"] is None:
+            raise UserError("data.train: name a file to train on")
+        rows = encode_inputs(settings, settings.sources["train"], "train")
+    return min(quantile([len(row) for row in rows], 95), (context_length(base) or 10**9) - 8)
+
+
+def _rule_lines(plan: Plan, targets: Sequence[str]) -> Iterator[Line]:
+    for target in targets:
+        findings = check(plan, [target])
+        for rule, detail in findings:
+            yield Line(target, rule.name, "fails" if rule.severity == "error" else "warning", detail, rule.versions)
+        if not findings:
+            yield Line(target, "rules", "ok", "no rule applies")
+
+
+def _trial_lines(base: str, lora: Lora, length: int, targets: Sequence[str]) -> Iterator[Line]:
+    """The result of a trial of each target that begins with the merged model."""
+    targets = [target for target in targets if target in MERGED]
+    if not targets:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Trial(base, lora, length, Path(folder))
+        merges, detail = attempt(trial.merged)
+        for target in targets:
+            if missing := lacking(target):
+                yield Line(target, "trial", "not tried", f"{missing}; only the rules were checked")
+                continue
+            result = merges, detail
+            if merges and target != "merge":
+                result = attempt(partial(trial.quantized, target))
+            yield Line(target, "trial", "ok" if result[0] else "fails", result[1])
+
+
+def _print_lines(lines: Sequence[Line], targets: Sequence[str], failed: Sequence[str], path: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    table = Table("target", "check", "verdict", "what", title="Preflight", title_justify="left")
+    table = Table("target", "check", "verdict", "detail", title="Preflight", title_justify="left")
     for line in lines:
         detail = line.detail + (f" ({line.versions})" if line.versions else "")
         table.add_row(line.target, line.check, f"[{COLORS[line.verdict]}]{line.verdict}[/]", escape(detail))
