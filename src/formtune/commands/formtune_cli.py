@@ -17,14 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from formtune.base.renderer import today
 from formtune.commands import COMMANDS
+from formtune.configuration import trainer_checks
 from formtune.configuration.parsing import OneLine
-from formtune.configuration.trainer_checks import (
-    TRAINS,
-    check_callbacks,
-    check_trainer,
-    default_precision,
-    launched_externally,
-)
 from formtune.data.datamodule import FormatDataModule
 from formtune.errors import UserError
 from formtune.evaluation.console import print_result
@@ -46,17 +40,21 @@ from formtune.training.test_outcomes import Outcomes
 from formtune.training.throughput import Throughput
 from formtune.training.validations import Validations, reason
 
+TRAINS = ("train", "fit")
 QUICK_ROWS = 50  # validation and test rows of `train --quick`
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer; LightningCLI looks for a method with the name of each command."""
+    """Lightning's Trainer."""
 
-    train = L.Trainer.fit
+    train = L.Trainer.fit  # LightningCLI looks for a method with the name of each command
 
 
 class Parser(OneLine, LightningArgumentParser):
     """Lightning's parser; a mistake is one line, and a file that a value names is never read as configuration."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)  # a mistyped key could be the beginning of another
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
         # Else a file of rows that begins with `{"class_path": ...}` could name a class to import.
@@ -68,13 +66,14 @@ class FormtuneCLI(LightningCLI):
 
     def __init__(self, args: list[str], signals: Signals) -> None:
         self.words, self.signals = args, signals
+        descriptions = {name: {"description": COMMANDS[name].description} for name in self.subcommands()}
         super().__init__(
             FormatModule,
             FormatDataModule,
             trainer_class=Trainer,
             args=args,
             parser_class=Parser,
-            parser_kwargs={name: {"description": COMMANDS[name].description} for name in self.subcommands()},
+            parser_kwargs={"prog": "formtune", **descriptions},
             save_config_callback=None,  # written here, once, beside the run
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -92,12 +91,9 @@ class FormtuneCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        set_here = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "ckpt_path"}
-        set_here |= {"weights_only", "verbose", "return_predictions"}
-        return dict.fromkeys(("train", "fit", "validate", "test", "predict"), set_here)
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        return super().init_parser(prog="formtune", allow_abbrev=False, **kwargs)
+        skipped = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "ckpt_path"}
+        skipped |= {"weights_only", "verbose", "return_predictions"}
+        return dict.fromkeys(("train", "fit", "validate", "test", "predict"), skipped)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
@@ -125,13 +121,11 @@ class FormtuneCLI(LightningCLI):
         config = self.config[self.subcommand]
         files = [Path(str(file)) for file in config.get("config") or []]
         config.task = config.task or (files[0].stem if files else "task")
-        for key in ("task", "run"):
-            if {"..", "/"} & set(Path(config[key] or ".").parts):
-                raise UserError(f"{key}: {config[key]} leads out of {LOGS}/; give it a name")
         if config.quick:
             config.baselines, config.data.max_evaluation_rows = [], QUICK_ROWS
-        config.trainer.precision = config.trainer.precision or default_precision(config.trainer.accelerator)
-        check_trainer(config, self.subcommand)
+        trainer_checks.check_trainer(config)
+        trainer = config.trainer
+        trainer.precision = trainer.precision or trainer_checks.default_precision(trainer.accelerator)
         if self.subcommand in TRAINS:
             self._choose_run(config)
         else:
@@ -142,7 +136,7 @@ class FormtuneCLI(LightningCLI):
         if config.ckpt_path:
             raise UserError(f"ckpt_path: {self.subcommand} continues a run with --resume")
         launched = os.environ.get("FORMTUNE_RUN")  # by Lightning, with the command line and environment of rank 0
-        if launched is None and config.run is None and launched_externally():
+        if launched is None and config.run is None and trainer_checks.launched_externally():
             raise UserError("run: processes that torchrun or srun started must agree on a folder; name it by --run")
         if launched is None:
             config.run = choose_run(LOGS / config.task, config.run, config.resume, lambda: self._dump(config))
@@ -188,15 +182,16 @@ class FormtuneCLI(LightningCLI):
         if options["strategy"] == "fsdp":
             options["strategy"] = ShardedBase()  # Lightning's would shard the adapters too
         trainer = self.trainer_class(**options | kwargs)
-        check_callbacks(trainer, self.model.scores.names)
+        trainer_checks.check_callbacks(trainer, self.model.scores.names)
         return trainer
 
     def train(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         """The whole job."""
         config, trainer, folder = self.config.train, self.trainer, self.folder
-        baselines, rows, checks = config.baselines, config.baseline_rows, _checks()
+        record, checkpoint = self._record, self.checkpoint
+        baselines, rows = config.baselines, config.baseline_rows
         try:
-            job = Job(trainer, model, datamodule, folder, self._record, baselines, rows, self.checkpoint, checks)
+            job = Job(trainer, model, datamodule, folder, record, baselines, rows, checkpoint, _checks())
             result = train(job)
             if result and trainer.is_global_zero:
                 log_hyperparameters(trainer.logger, config, result)
@@ -222,7 +217,7 @@ class FormtuneCLI(LightningCLI):
 
     def test(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         """Evaluate on the test rows, or those of validation for `validate`, and print the figures."""
-        evaluate = getattr(self.trainer, self.subcommand)
+        evaluate = getattr(self.trainer, str(self.subcommand))
         evaluate(model, datamodule, ckpt_path=self.checkpoint, verbose=False)
         values, counts = results(model)
         result = {"result": values, "counts": {"result": counts}, "rows": counts["format/exact"][1]}
@@ -232,7 +227,7 @@ class FormtuneCLI(LightningCLI):
     validate = test
 
     def predict(self, model: FormatModule, datamodule: FormatDataModule) -> None:
-        """Answer the prompts and write the file."""
+        """Answer the prompts and write them to `--answers`."""
         self.trainer.predict(model, datamodule, return_predictions=False, ckpt_path=self.checkpoint)
         rank_zero_only(print)(f"answers of {self.measured}: {self.config.predict.answers}")
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import warnings
 from pathlib import Path
 
 from formtune.commands import COMMANDS
 from formtune.commands.keys import short_help
-from formtune.errors import Fault, UserError, first_line
+from formtune.errors import Fault, UserError
 
-LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "Broken pipe")  # in messages
 QUIET = (
     ".*does not have many workers.*",
     ".*`isinstance\\(treespec, LeafSpec\\)`.*",
@@ -58,11 +56,6 @@ def run(command: str, args: list[str]) -> None:
             raise
         name = os.fsdecode(error.filename or "a file")
         raise Fault(f"{name}: {error.strerror}; fix this and continue with --resume") from error
-    except RuntimeError as error:
-        if not any(words in str(error) for words in LOST):
-            raise
-        time.sleep(1)  # the process that failed prints its own line, and first
-        raise Fault(f"another process of this run ended, see its message ({first_line(error)[:80]})") from error
     finally:
         signals.restore()
         os.environ.pop("FORMTUNE_RUN", None)  # the next call in this process is another run

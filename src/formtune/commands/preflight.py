@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,16 +29,6 @@ from formtune.model.lora import Lora
 COLORS = {"ok": "green", "warning": "yellow", "fails": "red", "not tried": "yellow"}
 
 
-class Line(NamedTuple):
-    """The verdict of a rule or of the trial on one target."""
-
-    target: str
-    check: str
-    verdict: str  # one of `COLORS`
-    detail: str
-    versions: str = ""  # for which the rule was seen to hold
-
-
 def run(command: str, args: list[str]) -> int:
     """Check, print, write `logs/<task>/preflight.json`; 1 if a target that was asked for would fail."""
     warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by its result
@@ -51,15 +41,17 @@ def run(command: str, args: list[str]) -> int:
     targets, base = _targets(config.targets), config.model.base
     lora: Lora = parser.instantiate_classes(config).model.lora
     plan, length = read_plan(base, lora, config.model.quantize), _input_tokens(settings, base)
-    lines = [*_rule_lines(plan, targets), *_trial_lines(base, lora, length, targets)]
-    fails = {line.target for line in lines if line.verdict == "fails"}
-    failed = [target for target in targets if target in fails]
+    checks = [*_rules(plan, targets), *_trials(base, lora, length, targets)]
+    failed = [name for name in targets if any(it["target"] == name and it["verdict"] == "fails" for it in checks)]
     path = LOGS / config.task / "preflight.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    checks = [line._asdict() for line in lines]
     write_json(path, {"targets": targets, "failed": failed, "input_tokens": length, "checks": checks})
-    _print_lines(lines, targets, failed, path)
+    _print_checks(checks, targets, failed, path)
     return int(bool(failed))
+
+
+def _check(target: str, name: str, verdict: str, detail: str) -> dict[str, str]:
+    return {"target": target, "check": name, "verdict": verdict, "detail": detail}
 
 
 def _targets(text: str) -> list[str]:
@@ -80,42 +72,42 @@ def _input_tokens(settings: DataSettings, base: str) -> int:
     return min(quantile([len(row) for row in rows], 95), (context_length(base) or 10**9) - 8)
 
 
-def _rule_lines(plan: Plan, targets: Sequence[str]) -> Iterator[Line]:
+def _rules(plan: Plan, targets: Sequence[str]) -> Iterator[dict[str, str]]:
     for target in targets:
         findings = check(plan, [target])
-        for rule, detail in findings:
-            yield Line(target, rule.name, "fails" if rule.severity == "error" else "warning", detail, rule.versions)
+        for rule, line in findings:
+            verdict = "fails" if rule.severity == "error" else "warning"
+            yield _check(target, rule.name, verdict, f"{line} ({rule.versions})")
         if not findings:
-            yield Line(target, "rules", "ok", "no rule applies")
+            yield _check(target, "rules", "ok", "no rule applies")
 
 
-def _trial_lines(base: str, lora: Lora, length: int, targets: Sequence[str]) -> Iterator[Line]:
-    """The result of a trial of each target that begins with the merged model."""
+def _trials(base: str, lora: Lora, length: int, targets: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Try each target that begins with the merged model."""
     targets = [target for target in targets if target in MERGED]
     if not targets:
         return
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(base, lora, length, Path(folder))
-        merges, detail = attempt(trial.merged)
+        merges, merged = attempt(trial.merged)
         for target in targets:
             if missing := lacking(target):
-                yield Line(target, "trial", "not tried", f"{missing}; only the rules were checked")
+                yield _check(target, "trial", "not tried", f"{missing}; only the rules were checked")
                 continue
-            result = merges, detail
-            if merges and target != "merge":
-                result = attempt(partial(trial.quantized, target))
-            yield Line(target, "trial", "ok" if result[0] else "fails", result[1])
+            quantizes = merges and target != "merge"
+            passed, detail = attempt(partial(trial.quantized, target)) if quantizes else (merges, merged)
+            yield _check(target, "trial", "ok" if passed else "fails", detail)
 
 
-def _print_lines(lines: Sequence[Line], targets: Sequence[str], failed: Sequence[str], path: Path) -> None:
+def _print_checks(checks: Sequence[dict[str, str]], targets: Sequence[str], failed: Sequence[str], path: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
     table = Table("target", "check", "verdict", "detail", title="Preflight", title_justify="left")
-    for line in lines:
-        detail = line.detail + (f" ({line.versions})" if line.versions else "")
-        table.add_row(line.target, line.check, f"[{COLORS[line.verdict]}]{line.verdict}[/]", escape(detail))
+    for it in checks:
+        verdict = f"[{COLORS[it['verdict']]}]{it['verdict']}[/]"
+        table.add_row(it["target"], it["check"], verdict, escape(it["detail"]))
     console.print(table, soft_wrap=False)
     console.print(f"figures: {path}")
-    untried = [line.target for line in lines if line.verdict == "not tried"]
+    untried = [it["target"] for it in checks if it["verdict"] == "not tried"]
     verdict = f"fails for {', '.join(failed)}" if failed else f"no objection to {', '.join(targets)}"
     verdict += f", by the rules alone for {', '.join(untried)}" if untried else ""
     console.print(f"[bold]verdict: {verdict}[/]")

@@ -60,13 +60,14 @@ def check_yaml(path: str) -> None:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: not valid YAML ({error.problem})") from None
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError for 2026-13-45, which looks like a date
-        raise UserError(f"{path}: not valid YAML ({error})") from None
-    except RecursionError:
-        raise UserError(f"{path}: not valid YAML (nested too deeply)") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # a ValueError: 2026-13-45 looks like a date
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML ({problem or error})") from None
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: expected keys such as model and data, found {type(content).__name__}")
     LINES.update({key: f"{path}:{line}" for key, line in lines.items()})
