@@ -133,6 +133,7 @@ class Parts(Callback):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "shape"),
     # The second decodes by transformers' own `generate`.
@@ -257,6 +258,7 @@ def test_a_missing_checkpoint_is_refused_before_the_model_loads(project, capfd):
     assert "gone.ckpt: no such file" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_python_dash_m_finds_a_format_and_a_source_of_ones_own_in_the_working_directory(project):
     Path("mine.py").write_text(
         "from formtune.data import Source\nfrom formtune.formats import Regex\n\n"

@@ -188,10 +188,9 @@ class FormtuneCLI(LightningCLI):
     def train(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         """The whole job."""
         config, trainer, folder = self.config.train, self.trainer, self.folder
-        record, checkpoint = self._record, self.checkpoint
         baselines, rows = config.baselines, config.baseline_rows
+        job = Job(trainer, model, datamodule, folder, self._record, baselines, rows, self.checkpoint, _checks())
         try:
-            job = Job(trainer, model, datamodule, folder, record, baselines, rows, checkpoint, _checks())
             result = train(job)
             if result and trainer.is_global_zero:
                 log_hyperparameters(trainer.logger, config, result)
