@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,14 +93,6 @@ def no_output() -> None:
     """Standard output is closed."""
     os.close(1)
     sys.stdout = None
-
-
-def no_reader() -> None:
-    """Standard output is a pipe that nobody reads any more."""
-    reader, writer = os.pipe()
-    os.dup2(writer, 1)
-    os.close(reader)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
 def _child(args: tuple[str, ...], folder: str, given: Callable[[], None] | None) -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import importlib
 import os
 import sys
-from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # formtune reports what is wrong with a model's files in one line; a user may still ask for transformers' own reports.
@@ -18,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from formtune import __version__
 from formtune.commands import COMMANDS
+from formtune.configuration.parsing import did_you_mean
 from formtune.configuration.yaml_file import check_configs
 from formtune.errors import Fault, Stopped, UserError
 
@@ -30,7 +27,7 @@ commands:
 {commands}
 
 options:
-  -h, --help  Show this; after a command, the keys it takes
+  -h, --help  Show this; after a command, its keys
   --version   Show the version
 
 examples:
@@ -44,36 +41,11 @@ One YAML describes a task, and every key of it can be set on the command line to
 to start with your own rows; configs/ holds YAMLs to start from."""
 
 
-class _Output:
-    """Standard output whose reader may leave (`| head`) without ending a run."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except BrokenPipeError:
-            self._discard()
-        return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except BrokenPipeError:
-            self._discard()
-
-    def _discard(self) -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-
-
 def help_text() -> str:
     """What `formtune --help` prints."""
     width = max(map(len, COMMANDS))
-    return HELP.format(commands="\n".join(f"  {name:{width}}  {one.description}" for name, one in COMMANDS.items()))
+    lines = [f"  {name:{width}}  {command.description}" for name, command in COMMANDS.items()]
+    return HELP.format(commands="\n".join(lines))
 
 
 def main(args: list[str] | None = None) -> int:
@@ -82,24 +54,13 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for a user's mistake, 1 for a fault, 128 plus its number for a signal.
     """
-    args = sys.argv[1:] if args is None else args
-    output: Any = _Output(sys.stdout or Path(os.devnull).open("w"))  # noqa: SIM115
-    with contextlib.redirect_stdout(output):
-        try:
-            return _guarded(args)
-        finally:
-            output.flush()
-
-
-def _guarded(args: list[str]) -> int:
     try:
-        return _run(args)
-    except UserError as error:
+        code = _run(sys.argv[1:] if args is None else args)
+        print(end="", flush=True)
+        return code
+    except (UserError, Fault) as error:
         print(f"formtune: error: {error}", file=sys.stderr)
-        return 2
-    except Fault as error:
-        print(f"formtune: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except Stopped as stopped:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a run stop together
             print(f"formtune: {stopped}", file=sys.stderr)
@@ -107,28 +68,27 @@ def _guarded(args: list[str]) -> int:
     except KeyboardInterrupt:
         print("formtune: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of the output has left, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python exits
+        return 0
 
 
 def _run(args: list[str]) -> int:
     if not args:
         print(help_text(), file=sys.stderr)
         return 2
-    if args[0] in ("-h", "--help"):
+    name, rest = args[0], args[1:]
+    if name in ("-h", "--help"):
         print(help_text())
-    elif args[0] == "--version":
+    elif name == "--version":
         print(f"formtune {__version__}")
-    elif args[0] in COMMANDS:
+    elif name in COMMANDS:
         check_configs(args)
-        command = importlib.import_module(f"formtune.commands.{COMMANDS[args[0]].module}")
-        return command.run(args[0], args[1:]) or 0
+        command = importlib.import_module(f"formtune.commands.{COMMANDS[name].module}")
+        return command.run(name, rest) or 0
+    elif name.startswith("-"):
+        raise UserError(f"a command comes first, before {name}; the commands are {', '.join(COMMANDS)}")
     else:
-        raise UserError(_unknown(args[0]))
+        near = did_you_mean(name, COMMANDS)
+        raise UserError(f"no command {name!r}{near or '; the commands are ' + ', '.join(COMMANDS)}")
     return 0
-
-
-def _unknown(name: str) -> str:
-    known = f"the commands are {', '.join(COMMANDS)}"
-    if name.startswith("-"):
-        return f"a command comes first, before {name}; {known}"
-    near = difflib.get_close_matches(name, COMMANDS, 1)
-    return f"no command {name!r}; " + (f"did you mean {near[0]}?" if near else known)

@@ -6,21 +6,18 @@ import signal
 
 
 class UserError(Exception):
-    """A mistake in configuration, data, format or model folder; exit code 2.
-
-    The message is one line that names the key or `file:line` and the remedy, printed without a traceback.
-    """
+    """A mistake in configuration, data, format or model folder: one line with key or `file:line`, and exit code 2."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))  # a key or a value of a file may hold line breaks
 
 
 class Fault(Exception):
-    """What stopped a correct run: no disk space, no memory, a lost process. One line; exit code 1."""
+    """What stopped a correct run, such as a full disk: one line, and exit code 1."""
 
 
 class Stopped(BaseException):
-    """A signal stopped the run; exit code 128 + its number. `detail` is what was saved, and how to continue."""
+    """A signal stopped the run: what was saved, how to continue, and exit code 128 + the signal's number."""
 
     def __init__(self, number: int, detail: str = "") -> None:
         super().__init__(f"{signal.Signals(number).name}: {detail or 'stopped'}")

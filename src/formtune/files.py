@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -15,14 +13,25 @@ from typing import Any
 
 LOGS = Path("logs")  # one folder per task, one folder per run
 
-ABANDONED = 3600  # seconds after which an unfinished cache entry is removed
-
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file: a kill, a crash or a full disk leaves the old one as it was."""
-    # In the same folder: from another one, such as TMPDIR, the last step would be a copy that can be cut off.
-    partial = Path(f"{path}.part")  # not with_name(), which raises a ValueError for a path without a name
-    _write(partial, path, content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content)
+    if isinstance(content, str):
+        content = content.encode("utf-8", errors="backslashreplace")
+    # In the same folder: from another one, such as TMPDIR, the last step would be a copy that can be cut off. With the
+    # number of the process: two may write the same entry of a cache.
+    partial = Path(f"{path}.{os.getpid()}.part")  # not with_name(), which raises a ValueError for a path without a name
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name
+        os.close(folder)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -37,22 +46,17 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
 
 
 def write_entry(path: Path, value: Any, kept: int) -> None:
-    """Atomically write a cache entry and evict the least recently used beyond `kept`.
+    """Write a cache entry, dataclasses as lists of their fields, and delete the least recently used beyond `kept`.
 
-    Dataclasses are written as lists of their fields. Several processes may write the same entry; the last one's file
-    stays. If the folder cannot be written, there is no entry, and no error.
+    If the folder cannot be written, there is no entry, and no error.
     """
     content = json.dumps(value, default=_field_values).encode("ascii")  # escaped: a lone surrogate survives too
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")  # unique: others write as well
-        os.close(descriptor)
-        _write(Path(part), path, _checksum(content) + b"\n" + content)
-        # Another process may evict as well, and delete a file before its stat().
+        write_whole(path, _checksum(content) + b"\n" + content)
         entries = sorted(path.parent.glob(f"*{path.suffix}"), key=lambda entry: entry.stat().st_mtime, reverse=True)
-        parts = [part for part in path.parent.glob("*.part") if time.time() - part.stat().st_mtime > ABANDONED]
-        for old in (*entries[kept:], *parts):
-            old.unlink(missing_ok=True)
+        for entry in entries[kept:]:
+            entry.unlink(missing_ok=True)
 
 
 def read_entry(path: Path) -> Any:
@@ -73,29 +77,8 @@ def _field_values(record: Any) -> list[Any]:
     return [getattr(record, field.name) for field in fields(record)]  # `astuple` copies each list of ids, item by item
 
 
-def own_code(*rooms: str) -> Iterator[Path]:
-    """The source files of rooms of formtune: a cached result is read again only by the code that computed it."""
+def own_code(*names: str) -> Iterator[Path]:
+    """The source files of folders of formtune: a cached result is read again only by the code that computed it."""
     package = Path(__file__).parent
-    for folder in (package, *(package / room for room in rooms)):
+    for folder in (package, *(package / name for name in names)):
         yield from sorted(folder.glob("*.py"))
-
-
-def _write(partial: Path, path: Path, content: bytes) -> None:
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -196,6 +196,7 @@ def test_the_short_help_is_quick_and_says_the_true_defaults(task_yaml, capfd):
     assert config["model"]["lora"]["r"] == 2
 
 
+@pytest.mark.slow
 def test_the_reference_configuration_is_current(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     from reference import REFERENCE, reference

@@ -1,47 +1,38 @@
-"""One file per command: parse, call the library, print.
-
-`COMMANDS` lists them without importing any, so that help and mistakes answer at once. A command whose file was deleted
-is left out.
-"""
+"""One file per command: parse, call the library, print."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """What can follow `formtune`.
+class Command(NamedTuple):
+    """What can follow `formtune`."""
 
-    Args:
-        description: One line for the help.
-        module: File in this folder; its `run(name, args)` runs the command.
-    """
-
+    module: str  # file in this folder; its `run(command, args)` runs the command
     description: str
-    module: str
 
 
 _ALL = {
-    "audit": Command("Check the rows before training. Needs only the base's tokenizer.", "audit"),
-    "synthesize": Command("Ask a teacher model for rows; keep those with a valid format.", "synthesize"),
-    "preflight": Command("Check before training whether the result can be merged, quantized and served.", "preflight"),
+    "audit": Command("audit", "Check the rows before training. Needs only the base's tokenizer."),
+    "synthesize": Command("synthesize", "Ask a teacher model for rows; keep those with a valid format."),
+    "preflight": Command("preflight", "Check before training whether the result can be merged, quantized and served."),
     "train": Command(
-        "The whole job: baselines, fit, test the best checkpoint, export the adapter, report.", "lightning"
+        "lightning", "The whole job: baselines, fit, test the best checkpoint, export the adapter, report."
     ),
-    "fit": Command("Lightning's fit: train and validate; keep the best checkpoint.", "lightning"),
-    "validate": Command("Evaluate a run's best checkpoint, or the untuned base, on the validation rows.", "lightning"),
-    "test": Command("Evaluate a run's best checkpoint, or the untuned base, on the test rows.", "lightning"),
-    "predict": Command("Answer a file of prompts and check the format of each answer.", "lightning"),
-    "try": Command("Type a prompt; see the answers of base and tuned model side by side.", "try_run"),
-    "sweep": Command("Train a grid of settings (ranks by default) and take the smallest that is as good.", "sweep"),
-    "compare": Command("Say which run is better on the same test rows, or that the rows cannot tell.", "compare"),
-    "export": Command("Merge or quantize a run's adapter; refuse it if its answers got worse.", "export"),
-    "promote": Command("Point a name such as production to a run, if its test rows are not worse.", "promote"),
-    "rollback": Command("Point the name to the previous version again.", "promote"),
-    "deployments": Command("List what is deployed, and its history.", "promote"),
-    "serve": Command("Serve a run or a deployment on this machine, or print the vLLM command.", "serve"),
-    "check-endpoint": Command("Send the test rows to a server; judge its answers and its speed.", "check_endpoint"),
+    "fit": Command("lightning", "Lightning's fit: train and validate; keep the best checkpoint."),
+    "validate": Command("lightning", "Evaluate a run's best checkpoint, or the untuned base, on the validation rows."),
+    "test": Command("lightning", "Evaluate a run's best checkpoint, or the untuned base, on the test rows."),
+    "predict": Command("lightning", "Answer a file of prompts and check the format of each answer."),
+    "try": Command("try_run", "Type a prompt; see the answers of base and tuned model side by side."),
+    "sweep": Command("sweep", "Train a grid of settings (ranks by default) and take the smallest that is as good."),
+    "compare": Command("compare", "Say which run is better on the same test rows, or that the rows cannot tell."),
+    "export": Command("export", "Merge or quantize a run's adapter; refuse it if its answers got worse."),
+    "promote": Command("promote", "Point a name such as production to a run, if its test rows are not worse."),
+    "rollback": Command("promote", "Point the name to the previous version again."),
+    "deployments": Command("promote", "List what is deployed, and its history."),
+    "serve": Command("serve", "Serve a run or a deployment on this machine, or print the vLLM command."),
+    "check-endpoint": Command("check_endpoint", "Send the test rows to a server; judge its answers and its speed."),
 }
-COMMANDS = {name: one for name, one in _ALL.items() if Path(__file__).with_name(f"{one.module}.py").is_file()}
+# A command whose file was deleted with its optional folder is left out. Nothing is imported for the list.
+COMMANDS = {name: it for name, it in _ALL.items() if Path(__file__).with_name(f"{it.module}.py").is_file()}

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
-import time
 import warnings
 from pathlib import Path
 
 from formtune.commands import COMMANDS
 from formtune.commands.keys import short_help
-from formtune.errors import Fault, UserError, first_line
+from formtune.errors import Fault, UserError
 
-LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "Broken pipe")  # in messages
 QUIET = (
     ".*does not have many workers.*",
     ".*`isinstance\\(treespec, LeafSpec\\)`.*",
@@ -25,27 +22,8 @@ QUIET = (
 )
 
 
-def with_named_run(command: str, args: list[str]) -> list[str]:
-    """The command line with `RUN` replaced by its configuration, and for `predict` `PROMPTS` by their key."""
-    words = list(args)
-    if words and command not in ("train", "fit") and not words[0].startswith("-"):
-        run = words.pop(0)
-        if not Path(run, "config.yaml").is_file():
-            raise UserError(f"{run}: no run is there (no config.yaml); name its folder, such as logs/demo/RUN")
-        prompts = []
-        if command == "predict" and words and not words[0].startswith("-"):
-            prompts = ["--data.prompts", words.pop(0)]
-        return ["-c", str(Path(run, "config.yaml")), *prompts, *words]
-    return words
-
-
 def run(command: str, args: list[str]) -> None:
-    """Run `train`, `fit`, `validate`, `test` or `predict`.
-
-    Raises:
-        UserError: A user's mistake, in one line.
-        Fault: The disk, the network or another process failed.
-    """
+    """Run `train`, `fit`, `validate`, `test` or `predict`."""
     if {"-h", "--help"} & set(args):
         print(short_help(command, COMMANDS[command].description))
         return
@@ -54,7 +32,7 @@ def run(command: str, args: list[str]) -> None:
     from formtune.commands.formtune_cli import FormtuneCLI  # several seconds: torch, lightning, transformers
     from formtune.training.signals import Signals
 
-    args = ["--help" if word == "--help-all" else word for word in with_named_run(command, args)]
+    args = ["--help" if word == "--help-all" else word for word in _with_named_run(command, args)]
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # from calls inside libraries
@@ -63,30 +41,33 @@ def run(command: str, args: list[str]) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     signals = Signals()
     signals.install()
-    # TensorBoard's writer fails in its own thread, and once more, in order, in the one that writes next.
-    threading.excepthook = lambda a: None if issubclass(a.exc_type, OSError) else threading.__excepthook__(a)
     try:
         FormtuneCLI([command, *args], signals)
     except MisconfigurationException as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        raise UserError(f"trainer: {error}") from error
     except ValueError as error:
-        if "Problem with given class_path" not in str(error):
-            raise
         # jsonargparse tries every type that a key may have; the class that was named says what is wrong.
-        named = str(error).partition("Problem with given class_path ")[2].split("\n    - ")[0].split("\n  - ")[0]
-        raise UserError(f"{' '.join(named.split())}") from error
+        _, named, reason = str(error).partition("Problem with given class_path ")
+        if not named:
+            raise
+        raise UserError(reason.split("\n    - ")[0].split("\n  - ")[0]) from error
     except OSError as error:
         if error.errno is None:
             raise
-        name = error.filename.decode() if isinstance(error.filename, bytes) else error.filename or "a file"
+        name = os.fsdecode(error.filename or "a file")
         raise Fault(f"{name}: {error.strerror}; fix this and continue with --resume") from error
-    except RuntimeError as error:
-        if not any(words in str(error) for words in LOST):
-            raise
-        time.sleep(1)  # the process that failed prints its own line, and first
-        raise Fault(f"another process of this run ended, see its message ({first_line(error)[:80]})") from error
     finally:
-        threading.excepthook = threading.__excepthook__
         signals.restore()
-        for name in ("FORMTUNE_RUN", "FORMTUNE_DATE"):
-            os.environ.pop(name, None)  # the next call in this process is another run
+        os.environ.pop("FORMTUNE_RUN", None)  # the next call in this process is another run
+
+
+def _with_named_run(command: str, args: list[str]) -> list[str]:
+    """The command line with `RUN` replaced by its configuration, and for `predict` `PROMPTS` by their key."""
+    if not args or command in ("train", "fit") or args[0].startswith("-"):
+        return args
+    config, words, prompts = Path(args[0], "config.yaml"), args[1:], []
+    if not config.is_file():
+        raise UserError(f"{args[0]}: no run is there (no config.yaml); name its folder, such as logs/demo/RUN")
+    if command == "predict" and words and not words[0].startswith("-"):
+        prompts = ["--data.prompts", words.pop(0)]
+    return ["-c", str(config), *prompts, *words]

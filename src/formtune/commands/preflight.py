@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,16 +29,6 @@ from formtune.model.lora import Lora
 COLORS = {"ok": "green", "warning": "yellow", "fails": "red", "not tried": "yellow"}
 
 
-class Line(NamedTuple):
-    """What a rule or the trial says of one target."""
-
-    target: str
-    check: str
-    verdict: str  # one of `COLORS`
-    detail: str
-    versions: str = ""  # that the rule was seen to hold for
-
-
 def run(command: str, args: list[str]) -> int:
     """Check, print, write `logs/<task>/preflight.json`; 1 if a target that was asked for would fail."""
     warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by its result
@@ -47,78 +37,77 @@ def run(command: str, args: list[str]) -> int:
     parser.add_argument("--model.quantize", type=Literal["4bit"] | None, help="As in training")
     parser.add_argument("--for", type=str, default="merge,vllm", dest="targets", help="What to do with the adapter, of "
                         f"{', '.join(TARGETS)} (default: merge,vllm)")  # fmt: skip
-    config, settings = read_task(parser, args, ("base", "max_new_tokens", "lora", "quantize"))
+    config, settings = read_task(parser, args)
     targets, base = _targets(config.targets), config.model.base
     lora: Lora = parser.instantiate_classes(config).model.lora
-    lines = _rule_lines(read_plan(base, lora, config.model.quantize), targets)
-    length = _input_tokens(settings, base)
-    if merged := [target for target in targets if target in MERGED]:
-        lines += _trial_lines(base, lora, length, merged)
-    failed = [target for target in targets if any(one.target == target and one.verdict == "fails" for one in lines)]
+    plan, length = read_plan(base, lora, config.model.quantize), _input_tokens(settings, base)
+    checks = [*_rules(plan, targets), *_trials(base, lora, length, targets)]
+    failed = [name for name in targets if any(it["target"] == name and it["verdict"] == "fails" for it in checks)]
     path = LOGS / config.task / "preflight.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    checks = [line._asdict() for line in lines]
     write_json(path, {"targets": targets, "failed": failed, "input_tokens": length, "checks": checks})
-    _show(lines, targets, failed, path)
+    _print_checks(checks, targets, failed, path)
     return int(bool(failed))
 
 
-def _rule_lines(plan: Plan, targets: Sequence[str]) -> list[Line]:
-    lines = []
-    for target in targets:
-        findings = check(plan, [target])
-        for rule, line in findings:
-            verdict = "fails" if rule.severity == "error" else "warning"
-            lines.append(Line(target, rule.name, verdict, line, rule.versions))
-        if not findings:
-            lines.append(Line(target, "rules", "ok", "no rule applies"))
-    return lines
-
-
-def _trial_lines(base: str, lora: Lora, length: int, targets: Sequence[str]) -> list[Line]:
-    """What comes of trying it, for each target that begins with the merged model."""
-    lines: list[Line] = []
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(base, lora, length, Path(folder))
-        merges, measured = attempt(trial.merged)
-        for target in targets:
-            if missing := lacking(target):
-                lines.append(Line(target, "trial", "not tried", f"{missing}; only the rules were checked"))
-            else:
-                quantizes = merges and target != "merge"
-                passed, detail = attempt(partial(trial.quantized, target)) if quantizes else (merges, measured)
-                lines.append(Line(target, "trial", "ok" if passed else "fails", detail))
-    return lines
-
-
-def _input_tokens(settings: DataSettings, base: str) -> int:
-    """Tokens of production's inputs at P95; of the training rows' where the task names no production inputs."""
-    rows = production_rows(settings)
-    if not rows:
-        train = settings.sources["train"]
-        if train is None:
-            raise UserError("data.train: name a file to train on")
-        rows = encode_inputs(settings, train, "train")
-    return min(quantile([len(row) for row in rows], 95), (context_length(base) or 10**9) - 8)
+def _check(target: str, name: str, verdict: str, detail: str) -> dict[str, str]:
+    return {"target": target, "check": name, "verdict": verdict, "detail": detail}
 
 
 def _targets(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
-    wrong = [f"no target {name!r}; " for name in names if name not in TARGETS]
-    if wrong or not names:
-        raise UserError(f"--for: {''.join(wrong[:1])}name some of {', '.join(TARGETS)}")
+    unknown = [f"no target {name!r}; " for name in names if name not in TARGETS]
+    if unknown or not names:
+        raise UserError(f"--for: {''.join(unknown[:1])}name some of {', '.join(TARGETS)}")
     return [name for name in TARGETS if name in names]
 
 
-def _show(lines: Sequence[Line], targets: Sequence[str], failed: Sequence[str], path: Path) -> None:
+def _input_tokens(settings: DataSettings, base: str) -> int:
+    """Tokens of production's inputs at P95; of the training rows' if the task names no production inputs."""
+    rows = production_rows(settings)
+    if not rows:
+        if settings.sources["train"] is None:
+            raise UserError("data.train: name a file to train on")
+        rows = encode_inputs(settings, settings.sources["train"], "train")
+    return min(quantile([len(row) for row in rows], 95), (context_length(base) or 10**9) - 8)
+
+
+def _rules(plan: Plan, targets: Sequence[str]) -> Iterator[dict[str, str]]:
+    for target in targets:
+        findings = check(plan, [target])
+        for rule, line in findings:
+            verdict = "fails" if rule.severity == "error" else "warning"
+            yield _check(target, rule.name, verdict, f"{line} ({rule.versions})")
+        if not findings:
+            yield _check(target, "rules", "ok", "no rule applies")
+
+
+def _trials(base: str, lora: Lora, length: int, targets: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Try each target that begins with the merged model."""
+    targets = [target for target in targets if target in MERGED]
+    if not targets:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Trial(base, lora, length, Path(folder))
+        merges, merged = attempt(trial.merged)
+        for target in targets:
+            if missing := lacking(target):
+                yield _check(target, "trial", "not tried", f"{missing}; only the rules were checked")
+                continue
+            quantizes = merges and target != "merge"
+            passed, detail = attempt(partial(trial.quantized, target)) if quantizes else (merges, merged)
+            yield _check(target, "trial", "ok" if passed else "fails", detail)
+
+
+def _print_checks(checks: Sequence[dict[str, str]], targets: Sequence[str], failed: Sequence[str], path: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    table = Table("target", "check", "verdict", "what", title="Preflight", title_justify="left")
-    for line in lines:
-        detail = line.detail + (f" ({line.versions})" if line.versions else "")
-        table.add_row(line.target, line.check, f"[{COLORS[line.verdict]}]{line.verdict}[/]", escape(detail))
+    table = Table("target", "check", "verdict", "detail", title="Preflight", title_justify="left")
+    for it in checks:
+        verdict = f"[{COLORS[it['verdict']]}]{it['verdict']}[/]"
+        table.add_row(it["target"], it["check"], verdict, escape(it["detail"]))
     console.print(table, soft_wrap=False)
     console.print(f"figures: {path}")
-    untried = [line.target for line in lines if line.verdict == "not tried"]
+    untried = [it["target"] for it in checks if it["verdict"] == "not tried"]
     verdict = f"fails for {', '.join(failed)}" if failed else f"no objection to {', '.join(targets)}"
     verdict += f", by the rules alone for {', '.join(untried)}" if untried else ""
     console.print(f"[bold]verdict: {verdict}[/]")

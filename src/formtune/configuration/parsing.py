@@ -1,53 +1,35 @@
-"""Mistakes in keys and values, named in one line: by the key, where it stands, and the one that may be meant."""
+"""Parsers whose mistakes are one line: the key, its `file:line`, and the key that may be meant."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import re
+from collections.abc import Collection
 from itertools import accumulate
 from typing import Any
 
-from formtune.configuration.yaml_file import place
+from formtune.configuration.yaml_file import line_of
 from formtune.errors import UserError
 
-_UNKNOWN = r"[Uu]nrecognized arguments: --([\w.]+)|[Kk]ey '?([\w.]+)'? is not expected|option '([\w.]+)'"
+# The key in a message of argparse or jsonargparse.
+_UNKNOWN = r"[Uu]nrecognized arguments: --([\w.]+)|[Kk]ey '?([\w.]+)'? is not expected|[Oo]ption '([\w.]+)'"
+_INVALID = r'Parser key "([\w.]+)"'
 
 
 class OneLine:
-    """Before a parser class: says what is wrong in one line instead of a page of usage."""
-
-    _actions: Any
+    """A mixin for parser classes: reports a mistake as a `UserError` instead of a page of usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
-        name = ""
-        if unknown := re.search(_UNKNOWN, text, re.I):
-            name = next(filter(None, unknown.groups()))
-            known = {a.dest for p in (self, *_subparsers(self).values()) for a in p._actions}
-            known |= {dest.partition(".")[0] for dest in known}
-            near = difflib.get_close_matches(name, known, 1) or [
-                k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]
-            ]
-            text += f"; did you mean {near[0]}?" if near else ""
-        elif value := re.search(r'Parser key "([\w.]+)"', text):
-            name = value[1]
-        where = place(name)
-        raise UserError(f"{where}: {text}" if where else text)
-
-    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        config = super().parse_args(*args, **kwargs)  # type: ignore[misc]
-        if not hasattr(config, "get"):
-            return config  # argparse's own, which knows no groups of keys
-        verb = config.get("subcommand")
-        parser, values = (_subparsers(self)[verb], config[verb]) if verb else (self, config)
-        # A list in place of keys would be taken, and fail where they are needed.
-        keys = {action.dest for action in parser._actions}
-        groups = {group for key in keys for group in accumulate(key.split(".")[:-1], "{}.{}".format)}
-        for group in sorted(groups - {a.dest for a in parser._actions if hasattr(a, "_typehint")}):
-            if isinstance(values.get(group), str | int | float | list):
-                self.error(f'Parser key "{group}": Expected keys. Got value: {values[group]!r:.40}')
-        return config
+        text = " ".join(str(message).split())
+        key = ""
+        if unknown := re.search(_UNKNOWN, text):
+            key = next(filter(None, unknown.groups()))
+            text += did_you_mean(key, known_keys(self))
+        elif invalid := re.search(_INVALID, text):
+            key = invalid[1]
+        line = line_of(key)
+        raise UserError(f"{line}: {text}" if line else text)
 
 
 class CommandParser(OneLine, argparse.ArgumentParser):
@@ -60,6 +42,18 @@ class CommandParser(OneLine, argparse.ArgumentParser):
         )  # fmt: skip
 
 
-def _subparsers(parser: Any) -> dict[str, Any]:
-    action = getattr(parser, "_subcommands_action", None)
-    return dict(action._name_parser_map) if action else {}
+def did_you_mean(name: str, names: Collection[str]) -> str:
+    """A question that names the nearest of `names`; "" if none is near."""
+    last = name.rpartition(".")[2]
+    near = difflib.get_close_matches(name, names, 1) or [other for other in names if other.rpartition(".")[2] == last]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def known_keys(parser: Any) -> set[str]:
+    """The dotted keys of a parser and its subcommands, and the groups that hold them."""
+    keys = set()
+    for action in parser._actions:  # neither argparse nor jsonargparse has a public list
+        keys |= set(accumulate(action.dest.split("."), "{}.{}".format))
+        if isinstance(action.choices, dict):
+            keys |= set().union(*map(known_keys, action.choices.values()))
+    return keys

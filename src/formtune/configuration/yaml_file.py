@@ -1,34 +1,16 @@
-"""A YAML file that is broken is named by file and line, before anything slow is imported."""
+"""Checks YAML files before anything slow is imported, and notes the line of each key."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from formtune.errors import UserError
 
-PLACES: dict[str, str] = {}  # the `file:line` of each dotted key of the command line's files
-
-MAX_VALUES = 100_000  # of a file with its aliases written out, which multiply
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a mapping with the same key twice; elsewhere the last one wins without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r} stands here twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+LINES: dict[str, str] = {}  # `file:line` of each dotted key in the command line's files
+GROUPS = ("model", "model.lora", "data", "trainer", "checkpoint", "overfitting", "answer_table")  # keys that hold keys
 
 
 def check_configs(args: list[str]) -> None:
@@ -37,11 +19,11 @@ def check_configs(args: list[str]) -> None:
     Raises:
         UserError: One is broken; names the file, the line and the reason.
     """
-    PLACES.clear()
+    LINES.clear()
     for path in config_paths(args):
         check_yaml(path)
     for option in args:
-        PLACES.pop(option.partition("=")[0].removeprefix("--"), None)  # the command line overrides the file
+        LINES.pop(option.partition("=")[0].removeprefix("--"), None)  # the command line overrides the file
 
 
 def config_paths(args: list[str]) -> list[str]:
@@ -56,47 +38,55 @@ def config_paths(args: list[str]) -> list[str]:
     return paths
 
 
-def place(key: str) -> str:
-    """Where a dotted key (or its end) stands, as `file:line`; "" if in no file."""
-    ends = [where for name, where in PLACES.items() if name == key or name.endswith(f".{key}")]
-    return PLACES.get(key) or (ends[0] if key and len(ends) == 1 else "")
+def line_of(key: str) -> str:
+    """The `file:line` of a dotted key, or of the only key that ends with it; "" if no file has it."""
+    if key in LINES:
+        return LINES[key]
+    ends = [line for name, line in LINES.items() if name.endswith(f".{key}")]
+    return ends[0] if len(ends) == 1 else ""
 
 
 def check_yaml(path: str) -> None:
-    """Check that a file is a YAML mapping without duplicate keys, and remember where its keys stand.
+    """Check that a file is a YAML mapping without duplicate keys, and note the lines of its keys.
 
     Raises:
         UserError: It is not; names the file, the line and the reason.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        content = yaml.load(text, _UniqueKeys)
-        root = yaml.compose(text, yaml.SafeLoader)
+        content = yaml.safe_load(text)
+        lines = dict(_lines(yaml.compose(text, yaml.SafeLoader)))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: not valid YAML ({error.problem})") from None
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError for 2026-13-45, which looks like a date
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    except RecursionError:
-        raise UserError(f"{path}: not valid YAML (nested too deeply)") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # a ValueError: 2026-13-45 looks like a date
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML ({problem or error})") from None
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: expected keys such as model and data, found {type(content).__name__}")
-    values = [content]
-    for count, value in enumerate(values):  # grows as it goes
-        if count > MAX_VALUES:
-            raise UserError(f"{path}: more than {MAX_VALUES:,} values, aliases written out; a task needs fewer")
-        values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    PLACES.update({key: f"{path}:{line}" for key, line in _lines(root)})
+    LINES.update({key: f"{path}:{line}" for key, line in lines.items()})
 
 
 def _lines(node: yaml.Node | None, path: str = "") -> Iterator[tuple[str, int]]:
     """The line of each dotted key."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                yield f"{path}{key.value}", key.start_mark.line + 1
-                yield from _lines(value, f"{path}{key.value}.")
+    if not isinstance(node, yaml.MappingNode):
+        return
+    names = set()
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        name = f"{path}{key.value}"
+        if name in names:
+            raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
+        # jsonargparse would take a list or a number here, and fail where its keys are needed.
+        if name in GROUPS and not isinstance(value, yaml.MappingNode) and not value.tag.endswith(":null"):
+            raise yaml.MarkedYAMLError(problem=f"{name} must hold keys", problem_mark=key.start_mark)
+        names.add(name)
+        yield name, key.start_mark.line + 1
+        yield from _lines(value, f"{name}.")

@@ -65,7 +65,7 @@ def read_run(folder: Path) -> FinishedRun:
     parser = task_parser("export")
     parser.add_argument("--model.quantize", type=Literal["4bit"] | None)
     parser.add_argument("--model.constrained", type=bool, default=False)
-    task, settings = read_task(parser, ["-c", str(config)], ("base", "max_new_tokens", "quantize", "constrained"))
+    task, settings = read_task(parser, ["-c", str(config)])
     manifest, base = verify(folder / "adapter"), task.model.base
     trained_on, now = manifest["base"]["files"], base_files(base)
     if changed := sorted(name for name in trained_on | now if trained_on.get(name) != now.get(name)):

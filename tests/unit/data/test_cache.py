@@ -203,9 +203,6 @@ def test_a_process_killed_while_it_writes_leaves_no_entry(folder):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert [path.suffix for path in entries()] == [".part"] and read_cache(Path(".cache/encoded/a.json")) is None
-    os.utime(entries()[0], (0, 0))
-    split()
-    assert [path.suffix for path in entries()] == [".json"]
 
 
 def test_a_full_disk_leaves_the_old_entry_and_no_part_of_the_new(tmp_path, monkeypatch):
