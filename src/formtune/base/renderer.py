@@ -48,7 +48,6 @@ class Renderer:
         self._special = frozenset(added)
         control_tokens = [re.escape(token.content) for token in added.values() if token.special]
         self._control_token = re.compile("|".join(control_tokens) or r"(?!)")  # (?!) never matches
-        self._left_out: dict[tuple[str, ...], frozenset[int]] = {}  # turns by the roles of a conversation
         self._lead = ""  # white space that the template puts before an answer, as decoded
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         probe = tokenizer("a")["input_ids"]  # this call also switches off truncation and padding
@@ -143,7 +142,7 @@ class Renderer:
         try:
             prompt = self._render(context, True)
             whole = "" if target is None else self._render(messages, False)
-            self._check_turns(context, prompt)
+            _check_turns(context, prompt)
         except UnfitRow as error:
             return error
         return prompt, whole
@@ -163,34 +162,6 @@ class Renderer:
             raise UnfitRow(f"the chat template refuses the conversation: {first_line(error)}") from None
         finally:
             chat_template_utils.datetime = clock  # type: ignore[misc]
-
-    def _check_turns(self, context: list[Message], prompt: str) -> None:
-        """Refuse a row if the prompt does not hold what every turn says."""
-        left_out = self._turns_left_out(context)
-        for number, message in enumerate(context):
-            if (number not in left_out or not message["content"].strip()) and _says(prompt, message):
-                continue
-            turn, place = f"{message['role']} turn", "the last user turn"
-            if message["role"] == "system":
-                turn, place = "system prompt", "the user turn (as in data.columns.prompt: 'Be brief. {prompt}')"
-            text = " ".join(message["content"].split())[:40]
-            raise UnfitRow(
-                f"the chat template leaves out the {turn} {text!r}; write it into {place}, or take a base whose "
-                "template has it"
-            )
-
-    def _turns_left_out(self, context: list[Message]) -> frozenset[int]:
-        """Numbers of the turns that the template leaves out, found by marks: a short text may occur by chance."""
-        roles = tuple(message["role"] for message in context)
-        if roles not in self._left_out:
-            marked: list[Message] = [{"role": role, "content": f"formtune{i}turn"} for i, role in enumerate(roles)]
-            try:
-                text = self._render(marked, True)
-                left_out = [i for i, message in enumerate(marked) if message["content"] not in text]
-            except UnfitRow:  # the template may want JSON there, say; each row's own text is looked for anyway
-                left_out = []
-            self._left_out[roles] = frozenset(left_out)
-        return self._left_out[roles]
 
     def _target_ids(self, target: str, texts: Sequence[str], prompt_ids: list[int], whole: Any) -> list[int]:
         """Ids of the answer and its end-of-turn token."""
@@ -217,14 +188,30 @@ def _split(messages: list[Message]) -> tuple[list[Message], str | None]:
     return messages, None
 
 
-def _says(prompt: str, message: Message) -> bool:
-    """Whether a prompt holds a turn's words in order: the template may trim them or escape punctuation."""
-    content = message["content"]
-    if message["role"] == "assistant":
-        content = content.rpartition("</think>")[2]  # templates leave out what an earlier answer thought
-    if content.strip() in prompt:
-        return True
-    content, prompt, at = content.casefold(), prompt.casefold(), 0
+def _check_turns(context: list[Message], prompt: str) -> None:
+    """Refuse a row if the prompt does not hold what every turn says: a template may leave out a turn."""
+    prompt = prompt.casefold()
+    # Longest first, and each one removed, since a short text may also be part of a longer one.
+    for message in sorted(context, key=lambda message: len(message["content"]), reverse=True):
+        content = message["content"].casefold().strip()
+        if message["role"] == "assistant":
+            content = content.rpartition("</think>")[2].strip()  # templates leave out what an earlier answer thought
+        if content in prompt:
+            prompt = prompt.replace(content, "\0", 1)
+        elif not _has_words(prompt, content):
+            turn, place = f"{message['role']} turn", "the last user turn"
+            if message["role"] == "system":
+                turn, place = "system prompt", "the user turn (as in data.columns.prompt: 'Be brief. {prompt}')"
+            text = " ".join(message["content"].split())[:40]
+            raise UnfitRow(
+                f"the chat template leaves out the {turn} {text!r}; write it into {place}, or take a base whose "
+                "template has it"
+            )
+
+
+def _has_words(prompt: str, content: str) -> bool:
+    """Whether a prompt holds the words of a text in their order: a template may escape its punctuation."""
+    at = 0
     for word in re.findall(r"[^\W_]+", content):
         at = prompt.find(word, at) + len(word)
         if at < len(word):

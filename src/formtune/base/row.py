@@ -32,5 +32,5 @@ class UnfitRow(ValueError):
 
 
 def quantile(sizes: Sequence[int], percent: float) -> int:
-    """The smallest size that at least `percent` of all sizes do not exceed; 0 if there are none."""
+    """The percentile of the sizes: always one of them, never an interpolation; 0 if there are none."""
     return int(np.percentile(sizes, percent, method="higher")) if len(sizes) else 0

@@ -11,7 +11,7 @@ from formtune.data import Columns
 from formtune.data.cleaning import Example, judge, repair, repair_answer
 from formtune.data.datamodule import FormatDataModule, Order
 from formtune.data.encoded import ignored_columns
-from formtune.data.sources import JsonLines, open_source
+from formtune.data.sources import read_records
 from formtune.errors import UserError
 from formtune.formats import JsonSchema
 from formtune.training.data_table import DataTable
@@ -43,9 +43,9 @@ def test_json_lines_survive_bom_crlf_and_blank_lines_and_keep_dates_as_text(tmp_
     plain, odd = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     plain.write_bytes(b'{"d": "2026-01-02"}\n{"d": "x"}\n')
     odd.write_bytes(b'\xef\xbb\xbf{"d": "2026-01-02"}\r\n\r\n{"d": "x"}')
-    rows = [[record for record, _ in JsonLines(str(path)).records()] for path in (plain, odd)]
+    rows = [[record for record, _ in read_records(str(path))] for path in (plain, odd)]
     assert rows[0] == rows[1] == [{"d": "2026-01-02"}, {"d": "x"}]
-    assert [where.rpartition(":")[2] for _, where in JsonLines(str(odd)).records()] == ["1", "3"]
+    assert [where.rpartition(":")[2] for _, where in read_records(str(odd))] == ["1", "3"]
 
 
 def test_csv_parquet_and_saved_data_sets_give_the_same_records(tmp_path):
@@ -59,7 +59,7 @@ def test_csv_parquet_and_saved_data_sets_give_the_same_records(tmp_path):
     (tmp_path / "a.csv").write_text('prompt,completion\n"a, b",2026-01-02\n"q""",7\n')
     datasets.Dataset(table).save_to_disk(tmp_path / "saved")
     for name in ("a.parquet", "a.csv", "saved"):
-        assert [r for r, _ in open_source(str(tmp_path / name)).records()] == records
+        assert [r for r, _ in read_records(str(tmp_path / name))] == records
 
 
 @pytest.mark.parametrize("path", ["missing.jsonl", "rows.txt", "no/such/place", "rows.csv", "rows.parquet"])
@@ -68,7 +68,7 @@ def test_a_source_that_cannot_be_read_is_refused(tmp_path, path):
     (tmp_path / "rows.csv").write_text("a,b\n1\n")
     (tmp_path / "rows.parquet").write_text("x")
     with pytest.raises(UserError, match=path.replace(".", r"\.")):
-        list(open_source(str(tmp_path / path)).records())
+        list(read_records(str(tmp_path / path)))
 
 
 def test_a_template_over_columns_is_filled_as_plain_text():
