@@ -41,9 +41,6 @@ def check_identity(recorded: Any, current: dict[str, Any], resumes: bool) -> Non
         raise UserError("model.base: the checkpoint was trained on another base")
     if resumes and recorded["format"] != current["format"]:
         raise UserError("data.format: the format has changed since this run began; begin a new run")
-    before, now = recorded["processes"], current["processes"]
-    if resumes and before != now:
-        raise UserError(
-            f"trainer.devices: this run began on {before} processes, now there are {now}; resume with {before} or "
-            "begin a new run"
-        )
+    if resumes and recorded["processes"] != current["processes"]:
+        before, now = recorded["processes"], current["processes"]
+        raise UserError(f"trainer.devices: this run began on {before} processes, not {now}; resume it on {before}")

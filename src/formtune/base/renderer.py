@@ -13,8 +13,6 @@ from formtune.base.folder import check_base
 from formtune.base.row import Message, Row, UnfitRow
 from formtune.errors import UserError, first_line
 
-AT_ONCE = 1024  # rows tokenized in one call
-
 
 def today() -> str:
     """The date of this machine, as YYYY-MM-DD."""
@@ -62,9 +60,9 @@ class Renderer:
         """Find the end of a turn and the white space before an answer; refuse a template that cannot be supervised."""
         try:
             turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            texts = self._render(turns[:1], True), self._render(turns, False)
-            prompt, whole = self._tokenize(texts)
-            target_ids = self._target_ids("b", texts, prompt.ids, whole)
+            prompt = self._render(turns[:1], True)
+            prompt_ids = self._tokenize(prompt).ids
+            target_ids = self._target_ids(turns, prompt, prompt_ids)
         except UnfitRow as error:
             raise UserError(f"model.base: the chat template cannot be supervised: {error}") from None
         self._lead = self._decode(target_ids[:-1]).removesuffix("b")
@@ -72,7 +70,7 @@ class Renderer:
             raise UserError(f"model.base: the chat template writes {self._lead!r} before every answer")
         self.stop_ids = tuple(dict.fromkeys([target_ids[-1], *self.stop_ids]))
         bos = self.tokenizer.bos_token_id
-        if bos is not None and prompt.ids[:2] == [bos, bos]:
+        if bos is not None and prompt_ids[:2] == [bos, bos]:
             raise UserError("model.base: the chat template begins with more than one BOS token")
 
     @classmethod
@@ -94,30 +92,30 @@ class Renderer:
 
         The last turn is the assistant's, or the user's where there is no target.
         """
-        # Many at once, since the tokenizer works on all cores; not all, since every token's offsets are in memory.
-        for start in range(0, len(rows), AT_ONCE):
-            yield from self._encode(rows[start : start + AT_ONCE], start)
-
-    def _encode(self, rows: Sequence[tuple[list[Message], str]], start: int) -> Iterator[Row | UnfitRow]:
-        rendered = [self._texts(messages) for messages, _ in rows]
-        texts = [text for pair in rendered if not isinstance(pair, UnfitRow) for text in pair]
-        encodings = iter(self._tokenize(texts))
-        for number, ((messages, where), pair) in enumerate(zip(rows, rendered, strict=True), start):
-            if isinstance(pair, UnfitRow):
-                yield pair
-                continue
-            _, target = _split(messages)
-            prompt_ids, whole = next(encodings).ids, next(encodings)
+        for number, (messages, where) in enumerate(rows):
             try:
-                target_ids = [] if target is None else self._target_ids(target, pair, prompt_ids, whole)
+                row: Row | UnfitRow = self._row(messages, where, number)
             except UnfitRow as error:
-                yield error
-                continue
-            if target is not None and (decoded := self.answer(target_ids)[0]) != target:
-                yield UnfitRow(f"the tokenizer turns the answer {target[:40]!r} into {decoded[:40]!r}")
-            else:
-                input = next(m["content"] for m in reversed(messages) if m["role"] == "user")
-                yield Row(self._bos + prompt_ids, target_ids, input, target, where, number, messages=messages)
+                row = error
+            yield row
+
+    def _row(self, messages: list[Message], where: str, number: int) -> Row:
+        for message in messages:
+            if token := self._control_token.search(message["content"]):
+                raise UnfitRow(f"the text holds {token[0]}, which the tokenizer would read as a control token")
+        target = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
+        context = messages if target is None else messages[:-1]
+        if self.templated:
+            prompt = self._render(context, True)
+            _check_turns(context, prompt)
+        else:
+            prompt = "".join(f"{message['content']}\n\n" for message in context)
+        prompt_ids = self._bos + self._tokenize(prompt).ids
+        target_ids = [] if target is None else self._target_ids(messages, prompt, prompt_ids)
+        if target is not None and (decoded := self.answer(target_ids)[0]) != target:
+            raise UnfitRow(f"the tokenizer turns the answer {target[:40]!r} into {decoded[:40]!r}")
+        input = next(message["content"] for message in reversed(context) if message["role"] == "user")
+        return Row(prompt_ids, target_ids, input, target, where, number, messages=messages)
 
     def answer(self, ids: Sequence[int]) -> tuple[str, bool]:
         """Text of generated `ids` up to the first stop token, and whether there was one."""
@@ -127,25 +125,9 @@ class Renderer:
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def _tokenize(self, texts: Sequence[str]) -> Any:
+    def _tokenize(self, text: str) -> Any:
         # The Rust tokenizer: the wrapper around it takes as long again. The template already wrote BOS.
-        return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-
-    def _texts(self, messages: list[Message]) -> tuple[str, str] | UnfitRow:
-        """The text of the prompt, and of the whole conversation (without a template, of the target alone)."""
-        for message in messages:
-            if token := self._control_token.search(message["content"]):
-                return UnfitRow(f"the text holds {token[0]}, which the tokenizer would read as a control token")
-        context, target = _split(messages)
-        if not self.templated:
-            return "".join(f"{m['content']}\n\n" for m in context), target or ""
-        try:
-            prompt = self._render(context, True)
-            whole = "" if target is None else self._render(messages, False)
-            _check_turns(context, prompt)
-        except UnfitRow as error:
-            return error
-        return prompt, whole
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         from transformers.utils import chat_template_utils
@@ -163,12 +145,14 @@ class Renderer:
         finally:
             chat_template_utils.datetime = clock  # type: ignore[misc]
 
-    def _target_ids(self, target: str, texts: Sequence[str], prompt_ids: list[int], whole: Any) -> list[int]:
+    def _target_ids(self, messages: list[Message], prompt: str, prompt_ids: list[int]) -> list[int]:
         """Ids of the answer and its end-of-turn token."""
-        ids, offsets = whole.ids, whole.offsets
+        target = messages[-1]["content"]
         if not self.templated:
-            return [*ids, self.tokenizer.eos_token_id]
-        prompt, conversation = texts
+            return [*self._tokenize(target).ids, self.tokenizer.eos_token_id]
+        conversation = self._render(messages, False)
+        encoding = self._tokenize(conversation)
+        ids, offsets = encoding.ids, encoding.offsets
         if not conversation.startswith(prompt) or ids[: len(prompt_ids)] != prompt_ids:
             raise UnfitRow("the prompt is not a token prefix of the conversation")
         start = conversation.find(target, len(prompt))
@@ -181,39 +165,26 @@ class Renderer:
         return ids[len(prompt_ids) : stop + 1]
 
 
-def _split(messages: list[Message]) -> tuple[list[Message], str | None]:
-    """The turns before the answer, and the answer if there is one."""
-    if messages[-1]["role"] == "assistant":
-        return messages[:-1], messages[-1]["content"]
-    return messages, None
-
-
 def _check_turns(context: list[Message], prompt: str) -> None:
     """Refuse a row if the prompt does not hold what every turn says: a template may leave out a turn."""
-    prompt = prompt.casefold()
+    prompt = _letters(prompt)
     # Longest first, and each one removed, since a short text may also be part of a longer one.
     for message in sorted(context, key=lambda message: len(message["content"]), reverse=True):
-        content = message["content"].casefold().strip()
+        content = message["content"]
         if message["role"] == "assistant":
-            content = content.rpartition("</think>")[2].strip()  # templates leave out what an earlier answer thought
-        if content in prompt:
-            prompt = prompt.replace(content, "\0", 1)
-        elif not _has_words(prompt, content):
+            content = content.rpartition("</think>")[2]  # templates leave out what an earlier answer thought
+        if _letters(content) not in prompt:
             turn, place = f"{message['role']} turn", "the last user turn"
             if message["role"] == "system":
                 turn, place = "system prompt", "the user turn (as in data.columns.prompt: 'Be brief. {prompt}')"
-            text = " ".join(message["content"].split())[:40]
+            text = " ".join(content.split())[:40]
             raise UnfitRow(
                 f"the chat template leaves out the {turn} {text!r}; write it into {place}, or take a base whose "
                 "template has it"
             )
+        prompt = prompt.replace(_letters(content), "\0", 1)
 
 
-def _has_words(prompt: str, content: str) -> bool:
-    """Whether a prompt holds the words of a text in their order: a template may escape its punctuation."""
-    at = 0
-    for word in re.findall(r"[^\W_]+", content):
-        at = prompt.find(word, at) + len(word)
-        if at < len(word):
-            return False
-    return True
+def _letters(text: str) -> str:
+    """A text without case, punctuation and spacing, which a template may change."""
+    return re.sub(r"[\W_]+", "", text.casefold())

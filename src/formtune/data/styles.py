@@ -20,8 +20,7 @@ ALWAYS = 0.95  # share of the objects that must have a key for its position to b
 FORMS = 50  # different values at most for a field whose case is compared: a category, not free text
 
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')  # in JSON
-_CHARACTER = re.compile(r'\\u[0-9a-fA-F]{4}|\\["\\/bfnrt]|[^\\]')  # in a JSON string
-_PROMPTED = "the spelling of the row's system prompt"
+_ESCAPE = re.compile(r'\\u[0-9a-fA-F]{4}|\\["\\/bfnrt]')
 
 Found = tuple[Any, Example]  # a value and the row it is in
 
@@ -90,11 +89,12 @@ def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def _mixture(path: str, what: str, forms: Sequence[tuple[str, Example]]) -> Mixture | None:
     """The mixture of the forms that examples use, None if all use the same."""
     counts = dict(Counter(form for form, _ in forms).most_common())
-    minority: dict[str, list[str]] = {form: [] for form in list(counts)[1:]}
+    minority: dict[str, list[str]] = defaultdict(list)
     for form, example in forms:
-        if form in minority and example.where not in minority[form][-1:]:
+        usual = form == next(iter(counts)) or (what == "case" and _in_system(form, example))
+        if not usual and example.where not in minority[form][-1:]:
             minority[form].append(example.where)
-    return Mixture(path, what, counts, minority) if minority else None
+    return Mixture(path, what, counts, dict(minority)) if minority else None
 
 
 def _layout(text: str) -> str | None:
@@ -114,7 +114,8 @@ def _escapes(answers: Sequence[Example]) -> Iterator[Mixture | None]:
     forms: dict[str, list[tuple[str, Example]]] = defaultdict(list)
     for example in answers:
         written: dict[str, set[str]] = defaultdict(set)
-        for form in {form for text in _STRING.findall(example.target) for form in _CHARACTER.findall(text)}:
+        text = "".join(_STRING.findall(example.target))
+        for form in sorted({*_ESCAPE.findall(text), *_ESCAPE.sub("", text)}):
             character = json.loads(f'"{form}"') if len(form) > 1 else form
             if character > "\x7f" and (character.isprintable() or "\ud800" <= character <= "\udfff"):
                 character, form = "é", "é" if character == form else r"\u00e9"
@@ -171,21 +172,7 @@ def _values(path: str, found: Sequence[Found]) -> Iterator[Mixture | None]:
         spellings[value.casefold()].append((value, example))
     if len(spellings) <= FORMS:
         for same_word in spellings.values():
-            yield from _case(path, same_word)
-
-
-def _case(path: str, texts: Sequence[tuple[str, Example]]) -> Iterator[Mixture | None]:
-    """Spellings of a word: if the row's own system prompt has one of them, that is the right one."""
-    spellings = {value for value, _ in texts}
-    free, prompted = [], []
-    for value, example in texts if len(spellings) > 1 else ():
-        named = [spelling for spelling in spellings if _in_system(spelling, example)]
-        if len(named) == 1:
-            prompted.append((_PROMPTED if value == named[0] else value, example))
-        else:
-            free.append((value, example))
-    yield _mixture(path, "case", free)
-    yield _mixture(path, "case", prompted)
+            yield _mixture(path, "case", same_word)
 
 
 def _in_system(text: str, example: Example) -> bool:

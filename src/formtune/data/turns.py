@@ -10,33 +10,13 @@ from formtune.errors import UserError
 ROLES = ("system", "user", "assistant")
 WEIGHTS = ("weight", "loss", "loss_scale", "train", "training")  # names that other tools give a turn's weight
 
-_REASONING = "reasoning is not trained; remove the key, or write into the turn's text what is to be learned"
-_RESULTS = "tool results are not rendered; write the result into a user's turn"
-
-# Keys that would change what is trained or rendered, each with the remedy.
-REFUSED = {
-    **dict.fromkeys(
-        ("tools", "functions"),
-        "tool definitions are not rendered; write them into the system prompt and remove the key",
-    ),
-    **dict.fromkeys(
-        ("tool_calls", "function_call"),
-        "tool calls are not rendered; write the call as the turn's text, in the format to learn, and remove the key",
-    ),
-    **dict.fromkeys(("reasoning_content", "thinking"), _REASONING),
-    "chat_template_kwargs": "every row is rendered with the same options; remove the key",
-}
+# Keys that would change what is trained or rendered.
+REFUSED = {"tools", "functions", "tool_calls", "function_call", "reasoning_content", "thinking", "chat_template_kwargs"}
 # These as well in a turn; a column of such a name may mean anything.
-_REFUSED_IN_TURNS = REFUSED | {
-    **dict.fromkeys(
-        ("reasoning", "reasoning_details", "thinking_blocks", "thought", "thoughts", "tool_plan"), _REASONING
-    ),
-    **dict.fromkeys(
-        ("audio", "audios", "image", "images", "image_url", "video", "videos"), "only text is read; remove the row"
-    ),
-    "refusal": "a refusal is not rendered; write it as the turn's text, or remove the row",
-}
-_ROLE_REMEDIES = {"developer": "write it as `system`", "tool": _RESULTS, "function": _RESULTS}
+_REFUSED_IN_TURNS = REFUSED.union(
+    ("reasoning", "reasoning_details", "thinking_blocks", "thought", "thoughts", "tool_plan", "refusal"),
+    ("audio", "audios", "image", "images", "image_url", "video", "videos"),
+)
 
 
 def read_turns(turns: Any, column: str, where: str, with_target: bool, ignored: set[str]) -> list[dict[str, str]]:
@@ -60,13 +40,16 @@ def read_turns(turns: Any, column: str, where: str, with_target: bool, ignored: 
     return messages
 
 
-def unread(holder: Mapping[str, Any], read: Set[Any], refused: Mapping[str, str], where: str) -> set[str]:
+def unread(holder: Mapping[str, Any], read: Set[Any], refused: Set[str], where: str) -> set[str]:
     """The keys that have a value and are not read; refuses those that would change what is trained or rendered."""
-    keys = {key for key, value in holder.items() if key not in read and not empty(value)}
-    for key in holder:
-        if key in keys and key in refused and holder[key] is not False:
-            raise UserError(f"{where}: `{key}`: {refused[key]}")
-    return keys
+    keys = [key for key, value in holder.items() if key not in read and not empty(value)]
+    for key in keys:
+        if key in refused and holder[key] is not False:
+            raise UserError(
+                f"{where}: `{key}` is neither rendered nor trained; write what matters into the text of a turn and "
+                "remove the key, or remove the row"
+            )
+    return set(keys)
 
 
 def empty(value: Any) -> bool:
@@ -86,10 +69,9 @@ def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[dict[str, str], s
         raise UserError(f"{here} is {kind(turn)}; a turn is an object with `role` and `content`")
     if "role" not in turn:
         raise UserError(f"{here}: no key `role` among {', '.join(turn)}; a turn is an object with `role` and `content`")
-    role = turn["role"]
-    if role not in ROLES:
-        remedy = _ROLE_REMEDIES.get(str(role), f"use {', '.join(ROLES)}")
-        raise UserError(f"{here}: the role {role!r} is not read; {remedy}")
+    if turn["role"] not in ROLES:
+        remedy = f"use {', '.join(ROLES)}, and write a tool's result into a user's turn"
+        raise UserError(f"{here}: the role {turn['role']!r} is not read; {remedy}")
     keys = unread(turn, {"role", "content", *WEIGHTS}, _REFUSED_IN_TURNS, here)
     for key in WEIGHTS:
         # The last answer alone is trained: weight 0 is what every other turn has.
@@ -103,16 +85,13 @@ def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[dict[str, str], s
     content = turn["content"]
     if isinstance(content, list):
         for number, part in enumerate(content):
-            keys |= {f"content[].{key}" for key in _check_part(part, f"{here}.content[{number}]")}
+            place = f"{here}.content[{number}]"
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                actual = f"of type {part['type']!r}" if isinstance(part, dict) and "type" in part else kind(part)
+                only = 'only text is read, as a string or {"type": "text", "text": ...}'
+                raise UserError(f"{place} is {actual}; {only}")
+            keys |= {f"content[].{key}" for key in unread(part, {"type", "text"}, _REFUSED_IN_TURNS, place)}
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise UserError(f"{here}: `content` is {kind(content)}, not text; write it as a string, JSON answers too")
-    return {"role": role, "content": content}, keys
-
-
-def _check_part(part: Any, here: str) -> set[str]:
-    """The keys of a part of a turn that are not read; refuses what is not text."""
-    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        actual = f"of type {part['type']!r}" if isinstance(part, dict) and "type" in part else kind(part)
-        raise UserError(f'{here} is {actual}; only text is read, as a string or {{"type": "text", "text": ...}}')
-    return unread(part, {"type", "text"}, _REFUSED_IN_TURNS, here)
+    return {"role": turn["role"], "content": content}, keys
