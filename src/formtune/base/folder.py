@@ -10,8 +10,6 @@ from typing import Any
 
 from formtune.errors import UserError, first_line
 
-INDEX = "model.safetensors.index.json"
-
 
 def skeleton(base: str) -> Any:
     """The model without its weights: the name and the shape of every layer."""
@@ -37,7 +35,7 @@ def check_folder(base: str) -> None:
     if find_adapter_config_file(check_base(base)) is not None:
         # transformers would load whatever base the adapter names, from anywhere.
         raise UserError(f"model.base: {base} is an adapter; name the base it was trained on, or a merged model")
-    index = Path(base) / INDEX
+    index = Path(base, "model.safetensors.index.json")
     if index.is_file():
         for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
             if name != Path(name).name or not name.endswith(".safetensors"):
@@ -52,8 +50,21 @@ def check_base(base: str) -> str:
     if not Path(base).is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or base.startswith("."):
             raise UserError(f"model.base: no folder {base} (hub ids look like owner/name)")
-        _look_for_hub()
+        _go_offline_if_unreachable()
     return base
+
+
+@functools.cache
+def _go_offline_if_unreachable() -> None:
+    """Without this, each call to a hub that cannot be reached would retry for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10)
+        except Exception:  # no name, no route, no proxy, no certificate
+            constants.HF_HUB_OFFLINE = True
 
 
 def base_folder(base: str) -> Path:
@@ -68,28 +79,14 @@ def base_folder(base: str) -> Path:
         raise UserError(f"{base}: the base is neither a folder nor in the local cache of the hub") from None
 
 
-@functools.cache
-def _look_for_hub() -> None:
-    """Go offline if the hub cannot be reached; otherwise each call would try for half a minute."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=10)
-        except Exception:  # no name, no route, no proxy, no certificate
-            constants.HF_HUB_OFFLINE = True
-
-
 @functools.lru_cache(maxsize=4)
 def context_length(base: str) -> int | None:
     """Tokens that the base model was made for, None where its config does not say."""
     from transformers import AutoConfig
 
+    check_base(base)
     try:
-        config = AutoConfig.from_pretrained(check_base(base), trust_remote_code=False)
-    except UserError:
-        raise
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except Exception:  # loading the model says what is wrong with the folder
         return None
     return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -1,4 +1,4 @@
-"""Which base and format a state belongs to: a different base with the same shapes would load silently."""
+"""Which base and format a checkpoint belongs to: a different base with the same shapes would load silently."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ BLOCK, BLOCKS = 4096, 256  # bytes at a time, and blocks per file: reading all o
 
 
 def identity(base: str) -> str:
-    """A hash of a base's config and of evenly spaced samples of its weights.
-
-    Another training of the same base moves nearly all weights, so that samples tell them apart.
-    """
+    """A hash of a base's config and of evenly spaced samples of its weights, which another training would change."""
     folder = base_folder(base)
     hashed = hashlib.blake2b(digest_size=16)
     for path in (folder / "config.json", *sorted(folder.glob("*.safetensors"))):
@@ -43,9 +40,7 @@ def check_identity(recorded: Any, current: dict[str, Any], resumes: bool) -> Non
     if recorded["base"] != current["base"]:
         raise UserError("model.base: the checkpoint was trained on another base")
     if resumes and recorded["format"] != current["format"]:
-        raise UserError("data.format: the format is another than when this run began; begin a new run")
+        raise UserError("data.format: the format has changed since this run began; begin a new run")
     if resumes and recorded["processes"] != current["processes"]:
-        raise UserError(
-            f"trainer.devices: this run began on {recorded['processes']} processes, now there are "
-            f"{current['processes']}; resume with as many or begin a new run"
-        )
+        before, now = recorded["processes"], current["processes"]
+        raise UserError(f"trainer.devices: this run began on {before} processes, not {now}; resume it on {before}")

@@ -20,7 +20,7 @@ class Row:
     target: str | None  # text of the target
     where: str  # `file:line` the row came from
     number: int = 0  # position among the rows it was encoded with
-    origin: str = ""  # who wrote it: "human", the name of a model, or "" where that is not known
+    origin: str = ""  # author: "human", the name of a model, or "" if unknown
     messages: Sequence[Message] = ()  # the turns it was rendered from
 
     def __len__(self) -> int:
@@ -28,9 +28,9 @@ class Row:
 
 
 class UnfitRow(ValueError):
-    """A row that this tokenizer and template cannot carry unchanged; the message says why."""
+    """A row that this tokenizer and template cannot represent unchanged; the message says why."""
 
 
 def quantile(sizes: Sequence[int], percent: float) -> int:
-    """The size that `percent` of all sizes do not exceed: one of them, nothing in between; 0 if there are none."""
+    """The percentile of the sizes: always one of them, never an interpolation; 0 if there are none."""
     return int(np.percentile(sizes, percent, method="higher")) if len(sizes) else 0

@@ -1,5 +1,5 @@
-"""From files to the rows of optimizer steps. Knows nothing of models, and of torch only in `module`."""
+"""From files to the rows of optimizer steps. Knows nothing of models, and of torch only in `datamodule`."""
 
-from formtune.data.sources import Columns, Csv, HuggingFace, JsonLines, Parquet, Source
+from formtune.data.sources import Columns, HuggingFace, Source
 
-__all__ = ["Columns", "Csv", "HuggingFace", "JsonLines", "Parquet", "Source"]
+__all__ = ["Columns", "HuggingFace", "Source"]

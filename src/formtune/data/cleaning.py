@@ -1,8 +1,6 @@
-"""Repairs what is safe to repair and quarantines what cannot be trained on, each row with its reason.
+"""Repairs inputs by named steps and judges answers: every row is kept, or quarantined with its reason.
 
-Inputs are repaired by named steps; the same steps run on the inputs of evaluation and prediction, so that training
-and production prepare texts alike. Answers are judged, and rewritten only by the steps that a user names for them.
-Every row is kept or quarantined.
+The same steps run in evaluation and prediction, so that training and production prepare texts alike.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ _FENCE = re.compile(r"```[^\n`]*\n(.*?)\n?```", re.S)
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
 # Joiners (U+200D) and direction marks carry meaning in emoji and in several scripts: they are kept.
 _INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff\u00ad]")
-
 # Punctuation that changes no meaning, unless there is a digit on both sides.
 _MARKS = re.compile(r"(?<!\d)[.,:;!?…\"'“”‘’()\[\]]|[.,:;!?…\"'“”‘’()\[\]](?!\d)")
 
@@ -48,7 +45,7 @@ class Example:
 
     messages: list[Message]  # the last one is the answer
     where: str  # the place it came from
-    origin: str = ""  # who wrote it: "human", the name of a model, or "" where the rows do not say
+    origin: str = ""  # author: "human", the name of a model, or "" if unknown
     value: Any = None  # the document that its answer is, once that was judged
 
     @property
@@ -57,18 +54,18 @@ class Example:
 
     @property
     def input(self) -> str:
-        """What the users' turns say."""
-        return "\n".join(m["content"] for m in self.messages[:-1] if m["role"] == "user")
+        """The text of the user's turns."""
+        return "\n".join(self._contents("user"))
 
     @property
     def system(self) -> str:
-        """What the system's turns say; equal inputs below different ones may rightly have different answers."""
-        return "\n".join(m["content"] for m in self.messages[:-1] if m["role"] == "system")
+        """The system prompt; equal inputs below different ones may rightly have different answers."""
+        return "\n".join(self._contents("system"))
 
     @property
     def text(self) -> str:
-        """The input with white space folded: rows that share it are duplicates or conflicts."""
-        return self._folded("system", "user", "assistant")
+        """The prompt with white space folded: rows that share it are duplicates or conflicts."""
+        return "\x1e".join(map(_single_spaced, self._contents("system", "user", "assistant")))
 
     @property
     def key(self) -> str:
@@ -76,20 +73,24 @@ class Example:
 
         Coarser than `text`: "call anna" and "Call Anna!" leak, but their answers may rightly differ.
         """
-        return _folded_more(self._folded("user", "assistant"))
+        return _folded("\x1e".join(map(_single_spaced, self._contents("user", "assistant"))))
 
     @property
     def turns(self) -> list[str]:
         """The same turn by turn."""
-        return [_folded_more(" ".join(m["content"].split())) for m in self.messages[:-1] if m["role"] != "system"]
+        return [_folded(_single_spaced(content)) for content in self._contents("user", "assistant")]
 
-    def _folded(self, *roles: str) -> str:
-        return "\x1e".join(" ".join(m["content"].split()) for m in self.messages[:-1] if m["role"] in roles)
+    def _contents(self, *roles: str) -> list[str]:
+        return [message["content"] for message in self.messages[:-1] if message["role"] in roles]
 
 
-def _folded_more(text: str) -> str:
+def _single_spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _folded(text: str) -> str:
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(_MARKS.sub(" ", folded).split()) or folded
+    return _single_spaced(_MARKS.sub(" ", folded)) or folded
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,38 +113,36 @@ def repair(messages: Sequence[Message], steps: Iterable[str], repairs: Counter[s
     repaired = []
     for message in messages:
         text = message["content"]
-        if message["role"] == "user":
-            for step in STEPS:
-                if step in steps:
-                    before, text = text, STEPS[step](text)
-                    if repairs is not None and text != before:
-                        repairs[step] += 1
+        for step in STEPS if message["role"] == "user" else ():
+            if step in steps:
+                before, text = text, STEPS[step](text)
+                if repairs is not None and text != before:
+                    repairs[step] += 1
         repaired.append({"role": message["role"], "content": text})
     return repaired
 
 
 def repair_answer(answer: str, format: Format, steps: Sequence[str], repairs: Counter[str]) -> str:
-    """An answer that breaks its format, or is not canonical, repaired by `steps` as far as it then keeps it.
+    """An answer repaired by `steps`, or as it was if it then breaks the format; counts the repairs.
 
     `edges` strips white space, `fence` the code fence around it, `canonical` writes the document as the format would.
-    A repair that does not lead to a valid answer is not made.
     """
-    repaired, made = answer, []
+    text, made = answer, []
     for step in ("edges", "fence", "canonical"):
+        before = text
         if step not in steps:
             continue
-        before = repaired
         if step == "edges":
-            repaired = repaired.strip()
-        elif step == "fence" and (match := _FENCE.fullmatch(repaired.strip())):
-            repaired = match[1]
-        elif step == "canonical" and (verdict := format.check(repaired)).kind in ("ok", "layout"):
-            repaired = format.write(verdict.value) or repaired
-        made += [step] if repaired != before else []
-    if not made or not format.check(repaired).exact:
+            text = text.strip()
+        elif step == "fence" and (match := _FENCE.fullmatch(text.strip())):
+            text = match[1]
+        elif step == "canonical" and (verdict := format.check(text)).kind in ("ok", "layout"):
+            text = format.write(verdict.value) or text
+        made += [step] if text != before else []
+    if not made or not format.check(text).exact:
         return answer
     repairs.update(f"answer {step}" for step in made)
-    return repaired
+    return text
 
 
 def judge(
@@ -153,11 +152,10 @@ def judge(
     answer_steps: Sequence[str],
     repairs: Counter[str],
 ) -> Iterator[Example | Quarantined]:
-    """Repair and judge rows with a target by the rule that will judge the model's answers; counts the repairs made."""
+    """Repair rows and judge their targets by the rule that will judge the model's answers; counts the repairs."""
     for example in examples:
         messages = repair(example.messages, steps, repairs)
-        if answer_steps:
-            messages[-1]["content"] = repair_answer(messages[-1]["content"], format, answer_steps, repairs)
+        messages[-1]["content"] = repair_answer(messages[-1]["content"], format, answer_steps, repairs)
         repaired = Example(messages, example.where, example.origin)
         if not repaired.target.strip() or not repaired.input.strip():
             yield quarantine(repaired, "empty", "the input or the answer is empty")

@@ -14,7 +14,7 @@ from formtune.data.encoded import Splits, cache_path, content_hash, read_cache, 
 from formtune.data.progress import shown
 from formtune.data.selection import select
 from formtune.data.settings import DataSettings
-from formtune.data.sources import Source, open_source
+from formtune.data.sources import Source, read_records
 from formtune.data.styles import mixtures
 from formtune.errors import UserError
 
@@ -46,9 +46,8 @@ def read_examples(
     settings: DataSettings, source: str | Source, ignored: Counter[str], with_target: bool = True
 ) -> list[Example]:
     """The conversations of a source, with the task's system prompt; counts in `ignored` the rows with unread keys."""
-    source = open_source(source) if isinstance(source, str) else source
     examples = []
-    for record, where in source.records():
+    for record, where in read_records(source):
         unread: set[str] = set()
         messages = settings.columns.conversation(record, where, with_target, unread)
         ignored.update(sorted(unread))

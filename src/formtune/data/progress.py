@@ -13,8 +13,7 @@ T = TypeVar("T")
 
 
 def shown(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """The items unchanged, with a bar on standard error where that is a terminal, on one process only."""
+    """The items unchanged, with a bar on standard error if that is a terminal, on one process only."""
     console = Console(stderr=True)
-    if not console.is_terminal or os.environ.get("LOCAL_RANK", "0") != "0":
-        return iter(items)
-    return iter(track(items, what, total, console=console, transient=True))
+    hidden = not console.is_terminal or os.environ.get("LOCAL_RANK", "0") != "0"
+    return iter(track(items, what, total, console=console, transient=True, disable=hidden))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from datetime import date as calendar_day
+from datetime import date as calendar_date
 from typing import Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
@@ -19,15 +19,7 @@ from formtune.formats import Format
 
 
 def system_prompt(system: str | None, format: dict[str, Any]) -> str | None:
-    """The system prompt with the schema in the place of `{schema}`.
-
-    Args:
-        system: As configured.
-        format: What the format's `to_dict` gives, as an exported folder's `format.json` holds it.
-
-    Raises:
-        UserError: The format has no schema.
-    """
+    """The configured system prompt with the schema in place of `{schema}`; `format` is what its `to_dict` gives."""
     if not system or "{schema}" not in system:
         return system
     schema = format["init_args"].get("schema")
@@ -36,36 +28,28 @@ def system_prompt(system: str | None, format: dict[str, Any]) -> str | None:
     return system.replace("{schema}", json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
 
 
-def _checked_date(text: str) -> str:
-    try:
-        return calendar_day.fromisoformat(text).isoformat()
-    except ValueError:
-        raise UserError(f"data.date: {text!r} is no day; write it as YYYY-MM-DD") from None
-
-
 class DataSettings:
     """Where the rows come from, how they are cleaned, and which of them are used.
 
     Args:
-        format: The format that every answer must keep, the training answers first.
+        format: The format that every answer must have, training targets included.
         train: File (.jsonl, .csv, .parquet), data set folder, hub id, or a Source.
         validation: The same for validation, or the share of train's inputs to split off.
         test: The same for the final test, or the share of train's inputs to split off.
         prompts: Inputs for `predict`: the same kinds as train, no answers needed.
-        production: Inputs as production sends them, the same kinds: the rows must be like these.
+        production: Inputs as production sends them, the same kinds; the rows are compared with these.
         tokenizer: Model folder or hub id of the tokenizer (follows `model.base`).
-        system: System prompt for rows that have none; `{schema}` in it stands for the format's JSON Schema.
+        system: System prompt for rows that have none; `{schema}` in it is replaced by the format's JSON Schema.
         columns: Which columns hold the conversation.
         clean: Repairs to run on inputs, here and in `predict`.
-        repair_answers: Repairs to run on answers, where they then keep the format; none by default.
-        near_duplicates: Jaccard index of two inputs' runs of five characters from which on they are nearly the same;
-            1 compares only what is the same but for case, marks and spacing.
-        bad_rows: What to do when answers break the format, mix styles or are too long: refuse to train, or drop and
-            count.
-        max_synthetic: Share of training rows that models may have written, of those whose `columns.source` says so.
-        max_length: Tokens that prompt and answer may have together; longer rows are bad rows, they are never cut.
+        repair_answers: Repairs to run on answers, made only if the answer then has a valid format.
+        near_duplicates: Jaccard index of the five-character shingles of two inputs from which they are near-duplicates;
+            1 ignores only case, punctuation and spacing.
+        bad_rows: Whether to refuse to train if answers break the format, mix styles or are too long, or to drop them.
+        max_synthetic: Largest share of training rows written by models, of those with a `columns.source`.
+        max_length: Tokens that prompt and answer may have together; longer rows are bad rows and never truncated.
         max_new_tokens: Tokens that an answer may have (follows `model.max_new_tokens`).
-        date: Day that a chat template writes where it writes today's, as YYYY-MM-DD; None takes the day the run began.
+        date: Day that a chat template writes as today's, as YYYY-MM-DD; None takes the day the run began.
     """
 
     def __init__(
@@ -99,13 +83,16 @@ class DataSettings:
         self.clean, self.repair_answers, self.near_duplicates = clean, repair_answers, near_duplicates
         self.bad_rows, self.max_synthetic = bad_rows, max_synthetic
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
-        self._day = today() if date is None else _checked_date(date)
+        try:
+            self._date = calendar_date.fromisoformat(today() if date is None else date).isoformat()
+        except ValueError:
+            raise UserError(f"data.date: {date!r} is not a day; write it as YYYY-MM-DD") from None
         self.ignored: dict[str, Counter[str]] = {}  # columns of `prompts` and `production` that were not read
 
     @functools.cached_property
     def renderer(self) -> Renderer:
-        """Turns conversations into ids, on the day of the run."""
-        return Renderer.load(self.base, self._day)
+        """Turns conversations into token ids, on the day of the run."""
+        return Renderer.load(self.base, self._date)
 
     @property
     def date(self) -> str | None:

@@ -1,7 +1,6 @@
-"""Sources of rows: each yields plain records, each with the place where a person finds it.
+"""Sources of rows, and how a record becomes a conversation.
 
-JSON Lines are read here and not by a data-frame library: those guess types (ISO dates become timestamps, missing
-keys become null) and lose the line number of what they cannot read.
+Text files are not read by a data-frame library: those guess types (ISO dates become timestamps) and lose line numbers.
 """
 
 from __future__ import annotations
@@ -10,87 +9,26 @@ import csv
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from formtune.data.turns import REFUSED, empty, kind, note_unread, read_turns
+from formtune.data.turns import REFUSED, empty, kind, read_turns, unread
 from formtune.errors import UserError, first_line
 from formtune.formats.strict_json import loads_strict
 
 MAX_LINE_BYTES = 4 * 2**20  # a million tokens
 _FIELD = re.compile(r"\{([\w .-]+)\}")  # of a template over columns
 
+Records = Iterator[tuple[dict[str, Any], str]]  # each record with its place
+
 
 class Source(ABC):
     """Yields (record, where) pairs; subclass it to read anything else and name the class in YAML."""
 
     @abstractmethod
-    def records(self) -> Iterator[tuple[dict[str, Any], str]]:
+    def records(self) -> Records:
         """Yield each record as a dictionary, with its `file:line` or another place."""
-
-
-class FileSource(Source):
-    """A source that is one file.
-
-    Args:
-        path: File to read.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-
-class JsonLines(FileSource):
-    """JSON Lines: one object per line, UTF-8, blank lines skipped."""
-
-    def records(self) -> Iterator[tuple[dict[str, Any], str]]:
-        for where, line in _lines(self.path):
-            text = line.strip()
-            if not text:
-                continue
-            try:
-                record = loads_strict(text)
-            except ValueError as error:
-                if text[0] == "[" or text == "{":
-                    raise UserError(f"{where}: expected one JSON object per line; write each on its own line") from None
-                raise UserError(f"{where}: not valid JSON ({error}); fix or remove the line") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: expected one JSON object per line, found {json.dumps(record)[:40]}")
-            yield record, where
-
-
-class Csv(FileSource):
-    """Comma-separated values with a header line, UTF-8; every value stays text."""
-
-    def records(self) -> Iterator[tuple[dict[str, Any], str]]:
-        csv.field_size_limit(MAX_LINE_BYTES)
-        reader = csv.DictReader((line for _, line in _lines(self.path)), strict=True)
-        try:
-            for record in reader:
-                where = f"{self.path}:{reader.line_num}"
-                if None in record or None in record.values():
-                    raise UserError(f"{where}: the row does not have the header's {len(reader.fieldnames or ())} cells")
-                yield record, where
-        except csv.Error as error:
-            raise UserError(f"{self.path}:{reader.line_num}: not readable as CSV ({error})") from None
-
-
-class Parquet(FileSource):
-    """A Parquet file."""
-
-    def records(self) -> Iterator[tuple[dict[str, Any], str]]:
-        import pyarrow
-        import pyarrow.parquet
-
-        _open(self.path).close()
-        try:
-            with pyarrow.parquet.ParquetFile(self.path) as file:
-                batches = (record for batch in file.iter_batches() for record in batch.to_pylist())
-                for number, record in enumerate(batches, 1):
-                    yield record, f"{self.path}:{number}"
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{self.path}: not a readable Parquet file ({first_line(error)})") from None
 
 
 class HuggingFace(Source):
@@ -105,7 +43,7 @@ class HuggingFace(Source):
     def __init__(self, path: str, split: str = "train", name: str | None = None) -> None:
         self.path, self.split, self.name = path, split, name
 
-    def records(self) -> Iterator[tuple[dict[str, Any], str]]:
+    def records(self) -> Records:
         import datasets
 
         try:
@@ -123,20 +61,71 @@ class HuggingFace(Source):
             yield record, f"{self.path}[{self.split}]:{number}"
 
 
-def open_source(path: str) -> Source:
-    """The source that reads `path`: by its ending for files, a Hugging Face data set otherwise."""
-    reader: Any = {".jsonl": JsonLines, ".ndjson": JsonLines, ".csv": Csv, ".parquet": Parquet}.get(Path(path).suffix)
-    if reader is not None:
-        return reader(path)
-    if Path(path).is_file():
-        raise UserError(
-            f"{path}: unknown kind of file; known are .jsonl, .csv, .parquet, a data set's folder or hub id"
-        )
-    parent, name = Path(path).parent, Path(path).name
-    looks_like_id = path.count("/") == 1 and not path.startswith((".", "/")) and "." not in name
-    if Path(path).is_dir() or (looks_like_id and not parent.is_dir()):
-        return HuggingFace(path)
-    raise UserError(f"{path}: no such file or folder")
+def read_records(source: str | Source) -> Records:
+    """Yield the records of a source; a path is read by its ending, or as a Hugging Face data set."""
+    if isinstance(source, Source):
+        return source.records()
+    path = Path(source)
+    if reader := READERS.get(path.suffix):
+        return reader(source)
+    if path.is_file():
+        raise UserError(f"{source}: unknown kind of file; use .jsonl, .csv, .parquet, a data set folder or hub id")
+    looks_like_id = re.fullmatch(r"[\w-][\w.-]*/[\w-]+", source) and not path.parent.is_dir()
+    if path.is_dir() or looks_like_id:
+        return HuggingFace(source).records()
+    raise UserError(f"{source}: no such file or folder")
+
+
+def _json_lines(path: str) -> Records:
+    """One object per line, UTF-8, blank lines skipped."""
+    for where, line in _lines(path):
+        text = line.strip()
+        if not text:
+            continue
+        try:
+            record = loads_strict(text)
+        except ValueError as error:
+            if text[0] == "[" or text == "{":
+                raise UserError(f"{where}: expected one JSON object per line; write each on its own line") from None
+            raise UserError(f"{where}: not valid JSON ({error}); fix or remove the line") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: expected one JSON object per line, found {json.dumps(record)[:40]}")
+        yield record, where
+
+
+def _csv(path: str) -> Records:
+    """Comma-separated values with a header line, UTF-8; every value stays text."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
+    try:
+        for record in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in record or None in record.values():
+                raise UserError(f"{where}: the row does not have the header's {len(reader.fieldnames or ())} cells")
+            yield record, where
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not readable as CSV ({error})") from None
+
+
+def _parquet(path: str) -> Records:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with _open(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+            records = (record for batch in file.iter_batches() for record in batch.to_pylist())
+            for number, record in enumerate(records, 1):
+                yield record, f"{path}:{number}"
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
+
+
+READERS: dict[str, Callable[[str], Records]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
 
 
 class Columns:
@@ -164,13 +153,10 @@ class Columns:
 
     def origin(self, record: dict[str, Any], where: str) -> str:
         """Who wrote a record, "" where it does not say."""
-        if self.source is None or (name := record.get(self.source)) is None:
+        if self.source is None or record.get(self.source) is None:
             return ""
-        if not isinstance(name, str):
-            raise UserError(
-                f"{where}: `{self.source}` is {kind(name)}, not the name of who wrote the row; write `human` or the "
-                "model's name, or set data.columns.source: null"
-            )
+        remedy = "write `human` or the name of the model that wrote the row, or set data.columns.source: null"
+        name = _text(record, self.source, where, remedy)
         return "human" if name.strip().casefold() == "human" else name
 
     def conversation(
@@ -178,13 +164,13 @@ class Columns:
     ) -> list[dict[str, str]]:
         """The record's turns; the last one is the assistant's with a target, the user's without.
 
-        `ignored` takes the names of the keys that have a value and are not read.
+        `ignored` collects the names of the keys that have a value and are not read.
         """
         ignored = set() if ignored is None else ignored
-        chat = self.messages in record
-        content = [self.messages] if chat else [*self._in_prompt, self.completion]
-        note_unread(record, {*content, self.system, self.source}, REFUSED, where, "", ignored)
-        if chat:
+        is_chat = self.messages in record
+        content = [self.messages] if is_chat else [*self._in_prompt, self.completion]
+        ignored |= unread(record, {*content, self.system, self.source}, REFUSED, where)
+        if is_chat:
             turns = read_turns(record[self.messages], self.messages, where, with_target, ignored)
         else:
             turns = [{"role": "user", "content": self._prompt(record, where)}]
@@ -192,12 +178,8 @@ class Columns:
                 turns.append({"role": "assistant", "content": _text(record, self.completion, where)})
         if self.system is None or empty(record.get(self.system)):
             return turns
-        system = record[self.system]
-        if not isinstance(system, str):
-            raise UserError(
-                f"{where}: `{self.system}` is {kind(system)}, not text; write the row's system prompt as a string, or "
-                "set data.columns.system: null"
-            )
+        remedy = "write the row's system prompt as a string, or set data.columns.system: null"
+        system = _text(record, self.system, where, remedy)
         if turns[0]["role"] == "system":
             raise UserError(
                 f"{where}: `{self.messages}` and the column `{self.system}` both hold a system prompt; remove one, or "
@@ -212,13 +194,12 @@ class Columns:
         return re.sub(_FIELD, lambda m: _text(record, m[1], where), self.prompt)
 
 
-def _text(record: dict[str, Any], column: str, where: str) -> str:
+def _text(record: dict[str, Any], column: str, where: str, remedy: str = "") -> str:
     if column not in record:
         raise UserError(f"{where}: no column `{column}` among {', '.join(record)}; set data.columns")
     if not isinstance(record[column], str):
-        raise UserError(
-            f"{where}: `{column}` is {kind(record[column])}, not text; write it as a string, JSON answers too"
-        )
+        remedy = remedy or "write it as a string, JSON answers too"
+        raise UserError(f"{where}: `{column}` is {kind(record[column])}, not text; {remedy}")
     return record[column]
 
 
@@ -237,7 +218,7 @@ def _lines(path: str) -> Iterator[tuple[str, str]]:
                 raise UserError(f"{where}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
 
 
-def _open(path: str) -> Any:
+def _open(path: str) -> IO[bytes]:
     try:
         return Path(path).open("rb")
     except FileNotFoundError:

@@ -1,31 +1,28 @@
 """Styles: the different ways in which answers write the same thing, field by field.
 
-A format may leave open how a date is written, or whether an empty field is null or absent. A model trained on a
-mixture writes a mixture, so this module finds the less frequent styles and their rows. It ignores values that answers
-copy from their inputs. Where the row's own system prompt spells a value, that spelling is the right one.
+A model trained on a mixture writes a mixture, so this module finds the less frequent styles and their rows.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 from formtune.data.cleaning import Example
 
 MOST = 0.8  # share of a field's values that must be dates (or numbers) for it to be a field of dates
 COPIED = 0.95  # share of a field's values that must be in their inputs for it to be a copied one
-ALWAYS = 0.95  # share of the objects that must have a key for its place to be a style
-FORMS = 50  # different values at most for a field whose casing is looked at: a category, not free text
+ALWAYS = 0.95  # share of the objects that must have a key for its position to be a style
+FORMS = 50  # different values at most for a field whose case is compared: a category, not free text
 
-_ESCAPE = re.compile(r"\\u[0-9a-fA-F]{4}|\\.")
-_SHORT = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
-_LAYOUT = '{}[]:," \\\n\r\t'  # unescaped, these are never inside a string
-_LETTERS = "é"  # stands for all characters beyond ASCII that can be seen
-_PROMPTED = "the spelling of the row's system prompt"
+_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')  # in JSON
+_ESCAPE = re.compile(r'\\u[0-9a-fA-F]{4}|\\["\\/bfnrt]')
+
+Found = tuple[Any, Example]  # a value and the row it is in
 
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
 _DATES = {
@@ -61,197 +58,126 @@ def mixtures(examples: Sequence[Example], fields: Sequence[str] = ()) -> list[Mi
 
     `fields` are the dotted paths that the format declares; in these, null and absent are two ways of saying nothing.
     """
-    result = [
-        _mixture("", "layout", [(form, e.where) for e in examples if (form := _layout(e.target, e.value))]),
-        *_escapes(examples),
-        *_key_orders(examples),
-        *_empties(examples, fields),
-    ]
-    by_path: dict[str, list[tuple[Any, str, bool, str]]] = defaultdict(list)
+    values: dict[str, list[Found]] = defaultdict(list)
     for example in examples:
-        text, system = example.input, example.system
-        for path, value in _scalars(example.value):
-            copied = isinstance(value, str) and value in text
-            by_path[path].append((value, example.where, copied, system))
-    for path, values in by_path.items():
-        result += _values(path, values)
+        for path, value in _walk(example.value):
+            values[path].append((value, example))
+    objects = {path: [(v, e) for v, e in found if isinstance(v, dict)] for path, found in values.items()}
+    answers = [e for e in examples if isinstance(e.value, dict | list) and e.target[:1] in "{["]
+    result = [
+        _mixture("", "layout", [(form, e) for e in answers if (form := _layout(e.target))]),
+        *_escapes(answers),
+        *(_key_order(path, found) for path, found in objects.items()),
+        *(_empties(path, objects) for path in fields),
+        *(mixture for path, found in values.items() for mixture in _values(path, found)),
+    ]
     return [mixture for mixture in result if mixture is not None]
 
 
-def _mixture(path: str, what: str, seen: Sequence[tuple[str, str]]) -> Mixture | None:
-    """The mixture of (form, place) pairs, None if all have the same form."""
-    forms = Counter(form for form, _ in seen)
-    if len(forms) < 2:
-        return None
-    usual = forms.most_common(1)[0][0]
+def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value within a document with its path, indices left out."""
+    if isinstance(value, list):
+        for inner in value:
+            yield from _walk(inner, path)
+        return
+    yield path, value
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _walk(inner, f"{path}.{key}" if path else key)
+
+
+def _mixture(path: str, what: str, forms: Sequence[tuple[str, Example]]) -> Mixture | None:
+    """The mixture of the forms that examples use, None if all use the same."""
+    counts = dict(Counter(form for form, _ in forms).most_common())
     minority: dict[str, list[str]] = defaultdict(list)
-    for form, where in seen:
-        if form != usual and where not in minority[form][-1:]:
-            minority[form].append(where)
-    return Mixture(path, what, dict(forms.most_common()), dict(minority))
+    for form, example in forms:
+        usual = form == next(iter(counts)) or (what == "case" and _in_system(form, example))
+        if not usual and example.where not in minority[form][-1:]:
+            minority[form].append(example.where)
+    return Mixture(path, what, counts, dict(minority)) if minority else None
 
 
-def _layout(text: str, value: Any) -> str | None:
-    """How a JSON object or array is laid out, None where it has no separators to tell."""
-    if not isinstance(value, dict | list):
-        return "with a line feed at its end" if text.endswith("\n") else "without a line feed at its end"
-    outside = re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)
-    end = " and a line feed at its end" if text.endswith("\n") else ""
-    if "\n" in outside.strip():
-        return f"over several lines{end}"
+def _layout(text: str) -> str | None:
+    """How JSON is laid out, None where it has no separators to tell."""
+    outside = _STRING.sub("", text)
+    if "\n" in outside:
+        return "over several lines"
     if re.search(r"[:,] ", outside):
-        return f"with spaces{end}"
-    return f"without spaces{end}" if re.search(r"[:,]", outside) else None
+        return "with spaces"
+    return "without spaces" if re.search(r"[:,]", outside) else None
 
 
-def _escapes(examples: Sequence[Example]) -> Iterator[Mixture | None]:
-    """Characters that JSON answers write as they are in some rows and escaped in others."""
-    texts = [
-        (e.target, e.where) for e in examples if isinstance(e.value, dict | list) and e.target.lstrip()[:1] in "{["
-    ]
-    escaped = [_escaped(text) if "\\" in text else {} for text, _ in texts]
-    # Short escapes other than that of "/" are required, so they are a style only if some row writes a longer one.
-    kinds = {
-        kind: None for ways in escaped for kind, forms in ways.items() if kind == "/" or any("u" in f for f in forms)
-    }
-    for kind in kinds:
-        seen = []
-        for (text, where), ways in zip(texts, escaped, strict=True):
-            forms = set(ways.get(kind, ()))
-            bare = _ESCAPE.sub("", text) if ways else text
-            if _letters(bare) if kind == _LETTERS else len(kind) == 1 and kind not in _LAYOUT and kind in bare:
-                forms.add(kind)
-            seen += [(" and ".join(sorted(forms)), where)] if forms else []
-        yield _mixture("", "escapes", seen)
+def _escapes(answers: Sequence[Example]) -> Iterator[Mixture | None]:
+    """Characters that some JSON answers write as they are and others escape; letters beyond ASCII count as one."""
+    if not any("\\" in example.target for example in answers):
+        return
+    forms: dict[str, list[tuple[str, Example]]] = defaultdict(list)
+    for example in answers:
+        written: dict[str, set[str]] = defaultdict(set)
+        text = "".join(_STRING.findall(example.target))
+        for form in sorted({*_ESCAPE.findall(text), *_ESCAPE.sub("", text)}):
+            character = json.loads(f'"{form}"') if len(form) > 1 else form
+            if character > "\x7f" and (character.isprintable() or "\ud800" <= character <= "\udfff"):
+                character, form = "é", "é" if character == form else r"\u00e9"
+            written[character].add(form if len(form) == 1 else form.lower())
+        for character, ways in written.items():
+            forms[character].append((" and ".join(sorted(ways)), example))
+    for pairs in forms.values():
+        yield _mixture("", "escapes", pairs)
 
 
-def _escaped(text: str) -> dict[str, set[str]]:
-    """How a JSON text escapes each character, letters beyond ASCII as one."""
-    found: dict[str, set[str]] = defaultdict(set)
-    for escape in _ESCAPE.findall(text):
-        kind, form = _SHORT.get(escape[1], escape[1]), escape.lower()
-        if len(escape) > 2:
-            kind = chr(int(escape[2:], 16))
-        if _letters(kind) or "\ud800" <= kind <= "\udfff":
-            kind, form = _LETTERS, r"\u00e9"
-        found[kind].add(form)
-        digits = escape[2:]
-        if digits.lower() != digits.upper():
-            found["hex digits"].add(r"\u00e9" if digits == digits.lower() else r"\u00E9")
-    return found
+def _key_order(path: str, objects: Sequence[Found]) -> Mixture | None:
+    """Objects with another order of keys than most."""
+    counts = Counter(key for holder, _ in objects for key in holder)
+    # Keys that only some objects have are data, in the order in which the input names them.
+    always = {key for key, count in counts.items() if count >= ALWAYS * len(objects)}
+    orders = [([key for key in holder if key in always], e) for holder, e in objects if always <= holder.keys()]
+    usual = Counter(tuple(keys) for keys, _ in orders).most_common(1)[0][0] if orders else ()
+    forms = []
+    for keys, example in orders:
+        form = next((f"{a} before {b}" for a, b in zip(keys, usual, strict=True) if a != b), "the usual order")
+        forms.append((form, example))
+    return _mixture(path, "key order", forms)
 
 
-def _letters(text: str) -> bool:
-    """Whether a text holds a character beyond ASCII that can be seen."""
-    return not text.isascii() and any(c > "\x7f" and c.isprintable() for c in text)
+def _empties(path: str, objects: Mapping[str, Sequence[Found]]) -> Mixture | None:
+    """A field for which some rows write null, some an empty text and some leave the key out."""
+    parent, _, key = path.rpartition(".")
+    holders = objects.get(parent, ())
+    beside = {name for holder, _ in holders if key in holder for name in holder}
+    forms = []
+    for holder, example in holders:
+        value = holder.get(key, ...)
+        form = "absent" if value is ... else "null" if value is None else "empty text" if value == "" else ""
+        # An object with keys that never come with this one is of another alternative, which may not have it.
+        if form and (key in holder or holder.keys() <= beside):
+            forms.append((form, example))
+    return _mixture(path, "empty", forms)
 
 
-def _objects(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every object with its path."""
-    if isinstance(value, dict):
-        yield path, value
-        for key, inner in value.items():
-            yield from _objects(inner, f"{path}.{key}" if path else key)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _objects(inner, path)
-
-
-def _scalars(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every text and number with its path, indices left out."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _scalars(inner, f"{path}.{key}" if path else key)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _scalars(inner, path)
-    elif isinstance(value, str | int | float) and not isinstance(value, bool):
-        yield path, value
-
-
-def _key_orders(examples: Sequence[Example]) -> Iterator[Mixture | None]:
-    """Objects with another order of keys than most: each pair of keys votes on which one comes first."""
-    orders: dict[str, list[tuple[tuple[str, ...], str]]] = defaultdict(list)
-    for example in examples:
-        for path, value in _objects(example.value):
-            orders[path].append((tuple(value), example.where))
-    for path, seen in orders.items():
-        tuples = Counter(keys for keys, _ in seen)
-        if len(tuples) < 2:
-            continue
-        usual: Counter[str] = Counter()
-        for keys, count in tuples.items():
-            usual.update(dict.fromkeys(keys, count))
-        # Keys that only some objects have are data, in the order in which the input names them.
-        always = {key for key, count in usual.items() if count >= ALWAYS * len(seen)}
-        before: Counter[tuple[str, str]] = Counter()
-        for keys, count in tuples.items():
-            for pair in combinations([key for key in keys if key in always], 2):
-                before[pair] += count
-        labels = {}
-        for keys in tuples:
-            turned = [p for p in combinations([k for k in keys if k in always], 2) if before[p] < before[p[::-1]]]
-            labels[keys] = f"{turned[0][0]} before {turned[0][1]}" if turned else "the usual order"
-        yield _mixture(path, "key order", [(labels[keys], where) for keys, where in seen])
-
-
-def _empties(examples: Sequence[Example], fields: Sequence[str]) -> Iterator[Mixture | None]:
-    """Fields for which some rows write null, some an empty text and some leave the key out."""
-    for path in fields:
-        *parents, key = path.split(".")
-        holders, beside, seen = [], set[str](), []
-        for example in examples:
-            holder = example.value
-            for parent in parents:
-                holder = holder.get(parent) if isinstance(holder, dict) else None
-            if isinstance(holder, dict):
-                holders.append((holder, example.where))
-                beside |= holder.keys() if key in holder else set()
-        for holder, where in holders:
-            value = holder.get(key, ...)
-            form = "absent" if value is ... else "null" if value is None else "empty text" if value == "" else ""
-            # An object with keys that never come with this one is of another alternative, which may not have it.
-            if form and (key in holder or holder.keys() <= beside):
-                seen.append((form, where))
-        yield _mixture(path, "empty", seen)
-
-
-def _values(path: str, values: list[tuple[Any, str, bool, str]]) -> Iterator[Mixture | None]:
-    integral = [(v, where) for v, where, *_ in values if not isinstance(v, str) and v == v // 1]
-    yield _mixture(path, "number", [("5.0" if isinstance(v, float) else "5", where) for v, where in integral])
-    texts = [entry for entry in values if isinstance(entry[0], str)]
-    if not texts or sum(copied for _, _, copied, _ in texts) >= COPIED * len(texts):
+def _values(path: str, found: Sequence[Found]) -> Iterator[Mixture | None]:
+    """Whole numbers with and without a point; texts that write dates, numbers or the same word in several ways."""
+    whole = [(v, e) for v, e in found if type(v) in (int, float) and v == v // 1]
+    yield _mixture(path, "number", [("5.0" if isinstance(v, float) else "5", e) for v, e in whole])
+    texts = [(v, e) for v, e in found if isinstance(v, str)]
+    if sum(v in e.input for v, e in texts) >= COPIED * len(texts):
         return
     for what, patterns in (("date", _DATES), ("number", _NUMBERS)):
-        forms = [(form, *entry) for entry in texts if (form := _form(entry[0], patterns))]
+        forms = [(form, v, e) for v, e in texts if (form := _form(v, patterns))]
         if len(forms) >= MOST * len(texts):
-            yield _mixture(path, what, [(form, at) for form, value, at, _, said in forms if not _named(value, said)])
+            yield _mixture(path, what, [(form, e) for form, v, e in forms if not _in_system(v, e)])
             return
-    cases: dict[str, Counter[str]] = defaultdict(Counter)
-    for value, *_ in texts:
-        cases[value.casefold()][value] += 1
-    if len(cases) <= FORMS:
-        for variants in cases.values():
-            if len(variants) > 1:
-                yield from _case(path, [(v, where, said) for v, where, _, said in texts if v in variants], variants)
+    spellings: dict[str, list[tuple[str, Example]]] = defaultdict(list)
+    for value, example in texts:
+        spellings[value.casefold()].append((value, example))
+    if len(spellings) <= FORMS:
+        for same_word in spellings.values():
+            yield _mixture(path, "case", same_word)
 
 
-def _case(path: str, seen: list[tuple[str, str, str]], variants: Iterable[str]) -> Iterator[Mixture | None]:
-    """Values that differ in case alone: where the system prompt has one of them, whether the row keeps to it."""
-    free, held = [], []
-    for value, where, system in seen:
-        named = [variant for variant in variants if _named(variant, system)]
-        if len(named) == 1:
-            held.append((_PROMPTED if value == named[0] else value, where))
-        else:
-            free.append((value, where))
-    yield _mixture(path, "case", free)
-    yield _mixture(path, "case", held)
-
-
-def _named(value: str, system: str) -> bool:
-    """Whether a system prompt holds a value, and not as a part of a word."""
-    return value in system and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", system) is not None
+def _in_system(text: str, example: Example) -> bool:
+    """Whether the row's system prompt holds a text, and not as a part of a word."""
+    return text in example.system and re.search(rf"(?<!\w){re.escape(text)}(?!\w)", example.system) is not None
 
 
 def _form(text: str, patterns: dict[str, str]) -> str | None:

@@ -21,31 +21,28 @@ def print_data(splits: Splits, folder: Path | None) -> None:
         table.add_column(column, justify="right")
     for name, rows in splits.rows.items():
         table.add_row(name, f"{len(rows):,}", *(f"{n:,}" for n in splits.lengths(name)))
-    console = Console()
-    console.print(table)
+    Console().print(table)
     if splits.own_system:
-        console.print(f"rows with their own system prompt: {splits.own_system:,}", highlight=False)
+        _print(f"rows with their own system prompt: {splits.own_system:,}")
     print_ignored(splits.ignored)
     if splits.cached:
-        console.print(f"encoded rows read from {splits.cached}", highlight=False, soft_wrap=True)
-    listed = f" (each with its reason in {folder / 'quarantine.jsonl'})" if folder else ""
+        _print(f"encoded rows read from {splits.cached}")
     if splits.quarantined:
-        console.print(f"quarantined: {splits.quarantined}{listed}", highlight=False, soft_wrap=True)
+        listed = f" (each with its reason in {folder / 'quarantine.jsonl'})" if folder else ""
+        _print(f"quarantined: {splits.quarantined}{listed}")
     if splits.shared:
-        console.print(
-            f"shared text: {splits.shared:.0%} of the input text is the same in many rows, such as an instruction; "
-            "it was left out of the near-duplicate comparison",
-            highlight=False,
-            soft_wrap=True,
-        )
+        share = f"{splits.shared:.0%} of the input text is the same in many rows"
+        _print(f"shared text: {share}; it was left out of the near-duplicate comparison")
     if splits.repairs:
-        repairs = ", ".join(f"{count:,} {step}" for step, count in splits.repairs.most_common())
-        console.print(f"inputs repaired: {repairs}", highlight=False, soft_wrap=True)
+        _print("inputs repaired: " + ", ".join(f"{count:,} {step}" for step, count in splits.repairs.most_common()))
 
 
 def print_ignored(counts: Counter[str], key: str = "") -> None:
-    """The columns that have values and are not read, in one line; `key` is the option that names the file."""
+    """Print the columns that have values and are not read; `key` is the option that names the file."""
     if counts:
         columns = ", ".join(f"{name} ({count:,} rows)" for name, count in counts.most_common(NAMED))
-        line = f"{f'data.{key}: ' if key else ''}ignored columns: {columns}"
-        Console().print(escape(line), highlight=False, soft_wrap=True)
+        _print(f"{f'data.{key}: ' if key else ''}ignored columns: {columns}")
+
+
+def _print(line: str) -> None:
+    Console().print(escape(line), highlight=False, soft_wrap=True)

@@ -9,65 +9,47 @@ from formtune.errors import UserError
 
 ROLES = ("system", "user", "assistant")
 WEIGHTS = ("weight", "loss", "loss_scale", "train", "training")  # names that other tools give a turn's weight
-_READ = frozenset(("role", "content", *WEIGHTS))
 
-_DEFINITIONS = "tool definitions are not rendered; write them into the system prompt and remove the key"
-_CALLS = "tool calls are not rendered; write the call as the turn's text, in the format to learn, and remove the key"
-_REASONING = "reasoning is not trained; remove the key, or write into the turn's text what is to be learned"
-_RESULTS = "tool results are not rendered; write the result into a user's turn"
-
-# Keys that would change what is trained or rendered, each with the remedy.
-REFUSED = {
-    **dict.fromkeys(("tools", "functions"), _DEFINITIONS),
-    **dict.fromkeys(("tool_calls", "function_call"), _CALLS),
-    **dict.fromkeys(("reasoning_content", "thinking"), _REASONING),
-    "chat_template_kwargs": "every row is rendered with the same options; remove the key",
-}
+# Keys that would change what is trained or rendered.
+REFUSED = {"tools", "functions", "tool_calls", "function_call", "reasoning_content", "thinking", "chat_template_kwargs"}
 # These as well in a turn; a column of such a name may mean anything.
-_REFUSED_IN_TURNS = REFUSED | {
-    **dict.fromkeys(("reasoning", "reasoning_details", "thinking_blocks", "thought", "thoughts"), _REASONING),
-    **dict.fromkeys(
-        ("audio", "audios", "image", "images", "image_url", "video", "videos"), "only text is read; remove the row"
-    ),
-    "refusal": "a refusal is not rendered; write it as the turn's text, or remove the row",
-    "tool_plan": _REASONING,
-}
-_ROLE_REMEDIES = {"developer": "write it as `system`", "tool": _RESULTS, "function": _RESULTS}
+_REFUSED_IN_TURNS = REFUSED.union(
+    ("reasoning", "reasoning_details", "thinking_blocks", "thought", "thoughts", "tool_plan", "refusal"),
+    ("audio", "audios", "image", "images", "image_url", "video", "videos"),
+)
 
 
 def read_turns(turns: Any, column: str, where: str, with_target: bool, ignored: set[str]) -> list[dict[str, str]]:
     """The turns in a row's column; without a target, an answer at the end is left out.
 
-    `ignored` takes the names of the keys that have a value and are not read.
+    `ignored` collects the names of the keys that have a value and are not read.
     """
     if not isinstance(turns, list):
         raise UserError(f"{where}: `{column}` is {kind(turns)}; it must be a list of turns with `role` and `content`")
     if not with_target and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":
         turns = turns[:-1]
-    answer = len(turns) - 1 if with_target else None
-    read = [
-        _turn(turn, f"{where}: {column}[{n}]", f"{column}[].", n == answer, ignored) for n, turn in enumerate(turns)
-    ]
+    messages = []
+    for number, turn in enumerate(turns):
+        is_answer = with_target and number == len(turns) - 1
+        message, keys = _read_turn(turn, f"{where}: {column}[{number}]", is_answer)
+        messages.append(message)
+        ignored |= {f"{column}[].{key}" for key in keys}
     last = "assistant" if with_target else "user"
-    if not read or read[-1]["role"] != last or all(t["role"] != "user" for t in read):
+    if not messages or messages[-1]["role"] != last or all(m["role"] != "user" for m in messages):
         raise UserError(f"{where}: the last turn of `{column}` must be the {last}'s, after one of the user's")
-    return read
+    return messages
 
 
-def note_unread(
-    holder: Mapping[str, Any], read: Set[Any], refused: Mapping[str, str], where: str, inside: str, ignored: set[str]
-) -> None:
-    """Refuse a key that would change what is trained or rendered; note every other that has a value and is not read.
-
-    `holder` is a row, a turn or a part of its content, `refused` has the remedy for each key, and `inside` comes before
-    the names that are noted.
-    """
-    for key, value in holder.items():
-        if key in read or empty(value):
-            continue
-        if key in refused and value is not False:
-            raise UserError(f"{where}: `{key}`: {refused[key]}")
-        ignored.add(f"{inside}{key}")
+def unread(holder: Mapping[str, Any], read: Set[Any], refused: Set[str], where: str) -> set[str]:
+    """The keys that have a value and are not read; refuses those that would change what is trained or rendered."""
+    keys = [key for key, value in holder.items() if key not in read and not empty(value)]
+    for key in keys:
+        if key in refused and holder[key] is not False:
+            raise UserError(
+                f"{where}: `{key}` is neither rendered nor trained; write what matters into the text of a turn and "
+                "remove the key, or remove the row"
+            )
+    return set(keys)
 
 
 def empty(value: Any) -> bool:
@@ -81,16 +63,16 @@ def kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _turn(turn: Any, here: str, inside: str, is_answer: bool, ignored: set[str]) -> dict[str, str]:
+def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[dict[str, str], set[str]]:
+    """A turn's role and text, and the keys that are not read."""
     if not isinstance(turn, dict):
         raise UserError(f"{here} is {kind(turn)}; a turn is an object with `role` and `content`")
     if "role" not in turn:
         raise UserError(f"{here}: no key `role` among {', '.join(turn)}; a turn is an object with `role` and `content`")
-    role = turn["role"]
-    if role not in ROLES:
-        remedy = _ROLE_REMEDIES.get(role) if isinstance(role, str) else None
-        raise UserError(f"{here}: the role {role!r} is not read; {remedy or 'use ' + ', '.join(ROLES)}")
-    note_unread(turn, _READ, _REFUSED_IN_TURNS, here, inside, ignored)
+    if turn["role"] not in ROLES:
+        remedy = f"use {', '.join(ROLES)}, and write a tool's result into a user's turn"
+        raise UserError(f"{here}: the role {turn['role']!r} is not read; {remedy}")
+    keys = unread(turn, {"role", "content", *WEIGHTS}, _REFUSED_IN_TURNS, here)
     for key in WEIGHTS:
         # The last answer alone is trained: weight 0 is what every other turn has.
         if (weight := turn.get(key)) is not None and weight != 1 and (is_answer or weight != 0):
@@ -102,15 +84,14 @@ def _turn(turn: Any, here: str, inside: str, is_answer: bool, ignored: set[str])
         raise UserError(f"{here}: no key `content` among {', '.join(turn)}; write the turn's text")
     content = turn["content"]
     if isinstance(content, list):
-        content = "".join(_part(part, f"{here}.content[{n}]", inside, ignored) for n, part in enumerate(content))
+        for number, part in enumerate(content):
+            place = f"{here}.content[{number}]"
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                actual = f"of type {part['type']!r}" if isinstance(part, dict) and "type" in part else kind(part)
+                only = 'only text is read, as a string or {"type": "text", "text": ...}'
+                raise UserError(f"{place} is {actual}; {only}")
+            keys |= {f"content[].{key}" for key in unread(part, {"type", "text"}, _REFUSED_IN_TURNS, place)}
+        content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise UserError(f"{here}: `content` is {kind(content)}, not text; write it as a string, JSON answers too")
-    return {"role": role, "content": content}
-
-
-def _part(part: Any, here: str, inside: str, ignored: set[str]) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        actual = f"of type {part['type']!r}" if isinstance(part, dict) and "type" in part else kind(part)
-        raise UserError(f'{here} is {actual}; only text is read, as a string or {{"type": "text", "text": ...}}')
-    note_unread(part, {"type", "text"}, _REFUSED_IN_TURNS, here, f"{inside}content[].", ignored)
-    return part["text"]
+    return {"role": turn["role"], "content": content}, keys

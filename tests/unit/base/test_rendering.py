@@ -5,7 +5,6 @@ from datetime import datetime
 import pytest
 
 from conftest import TEMPLATE, byte_tokenizer, shared
-from formtune.base import renderer as rendering
 from formtune.base.folder import check_base
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row, UnfitRow
@@ -115,8 +114,8 @@ def test_a_turn_that_the_template_leaves_out_makes_the_row_unfit(case):
     assert isinstance(row, UnfitRow) and isinstance(asked, UnfitRow) and says in str(row)
 
 
-@pytest.mark.parametrize("edit", ["trim", "e", "tojson", "lower", "replace('\n', ' ')", "folded"])
-def test_a_template_that_folds_trims_or_escapes_a_turn_leaves_nothing_out(edit):
+@pytest.mark.parametrize("edit", ["trim", "lower", "replace('\n', ' ')", "folded"])
+def test_a_template_that_folds_or_trims_a_turn_leaves_nothing_out(edit):
     tokenizer = byte_tokenizer()
     edited = TEMPLATE.replace("{{ m.content }}", CONTEXT.replace("EDIT", edit) + "{{ c }}")
     tokenizer.chat_template = FOLDED if edit == "folded" else edited
@@ -156,8 +155,7 @@ def test_a_mistyped_folder_is_not_looked_up_on_a_hub(base):
         check_base(base)
 
 
-def test_one_refused_conversation_among_many_costs_no_other_its_place(monkeypatch):
-    monkeypatch.setattr(rendering, "AT_ONCE", 7)
+def test_one_refused_conversation_among_many_is_the_only_one_refused():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (
         "{% if messages[0].content == 'odd' %}{{ raise_exception('no odd ones') }}{% endif %}" + tokenizer.chat_template

@@ -10,7 +10,7 @@ from conftest import SCHEMA, byte_tokenizer, pair
 from formtune.data import Columns
 from formtune.data.cleaning import Example, judge, repair, repair_answer
 from formtune.data.datamodule import FormatDataModule, Order
-from formtune.data.sources import JsonLines, open_source
+from formtune.data.sources import read_records
 from formtune.errors import UserError
 from formtune.formats import JsonSchema
 from formtune.training.data_table import DataTable
@@ -44,9 +44,9 @@ def test_json_lines_survive_bom_crlf_and_blank_lines_and_keep_dates_as_text(tmp_
     plain, odd = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     plain.write_bytes(b'{"d": "2026-01-02"}\n{"d": "x"}\n')
     odd.write_bytes(b'\xef\xbb\xbf{"d": "2026-01-02"}\r\n\r\n{"d": "x"}')
-    rows = [[record for record, _ in JsonLines(str(path)).records()] for path in (plain, odd)]
+    rows = [[record for record, _ in read_records(str(path))] for path in (plain, odd)]
     assert rows[0] == rows[1] == [{"d": "2026-01-02"}, {"d": "x"}]
-    assert [where.rpartition(":")[2] for _, where in JsonLines(str(odd)).records()] == ["1", "3"]
+    assert [where.rpartition(":")[2] for _, where in read_records(str(odd))] == ["1", "3"]
 
 
 def test_csv_parquet_and_saved_data_sets_give_the_same_records(tmp_path):
@@ -60,7 +60,7 @@ def test_csv_parquet_and_saved_data_sets_give_the_same_records(tmp_path):
     (tmp_path / "a.csv").write_text('prompt,completion\n"a, b",2026-01-02\n"q""",7\n')
     datasets.Dataset(table).save_to_disk(tmp_path / "saved")
     for name in ("a.parquet", "a.csv", "saved"):
-        assert [r for r, _ in open_source(str(tmp_path / name)).records()] == records
+        assert [r for r, _ in read_records(str(tmp_path / name))] == records
 
 
 @pytest.mark.parametrize("path", ["missing.jsonl", "rows.txt", "no/such/place", "rows.csv", "rows.parquet"])
@@ -69,7 +69,7 @@ def test_a_source_that_cannot_be_read_is_refused(tmp_path, path):
     (tmp_path / "rows.csv").write_text("a,b\n1\n")
     (tmp_path / "rows.parquet").write_text("x")
     with pytest.raises(UserError, match=path.replace(".", r"\.")):
-        list(open_source(str(tmp_path / path)).records())
+        list(read_records(str(tmp_path / path)))
 
 
 def test_a_template_over_columns_is_filled_as_plain_text():
@@ -93,24 +93,24 @@ def read(record, with_target=True, **columns):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"messages": [USER, ANSWER], "tools": CALL}, "f:1: `tools`: tool definitions .* write them into the system"),
-        ({"prompt": "a", "completion": "b", "tools": json.dumps(CALL)}, "f:1: `tools`: "),
-        ({"messages": [USER, ANSWER], "functions": [{"name": "f"}]}, "f:1: `functions`: "),
-        ({"messages": [USER, ANSWER], "chat_template_kwargs": {"a": 1}}, "f:1: `chat_template_kwargs`: "),
-        ({"prompt": "a", "completion": "b", "reasoning_content": "r"}, "f:1: `reasoning_content`: "),
+        ({"messages": [USER, ANSWER], "tools": CALL}, "f:1: `tools` is neither .* remove the key"),
+        ({"prompt": "a", "completion": "b", "tools": json.dumps(CALL)}, "f:1: `tools`"),
+        ({"messages": [USER, ANSWER], "functions": [{"name": "f"}]}, "f:1: `functions`"),
+        ({"messages": [USER, ANSWER], "chat_template_kwargs": {"a": 1}}, "f:1: `chat_template_kwargs`"),
+        ({"prompt": "a", "completion": "b", "reasoning_content": "r"}, "f:1: `reasoning_content`"),
         (
             {"messages": [USER, ANSWER | {"tool_calls": CALL}]},
-            r"f:1: messages\[1\]: `tool_calls`: .* as the turn's text",
+            r"f:1: messages\[1\]: `tool_calls` .* text of a turn",
         ),
         ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": CALL}]}, "`tool_calls`"),
-        ({"messages": [USER, ANSWER | {"function_call": {"name": "f"}}]}, r"messages\[1\]: `function_call`: "),
+        ({"messages": [USER, ANSWER | {"function_call": {"name": "f"}}]}, r"messages\[1\]: `function_call`"),
         (
             {"messages": [USER, ANSWER | {"reasoning_content": "r"}]},
-            r"messages\[1\]: `reasoning_content`: reasoning is",
+            r"messages\[1\]: `reasoning_content`",
         ),
-        ({"messages": [USER, ANSWER | {"thinking": "r"}, USER, ANSWER]}, r"messages\[1\]: `thinking`: "),
-        ({"messages": [USER, {"role": "assistant", "content": None, "refusal": "no"}]}, r"messages\[1\]: `refusal`: "),
-        ({"messages": [USER, ANSWER | {"audio": {"id": "x"}}]}, r"messages\[1\]: `audio`: only text"),
+        ({"messages": [USER, ANSWER | {"thinking": "r"}, USER, ANSWER]}, r"messages\[1\]: `thinking`"),
+        ({"messages": [USER, {"role": "assistant", "content": None, "refusal": "no"}]}, r"messages\[1\]: `refusal`"),
+        ({"messages": [USER, ANSWER | {"audio": {"id": "x"}}]}, r"messages\[1\]: `audio`"),
         ({"messages": [USER, ANSWER | {"weight": 0}]}, r"messages\[1\]: `weight` is 0, .* remove the row"),
         ({"messages": [USER, ANSWER | {"weight": 0.5}, USER, ANSWER]}, r"messages\[1\]: `weight` is 0.5"),
         ({"messages": [USER, ANSWER | {"train": False}]}, r"messages\[1\]: `train` is False"),

@@ -77,7 +77,6 @@ def test_what_is_no_style_is_left_alone(answers, inputs):
         (['{"a":"x/y"}'] * 3 + [r'{"a":"x\/y"}'], {r"\/": ["3"]}),
         (['{"a":"x&y"}'] * 3 + [r'{"a":"x\u0026y"}'], {r"\u0026": ["3"]}),
         ([r'{"a":"x\ny"}'] * 3 + [r'{"a":"x\u000ay"}'], {r"\u000a": ["3"]}),
-        ([r'{"a":"\u00e9"}'] * 3 + [r'{"a":"\u00E9"}'], {r"\u00E9": ["3"]}),
     ],
 )
 def test_escapes_beside_the_characters_themselves_are_a_mixture(answers, minority):
@@ -105,14 +104,10 @@ def spelled(rows):
     return {(m.what, m.path): m.minority for m in mixtures(examples)}
 
 
-def test_a_spelling_that_the_rows_own_system_prompt_gives_is_no_mixture():
+def test_a_spelling_that_the_rows_own_system_prompt_gives_is_not_a_mixture():
     upper, lower = 'one of ["Kitchen speaker", "TV"]', 'one of ["kitchen speaker", "TV"]'
     kept = [(upper, "Kitchen speaker"), (lower, "kitchen speaker")] * 3
     assert not spelled(kept)
-    # A row that does not keep to it is one; so are two spellings below a prompt that gives none, or both.
-    assert spelled([*kept, (lower, "Kitchen speaker")]) == {("case", "d"): {"Kitchen speaker": ["6"]}}
+    # Only the whole word counts, and one prompt for all rows does not excuse those that break it.
     assert spelled([("Highlights:", "High"), *[("Highlights:", "high")] * 3]) == {("case", "d"): {"High": ["0"]}}
-    assert spelled([(upper + lower, "TV"), *[(upper + lower, "tv")] * 3])["case", "d"]
-    # One prompt for all rows does not excuse those that break it.
-    same = [("low or high", "high")] * 3 + [("low or high", "High")]
-    assert spelled(same) == {("case", "d"): {"High": ["3"]}}
+    assert spelled([("low or high", "high")] * 3 + [("low or high", "High")]) == {("case", "d"): {"High": ["3"]}}

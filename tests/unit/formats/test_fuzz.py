@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from formtune.configuration.yaml_file import check_yaml
-from formtune.data.sources import Csv, JsonLines
+from formtune.data.sources import read_records
 from formtune.errors import UserError
 from formtune.formats import KINDS, JsonSchema, Labels, Regex, Tagged
 from formtune.formats.strict_json import loads_strict
@@ -92,7 +92,7 @@ def test_json_lines(content):
     path.write_bytes(content)
     lines = content.split(b"\n")
     try:
-        for record, where in JsonLines(str(path)).records():
+        for record, where in read_records(str(path)):
             line = lines[int(where.rpartition(":")[2]) - 1].decode("utf-8-sig")
             assert isinstance(record, dict) and strictly(line.strip()) == [record]
             json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
@@ -106,7 +106,7 @@ def test_csv(content):
     path = FOLDER / "fuzz.csv"
     path.write_bytes(content)
     try:
-        for record, _ in Csv(str(path)).records():
+        for record, _ in read_records(str(path)):
             assert all(isinstance(key, str) and isinstance(value, str) for key, value in record.items())
     except UserError as error:
         assert str(error).startswith(f"{path}:") and "\n" not in str(error)
