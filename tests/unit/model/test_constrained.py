@@ -150,11 +150,7 @@ def sharp_model(shape):
 
 
 def answered(way, rows, grammar, limits, tokens=300):
-    answers = {}
-    for group in way.split(rows, tokens, max(limits)):
-        _, found = way.answers(rows, group, RENDERER.stop_ids, limits, grammar)
-        answers |= dict(zip(group.rows, found, strict=True))
-    return [answers[i] for i in range(len(rows))]
+    return way.decode(rows, way.split(rows, tokens, max(limits)), RENDERER.stop_ids, limits, grammar)
 
 
 def rows_of_every_kind(prompts, said):

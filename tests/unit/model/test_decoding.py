@@ -40,11 +40,7 @@ def rows_of_every_kind(model, count=12):
 
 
 def answered(way, rows, limits, tokens=300):
-    answers = {}
-    for group in way.split(rows, tokens, ROOM):
-        _, found = way.answers(rows, group, STOP, limits)
-        answers |= dict(zip(group.rows, found, strict=True))
-    return [answers[i] for i in range(len(rows))]
+    return way.decode(rows, way.split(rows, tokens, ROOM), STOP, limits)
 
 
 def both(shape):

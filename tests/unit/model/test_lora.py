@@ -115,7 +115,6 @@ def test_a_frozen_bases_own_dropout_is_off(tmp_path):
     [
         (Lora(targets=["q_proj", "nope"]), "no layer is called 'nope'; the linear ones are down_proj"),
         (Lora(targets=[]), "the list is empty"),
-        (Lora(modules_to_save=["nope"]), "modules_to_save: no layer is called 'nope'"),
     ],
 )
 def test_a_target_that_names_no_layer_is_refused(lora, message):
@@ -123,18 +122,8 @@ def test_a_target_that_names_no_layer_is_refused(lora, message):
         add_lora(tiny_model(), lora)
 
 
-@pytest.mark.parametrize(
-    "lora", [Lora(rslora=True), Lora(dora=True), Lora(initialization="pissa"), Lora(modules_to_save=["lm_head"])]
-)
+@pytest.mark.parametrize("lora", [Lora(rslora=True), Lora(dora=True), Lora(initialization="pissa")])
 def test_lora_options_reach_peft(lora):
-    config = add_lora(tiny_model(tie_word_embeddings=False), lora).peft_config["default"]
+    config = add_lora(tiny_model(), lora).peft_config["default"]
     assert (config.use_rslora, config.use_dora) == (lora.rslora, lora.dora)
     assert config.init_lora_weights == lora.initialization and config.lora_alpha == 32
-    assert (config.modules_to_save or []) == lora.modules_to_save
-
-
-def test_layers_trained_in_full_are_kept_in_32_bits_and_shared_embeddings_are_not_torn_apart():
-    model = add_lora(tiny_model(tie_word_embeddings=False).bfloat16(), Lora(modules_to_save=["lm_head"]))
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    with pytest.raises(UserError, match="ties its embeddings"):
-        add_lora(tiny_model(tie_word_embeddings=True), Lora(modules_to_save=["lm_head"]))
