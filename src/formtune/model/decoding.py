@@ -16,10 +16,8 @@ class CachedAttention:
 
     Columns of the scores: | positions of the shared segments, not copied | the row's own tokens |
 
-    Args:
-        kept: KV cache of a packed sequence, by layer, shape (1, heads, tokens, width).
-        paths: For each row its segments, from the root to its leaf; rows in the order of their leaves.
-        own: For each row how many of its leaf's tokens belong to the cache.
+    `kept` is the KV cache of a packed sequence by layer, each of shape (1, heads, tokens, width). `paths` has the rows'
+    segments, in the order of their leaves. `own` is the number of tokens of each leaf that belong to the cache.
     """
 
     def __init__(self, kept: dict[int, tuple[Tensor, Tensor]], paths: list[list[Segment]], own: list[int]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from formtune.base.row import Row
 from formtune.model.constrained import Documents
@@ -27,8 +29,7 @@ class Padded:
     sizes: list[int]  # for each row the number of its labels, at least 1
     ids: Tensor  # (rows, columns); the last column predicts nothing and is left out
     seen: Tensor  # the attention mask: 0 for padding, of the same shape
-    targets: Tensor  # labels of the last columns, -1 for rows without a target, (rows, target columns)
-    predicting: Tensor  # which of them predict a label, of the same shape
+    targets: Tensor  # labels of the last columns, -1 where there is none, (rows, target columns)
 
 
 class LengthBuckets(MicroBatches):
@@ -49,6 +50,8 @@ class LengthBuckets(MicroBatches):
             yield _pad(rows, group)
 
     def predictions(self, padded: Padded, keep: bool = False) -> tuple[Predictions, Any]:
+        predicting = padded.targets >= 0
+        predicting[:, 0] = True  # also in a row without a target, whose answer starts there
         positions = (padded.seen.cumsum(1) - 1).clamp_min(0)
         logits = self.base(
             input_ids=padded.ids.to(self.device),
@@ -56,8 +59,8 @@ class LengthBuckets(MicroBatches):
             position_ids=positions.to(self.device),
             logits_to_keep=padded.targets.size(1),
             use_cache=False,
-        ).logits[padded.predicting.to(self.device)]
-        targets = padded.targets[padded.predicting].to(self.device)
+        ).logits[predicting.to(self.device)]
+        targets = padded.targets[predicting].to(self.device)
         return predict(nn.Identity(), logits, targets, logits.size(-1)), padded
 
     def _generate(
@@ -86,15 +89,10 @@ class LengthBuckets(MicroBatches):
 
 
 def _pad(rows: Sequence[Row], group: list[int]) -> Padded:
-    members = [rows[i] for i in group]
-    sizes = [max(len(row.target_ids), 1) for row in members]
-    left, right = max(len(row.prompt_ids) for row in members), max(sizes)
-    ids = torch.zeros(len(group), left + right, dtype=torch.long)
-    seen, targets = torch.zeros_like(ids), torch.full((len(group), right), -1)
-    predicting = torch.arange(right) < torch.tensor(sizes)[:, None]
-    for i, row in enumerate(members):
-        start, end = left - len(row.prompt_ids), left + len(row.target_ids)
-        ids[i, start:end] = torch.tensor(row.prompt_ids + row.target_ids)
-        seen[i, start:end] = 1
-        targets[i, : len(row.target_ids)] = torch.tensor(row.target_ids, dtype=torch.long)
-    return Padded(group, sizes, ids[:, :-1], seen[:, :-1], targets, predicting)
+    pad = functools.partial(pad_sequence, batch_first=True)
+    prompts = [torch.tensor(rows[i].prompt_ids) for i in group]
+    labels = [torch.tensor(rows[i].target_ids or [-1]) for i in group]
+    targets = pad(labels, padding_value=-1)
+    ids = torch.cat([pad(prompts, padding_side="left"), targets.clamp_min(0)], 1)
+    seen = torch.cat([pad([torch.ones_like(ids) for ids in prompts], padding_side="left"), (targets >= 0).long()], 1)
+    return Padded(group, [len(ids) for ids in labels], ids[:, :-1], seen[:, :-1], targets)

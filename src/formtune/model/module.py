@@ -193,8 +193,7 @@ class FormatModule(L.LightningModule):
         self.scores.update(answers)
         return answers
 
-    def test_step(self, batch: Batch, batch_idx: int) -> list[Answer]:  # type: ignore[override]
-        return self.validation_step(batch, batch_idx)
+    test_step = validation_step
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer]:
         """Greedy answers to prompts, each with its verdict."""
@@ -208,8 +207,7 @@ class FormatModule(L.LightningModule):
                 self.log(name, value, prog_bar=name in ("val/loss", "format/exact"), batch_size=1)
             self.log("step", float(self.trainer.global_step), batch_size=1)
 
-    def on_test_epoch_end(self) -> None:
-        self.on_validation_epoch_end()
+    on_test_epoch_end = on_validation_epoch_end
 
     def _decode(self, batch: Batch, losses: LossMetrics | None = None) -> list[list[int]]:
         """Token ids of the greedy answers, in the order of the rows; the targets' loss goes to `losses`."""

@@ -72,15 +72,14 @@ def choose_micro_batches(model: Any) -> MicroBatches:
 
     There is no list of architectures: the model is tried on a few dozen tokens.
     """
-    shared, training = SharedPrefixes(model), [module for module in model.modules() if module.training]
+    shared, training = SharedPrefixes(model), model.training
     usual = shared.base.config._attn_implementation
     model.eval()
     try:
         difference = _difference(shared)
     except Exception as error:  # an architecture may fail in any way on keyword arguments that it does not know
         difference = first_line(error)
-    for module in training:
-        module.training = True
+    model.train(training)
     if difference is None:
         return shared
     shared.base.set_attn_implementation(usual)
@@ -92,8 +91,8 @@ def _difference(shared: SharedPrefixes) -> str | None:
     """Why this model cannot take packed rows, None if it can; its attention is then the packed one."""
     base, config = shared.base, shared.base.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    if kinds - {"full_attention", "sliding_attention"}:
-        return f"the model has layers of other kinds ({', '.join(sorted(kinds))})"
+    if special := kinds - {"full_attention", "sliding_attention"}:
+        return f"the model has layers of other kinds ({', '.join(sorted(special))})"
     size = base.get_input_embeddings().num_embeddings
     ids = [1 + i * 7919 % (size - 1) for i in range(48)]
     # Two levels of sharing, and a row that shares nothing.

@@ -51,7 +51,7 @@ def train(base, task):
     return lambda **options: run(base, folder, write, **options)
 
 
-def test_a_step_does_not_depend_on_how_it_is_split_into_passes(train):
+def test_a_step_does_not_depend_on_how_it_is_split_into_micro_batches(train):
     whole, split = (flat(train(tokens_per_micro_batch=n)[1]) for n in (16384, 50))
     start = flat(train(steps=1, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))[1])
     assert (whole - split).abs().max() < 1e-6 < (whole - start).abs().max()
