@@ -37,10 +37,10 @@ class ShardedBase(DDPStrategy):
             if isinstance(layer, GradientCheckpointingLayer):
                 fully_shard(layer, mesh=mesh, ignored_params=trained)
         # As the root, it fetches the next layer while one computes.
-        fully_shard(decoder, mesh=mesh, ignored_params=trained | {p for p in decoder.parameters() if _whole(p)})
-        module._ddp_params_and_buffers_to_ignore = [n for n, p in module.named_parameters() if not _whole(p)]
+        fully_shard(decoder, mesh=mesh, ignored_params=trained | {p for p in decoder.parameters() if _is_whole(p)})
+        module._ddp_params_and_buffers_to_ignore = [n for n, p in module.named_parameters() if not _is_whole(p)]
 
-    def most(self, count: int) -> int:
+    def highest_count(self, count: int) -> int:
         """The highest count of all ranks."""
         assert self.lightning_module is not None
         return int(highest(self.lightning_module.trainer, count)[0])
@@ -50,7 +50,7 @@ def padded(strategy: Any, micro_batches: list[Any], dummy: Callable[[], Any]) ->
     """Dummies, then the micro-batches: at least one, to join the gradient exchange; under FSDP as many on all ranks."""
     count = max(len(micro_batches), 1)
     if isinstance(strategy, ShardedBase):
-        count = strategy.most(count)
+        count = strategy.highest_count(count)
     return [dummy()] * (count - len(micro_batches)) + micro_batches
 
 
@@ -62,14 +62,14 @@ def uneven_counts(strategy: Any, micro_batches: MicroBatches) -> Iterator[None]:
         return
 
     def announce(*_: Any) -> None:
-        strategy.most(1)
+        strategy.highest_count(1)
 
     hook = micro_batches.base.get_decoder().register_forward_pre_hook(announce)
     try:
         yield
     finally:
         hook.remove()
-    while strategy.most(0):
+    while strategy.highest_count(0):
         micro_batches.predictions(micro_batches.dummy())
 
 
@@ -78,5 +78,5 @@ def unsynced(strategy: Any) -> Any:
     return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else contextlib.nullcontext()
 
 
-def _whole(parameter: torch.Tensor) -> bool:
+def _is_whole(parameter: torch.Tensor) -> bool:
     return not isinstance(parameter, DTensor)

@@ -110,8 +110,8 @@ class FormatModule(L.LightningModule):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
         if self.constrained:
             _ = self.grammar  # refuses a format that has none before training
-        self._identity = {"base": identity(self.base), "format": format_hash(self.format)}
-        self._identity["processes"] = self.trainer.world_size
+        processes = self.trainer.world_size
+        self._identity = {"base": identity(self.base), "format": format_hash(self.format), "processes": processes}
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(self.seed)  # the adapters begin alike, whatever drew random numbers before

@@ -73,20 +73,20 @@ def pack(rows: Sequence[Row], tokens: int, extra: int = 0) -> Iterator[Packed]:
     """
     order = sorted(range(len(rows)), key=lambda i: rows[i].prompt_ids)
     # In sorted order, the prefix that two rows share is the shortest of those that neighbors between them share.
-    alike = [_shared(rows[a].prompt_ids, rows[b].prompt_ids) for a, b in pairwise(order)]
+    common = [_shared(rows[a].prompt_ids, rows[b].prompt_ids) for a, b in pairwise(order)]
     first = 0
     while first < len(order):
         last, used = first, 0
         while last < len(order):
-            new = _computed(rows[order[last]]) + extra - (alike[last - 1] if last > first else 0)
+            new = _computed(rows[order[last]]) + extra - (common[last - 1] if last > first else 0)
             if last > first and used + new > tokens:
                 break
             last, used = last + 1, used + new
-        packed = _lay_out(rows, order[first:last], alike[first : last - 1])
+        packed = _lay_out(rows, order[first:last], common[first : last - 1])
         # A prefix that saves too little is not shared, so the sequence can be longer than estimated.
         while last - first > 1 and packed.ids.size(1) + extra * (last - first) > tokens:
             last -= 1
-            packed = _lay_out(rows, order[first:last], alike[first : last - 1])
+            packed = _lay_out(rows, order[first:last], common[first : last - 1])
         yield packed
         first = last
 
@@ -102,7 +102,7 @@ def _shared(a: list[int], b: list[int]) -> int:
     return next((i for i in range(limit) if a[i] != b[i]), limit)
 
 
-def _lay_out(rows: Sequence[Row], order: list[int], alike: list[int]) -> Packed:
+def _lay_out(rows: Sequence[Row], order: list[int], common: list[int]) -> Packed:
     ids: list[int] = []
     positions: list[int] = []
     segments: list[list[int]] = []  # the fields of each `Segment`
@@ -133,12 +133,12 @@ def _lay_out(rows: Sequence[Row], order: list[int], alike: list[int]) -> Packed:
             predicting += range(len(ids) - len(labels), len(ids))
             targets += labels
             continue
-        shared = min(alike[a : b - 1])
+        shared = min(common[a : b - 1])
         saved = (shared - depth) * (b - a - 1)
         if saved > GAIN * (sum(lengths[a:b]) - shared * (b - a)):
             todo.append(add(rows[order[a]].prompt_ids[depth:shared], depth))
             depth = shared
-        cuts = [a, *(i + 1 for i in range(a, b - 1) if alike[i] == shared), b]
+        cuts = [a, *(i + 1 for i in range(a, b - 1) if common[i] == shared), b]
         todo += [(x, y, depth) for x, y in reversed(list(pairwise(cuts)))]
     return Packed(
         rows=order,
