@@ -175,8 +175,9 @@ class FormatModule(L.LightningModule):
         figures = {"train/loss": strategy.reduce(nats, reduce_op="sum") / tokens, "train/learning_rate": rate}
         if self.guard.skipped:
             figures["train/skipped_steps"] = float(self.guard.skipped)
+        self.log_dict(figures, prog_bar=True, batch_size=1)
         # Lightning would write step 99 for what was measured after 100 steps.
-        self.log_dict(figures | {"step": float(self.trainer.global_step)}, prog_bar=True, batch_size=1)
+        self.log("step", float(self.trainer.global_step), batch_size=1)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         # Here and not in training_step: 16-mixed has just unscaled the gradients.
@@ -193,7 +194,7 @@ class FormatModule(L.LightningModule):
         self.scores.update(answers)
         return answers
 
-    test_step = validation_step
+    test_step = validation_step  # type: ignore[assignment]
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer]:
         """Greedy answers to prompts, each with its verdict."""
