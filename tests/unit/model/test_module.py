@@ -88,6 +88,7 @@ def test_adapters_stay_in_32_bits_under_mixed_precision_and_learn(train, precisi
     assert any(p.abs().max() > 0 for name, p in trained.items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_same_step(train):
     plain, compiled = (flat(train(steps=2, compile=c)[1]) for c in (False, True))
     torch.testing.assert_close(plain, compiled, rtol=0, atol=1e-5)
