@@ -55,9 +55,14 @@ def _attention(
     special = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
     if attention_mask is not None or special:
         raise NotImplementedError(f"the model's attention is a special one ({', '.join(special) or 'its masks'})")
-    if attend is None:
-        raise NotImplementedError("rows are not packed: call set_attn_implementation('sdpa') on the base model first")
-    return attend(module.layer_idx, query, key, value, scaling, sliding_window).transpose(1, 2), None
+    if attend is not None:
+        return attend(module.layer_idx, query, key, value, scaling, sliding_window).transpose(1, 2), None
+    # A callback, say, calls the model on rows that are not packed.
+    if sliding_window is not None and key.size(2) > sliding_window:
+        raise NotImplementedError("rows are longer than the window: call set_attn_implementation('sdpa') first")
+    causal = query.size(2) > 1
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
 
 
 class PackedAttention:

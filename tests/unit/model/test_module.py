@@ -66,7 +66,6 @@ def test_the_loss_is_weighted_by_tokens_over_the_whole_step(train):
     _, module, data = train(steps=1, rows_per_step=1000, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
     rows = data.splits.rows["train"]
     nats, tokens = 0.0, 0
-    module.model.get_base_model().set_attn_implementation("sdpa")
     for row in rows:
         logits = module.model(torch.tensor([row.prompt_ids + row.target_ids])).logits[0, len(row.prompt_ids) - 1 : -1]
         nats += float(torch.nn.functional.cross_entropy(logits, torch.tensor(row.target_ids), reduction="sum"))
