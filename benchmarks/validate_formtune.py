@@ -21,6 +21,7 @@ from validate_generate import arguments
 
 from formtune.base.row import Row
 from formtune.data.datamodule import EVALUATION_ROWS
+from formtune.evaluation.metrics import LossMetrics
 from formtune.model.lora import load_base
 from formtune.model.micro_batches import MicroBatches
 from formtune.model.module import EVALUATION, PARITY
@@ -32,13 +33,9 @@ def decode(
 ) -> tuple[list[list[int]], float]:
     """The answers in the order of the rows, and the loss summed over all targets."""
     limits = [min(max_new, context - len(row.prompt_ids)) for row in rows]
-    said: list[list[int]] = [[] for _ in rows]
-    nats = 0.0
-    for indices, found, answers in way.evaluate(rows, budget, stop, limits):
-        for i, answer in zip(indices, answers, strict=True):
-            said[i] = answer
-        nats += float(found.nats.sum())
-    return said, nats
+    losses = LossMetrics()
+    answers = way.decode(rows, way.split(rows, budget, max(limits)), stop, limits, losses=losses.to(way.device))
+    return answers, float(losses.nats)
 
 
 def main() -> None:

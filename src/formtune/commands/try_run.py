@@ -52,7 +52,8 @@ def _answers(model: Any, settings: Any, prompt: str) -> Table:
     stop, limit = settings.renderer.stop_ids, min(settings.max_new_tokens, settings.limit - len(row))
     for name in ("base", "tuned"):
         with model.disable_adapter() if name == "base" else nullcontext():
-            [(_, _, [ids])] = LengthBuckets(model).evaluate([row], 10**6, stop, [limit])
+            micro_batches = LengthBuckets(model)
+            [ids] = micro_batches.decode([row], micro_batches.split([row], 10**6), stop, [limit])
         text, finished = settings.renderer.answer(ids)
         verdict = settings.format.check(text, finished=finished, input=row.input)
         words = "valid format" if verdict.exact else f"{verdict.kind}: {verdict.detail}"

@@ -136,10 +136,8 @@ def measure(
     loaded = load(**model)
     closeness = asdict(compare(expected, last_logits(loaded, compared)))
     rows = [Row(prompt, target, "", None, "") for prompt, target in answered]
-    answers: list[list[int]] = [[] for _ in rows]
-    for indices, _, batch in LengthBuckets(loaded).evaluate(rows, TOKENS, stop, limits):
-        for i, answer in zip(indices, batch, strict=True):
-            answers[i] = answer
+    micro_batches = LengthBuckets(loaded)
+    answers = micro_batches.decode(rows, micro_batches.split(rows, TOKENS, max(limits, default=0)), stop, limits)
     speed = _speed(loaded, timed) if timed else None
     return {"closeness": closeness, "answers": answers, "tokens_per_second": speed}
 

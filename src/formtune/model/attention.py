@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from formtune.model.packing import Packed
 
@@ -29,6 +30,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, float | None, int | None], Tenso
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_flex = functools.cache(lambda: torch.compile(flex_attention, dynamic=True))
 
 
 def register() -> None:
@@ -48,14 +50,14 @@ def _attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     attend: Attend | None = None,
-    **others: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    changes = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
-    if attention_mask is not None or changes:
-        raise NotImplementedError(f"the model's attention is a special one ({', '.join(changes) or 'its masks'})")
+    special = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
+    if attention_mask is not None or special:
+        raise NotImplementedError(f"the model's attention is a special one ({', '.join(special) or 'its masks'})")
     if attend is not None:
         return attend(module.layer_idx, query, key, value, scaling, sliding_window).transpose(1, 2), None
-    # The model is called from elsewhere, on rows that are not packed.
+    # A callback, say, calls the model on rows that are not packed.
     if sliding_window is not None and key.size(2) > sliding_window:
         raise NotImplementedError("rows are longer than the window: call set_attn_implementation('sdpa') first")
     causal = query.size(2) > 1
@@ -81,31 +83,29 @@ class PackedAttention:
             window = None
         if window not in self._masks:
             make = {"cpu": _pieces, "cuda": _block_mask}.get(query.device.type, _dense_mask)
-            self._masks[window] = make(self.packed, window, query.device)
+            self._masks[window] = make(self.packed, window, query)
         mask = self._masks[window]
         if isinstance(mask, list):
             return _Pieces.apply(query, key, value, mask, scaling)  # type: ignore[no-any-return]
         if isinstance(mask, Tensor):
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
-        return _flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
+        return _flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Queries and the keys that they attend to in one call; `mask` is added to the scores under a sliding window."""
+    """Queries and the keys that they attend to in one kernel call."""
 
     queries: slice
     keys: slice
-    causal: bool
-    mask: Tensor | None
+    own: bool  # whether these are the queries' own segment, which is their first piece
+    mask: Tensor | None = None  # added to the scores, under a sliding window
 
 
-def _pieces(packed: Packed, window: int | None, device: torch.device) -> list[Piece]:
+def _pieces(packed: Packed, window: int | None, query: Tensor) -> list[Piece]:
     """Each segment with itself, then each shared segment with the tokens that continue it."""
-    pieces = [Piece(slice(s.start, s.end), slice(s.start, s.end), True, None) for s in packed.segments]
-    pieces += [
-        Piece(slice(s.end, s.stop), slice(s.start, s.end), False, None) for s in packed.segments if s.stop > s.end
-    ]
+    pieces = [Piece(slice(s.start, s.end), slice(s.start, s.end), True) for s in packed.segments]
+    pieces += [Piece(slice(s.end, s.stop), slice(s.start, s.end), False) for s in packed.segments if s.stop > s.end]
     if window is None:
         return pieces
     masked = []
@@ -113,8 +113,8 @@ def _pieces(packed: Packed, window: int | None, device: torch.device) -> list[Pi
         distance = packed.positions[0, piece.queries, None] - packed.positions[0, None, piece.keys]
         seen = (distance < window) & (distance >= 0)
         if seen.any():
-            mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-            masked.append(Piece(piece.queries, piece.keys, False, mask))
+            mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill(~seen, float("-inf"))
+            masked.append(Piece(piece.queries, piece.keys, piece.own, mask))
     return masked
 
 
@@ -131,17 +131,16 @@ class _Pieces(torch.autograd.Function):
         z = torch.empty(batch, heads, tokens, dtype=torch.promote_types(query.dtype, torch.float32))
         # The kernel accepts fewer key heads than query heads, but then takes up to twice the time.
         wide_key, wide_value = (x.repeat_interleave(heads // x.size(1), 1) for x in (key, value))
-        first = 0
         for piece in pieces:
-            q, k = piece.queries, piece.keys
-            mask = None if piece.mask is None else piece.mask.to(query.dtype)
+            q, k, mask = piece.queries, piece.keys, piece.mask
             part, part_z = _forward(
-                query[:, :, q], wide_key[:, :, k], wide_value[:, :, k], 0.0, piece.causal, attn_mask=mask, scale=scale
-            )
+                query[:, :, q], wide_key[:, :, k], wide_value[:, :, k], 0.0, piece.own and mask is None,
+                attn_mask=mask, scale=scale,
+            )  # fmt: skip
             if mask is not None:  # the kernel returns z = 0 for a query that attends to none of these keys
                 part_z.masked_fill_(mask.isneginf().all(-1), float("-inf"))
-            if q.start == first:  # these come first and cover the sequence: nothing to merge with yet
-                out[:, :, q], z[:, :, q], first = part, part_z, q.stop
+            if piece.own:  # nothing to merge with yet
+                out[:, :, q], z[:, :, q] = part, part_z
                 continue
             whole = torch.logaddexp(z[:, :, q], part_z)
             out[:, :, q] *= (z[:, :, q] - whole).exp_().unsqueeze(-1)
@@ -155,27 +154,23 @@ class _Pieces(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         query, key, value, out, z = ctx.saved_tensors
         grads = [torch.empty_like(x) for x in (query, key, value)]
-        first = 0
         for piece in ctx.pieces:
-            q, k = piece.queries, piece.keys
-            mask = None if piece.mask is None else piece.mask.to(query.dtype)
+            q, k, mask = piece.queries, piece.keys, piece.mask
             parts = _backward(
                 grad[:, :, q], query[:, :, q], key[:, :, k], value[:, :, k], out[:, :, q], z[:, :, q], 0.0,
-                piece.causal, attn_mask=mask, scale=ctx.scale,
+                piece.own and mask is None, attn_mask=mask, scale=ctx.scale,
             )  # fmt: skip
-            within = q.start == first and q == k  # these come first and cover the sequence
-            first = q.stop if within else first
             for whole, part, where in zip(grads, parts, (q, k, k), strict=True):
-                if within:
+                if piece.own:
                     whole[:, :, where] = part
                 else:
                     whole[:, :, where] += part
         return *grads, None, None
 
 
-def _see(packed: Packed, window: int | None, device: torch.device) -> Callable[..., Tensor]:
+def _see(packed: Packed, window: int | None, query: Tensor) -> Callable[..., Tensor]:
     """The function that tells whether token q attends to token k."""
-    stops, positions = packed.stops().to(device), packed.positions[0].to(device)
+    stops, positions = packed.stops().to(query.device), packed.positions[0].to(query.device)
 
     def see(batch: Any, head: Any, q: Tensor, k: Tensor) -> Tensor:
         seen = (k <= q) & (q < stops[k])
@@ -184,20 +179,11 @@ def _see(packed: Packed, window: int | None, device: torch.device) -> Callable[.
     return see
 
 
-def _dense_mask(packed: Packed, window: int | None, device: torch.device) -> Tensor:
-    at = torch.arange(packed.ids.size(1), device=device)
-    return _see(packed, window, device)(0, 0, at[:, None], at[None])
+def _dense_mask(packed: Packed, window: int | None, query: Tensor) -> Tensor:
+    at = torch.arange(packed.ids.size(1), device=query.device)
+    return _see(packed, window, query)(0, 0, at[:, None], at[None])
 
 
-def _block_mask(packed: Packed, window: int | None, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
+def _block_mask(packed: Packed, window: int | None, query: Tensor) -> Any:
     size = packed.ids.size(1)
-    return create_block_mask(_see(packed, window, device), None, None, size, size, device=device)
-
-
-@functools.cache
-def _flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
+    return create_block_mask(_see(packed, window, query), None, None, size, size, device=query.device)

@@ -1,11 +1,11 @@
-"""What the collate function makes of rows: the micro-batches of one optimizer step or of an evaluation batch."""
+"""What the collate function makes of rows, and what an evaluation returns for each."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,49 +27,28 @@ class Answer:
 class Decoding:
     """How an evaluation decodes."""
 
-    constrained: bool = False  # to the format, also where the model is not set to do it always
+    constrained: bool = False  # to the format, even if `model.constrained` is off
     max_new_tokens: int | None = None  # of an answer; None for the model's own limit
     logged: bool = True  # whether the figures go to the logger
 
 
 @dataclass(slots=True)
 class Batch:
-    """This process's rows, and the tensors that the model computes them from."""
+    """This process's rows of one optimizer step or of an evaluation, and the tensors that they are computed from."""
 
     rows: Sequence[Row]
     micro_batches: list[Any]  # `Packed` or `Padded`, each within the token budget
+    limits: Sequence[int] = ()  # for each row, how many tokens its answer may have
     decoding: Decoding = Decoding()
 
-    def to(self, device: Any, non_blocking: bool = False) -> Batch:
-        """The same batch with its tensors on a device; Lightning calls it."""
-        return replace(self, micro_batches=[part.to(device, non_blocking) for part in self.micro_batches])
-
-    def pin_memory(self) -> Batch:
-        """The same batch with its tensors in page-locked memory; the DataLoader calls it."""
-        return replace(self, micro_batches=[part.pin_memory() for part in self.micro_batches])
-
-
-class TensorFields:
-    """A dataclass whose fields named in `TENSORS` move between devices."""
-
-    TENSORS: ClassVar[tuple[str, ...]]
-
-    def to(self, device: Any, non_blocking: bool = False) -> Any:
-        """The same with its tensors on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Any:
-        """The same with its tensors in page-locked memory."""
-        return self._each(torch.Tensor.pin_memory)
-
-    def _each(self, change: Any) -> Any:
-        fields: Any = self
-        return replace(fields, **{name: change(getattr(self, name)) for name in self.TENSORS})
+    def to(self, device: Any) -> Batch:
+        """Called by Lightning; each micro-batch is copied to the device when it is computed."""
+        return self
 
 
 @contextlib.contextmanager
 def out_of_memory_named(rows: Sequence[Row], tokens: int) -> Iterator[None]:
-    """Say which rows were being computed when memory ran out, and what to lower."""
+    """If memory runs out, say which rows were being computed and what to lower."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

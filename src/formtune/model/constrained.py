@@ -35,47 +35,46 @@ class Grammar:
             raise UserError(f"model.constrained: {name} has no grammar; give it a `grammar` method")
         # Some models pad their vocabulary: logits beyond the tokenizer's tokens have no text and are never chosen.
         self.vocabulary = max(renderer.tokenizer.get_vocab().values()) + 1
+        self.stop = frozenset(renderer.stop_ids)
         tokenizer = from_tokenizer(renderer.tokenizer, n_vocab=self.vocabulary, eos_token=list(renderer.stop_ids))
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         [row] = renderer.encode([(turn, "")])
         # Spaces that chat template and tokenizer put before every answer belong to the grammar's text.
         lead = tokenizer.decode_str(row.target_ids[:-1]).removesuffix("b")  # type: ignore[union-attr]
         text = f"start: {json.dumps(lead) if lead else ''} answer\n{rules}"
-        self.stop = frozenset(renderer.stop_ids)
-        self.matcher: Any = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
         self.executor = LLExecutor()
+        self.matcher: Any = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
         if self.matcher.is_error():
-            reason = _reason(self.matcher)
-            raise UserError(f"model.constrained: the format cannot be put in a grammar ({reason})")
+            raise UserError(f"model.constrained: the format cannot be put in a grammar ({_reason(self.matcher)})")
 
 
 class Documents:
-    """The answers of some rows as written so far; a matcher for each knows which tokens may follow."""
+    """The answers of some rows as generated so far; a matcher for each knows which tokens may follow."""
 
     def __init__(self, grammar: Grammar, rows: int) -> None:
         self._grammar = grammar
         self._matchers = [grammar.matcher.deep_copy() for _ in range(rows)]
 
     def write(self, row: int, tokens: Sequence[int]) -> int:
-        """Write tokens of an answer, with at most a stop token at their end; how many the grammar accepts."""
+        """Add tokens to an answer, of which the last may be a stop token; returns how many the grammar accepts."""
         matcher, ended = self._matchers[row], tokens[-1] in self._grammar.stop
-        written = matcher.try_consume_tokens(list(tokens[: len(tokens) - ended]))
-        return written + (ended and written == len(tokens) - 1 and matcher.is_accepting())
+        accepted = matcher.try_consume_tokens(list(tokens[: len(tokens) - ended]))
+        return accepted + (ended and accepted == len(tokens) - 1 and matcher.is_accepting())
 
     def choose(self, rows: list[int], logits: Tensor) -> list[int]:
-        """Write the most likely allowed token in each of `rows`, from logits of shape (rows, vocabulary).
+        """Add the most likely allowed token to each of `rows`, from logits of shape (rows, vocabulary).
 
-        If llguidance fails on a document, it ends there with a stop token and the format judges it: one row must
-        neither end the run nor make other processes wait.
+        If llguidance fails on an answer, it ends there with a stop token and the format judges it: one row must neither
+        end the run nor make other processes wait.
         """
         from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask_par
 
         matchers = [self._matchers[row] for row in rows]
         size = min(self._grammar.vocabulary, logits.size(-1))
-        packed = allocate_token_bitmask(len(rows), self._grammar.vocabulary)  # 32 tokens per number
-        fill_next_token_bitmask_par(self._grammar.executor, [(m, i) for i, m in enumerate(matchers)], packed)
-        places = torch.arange(32, dtype=torch.int32, device=logits.device)
-        allowed = (packed.to(logits.device)[:, :, None] >> places & 1).flatten(1)[:, :size].bool()
+        bitmask = allocate_token_bitmask(len(rows), self._grammar.vocabulary)  # 32 tokens per number
+        fill_next_token_bitmask_par(self._grammar.executor, [(m, i) for i, m in enumerate(matchers)], bitmask)
+        bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+        allowed = (bitmask.to(logits.device)[:, :, None] >> bits & 1).flatten(1)[:, :size].bool()
         tokens = logits[:, :size].masked_fill(~allowed, float("-inf")).argmax(-1).tolist()
         for i, (matcher, token) in enumerate(zip(matchers, tokens, strict=True)):
             ended = token in self._grammar.stop
@@ -85,7 +84,7 @@ class Documents:
         return tokens
 
     def processor(self, rows: list[int], width: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """A logits processor for `generate` that writes `rows` anew, their answers beginning at column `width`."""
+        """A logits processor for `generate` that begins `rows` anew; their answers begin at column `width`."""
         for row in rows:
             self._matchers[row].reset()
 

@@ -18,19 +18,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from formtune.model.micro_batches import MicroBatches
 from formtune.model.ranks import highest
 
 
 class ShardedBase(DDPStrategy):
     """DDP for the trained parameters, FSDP for the frozen decoder layers; the embeddings stay whole."""
 
-    _decoder: Any = None
-
     def shard(self, module: Any, model: Any) -> None:
         """Shard the layers of `model`, a causal language model with adapters, the same on all ranks."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        self._decoder = decoder = model.get_base_model().get_decoder()
+        decoder = model.get_base_model().get_decoder()
         # A separate group: DDP exchanges gradients while layers are gathered for the backward pass.
         mesh = DeviceMesh.from_group(dist.new_group(), self.root_device.type)
         trained = {p for p in decoder.parameters() if p.requires_grad}
@@ -38,25 +37,10 @@ class ShardedBase(DDPStrategy):
             if isinstance(layer, GradientCheckpointingLayer):
                 fully_shard(layer, mesh=mesh, ignored_params=trained)
         # As the root, it fetches the next layer while one computes.
-        fully_shard(decoder, mesh=mesh, ignored_params=trained | {p for p in decoder.parameters() if _whole(p)})
-        module._ddp_params_and_buffers_to_ignore = [n for n, p in module.named_parameters() if not _whole(p)]
+        fully_shard(decoder, mesh=mesh, ignored_params=trained | {p for p in decoder.parameters() if _is_whole(p)})
+        module._ddp_params_and_buffers_to_ignore = [n for n, p in module.named_parameters() if not _is_whole(p)]
 
-    @contextlib.contextmanager
-    def uneven_counts(self, dummy_forward: Callable[[], Any]) -> Iterator[None]:
-        """Allow uneven forward counts per rank: a rank that is done runs dummy passes until all are."""
-
-        def announce(*_: Any) -> None:
-            self.most(1)
-
-        hook = self._decoder.register_forward_pre_hook(announce)
-        try:
-            yield
-        finally:
-            hook.remove()
-        while self.most(0):
-            dummy_forward()
-
-    def most(self, count: int) -> int:
+    def highest_count(self, count: int) -> int:
         """The highest count of all ranks."""
         assert self.lightning_module is not None
         return int(highest(self.lightning_module.trainer, count)[0])
@@ -66,13 +50,27 @@ def padded(strategy: Any, micro_batches: list[Any], dummy: Callable[[], Any]) ->
     """Dummies, then the micro-batches: at least one, to join the gradient exchange; under FSDP as many on all ranks."""
     count = max(len(micro_batches), 1)
     if isinstance(strategy, ShardedBase):
-        count = strategy.most(count)
+        count = strategy.highest_count(count)
     return [dummy()] * (count - len(micro_batches)) + micro_batches
 
 
-def uneven_counts(strategy: Any, dummy_forward: Callable[[], Any]) -> Any:
-    """A context in which ranks may do different numbers of forward passes, under any strategy."""
-    return strategy.uneven_counts(dummy_forward) if isinstance(strategy, ShardedBase) else contextlib.nullcontext()
+@contextlib.contextmanager
+def uneven_counts(strategy: Any, micro_batches: MicroBatches) -> Iterator[None]:
+    """Allow uneven forward counts per rank: under FSDP, a rank that is done runs dummy passes until all are."""
+    if not isinstance(strategy, ShardedBase):
+        yield
+        return
+
+    def announce(*_: Any) -> None:
+        strategy.highest_count(1)
+
+    hook = micro_batches.base.get_decoder().register_forward_pre_hook(announce)
+    try:
+        yield
+    finally:
+        hook.remove()
+    while strategy.highest_count(0):
+        micro_batches.predictions(micro_batches.dummy())
 
 
 def unsynced(strategy: Any) -> Any:
@@ -80,5 +78,5 @@ def unsynced(strategy: Any) -> Any:
     return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else contextlib.nullcontext()
 
 
-def _whole(parameter: torch.Tensor) -> bool:
+def _is_whole(parameter: torch.Tensor) -> bool:
     return not isinstance(parameter, DTensor)

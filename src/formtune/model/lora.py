@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from torch import Tensor, nn
 
-from formtune.base.folder import check_folder, skeleton
+from formtune.base.folder import check_folder
 from formtune.errors import UserError, first_line
 from formtune.model.shared_lora import LoraLinear, share_inputs
 
@@ -27,7 +27,6 @@ class Lora:
         rslora: Scale by alpha / sqrt(r), which keeps high ranks stable (arXiv:2312.03732).
         dora: Learn magnitude and direction separately (arXiv:2402.09353); slower.
         initialization: How A and B begin: true for Kaiming and zero, or a method of PEFT's that needs no data.
-        modules_to_save: Names of layers to train in full and to store with the adapter.
     """
 
     r: PositiveInt = 16
@@ -37,25 +36,15 @@ class Lora:
     rslora: bool = False
     dora: bool = False
     initialization: Literal[True, "gaussian", "pissa", "olora", "orthogonal"] = True
-    modules_to_save: list[str] = field(default_factory=list)
 
 
 def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch.device) -> Any:
     """The base model of a folder or hub id; refuses a folder that is damaged, incomplete or needs remote code."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    extra: dict[str, Any] = {}
-    if quantize:
-        try:
-            import bitsandbytes  # noqa: F401
-        except ImportError:
-            raise UserError("model.quantize: 4-bit needs bitsandbytes; pip install 'formtune[qlora]'") from None
-        extra["device_map"] = {"": device}
-        extra["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
+    extra = _in_4_bits(dtype, device) if quantize else {}
     try:
         check_folder(base)
         # Pickle files are never read: a base without safetensors is refused.
@@ -67,11 +56,10 @@ def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch
     except Exception as error:  # whatever a damaged folder raises, the remedy is another folder
         raise UserError(f"model.base: {base} cannot be loaded ({first_line(error)})") from error
     model, info = loaded
-    wrong = {name: sorted(info[name]) for name in ("missing_keys", "mismatched_keys", "error_msgs") if info.get(name)}
-    if wrong:
-        # transformers would continue with random numbers in these tensors.
-        name, keys = next(iter(wrong.items()))
-        raise UserError(f"model.base: {base} is incomplete ({len(keys)} {name.replace('_', ' ')}, first {keys[0]})")
+    for name in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if info.get(name):  # transformers would continue with random numbers in these tensors
+            count, words, first = len(info[name]), name.replace("_", " "), min(info[name])
+            raise UserError(f"model.base: {base} is incomplete ({count} {words}, first {first})")
     if any(p.is_floating_point() and not torch.isfinite(p).all() for p in model.parameters()):
         raise UserError(f"model.base: {base} holds weights that are not finite numbers")
     # A base may ship sampling, penalties or forced tokens; `generate` would merge them into every call.
@@ -85,17 +73,24 @@ def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch
     return model
 
 
-def check_layers(base: str, lora: Lora) -> None:
-    """Check the layers' names before the base's weights are read."""
-    if (model := skeleton(base)) is not None:
-        lora_config(model, lora)
+def _in_4_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    from transformers import BitsAndBytesConfig
+
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError("model.quantize: 4-bit needs bitsandbytes; pip install 'formtune[qlora]'") from None
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"device_map": {"": device}, "quantization_config": config}
 
 
 def lora_config(model: Any, lora: Lora) -> Any:
     """PEFT's configuration of the adapters; the model's weights are not read."""
     from peft import LoraConfig
 
-    config = LoraConfig(
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha or 2 * lora.r,
@@ -104,16 +99,9 @@ def lora_config(model: Any, lora: Lora) -> Any:
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         init_lora_weights=lora.initialization,
-        modules_to_save=_checked(model, lora.modules_to_save, "modules_to_save", nn.Module) or None,
         # Conv1D (GPT-2) stores its weight transposed; PEFT warns if it is not told.
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
     )
-    tied = {"lm_head", "embed_out", "embed_tokens", "embed_in", "wte"} & set(lora.modules_to_save)
-    if tied and model.config.get_text_config().tie_word_embeddings:
-        raise UserError(
-            f"model.lora.modules_to_save: this base ties its embeddings, so {min(tied)} cannot be trained alone"
-        )
-    return config
 
 
 def add_lora(model: Any, lora: Lora, quantized: bool = False) -> Any:
@@ -128,9 +116,6 @@ def add_lora(model: Any, lora: Lora, quantized: bool = False) -> Any:
     # from_pretrained returns the model in evaluation mode, and Lightning keeps it: dropout would stay off.
     tuned = get_peft_model(model, config).train()
     share_inputs(tuned)
-    for parameter in tuned.parameters():
-        if parameter.requires_grad:  # copies of layers trained in full would stay in the base's 16 bits
-            parameter.data = parameter.data.float()
     return tuned
 
 
@@ -143,11 +128,12 @@ def compile_layers(model: nn.Module) -> None:
             layer.compile(dynamic=True)
 
 
-def check_adapters(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
-    """Refuse a checkpoint whose adapters have other names or shapes than the model's own, or non-finite weights."""
-    names = sorted(set(own) ^ set(loaded)) or sorted(name for name in own if loaded[name].shape != own[name].shape)
-    if names:
-        raise UserError(f"ckpt_path: the checkpoint has another model.lora (targets or rank); first {names[0]}")
+def check_adapters(expected: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint whose adapters have other names or shapes than the model's, or non-finite weights."""
+    shapes = ({(name, tensor.shape) for name, tensor in state.items()} for state in (expected, loaded))
+    if different := set.symmetric_difference(*shapes):
+        name = min(name for name, _ in different)
+        raise UserError(f"ckpt_path: the checkpoint has another model.lora (targets or rank); first {name}")
     if not all(torch.isfinite(value).all() for value in loaded.values()):
         raise UserError("ckpt_path: the checkpoint holds weights that are not finite numbers")
 
@@ -161,32 +147,22 @@ def target_names(model: nn.Module, targets: str | list[str]) -> str | list[str]:
     """
     if targets == "all-linear":
         return targets
+    linear = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
     if isinstance(targets, list):
         if not targets:
             raise UserError("model.lora.targets: the list is empty; name layers, or `attention`, or `all-linear`")
-        return _checked(model, targets, "targets", None)
+        for name in targets:
+            if not any(f".{path}".endswith(f".{name}") for path in linear):
+                names = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
+                raise UserError(f"model.lora.targets: no layer is called {name!r}; the linear ones are {names}")
+        return targets
     inside, outside = set(), set()
-    for path, layer in model.named_modules():
-        if _is_linear(layer) and "." in path:
-            parent, _, name = path.rpartition(".")
-            if "attention" in type(model.get_submodule(parent)).__name__.lower():
-                inside.add((parent.rpartition(".")[2], name))
-            else:
-                outside.add(name)
+    for path in linear:
+        parent, _, name = path.rpartition(".")
+        if "attention" in type(model.get_submodule(parent)).__name__.lower():
+            inside.add((parent.rpartition(".")[2], name))
+        else:
+            outside.add(name)
     if not inside:
         raise UserError("model.lora.targets: this model has no attention layers by that name; use all-linear or a list")
     return sorted({f"{parent}.{name}" if name in outside else name for parent, name in inside})
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
-
-
-def _checked(model: nn.Module, names: list[str], key: str, kind: type | None) -> list[str]:
-    """The names, each of which must be the end of some layer's path."""
-    layers = {path for path, layer in model.named_modules() if (isinstance(layer, kind) if kind else _is_linear(layer))}
-    for name in names:
-        if not any(path == name or path.endswith(f".{name}") for path in layers):
-            linear = ", ".join(sorted({path.rpartition(".")[2] for path, m in model.named_modules() if _is_linear(m)}))
-            raise UserError(f"model.lora.{key}: no layer is called {name!r}; the linear ones are {linear}")
-    return names

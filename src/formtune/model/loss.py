@@ -23,14 +23,10 @@ class Predictions:
     tokens: Tensor  # the most likely tokens; empty if gradients are enabled
 
 
-def judge(head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: int) -> Predictions:
-    """Predictions from the last hidden states of the predicting tokens.
+def predict(head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: int) -> Predictions:
+    """Predictions from the last hidden states of the tokens that predict labels, shape (labels, width).
 
-    Args:
-        head: Gives the logits; may have trained parameters.
-        hidden: Shape (labels, width).
-        targets: The labels, -1 where there is none, shape (labels,).
-        vocabulary: Number of logits per token.
+    `head` gives `vocabulary` logits for each of them; it may have trained parameters.
     """
     size = max(1, LOGITS.get(hidden.device.type, 2**25) // vocabulary)
     if torch.is_grad_enabled():
@@ -61,21 +57,20 @@ class _Loss(torch.autograd.Function):
                 logits = head(chunk.requires_grad_())
             # The backward pass of a frozen head needs no logits, so they can be overwritten; a trained head's may.
             slopes = logits.detach().to(torch.float32, copy=bool(trained))
-            loss, total = _nats_in_place(slopes, labels)
-            nats.append(loss)
+            chunk_nats, total = _nats_in_place(slopes, labels)
+            nats.append(chunk_nats)
             # d loss / d logits = softmax - one-hot label
             slopes.div_(total)
-            places = labels.clamp_min(0).unsqueeze(-1)
-            slopes.scatter_add_(-1, places, -torch.ones_like(slopes[:, :1]))
+            slopes.scatter_add_(-1, labels.clamp_min(0).unsqueeze(-1), -torch.ones_like(slopes[:, :1]))
             slopes.masked_fill_((labels < 0).unsqueeze(-1), 0.0)
-            grad, *others = torch.autograd.grad(logits, [chunk, *trained], slopes.to(logits.dtype))
+            grad, *head_grads = torch.autograd.grad(logits, [chunk, *trained], slopes.to(logits.dtype))
             grads.append(grad)
-            for whole, other in zip(trained_grads, others, strict=True):
-                whole += other
+            for whole, part in zip(trained_grads, head_grads, strict=True):
+                whole += part
         ctx.save_for_backward(torch.cat(grads), *trained_grads)
-        every = torch.cat(nats)
-        ctx.mark_non_differentiable(every)
-        return every.sum(), every
+        all_nats = torch.cat(nats)
+        ctx.mark_non_differentiable(all_nats)
+        return all_nats.sum(), all_nats
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
@@ -86,7 +81,7 @@ class _Loss(torch.autograd.Function):
 def _nats_in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Nats of each label, 0 where it is -1, and each row's sum of exp(logit - largest); `logits` become these exps."""
     logits -= logits.amax(-1, keepdim=True)
-    own = logits.gather(-1, targets.clamp_min(0).unsqueeze(-1))
+    label_logits = logits.gather(-1, targets.clamp_min(0).unsqueeze(-1))
     total = logits.exp_().sum(-1, keepdim=True)
-    nats = (total.log() - own).squeeze(-1)
+    nats = (total.log() - label_logits).squeeze(-1)
     return nats.masked_fill(targets < 0, 0.0), total

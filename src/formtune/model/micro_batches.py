@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from formtune.base.row import Row
+from formtune.evaluation.metrics import LossMetrics
 from formtune.model.constrained import Documents, Grammar
 from formtune.model.loss import Predictions
 
-Stops = Sequence[int]  # tokens that end an answer
 Answers = list[list[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Unfinished:
-    """Answers that are still being generated."""
-
-    places: list[int]  # of their rows in the micro-batch
-    begun: Answers  # their tokens so far
-    limits: list[int]  # tokens that each may have
 
 
 class MicroBatches(ABC):
     """Splits rows into micro-batches, and computes their predictions and greedy answers.
 
-    Args:
-        model: A causal language model, with PEFT or without.
+    Every micro-batch has `rows`, the indices of its rows in the batch, and `sizes`, how many labels each of them has: a
+    row without a target has one, which is not known and from which its answer starts.
     """
 
     def __init__(self, model: Any) -> None:
@@ -41,65 +31,68 @@ class MicroBatches(ABC):
         return self.base.device
 
     @abstractmethod
-    def split(self, rows: Sequence[Row], tokens: int, room: int = 0) -> Iterator[Any]:
-        """Micro-batches of at most `tokens` tokens, with `room` more for each row; their `rows` are indices."""
-
-    def dummy(self) -> Any:
-        """A micro-batch whose result is not used, so that all ranks do the same number of forward passes (FSDP)."""
-        [micro_batch] = self.split([Row([0], [0], "", None, "")], 1)
-        return micro_batch
+    def split(self, rows: Sequence[Row], tokens: int, extra: int = 0) -> Iterator[Any]:
+        """Micro-batches of at most `tokens` tokens, where each row counts `extra` tokens more than it has."""
 
     @abstractmethod
     def predictions(self, micro_batch: Any, keep: bool = False) -> tuple[Predictions, Any]:
-        """One teacher-forced forward pass, and with `keep` what `_finish` continues from, such as its KV cache."""
+        """One teacher-forced forward pass, and with `keep` what `_generate` continues from, such as its KV cache."""
 
     @abstractmethod
-    def _finish(self, kept: Any, unfinished: Unfinished, stop: Stops, documents: Documents | None) -> Answers:
-        """Generate the rest of the answers."""
+    def _generate(
+        self, kept: Any, unfinished: list[int], answers: Answers, limits: list[int], stop: Sequence[int],
+        documents: Documents | None,
+    ) -> None:  # fmt: skip
+        """Complete the answers of the `unfinished` rows of a micro-batch, in place."""
 
-    def evaluate(
-        self, rows: Sequence[Row], tokens: int, stop: Stops, limits: Sequence[int], grammar: Grammar | None = None
-    ) -> Iterator[tuple[list[int], Predictions, Answers]]:
-        """For each micro-batch of at most `tokens` tokens: its rows' indices, their predictions and greedy answers."""
-        for micro_batch in self.split(rows, tokens, max(limits, default=0)):
-            yield (micro_batch.rows, *self.answers(rows, micro_batch, stop, limits, grammar))
+    def dummy(self) -> Any:
+        """A micro-batch whose result is not used, so that all ranks do the same number of forward passes (FSDP)."""
+        return next(self.split([Row([0], [0], "", None, "")], 1))
+
+    def decode(
+        self, rows: Sequence[Row], micro_batches: Iterable[Any], stop: Sequence[int], limits: Sequence[int],
+        grammar: Grammar | None = None, losses: LossMetrics | None = None,
+    ) -> Answers:  # fmt: skip
+        """Greedy answers to the rows, each up to and including a token of `stop` or as long as its limit.
+
+        They are constrained to the grammar, if there is one; the loss of the targets goes to `losses`.
+        """
+        answers: Answers = [[] for _ in rows]
+        for micro_batch in micro_batches:
+            targets = [rows[i].target_ids for i in micro_batch.rows]
+            most = [limits[i] for i in micro_batch.rows]
+            predictions, decoded = self._decode(micro_batch, targets, stop, most, grammar)
+            for i, answer in zip(micro_batch.rows, decoded, strict=True):
+                answers[i] = answer
+            if losses is not None:
+                losses.update(predictions.nats, predictions.tokens == predictions.targets, micro_batch.sizes)
+        return answers
 
     @torch.no_grad()
-    def answers(
-        self, rows: Sequence[Row], micro_batch: Any, stop: Stops, limits: Sequence[int], grammar: Grammar | None = None
+    def _decode(
+        self, micro_batch: Any, targets: Answers, stop: Sequence[int], limits: list[int], grammar: Grammar | None
     ) -> tuple[Predictions, Answers]:
-        """Predictions and greedy answers of one micro-batch, each answer up to and including a stop token.
+        """Predictions and answers of one micro-batch.
 
         As long as greedy decoding agrees with the target, it sees the same tokens as the teacher-forced pass. So if
         every predicted token is the target's, the answer is the target, and otherwise generation resumes at the first
         mismatch. With constrained decoding, a predicted token that the grammar refuses is chosen again among the
         allowed ones.
-
-        Args:
-            rows: All rows of the batch.
-            micro_batch: Some of them.
-            stop: Tokens that end an answer.
-            limits: For each row the tokens that its answer may have.
-            grammar: For constrained decoding.
         """
-        documents = Documents(grammar, len(micro_batch.rows)) if grammar else None
+        documents = Documents(grammar, len(targets)) if grammar else None
         predictions, kept = self.predictions(micro_batch, keep=True)
-        members = [rows[i] for i in micro_batch.rows]
-        most = [limits[i] for i in micro_batch.rows]
-        answers = []
-        for j, (row, tokens) in enumerate(zip(members, predictions.tokens.split(label_counts(members)), strict=True)):
-            ids, target = tokens.tolist(), row.target_ids
-            same = next((i for i, (a, b) in enumerate(zip(ids, target, strict=False)) if a != b), len(target))
-            answer = (target[:same] + ids[same : same + 1])[: most[j]]
+        answers: Answers = []
+        for j, tokens in enumerate(predictions.tokens.split(micro_batch.sizes)):
+            pairs = enumerate(zip(predicted := tokens.tolist(), targets[j], strict=False))
+            same = next((i for i, (token, label) in pairs if token != label), len(targets[j]))
+            answer = predicted[: same + 1][: limits[j]]
             answers.append(answer[: documents.write(j, answer)] if documents else answer)
-        places = [j for j, a in enumerate(answers) if not a or (a[-1] not in stop and len(a) < most[j])]
-        if places:
-            unfinished = Unfinished(places, [answers[j] for j in places], [most[j] for j in places])
-            for j, answer in zip(places, self._finish(kept, unfinished, stop, documents), strict=True):
-                answers[j] = answer
+        unfinished = [j for j, answer in enumerate(answers) if not finished(answer, limits[j], stop)]
+        if unfinished:
+            self._generate(kept, unfinished, answers, limits, stop, documents)
         return predictions, answers
 
 
-def label_counts(rows: Sequence[Row]) -> list[int]:
-    """Predictions of each row; a row without a target has one, from which its answer starts."""
-    return [max(len(row.target_ids), 1) for row in rows]
+def finished(answer: list[int], limit: int, stop: Sequence[int]) -> bool:
+    """Whether the answer has its stop token or all the tokens that it may have."""
+    return len(answer) >= limit or (bool(answer) and answer[-1] in stop)

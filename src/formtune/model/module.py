@@ -16,17 +16,17 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import Metric
 
-from formtune.base.folder import context_length
+from formtune.base.folder import context_length, skeleton
 from formtune.base.identity import check_identity, format_hash, identity
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.errors import UserError
-from formtune.evaluation.metrics import EXACT, LossMetrics
+from formtune.evaluation.metrics import LossMetrics
 from formtune.formats import Format
 from formtune.model.batch import Answer, Batch, Decoding, out_of_memory_named
 from formtune.model.constrained import Grammar
 from formtune.model.fsdp import ShardedBase, padded, uneven_counts, unsynced
-from formtune.model.lora import Lora, add_lora, check_adapters, check_layers, compile_layers, load_base
+from formtune.model.lora import Lora, add_lora, check_adapters, compile_layers, load_base, lora_config
 from formtune.model.micro_batches import MicroBatches
 from formtune.model.optimization import CosineWithWarmup, GradientGuard, build_optimizer, check_optimizer
 from formtune.model.scores import Scores
@@ -81,7 +81,7 @@ class FormatModule(L.LightningModule):
         metrics: Sequence[Metric] = (),
     ) -> None:
         super().__init__()
-        check_layers(base, lora)
+        lora_config(skeleton(base), lora)  # checks the layers' names before the weights are read
         check_optimizer(optimizer)
         # No save_hyperparameters(): on resume the checkpoint's values would silently override YAML and flags.
         self.automatic_optimization = False  # the number of micro-batches differs from step to step
@@ -99,6 +99,7 @@ class FormatModule(L.LightningModule):
         """Load the base and add the adapters; Lightning calls this before every fit, test and predict."""
         if self.model is not None:
             return
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.renderer = Renderer.load(self.base)
         self.context = context_length(self.base) or 10**9
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.trainer.precision, torch.float32)
@@ -109,10 +110,11 @@ class FormatModule(L.LightningModule):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
         if self.constrained:
             _ = self.grammar  # refuses a format that has none before training
-        self._identity = {"base": identity(self.base), "format": format_hash(self.format)}
+        processes = self.trainer.world_size
+        self._identity = {"base": identity(self.base), "format": format_hash(self.format), "processes": processes}
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        torch.manual_seed(self._seed)  # the adapters begin alike, whatever drew random numbers before
+        torch.manual_seed(self.seed)  # the adapters begin alike, whatever drew random numbers before
         self.model = add_lora(base, self.lora, quantized=bool(self.quantize))
         self._trained = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
         if isinstance(strategy, ShardedBase):
@@ -132,10 +134,6 @@ class FormatModule(L.LightningModule):
         with self.trainer.precision_plugin.forward_context():
             return choose_micro_batches(self.model)
 
-    @property
-    def _seed(self) -> int:
-        return int(os.environ.get("PL_GLOBAL_SEED", 0))
-
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
         return build_optimizer(self.optimizer_factory, self.scheduler_factory, parameters, self.trainer)
@@ -145,20 +143,17 @@ class FormatModule(L.LightningModule):
         if not evaluation:
             return Batch(rows, list(self.micro_batches.split(rows, self.tokens_per_micro_batch)))
         decoding = decoding or Decoding()
-        room = max(self._limits(rows, decoding), default=0)
+        most = min(self.max_new_tokens, decoding.max_new_tokens or self.max_new_tokens)
+        limits = [min(most, self.context - len(row.prompt_ids)) for row in rows]
         budget = EVALUATION * self.tokens_per_micro_batch
-        return Batch(rows, list(self.micro_batches.split(rows, budget, room)), decoding)
+        return Batch(rows, list(self.micro_batches.split(rows, budget, max(limits, default=0))), limits, decoding)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """One optimizer step over the batch's rows; a step with a non-finite gradient is skipped and counted.
-
-        Raises:
-            Fault: Memory ran out, or `SKIPPED` steps in a row were skipped.
-        """
+        """One optimizer step over the batch's rows; a step with a non-finite gradient is skipped and counted."""
         optimizer: Any = self.optimizers()
         strategy = self.trainer.strategy
         # Dropout is a function of seed, step and rank: nothing that happens between two steps changes the next one.
-        torch.manual_seed((self._seed * 1_000_003 + self.trainer.global_step) * 8191 + self.trainer.global_rank)
+        torch.manual_seed((self.seed * 1_000_003 + self.trainer.global_step) * 8191 + self.trainer.global_rank)
         tokens = torch.tensor(sum(len(row.target_ids) for row in batch.rows), device=self.device)
         tokens = strategy.reduce(tokens, reduce_op="sum")
         # DDP averages gradients over the ranks; the step's gradient is their sum, divided by the tokens of all ranks.
@@ -181,100 +176,70 @@ class FormatModule(L.LightningModule):
         if self.guard.skipped:
             figures["train/skipped_steps"] = float(self.guard.skipped)
         self.log_dict(figures, prog_bar=True, batch_size=1)
-        self._log_step_number()
+        # Lightning would write step 99 for what was measured after 100 steps.
+        self.log("step", float(self.trainer.global_step), batch_size=1)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         # Here and not in training_step: 16-mixed has just unscaled the gradients.
         self.guard.check([p for p in self.parameters() if p.grad is not None], self.trainer.global_step)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Any:
-        """Loss and greedy answers of the rows from the same forward passes; returns the list of `Answer`."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> list[Answer]:  # type: ignore[override]
+        """Loss and greedy answers of the rows from the same forward passes."""
         rows, self.logged = batch.rows, batch.decoding.logged
         decoded = self._decode(batch, self.scores.losses)
         sample = sorted({len(rows) * i // PARITY for i in range(PARITY)}) if rows else []
         in_full = self._decode(self.collate([replace(rows[i], target_ids=[]) for i in sample], True, batch.decoding))
         self.scores.losses.compare([answer == decoded[i] for i, answer in zip(sample, in_full, strict=True)])
-        answers = [self._judge(row, ids) for row, ids in zip(rows, decoded, strict=True)]
+        answers = [self._check(row, ids) for row, ids in zip(rows, decoded, strict=True)]
         self.scores.update(answers)
         return answers
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Any:
-        """The same on the test rows."""
-        return self.validation_step(batch, batch_idx)
+    test_step = validation_step  # type: ignore[assignment]
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer]:
         """Greedy answers to prompts, each with its verdict."""
-        return [self._judge(row, ids) for row, ids in zip(batch.rows, self._decode(batch), strict=True)]
+        return [self._check(row, ids) for row, ids in zip(batch.rows, self._decode(batch), strict=True)]
 
     def on_validation_epoch_end(self) -> None:
-        self._log_scores(test=False)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_scores(test=True)
-
-    def _log_scores(self, test: bool) -> None:
-        values, self.counts = self.scores.compute(test)
+        values, self.counts = self.scores.compute(test=bool(self.trainer.testing))
         self.evaluation = {name: float(value) for name, value in values.items()}
         if self.logged:
             for name, value in values.items():
                 self.log(name, value, prog_bar=name in ("val/loss", "format/exact"), batch_size=1)
-            self._log_step_number()
+            self.log("step", float(self.trainer.global_step), batch_size=1)
 
-    def _log_step_number(self) -> None:
-        # Lightning would write step 99 for what was measured after 100 steps.
-        self.log("step", float(self.trainer.global_step), batch_size=1)
-
-    def _limits(self, rows: Sequence[Row], decoding: Decoding) -> list[int]:
-        """Tokens that the answer to each row may have."""
-        most = min(self.max_new_tokens, decoding.max_new_tokens or self.max_new_tokens)
-        return [min(most, self.context - len(row.prompt_ids)) for row in rows]
+    on_test_epoch_end = on_validation_epoch_end
 
     def _decode(self, batch: Batch, losses: LossMetrics | None = None) -> list[list[int]]:
         """Token ids of the greedy answers, in the order of the rows; the targets' loss goes to `losses`."""
-        rows, limits = batch.rows, self._limits(batch.rows, batch.decoding)
-        answers: list[list[int]] = [[] for _ in rows]
+        rows, micro_batches, limits, stop = batch.rows, batch.micro_batches, batch.limits, self.renderer.stop_ids
         grammar = self.grammar if self.constrained or batch.decoding.constrained else None
-        with uneven_counts(self.trainer.strategy, self._dummy_forward):
-            for micro_batch in batch.micro_batches:
-                stop = self.renderer.stop_ids
-                predictions, decoded = self.micro_batches.answers(rows, micro_batch, stop, limits, grammar)
-                for i, answer in zip(micro_batch.rows, decoded, strict=True):
-                    answers[i] = answer
-                if losses is not None:
-                    sizes = [len(rows[i].target_ids) for i in micro_batch.rows]
-                    losses.update(predictions.nats, predictions.tokens == predictions.targets, sizes)
-        return answers
+        with uneven_counts(self.trainer.strategy, self.micro_batches):
+            return self.micro_batches.decode(rows, micro_batches, stop, limits, grammar, losses)
 
-    def _dummy_forward(self) -> None:
-        self.micro_batches.predictions(self.micro_batches.dummy())
-
-    def _judge(self, row: Row, ids: list[int]) -> Answer:
+    def _check(self, row: Row, ids: list[int]) -> Answer:
         text, finished = self.renderer.answer(ids)
         return Answer(row, text, self.format.check(text, finished=finished, target=row.target, input=row.input))
 
     @torch.no_grad()
     def teacher_forced_loss(self, rows: Sequence[Row]) -> Tensor:
         """Loss over the rows of all processes, in nats per token, without decoding; each process passes its share."""
-        sums = torch.zeros(2, dtype=EXACT, device=self.device)
-        # Precision and micro-batches as in validation, its room for answers included: equal rows get an equal loss.
-        budget = EVALUATION * self.tokens_per_micro_batch
-        strategy = self.trainer.strategy
-        with self.trainer.precision_plugin.forward_context(), uneven_counts(strategy, self._dummy_forward):
-            for micro_batch in self.micro_batches.split(rows, budget, self.max_new_tokens):
-                nats = self.micro_batches.predictions(micro_batch)[0].nats
-                sums += torch.stack([nats.sum(dtype=EXACT), sums.new_tensor(nats.numel())])
-        nats, tokens = strategy.reduce(sums, reduce_op="sum")
-        return nats / tokens
+        losses, batch = LossMetrics().to(self.device), self.collate(rows, evaluation=True)
+        # Precision and micro-batches as in validation: equal rows get an equal loss.
+        with self.trainer.precision_plugin.forward_context(), uneven_counts(self.trainer.strategy, self.micro_batches):
+            for micro_batch in batch.micro_batches:
+                predictions = self.micro_batches.predictions(micro_batch)[0]
+                losses.update(predictions.nats, predictions.tokens == predictions.targets, micro_batch.sizes)
+        return losses.compute()["loss"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record the base, the format and the number of processes that the state belongs to."""
-        skipped = {"skipped": [self.guard.skipped, self.guard.in_a_row]}
-        checkpoint["formtune"] = self._identity | {"processes": self.trainer.world_size} | skipped
+        checkpoint["formtune"] = self._identity | {"skipped": [self.guard.skipped, self.guard.in_a_row]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the state of another base or format, though it may have the same shapes."""
         saved, resumes = checkpoint.get("formtune"), self.trainer.state.fn == "fit"
-        check_identity(saved, self._identity | {"processes": self.trainer.world_size}, resumes)
+        check_identity(saved, self._identity, resumes)
         if resumes:
             self.guard.skipped, self.guard.in_a_row = saved["skipped"]  # type: ignore[index]
 
@@ -283,10 +248,6 @@ class FormatModule(L.LightningModule):
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in self._trained}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load exactly these adapters.
-
-        Raises:
-            UserError: The state belongs to other LoRA targets or another rank, or holds non-finite numbers.
-        """
+        """Load exactly these adapters."""
         check_adapters(self.state_dict(), state_dict)
         return super().load_state_dict(state_dict, strict=False, assign=assign)

@@ -38,11 +38,10 @@ class CosineWithWarmup(LRScheduler):
             group["lr"] = rate
 
     def get_lr(self) -> list[Any]:
-        step, rising = self.last_epoch, round(self.warmup * self.steps)
-        if step < rising:
-            factor = step / max(1, rising)
-        else:
-            factor = max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(1, self.steps - rising))))
+        step, warmup = self.last_epoch, round(self.warmup * self.steps)
+        factor = step / max(1, warmup)
+        if step >= warmup:
+            factor = max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup))))
         return [rate * factor for rate in self.base_lrs]
 
 
@@ -81,11 +80,7 @@ class GradientGuard:
         self.skipped = self.in_a_row = 0
 
     def check(self, parameters: Sequence[Parameter], step: int) -> None:
-        """Clip the gradients, or drop them all.
-
-        Raises:
-            Fault: `SKIPPED` steps in a row were skipped.
-        """
+        """Clip the gradients, or drop them all; too many skipped steps in a row are a fault."""
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         if torch.isfinite(norm):  # the same on all ranks, since gradients were exchanged
             self.in_a_row = 0

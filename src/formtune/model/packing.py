@@ -17,13 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from formtune.base.row import Row
-from formtune.model.batch import TensorFields
 
 # A shared segment costs each token that continues it one more attention call, about a tenth of the token's own cost:
 # sharing fewer than this share of those tokens would be slower than computing the prefix again.
@@ -37,22 +35,21 @@ class Segment:
     start: int
     end: int
     stop: int
+    position: int  # of its first token in every row that it is part of
 
 
 @dataclass(frozen=True, slots=True)
-class Packed(TensorFields):
+class Packed:
     """One micro-batch: a sequence that holds several rows."""
 
-    TENSORS: ClassVar = ("ids", "positions", "predicting", "targets")
-
     rows: list[int]  # their indices in the batch, in the order of their leaves
+    sizes: list[int]  # for each row the number of its labels, at least 1
     ids: Tensor  # token ids, (1, tokens)
     positions: Tensor  # of each token in its own row, (1, tokens)
-    segments: list[Segment]  # the trie's nodes, depth first
-    leaves: list[int]  # for each row the index of the segment that it owns; its last tokens predict the row's labels
     predicting: Tensor  # indices of the tokens that predict labels, row after row, (labels,)
     targets: Tensor  # the labels, -1 for rows without a target, (labels,)
-    sizes: list[int]  # for each row the number of its labels, at least 1
+    segments: list[Segment]  # the trie's nodes, depth first
+    leaves: list[int]  # for each row the index of the segment that it owns; its last tokens predict the row's labels
     longest: int  # tokens of the longest row
 
     def stops(self) -> Tensor:
@@ -64,41 +61,32 @@ class Packed(TensorFields):
 
     def paths(self) -> list[list[Segment]]:
         """For each row its segments, from the root to its leaf."""
-        path: list[Segment] = []
-        paths = []
-        leaves = set(self.leaves)
-        for i, segment in enumerate(self.segments):
-            while path and path[-1].stop <= segment.start:
-                path.pop()
-            path.append(segment)
-            if i in leaves:
-                paths.append(list(path))
-        return paths
+        leaves = [self.segments[i] for i in self.leaves]
+        return [[s for s in self.segments if s.start <= leaf.start < s.stop] for leaf in leaves]
 
 
-def pack(rows: Sequence[Row], tokens: int, room: int = 0) -> Iterator[Packed]:
-    """Lay rows out in packed sequences of at most `tokens` tokens, `room` more per row included, similar rows together.
+def pack(rows: Sequence[Row], tokens: int, extra: int = 0) -> Iterator[Packed]:
+    """Lay rows out in packed sequences, similar rows together.
 
-    A row longer than that gets a sequence of its own.
+    A sequence has at most `tokens` tokens, where each row counts `extra` more than it has. A row longer than that gets
+    a sequence of its own.
     """
     order = sorted(range(len(rows)), key=lambda i: rows[i].prompt_ids)
     # In sorted order, the prefix that two rows share is the shortest of those that neighbors between them share.
-    alike = [_shared(rows[a].prompt_ids, rows[b].prompt_ids) for a, b in pairwise(order)]
+    common = [_shared(rows[a].prompt_ids, rows[b].prompt_ids) for a, b in pairwise(order)]
     first = 0
     while first < len(order):
         last, used = first, 0
         while last < len(order):
-            new = _computed(rows[order[last]]) + room - (alike[last - 1] if last > first else 0)
+            new = _computed(rows[order[last]]) + extra - (common[last - 1] if last > first else 0)
             if last > first and used + new > tokens:
                 break
             last, used = last + 1, used + new
+        packed = _lay_out(rows, order[first:last], common[first : last - 1])
         # A prefix that saves too little is not shared, so the sequence can be longer than estimated.
-        while (
-            (packed := _lay_out(rows, order[first:last], alike[first : last - 1]))
-            and last - first > 1
-            and packed.ids.size(1) + room * (last - first) > tokens
-        ):
+        while last - first > 1 and packed.ids.size(1) + extra * (last - first) > tokens:
             last -= 1
+            packed = _lay_out(rows, order[first:last], common[first : last - 1])
         yield packed
         first = last
 
@@ -114,17 +102,18 @@ def _shared(a: list[int], b: list[int]) -> int:
     return next((i for i in range(limit) if a[i] != b[i]), limit)
 
 
-def _lay_out(rows: Sequence[Row], order: list[int], alike: list[int]) -> Packed:
+def _lay_out(rows: Sequence[Row], order: list[int], common: list[int]) -> Packed:
     ids: list[int] = []
     positions: list[int] = []
-    segments: list[list[int]] = []
+    segments: list[list[int]] = []  # the fields of each `Segment`
     leaves: list[int] = []
     predicting: list[int] = []
     targets: list[int] = []
-    sizes = [_computed(rows[i]) for i in order]
+    lengths = [_computed(rows[i]) for i in order]
 
     def add(tokens: list[int], depth: int) -> int:
-        segments.append([len(ids), len(ids) + len(tokens), 0])
+        end = len(ids) + len(tokens)
+        segments.append([len(ids), end, end, depth])
         ids.extend(tokens)
         positions.extend(range(depth, depth + len(tokens)))
         return len(segments) - 1
@@ -139,27 +128,26 @@ def _lay_out(rows: Sequence[Row], order: list[int], alike: list[int]) -> Packed:
         a, b, depth = item
         if b - a == 1:
             row = rows[order[a]]
-            leaves.append(add((row.prompt_ids + row.target_ids)[depth : sizes[a]], depth))
-            segments[leaves[-1]][2] = len(ids)
+            leaves.append(add((row.prompt_ids + row.target_ids)[depth : lengths[a]], depth))
             labels = row.target_ids or [-1]
             predicting += range(len(ids) - len(labels), len(ids))
             targets += labels
             continue
-        shared = min(alike[a : b - 1])
+        shared = min(common[a : b - 1])
         saved = (shared - depth) * (b - a - 1)
-        if saved > GAIN * (sum(sizes[a:b]) - shared * (b - a)):
+        if saved > GAIN * (sum(lengths[a:b]) - shared * (b - a)):
             todo.append(add(rows[order[a]].prompt_ids[depth:shared], depth))
             depth = shared
-        cuts = [a, *(i + 1 for i in range(a, b - 1) if alike[i] == shared), b]
+        cuts = [a, *(i + 1 for i in range(a, b - 1) if common[i] == shared), b]
         todo += [(x, y, depth) for x, y in reversed(list(pairwise(cuts)))]
     return Packed(
-        order,
-        torch.tensor([ids]),
-        torch.tensor([positions]),
-        [Segment(*segment) for segment in segments],
-        leaves,
-        torch.tensor(predicting),
-        torch.tensor(targets),
-        [max(len(rows[i].target_ids), 1) for i in order],
-        max(sizes),
+        rows=order,
+        sizes=[max(len(rows[i].target_ids), 1) for i in order],
+        ids=torch.tensor([ids]),
+        positions=torch.tensor([positions]),
+        predicting=torch.tensor(predicting),
+        targets=torch.tensor(targets),
+        segments=[Segment(*segment) for segment in segments],
+        leaves=leaves,
+        longest=max(lengths),
     )

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from formtune.evaluation.metrics import FormatMetrics, LossMetrics, OwnMetrics
 from formtune.formats import Format
+from formtune.model.batch import Answer
 
 
 class Scores(nn.Module):
@@ -22,28 +23,30 @@ class Scores(nn.Module):
 
     @property
     def names(self) -> set[str]:
-        """Names of all figures of a validation, for checks before the run."""
+        """Names of all figures of a validation but the user's own, for checks before the run."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchmetrics: compute() before update()
             names = {f"val/{name}" for name in self.losses.compute()} | set(self.verdicts.compute())
-        for metrics in (self.losses, self.verdicts):
-            metrics.reset()  # else a process without rows would return this figure again, without joining the exchange
+        self._reset()  # else a process without rows would return this figure again, without joining the exchange
         return names
 
-    def update(self, answers: Sequence[Any]) -> None:
-        """Add `Answer`s of rows that have a target."""
+    def update(self, answers: Sequence[Answer]) -> None:
+        """Add answers to rows that have a target."""
         self.verdicts.update([answer.verdict for answer in answers])
         self.own.update([answer.text for answer in answers], [answer.row.target or "" for answer in answers])
 
     def compute(self, test: bool) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
         """Every figure by its logged name, and each rate's numerator and denominator, over all processes."""
-        prefix, loss_prefix = ("test/", "test/") if test else ("", "val/")
-        values: dict[str, Any] = {loss_prefix + name: value for name, value in self.losses.compute().items()}
-        for metrics in (self.verdicts, self.own):
-            values |= {prefix + name: value for name, value in metrics.compute().items()}
+        values: dict[str, Any] = {f"val/{name}": value for name, value in self.losses.compute().items()}
+        values |= self.verdicts.compute() | self.own.compute()
+        if test:
+            values = {f"test/{name.removeprefix('val/')}": value for name, value in values.items()}
         # compute() has undone its synchronization
         with self.verdicts.sync_context(), self.losses.sync_context():
             counts = self.verdicts.counts() | self.losses.counts()
-        for part in (self.losses, self.verdicts, self.own):
-            part.reset()
+        self._reset()
         return values, counts
+
+    def _reset(self) -> None:
+        for metrics in (self.losses, self.verdicts, self.own):
+            metrics.reset()

@@ -27,19 +27,17 @@ class SharedInput:
 
     def down(self, layer: LoraLinear, x: Tensor) -> Tensor:
         """x A^T of one layer, shape (..., r), with dropout in training, to be multiplied by `scale`."""
-        if self._input is x and layer in self._waiting:
-            h = self._waiting.pop(layer)
-            self._input = x if self._waiting else None  # frees the activation as soon as possible
-            return h
-        if layer is self.layers[0]:
+        if self._input is not x or layer not in self._waiting:
+            if layer is not self.layers[0]:
+                return F.linear(self._drop(layer, x), layer.down)
             # A layer that did not take its part last time has another input; from now on it computes alone.
-            self.layers = [other for other in self.layers if other not in self._waiting]
-            weights = [other.down for other in self.layers]
+            self.layers = [sharing for sharing in self.layers if sharing not in self._waiting]
+            weights = [sharing.down for sharing in self.layers]
             h = F.linear(self._drop(layer, x), torch.cat(weights) if len(weights) > 1 else weights[0])
             self._waiting = dict(zip(self.layers, h.split([len(w) for w in weights], -1), strict=True))
-            self._input = x if len(self.layers) > 1 else None
-            return self._waiting.pop(layer)
-        return F.linear(self._drop(layer, x), layer.down)
+        h = self._waiting.pop(layer)
+        self._input = x if self._waiting else None  # frees the activation as soon as possible
+        return h
 
     def _drop(self, layer: LoraLinear, x: Tensor) -> Tensor:
         dropout = layer.lora_dropout["default"]
@@ -82,11 +80,9 @@ class LoraLinear(Linear):
 def share_inputs(model: nn.Module) -> None:
     """Group the adapters of each module that have inputs of the same width."""
     for module in model.modules():
-        groups: dict[Any, list[LoraLinear]] = {}
-        for layer in module.children():
-            if isinstance(layer, LoraLinear):
-                groups.setdefault(layer.in_features, []).append(layer)
-        for layers in groups.values():
-            shared = SharedInput(layers)
-            for layer in layers:
+        layers = [layer for layer in module.children() if isinstance(layer, LoraLinear)]
+        for width in {layer.in_features for layer in layers}:
+            group = [layer for layer in layers if layer.in_features == width]
+            shared = SharedInput(group)
+            for layer in group:
                 layer.shared = shared

@@ -13,52 +13,53 @@ from formtune.base.row import Row
 from formtune.errors import first_line
 from formtune.model.attention import NAME, PackedAttention, register
 from formtune.model.constrained import Documents
-from formtune.model.decoding import CachedAttention, greedy
+from formtune.model.decoding import CachedAttention
 from formtune.model.length_buckets import LengthBuckets
-from formtune.model.loss import Predictions, judge
-from formtune.model.micro_batches import Answers, MicroBatches, Stops, Unfinished
+from formtune.model.loss import Predictions, predict
+from formtune.model.micro_batches import Answers, MicroBatches, finished
 from formtune.model.packing import Packed, pack
 
 
 class SharedPrefixes(MicroBatches):
     """Packed sequences; decoding reuses the KV cache of the teacher-forced pass."""
 
-    def split(self, rows: Sequence[Row], tokens: int, room: int = 0) -> Iterator[Packed]:
-        return pack(rows, tokens, room)
+    def split(self, rows: Sequence[Row], tokens: int, extra: int = 0) -> Iterator[Packed]:
+        return pack(rows, tokens, extra)
 
     def predictions(self, packed: Packed, keep: bool = False) -> tuple[Predictions, Any]:
         attention = PackedAttention(packed, keep)
-        hidden = self.hidden(packed.ids, packed.positions, attention)[0, packed.predicting.to(self.device)]
+        hidden = self._hidden(packed.ids, packed.positions, attention)[0, packed.predicting.to(self.device)]
         vocabulary = self.base.get_input_embeddings().num_embeddings
         head = self.base.get_output_embeddings()
-        return judge(head, hidden, packed.targets.to(self.device), vocabulary), attention
+        return predict(head, hidden, packed.targets.to(self.device), vocabulary), attention
 
-    def _finish(
-        self, kept: PackedAttention, unfinished: Unfinished, stop: Stops, documents: Documents | None
-    ) -> Answers:
-        packed, paths, places = kept.packed, kept.packed.paths(), unfinished.places
+    def _generate(
+        self, kept: PackedAttention, unfinished: list[int], answers: Answers, limits: list[int],
+        stop: Sequence[int], documents: Documents | None,
+    ) -> None:  # fmt: skip
+        packed, paths = kept.packed, kept.packed.paths()
         # Index of the last token of each prompt, which predicts the first label.
-        last = [paths[j][-1].end - packed.sizes[j] for j in places]
+        last = {j: paths[j][-1].end - packed.sizes[j] for j in unfinished}
         # Tokens of each leaf that stay in the cache: the target was fed beyond the first mismatch too.
-        own = [
-            end - paths[j][-1].start + len(answer)
-            for j, end, answer in zip(places, last, unfinished.begun, strict=True)
-        ]
+        own = [last[j] - paths[j][-1].start + len(answers[j]) for j in unfinished]
+        cache = CachedAttention(kept.kept, [paths[j] for j in unfinished], own)
+        while unfinished:
+            ids = [answers[j][-1] if answers[j] else int(packed.ids[0, last[j]]) for j in unfinished]
+            logits = self._next(torch.tensor(ids)[:, None], cache)
+            tokens = documents.choose(unfinished, logits) if documents else logits.argmax(-1).tolist()
+            cache.advance()
+            for j, token in zip(unfinished, tokens, strict=True):
+                answers[j].append(token)
+            remaining = [i for i, j in enumerate(unfinished) if not finished(answers[j], limits[j], stop)]
+            if 0 < len(remaining) < len(unfinished):
+                cache.select(remaining)
+            unfinished = [unfinished[i] for i in remaining]
 
-        def choose(logits: Tensor, rows: list[int]) -> list[int]:
-            if documents is None:
-                return logits.argmax(-1).tolist()
-            return documents.choose([places[i] for i in rows], logits)
+    def _next(self, ids: Tensor, cache: CachedAttention) -> Tensor:
+        """Logits after one more token of each row in the cache."""
+        return self.base.get_output_embeddings()(self._hidden(ids, cache.positions, cache)[:, -1])
 
-        cache = CachedAttention(kept.kept, [paths[j] for j in places], own)
-        before = packed.ids[0, last].tolist()
-        return greedy(self._next, choose, cache, before, unfinished.begun, stop, unfinished.limits)
-
-    def _next(self, ids: Tensor, positions: Tensor, cache: CachedAttention) -> Tensor:
-        return self.base.get_output_embeddings()(self.hidden(ids, positions, cache)[:, -1])
-
-    def hidden(self, ids: Tensor, positions: Tensor, attend: Any) -> Tensor:
-        """Hidden states of packed tokens; `attend` computes the attention."""
+    def _hidden(self, ids: Tensor, positions: Tensor, attend: Any) -> Tensor:
         out = self.base.get_decoder()(
             input_ids=ids.to(self.device), position_ids=positions.to(self.device), use_cache=False, attend=attend
         )
@@ -71,15 +72,14 @@ def choose_micro_batches(model: Any) -> MicroBatches:
 
     There is no list of architectures: the model is tried on a few dozen tokens.
     """
-    shared, training = SharedPrefixes(model), [module for module in model.modules() if module.training]
+    shared, training = SharedPrefixes(model), model.training
     usual = shared.base.config._attn_implementation
     model.eval()
     try:
         difference = _difference(shared)
     except Exception as error:  # an architecture may fail in any way on keyword arguments that it does not know
         difference = first_line(error)
-    for module in training:
-        module.training = True
+    model.train(training)
     if difference is None:
         return shared
     shared.base.set_attn_implementation(usual)
@@ -91,8 +91,8 @@ def _difference(shared: SharedPrefixes) -> str | None:
     """Why this model cannot take packed rows, None if it can; its attention is then the packed one."""
     base, config = shared.base, shared.base.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    if kinds - {"full_attention", "sliding_attention"}:
-        return f"the model has layers of other kinds ({', '.join(sorted(kinds))})"
+    if special := kinds - {"full_attention", "sliding_attention"}:
+        return f"the model has layers of other kinds ({', '.join(sorted(special))})"
     size = base.get_input_embeddings().num_embeddings
     ids = [1 + i * 7919 % (size - 1) for i in range(48)]
     # Two levels of sharing, and a row that shares nothing.
@@ -107,7 +107,7 @@ def _difference(shared: SharedPrefixes) -> str | None:
         windows.add(arguments[-1])
         return attention(*arguments)
 
-    together = base.get_output_embeddings()(shared.hidden(packed.ids, packed.positions, attend)[0])
+    together = base.get_output_embeddings()(shared._hidden(packed.ids, packed.positions, attend)[0])
     window = getattr(config, "sliding_window", None)
     if window and "sliding_attention" in kinds and window not in windows:
         return "the model does not pass its sliding window to the attention"

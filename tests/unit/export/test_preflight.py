@@ -219,7 +219,6 @@ def test_a_package_that_is_not_there_is_a_line_and_no_failure(project, monkeypat
         (["--for", ","], "--for: name some of"),
         (["--model.lora.targets", '["nope"]'], "no layer is called 'nope'"),
         (["--model.lora.layer_replication", "x"], "layer_replication"),
-        (["--model.lora.modules_to_save", '["lm_head"]'], "ties its embeddings"),
         (["--model.base", "gone"], "no folder gone"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Under a grammar a model that knows nothing keeps the format, and its answers are those of a naive masked loop."""
+"""With constrained decoding an untrained model keeps the format, and its answers are those of a naive masked loop."""
 
 import json
 import random
@@ -47,8 +47,8 @@ NUMBERED = {"type": "object", "properties": {"n": DIGIT}}
 
 def keys(names, required=None, **more):
     """An object with these keys in this order."""
-    found = dict.fromkeys(names, DIGIT) | more
-    return {"type": "object", "properties": found, "required": list(found if required is None else required)}
+    values = dict.fromkeys(names, DIGIT) | more
+    return {"type": "object", "properties": values, "required": list(values if required is None else required)}
 
 
 def closed(*args, **kwargs):
@@ -112,7 +112,7 @@ UNIONS = {
         ]
     },
 }
-CONTRACTS = {
+FORMATS = {
     "json": JsonSchema(
         schema=SCHEMA | {"properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}, "s": SHORT}}
     ),
@@ -149,18 +149,16 @@ def sharp_model(shape):
     return model
 
 
-def answered(way, rows, grammar, limits, tokens=300):
-    answers = {}
-    for group in way.split(rows, tokens, max(limits)):
-        _, found = way.answers(rows, group, RENDERER.stop_ids, limits, grammar)
-        answers |= dict(zip(group.rows, found, strict=True))
-    return [answers[i] for i in range(len(rows))]
+def answered(micro_batches, rows, grammar, limits, tokens=300):
+    return micro_batches.decode(
+        rows, micro_batches.split(rows, tokens, max(limits)), RENDERER.stop_ids, limits, grammar
+    )
 
 
-def rows_of_every_kind(prompts, said):
-    """Targets that the constrained model says, that leave it at the first, a middle or the last token, and none."""
+def rows_of_every_kind(prompts, answers):
+    """Targets that the constrained model generates, that leave it at the first, a middle or the last token, and none."""
     rng, rows = random.Random(7), []
-    for i, (prompt, answer) in enumerate(zip(prompts, said, strict=True)):
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         at = (None, 0, len(answer) // 2, len(answer) - 1, len(answer))[i % 5]
         target = [] if at == len(answer) else list(answer)
         if target and at is not None:
@@ -170,42 +168,42 @@ def rows_of_every_kind(prompts, said):
 
 
 @pytest.mark.parametrize(
-    "shape, name", [(s, "canonical") for s in SHAPES] + [("llama", n) for n in CONTRACTS if n != "canonical"]
+    "shape, name", [(s, "canonical") for s in SHAPES] + [("llama", n) for n in FORMATS if n != "canonical"]
 )
 def test_answers_equal_those_of_a_naive_masked_loop(shape, name):
-    model, grammar = sharp_model(shape), grammar_of(CONTRACTS[name])
+    model, grammar = sharp_model(shape), grammar_of(FORMATS[name])
     prompts = [r.prompt_ids for r in random_rows(5, 10)]
     prompts.append(list(prompts[0]))  # twice the same: it is shared up to its last token
     limits = [3 if i % 4 == 3 else 16 for i in range(len(prompts))]
-    wanted = [naive(model, grammar, p, most) for p, most in zip(prompts, limits, strict=True)]
-    rows = rows_of_every_kind(prompts, wanted)
-    way = choose_micro_batches(model)
-    assert isinstance(way, SharedPrefixes)
-    assert answered(way, rows, grammar, limits) == wanted
-    assert answered(way, rows, grammar, limits, tokens=1) == wanted
+    expected = [naive(model, grammar, p, most) for p, most in zip(prompts, limits, strict=True)]
+    rows = rows_of_every_kind(prompts, expected)
+    micro_batches = choose_micro_batches(model)
+    assert isinstance(micro_batches, SharedPrefixes)
+    assert answered(micro_batches, rows, grammar, limits) == expected
+    assert answered(micro_batches, rows, grammar, limits, tokens=1) == expected
     model.set_attn_implementation("sdpa")
-    assert answered(LengthBuckets(model), rows, grammar, limits) == wanted
+    assert answered(LengthBuckets(model), rows, grammar, limits) == expected
 
 
-def test_what_the_model_says_of_its_own_accord_is_not_decoded_again(monkeypatch):
+def test_tokens_that_the_model_predicts_anyway_are_not_decoded_again(monkeypatch):
     model, grammar = sharp_model("llama"), grammar_of(Regex(pattern=r"(?s).{1,8}"))
     prompts = [r.prompt_ids for r in random_rows(3, 8)]
-    said = [naive(model, grammar, p, 20) for p in prompts]
-    fed, feed, way = [], SharedPrefixes._next, choose_micro_batches(model)
+    written = [naive(model, grammar, p, 20) for p in prompts]
+    fed, feed, micro_batches = [], SharedPrefixes._next, choose_micro_batches(model)
     monkeypatch.setattr(SharedPrefixes, "_next", lambda *a: fed.append(a[1].numel()) or feed(*a))
-    free = answered(way, [row(p) for p in prompts], None, [20] * len(prompts))
-    assert any(a[0] == b[0] for a, b in zip(free, said, strict=True)), (
-        "the model says nothing that the grammar allows, so that nothing is tested"
+    free = answered(micro_batches, [row(p) for p in prompts], None, [20] * len(prompts))
+    assert any(a[0] == b[0] for a, b in zip(free, written, strict=True)), (
+        "the model generates nothing that the grammar allows, so that nothing is tested"
     )
     fed.clear()
-    rows = [row(p, s) for p, s in zip(prompts, said, strict=True)]
-    assert answered(way, rows, grammar, [20] * len(prompts)) == said
-    assert sum(fed) < sum(map(len, said))
+    rows = [row(p, s) for p, s in zip(prompts, written, strict=True)]
+    assert answered(micro_batches, rows, grammar, [20] * len(prompts)) == written
+    assert sum(fed) < sum(map(len, written))
 
 
 @pytest.mark.parametrize("name", ["json", "canonical", "labels", "regex"])
-def test_a_model_that_knows_nothing_keeps_the_format(name):
-    format, ended = CONTRACTS[name], 0
+def test_an_untrained_model_keeps_the_format(name):
+    format, ended = FORMATS[name], 0
     grammar = grammar_of(format)
     for seed in range(4):
         model = tiny_model(seed=seed).eval()
@@ -220,20 +218,20 @@ def test_a_model_that_knows_nothing_keeps_the_format(name):
     assert ended
 
 
-@pytest.mark.parametrize("name", CONTRACTS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_model_that_would_write_something_else_is_led_to_a_document(name):
-    format, grammar = CONTRACTS[name], grammar_of(CONTRACTS[name])
+    format, grammar = FORMATS[name], grammar_of(FORMATS[name])
     wish = 'Sure! Here {"you": 1} are </reason>, and <answer>b</answer>} or b</answer> so yes please 2024-02-30}]}'
     for seed in range(8):
         torch.manual_seed(seed)
-        documents, said = Documents(grammar, 1), []
+        documents, written = Documents(grammar, 1), []
         for token in RENDERER.tokenizer(wish, add_special_tokens=False)["input_ids"] + [END] * 200:
             logits = torch.randn(1, SIZE)
             logits[0, token] = 9.0
-            said += documents.choose([0], logits)
-            if said[-1] == END:
+            written += documents.choose([0], logits)
+            if written[-1] == END:
                 break
-        text, finished = RENDERER.answer(said)
+        text, finished = RENDERER.answer(written)
         assert finished and format.check(text).exact, text
 
 
@@ -273,11 +271,11 @@ def takes(grammar, text):
         ),
     ],
 )
-def test_what_a_grammar_takes_is_what_the_format_says(name, good, bad):
+def test_a_grammar_accepts_what_the_format_accepts(name, good, bad):
     for text in good:
-        assert CONTRACTS[name].check(text).exact and accepts(CONTRACTS[name], text), text
+        assert FORMATS[name].check(text).exact and accepts(FORMATS[name], text), text
     for text in bad:
-        assert not accepts(CONTRACTS[name], text), text
+        assert not accepts(FORMATS[name], text), text
 
 
 def test_dates_and_times_are_those_of_the_format():
@@ -301,32 +299,32 @@ def document(dice, schema, root):
         return document(dice, root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root)
     for key in ("anyOf", "oneOf", "allOf", "enum"):
         if key in schema:
-            one = dice.choice(schema[key])
-            return one if key == "enum" else document(dice, one, root)
+            choice = dice.choice(schema[key])
+            return choice if key == "enum" else document(dice, choice, root)
     kinds = schema.get("type", "string")
     kind = dice.choice(kinds) if isinstance(kinds, list) else kinds
     if "const" in schema:
         return schema["const"]
     if kind == "object":
-        kept = [k for k in schema["properties"] if k in schema.get("required", ()) or dice.random() < 0.6]
-        return {k: document(dice, schema["properties"][k], root) for k in dice.sample(kept, len(kept))}
+        chosen = [k for k in schema["properties"] if k in schema.get("required", ()) or dice.random() < 0.6]
+        return {k: document(dice, schema["properties"][k], root) for k in dice.sample(chosen, len(chosen))}
     if kind == "array":
-        found = [document(dice, one, root) for one in schema.get("prefixItems", ())]
+        values = [document(dice, item, root) for item in schema.get("prefixItems", ())]
         more = dice.randint(0, 1) if schema.get("items") else 0
-        return found + [document(dice, schema["items"], root) for _ in range(more)]
+        return values + [document(dice, schema["items"], root) for _ in range(more)]
     return {"null": None, "string": "s"}.get(kind, dice.randint(0, 9))
 
 
 def walk(dice, grammar, most=120):
     """A text that the grammar writes, its tokens drawn at random; None if it has no end by then."""
-    matcher, said = grammar.matcher.deep_copy(), []
-    while len(said) < most:
+    matcher, written = grammar.matcher.deep_copy(), []
+    while len(written) < most:
         bits = int.from_bytes(matcher.compute_bitmask(), "little")
         allowed = [token for token in range(SIZE) if bits >> token & 1]
         if END in allowed and (len(allowed) == 1 or dice.random() < 0.3):
-            return RENDERER.answer([*said, END])[0]
-        said.append(dice.choice([token for token in allowed if token != END]))
-        assert matcher.consume_token(said[-1])
+            return RENDERER.answer([*written, END])[0]
+        written.append(dice.choice([token for token in allowed if token != END]))
+        assert matcher.consume_token(written[-1])
     return None
 
 
@@ -416,7 +414,7 @@ def test_a_format_that_no_grammar_expresses_is_refused_in_one_line(format, messa
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_objects_that_say_nothing_of_other_keys_get_none():
+def test_objects_get_no_keys_that_the_schema_does_not_name():
     format = JsonSchema(schema={"type": "object", "properties": {"a": {"type": "null"}}})
     assert accepts(format, '{"a":null}') and not accepts(format, '{"a":null,"b":null}')
 
@@ -439,7 +437,7 @@ def test_the_switch_constrains_evaluation_and_nothing_else(base, task, constrain
     assert module.evaluation["val/loss"] > 5 and module.evaluation["val/parity"] == 1.0
 
 
-def test_without_the_library_one_line_says_what_to_install(monkeypatch):
+def test_without_the_library_one_line_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(UserError, match=r"needs llguidance; pip install 'formtune\[constrained\]'$"):
         grammar_of(Labels(labels=["a"]))
@@ -448,7 +446,7 @@ def test_without_the_library_one_line_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize("name", ["qwen3", "phi-3-mini-instruct", "mistral-v3-instruct"])
 def test_targets_of_other_tokenizers_keep_the_grammar(name):
     renderer = Renderer.load(str(shared(f"tokenizers/{name}")))
-    grammar = grammar_of(CONTRACTS["json"], renderer)
+    grammar = grammar_of(FORMATS["json"], renderer)
     for answer in ('{"n":1,"s":"é😀"}', '{"n": 1, "s": ""}'):
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
         [encoded] = renderer.encode([(turn, "")])
@@ -456,9 +454,9 @@ def test_targets_of_other_tokenizers_keep_the_grammar(name):
         assert documents.write(0, encoded.target_ids) == len(encoded.target_ids)
         logits = torch.zeros(1, len(renderer.tokenizer) + 64)
         logits[0, encoded.target_ids] = 1.0 + torch.arange(len(encoded.target_ids), 0, -1)
-        said = []
-        while not said or said[-1] != encoded.target_ids[-1]:
-            said += documents.choose([1], logits)
-            logits[0, said[-1]] -= 1e3
-        text, finished = renderer.answer(said)
-        assert CONTRACTS["json"].check(text, finished=finished).exact
+        written = []
+        while not written or written[-1] != encoded.target_ids[-1]:
+            written += documents.choose([1], logits)
+            logits[0, written[-1]] -= 1e3
+        text, finished = renderer.answer(written)
+        assert FORMATS["json"].check(text, finished=finished).exact

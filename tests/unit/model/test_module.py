@@ -51,7 +51,7 @@ def train(base, task):
     return lambda **options: run(base, folder, write, **options)
 
 
-def test_a_step_does_not_depend_on_how_it_is_split_into_passes(train):
+def test_a_step_does_not_depend_on_how_it_is_split_into_micro_batches(train):
     whole, split = (flat(train(tokens_per_micro_batch=n)[1]) for n in (16384, 50))
     start = flat(train(steps=1, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))[1])
     assert (whole - split).abs().max() < 1e-6 < (whole - start).abs().max()
@@ -87,6 +87,7 @@ def test_adapters_stay_in_32_bits_under_mixed_precision_and_learn(train, precisi
     assert any(p.abs().max() > 0 for name, p in trained.items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_same_step(train):
     plain, compiled = (flat(train(steps=2, compile=c)[1]) for c in (False, True))
     torch.testing.assert_close(plain, compiled, rtol=0, atol=1e-5)
