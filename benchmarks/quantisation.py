@@ -2,8 +2,8 @@
 
 python benchmarks/quantisation.py logs/demo/RUN
 
-Makes every kind that is not there yet, as `formtune export RUN --as KIND` does; needs the extras `quantize` and `gptq`
-for the whole table. What cannot be made or is refused says why.
+Makes every kind that is not there yet, as `formtune export RUN --as KIND` does; needs the extra `quantize` for the
+whole table. What cannot be made or is refused says why.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from formtune.errors import UserError
-from formtune.export.exporter import COLUMNS, cells, export, read_exports, read_run
+from formtune.export.exporter import JUDGED, export, read_run
 from formtune.export.quantize import lacking
-from formtune.training.manifest import KINDS
+from formtune.training.manifest import KINDS, read_manifest
 
 DOCS = Path(__file__).parents[1] / "docs" / "deployment.md"
 MARKS = ("<!-- quantisation: begin -->", "<!-- quantisation: end -->")
 MAX_LOSS = 0.01
+COLUMNS = ("kind", *JUDGED, "weights", "KL", "top-1")
 
 
 def table(run: Path) -> str:
@@ -33,9 +35,18 @@ def table(run: Path) -> str:
                 export(finished, kind, MAX_LOSS)
             except UserError as error:
                 reason = str(error).removeprefix(f"--as {kind}: ")
-        row = read_exports(run).get(kind)
-        lines.append(f"| {' | '.join(cells(kind, row))} |" if row else f"| {kind} | not run: {reason} |")
+        cells = [f"not exported: {reason}"] if reason else _cells(read_manifest(run / kind)["verification"])
+        lines.append(f"| {' | '.join([kind, *cells])} |")
     return "\n".join(lines)
+
+
+def _cells(figures: dict[str, Any]) -> list[str]:
+    rates = (figures[name] for name in JUDGED)
+    closeness = figures["closeness"]
+    return [
+        *(f"{rate['right'] / rate['rows']:.1%}, +{rate['gained']} -{rate['lost']}" for rate in rates),
+        f"{figures['bytes'] / 1e6:,.1f} MB", f"{closeness['kl']:.1e}", f"{closeness['top1']:.1%}",
+    ]  # fmt: skip
 
 
 def main() -> None:

@@ -295,4 +295,4 @@ def _checks() -> list[Any]:
         rules = importlib.import_module("formtune.export.rules")
     except ModuleNotFoundError:
         return []
-    return [lambda model: rules.before_training(model.base, model.lora, model.quantize)]
+    return [lambda model: rules.before_training(model.base, model.lora)]

@@ -10,22 +10,23 @@ About one row in six of ``train.jsonl`` is messy, as collected data is, and clea
 import json
 import random
 import sys
+from itertools import islice
 from pathlib import Path
 
 import yaml
 
+from formtune.files import write_lines
+
 SYSTEM = "Turn the support message into a ticket and answer with one JSON object only."
 
 SEEDS = {"train": 11, "validation": 12, "test": 13, "production": 14}  # the demo's base was built with others
-CATEGORIES = ("billing", "delivery", "damage", "return", "account", "technical")
-PRIORITIES = ("low", "normal", "high", "urgent")
 PHRASES = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8"))
 WORDS = {key: PHRASES[key].split() for key in ("months", "first_names", "cities", "adjectives", "nouns")}
 SURNAME_PARTS = [part.split() for part in PHRASES["surname_parts"]]
+CATEGORIES, PRIORITIES = list(PHRASES["problems"]), list(PHRASES["urgency"])
 
 
 def name(rng):
-    """Return an invented full name, one of about half a million."""
     return f"{rng.choice(WORDS['first_names'])} {''.join(rng.choice(part) for part in SURNAME_PARTS)}"
 
 
@@ -38,7 +39,8 @@ def ticket(rng, long=False):
         item = f"{rng.choice(WORDS['adjectives'])} {rng.choice(WORDS['nouns'])}"
         items += [item] if item not in items else []
     has_order = rng.random() < 0.75
-    order = f"{rng.choice('ABCDEFGHKLMNPRSTVWXZ')}{rng.choice('ABCDEFGHKLMNPRSTVWXZ')}-{rng.randrange(10000, 100000)}"
+    letters = "ABCDEFGHKLMNPRSTVWXZ"
+    order = f"{rng.choice(letters)}{rng.choice(letters)}-{rng.randrange(10000, 100000)}"
     # Amounts end in a digit other than 0, since 12.50 and 12.5 are the same number and JSON knows only the second.
     cents = rng.choice((None, rng.randrange(1, 10) + 10 * rng.randrange(10)))
     whole = rng.randrange(5, 2000)
@@ -84,8 +86,7 @@ def canonical(answer):
 def tickets(seed, count, taken=(), long=False):
     """Return ``count`` pairs whose messages differ from one another and from those in ``taken``.
 
-    No message names two items that begin alike ("red lamp", "red kettle"): telling those apart is beyond what a base
-    of this size copies reliably, and would make the demo one of the base's limits and not of format.
+    No message names two items that begin alike ("red lamp", "red kettle"), which so small a base confuses.
     """
     rng, seen = random.Random(seed), set(taken)
     pairs: list[tuple[str, dict]] = []
@@ -119,10 +120,7 @@ def near_duplicate(message, rng):
 
 
 def messy_train(test, taken):
-    """Return the raw training rows as ``(message, answer, kind)``, shuffled.
-
-    1,660 are clean and about 340 need cleaning; ``kind`` is what was done to a row ("" for nothing).
-    """
+    """Return 1,660 clean and 340 messy rows as ``(message, answer, kind)``; kind is what was done ("" for nothing)."""
     rng = random.Random(SEEDS["train"])
     clean = tickets(SEEDS["train"], 1850, taken)
     base, extra = clean[:1660], iter(clean[1660:])
@@ -134,20 +132,16 @@ def messy_train(test, taken):
         other = rng.choice([value for value in PRIORITIES if value != answer["priority"]])
         rows.append((message, canonical(answer | {"priority": other}), "contradiction"))
     rows += [(message, canonical(answer), "leak") for message, answer in rng.sample(test, 25)]
-    for number in range(90):  # seven wrong formats in turn
-        message, answer = next(extra)
+    for number, (message, answer) in enumerate(islice(extra, 90)):  # seven wrong formats in turn
         name, text = list(wrong_formats(answer, rng).items())[number % 7]
         rows.append((message, text, f"format: {name}"))
-    for _ in range(45):
-        message, answer = next(extra)
+    for message, answer in islice(extra, 45):
         rows.append((rng.choice(("  ", "\n", "\t")) + message + "  \n", f" {canonical(answer)}\n", "stray white space"))
-    for _ in range(20):
-        message, answer = next(extra)
+    for message, answer in islice(extra, 20):
         at = message.index(" ")
         mark = rng.choice("\u200b\u200d\ufeff\x07\x0b")
         rows.append((message[:at] + mark + message[at:], canonical(answer), "invisible characters"))
-    for _ in range(30):
-        message, answer = next(extra)
+    for message, answer in islice(extra, 30):
         marked = message.replace(". ", ".&nbsp;", 1).replace(" and ", " &amp; ").replace("\n", "<br>")
         rows.append((f"<p>{marked}</p>", canonical(answer), "HTML remains"))
     rng.shuffle(rows)
@@ -178,14 +172,10 @@ def datasets():
 
 
 def main():
-    """Write the four files into the folder named on the command line."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
     for key, rows in datasets().items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{key}.jsonl").write_bytes(lines.encode())
+        write_lines(Path(sys.argv[1], f"{key}.jsonl"), rows)
 
 
 if __name__ == "__main__":
