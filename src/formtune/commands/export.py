@@ -17,7 +17,8 @@ answers the run's test rows. It is refused if it is another model, or if more te
 format or their content. Its manifest.json holds the figures, RUN/outcomes/KIND.jsonl the answers (formtune compare).
 
 adapter: as training wrote it; merged: the base with the adapter in its weights; int8 (torchao) and nf4 (bitsandbytes):
-merged, with weights in 8 and 4 bits.
+merged, with weights in 8 and 4 bits; gptq and awq (GPTQModel): merged, with weights in 4 bits, calibrated on training
+rows.
 """
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -44,12 +44,13 @@ def run(command: str, args: list[str]) -> int:
     warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by its result
     parser = task_parser(command, COMMANDS[command].description)
     parser.add_class_arguments(Lora, "model.lora")
+    parser.add_argument("--model.quantize", type=Literal["4bit"] | None, help="As in training")
     parser.add_argument("--for", type=str, default="merge,vllm", dest="targets", help="What to do with the adapter, of "
                         f"{', '.join(TARGETS)} (default: merge,vllm)")  # fmt: skip
-    config, settings = read_task(parser, args, ("base", "max_new_tokens", "lora"))
+    config, settings = read_task(parser, args, ("base", "max_new_tokens", "lora", "quantize"))
     targets, base = _targets(config.targets), config.model.base
     lora: Lora = parser.instantiate_classes(config).model.lora
-    lines = _rule_lines(read_plan(base, lora), targets)
+    lines = _rule_lines(read_plan(base, lora, config.model.quantize), targets)
     length = _input_tokens(settings, base)
     if merged := [target for target in targets if target in MERGED]:
         lines += _trial_lines(base, lora, length, merged)

@@ -7,6 +7,7 @@ A second BOS, thinking left on or another version of the template gives no error
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from dataclasses import dataclass
@@ -95,13 +96,18 @@ class Endpoint:
 
 def _prove(row: Row, count: int | None, ids: list[int] | None) -> None:
     """Check that the server's prompt is formtune's, by its token ids or at least by their number."""
-    count, expected = count if ids is None else len(ids), len(row.prompt_ids)
+    if ids is not None:
+        pairs = enumerate(itertools.zip_longest(ids, row.prompt_ids))
+        first = next((i for i, (server, own) in pairs if server != own), None)
+        if first is None:
+            return
+        counts = f"the server's prompt has {len(ids):,} tokens and formtune's {len(row.prompt_ids):,}"
+        raise UserError(f"{row.where}: {counts}, differing from token {first} on; {REMEDY}")
     if count is None:
         raise UserError(
             f"{row.where}: the server does not say how many tokens the prompt has (usage.prompt_tokens), so nothing "
             "shows that it renders the prompt that the model was trained on; have it report usage"
         )
-    if count != expected:
-        raise UserError(f"{row.where}: the server's prompt has {count:,} tokens and formtune's {expected:,}; {REMEDY}")
-    if ids not in (None, row.prompt_ids):
-        raise UserError(f"{row.where}: the server's prompt has other tokens than formtune's; {REMEDY}")
+    if count != len(row.prompt_ids):
+        counts = f"the server's prompt has {count:,} tokens and formtune's {len(row.prompt_ids):,}"
+        raise UserError(f"{row.where}: {counts}; {REMEDY}")

@@ -30,7 +30,7 @@ from formtune.model.lora import load_base
 from formtune.training.manifest import CARD, NAME, base_files, verify, write_manifest
 
 JUDGED = ("format/exact", "joint/exact")
-COMPARED = 32  # rows
+COMPARED, CALIBRATION = 32, 128  # rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class FinishedRun:
     outcomes: list[Outcome]  # of the test rows
     constrained: bool  # whether these outcomes come from constrained decoding
     compared: list[list[int]]  # token ids of test rows of all lengths
+    calibration: list[list[int]]  # token ids of training rows
 
 
 def read_run(folder: Path) -> FinishedRun:
@@ -75,7 +76,8 @@ def read_run(folder: Path) -> FinishedRun:
     path = unconstrained if task.model.constrained and not constrained else folder / "outcomes" / "after.jsonl"
     outcomes = read_outcomes(path)
     # Compared by content: the hash of the run's rows changes with every version of formtune.
-    test = load_splits(settings).rows["test"][: len(outcomes)]
+    splits = load_splits(settings)
+    test = splits.rows["test"][: len(outcomes)]
     judged = [(outcome.input, outcome.target, outcome.prompt_tokens) for outcome in outcomes]
     if [(row.input, row.target, len(row.prompt_ids)) for row in test] != judged:
         raise UserError(f"{path}: {config} makes other test rows or prompts than these; train again")
@@ -94,6 +96,7 @@ def read_run(folder: Path) -> FinishedRun:
         outcomes=outcomes,
         constrained=constrained,
         compared=[row.prompt_ids + row.target_ids for row in of_all_lengths],
+        calibration=[row.prompt_ids + row.target_ids for row in splits.rows["train"][:CALIBRATION]],
     )
 
 
@@ -173,7 +176,10 @@ def _make(run: FinishedRun, kind: str, scratch: Path) -> Path:
     _copy_rest(run.adapter, folder)
     if kind != "merged":
         source, folder = folder, scratch / kind
-        call_fresh(SCHEMES[kind].convert, f"{kind} cannot be made", source=str(source), target=str(folder))
+        call_fresh(
+            SCHEMES[kind].convert, f"{kind} cannot be made", source=str(source), target=str(folder),
+            rows=run.calibration,
+        )  # fmt: skip
         _copy_rest(run.adapter, folder)
     return folder
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import distributions
 from typing import Any
+
+GROUPS = (128, 64, 32)  # inputs that share a scale in GPTQ and AWQ; all kernels of vLLM take these
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """A way to store a merged model. A new one is an entry in `SCHEMES` and a name in `training.manifest.KINDS`."""
 
-    convert: Callable[[str, str], None]  # from one folder to another
+    convert: Callable[[str, str, list[list[int]]], None]  # from one folder to another, with rows to calibrate on
     packages: tuple[str, ...]  # that make and load it
     extra: str  # of `pip install`, with these packages
 
@@ -25,14 +29,32 @@ def lacking(kind: str) -> str | None:
     return None
 
 
-def _int8(source: str, target: str) -> None:
+def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each linear layer but the output embeddings, which no scheme quantizes."""
+    from torch import nn
+
+    head, layers = model.get_output_embeddings(), model.named_modules()
+    return {
+        path: (layer.in_features, layer.out_features)
+        for path, layer in layers
+        if isinstance(layer, nn.Linear) and layer is not head
+    }
+
+
+def group_size(model: Any) -> int | None:
+    """The largest group that divides the inputs of every layer; None if none does."""
+    widths = [inputs for inputs, _ in linear_layers(model).values()]
+    return next((group for group in GROUPS if all(width % group == 0 for width in widths)), None)
+
+
+def _int8(source: str, target: str, rows: list[list[int]]) -> None:
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
     _convert(source, target, TorchAoConfig(Int8WeightOnlyConfig()))
 
 
-def _nf4(source: str, target: str) -> None:
+def _nf4(source: str, target: str, rows: list[list[int]]) -> None:
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -55,7 +77,28 @@ def _convert(source: str, target: str, config: Any) -> None:
     ).save_pretrained(target)
 
 
+def _gptqmodel(scheme: str, source: str, target: str, rows: list[list[int]]) -> None:
+    # Its loader asks for two workers; on a small machine it gives itself one, and fails.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    import torch
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+    from gptqmodel.quantization import FORMAT, METHOD
+
+    from formtune.base.folder import skeleton
+
+    method, form = (METHOD.GPTQ, FORMAT.GPTQ) if scheme == "gptq" else (METHOD.AWQ, FORMAT.GEMM)
+    group = group_size(skeleton(source))
+    config = QuantizeConfig(bits=4, group_size=group, method=method, format=form, offload_to_disk=False)
+    model = GPTQModel.load(source, config)
+    # The default AWQ backend needs a GPU.
+    backend = BACKEND.AUTO if torch.cuda.is_available() or scheme == "gptq" else BACKEND.AWQ_TORCH
+    model.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows], backend=backend)
+    model.save(target)
+
+
 SCHEMES = {
     "int8": Scheme(_int8, ("torchao",), "quantize"),
     "nf4": Scheme(_nf4, ("bitsandbytes",), "quantize"),
+    "gptq": Scheme(partial(_gptqmodel, "gptq"), ("gptqmodel", "optimum"), "gptq"),
+    "awq": Scheme(partial(_gptqmodel, "awq"), ("gptqmodel", "optimum"), "gptq"),
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.errors import UserError, first_line
 from formtune.export.fresh_process import call_fresh
@@ -19,7 +20,7 @@ from formtune.export.measure import EXACT, POSITIONS, Closeness, compare, last_l
 from formtune.export.quantize import SCHEMES
 from formtune.model.lora import Lora, add_lora
 
-LAYERS, COMPARED = 2, 2
+LAYERS, CALIBRATION, COMPARED = 2, 16, 2
 NOISE = 0.02  # standard deviation of what is added to the adapter, which would otherwise change nothing
 ANSWER = 8  # tokens
 # Random weights give nearly equal logits, so the most likely token says nothing. Another model is 1 and more apart,
@@ -33,11 +34,11 @@ class Trial:
     def __init__(self, base: str, lora: Lora, length: int, folder: Path) -> None:
         from transformers import AutoConfig
 
-        self.lora, self.folder = lora, folder
+        self.base, self.lora, self.folder = base, lora, folder
         self.config = shrink(AutoConfig.from_pretrained(base, trust_remote_code=False))
         self.dtype = getattr(self.config, "dtype", None) or torch.float32
         vocabulary, draw = self.config.get_text_config().vocab_size, random.Random(0)
-        self.rows = [[draw.randrange(vocabulary) for _ in range(length)] for _ in range(COMPARED)]
+        self.rows = [[draw.randrange(vocabulary) for _ in range(length)] for _ in range(CALIBRATION)]
 
     def merged(self) -> str:
         """Save, load and merge the adapter; what was measured, in words."""
@@ -47,7 +48,7 @@ class Trial:
 
         logging.disable_progress_bar()
         torch.manual_seed(0)
-        rows = [ids[:POSITIONS] for ids in self.rows]  # a merge does not depend on length
+        rows = [ids[:POSITIONS] for ids in self.rows[:COMPARED]]  # a merge does not depend on length
         base = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         base.save_pretrained(self.folder / "base")
         tuned = add_lora(base, self.lora).eval()
@@ -62,15 +63,16 @@ class Trial:
         merged = merge(PeftModel.from_pretrained(base, self.folder / "adapter").eval(), rows)
         measured = _checked("the merged model", compare(logits, last_logits(merged, rows)), EXACT)
         merged.to(self.dtype).save_pretrained(self.folder / "merged")
+        Renderer.load(self.base).tokenizer.save_pretrained(self.folder / "merged")  # GPTQModel opens it
         return f"{measured} after saving, loading and merging in float32"
 
     def quantized(self, scheme: str) -> str:
         """Quantize the merged model, load it in a fresh process and let it answer; what was measured, in words."""
         source, target = str(self.folder / "merged"), str(self.folder / scheme)
-        call_fresh(SCHEMES[scheme].convert, f"{scheme} cannot be made", source=source, target=target)
+        call_fresh(SCHEMES[scheme].convert, f"{scheme} cannot be made", source=source, target=target, rows=self.rows)
         closeness, _ = call_fresh(
             measure, f"{target} does not load", model={"folder": target},
-            reference={"folder": source, "dtype": torch.float32}, compared=self.rows,
+            reference={"folder": source, "dtype": torch.float32}, compared=self.rows[:COMPARED],
             rows=[Row(self.rows[0], [], "", None, "")], limits=[ANSWER], stop=[0],
         )  # fmt: skip
         measured = _checked("the quantized model", closeness, ROUNDED)

@@ -14,6 +14,7 @@ from conftest import byte_tokenizer, pair, tiny_model
 from formtune.cli import main
 from formtune.errors import UserError
 from formtune.export.measure import merge
+from formtune.export.quantize import SCHEMES, group_size
 from formtune.export.rules import RULES, TARGETS, Plan, check
 from formtune.export.trial import Trial, attempt, shrink
 from formtune.model.lora import Lora, lora_config
@@ -47,6 +48,8 @@ def test_a_plain_adapter_on_a_plain_base_breaks_no_rule():
         ({"r": 1024}, {}, "rank", "vllm"),
         ({"use_dora": True}, {}, "DoRA", "vllm"),
         ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save", "vllm"),
+        ({}, {"hidden_size": 120, "head_dim": 32}, "group size", "gptq"),
+        ({}, {"intermediate_size": 264}, "output width", "awq"),
     ],
 )
 def test_a_rule_finds_what_fails(adapter, changes, name, targets):
@@ -56,17 +59,30 @@ def test_a_rule_finds_what_fails(adapter, changes, name, targets):
     assert name not in found(config, targets=others, **changes)["error"]
 
 
+@pytest.mark.parametrize(("width", "group"), [(256, 128), (64, 64), (96, 32), (48, None)])
+def test_a_group_divides_the_inputs_of_every_layer(width, group):
+    assert group_size(tiny_model(hidden_size=width, intermediate_size=256, num_attention_heads=4)) == group
+
+
+def test_conv1d_layers_cannot_be_calibrated():
+    adapter = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    assert found(adapter, "gpt2", ["gptq"], n_embd=128)["error"] == ["Conv1D"]
+    assert found(adapter, "gpt2", ["merge", "int8"], n_embd=128)["error"] == []
+
+
 def test_a_rank_above_vllms_default_names_the_flag():
     config = LoraConfig(r=33, target_modules=["q_proj"])
     [(rule, line)] = check(Plan(tiny_model(**WIDE), config), ["vllm"])
     assert "--max-lora-rank 64" in line and rule.severity == "warning"
 
 
-def test_a_quantized_base_is_an_error():
+def test_a_quantized_base_is_an_error_and_training_on_4_bits_a_warning():
     model = tiny_model()
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
     [(_, line)] = check(Plan(model, LoraConfig(target_modules=["q_proj"])), ["merge"])
     assert "quantized by gptq cannot be merged into" in line
+    [(rule, line)] = check(Plan(tiny_model(), LoraConfig(target_modules=["q_proj"]), qlora=True), ["merge"])
+    assert rule.severity == "warning" and "into the full-precision base" in line
 
 
 def perturbed(model):
@@ -135,9 +151,9 @@ def test_a_small_vocabulary_is_kept_and_a_wide_one_keeps_what_does_not_divide_ev
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("scheme", ["int8", "nf4", "gptq", "awq"])
 def test_the_trial_quantizes_and_loads_again_in_a_fresh_process(scheme, tmp_path):
-    pytest.importorskip({"int8": "torchao", "nf4": "bitsandbytes"}[scheme], reason="an optional package")
+    pytest.importorskip(SCHEMES[scheme].packages[0], reason="an optional package")
     tiny_model(**WIDE).config.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     trial = Trial(str(tmp_path / "base"), Lora(r=4), 40, tmp_path)
@@ -179,6 +195,7 @@ def test_preflight_says_what_fails_in_its_exit_code_and_in_json(project, capsys)
     fails = {(one["target"], one["check"]) for one in result["checks"] if one["verdict"] == "fails"}
     assert fails == {("merge", "tied embeddings"), ("merge", "trial"), ("vllm", "DoRA")}
     assert preflight("--for", "vllm", "--model.lora.targets", '["lm_head"]')[0] == 0
+    assert preflight("--for", "gptq")[0] == 1  # 32 wide, 48 between
 
 
 def test_a_package_that_is_not_there_is_a_line_and_no_failure(project, monkeypatch, capsys):
