@@ -41,7 +41,7 @@ _ALL = {
     "promote": Command("Point a name such as production to a run, if its test rows are not worse.", "promote"),
     "rollback": Command("Point the name to the previous version again.", "promote"),
     "deployments": Command("List what is deployed, and its history.", "promote"),
-    "serve": Command("Print the vLLM command that serves a run or a deployment as it was judged.", "serve"),
+    "serve": Command("Serve a run or a deployment on this machine, or print the vLLM command.", "serve"),
     "check-endpoint": Command("Send the test rows to a server; judge its answers and its speed.", "check_endpoint"),
 }
 COMMANDS = {name: one for name, one in _ALL.items() if Path(__file__).with_name(f"{one.module}.py").is_file()}

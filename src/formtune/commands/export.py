@@ -14,7 +14,7 @@ from formtune.training.manifest import KINDS
 HELP = """\
 Every export is loaded in a fresh process by plain transformers and PEFT, compared with the adapter logit by logit, and
 answers the run's test rows. It is refused if it is another model, or if more test rows than --max_loss lost their valid
-format or their content. Its manifest.json holds the figures, RUN/outcomes/KIND.jsonl the answers (formtune compare).
+format or their content. RUN/outcomes/KIND.json holds the figures, KIND.jsonl beside it the answers (formtune compare).
 
 adapter: as training wrote it; merged: the base with the adapter in its weights; int8 (torchao) and nf4 (bitsandbytes):
 merged, with weights in 8 and 4 bits; gptq and awq (GPTQModel): merged, with weights in 4 bits, calibrated on training
@@ -45,6 +45,7 @@ def run(command: str, args: list[str]) -> int:
 
     figures = export(read_run(config.run), config.kind, config.max_loss)
     print(f"{config.kind}: {target}, {figures['bytes'] / 1e6:,.1f} MB of weights")
+    print(f"{figures['tokens_per_second']:,.0f} tokens/s of a single answer to an input as long as production's at P95")
     print(f"from the adapter in float32: {Closeness(**figures['closeness'])}")
     for name in JUDGED:
         right, rows, gained, lost = figures[name].values()

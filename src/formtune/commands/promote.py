@@ -55,19 +55,20 @@ def _promote(parser: CommandParser, args: list[str]) -> None:
 
 def _rollback(parser: CommandParser, args: list[str]) -> None:
     """Point to an earlier version again, once it is verified."""
-    parser.add_argument("name", metavar="NAME", help="Such as demo/production")
+    parser.add_argument("name", metavar="NAME", help="Such as demo/production, or production if only one task has "
+                        "it")  # fmt: skip
     parser.add_argument("--to", metavar="VERSION", help="Which version (default: the one before the current)")
     parser.add_argument("--reason", required=True, help="Why, for the history")
     config = parser.parse_args(args)
-    registry.check_exists(config.name)
-    with registry.locked(config.name) as deployment:
+    name = registry.full_name(config.name)
+    with registry.locked(name) as deployment:
         version = config.to or deployment.previous
         versions = {move["version"] for move in deployment.history}
         names = ", ".join(sorted(versions))
         if version is None:
-            raise UserError(f"{config.name}: no version before {deployment.current}; --to names one of {names}")
+            raise UserError(f"{name}: no version before {deployment.current}; --to names one of {names}")
         if version not in versions or version == deployment.current:
-            raise UserError(f"--to: {version} is not an earlier version of {config.name}; name one of {names}")
+            raise UserError(f"--to: {version} is not an earlier version of {name}; name one of {names}")
         verify(deployment.version_folder(version))
         deployment.move("rollback", version, config.reason)
     _moved(deployment)

@@ -92,10 +92,15 @@ def names() -> list[str]:
     return [f"{path.parent.name}/{path.stem}" for path in sorted(DEPLOYMENTS.glob("*/*.json"))]
 
 
-def check_exists(name: str) -> None:
-    if name not in names():
+def full_name(name: str) -> str:
+    """The deployment called `task/name`, or `name` if only one task has it."""
+    matches = [full for full in names() if name in (full, full.partition("/")[2])]
+    if len(matches) > 1:
+        raise UserError(f"{name}: several tasks have it; name {' or '.join(matches)}")
+    if not matches:
         there = ", ".join(names()) or "nothing is deployed yet"
         raise UserError(f"{name}: no such deployment ({there}); formtune promote RUN --to production makes one")
+    return matches[0]
 
 
 def store(exported: Path, target: Path) -> None:

@@ -15,16 +15,17 @@ import torch
 
 from formtune.base.folder import context_length
 from formtune.base.renderer import Renderer
-from formtune.base.row import Row
+from formtune.base.row import Row, quantile
 from formtune.configuration.task import read_task, task_parser
 from formtune.configuration.yaml_file import check_yaml
-from formtune.data.preparation import load_splits
+from formtune.data.preparation import load_splits, production_rows
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, outcome, rate, read_outcomes, write_outcomes
 from formtune.export.fresh_process import call_fresh
 from formtune.export.measure import EXACT, QLORA, QUANTIZED, ROUNDED, Closeness, measure, merge
 from formtune.export.quantize import SCHEMES
 from formtune.export.rules import Plan, refuse
+from formtune.files import write_json
 from formtune.formats import Format
 from formtune.model.lora import load_base
 from formtune.training.manifest import CARD, NAME, base_files, verify, write_manifest
@@ -48,7 +49,8 @@ class FinishedRun:
     limits: list[int]  # tokens that the answer to each test row may have
     outcomes: list[Outcome]  # of the test rows
     constrained: bool  # whether these outcomes come from constrained decoding
-    compared: list[list[int]]  # token ids of test rows of all lengths
+    timed: list[int]  # token ids of a prompt as long as production's at P95
+    compared: list[list[int]]  # that prompt and test rows of all lengths
     calibration: list[list[int]]  # token ids of training rows
 
 
@@ -82,6 +84,9 @@ def read_run(folder: Path) -> FinishedRun:
     if [(row.input, row.target, len(row.prompt_ids)) for row in test] != judged:
         raise UserError(f"{path}: {config} makes other test rows or prompts than these; train again")
     context = context_length(base) or 10**9
+    prompts = [row.prompt_ids for row in production_rows(settings) or test]
+    p95 = quantile([len(ids) for ids in prompts], 95)
+    timed = next(ids for ids in prompts if len(ids) == p95)
     of_all_lengths = sorted(test, key=len)[:: max(1, len(test) // COMPARED)][:COMPARED]
     return FinishedRun(
         folder=folder,
@@ -95,7 +100,8 @@ def read_run(folder: Path) -> FinishedRun:
         limits=[min(task.model.max_new_tokens, context - len(row.prompt_ids)) for row in test],
         outcomes=outcomes,
         constrained=constrained,
-        compared=[row.prompt_ids + row.target_ids for row in of_all_lengths],
+        timed=timed,
+        compared=[timed, *(row.prompt_ids + row.target_ids for row in of_all_lengths)],
         calibration=[row.prompt_ids + row.target_ids for row in splits.rows["train"][:CALIBRATION]],
     )
 
@@ -109,7 +115,10 @@ def export(run: FinishedRun, kind: str, max_loss: float) -> dict[str, Any]:
         folder = run.adapter if kind == "adapter" else _make(run, kind, Path(scratch))
         figures, outcomes = measured(run, kind, folder)
         write_outcomes(run.folder / "outcomes" / f"{kind}.jsonl", outcomes)
-        if refusal := _refusal(run, kind, figures, max_loss):
+        refusal = _refusal(run, kind, figures, max_loss)
+        # Of refused exports too, which have no manifest.
+        write_json(run.folder / "outcomes" / f"{kind}.json", figures | {"refused": refusal})
+        if refusal:
             raise UserError(f"--as {kind}: refused, {refusal}")
         packages = SCHEMES[kind].packages if kind in SCHEMES else ()
         write_manifest(folder, kind, run.base, run.data, figures, packages)
@@ -122,10 +131,10 @@ def measured(run: FinishedRun, kind: str, folder: Path) -> tuple[dict[str, Any],
     """The figures of a folder of this kind, measured in a fresh process, and the outcomes of the test rows."""
     adapter = {"folder": str(run.adapter), "base": run.base, "quantize": run.quantize}
     renderer = Renderer.load(run.base)
-    closeness, answers = call_fresh(
+    closeness, answers, speed = call_fresh(
         measure, f"{folder} does not load", model=adapter if kind == "adapter" else {"folder": str(folder)},
         reference=adapter | {"dtype": torch.float32}, compared=run.compared, rows=run.test, limits=run.limits,
-        stop=list(renderer.stop_ids),
+        stop=list(renderer.stop_ids), timed=run.timed,
     )  # fmt: skip
     outcomes = []
     for row, ids in zip(run.test, answers, strict=True):
@@ -133,7 +142,7 @@ def measured(run: FinishedRun, kind: str, folder: Path) -> tuple[dict[str, Any],
         verdict = run.format.check(text, finished=finished, target=row.target, input=row.input)
         outcomes.append(outcome(row, text, verdict, run.format))
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    figures: dict[str, Any] = {"bytes": size, "closeness": asdict(closeness)}
+    figures: dict[str, Any] = {"bytes": size, "tokens_per_second": speed, "closeness": asdict(closeness)}
     before = outcomes if run.constrained else run.outcomes
     for name in JUDGED:
         right = operator.attrgetter(RATES[name])

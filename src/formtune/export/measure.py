@@ -1,4 +1,4 @@
-"""Compare a model with the one that it should equal, logit by logit, and let it answer.
+"""Compare a model with the one that it should equal, logit by logit, let it answer, and time it.
 
 Models are loaded by plain transformers and PEFT, as production will load them.
 """
@@ -6,8 +6,10 @@ Models are loaded by plain transformers and PEFT, as production will load them.
 from __future__ import annotations
 
 import math
+import timeit
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from formtune.model.lora import load_base
 
 POSITIONS = 64  # the last ones of each row: the answer, and the end of its prompt
 TOKENS = 16_384  # of one micro-batch, answers included
+TIMED, TRIES = 48, 5  # tokens of a timed answer, and how often it is timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +118,9 @@ def measure(
     rows: list[Row],
     limits: list[int],  # tokens that the answer to each row may have
     stop: list[int],  # tokens that end an answer
-) -> tuple[Closeness, list[list[int]]]:
-    """How close a model is to its reference on `compared`, and its answers to the rows, in token ids."""
+    timed: list[int],  # a prompt, in token ids
+) -> tuple[Closeness, list[list[int]], float]:
+    """How close a model is to its reference on `compared`, its answers to the rows, and its tokens per second."""
     expected = last_logits(load(**reference), compared)
     loaded = load(**model)
     closeness = compare(expected, last_logits(loaded, compared))
@@ -124,4 +128,13 @@ def measure(
     for indices, _, batch in LengthBuckets(loaded).evaluate(rows, TOKENS, stop, limits):
         for i, answer in zip(indices, batch, strict=True):
             answers[i] = answer
-    return closeness, answers
+    return closeness, answers, _tokens_per_second(loaded, timed)
+
+
+@torch.no_grad()
+def _tokens_per_second(model: Any, prompt: list[int]) -> float:
+    """Of a single answer, prompt included; the best try, which other work slowed the least."""
+    ids = torch.tensor([prompt], device=model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
+    answer = partial(model.generate, **inputs, min_new_tokens=TIMED, max_new_tokens=TIMED)
+    return TIMED / min(timeit.repeat(answer, repeat=TRIES, number=1))

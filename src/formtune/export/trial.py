@@ -70,10 +70,11 @@ class Trial:
         """Quantize the merged model, load it in a fresh process and let it answer; what was measured, in words."""
         source, target = str(self.folder / "merged"), str(self.folder / scheme)
         call_fresh(SCHEMES[scheme].convert, f"{scheme} cannot be made", source=source, target=target, rows=self.rows)
-        closeness, _ = call_fresh(
+        closeness, *_ = call_fresh(
             measure, f"{target} does not load", model={"folder": target},
             reference={"folder": source, "dtype": torch.float32}, compared=self.rows[:COMPARED],
             rows=[Row(self.rows[0], [], "", None, "")], limits=[ANSWER], stop=[0],
+            timed=self.rows[0][:POSITIONS],
         )  # fmt: skip
         measured = _checked("the quantized model", closeness, ROUNDED)
         return f"{measured} in a fresh process, at {len(self.rows[0])} tokens"

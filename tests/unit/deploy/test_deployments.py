@@ -47,7 +47,7 @@ def promote(run, *more):
 
 
 def rollback(*more):
-    return main(["rollback", "small/production", "--reason", "it broke", *more])
+    return main(["rollback", "production", "--reason", "it broke", *more])
 
 
 def current():
@@ -210,3 +210,9 @@ def test_names_and_folders_that_cannot_be_are_refused_in_one_line(logs, capsys):
         line = capsys.readouterr().err
         assert said in line and len(line.splitlines()) == 1
     assert main(["deployments"]) == 0 and "nothing is deployed yet" in capsys.readouterr().out
+
+
+def test_a_name_that_several_tasks_have_needs_the_task(logs, capsys):
+    assert promote("good") == 0
+    shutil.copytree("deployments/small", "deployments/big")
+    assert rollback() == 2 and "name big/production or small/production" in capsys.readouterr().err

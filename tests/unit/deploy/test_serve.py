@@ -1,15 +1,29 @@
-"""The printed command serves what was promoted, on the base that it was trained on."""
+"""An adapter is served unmerged from a folder of links, and answers there as it does in PEFT."""
 
+import importlib.util
 import json
+import os
 import shlex
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
-from conftest import byte_tokenizer, tiny_model, write_run
+from conftest import SCHEMA, byte_tokenizer, pair, tiny_model, write_run
 from formtune.cli import main
+from formtune.deploy.server import link
+from formtune.errors import UserError
 from formtune.training.manifest import write_manifest
+
+SOURCE = Path(__file__).resolve().parents[3] / "src"
+LACKING = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
 
 
 @pytest.fixture
@@ -18,14 +32,92 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_model().save_pretrained("base")
     byte_tokenizer().save_pretrained("base")
-    return write_run(Path("logs/small/r40"), str(tmp_path / "base"), [("it's number 5", True)], rank=40)
+    return write_run(Path("logs/small/r4"), str(tmp_path / "base"), [("it's number 5", True)])
+
+
+def test_a_folder_of_links_answers_as_the_adapter_on_its_base_and_ends_as_in_training(run, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (tmp_path / "base/generation_config.json").write_text('{"eos_token_id": 0, "temperature": 0.6, "do_sample": true}')
+    folder = tmp_path / "linked"
+    link(run / "adapter", "base", folder)
+    assert all(path.is_symlink() for path in folder.iterdir() if path.name != "generation_config.json")
+    assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [2], "do_sample": False}
+    assert "0.6" in (tmp_path / "base/generation_config.json").read_text(), "the base's own is left as it is"
+    ids = torch.arange(3, 40)[None]
+    base = AutoModelForCausalLM.from_pretrained("base")
+    plain = base(ids).logits
+    wanted = PeftModel.from_pretrained(base, run / "adapter")(ids).logits
+    found = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    assert torch.allclose(found, wanted, atol=1e-5) and not torch.allclose(found, plain, atol=1e-3)
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def test_a_merged_model_is_served_by_itself(run, tmp_path, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(run / "adapter", run / "merged", ignore=shutil.ignore_patterns("adapter_*", "manifest.json"))
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), run / "adapter").merge_and_unload()
+    merged.save_pretrained(run / "merged")
+    write_manifest(run / "merged", "merged", str(tmp_path / "base"), None)
+    shutil.rmtree("base")
+    link(run / "merged", None, tmp_path / "linked")
+    ids = torch.arange(3, 40)[None]
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "linked")
+    assert torch.equal(found(ids).logits, merged(ids).logits)
+    assert found.generation_config.eos_token_id == [2]
+    assert main(["serve", str(run), "--as", "merged", "--engine", "vllm"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[0])
+    assert words[:5] == ["vllm", "serve", str((run / "merged").resolve()), "--served-model-name", "small"]
+
+
+def test_another_base_or_a_changed_adapter_is_not_served(run, capsys):
+    path = Path("base/config.json")
+    path.write_text(path.read_text() + "\n")
+    assert (
+        main(["serve", str(run)]) == 2
+        and "not the base that logs/small/r4/adapter was trained on" in capsys.readouterr().err
+    )
+    (run / "adapter/format.json").write_text("{}")
+    assert main(["serve", str(run)]) == 2 and "changed since it was exported" in capsys.readouterr().err
+
+
+def test_a_base_without_a_chat_template_is_not_served(run, tmp_path):
+    (run / "adapter/chat_template.jinja").unlink()
+    (tmp_path / "base/chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template"):
+        link(run / "adapter", "base", tmp_path / "linked")
+
+
+def test_missing_packages_and_a_port_in_use_are_said_in_one_line(run, capsys, monkeypatch):
+    monkeypatch.setattr("formtune.deploy.server.NEEDED", ("no_such_package",))
+    assert main(["serve", str(run)]) == 2
+    assert "(no_such_package missing): pip install -e '.[serve]'" in capsys.readouterr().err
+    monkeypatch.setattr("formtune.deploy.server.NEEDED", ())
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["serve", str(run), "--port", port]) == 2
+        assert f"--port: 127.0.0.1:{port}: Address already in use; choose another" in capsys.readouterr().err
+
+
+def test_a_server_that_ends_by_itself_is_an_error(run, capsys, monkeypatch):
+    monkeypatch.setattr("formtune.deploy.server.NEEDED", ())
+    monkeypatch.setattr(sys, "executable", "false")
+    assert main(["serve", str(run), "--port", "0"]) == 2
+    assert "the server ended by itself with exit code 1" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_vllms_command_for_a_deployed_adapter_names_base_template_and_an_allowed_rank(run, capsys):
-    assert main(["promote", str(run), "--to", "production"]) == 0
+    write_run(Path("logs/small/r40"), str(Path("base").resolve()), [("it's number 5", True)], rank=40)
+    assert main(["promote", "logs/small/r40", "--to", "production"]) == 0
     shutil.rmtree("logs")
     capsys.readouterr()
-    assert main(["serve", "small/production"]) == 0
+    assert main(["serve", "production", "--engine", "vllm"]) == 0
     command, note = capsys.readouterr().out.splitlines()
     words = shlex.split(command)
     folder = Path("deployments/small/versions/r40-adapter").resolve()
@@ -36,22 +128,56 @@ def test_vllms_command_for_a_deployed_adapter_names_base_template_and_an_allowed
     assert "check-endpoint" in note and note.startswith("# ")
 
 
-def test_a_merged_model_is_served_by_itself(run, tmp_path, capsys):
-    shutil.copytree(run / "adapter", run / "merged", ignore=shutil.ignore_patterns("adapter_*", "manifest.json"))
-    write_manifest(run / "merged", "merged", str(tmp_path / "base"), None)
-    shutil.rmtree("base")
-    folder = str((run / "merged").resolve())
-    assert main(["serve", str(run), "--as", "merged"]) == 0
-    assert capsys.readouterr().out.startswith(f"vllm serve {folder} --served-model-name small ")
-
-
-def test_what_cannot_be_served_as_it_was_judged_is_refused(run, capsys):
+def test_what_vllm_cannot_serve_is_refused(run, capsys):
     path = run / "adapter/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
-    assert main(["serve", str(run)]) == 2 and "changed since it was exported" in capsys.readouterr().err
     write_manifest(run / "adapter", "adapter", str(Path("base").resolve()), None)
-    assert main(["serve", str(run)]) == 2 and "is not supported by vLLM" in capsys.readouterr().err
-    base = Path("base/config.json")
-    base.write_text(base.read_text() + "\n")
-    assert main(["serve", str(run)]) == 2
-    assert "not the base that logs/small/r40/adapter was trained on" in capsys.readouterr().err
+    assert main(["serve", str(run), "--engine", "vllm"]) == 2
+    assert "is not supported by vLLM" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(LACKING), reason=f"needs the extra `serve` ({', '.join(LACKING)} missing)")
+def test_a_deployment_is_served_answers_the_printed_request_passes_the_check_and_ends_on_a_signal(
+    run, tmp_path, capsys
+):
+    for name, start in (("train", 0), ("validation", 100), ("test", 200)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(pair(n)) + "\n" for n in range(start, start + 6)))
+    Path("schema.json").write_text(json.dumps(SCHEMA))
+    data = {name: f"{name}.jsonl" for name in ("train", "validation", "test")} | {
+        "system": "Number it.",
+        "near_duplicates": 1,
+        "format": {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}},
+    }
+    Path("small.yaml").write_text(yaml.safe_dump({"model": {"base": "base", "max_new_tokens": 24}, "data": data}))
+    assert main(["promote", str(run), "--to", "production"]) == 0
+    shutil.rmtree("logs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "formtune", "serve", "production", "--port", str(port)]
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "TMPDIR": str(tmp_path)}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        line = next((line for line in server.stdout if line.startswith("curl ")), None)
+        assert line, "it ended before it was ready"
+        words = shlex.split(line)
+        body = words[words.index("-d") + 1]
+        assert json.loads(body)["messages"] == [
+            {"role": "system", "content": "Number it."}, {"role": "user", "content": "it's number 5"},
+        ]  # fmt: skip
+        request = urllib.request.Request(words[1], body.encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            assert json.load(reply)["choices"][0]["message"]["content"]
+        capsys.readouterr()
+        assert main(["check-endpoint", f"http://127.0.0.1:{port}/v1", "-c", "small.yaml", "--min_exact", "0.5"]) == 1
+        assert "prompts: same number of tokens as formtune's in every row" in capsys.readouterr().out
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+    finally:
+        server.kill()
+        server.wait()
+    assert not list(tmp_path.glob("formtune-serve-*"))
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()

@@ -124,13 +124,16 @@ def test_plain_peft_and_transformers_load_what_was_exported_where_there_is_no_fo
 @pytest.mark.slow
 def test_an_export_holds_its_figures_its_manifest_and_answers_that_compare_reads(run, capsys):
     assert export(run) == 0 and export(run, "--as", "merged") == 0
-    assert "top-1 100.0%" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "top-1 100.0%" in said and "tokens/s" in said
     result = json.loads((run / "metrics.json").read_text())
     for kind in ("adapter", "merged"):
         manifest = verify(run / kind)
         assert manifest["kind"] == kind and manifest["data"] == result["data"]
         assert manifest["format"] == file_hash(run / "adapter/format.json")
         figures = manifest["verification"]
+        assert json.loads((run / f"outcomes/{kind}.json").read_text()) == figures | {"refused": None}
+        assert figures["tokens_per_second"] > 0
         exact = figures["format/exact"]
         assert exact["right"] / exact["rows"] == result["after"]["format/exact"]
         assert exact["gained"] == exact["lost"] == 0 and figures["closeness"]["top1"] == 1
@@ -223,6 +226,7 @@ def test_answers_that_lose_the_format_are_refused_with_their_number_and_kept_to_
     assert export(run, "--as", "merged") == 2
     assert f"format/exact falls from {len(good)} to {kept} of {len(good)} rows" in capsys.readouterr().err
     assert not (run / "merged").exists() and (run / "outcomes/merged.jsonl").is_file()
+    assert "falls from" in json.loads((run / "outcomes/merged.json").read_text())["refused"]
 
 
 @pytest.mark.slow
@@ -262,7 +266,7 @@ def measured(folder, reference):
     return call_fresh(
         measure, f"{folder} does not load", model={"folder": str(folder)},
         reference={"folder": str(reference), "dtype": torch.float32}, compared=ROWS,
-        rows=[Row(ROWS[0], [], "", None, "")], limits=[4], stop=[0],
+        rows=[Row(ROWS[0], [], "", None, "")], limits=[4], stop=[0], timed=ROWS[0],
     )  # fmt: skip
 
 
@@ -305,7 +309,7 @@ def test_nf4_weights_that_a_forward_pass_repacked_before_they_were_saved_are_fou
         if repacked:
             last_logits(model, ROWS)
         model.save_pretrained(tmp_path / f"nf4-{repacked}")
-        closeness, _ = measured(tmp_path / f"nf4-{repacked}", tmp_path / "whole")
+        closeness, *_ = measured(tmp_path / f"nf4-{repacked}", tmp_path / "whole")
         found.append(closeness)
     right, wrong = found
     assert QUANTIZED.broken_by(wrong) and trial.ROUNDED.broken_by(wrong), found
