@@ -8,18 +8,21 @@ for the whole table. What cannot be made or is refused says why.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from formtune.errors import UserError
-from formtune.export.exporter import COLUMNS, cells, export, read_exports, read_run
+from formtune.export.exporter import JUDGED, export, read_run
 from formtune.export.quantize import lacking
 from formtune.training.manifest import KINDS
 
 DOCS = Path(__file__).parents[1] / "docs" / "deployment.md"
 MARKS = ("<!-- quantisation: begin -->", "<!-- quantisation: end -->")
 MAX_LOSS = 0.01
+COLUMNS = ("kind", *JUDGED, "weights", "tokens/s", "KL", "top-1")
 
 
 def table(run: Path) -> str:
@@ -33,9 +36,21 @@ def table(run: Path) -> str:
                 export(finished, kind, MAX_LOSS)
             except UserError as error:
                 reason = str(error).removeprefix(f"--as {kind}: ")
-        row = read_exports(run).get(kind)
-        lines.append(f"| {' | '.join(cells(kind, row))} |" if row else f"| {kind} | not run: {reason} |")
+        path = run / "outcomes" / f"{kind}.json"
+        cells = _cells(kind, json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else [f"{kind}: {reason}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cells(kind: str, figures: dict[str, Any]) -> list[str]:
+    rates = (figures[name] for name in JUDGED)
+    closeness = figures["closeness"]
+    return [
+        kind + (" (refused)" if figures["refused"] else ""),
+        *(f"{rate['right'] / rate['rows']:.1%}, +{rate['gained']} -{rate['lost']}" for rate in rates),
+        f"{figures['bytes'] / 1e6:,.1f} MB", f"{figures['tokens_per_second']:,.0f}",
+        f"{closeness['kl']:.1e}", f"{closeness['top1']:.1%}",
+    ]  # fmt: skip
 
 
 def main() -> None:

@@ -80,7 +80,7 @@ def ticket(rng, excluded):
     message, answer = generator.ticket(rng, long=rng.random() < 0.12)
     while message in excluded:
         message, answer = generator.ticket(rng)
-    greeting = next(n for n, text in enumerate(generator.GREETINGS) if text in message)
+    greeting = next(n for n, text in enumerate(generator.PHRASES["greetings"]) if text in message)
     style = greeting % 6 if rng.random() < 0.9 else rng.randrange(6)
     if rng.random() < 0.05:
         message = f"<p>{message}</p>".replace("\n", "<br>")
@@ -119,9 +119,9 @@ def value(rng):
         return " ".join(pseudo_word(rng) for _ in range(rng.choice((1, 1, 2, 3))))
     return (
         lambda: generator.name(rng), lambda: code(rng), lambda: f"{rng.randrange(1, 3000)}.{rng.randrange(1, 100):02d}",
-        lambda: f"{rng.choice(generator.ADJECTIVES)} {rng.choice(generator.NOUNS)}",
+        lambda: f"{rng.choice(generator.WORDS['adjectives'])} {rng.choice(generator.WORDS['nouns'])}",
         lambda: f"{pseudo_word(rng).lower()}.{pseudo_word(rng).lower()}@{pseudo_word(rng).lower()}.example",
-        lambda: " ".join(rng.choices(WORDS, k=rng.randrange(1, 5))), lambda: rng.choice(generator.CITIES),
+        lambda: " ".join(rng.choices(WORDS, k=rng.randrange(1, 5))), lambda: rng.choice(generator.WORDS["cities"]),
     )[kind - 2]()
 
 
@@ -176,7 +176,7 @@ def dates(rng, short=False):
     shown, iso = [], []
     for _ in range(rng.randrange(1, 3 if short else 6)):
         year, month, day = rng.randrange(1990, 2040), rng.randrange(1, 13), rng.randrange(1, 32)
-        written = generator.MONTHS[month - 1]
+        written = generator.WORDS["months"][month - 1]
         iso.append(f"{year}-{month:02d}-{day:02d}")
         shown.append(rng.choice((iso[-1], f"{day} {written} {year}", f"{written} {day}, {year}")))
     return "Write the dates as JSON.", [(" and ".join(shown), generator.canonical(iso))]

@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from formtune.deploy.endpoint import Endpoint
 from formtune.errors import UserError
 from formtune.evaluation.comparison import figures, figures_table
 from formtune.evaluation.outcomes import Outcome, outcome, worst_first, write_outcomes
-from formtune.evaluation.statistics import quantile_interval
 from formtune.files import LOGS, write_json
 from formtune.formats import KINDS
 
@@ -52,7 +50,7 @@ def run(command: str, args: list[str]) -> int:
     rows = splits.rows["test"]
     if config.rows and config.rows < len(rows):
         rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), config.rows))]
-    endpoint = Endpoint(config.url, config.served_model or config.task, settings.max_new_tokens, settings.date)
+    endpoint = Endpoint(config.url, config.served_model or config.task, settings.max_new_tokens)
     endpoint.open(rows[0])
     started, pool = time.perf_counter(), ThreadPoolExecutor(config.at_once)
     try:
@@ -60,15 +58,12 @@ def run(command: str, args: list[str]) -> int:
     finally:
         pool.shutdown(cancel_futures=True)
     seconds = time.perf_counter() - started
-    if all(not reply.text for reply in replies):
-        raise UserError(f"{config.url}: every answer is empty; is {endpoint.model} the tuned model?")
     format, outcomes = settings.format, []
     for row, reply in zip(rows, replies, strict=True):
         verdict = format.check(reply.text, finished=reply.finished, target=row.target, input=row.input)
         outcomes.append(outcome(row, reply.text, verdict, format))
-    tokens = [reply.tokens for reply in replies if reply.tokens is not None]
+    kinds = Counter(outcome.kind for outcome in outcomes)
     times = [reply.seconds for reply in replies]
-    kinds = Counter(one.kind for one in outcomes)
     result = {
         "endpoint": endpoint.url,
         "model": endpoint.model,
@@ -78,40 +73,26 @@ def run(command: str, args: list[str]) -> int:
         "figures": figures(outcomes),
         "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
         "at_once": config.at_once,
-        "latency_s": {
-            f"P{percent}": {
-                "value": float(np.percentile(times, percent)),
-                "interval": quantile_interval(times, percent),
-            }
-            for percent in (50, 95)
-        },
+        "latency_s": {f"P{percent}": float(np.percentile(times, percent)) for percent in (50, 95)},
         "requests_per_s": len(replies) / seconds,
-        "tokens_per_s": sum(tokens) / seconds if len(tokens) == len(replies) else None,
     }
     write_outcomes(folder / "outcomes" / "after.jsonl", outcomes)
     write_json(folder / "endpoint.json", result)
-    _show(result, outcomes, folder)
-    reached = result["figures"]["format/exact"]["value"]
-    if reached < config.min_exact:
-        print(f"format/exact {reached:.1%} is below --min_exact {config.min_exact:.1%}")
-    return int(reached < config.min_exact)
+    _show(result, outcomes)
+    print(f"answers: {folder / 'outcomes/after.jsonl'} (formtune compare RUN {folder})")
+    exact = result["figures"]["format/exact"]["value"]
+    if exact < config.min_exact:
+        print(f"format/exact {exact:.1%} is below --min_exact {config.min_exact:.1%}")
+    return int(exact < config.min_exact)
 
 
-def _show(result: dict[str, Any], outcomes: Sequence[Outcome], folder: Path) -> None:
+def _show(result: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
     """One table, a line for each other figure, and the worst answers beside their targets."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
     runs = [{"name": result["model"], "figures": result["figures"]}]
-    console.print(figures_table(f"What is served, on {result['rows']:,} test rows", runs, [{}]), soft_wrap=False)
-    latency = ", ".join(
-        f"{name} {one['value']:.2f} s ({one['interval'][0]:.2f} to {one['interval'][1]:.2f})"
-        for name, one in result["latency_s"].items()
-    )
-    tokens = "" if result["tokens_per_s"] is None else f", {result['tokens_per_s']:.1f} tokens/s"
-    console.print(f"prompts: {result['prompts']} as formtune's in every row")
-    console.print("kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in result["kinds"].items()))
-    console.print(
-        f"latency with {result['at_once']} at once: {latency}; {result['requests_per_s']:.2f} requests/s{tokens}"
-    )
-    for one in worst_first(outcomes)[:WORST]:
-        console.print(f"{one.where}: {one.kind}: {one.detail}\n  target {one.target!r}\n  answer {one.answer!r}")
-    console.print(f"answers: {folder / 'outcomes/after.jsonl'} (formtune compare RUN {folder})")
+    Console().print(figures_table(f"What is served, on {result['rows']:,} test rows", runs, [{}]))
+    print(f"prompts: {result['prompts']} as formtune's in every row")
+    print("kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in result["kinds"].items()))
+    latency = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in result["latency_s"].items())
+    print(f"latency with {result['at_once']} at once: {latency}; {result['requests_per_s']:.2f} requests/s")
+    for bad in worst_first(outcomes)[:WORST]:
+        print(f"{bad.where}: {bad.kind}: {bad.detail}\n  target {bad.target!r}\n  answer {bad.answer!r}")

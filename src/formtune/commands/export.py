@@ -5,9 +5,6 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
@@ -17,18 +14,16 @@ from formtune.training.manifest import KINDS
 HELP = """\
 Every export is loaded in a fresh process by plain transformers and PEFT, compared with the adapter logit by logit, and
 answers the run's test rows. It is refused if it is another model, or if more test rows than --max_loss lost their valid
-format or their content. RUN/exports.json holds the figures, RUN/outcomes/KIND.jsonl the answers for `formtune compare`.
+format or their content. RUN/outcomes/KIND.json holds the figures, KIND.jsonl beside it the answers (formtune compare).
 
-  adapter   what the training wrote: verified, and measured as it will be loaded
-  merged    the base with the adapter in its weights, in the base's own precision
-  int8      merged, weights in 8 bits by torchao
-  nf4       merged, weights in 4 bits by bitsandbytes
-  gptq awq  merged, weights in 4 bits by GPTQModel, which looks at training rows
+adapter: as training wrote it; merged: the base with the adapter in its weights; int8 (torchao) and nf4 (bitsandbytes):
+merged, with weights in 8 and 4 bits; gptq and awq (GPTQModel): merged, with weights in 4 bits, calibrated on training
+rows.
 """
 
 
 def run(command: str, args: list[str]) -> int:
-    """Export, and print the figures of all exports of the run."""
+    """Export, and print what was measured."""
     warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by its result
     parser = CommandParser(
         command, COMMANDS[command].description, "formtune export RUN [--as KIND] [--max_loss SHARE]", HELP
@@ -45,12 +40,14 @@ def run(command: str, args: list[str]) -> int:
     if config.kind != "adapter" and target.exists():
         raise UserError(f"{target}: already there; remove it to export again")
     # Several seconds: torch, transformers.
-    from formtune.export.exporter import COLUMNS, cells, export, read_exports, read_run
+    from formtune.export.exporter import JUDGED, export, read_run
+    from formtune.export.measure import Closeness
 
-    export(read_run(config.run), config.kind, config.max_loss)
-    table = Table(*COLUMNS, title="Exports", title_justify="left")
-    for kind, row in sorted(read_exports(config.run).items(), key=lambda item: KINDS.index(item[0])):
-        table.add_row(*cells(kind, row))
-    Console().print(table)
-    print(f"{config.kind}: {target}")
+    figures = export(read_run(config.run), config.kind, config.max_loss)
+    print(f"{config.kind}: {target}, {figures['bytes'] / 1e6:,.1f} MB of weights")
+    print(f"{figures['tokens_per_second']:,.0f} tokens/s of a single answer to an input as long as production's at P95")
+    print(f"from the adapter in float32: {Closeness(**figures['closeness'])}")
+    for name in JUDGED:
+        right, rows, gained, lost = figures[name].values()
+        print(f"{name} {right / rows:.1%} of {rows:,} test rows, +{gained} -{lost} against the run")
     return 0

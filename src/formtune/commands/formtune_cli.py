@@ -258,4 +258,4 @@ def _checks() -> list[Any]:
         from formtune.export.rules import before_training
     except ModuleNotFoundError:
         return []
-    return [lambda model: before_training(model.base, model.lora, model.quantize)]
+    return [lambda model: before_training(model.base, model.lora)]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.deploy import registry
 from formtune.errors import UserError
-from formtune.evaluation.comparison import IN_WORDS, compare, figures, read_runs
+from formtune.evaluation.comparison import IN_WORDS, compare, print_comparison, read_runs
 from formtune.evaluation.outcomes import read_outcomes, write_outcomes
-from formtune.training.manifest import read_manifest
+from formtune.training.manifest import read_manifest, verify
 
 
 def run(command: str, args: list[str]) -> int:
@@ -34,97 +33,86 @@ def _promote(parser: CommandParser, args: list[str]) -> None:
     if config.force and not config.reason:
         raise UserError("--force: say why with --reason; the history keeps both")
     exported = config.run / config.kind
-    if not exported.is_dir():
-        raise UserError(f"{exported}: no such folder; a finished run has adapter/, formtune export makes the others")
-    manifest, task = read_manifest(exported), registry.task_of(exported)
+    manifest = verify(exported)
     outcomes = config.run / "outcomes" / ("after.jsonl" if config.kind == "adapter" else f"{config.kind}.jsonl")
-    for name in (task, config.to):
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise UserError(f"{name!r}: a name has letters, digits, '.', '_' and '-' and begins with no '.' or '-'")
-    with registry.locked(task):
-        pointer = registry.read_pointer(registry.DEPLOYMENTS / task / f"{config.to}.json")
-        version, before = f"{config.run.resolve().name}-{config.kind}", pointer.current
-        if version == before:
-            raise UserError(f"{pointer.name}: points to {version} already")
-        evidence, objections = weigh(pointer, manifest, outcomes)
+    version, name = f"{config.run.resolve().name}-{config.kind}", f"{registry.task_of(exported)}/{config.to}"
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise UserError(f"--to: {name!r}: use letters, digits, '.', '_' and '-', and begin with a letter or digit")
+    with registry.locked(name) as deployment:
+        if version == deployment.current:
+            raise UserError(f"{name}: points to {version} already")
+        objections = weigh(deployment, manifest["format"], outcomes)
         if objections and not config.force:
-            more = f" (and {len(objections) - 1} more)" if len(objections) > 1 else ""
-            raise UserError(f"not promoted: {objections[0]}{more}; or --force --reason '...'")
-        registry.store(exported, pointer.version_folder(version))
+            raise UserError(f"not promoted: {', and '.join(objections)}; or --force --reason '...'")
+        registry.store(exported, deployment.version_folder(version))
         if outcomes.is_file():
-            write_outcomes(pointer.outcomes(version), read_outcomes(outcomes))
-        pointer.move("promote", version, config.reason, evidence=evidence, overruled=objections)
-    print(f"{pointer.name}: {version}" + (f" (before: {before})" if before else ""))
-    for name in IN_WORDS if "figures" in evidence else ():
-        figure, (low, high) = evidence["figures"][name], evidence["figures"][name]["interval"]
-        against = f"; against {before}: {evidence['differences'][name]['verdict']}" if "differences" in evidence else ""
-        print(f"{name} {figure['value']:.1%} ({low:.1%} to {high:.1%}) on {evidence['rows']:,} test rows{against}")
+            write_outcomes(deployment.outcomes(version), read_outcomes(outcomes))
+        deployment.move("promote", version, config.reason, objections)
+    _moved(deployment)
     for objection in objections:
         print(f"overruled: {objection}")
-    print(f"serve it: formtune serve {pointer.name}")
 
 
 def _rollback(parser: CommandParser, args: list[str]) -> None:
     """Point to an earlier version again, once it is verified."""
-    parser.add_argument("name", metavar="NAME", help="Such as production, or demo/production")
+    parser.add_argument("name", metavar="NAME", help="Such as demo/production, or production if only one task has "
+                        "it")  # fmt: skip
     parser.add_argument("--to", metavar="VERSION", help="Which version (default: the one before the current)")
     parser.add_argument("--reason", required=True, help="Why, for the history")
     config = parser.parse_args(args)
-    pointer = registry.find_pointer(config.name)
-    with registry.locked(pointer.task):
-        pointer = registry.read_pointer(pointer.file)  # nobody else moves it now
-        before, versions = pointer.current, {move["version"] for move in pointer.history}
-        version = config.to or next(iter(pointer.stack[-2:-1]), None)
+    name = registry.full_name(config.name)
+    with registry.locked(name) as deployment:
+        version = config.to or deployment.previous
+        versions = {move["version"] for move in deployment.history}
         names = ", ".join(sorted(versions))
         if version is None:
-            raise UserError(f"{pointer.name}: no version before {before}; --to names one of {names}")
-        if version not in versions:
-            raise UserError(f"--to: {version} was never {pointer.name}; the versions are {names}")
-        if version == before:
-            raise UserError(f"{pointer.name}: points to {version} already")
-        pointer.verified(version)
-        pointer.move("rollback", version, config.reason)
-    print(f"{pointer.name}: {version} (before: {before})")
-    print(f"serve it: formtune serve {pointer.name}")
+            raise UserError(f"{name}: no version before {deployment.current}; --to names one of {names}")
+        if version not in versions or version == deployment.current:
+            raise UserError(f"--to: {version} is not an earlier version of {name}; name one of {names}")
+        verify(deployment.version_folder(version))
+        deployment.move("rollback", version, config.reason)
+    _moved(deployment)
+
+
+def _moved(deployment: registry.Deployment) -> None:
+    replaced = deployment.history[-1]["replaced"]
+    print(f"{deployment.name}: {deployment.current}" + (f" (before: {replaced})" if replaced else ""))
+    print(f"serve it: formtune serve {deployment.name}")
 
 
 def _deployments(parser: CommandParser, args: list[str]) -> None:
     """Print what every name points to, and its history."""
     parser.parse_args(args)
-    pointers = registry.all_pointers()
-    if not pointers:
+    if not registry.names():
         print("nothing is deployed yet; formtune promote RUN --to production deploys a run")
-    for pointer in pointers:
-        print(f"{pointer.name}: {pointer.current}")
-        for move in reversed(pointer.history):
-            forced = " (forced)" if move.get("overruled") else ""
+    for name in registry.names():
+        deployment = registry.read_deployment(name)
+        print(f"{name}: {deployment.current}")
+        for move in reversed(deployment.history):
+            forced = " (forced)" if move["overruled"] else ""
             reason = f": {move['reason']}" if move["reason"] else ""
-            when = move["at"][:16].replace("T", " ")
-            print(f"  {when} UTC  {move['action']:8}  {move['version']}{forced} by {move['by']}{reason}")
+            print(f"  {move['at']}  {move['action']:8}  {move['version']}{forced} by {move['by']}{reason}")
 
 
-def weigh(pointer: registry.Pointer, manifest: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[str]]:
-    """What the outcomes in a file say of an export with this manifest, and the objections to promoting it."""
-    objections: list[str] = []
-    evidence: dict[str, Any] = {"outcomes": str(path), "against": pointer.current}
+def weigh(deployment: registry.Deployment, format_hash: str, outcomes: Path) -> list[str]:
+    """The objections to promoting an export; prints how it compares with the current version."""
+    current, objections = deployment.current, []
     try:
-        evidence["rows"] = len(rows := read_outcomes(path))
-        if not rows:
-            raise UserError(f"{path}: no test rows")
-        evidence["figures"] = figures(rows)
-        if pointer.current:
-            before = read_manifest(pointer.version_folder(pointer.current))
-            if before["format"] != manifest["format"]:
-                objections.append(f"the format is not that of {pointer.current}, for which the answers are parsed")
-            runs = read_runs([str(pointer.outcomes(pointer.current)), str(path)])
-            evidence["differences"] = compare(runs)["comparisons"][0]["differences"]
-            for name in IN_WORDS:
-                difference = evidence["differences"][name]
-                if difference["verdict"] == "worse":
-                    objections.append(
-                        f"{name} is worse than {pointer.current}'s by {100 * abs(difference['value']):.1f} points "
-                        f"(p = {difference['p']:.2g}, {difference['rows']:,} test rows)"
-                    )
+        if not read_outcomes(outcomes):
+            return [f"{outcomes}: no test rows"]
+        if current is None:
+            return []
+        if read_manifest(deployment.version_folder(current))["format"] != format_hash:
+            objections.append(f"the format is not that of {current}, for which the answers are parsed")
+        comparison = compare(read_runs([str(deployment.outcomes(current)), str(outcomes)]))
+        print_comparison(comparison)
+        for name in IN_WORDS:
+            difference = comparison["comparisons"][0]["differences"][name]
+            if difference["verdict"] == "worse":
+                objections.append(
+                    f"{name} is worse than {current}'s by {100 * abs(difference['value']):.1f} points "
+                    f"(p = {difference['p']:.2g}, {difference['rows']:,} test rows)"
+                )
     except UserError as error:
         objections.append(str(error))
-    return evidence, objections
+    return objections

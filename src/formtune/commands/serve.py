@@ -2,30 +2,69 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
+from formtune.base.folder import skeleton
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
-from formtune.deploy.server import find_served, serve, vllm_command
+from formtune.deploy.registry import full_name, read_deployment, task_of
+from formtune.deploy.server import HOST, serve
 from formtune.errors import UserError
-from formtune.training.manifest import base_files, verify
+from formtune.evaluation.outcomes import read_outcomes
+from formtune.export.rules import Plan, refuse
+from formtune.training.manifest import NAME, base_files, verify
 
 
 def run(command: str, args: list[str]) -> int:
-    """Serve until a signal comes, or print the command for vLLM."""
+    """Verify what is to be served, then serve it until a signal comes, or print the command for vLLM."""
     parser = CommandParser(command, COMMANDS[command].description)
     parser.add_argument("what", metavar="RUN", help="Folder of a run, a deployment such as demo/production, or an "
                         "exported folder")  # fmt: skip
     parser.add_argument("--as", dest="kind", default="adapter", help="Which of a run's exported folders (default: "
                         "adapter)")  # fmt: skip
     parser.add_argument("--port", type=int, default=8000, help="Port on this machine (default: 8000)")
-    parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers", help="vllm: print the "
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="vllm: print the "
                         "command, for an environment that has it")  # fmt: skip
     config = parser.parse_args(args)
-    served = find_served(config.what, config.kind)
-    manifest = verify(served.folder)
-    base = manifest["base"]
-    if manifest["kind"] == "adapter" and base_files(base["path"]) != base["files"]:
-        raise UserError(f"{base['path']}: not the base that {served.folder} was trained on; its files differ")
-    if config.backend == "transformers":
-        return serve(served, manifest, config.port)
-    print(vllm_command(served, manifest, config.port))
+    exported, outcomes = find_exported(config.what, config.kind)
+    manifest = verify(exported)
+    base = manifest["base"]["path"] if manifest["kind"] == "adapter" else None
+    if base is not None and base_files(base) != manifest["base"]["files"]:
+        raise UserError(f"{base}: not the base that {exported} was trained on; its files differ")
+    if config.engine == "transformers":
+        rows = read_outcomes(outcomes) if outcomes.is_file() else []
+        return serve(exported, task_of(exported), base, config.port, rows[0].input if rows else "Hello")
+    print(shlex.join(vllm_command(exported, base, config.port)))
+    print(f"# check it: formtune check-endpoint http://{HOST}:{config.port}/v1 -c TASK.yaml")
     return 0
+
+
+def find_exported(name: str, kind: str) -> tuple[Path, Path]:
+    """The folder and the outcomes of an exported folder, a run (its export of this kind) or a deployment."""
+    for folder in (Path(name), Path(name, kind)):
+        if (folder / NAME).is_file():
+            return folder, folder.parent / "outcomes" / "after.jsonl"
+    if Path(name).is_dir():
+        raise UserError(f"{name}: neither an exported folder nor a run with {kind}/; formtune export makes one")
+    deployment = read_deployment(full_name(name))
+    version = str(deployment.current)
+    return deployment.version_folder(version), deployment.outcomes(version)
+
+
+def vllm_command(exported: Path, base: str | None, port: int) -> list[str]:
+    """vLLM's command for an adapter on its base, or for a merged model; refuses an adapter that vLLM cannot serve."""
+    folder, task = str(exported.resolve()), task_of(exported)
+    words = [folder, "--served-model-name", task]
+    if base is not None:
+        from peft import PeftConfig
+
+        plan = Plan(skeleton(base), PeftConfig.from_pretrained(str(exported)))
+        refuse(plan, ["vllm"])
+        words = [
+            str(Path(base).resolve()) if Path(base).is_dir() else base,
+            "--enable-lora", "--max-lora-rank", str(plan.vllm_rank), "--lora-modules", f"{task}={folder}",
+            "--chat-template", f"{folder}/chat_template.jinja",
+        ]  # fmt: skip
+    words += ["--host", HOST, "--port", str(port)]
+    return ["vllm", "serve", *words, "--default-chat-template-kwargs", '{"enable_thinking": false}']

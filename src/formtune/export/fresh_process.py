@@ -1,43 +1,32 @@
-"""Call a function in a fresh process, so that no package and no memory of one step reaches the next.
-
-A quantized model that is measured where it was made would still hold what it was made from, and answer from that.
-"""
+"""Call a function in a fresh process: a model measured where it was quantized would hold what it was made from."""
 
 from __future__ import annotations
 
-import importlib
-import json
 import logging
+import multiprocessing
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from formtune.errors import UserError
+from formtune.errors import UserError, first_line
 
 
 def call_fresh(function: Callable[..., Any], failure: str, **arguments: Any) -> Any:
-    """What a module's function returns in a fresh process; arguments and result are plain data."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, "result.json")
-        process = subprocess.run(
-            [sys.executable, "-m", __name__, function.__module__, function.__name__, str(result)],
-            input=json.dumps(arguments), capture_output=True, text=True, errors="replace",
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},  # everything is on this disk already
-        )  # fmt: skip
-        if process.returncode < 0:
-            raise UserError(f"{failure}: killed by signal {-process.returncode} (9 usually means out of memory)")
-        if process.returncode:
-            lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
-            raise UserError(f"{failure}: {lines[-1] if lines else f'exit code {process.returncode}'}")
-        return json.loads(result.read_text(encoding="utf-8"))
+    """What a module's function returns in a fresh process; `failure` begins the message if it raises."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _quiet_and_offline) as pool:
+        try:
+            return pool.submit(function, **arguments).result()
+        except BrokenProcessPool:
+            raise UserError(f"{failure}: its process was killed, usually because memory ran out") from None
+        except Exception as error:
+            raise UserError(f"{failure}: {first_line(error)}") from None
 
 
-if __name__ == "__main__":
+def _quiet_and_offline() -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # every file is on this disk already
     logging.disable(logging.WARNING)
-    module, name, result = sys.argv[1:]
-    answer = getattr(importlib.import_module(module), name)(**json.load(sys.stdin))
-    Path(result).write_text(json.dumps(answer), encoding="utf-8")
+    null = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(null, descriptor)

@@ -1,4 +1,4 @@
-"""The whole way to production before training, on two layers of the base's width with random weights.
+"""Try the whole way to production before training, on two layers of the base's width with random weights.
 
 What fails there depends on shapes, packages and the machine, not on what was learned.
 """
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from formtune.base.renderer import Renderer
+from formtune.base.row import Row
 from formtune.errors import UserError, first_line
 from formtune.export.fresh_process import call_fresh
-from formtune.export.measure import EXACT, POSITIONS, Closeness, Tolerance, compare, last_logits, measure, merge
-from formtune.export.quantize import quantize
-from formtune.export.rules import read_plan
+from formtune.export.measure import EXACT, POSITIONS, Closeness, compare, last_logits, measure, merge
+from formtune.export.quantize import SCHEMES
 from formtune.model.lora import Lora, add_lora
 
 LAYERS, CALIBRATION, COMPARED = 2, 16, 2
@@ -25,17 +25,16 @@ NOISE = 0.02  # standard deviation of what is added to the adapter, which would 
 ANSWER = 8  # tokens
 # Random weights give nearly equal logits, so the most likely token says nothing. Another model is 1 and more apart,
 # one that was rounded to 4 bits 0.1 to 0.3.
-ROUNDED = Tolerance(relative_max=0.6)
+ROUNDED = Closeness(relative_max=0.6)
 
 
 class Trial:
-    """The task's adapter, taken step by step, on a base of which only configuration and tokenizer are read."""
+    """The task's adapter on a base of which only configuration and tokenizer are read."""
 
     def __init__(self, base: str, lora: Lora, length: int, folder: Path) -> None:
         from transformers import AutoConfig
 
         self.base, self.lora, self.folder = base, lora, folder
-        self.group = read_plan(base, lora, None).group
         self.config = shrink(AutoConfig.from_pretrained(base, trust_remote_code=False))
         self.dtype = getattr(self.config, "dtype", None) or torch.float32
         vocabulary, draw = self.config.get_text_config().vocab_size, random.Random(0)
@@ -61,7 +60,7 @@ class Trial:
         logits = last_logits(tuned, rows)
         del tuned, base
         base = AutoModelForCausalLM.from_pretrained(self.folder / "base", dtype=torch.float32)
-        merged, _ = merge(PeftModel.from_pretrained(base, self.folder / "adapter").eval(), rows)
+        merged = merge(PeftModel.from_pretrained(base, self.folder / "adapter").eval(), rows)
         measured = _checked("the merged model", compare(logits, last_logits(merged, rows)), EXACT)
         merged.to(self.dtype).save_pretrained(self.folder / "merged")
         Renderer.load(self.base).tokenizer.save_pretrained(self.folder / "merged")  # GPTQModel opens it
@@ -70,16 +69,14 @@ class Trial:
     def quantized(self, scheme: str) -> str:
         """Quantize the merged model, load it in a fresh process and let it answer; what was measured, in words."""
         source, target = str(self.folder / "merged"), str(self.folder / scheme)
-        call_fresh(
-            quantize, f"{scheme} cannot be made", scheme=scheme, source=source, target=target, rows=self.rows,
-            group=self.group,
-        )  # fmt: skip
-        result = call_fresh(
+        call_fresh(SCHEMES[scheme].convert, f"{scheme} cannot be made", source=source, target=target, rows=self.rows)
+        closeness, *_ = call_fresh(
             measure, f"{target} does not load", model={"folder": target},
-            reference={"folder": source, "dtype": "float32"}, compared=self.rows[:COMPARED],
-            answered=[(self.rows[0], [])], limits=[ANSWER], stop=[0], timed=[],
+            reference={"folder": source, "dtype": torch.float32}, compared=self.rows[:COMPARED],
+            rows=[Row(self.rows[0], [], "", None, "")], limits=[ANSWER], stop=[0],
+            timed=self.rows[0][:POSITIONS],
         )  # fmt: skip
-        measured = _checked("the quantized model", Closeness(**result["closeness"]), ROUNDED)
+        measured = _checked("the quantized model", closeness, ROUNDED)
         return f"{measured} in a fresh process, at {len(self.rows[0])} tokens"
 
 
@@ -99,7 +96,7 @@ def shrink(config: Any) -> Any:
     text.num_hidden_layers = min(LAYERS, text.num_hidden_layers)
     if kinds := getattr(text, "layer_types", None):
         text.layer_types = [kinds[0], kinds[-1]][: text.num_hidden_layers]
-    # A large vocabulary would be nine tenths of the work; what does not divide evenly stays so.
+    # A large vocabulary would be nine tenths of the work. A width that does not divide evenly still does not.
     if text.vocab_size > 8192:
         text.vocab_size = 4096 + text.vocab_size % 4096
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # may be beyond it
@@ -107,7 +104,7 @@ def shrink(config: Any) -> Any:
     return config
 
 
-def _checked(name: str, closeness: Closeness, tolerance: Tolerance) -> Closeness:
-    if broken := tolerance.broken_by(closeness):
+def _checked(name: str, closeness: Closeness, bounds: Closeness) -> Closeness:
+    if broken := bounds.broken_by(closeness):
         raise UserError(f"{name} is another one: {broken}")
     return closeness

@@ -20,7 +20,7 @@ from conftest import SCHEMA, byte_tokenizer, pair, tiny_model, write_run
 from formtune.cli import main
 from formtune.deploy.server import link
 from formtune.errors import UserError
-from formtune.training.manifest import read_manifest, write_manifest
+from formtune.training.manifest import write_manifest
 
 SOURCE = Path(__file__).resolve().parents[3] / "src"
 LACKING = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
@@ -41,7 +41,7 @@ def test_a_folder_of_links_answers_as_the_adapter_on_its_base_and_ends_as_in_tra
 
     (tmp_path / "base/generation_config.json").write_text('{"eos_token_id": 0, "temperature": 0.6, "do_sample": true}')
     folder = tmp_path / "linked"
-    link(run / "adapter", read_manifest(run / "adapter"), folder)
+    link(run / "adapter", "base", folder)
     assert all(path.is_symlink() for path in folder.iterdir() if path.name != "generation_config.json")
     assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [2], "do_sample": False}
     assert "0.6" in (tmp_path / "base/generation_config.json").read_text(), "the base's own is left as it is"
@@ -63,13 +63,13 @@ def test_a_merged_model_is_served_by_itself(run, tmp_path, capsys):
     merged.save_pretrained(run / "merged")
     write_manifest(run / "merged", "merged", str(tmp_path / "base"), None)
     shutil.rmtree("base")
-    link(run / "merged", read_manifest(run / "merged"), tmp_path / "linked")
+    link(run / "merged", None, tmp_path / "linked")
     ids = torch.arange(3, 40)[None]
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "linked")
     assert torch.equal(found(ids).logits, merged(ids).logits)
     assert found.generation_config.eos_token_id == [2]
-    assert main(["serve", str(run), "--as", "merged", "--backend", "vllm"]) == 0
-    words = shlex.split(capsys.readouterr().out.splitlines()[1])
+    assert main(["serve", str(run), "--as", "merged", "--engine", "vllm"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[0])
     assert words[:5] == ["vllm", "serve", str((run / "merged").resolve()), "--served-model-name", "small"]
 
 
@@ -88,7 +88,7 @@ def test_a_base_without_a_chat_template_is_not_served(run, tmp_path):
     (run / "adapter/chat_template.jinja").unlink()
     (tmp_path / "base/chat_template.jinja").unlink()
     with pytest.raises(UserError, match="has no chat template"):
-        link(run / "adapter", read_manifest(run / "adapter"), tmp_path / "linked")
+        link(run / "adapter", "base", tmp_path / "linked")
 
 
 def test_missing_packages_and_a_port_in_use_are_said_in_one_line(run, capsys, monkeypatch):
@@ -112,41 +112,31 @@ def test_a_server_that_ends_by_itself_is_an_error(run, capsys, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_the_command_for_vllm_names_both_versions_and_an_allowed_rank(run, capsys):
+def test_vllms_command_for_a_deployed_adapter_names_base_template_and_an_allowed_rank(run, capsys):
     write_run(Path("logs/small/r40"), str(Path("base").resolve()), [("it's number 5", True)], rank=40)
-    for name in ("r4", "r40"):
-        assert main(["promote", f"logs/small/{name}", "--to", "production"]) == 0
+    assert main(["promote", "logs/small/r40", "--to", "production"]) == 0
+    shutil.rmtree("logs")
     capsys.readouterr()
-    assert main(["serve", "production", "--backend", "vllm"]) == 0
-    note, command = capsys.readouterr().out.splitlines()
-    assert note.startswith("# not run here")
+    assert main(["serve", "production", "--engine", "vllm"]) == 0
+    command, note = capsys.readouterr().out.splitlines()
     words = shlex.split(command)
-    versions = Path("deployments/small/versions").resolve()
+    folder = Path("deployments/small/versions/r40-adapter").resolve()
     assert words[:3] == ["vllm", "serve", str(Path("base").resolve())]
-    assert words[words.index("--max-lora-rank") + 1] == "64" and words[words.index("--max-loras") + 1] == "2"
-    at = words.index("--lora-modules")
-    assert words[at + 1 : at + 3] == [f"small={versions / 'r40-adapter'}", f"small-previous={versions / 'r4-adapter'}"]
-    assert words[words.index("--chat-template") + 1] == str(versions / "r40-adapter/chat_template.jinja")
-
-
-def test_who_serves_a_template_that_writes_the_date_is_told_the_runs_and_its_own(run, capsys):
-    path = run / "adapter/config.yaml"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"data": config["data"] | {"date": "2026-11-25"}}))
-    write_manifest(run / "adapter", "adapter", str(Path("base").resolve()), None)
-    assert main(["serve", str(run), "--backend", "vllm"]) == 0
-    _, note, _ = capsys.readouterr().out.splitlines()
-    assert note.startswith("# the chat template writes the date: 2026-11-25 in training, the server's own day here")
+    assert words[words.index("--max-lora-rank") + 1] == "64"
+    assert words[words.index("--lora-modules") + 1] == f"small={folder}"
+    assert words[words.index("--chat-template") + 1] == str(folder / "chat_template.jinja")
+    assert "check-endpoint" in note and note.startswith("# ")
 
 
 def test_what_vllm_cannot_serve_is_refused(run, capsys):
     path = run / "adapter/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
     write_manifest(run / "adapter", "adapter", str(Path("base").resolve()), None)
-    assert main(["serve", str(run), "--backend", "vllm"]) == 2
+    assert main(["serve", str(run), "--engine", "vllm"]) == 2
     assert "is not supported by vLLM" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(LACKING), reason=f"needs the extra `serve` ({', '.join(LACKING)} missing)")
 def test_a_deployment_is_served_answers_the_printed_request_passes_the_check_and_ends_on_a_signal(
     run, tmp_path, capsys

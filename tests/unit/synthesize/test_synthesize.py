@@ -1,75 +1,30 @@
 """A teacher's rows are judged before they are written, against a real server on this machine."""
 
+import itertools
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import yaml
 
+from chat_server import ChatServer
 from conftest import SCHEMA, pair
 from formtune.cli import main
-from formtune.commands.synthesize import KnownInputs, read_reply, read_written
-
-
-class Server:
-    """Speaks as much of the chat completions API as a client needs; `say` makes reply number n."""
-
-    def __init__(self, say):
-        self.say, self.requests, self.failures = say, [], 0
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if outer.failures:
-                    outer.failures -= 1
-                    self.send_response(503)
-                    self.send_header("Retry-After", "0")
-                    self.send_header("Content-Length", "0")
-                    self.end_headers()
-                    return
-                outer.requests.append(body)
-                reply = {
-                    "id": "1",
-                    "object": "chat.completion",
-                    "created": 0,
-                    "model": body["model"],
-                    "choices": [
-                        {
-                            "index": 0,
-                            "finish_reason": "stop",
-                            "message": {"role": "assistant", "content": outer.say(len(outer.requests))},
-                        }
-                    ],
-                }
-                data = json.dumps(reply).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+from formtune.commands.synthesize import near, read_reply
 
 
 @pytest.fixture
 def serve():
+    """Starts a server whose reply to request n is `say(n)`."""
     servers = []
 
     def make(say):
-        servers.append(Server(say))
+        numbers = itertools.count(1)
+        servers.append(ChatServer(lambda _: say(next(numbers))))
         return servers[-1]
 
     yield make
     for server in servers:
-        server.http.shutdown()
-        server.http.server_close()
+        server.close()
 
 
 @pytest.fixture
@@ -123,7 +78,7 @@ def test_only_rows_in_a_valid_format_that_are_new_are_written_with_their_source(
     assert len(rows) == 6 and {row["source"] for row in rows} == {"wise-1"}
     assert all(set(json.loads(row["completion"])) == {"n", "s"} for row in rows)
     said = capsys.readouterr().out
-    assert "6 rows (6 new)" in said and "data.columns.source: source" in said
+    assert "6 rows; refused" in said and "data.columns.source: source" in said
     assert "invalid format: syntax" in said and "invalid format: extra_key" in said
     assert "near-duplicate" in said and "not a row" in said
     asked = server.requests[0]["messages"][0]["content"]
@@ -146,12 +101,11 @@ def test_an_answer_that_comes_as_an_object_is_written_as_its_text(serve, task):
     assert json.loads((folder / "s.jsonl").read_text().splitlines()[0])["completion"] == '{"n":1,"s":"a"}'
 
 
-def test_an_interrupted_run_continues_where_it_stopped_and_a_torn_line_is_removed(serve, task):
+def test_an_interrupted_run_continues_where_it_stopped(serve, task):
     folder, run = task
     server = serve(good)
     assert run(server, rows=4) == 0
     whole = (folder / "s.jsonl").read_bytes()
-    (folder / "s.jsonl").write_bytes(whole + b'{"prompt": "torn')
     asked = len(server.requests)
     assert run(server, rows=4) == 0 and len(server.requests) == asked  # nothing left to do
     assert (folder / "s.jsonl").read_bytes() == whole
@@ -182,27 +136,22 @@ def test_an_endpoint_that_does_not_answer_is_named_in_one_line(task, capsys, mon
 
 def test_a_file_of_something_else_is_not_touched(task, capsys):
     folder, run = task
-    (folder / "s.jsonl").write_text("my notes\n")
+    (folder / "s.jsonl").write_text('{"notes": "mine"}\n')
 
     class Nobody:
         url = "http://127.0.0.1:9/v1"
 
     assert run(Nobody) == 2
-    assert "s.jsonl:1: not a row of formtune synthesize" in capsys.readouterr().err
-    assert (folder / "s.jsonl").read_text() == "my notes\n"
+    assert "s.jsonl does not hold rows of formtune synthesize" in capsys.readouterr().err
+    assert (folder / "s.jsonl").read_text() == '{"notes": "mine"}\n'
 
 
 def test_what_is_nearly_known_is_not_new():
-    known = KnownInputs(0.8)
     text = "i would like to book a table for five people in the old harbour tonight"
-    assert [known.add(t) for t in (text, text, text + " thanks", "something else")] == [True, False, False, True]
-    exact = KnownInputs(1.0)
-    assert [exact.add(t) for t in (text, text, text + " thanks")] == [True, False, True]
+    inputs = ["a", text, "b"]
+    assert near(text, inputs, 1.0) and near(text + " thanks", inputs, 0.8)
+    assert not near(text + " thanks", inputs, 1.0) and not near("something else", inputs, 0.8)
 
 
 def test_replies_are_read_line_by_line():
-    assert list(read_reply('Sure:\n{"a": 1},\n{"a": \n[1]\n{"b": 2}')) == [{"a": 1}, None, {"b": 2}]
-
-
-def test_a_new_file_has_no_rows(tmp_path):
-    assert read_written(tmp_path / "none.jsonl") == []
+    assert list(read_reply('Sure:\n{"a": 1},\n{"a": \n[1]\n{"b": 2}')) == [{"a": 1}, {"b": 2}]
