@@ -429,7 +429,7 @@ def test_a_run_that_is_going_on_is_left_alone(work, monkeypatch, capfd):
     with Path("logs/small/one/.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert main([*FIT, "--resume"]) == 2
-    one_line(capfd, "going on in another process", "--run")
+    one_line(capfd, "another process is running", "--run")
 
 
 # Files

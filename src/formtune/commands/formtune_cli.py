@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -32,22 +34,19 @@ from formtune.evaluation.console import print_result
 from formtune.files import LOGS, write_whole
 from formtune.model import FormatModule
 from formtune.model.fsdp import ShardedBase
-from formtune.training import checkpoint_files, run_checkpoint
-from formtune.training.answers import AnswerFile, AnswerTable
+from formtune.training import callback, checkpoint_files
+from formtune.training.answers import AnswerFile, AnswerTable, Outcomes
 from formtune.training.checkpoint import BestCheckpoint
-from formtune.training.data_table import DataTable
 from formtune.training.evaluator import Baseline, results
-from formtune.training.hparams import log_hyperparameters
 from formtune.training.overfitting import OverfittingWatch
-from formtune.training.pipeline import Job, callback, finish, train
-from formtune.training.progress_bar import ProgressBar
-from formtune.training.run_folder import RunFolder, choose_run
+from formtune.training.pipeline import prepare, train
+from formtune.training.run_folder import RunFolder, choose_run, measured_run
 from formtune.training.signals import Signals
-from formtune.training.test_outcomes import Outcomes
 from formtune.training.throughput import Throughput
 from formtune.training.validations import Validations, reason
 
 TRAINS = ("train", "fit")
+UNTUNED = "untuned base"
 QUICK_ROWS = 50  # validation and test rows of `train --quick`
 
 
@@ -129,7 +128,11 @@ class FormtuneCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         for action in parser._actions:
             if action.dest == "ckpt_path":
-                action.help = run_checkpoint.HELP
+                action.help = (
+                    "Weights to measure: best, the best checkpoint of the run that -c RUN/config.yaml or --run names "
+                    "(the default with a run); last, its newest one; base, the untuned base (the default without a "
+                    "run); or a checkpoint's file"
+                )
         if subcommand == "predict":
             parser.add_argument("--answers", type=str, default="answers.jsonl", help="File to write, JSON Lines")
         return parser
@@ -176,9 +179,9 @@ class FormtuneCLI(LightningCLI):
     def _choose_checkpoint(self, config: Namespace) -> None:
         """Name what is measured, a checkpoint or the untuned base, and take the date of its run."""
         named = LOGS / config.task / config.run if config.run else None
-        run = run_checkpoint.run_of([Path(str(path)) for path in config.get("config") or []], named)
-        chosen = run_checkpoint.choose(config.ckpt_path, run)
-        self.measured = str(chosen or run_checkpoint.UNTUNED)
+        run = measured_run([Path(str(path)) for path in config.get("config") or []], named)
+        chosen = checkpoint_files.choose(config.ckpt_path, run)
+        self.measured = str(chosen or UNTUNED)
         best = ", the run's best checkpoint" if chosen and config.ckpt_path in (None, "best") else ""
         rank_zero_only(print)(f"measuring: {self.measured}{best}", flush=True)
         if chosen is not None:
@@ -192,7 +195,7 @@ class FormtuneCLI(LightningCLI):
         )
         # The recorder comes before those that look at what it recorded, and formtune's checkpoints before a user's own,
         # so that `trainer.checkpoint_callback` and `ckpt_path="best"` mean them.
-        callbacks: list[Any] = [DataTable(), answers, Outcomes(), self.signals]
+        callbacks: list[Any] = [answers, Outcomes(), self.signals]
         kwargs["plugins"] = [*(config.plugins or []), checkpoint_files.CheckpointFiles()]
         if SLURMEnvironment.detect():
             # Lightning's would save within a signal's handler, and load such a file without being asked.
@@ -212,7 +215,7 @@ class FormtuneCLI(LightningCLI):
             untuned = self.measured if self.config.predict.ckpt_path is None else None
             callbacks.append(AnswerFile(self.config.predict.answers, untuned))
         if config.enable_progress_bar is not False:
-            callbacks.append(ProgressBar())
+            callbacks.append(RichProgressBar(refresh_rate=int(sys.stdout.isatty())))  # 0: none is drawn into a file
         callbacks += config.callbacks or []
         trainer = self.trainer_class(**{**config, **kwargs, "callbacks": callbacks})
         check_processes(trainer)
@@ -223,7 +226,7 @@ class FormtuneCLI(LightningCLI):
         """The whole job."""
         config = self.config.train
         try:
-            job = Job(
+            result = train(
                 self.trainer,
                 self.model,
                 self.datamodule,
@@ -234,10 +237,7 @@ class FormtuneCLI(LightningCLI):
                 self.checkpoint,
                 _checks(),
             )
-            result = train(job)
             if result and self.trainer.is_global_zero:
-                log_hyperparameters(self.trainer.logger, config, result)
-                finish(self.folder, result)
                 print_result(result, self.folder.path)
         finally:
             self.folder.release()
@@ -248,9 +248,9 @@ class FormtuneCLI(LightningCLI):
         try:
             if trainer.is_global_zero and not trainer.fast_dev_run:
                 self.folder.hold()
-                if not self.folder.begun:
-                    datamodule.trainer = self.trainer
-                    write_whole(self.folder.path / "config.yaml", self._recorded())
+            prepare(trainer, datamodule)
+            if trainer.is_global_zero and not trainer.fast_dev_run and not self.folder.begun:
+                write_whole(self.folder.path / "config.yaml", self._recorded())
             self.trainer.fit(model, datamodule, ckpt_path=self.checkpoint)
         finally:
             self.folder.release()
@@ -260,6 +260,7 @@ class FormtuneCLI(LightningCLI):
     def test(self, **kwargs: Any) -> None:
         """Evaluate on the rows, those of validation for `validate`, and print the figures."""
         command = str(self.subcommand)
+        prepare(self.trainer, self.datamodule)
         getattr(self.trainer, command)(verbose=False, **kwargs)
         values, counts = results(self.model)
         if self.trainer.is_global_zero:
@@ -270,6 +271,7 @@ class FormtuneCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Answer the prompts and write the file."""
+        prepare(self.trainer, self.datamodule, "predict")
         self.trainer.predict(return_predictions=False, **kwargs)
         if self.trainer.is_global_zero:
             print(f"answers of {self.measured}: {self.config.predict.answers}")

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as L
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from formtune.configuration.parsing import OneLine
 from formtune.data.datamodule import FormatDataModule
 from formtune.model import FormatModule
+
+# An argument that is a `str` can have a default of an enum that is one too, such as that of Lightning's Timer.
+yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
 
 
 class Trainer(L.Trainer):

@@ -46,7 +46,7 @@ FALLING = [2.0, 1.0, 0.8, 0.7, 0.6, 0.5, 0.4]
 def test_memorising_names_its_figures_and_the_best_checkpoint():
     val = [2.0, 1.0, 0.80, 0.86, 0.88, 0.90]
     found = diagnose(history(FALLING[:6], val, exact=[10, 70, 90, 90, 91, 90]))
-    assert found.kind == "memorising" and found.since == 300
+    assert found.kind == "memorising"
     assert found.text == (
         "memorising since step 300: validation loss +12% from its lowest while train fell 38%; "
         "format/exact saturated since step 200; the best checkpoint is of step 200"
@@ -126,7 +126,7 @@ def test_a_run_that_rises_on_validation_rows_from_the_start_is_memorising():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_has_diverged_until_it_is_finite_again(bad):
     found = diagnose(history([2.0, 1.0, bad, bad], [2.0, 1.0, bad, bad]))
-    assert (found.kind, found.since) == ("diverged", 200)
+    assert found.kind == "diverged" and "since step 200" in found.text
     assert kind([bad], [bad]) == kind([2.0, 1.0], [2.0, bad]) == "diverged"
     assert kind([2.0, 1.0, bad, 0.8], [2.0, 1.0, bad, 0.8]) == "learning"
 
