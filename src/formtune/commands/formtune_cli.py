@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -215,7 +215,7 @@ class FormtuneCLI(LightningCLI):
             untuned = self.measured if self.config.predict.ckpt_path is None else None
             callbacks.append(AnswerFile(self.config.predict.answers, untuned))
         if config.enable_progress_bar is not False:
-            callbacks.append(RichProgressBar(refresh_rate=int(sys.stdout.isatty())))  # 0: none is drawn into a file
+            callbacks.append(TQDMProgressBar(refresh_rate=int(sys.stdout.isatty())))  # 0: none is drawn into a file
         callbacks += config.callbacks or []
         trainer = self.trainer_class(**{**config, **kwargs, "callbacks": callbacks})
         check_processes(trainer)

@@ -9,4 +9,4 @@ T = TypeVar("T")
 
 def callback(trainer: Any, kind: type[T]) -> T:
     """The trainer's callback of a class, or a new one that the trainer does not call."""
-    return next((found for found in trainer.callbacks if isinstance(found, kind)), None) or kind()
+    return next((item for item in trainer.callbacks if isinstance(item, kind)), None) or kind()

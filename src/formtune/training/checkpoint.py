@@ -13,7 +13,7 @@ from formtune.errors import Fault, Stopped
 from formtune.model.ranks import highest
 from formtune.training import callback, checkpoint_files
 from formtune.training.signals import Signals
-from formtune.training.validations import Validations, contenders
+from formtune.training.validations import Validations, best, contenders
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -30,34 +30,31 @@ class BestCheckpoint(ModelCheckpoint):
     def __init__(self, every_n_seconds: NonNegativeFloat = 30.0, save_last: PositiveInt = 2) -> None:
         super().__init__(filename="step-{step}", auto_insert_metric_name=False)
         self.every_n_seconds, self.newest = every_n_seconds, save_last
-        self.seconds = 0.0  # of training, before this process
-        self._started = self._saved = 0.0
+        self.seconds = 0.0  # of training, validations and the time before an interruption included
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.dirpath = str(Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints")
         self._validations, self._signals = callback(trainer, Validations), callback(trainer, Signals)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.elapsed()}
+        return {"seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds = state_dict["seconds"]
         self._set_paths()
 
-    def elapsed(self) -> float:
-        """Seconds of training so far, validations and the time before an interruption included."""
-        return self.seconds + (time.monotonic() - self._started if self._started else 0.0)
-
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._started = self._saved = time.monotonic()
+        self._counted = self._saved = time.monotonic()
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.seconds, self._started = self.elapsed(), 0.0
+    def _count_time(self) -> None:
+        before, self._counted = self._counted, time.monotonic()
+        self.seconds += self._counted - before
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step >= trainer.estimated_stepping_batches:
             trainer.should_stop = True  # makes Lightning validate the last weights too, whatever the interval
-        overdue = time.monotonic() - self._saved >= self.every_n_seconds
+        self._count_time()
+        overdue = self._counted - self._saved >= self.every_n_seconds
         signal, due = highest(trainer, self._signals.number, overdue)
         loop = trainer.fit_loop
         # Lightning cannot resume at the end of an epoch or before a validation: the next step is soon enough.
@@ -72,6 +69,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._count_time()
             self._save(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -96,6 +94,6 @@ class BestCheckpoint(ModelCheckpoint):
 
     def _set_paths(self) -> None:
         """Set the attributes of `ModelCheckpoint` that others read."""
-        files, best = self._files(), self._validations.best
-        self.best_model_path = str(files.get(best.step, "")) if best else ""
+        files, chosen = self._files(), best(self._validations.history)
+        self.best_model_path = str(files.get(chosen.step, "")) if chosen else ""
         self.last_model_path = str(list(files.values())[-1]) if files else ""

@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from formtune.errors import Fault, UserError, first_line
 from formtune.files import write_whole
-from formtune.training.validations import Validations
+from formtune.training.validations import Validations, best
 
 
 def steps(folder: Path) -> dict[int, Path]:
@@ -52,21 +52,21 @@ def choose(asked: str | None, run: Path | None) -> Path | None:
     elif run is None:
         raise UserError(f"ckpt_path: {asked} of which run? Give its configuration: -c logs/TASK/RUN/config.yaml")
     else:
-        path = _of_run(run / "checkpoints", best=asked != "last")
+        path = _of_run(run / "checkpoints", last=asked == "last")
     read(path)
     return path
 
 
-def _of_run(folder: Path, best: bool) -> Path:
+def _of_run(folder: Path, last: bool) -> Path:
     files = steps(folder)
     if not files:
         raise UserError(f"ckpt_path: {folder} holds no checkpoint yet; --ckpt_path base measures the base")
-    last = list(files.values())[-1]
-    if not best:
-        return last
-    validations = Validations()
-    validations.load_state_dict(read(last)["callbacks"][validations.state_key])
-    chosen = validations.best
+    latest = list(files.values())[-1]
+    if last:
+        return latest
+    validations = Validations()  # as the newest checkpoint holds them
+    validations.load_state_dict(read(latest)["callbacks"][validations.state_key])
+    chosen = best(validations.history)
     if chosen is None or chosen.step not in files:
         names = ", ".join(path.name for path in files.values())
         raise UserError(
@@ -93,11 +93,10 @@ def read(path: Path) -> dict[str, Any]:
     """Load a checkpoint's tensors and plain types, never code; raise a UserError if it is not an intact checkpoint."""
     check(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["state_dict"]
     except Exception as error:  # whatever a foreign archive or its pickle raises
         raise UserError(f"{path}: not a checkpoint of formtune ({first_line(error)})") from None
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{path}: not a checkpoint of formtune (no state_dict)")
     return checkpoint
 
 

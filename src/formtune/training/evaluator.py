@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +13,7 @@ from formtune.base.row import Row, quantile
 from formtune.data.datamodule import FormatDataModule
 from formtune.data.preparation import production_rows
 from formtune.errors import UserError
-from formtune.evaluation.baselines import (
-    SHOTS,
-    baseline_key,
-    best_prompt,
-    choose_shots,
-    constant_answer,
-    few_shot_rows,
-    load_baseline,
-    prompting_verdict,
-    store_baseline,
-)
+from formtune.evaluation import baselines as prompting
 from formtune.evaluation.outcomes import VIEWS, Outcome, write_outcomes
 from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.evaluation.report import Run, write_run_report
@@ -69,8 +58,8 @@ class Evaluator:
         prompts = {"zero-shot": sample}
         outcomes = {"zero-shot": self._baseline("before", sample, result)}
         if "few_shot" in kinds:
-            shots = choose_shots(self.train_rows, SHOTS, format)
-            rows, count = few_shot_rows(sample, shots, self.renderer, format, self.context)
+            shots = prompting.choose_shots(self.train_rows, prompting.SHOTS, format)
+            rows, count = prompting.few_shot_rows(sample, shots, self.renderer, format, self.context)
             if count:
                 name = f"{count}-shot"
                 prompts[name], outcomes[name] = rows, self._baseline("few_shot", rows, result)
@@ -85,10 +74,11 @@ class Evaluator:
                 result["no_grammar"] = str(error).removeprefix("model.constrained: ")
                 self._print(f"constrained decoding is not measured: {result['no_grammar']}")
             else:
-                constrained = self._baseline("before_constrained", prompts[best_prompt(outcomes)], result, True)
+                rows = prompts[prompting.best_prompt(outcomes)]
+                constrained = self._baseline("before_constrained", rows, result, constrained=True)
         if self._writes:
-            result["constant"] = constant_answer(self.train_rows, test, format)
-            result["prompting"] = prompting_verdict(outcomes, constrained)
+            result["constant"] = prompting.constant_answer(self.train_rows, test, format)
+            result["prompting"] = prompting.prompting_verdict(outcomes, constrained)
             print(result["prompting"])
         return result
 
@@ -110,18 +100,12 @@ class Evaluator:
         )
         texts = [row.input for row in production or self.train_rows]
         longer = probe_rows(self.test_rows, texts, lengths, self.renderer, self.model.format)
-        names = [name for name, part in longer.items() for _ in part]
-        rows = [replace(row, number=i) for i, row in enumerate(row for part in longer.values() for row in part)]
-        if not rows:
-            return []
-        outcomes = self._test("tuned, longer inputs", rows, Decoding(logged=False))
-        if len(outcomes) < len(rows):  # trainer.limit_test_batches
-            return []
-        exact = {name: [o.exact for n, o in zip(names, outcomes, strict=True) if n == name] for name in longer}
-        return [
-            {"name": name, "tokens": lengths[name], "rows": len(valid), "exact": sum(valid)}
-            for name, valid in exact.items()
-        ]
+        probes = []
+        for name, rows in longer.items():
+            outcomes = self._test(f"tuned, inputs as long as {name}", rows, Decoding(logged=False))
+            exact = sum(outcome.exact for outcome in outcomes)
+            probes.append({"name": name, "tokens": lengths[name], "rows": len(outcomes), "exact": exact})
+        return probes
 
     def report(self, result: dict[str, Any]) -> None:
         """Write the run's page and the adapter's card."""
@@ -164,11 +148,11 @@ class Evaluator:
             "max_new_tokens": self._limit,
             "batches": trainer.limit_test_batches,
         }
-        return baseline_key(model.base, rows, settings, model.format)
+        return prompting.baseline_key(model.base, rows, settings, model.format)
 
     def _stored(self, key: str) -> dict[str, Any] | None:
         # On several machines some might find it and others not, and these would wait for those without end.
-        return None if self.trainer.num_nodes > 1 or self.trainer.fast_dev_run else load_baseline(key)
+        return None if self.trainer.num_nodes > 1 or self.trainer.fast_dev_run else prompting.load_baseline(key)
 
     def _baseline(self, name: str, rows: list[Row], result: dict[str, Any], constrained: bool = False) -> list[Outcome]:
         """Outcomes of the base on the rows, from the cache if it has them; the figures go into `result`."""
@@ -182,7 +166,7 @@ class Evaluator:
             values = {name: value for name, value in values.items() if not name.startswith("own/")}
             stored = {"values": values, "counts": counts, "outcomes": outcomes}
             if self._writes:
-                store_baseline(key, **stored)
+                prompting.store_baseline(key, **stored)
         outcomes = stored["outcomes"]
         own = self.model.scores.own.alone([o.answer for o in outcomes], [o.target for o in outcomes])
         self._record(name, outcomes, stored["values"] | own, stored["counts"], result)

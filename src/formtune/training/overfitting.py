@@ -35,10 +35,9 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
     """Diagnose a run from its validations in the order of their steps, at least one."""
     finite = [v for v in history if _finite(v)]
     start, last = (finite or history)[0], history[-1]
-    far = [not _finite(v) or _counts(v.train_loss - start.train_loss, start.train_loss, FAR) for v in history]
-    if far[-1]:
+    if not _finite(last) or _counts(last.train_loss - start.train_loss, start.train_loss, FAR):
         figures = f"train {last.train_loss:.4g}, validation {last.val_loss:.4g}, {start.train_loss:.4g} at the start"
-        return Diagnosis("diverged", f"diverged since step {history[_begin(far)].step}: losses {figures}")
+        return Diagnosis("diverged", f"diverged: losses {figures}")
 
     train, loss = [v.train_loss for v in finite], [v.val_loss for v in finite]
     gains = {  # index of the last improvement of each, 0 for none
@@ -50,20 +49,20 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
     }
     recent = [name for name, at in gains.items() if at and len(finite) - 1 - at < LASTING]
     lowest = loss.index(min(loss))
-    above = [_counts(value - loss[lowest], loss[lowest], CHANGE) for value in loss]
+    above = all(_counts(value - loss[lowest], loss[lowest], CHANGE) for value in loss[-LASTING:])
     rise = f"validation loss {_change(loss[lowest], loss[-1])} from its lowest"
     if recent:
-        but = f", with the {rise}" if all(above[-LASTING:]) else ""
+        but = f", with the {rise}" if above else ""
         verb = "improves" if len(recent) == 1 else "improve"
         return Diagnosis("learning", f"learning: {' and '.join(recent)} still {verb}{but}")
     if len(finite) <= LASTING:
         text = f"too early to tell: validation {len(finite)} of the {LASTING + 1} that it takes, nothing improved yet"
         return Diagnosis("too early", text)
     chosen = best(history)
-    if all(above[-LASTING:]) and _counts(train[lowest] - train[-1], train[lowest], CHANGE):
+    if above and _counts(train[lowest] - train[-1], train[lowest], CHANGE):
         at = gains["format/exact"]
         parts = [
-            f"memorising since step {finite[_begin(above)].step}: {rise} while train fell "
+            f"memorising since step {finite[lowest].step}: {rise} while train fell "
             f"{_change(train[lowest], train[-1])[1:]}",
             f"format/exact saturated since step {finite[at].step}" if at else "format/exact has not risen",
             *([f"the best checkpoint is of step {chosen.step}"] if chosen else []),
@@ -114,11 +113,6 @@ def _last_gain(values: Sequence[T], gained: Callable[[T, T], bool]) -> int:
     return last
 
 
-def _begin(flags: Sequence[bool]) -> int:
-    """Index at which the last run of true flags begins."""
-    return len(flags) - next((i for i, flag in enumerate(reversed(flags)) if not flag), len(flags))
-
-
 def _change(before: float, after: float) -> str:
     return f"{after / before - 1:+.0%}" if before else f"{after - before:+.4f}"
 
@@ -141,11 +135,6 @@ class OverfittingWatch(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         # It comes before this callback in the trainer's list, and has recorded a validation when this one reads it.
         self.validations = callback(trainer, Validations)
-
-    @property
-    def diagnosis(self) -> Diagnosis | None:
-        """What the validations so far show, None before the first."""
-        return diagnose(self.validations.history) if self.validations.history else None
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         # Not in a later hook: the model is still in evaluation mode, and its metrics are not yet reset.

@@ -19,9 +19,9 @@ from formtune.training import callback, checkpoint_files
 from formtune.training.checkpoint import BestCheckpoint
 from formtune.training.evaluator import Baseline, Evaluator
 from formtune.training.manifest import write_manifest
-from formtune.training.overfitting import OverfittingWatch
+from formtune.training.overfitting import diagnose
 from formtune.training.run_folder import RunFolder
-from formtune.training.validations import Validations, reason
+from formtune.training.validations import Validations, best, reason
 
 
 def train(
@@ -68,10 +68,11 @@ def train(
         return None
 
     # The best checkpoint and its adapter, which is safe before anything else can fail
-    history, best = callback(trainer, Validations).history, callback(trainer, BestCheckpoint)
-    if not best.best_model_path:
+    history, checkpoints = callback(trainer, Validations).history, callback(trainer, BestCheckpoint)
+    chosen = best(history)
+    if chosen is None:
         raise UserError(f"{reason(history)}; lower model.optimizer.lr")
-    model.load_state_dict(checkpoint_files.read(Path(best.best_model_path))["state_dict"])
+    model.load_state_dict(checkpoint_files.read(Path(checkpoints.best_model_path))["state_dict"])
     data = datamodule.splits.key if datamodule.splits else None
     if writes and not (folder.path / "adapter").exists():
         export_adapter(model, folder.path / "adapter", folder.path / "config.yaml", data)
@@ -81,19 +82,16 @@ def train(
     result["probe"] = evaluator.probe()
     result["rows"] = result["counts"]["after"]["format/exact"][1]
     result["data"] = data  # as in audit.json
-    diagnosis = callback(trainer, OverfittingWatch).diagnosis
-    chosen = callback(trainer, Validations).best
-    assert chosen is not None  # there is a best checkpoint
     result["training"] = {
         "steps": steps,
-        "seconds": round(best.elapsed(), 1),
+        "seconds": round(checkpoints.seconds, 1),
         "skipped_steps": model.guard.skipped,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "best_step": chosen.step,
         "best_reason": reason(history),
         "best": chosen.figures() | {"loss": chosen.val_loss},
         "history": [validation.figures() for validation in history],
-        "diagnosis": diagnosis.text if diagnosis else None,
+        "diagnosis": diagnose(history).text,
     }
     if writes:
         evaluator.report(result)

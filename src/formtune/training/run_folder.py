@@ -85,12 +85,7 @@ class RunFolder:
 
 
 def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], str]) -> str | None:
-    """The name of the run to begin or to resume in a task's folder; None for a new run, which is named by the clock.
-
-    Raises:
-        UserError: The run of that name has another configuration.
-        SystemExit: It is finished, with this configuration.
-    """
+    """The name of the run to begin or to resume in a task's folder; None for a new run, which is named by the clock."""
     folder = RunFolder(task / name) if name else _last(task) if resume else None
     if folder is None or not folder.begun or (folder.finished and not name):
         return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -134,11 +135,6 @@ class Validations(Callback):
         self.history: list[Validation] = []
         self._verdicts: list[tuple[int, bool, bool]] = []
 
-    @property
-    def best(self) -> Validation | None:
-        """The best checkpoint's validation so far."""
-        return best(self.history)
-
     def state_dict(self) -> dict[str, Any]:
         # As text: safe loading takes no integers of more than 255 bytes.
         return {"history": [asdict(v) | {"valid": f"{v.valid:x}", "right": f"{v.right:x}"} for v in self.history]}
@@ -165,4 +161,5 @@ class Validations(Callback):
         self.history.append(Validation(trainer.global_step, train, loss, f1, len(rows), valid, right))
         if trainer.state.fn == "fit" and trainer.is_global_zero:
             figures = "  ".join(f"{name} {float(metrics[name]):.4f}" for name in PRINTED)
-            print(f"step {trainer.global_step}  {figures}", flush=True)
+            pl_module.print(f"step {trainer.global_step}  {figures}")  # above the progress bar
+            sys.stdout.flush()
