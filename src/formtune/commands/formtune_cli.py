@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,23 +29,23 @@ from formtune.evaluation.console import print_result
 from formtune.files import LOGS, write_whole
 from formtune.model import FormatModule
 from formtune.model.fsdp import ShardedBase
-from formtune.training import checkpoint_files, run_checkpoint
-from formtune.training.answers import AnswerFile, AnswerTable
+from formtune.training import callback, checkpoint_files
+from formtune.training.answers import AnswerFile, AnswerTable, Outcomes
 from formtune.training.checkpoint import BestCheckpoint
-from formtune.training.data_table import DataTable
 from formtune.training.evaluator import Baseline, results
-from formtune.training.hparams import log_hyperparameters
 from formtune.training.overfitting import OverfittingWatch
-from formtune.training.pipeline import Job, callback, finish, train
-from formtune.training.progress_bar import ProgressBar
-from formtune.training.run_folder import RunFolder, choose_run
+from formtune.training.pipeline import prepare, train
+from formtune.training.run_folder import RunFolder, choose_run, measured_run
 from formtune.training.signals import Signals
-from formtune.training.test_outcomes import Outcomes
 from formtune.training.throughput import Throughput
 from formtune.training.validations import Validations, reason
 
 TRAINS = ("train", "fit")
+UNTUNED = "untuned base"
 QUICK_ROWS = 50  # validation and test rows of `train --quick`
+
+# An argument that is a `str` can have a default of an enum that is one too, such as that of Lightning's Timer.
+yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
 
 
 class Trainer(L.Trainer):
@@ -110,7 +113,9 @@ class FormtuneCLI(LightningCLI):
         parser.add_argument("--baseline_rows", type=PositiveInt, default=200, help="Test rows for baselines at most")
         parser.add_argument("--quick", action="store_true", help="A first look: no baselines, few evaluation rows")
         parser.add_argument("--answers", type=str, default="answers.jsonl", help="JSON Lines file that predict writes")
-        parser.add_argument("--ckpt_path", type=str | None, help=run_checkpoint.HELP)
+        parser.add_argument("--ckpt_path", type=str | None, help="Weights to measure: best, the run's best checkpoint "
+                            "(the default with a run); last, its newest one; base, the untuned base (the default "
+                            "without a run); or a checkpoint's file")  # fmt: skip
         parser.link_arguments("model.base", "data.tokenizer")
         parser.link_arguments("model.max_new_tokens", "data.max_new_tokens")
         parser.link_arguments("data.format", "model.format")
@@ -154,9 +159,9 @@ class FormtuneCLI(LightningCLI):
 
     def _choose_weights(self, config: Namespace, files: list[Path]) -> None:
         """The weights to measure, a checkpoint or the untuned base, and the date of their run."""
-        run = run_checkpoint.run_of(files, LOGS / config.task / config.run if config.run else None)
-        self.checkpoint = run_checkpoint.choose(config.ckpt_path, run)
-        self.measured = str(self.checkpoint or run_checkpoint.UNTUNED)
+        run = measured_run(files, LOGS / config.task / config.run if config.run else None)
+        self.checkpoint = checkpoint_files.choose(config.ckpt_path, run)
+        self.measured = str(self.checkpoint or UNTUNED)
         best = ", the run's best checkpoint" if self.checkpoint and config.ckpt_path in (None, "best") else ""
         rank_zero_only(print)(f"measuring: {self.measured}{best}", flush=True)
         config.trainer.default_root_dir = str(LOGS / config.task)
@@ -168,7 +173,7 @@ class FormtuneCLI(LightningCLI):
         options = dict(config.trainer)
         # The recorder comes before those that look at what it recorded, and formtune's checkpoints before a user's own,
         # so that `trainer.checkpoint_callback` and `ckpt_path="best"` mean them.
-        callbacks: list[Any] = [DataTable(), config.answer_table, Outcomes(), self.signals]
+        callbacks: list[Any] = [config.answer_table, Outcomes(), self.signals]
         if self.subcommand in TRAINS:
             callbacks += [Validations(), config.overfitting, config.checkpoint, Throughput()]
             if options["logger"] in (None, True):
@@ -180,7 +185,7 @@ class FormtuneCLI(LightningCLI):
         if self.subcommand == "predict":
             callbacks.append(AnswerFile(config.answers, None if self.checkpoint else self.measured))
         if options["enable_progress_bar"] is not False:
-            callbacks.append(ProgressBar())
+            callbacks.append(TQDMProgressBar(refresh_rate=int(sys.stdout.isatty())))  # 0: none is drawn into a file
         options["callbacks"] = callbacks + (options["callbacks"] or [])
         options["plugins"] = [*(options["plugins"] or []), checkpoint_files.CheckpointFiles()]
         if SLURMEnvironment.detect():
@@ -195,13 +200,19 @@ class FormtuneCLI(LightningCLI):
     def train(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         """The whole job."""
         config, trainer, folder = self.config.train, self.trainer, self.folder
-        baselines, rows = config.baselines, config.baseline_rows
-        job = Job(trainer, model, datamodule, folder, self._record, baselines, rows, self.checkpoint, _checks())
         try:
-            result = train(job)
+            result = train(
+                trainer,
+                model,
+                datamodule,
+                folder,
+                self._record,
+                config.baselines,
+                config.baseline_rows,
+                self.checkpoint,
+                _checks(),
+            )
             if result and trainer.is_global_zero:
-                log_hyperparameters(trainer.logger, config, result)
-                finish(folder, result)
                 print_result(result, folder.path)
         finally:
             folder.release()
@@ -213,8 +224,9 @@ class FormtuneCLI(LightningCLI):
         try:
             if writes:
                 self.folder.hold()
-                if not self.folder.begun:
-                    write_whole(self.folder.path / "config.yaml", self._record())
+            prepare(trainer, datamodule)
+            if writes and not self.folder.begun:
+                write_whole(self.folder.path / "config.yaml", self._record())
             trainer.fit(model, datamodule, ckpt_path=self.checkpoint)
         finally:
             self.folder.release()
@@ -223,6 +235,7 @@ class FormtuneCLI(LightningCLI):
 
     def test(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         """Evaluate on the test rows, or those of validation for `validate`, and print the figures."""
+        prepare(self.trainer, datamodule)
         evaluate = getattr(self.trainer, str(self.subcommand))
         evaluate(model, datamodule, ckpt_path=self.checkpoint, verbose=False)
         values, counts = results(model)
@@ -234,6 +247,7 @@ class FormtuneCLI(LightningCLI):
 
     def predict(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         """Answer the prompts and write them to `--answers`."""
+        prepare(self.trainer, datamodule, "predict")
         self.trainer.predict(model, datamodule, return_predictions=False, ckpt_path=self.checkpoint)
         rank_zero_only(print)(f"answers of {self.measured}: {self.config.predict.answers}")
 

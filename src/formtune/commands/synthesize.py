@@ -28,7 +28,7 @@ from formtune.data.duplicates import similar
 from formtune.data.preparation import read_splits
 from formtune.data.progress import shown
 from formtune.data.settings import DataSettings
-from formtune.data.sources import JsonLines
+from formtune.data.sources import read_records
 from formtune.errors import UserError, first_line
 from formtune.files import write_lines
 from formtune.formats.strict_json import loads_strict
@@ -159,7 +159,7 @@ def run(command: str, args: list[str]) -> int:
     parser.add_argument("--at_once", type=PositiveInt, default=4, help="Requests at the same time")
     config, settings = read_task(parser, args)
     path = Path(config.out)
-    rows = [row for row, _ in JsonLines(config.out).records()] if path.is_file() else []
+    rows = [row for row, _ in read_records(config.out)] if path.is_file() else []
     if not all(isinstance(row.get("prompt"), str) for row in rows):
         raise UserError(f"--out: {path} does not hold rows of formtune synthesize; choose another file")
     examples, _ = read_splits(settings)

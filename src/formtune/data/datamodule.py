@@ -81,7 +81,7 @@ class FormatDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the splits (fit, validate, test) or the prompts (predict), once."""
         if stage == "predict":
-            self.prompt_rows = prompt_rows(self.settings)
+            self.prompt_rows = self.prompt_rows or prompt_rows(self.settings)
         elif self.splits is None:
             splits = load_splits(self.settings)
             if self.trainer is not None and self.trainer.loggers and self.trainer.is_global_zero:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from formtune.base.row import Row
 from formtune.errors import Fault
@@ -41,9 +42,21 @@ class Batch:
     limits: Sequence[int] = ()  # for each row, how many tokens its answer may have
     decoding: Decoding = Decoding()
 
-    def to(self, device: Any) -> Batch:
-        """Called by Lightning; each micro-batch is copied to the device when it is computed."""
-        return self
+    def to(self, device: Any, non_blocking: bool = False) -> Batch:
+        """The same batch with its tensors on a device; Lightning calls it."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The same batch with its tensors in page-locked memory; the DataLoader calls it."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        parts = []
+        for part in self.micro_batches:
+            values = {field.name: getattr(part, field.name) for field in fields(part)}
+            tensors = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+            parts.append(replace(part, **tensors))
+        return replace(self, micro_batches=parts)
 
 
 @contextlib.contextmanager

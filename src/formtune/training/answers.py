@@ -1,4 +1,4 @@
-"""Answers for people to read: the worst ones in TensorBoard, all predictions in a file."""
+"""What is done with the answers of an evaluation: a table in TensorBoard, outcomes of the test rows, a file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from formtune.evaluation.outcomes import worst_first
+from formtune.evaluation.outcomes import Outcome, outcome, worst_first
 from formtune.files import write_lines
+from formtune.model.batch import Answer
+from formtune.model.ranks import gathered
 
 
 class AnswerTable(Callback):
@@ -23,7 +25,7 @@ class AnswerTable(Callback):
 
     def __init__(self, rows: int = 12) -> None:
         self.rows = rows
-        self._failed: list[Any] = []
+        self._failed: list[Answer] = []
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any, **__: Any) -> None:
         self._failed = worst_first([*self._failed, *outputs], attrgetter("verdict.kind"))[: self.rows]
@@ -31,20 +33,17 @@ class AnswerTable(Callback):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self._show(trainer, pl_module, "answers/validation")
-
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self._show(trainer, pl_module, "answers/test")
-
-    def _show(self, trainer: Any, pl_module: Any, tag: str) -> None:
         if trainer.is_global_zero and pl_module.logged and isinstance(trainer.logger, TensorBoardLogger):
             lines = ["| why | input | target | answer |", "|---|---|---|---|"]
             for a in self._failed:
                 cells = (f"{a.verdict.kind}: {a.verdict.detail}", a.row.input, a.row.target or "", a.text)
                 lines.append("| " + " | ".join(map(_cell, cells)) + " |")
             text = "\n".join(lines) if self._failed else "every answer is right"
+            tag = "answers/test" if trainer.testing else "answers/validation"
             trainer.logger.experiment.add_text(tag, text, trainer.global_step)
         self._failed = []
+
+    on_test_epoch_end = on_validation_epoch_end
 
 
 def _cell(text: str, limit: int = 400) -> str:
@@ -52,20 +51,30 @@ def _cell(text: str, limit: int = 400) -> str:
     return "<code>" + html.escape(text).replace("|", "&#124;").replace("\n", "<br>") + "</code>"
 
 
-class AnswerFile(Callback):
-    """Writes predictions as JSON Lines: where, prompt, answer, and the format's verdict.
+class Outcomes(Callback):
+    """Holds the outcomes of the last test on every process, in the order of the rows."""
 
-    Args:
-        path: File to write; on several devices each further process appends its rank to the name.
-        untuned: The model's name in each record if it is not a tuned one.
-    """
+    def __init__(self) -> None:
+        self.outcomes: list[Outcome] = []
+        self._numbered: list[tuple[int, Outcome]] = []
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self._numbered += [(a.row.number, outcome(a.row, a.text, a.verdict, pl_module.format)) for a in outputs]
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        numbered = sorted(gathered(trainer, self._numbered), key=lambda pair: pair[0])
+        self.outcomes, self._numbered = [outcome for _, outcome in numbered], []
+
+
+class AnswerFile(Callback):
+    """Writes predictions as JSON Lines; on several devices each further process appends its rank to the file's name."""
 
     def __init__(self, path: str, untuned: str | None = None) -> None:
-        self.path, self._more = Path(path), {"model": untuned} if untuned else {}
-        self._answers: list[Any] = []
+        self.path, self._model = Path(path), {"model": untuned} if untuned else {}
+        self._answers: list[Answer] = []
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)  # now, not after all the work
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after all the work
 
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         self._answers += outputs
@@ -75,7 +84,7 @@ class AnswerFile(Callback):
         records = (
             {
                 "where": a.row.where, "prompt": a.row.input, "answer": a.text,
-                "compliant": a.verdict.exact, "kind": a.verdict.kind, "detail": a.verdict.detail, **self._more,
+                "compliant": a.verdict.exact, "kind": a.verdict.kind, "detail": a.verdict.detail, **self._model,
             }
             for a in sorted(self._answers, key=lambda a: a.row.number)
         )  # fmt: skip

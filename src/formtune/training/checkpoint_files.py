@@ -1,7 +1,6 @@
 """Checkpoints on disk: written atomically, checked when read, found by their step.
 
-torch.save writes a zip archive with a CRC-32 of every record, but torch.load does not compare them: it would load a
-flipped bit as another number.
+torch.save writes a CRC-32 of every record, but torch.load does not compare it: a flipped bit would load as a number.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from formtune.errors import Fault, UserError, first_line
 from formtune.files import write_whole
+from formtune.training.validations import Validations, best
 
 
 def steps(folder: Path) -> dict[int, Path]:
@@ -43,6 +43,39 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
+def choose(asked: str | None, run: Path | None) -> Path | None:
+    """The intact checkpoint that `--ckpt_path` names, of a run's folder if there is one; None for the untuned base."""
+    if asked == "base" or (asked is None and run is None):
+        return None
+    if asked not in (None, "best", "last"):
+        path = Path(str(asked))
+    elif run is None:
+        raise UserError(f"ckpt_path: {asked} of which run? Give its configuration: -c logs/TASK/RUN/config.yaml")
+    else:
+        path = _of_run(run / "checkpoints", last=asked == "last")
+    read(path)
+    return path
+
+
+def _of_run(folder: Path, last: bool) -> Path:
+    files = steps(folder)
+    if not files:
+        raise UserError(f"ckpt_path: {folder} holds no checkpoint yet; --ckpt_path base measures the base")
+    latest = list(files.values())[-1]
+    if last:
+        return latest
+    validations = Validations()  # as the newest checkpoint holds them
+    validations.load_state_dict(read(latest)["callbacks"][validations.state_key])
+    chosen = best(validations.history)
+    if chosen is None or chosen.step not in files:
+        names = ", ".join(path.name for path in files.values())
+        raise UserError(
+            f"ckpt_path: {folder.parent} has no best checkpoint; take one of {folder} by --ckpt_path PATH ({names}), "
+            "or measure the untuned base by --ckpt_path base"
+        )
+    return files[chosen.step]
+
+
 def check(path: Path) -> None:
     """Compare every record with its checksum; raise a UserError if the file is missing or damaged."""
     try:
@@ -60,11 +93,10 @@ def read(path: Path) -> dict[str, Any]:
     """Load a checkpoint's tensors and plain types, never code; raise a UserError if it is not an intact checkpoint."""
     check(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["state_dict"]
     except Exception as error:  # whatever a foreign archive or its pickle raises
         raise UserError(f"{path}: not a checkpoint of formtune ({first_line(error)})") from None
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{path}: not a checkpoint of formtune (no state_dict)")
     return checkpoint
 
 

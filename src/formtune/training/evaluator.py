@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,24 +13,15 @@ from formtune.base.row import Row, quantile
 from formtune.data.datamodule import FormatDataModule
 from formtune.data.preparation import production_rows
 from formtune.errors import UserError
-from formtune.evaluation.baselines import (
-    SHOTS,
-    baseline_key,
-    best_prompt,
-    choose_shots,
-    constant_answer,
-    few_shot_rows,
-    load_baseline,
-    prompting_verdict,
-    store_baseline,
-)
+from formtune.evaluation import baselines as prompting
 from formtune.evaluation.outcomes import VIEWS, Outcome, write_outcomes
 from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.evaluation.report import Run, write_run_report
 from formtune.model import FormatModule
 from formtune.model.batch import Decoding
 from formtune.model.constrained import Grammar
-from formtune.training.test_outcomes import Outcomes
+from formtune.training import callback
+from formtune.training.answers import Outcomes
 
 Baseline = Literal["few_shot", "constrained"]
 Counts = dict[str, tuple[int, int]]
@@ -51,96 +41,83 @@ class Evaluator:
 
     def __init__(self, trainer: Any, model: FormatModule, datamodule: FormatDataModule, folder: Path) -> None:
         self.trainer, self.model, self.datamodule, self.folder = trainer, model, datamodule, folder
-        self._outcomes: Outcomes = next(one for one in trainer.callbacks if isinstance(one, Outcomes))
-        self._kept: dict[str, list[Outcome]] = {}
-        self._constrained = False  # whether constrained decoding was measured for the base, so that it is for the tuned
-        self._context = context_length(model.base) or 10**9
+        self.train_rows, self.test_rows = datamodule.rows["train"], datamodule.rows["test"]
+        self.renderer, self.context = datamodule.settings.renderer, context_length(model.base) or 10**9
+        self.outcomes: dict[str, list[Outcome]] = {}
         self._writes = trainer.is_global_zero and not trainer.fast_dev_run
-        self._rows, self._renderer = datamodule.rows, datamodule.settings.renderer
+        self._longest = max(len(row.target_ids) for row in self.test_rows)
+        # An untuned base often does not stop.
+        self._limit = min(model.max_new_tokens, LONGEST * self._longest)
 
     def baselines(self, kinds: Sequence[Baseline], most: int) -> dict[str, Any]:
-        """Figures of the base: plain (`before`), and those of `few_shot` and `before_constrained` that are asked for.
-
-        Args:
-            kinds: What to measure beside the plain base.
-            most: Test rows to measure on, at most.
-        """
+        """Measure the plain base, and those of `kinds`, on at most so many test rows; the result for `metrics.json`."""
         result: dict[str, Any] = {"counts": {}}
-        test = self._rows["test"]
+        test, format = self.test_rows, self.model.format
         sample = [test[i] for i in sorted(random.Random(0).sample(range(len(test)), min(most, len(test))))]
         self._announce(sample, len(kinds) + 1)
-        plain = "zero-shot"
-        prompts, outcomes = {plain: sample}, {plain: self._baseline("before", sample, result)}
+        prompts = {"zero-shot": sample}
+        outcomes = {"zero-shot": self._baseline("before", sample, result)}
         if "few_shot" in kinds:
-            chosen = choose_shots(self._rows["train"], SHOTS, self.model.format)
-            few, count = few_shot_rows(sample, chosen, self._renderer, self.model.format, self._context)
+            shots = prompting.choose_shots(self.train_rows, prompting.SHOTS, format)
+            rows, count = prompting.few_shot_rows(sample, shots, self.renderer, format, self.context)
             if count:
                 name = f"{count}-shot"
-                prompts[name], outcomes[name] = few, self._baseline("few_shot", few, result)
-                result["shots"] = [row.where for row in chosen[:count]]
-            elif self._writes:
-                print("few-shot is not measured: no example fits beside the longest test row")
+                prompts[name], outcomes[name] = rows, self._baseline("few_shot", rows, result)
+                result["shots"] = [row.where for row in shots[:count]]
+            else:
+                self._print("few-shot is not measured: no example fits beside the longest test row")
         constrained = None
         if "constrained" in kinds and not self.model.constrained:  # else every evaluation is constrained
             try:
-                Grammar(self.model.format, self._renderer)
+                Grammar(format, self.renderer)
             except UserError as error:
                 result["no_grammar"] = str(error).removeprefix("model.constrained: ")
+                self._print(f"constrained decoding is not measured: {result['no_grammar']}")
             else:
-                self._constrained = True
-                constrained = self._baseline("before_constrained", prompts[best_prompt(outcomes)], result, True)
+                rows = prompts[prompting.best_prompt(outcomes)]
+                constrained = self._baseline("before_constrained", rows, result, constrained=True)
         if self._writes:
-            result["constant"] = constant_answer(self._rows["train"], test, self.model.format)
-            result["prompting"] = prompting_verdict(outcomes, constrained)
+            result["constant"] = prompting.constant_answer(self.train_rows, test, format)
+            result["prompting"] = prompting.prompting_verdict(outcomes, constrained)
             print(result["prompting"])
-            if "no_grammar" in result:
-                print(f"constrained decoding is not measured: {result['no_grammar']}")
         return result
 
     def tuned(self, result: dict[str, Any]) -> None:
         """Add the figures of the tuned model, with constrained decoding too if the base was measured so."""
-        for name, constrained in (("after", False), ("after_constrained", True)):
-            if not constrained or self._constrained:
-                self._test(VIEWS[name], self._rows["test"], Decoding(constrained, logged=not constrained))
-                self._keep(name, self._outcomes.outcomes)
-                result[name], result["counts"][name] = results(self.model)
+        self._record("after", self._test(VIEWS["after"], self.test_rows, Decoding()), *results(self.model), result)
+        if "before_constrained" in result:
+            decoding = Decoding(constrained=True, logged=False)
+            outcomes = self._test(VIEWS["after_constrained"], self.test_rows, decoding)
+            self._record("after_constrained", outcomes, *results(self.model), result)
 
     def probe(self) -> list[dict[str, Any]]:
         """Valid format on test rows that were made longer, up to production's P99 and beyond the training rows."""
         production = production_rows(self.datamodule.settings)
         lengths = probe_lengths(
-            [len(row.prompt_ids) for row in self._rows["train"]],
+            [len(row.prompt_ids) for row in self.train_rows],
             [len(row.prompt_ids) for row in production],
-            self._context - max(len(row.target_ids) for row in self._rows["test"]),
+            self.context - self._longest,
         )
-        texts = [row.input for row in production or self._rows["train"]]
-        longer = probe_rows(self._rows["test"], texts, lengths, self._renderer, self.model.format)
-        rows = [row for part in longer.values() for row in part]
-        if not rows:
-            return []
-        numbered = [replace(row, number=number) for number, row in enumerate(rows)]
-        self._test("tuned, longer inputs", numbered, Decoding(logged=False))
-        exact = [outcome.exact for outcome in self._outcomes.outcomes]
-        if len(exact) < len(rows):  # trainer.limit_test_batches
-            return []
+        texts = [row.input for row in production or self.train_rows]
+        longer = probe_rows(self.test_rows, texts, lengths, self.renderer, self.model.format)
         probes = []
-        for name, part in longer.items():
-            mine, exact = exact[: len(part)], exact[len(part) :]
-            probes.append({"name": name, "tokens": lengths[name], "rows": len(mine), "exact": sum(mine)})
+        for name, rows in longer.items():
+            outcomes = self._test(f"tuned, inputs as long as {name}", rows, Decoding(logged=False))
+            exact = sum(outcome.exact for outcome in outcomes)
+            probes.append({"name": name, "tokens": lengths[name], "rows": len(outcomes), "exact": exact})
         return probes
 
     def report(self, result: dict[str, Any]) -> None:
         """Write the run's page and the adapter's card."""
-        settings = self.datamodule.settings
+        settings, splits = self.datamodule.settings, self.datamodule.splits
         production = production_rows(settings)
-        splits = self.datamodule.splits
         assert splits is not None
         run = Run(
             name=f"{self.folder.parent.name}/{self.folder.name}",
             result=result,
-            outcomes=self._kept,
+            outcomes=self.outcomes,
             format=self.model.format,
-            longest=max(len(row.prompt_ids) for row in self._rows["train"]),
+            longest=max(len(row.prompt_ids) for row in self.train_rows),
             production_p95=quantile([len(row.prompt_ids) for row in production], 95) if production else None,
             quarantined=dict(splits.reasons.most_common()),
             config=(self.folder / "config.yaml").read_text(encoding="utf-8"),
@@ -151,25 +128,16 @@ class Evaluator:
 
     def _announce(self, sample: list[Row], evaluations: int) -> None:
         """Print how long the baselines will take, estimated from a few rows, and how to skip them."""
-        if self.trainer.fast_dev_run or len(sample) <= TIMED_ROWS or self._stored(sample):
+        if self.trainer.fast_dev_run or len(sample) <= TIMED_ROWS or self._stored(self._key(sample, False)):
             return
         started = time.monotonic()
         self._test(None, sample[:TIMED_ROWS], Decoding(max_new_tokens=self._limit, logged=False))
         minutes = (time.monotonic() - started) / TIMED_ROWS * len(sample) * evaluations / 60
         skip = "" if evaluations == 1 else "; --baselines '[]' measures the plain base alone"
-        if self._writes:
-            print(
-                f"baselines: {evaluations} evaluations of {len(sample)} of {len(self._rows['test'])} test rows, at "
-                f"most about {max(1, round(minutes))} min{skip}",
-                flush=True,
-            )
-
-    def _stored(self, rows: list[Row], constrained: bool = False) -> dict[str, Any] | None:
-        """What was measured before for the same base, rows, format and settings."""
-        # On several machines some might find it and others not, and these would wait for those without end.
-        if self.trainer.num_nodes > 1 or self.trainer.fast_dev_run:
-            return None
-        return load_baseline(self._key(rows, constrained))
+        self._print(
+            f"baselines: {evaluations} evaluations of {len(sample)} of {len(self.test_rows)} test rows, at most about "
+            f"{max(1, round(minutes))} min{skip}"
+        )
 
     def _key(self, rows: list[Row], constrained: bool) -> str:
         model, trainer = self.model, self.trainer
@@ -180,37 +148,43 @@ class Evaluator:
             "max_new_tokens": self._limit,
             "batches": trainer.limit_test_batches,
         }
-        return baseline_key(model.base, rows, settings, model.format)
+        return prompting.baseline_key(model.base, rows, settings, model.format)
 
-    @property
-    def _limit(self) -> int:
-        """Tokens that a baseline may decode: an untuned base often does not stop."""
-        return min(self.model.max_new_tokens, LONGEST * max(len(row.target_ids) for row in self._rows["test"]))
+    def _stored(self, key: str) -> dict[str, Any] | None:
+        # On several machines some might find it and others not, and these would wait for those without end.
+        return None if self.trainer.num_nodes > 1 or self.trainer.fast_dev_run else prompting.load_baseline(key)
 
     def _baseline(self, name: str, rows: list[Row], result: dict[str, Any], constrained: bool = False) -> list[Outcome]:
         """Outcomes of the base on the rows, from the cache if it has them; the figures go into `result`."""
-        stored = self._stored(rows, constrained)
+        key = self._key(rows, constrained)
+        stored = self._stored(key)
         if stored is None:
             # One point of the curves belongs to step 0: the base as it will be trained.
-            self._test(VIEWS[name], rows, Decoding(constrained, self._limit, logged=name == "before"))
+            outcomes = self._test(VIEWS[name], rows, Decoding(constrained, self._limit, logged=name == "before"))
             values, counts = results(self.model)
             # Figures of a class whose code may change are computed anew each time.
             values = {name: value for name, value in values.items() if not name.startswith("own/")}
-            stored = {"values": values, "counts": counts, "outcomes": self._outcomes.outcomes}
+            stored = {"values": values, "counts": counts, "outcomes": outcomes}
             if self._writes:
-                store_baseline(self._key(rows, constrained), values, counts, self._outcomes.outcomes)
+                prompting.store_baseline(key, **stored)
         outcomes = stored["outcomes"]
-        own = self.model.scores.own.alone([one.answer for one in outcomes], [one.target for one in outcomes])
-        result[name], result["counts"][name] = stored["values"] | own, stored["counts"]
-        self._keep(name, outcomes)
+        own = self.model.scores.own.alone([o.answer for o in outcomes], [o.target for o in outcomes])
+        self._record(name, outcomes, stored["values"] | own, stored["counts"], result)
         return outcomes
 
-    def _test(self, name: str | None, rows: list[Row], decoding: Decoding) -> None:
-        if self._writes and name:  # a bar shows nothing in a log file
-            print(f"measuring: {name}, {len(rows)} rows", flush=True)
+    def _test(self, name: str | None, rows: list[Row], decoding: Decoding) -> list[Outcome]:
+        if name:  # a bar shows nothing in a log file
+            self._print(f"measuring: {name}, {len(rows)} rows")
         self.trainer.test(self.model, self.datamodule.evaluation_loader(rows, decoding), verbose=False)
+        return callback(self.trainer, Outcomes).outcomes
 
-    def _keep(self, name: str, outcomes: list[Outcome]) -> None:
-        self._kept[name] = outcomes
+    def _record(
+        self, name: str, outcomes: list[Outcome], values: dict[str, float], counts: Counts, result: dict[str, Any]
+    ) -> None:
+        self.outcomes[name], result[name], result["counts"][name] = outcomes, values, counts
         if self._writes:
             write_outcomes(self.folder / "outcomes" / f"{name}.jsonl", outcomes)
+
+    def _print(self, line: str) -> None:
+        if self._writes:
+            print(line, flush=True)

@@ -1,8 +1,6 @@
 """`manifest.json` of an exported folder: hashes of its files and of what it was made from.
 
-An adapter is right only with the base, the chat template and the format that it was trained with; hashes tell these
-apart, names do not. All files but the card are listed, so that one that is missing, changed or a link out of the folder
-is found before it is loaded.
+An adapter is right only with the base, chat template and format it was trained with; names do not tell these apart.
 """
 
 from __future__ import annotations
@@ -30,22 +28,13 @@ _BASE_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 
 def write_manifest(
     folder: Path,
-    kind: str,
-    base: str,
-    data: str | None,
-    verification: dict[str, Any] | None = None,
-    packages: tuple[str, ...] = (),
+    kind: str,  # of KINDS
+    base: str,  # folder or hub id, as configured
+    data: str | None,  # content hash of the rows, as in `metrics.json`
+    verification: dict[str, Any] | None = None,  # measurements made before the export
+    packages: tuple[str, ...] = (),  # further packages whose versions matter for loading
 ) -> None:
-    """Write the manifest of a folder that is otherwise complete.
-
-    Args:
-        folder: Holds `format.json`, `config.yaml`, and `chat_template.jinja` if the base has one.
-        kind: One of `KINDS`.
-        base: Folder or hub id of the base, as configured.
-        data: Content hash of the rows, as in a run's `metrics.json`.
-        verification: Measurements made before the export.
-        packages: Further packages whose versions matter for loading.
-    """
+    """Write the manifest of a folder that is otherwise complete."""
     files = _hashes(folder, (path for path in folder.rglob("*") if path.name not in (NAME, CARD)))
     manifest = {
         "formtune": __version__,
@@ -74,22 +63,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         return manifest
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; an exported folder has one (formtune export)") from None
-    except ValueError:
-        raise UserError(f"{path}: not JSON; export the folder again") from None
-    except (TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path}: not a manifest; export the folder again") from None
 
 
 def verify(folder: Path) -> dict[str, Any]:
     """The folder's manifest; raises a UserError that names a listed file which is missing, changed or outside."""
-    manifest, home = read_manifest(folder), folder.resolve()
+    manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
-        if "\0" in name:
-            raise UserError(f"{folder / NAME}: {name!r}: not a file's name; export the folder again")
         parts = PurePosixPath(name)
         path = folder / parts
-        if parts.is_absolute() or ".." in parts.parts or not path.resolve().is_relative_to(home):
-            raise UserError(f"{path}: leads out of {folder}; export the folder again")
+        outside = "\0" in name or parts.is_absolute() or ".." in parts.parts
+        if outside or not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{folder / NAME}: {name!r} leads out of {folder}; export the folder again")
         if not path.is_file():
             raise UserError(f"{path}: missing, but listed in {NAME}; export the folder again")
         if file_hash(path) != expected:

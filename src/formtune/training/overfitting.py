@@ -1,42 +1,33 @@
-"""Diagnose during a run whether it still learns or memorises, and stop a run that has nothing left to learn.
-
-A step's training loss cannot be compared with the validation loss: it has dropout, other rows each time, and the
-weights of its own step. So each validation also measures a fixed sample of training rows, in the same way and with the
-same weights. The diagnosis follows from the two losses and the format.
-"""
+"""Diagnose during a run whether it still learns or memorises, and stop a run that has nothing left to learn."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from formtune.training import callback
 from formtune.training.validations import Validation, Validations, best, fewer
 
 LASTING = 3  # validations that a change must last: the last two of a run are close, and may be the same luck
-# The rows are the same each time, so a loss moves with the weights only: by a few percent from validation to validation
-# while the learning rate is high. A gain may be small, since it adds up since the last one that counted, and keeps a
-# run alive; to call it memorising takes more than that noise.
+# Shares of a loss. While the learning rate is high, a loss moves by a few percent from validation to validation. Small
+# gains add up and keep a run alive; to call a run memorising takes more than that noise.
 GAIN = 0.01
 CHANGE = 0.05
-FLOOR = 0.001  # nats per token; a smaller change is none. It makes an answer of 50 tokens 5 % more or less likely
 FAR = 1.0  # a training loss that has doubled does not come back
+FLOOR = 0.001  # nats per token; a smaller change does not count
 
 T = TypeVar("T")
-Kind = Literal["too early", "learning", "memorising", "saturated", "not learning", "diverged"]
 
 
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
+class Diagnosis(NamedTuple):
     """What the validations so far show together."""
 
-    kind: Kind
-    since: int  # first step that it holds for
+    kind: Literal["too early", "learning", "memorising", "saturated", "not learning", "diverged"]
     text: str  # one line, with its figures
 
 
@@ -44,51 +35,48 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
     """Diagnose a run from its validations in the order of their steps, at least one."""
     finite = [v for v in history if _finite(v)]
     start, last = (finite or history)[0], history[-1]
-    far = [not _finite(v) or _counts(v.train_loss - start.train_loss, start.train_loss, FAR) for v in history]
-    if far[-1]:
-        since = history[_begin(far)].step
+    if not _finite(last) or _counts(last.train_loss - start.train_loss, start.train_loss, FAR):
         figures = f"train {last.train_loss:.4g}, validation {last.val_loss:.4g}, {start.train_loss:.4g} at the start"
-        return Diagnosis("diverged", since, f"diverged since step {since}: losses {figures}")
+        return Diagnosis("diverged", f"diverged: losses {figures}")
 
     train, loss = [v.train_loss for v in finite], [v.val_loss for v in finite]
     gains = {  # index of the last improvement of each, 0 for none
         "validation loss": _last_fall(loss),
-        # As when checkpoints are compared; for F1, at least a row's worth.
         "format/exact": _last_rise([v.valid for v in finite], fewer, int.bit_count),
         "joint/exact": _last_rise([v.right for v in finite], fewer, int.bit_count),
+        # At least by one row's worth.
         "content/field_f1": _last_rise([v.field_f1 for v in finite], lambda old, new: new - old > 1 / last.rows, float),
     }
     recent = [name for name, at in gains.items() if at and len(finite) - 1 - at < LASTING]
     lowest = loss.index(min(loss))
-    above = [_counts(value - loss[lowest], loss[lowest], CHANGE) for value in loss]
+    above = all(_counts(value - loss[lowest], loss[lowest], CHANGE) for value in loss[-LASTING:])
     rise = f"validation loss {_change(loss[lowest], loss[-1])} from its lowest"
     if recent:
-        but = f", with the {rise}" if all(above[-LASTING:]) else ""
+        but = f", with the {rise}" if above else ""
         verb = "improves" if len(recent) == 1 else "improve"
-        return Diagnosis("learning", start.step, f"learning: {' and '.join(recent)} still {verb}{but}")
+        return Diagnosis("learning", f"learning: {' and '.join(recent)} still {verb}{but}")
     if len(finite) <= LASTING:
         text = f"too early to tell: validation {len(finite)} of the {LASTING + 1} that it takes, nothing improved yet"
-        return Diagnosis("too early", start.step, text)
+        return Diagnosis("too early", text)
     chosen = best(history)
-    if all(above[-LASTING:]) and _counts(train[lowest] - train[-1], train[lowest], CHANGE):
-        since = finite[_begin(above)].step
+    if above and _counts(train[lowest] - train[-1], train[lowest], CHANGE):
         at = gains["format/exact"]
         parts = [
-            f"memorising since step {since}: {rise} while train fell {_change(train[lowest], train[-1])[1:]}",
+            f"memorising since step {finite[lowest].step}: {rise} while train fell "
+            f"{_change(train[lowest], train[-1])[1:]}",
             f"format/exact saturated since step {finite[at].step}" if at else "format/exact has not risen",
             *([f"the best checkpoint is of step {chosen.step}"] if chosen else []),
         ]
-        return Diagnosis("memorising", since, "; ".join(parts))
+        return Diagnosis("memorising", "; ".join(parts))
     if not any(gains.values()) and not _last_fall(train):
-        text = f"not learning: neither loss has fallen in {len(finite)} validations"
-        return Diagnosis("not learning", start.step, text)
+        return Diagnosis("not learning", f"not learning: neither loss has fallen in {len(finite)} validations")
     at = max(gains.values())
+    since = finite[at].step
     fell = _counts(train[at] - train[-1], train[at], CHANGE)
     but = f", while train fell {_change(train[at], train[-1])[1:]}" if fell else ""
-    since = finite[at].step
     if chosen and chosen.step != since:
         but += f"; the best checkpoint is of step {chosen.step}, which can be chance"
-    return Diagnosis("saturated", since, f"saturated: nothing improved since step {since}{but}")
+    return Diagnosis("saturated", f"saturated: nothing improved since step {since}{but}")
 
 
 def should_stop(history: Sequence[Validation], validations: int) -> bool:
@@ -125,11 +113,6 @@ def _last_gain(values: Sequence[T], gained: Callable[[T, T], bool]) -> int:
     return last
 
 
-def _begin(flags: Sequence[bool]) -> int:
-    """Index at which the last run of true flags begins."""
-    return len(flags) - next((i for i, flag in enumerate(reversed(flags)) if not flag), len(flags))
-
-
 def _change(before: float, after: float) -> str:
     return f"{after / before - 1:+.0%}" if before else f"{after - before:+.4f}"
 
@@ -137,7 +120,9 @@ def _change(before: float, after: float) -> str:
 class OverfittingWatch(Callback):
     """Measures a sample of training rows in each validation, and diagnoses the history of both.
 
-    The cost is a teacher-forced pass without gradients over as many rows as validation has; nothing is decoded.
+    A step's training loss cannot be compared with the validation loss: it has dropout, other rows each time, and older
+    weights. The sample is measured as validation rows are. The cost is a forward pass over as many rows as validation
+    has; nothing is decoded.
 
     Args:
         patience: Validations in a row that must find the run memorising or saturated before it is stopped; None
@@ -146,16 +131,10 @@ class OverfittingWatch(Callback):
 
     def __init__(self, patience: PositiveInt | None = None) -> None:
         self.patience = patience
-        self.validations = Validations()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         # It comes before this callback in the trainer's list, and has recorded a validation when this one reads it.
-        self.validations = next((one for one in trainer.callbacks if isinstance(one, Validations)), self.validations)
-
-    @property
-    def diagnosis(self) -> Diagnosis | None:
-        """What the validations so far show, None before the first."""
-        return diagnose(self.validations.history) if self.validations.history else None
+        self.validations = callback(trainer, Validations)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         # Not in a later hook: the model is still in evaluation mode, and its metrics are not yet reset.
@@ -168,8 +147,8 @@ class OverfittingWatch(Callback):
         if trainer.sanity_checking:
             return
         history = self.validations.history
-        before, now = diagnose(history[:-1]) if history[1:] else None, diagnose(history)
-        changed = before is None or (before.kind, before.since) != (now.kind, now.since)
+        now = diagnose(history)
+        changed = len(history) == 1 or diagnose(history[:-1]).kind != now.kind
         if changed and isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
             trainer.logger.experiment.add_text("diagnosis", now.text, trainer.global_step)
         if self.patience and trainer.state.fn == "fit" and should_stop(history, self.patience):

@@ -2,55 +2,39 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
 from formtune.data.datamodule import FormatDataModule
+from formtune.data.encoded import FEW_ROWS
+from formtune.data.table import print_data, print_ignored
 from formtune.errors import UserError
 from formtune.files import write_json, write_whole
 from formtune.model import FormatModule
-from formtune.training import checkpoint_files
-from formtune.training.adapter import export_adapter
+from formtune.training import callback, checkpoint_files
 from formtune.training.checkpoint import BestCheckpoint
-from formtune.training.data_table import DataTable
 from formtune.training.evaluator import Baseline, Evaluator
-from formtune.training.overfitting import OverfittingWatch
+from formtune.training.manifest import write_manifest
+from formtune.training.overfitting import diagnose
 from formtune.training.run_folder import RunFolder
-from formtune.training.validations import Validations, reason
+from formtune.training.validations import Validations, best, reason
 
 
-@dataclass(slots=True)
-class Job:
-    """A run of `formtune train`.
-
-    Args:
-        trainer: With the callbacks of the run.
-        model: The model, its adapters still at zero.
-        datamodule: The rows.
-        folder: Where the run writes.
-        config: Gives the configuration as YAML.
-        baselines: What to measure beside the plain base.
-        baseline_rows: Test rows that the baselines are measured on, at most.
-        checkpoint: Checkpoint to resume from, None to begin.
-        checks: Each returns lines to print, or refuses the run before it begins.
-    """
-
-    trainer: Any
-    model: FormatModule
-    datamodule: FormatDataModule
-    folder: RunFolder
-    config: Callable[[], str]
-    baselines: Sequence[Baseline]
-    baseline_rows: int
-    checkpoint: Any
-    checks: Sequence[Callable[[FormatModule], list[str]]] = ()
-
-
-def train(job: Job) -> dict[str, Any] | None:
+def train(
+    trainer: Any,  # with the callbacks of the run
+    model: FormatModule,
+    datamodule: FormatDataModule,
+    folder: RunFolder,
+    config: Callable[[], str],  # returns the configuration as YAML
+    baselines: Sequence[Baseline],  # what to measure beside the plain base
+    baseline_rows: int,  # test rows that the baselines are measured on, at most
+    checkpoint: Path | None,  # to resume from
+    checks: Sequence[Callable[[FormatModule], list[str]]] = (),  # each returns lines to print, or refuses the run
+) -> dict[str, Any] | None:
     """Measure the base, fit, test the best checkpoint, export the adapter and write the report.
 
     Returns:
@@ -59,40 +43,38 @@ def train(job: Job) -> dict[str, Any] | None:
     Raises:
         UserError: The rows must not be trained on, or no validation gave a finite loss.
     """
-    trainer, model, datamodule, folder = job.trainer, job.model, job.datamodule, job.folder
     writes = trainer.is_global_zero and not trainer.fast_dev_run
     if writes:
         folder.hold()
 
     # Rows, and checks that need no training
-    datamodule.trainer = trainer
-    datamodule.prepare_data()
-    callback(trainer, DataTable).show(trainer, datamodule)
+    prepare(trainer, datamodule)
     evaluator = Evaluator(trainer, model, datamodule, folder.path)
-    for check in job.checks:
+    for check in checks:
         for line in check(model):
             rank_zero_only(print)(f"preflight: {line}")
     if writes and not folder.begun:
-        write_whole(folder.path / "config.yaml", job.config())
+        write_whole(folder.path / "config.yaml", config())
 
     # What prompting reaches
-    result = evaluator.baselines(job.baselines, job.baseline_rows)
+    result = evaluator.baselines(baselines, baseline_rows)
 
     # Training; the curves start at the untuned base
-    if job.checkpoint is None:
+    if checkpoint is None:
         trainer.validate(model, datamodule, verbose=False)
-    trainer.fit(model, datamodule, ckpt_path=job.checkpoint)
+    trainer.fit(model, datamodule, ckpt_path=checkpoint)
     steps = trainer.global_step
     if trainer.fast_dev_run:
         return None
 
     # The best checkpoint and its adapter, which is safe before anything else can fail
-    validations, best = callback(trainer, Validations), callback(trainer, BestCheckpoint)
-    if not best.best_model_path:
-        raise UserError(f"{reason(validations.history)}; lower model.optimizer.lr")
-    model.load_state_dict(checkpoint_files.read(Path(best.best_model_path))["state_dict"])
+    history, checkpoints = callback(trainer, Validations).history, callback(trainer, BestCheckpoint)
+    chosen = best(history)
+    if chosen is None:
+        raise UserError(f"{reason(history)}; lower model.optimizer.lr")
+    model.load_state_dict(checkpoint_files.read(Path(checkpoints.best_model_path))["state_dict"])
     data = datamodule.splits.key if datamodule.splits else None
-    if trainer.is_global_zero and not (folder.path / "adapter").exists():
+    if writes and not (folder.path / "adapter").exists():
         export_adapter(model, folder.path / "adapter", folder.path / "config.yaml", data)
 
     # The tuned model on the test rows, and on longer inputs
@@ -100,26 +82,56 @@ def train(job: Job) -> dict[str, Any] | None:
     result["probe"] = evaluator.probe()
     result["rows"] = result["counts"]["after"]["format/exact"][1]
     result["data"] = data  # as in audit.json
-    diagnosis = callback(trainer, OverfittingWatch).diagnosis
     result["training"] = {
         "steps": steps,
-        "seconds": round(best.elapsed(), 1),
+        "seconds": round(checkpoints.seconds, 1),
         "skipped_steps": model.guard.skipped,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        **validations.summary(),
-        **best.summary(),
-        "diagnosis": diagnosis.text if diagnosis else None,
+        "best_step": chosen.step,
+        "best_reason": reason(history),
+        "best": chosen.figures() | {"loss": chosen.val_loss},
+        "history": [validation.figures() for validation in history],
+        "diagnosis": diagnose(history).text,
     }
     if writes:
         evaluator.report(result)
+        write_json(folder.path / "metrics.json", result)  # last of all: it says that the run is finished
     return result
 
 
-def finish(folder: RunFolder, result: dict[str, Any]) -> None:
-    """Write `metrics.json`, last of all: it says that the run is finished."""
-    write_json(folder.path / "metrics.json", result)
+def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> None:
+    """Prepare the rows, and print what they are before anything slow begins."""
+    datamodule.trainer = trainer
+    datamodule.setup(stage)
+    if not trainer.is_global_zero:
+        return
+    splits, settings = datamodule.splits, datamodule.settings
+    if splits is not None:
+        print_data(splits, Path(trainer.default_root_dir) if trainer.loggers else None)
+    for key, counts in settings.ignored.items():
+        print_ignored(counts, key)
+    count = len(splits.rows.get("train", ())) if splits else 0
+    if 0 < count < FEW_ROWS:
+        print(f"few rows: {count} to train on, where {FEW_ROWS} are the least for a task; see formtune audit")
+    if splits and settings.date:
+        print(
+            f"the chat template writes the date; frozen at {settings.date} for this run; a server writes its own day, "
+            "unless the date is written into the chat_template.jinja that it serves"
+        )
 
 
-def callback(trainer: Any, kind: type) -> Any:
-    """The trainer's callback of a class."""
-    return next(one for one in trainer.callbacks if type(one) is kind)
+def export_adapter(module: FormatModule, folder: Path, config: Path, data: str | None) -> None:
+    """Write adapter, tokenizer with its chat template, format, configuration and manifest into a new folder.
+
+    PEFT alone loads it: `PeftModel.from_pretrained(base_model, folder)`. The folder appears only when it is complete.
+    """
+    partial = folder.with_name(folder.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    # False: PEFT would otherwise ask a hub whether the base's vocabulary was resized.
+    module.model.save_pretrained(partial, safe_serialization=True, save_embedding_layers=False)
+    module.renderer.tokenizer.save_pretrained(partial)
+    write_json(partial / "format.json", module.format.to_dict())
+    shutil.copyfile(config, partial / "config.yaml")
+    (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+    write_manifest(partial, "adapter", module.base, data)
+    partial.replace(folder)

@@ -1,9 +1,9 @@
-"""The folder of one run: held by one process at a time, resumed after an interruption, never continued as another."""
+"""The folder of one run: held by one process at a time, and resumed with the same configuration only."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +63,13 @@ class RunFolder:
         return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
 
     def hold(self) -> None:
-        """Make the folder, and lock it for as long as this process lives.
-
-        Raises:
-            UserError: Another process holds it, or the folder cannot be written.
-        """
+        """Make the folder, and lock it for as long as this process lives."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout:
             raise UserError(
-                f"{self.path}: this run is going on in another process; wait for it or stop it, or name another --run"
+                f"{self.path}: another process is running this run; wait for it or stop it, or name another --run"
             ) from None
         except OSError as error:
             raise UserError(f"{self.path}: no run can write here ({error.strerror})") from None
@@ -89,18 +85,7 @@ class RunFolder:
 
 
 def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], str]) -> str | None:
-    """The name of the run to begin or to resume; None for a new run, which is named by the clock.
-
-    Args:
-        task: Folder of the task.
-        name: As given by the user.
-        resume: Whether to resume an interrupted run.
-        config: Returns the whole configuration as YAML.
-
-    Raises:
-        UserError: The run of that name has another configuration.
-        SystemExit: It is finished, with this configuration.
-    """
+    """The name of the run to begin or to resume in a task's folder; None for a new run, which is named by the clock."""
     folder = RunFolder(task / name) if name else _last(task) if resume else None
     if folder is None or not folder.begun or (folder.finished and not name):
         return name
@@ -115,6 +100,12 @@ def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], 
     new = f"{folder.path} began with {difference}: a new run begins"
     print(new if difference else f"continuing {folder.path}", flush=True)
     return None if difference else name or folder.path.name
+
+
+def measured_run(configs: Sequence[Path], named: Path | None) -> Path | None:
+    """The run to measure: that of `--run`, else the one whose `config.yaml` is given; None if neither is a run."""
+    folders = [*([named] if named else []), *(path.parent for path in reversed(configs) if path.name == "config.yaml")]
+    return next((run for run in folders if RunFolder(run).begun and (run / "checkpoints").is_dir()), None)
 
 
 def _last(task: Path) -> RunFolder | None:

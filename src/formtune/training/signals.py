@@ -1,6 +1,6 @@
-"""Signals that stop a run: noted when they arrive, obeyed between two steps, by all processes at the same step.
+"""Signals that stop a run: noted when they arrive, acted on between two steps, by all processes at the same step.
 
-A handler that saved or communicated by itself would meet a half-done step, and processes that wait for others.
+A handler that saved or communicated by itself would meet an unfinished step, and processes that wait for others.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Signals(Callback):
 
     def _note(self, number: int, frame: Any) -> None:
         if not self._in_loop:
-            self.number = number  # for the next poll, if this is raised where exceptions are swallowed
+            self.number = number  # for the next poll, if the exception is swallowed where it is raised
             raise Stopped(number, self.remedy)
         if self.number and number == signal.SIGINT:
             os._exit(128 + number)
@@ -70,11 +70,7 @@ class Signals(Callback):
 
     on_test_start = on_predict_start = on_validation_start
 
-    def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.state.fn != "fit":  # in training, the checkpoint callback polls: it says what is saved
-            self._poll(trainer)
-
-    on_test_batch_end = on_predict_batch_end = _poll
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _poll
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self._in_loop = trainer.state.fn == "fit"

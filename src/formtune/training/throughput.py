@@ -9,25 +9,18 @@ from lightning.pytorch.callbacks import Callback
 
 
 class Throughput(Callback):
-    """Logs `train/tokens_per_second`: prompt and target tokens of all devices, without the time of evaluations."""
+    """Logs `train/tokens_per_second`: prompt and target tokens of all devices by the time of the optimizer steps."""
 
     def __init__(self) -> None:
-        self._restart()
+        self._tokens, self._seconds = 0, 0.0
 
-    def _restart(self, *_: Any, **__: Any) -> None:
-        self._tokens, self._seconds, self._clock = 0, 0.0, time.perf_counter()
-
-    on_train_start = _restart
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._tokens += sum(map(len, batch.rows))
+        self._seconds += time.perf_counter() - self._started
         if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
-            rate = self._tokens / (self._seconds + time.perf_counter() - self._clock)
+            rate = self._tokens / self._seconds
             pl_module.log("train/tokens_per_second", rate, prog_bar=True, batch_size=1, sync_dist=True, reduce_fx="sum")
-            self._restart()
-
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        self._seconds += time.perf_counter() - self._clock
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self._clock = time.perf_counter()
+            self._tokens, self._seconds = 0, 0.0

@@ -13,7 +13,7 @@ from formtune.data.datamodule import FormatDataModule, Order
 from formtune.data.sources import read_records
 from formtune.errors import UserError
 from formtune.formats import JsonSchema
-from formtune.training.data_table import DataTable
+from formtune.training.pipeline import prepare
 
 
 def module(task, rows, **options):
@@ -201,12 +201,11 @@ def test_ignored_columns_are_counted_over_all_files_and_printed_before_training(
     held = write("test.jsonl", [pair(61, "another text") | {"id": 61}])
     made = data(rows, test=held, prompts=write("prompts.jsonl", [{"prompt": "p", "user": 4}] * 3))
     assert made.splits.ignored == {"id": 61, "topic": 9}
-    trainer = SimpleNamespace(datamodule=made, is_global_zero=True, loggers=[], default_root_dir="")
-    DataTable().setup(trainer, None, "fit")
-    assert "\nignored columns: id (61 rows), topic (9 rows)\n" in capsys.readouterr().out
+    trainer = SimpleNamespace(is_global_zero=True, loggers=[], default_root_dir="")
+    prepare(trainer, made)
+    assert "\nignored columns: id (61 rows), topic (9)\n" in capsys.readouterr().out
     made.splits = None
-    made.setup("predict")
-    DataTable().setup(trainer, None, "predict")
+    prepare(trainer, made, "predict")
     assert capsys.readouterr().out == "data.prompts: ignored columns: user (3 rows)\n"
 
 

@@ -12,9 +12,7 @@ import torch
 
 from conftest import byte_tokenizer, tiny_model
 from formtune.cli import main
-from formtune.errors import UserError
 from formtune.formats import JsonSchema
-from formtune.training.checkpoint import BestCheckpoint
 from formtune.training.validations import Validation, Validations, best, contenders, reason
 
 ROWS = 119
@@ -123,6 +121,25 @@ def history_of(rng, size, validations):
 
 
 def test_the_best_of_all_is_always_among_the_kept_and_what_was_removed_is_never_needed():
+    """`contenders` leaves out none that can win.
+
+    Let the reference have t valid rows now; a later one has r >= t. A checkpoint A with a valid rows cannot be the best,
+    now or later, if one of these is true:
+
+    1. It is too far behind. A is a candidate if (r - a)² <= b + c, where b - c = r - a, c <= a and c <= rows - r. So it
+       takes m² - m <= 2 min(a, rows - r) for m = r - a. With r the left side rises and the right side does not: if this
+       is false for t, it is false for every r.
+    2. Another checkpoint B, with b valid rows, comes before A in the order and is a candidate whenever A is. This needs
+       proof for r >= b + 2 only: one row less is never too few. Let h rows differ between A and B, let both lack n rows,
+       and let the reference have s <= n of these and lack j of those that only B has. It differs from A in
+       h - (r - b) + 2 (s - j) rows, and from B in at most h less. So if A is a candidate,
+       (r - a)² <= h + 2 n - (r - b), and B differs from the reference in at least (r - a)² - h rows. B is a candidate
+       too if that is at least (r - b)². Where one of the two settles it for the lowest r, it does for every r: the
+       difference of both sides does not fall as r rises. It does not matter whether B's own file is kept.
+
+    Both are sufficient and cheap, so a few that cannot win may be kept. A fixed limit would give a best one away, since
+    there are verdicts for which each of many may still win.
+    """
     rng = random.Random(1)
     removed = 0
     for _ in range(1500):
@@ -166,12 +183,7 @@ def test_the_verdicts_of_the_rows_survive_safe_loading(tmp_path):
     record.history = [EARLY, LATE, measured(300, rows((1, 5000)), 3, rows=5000)]
     torch.save(record.state_dict(), tmp_path / "state")
     again.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
-    assert again.history == record.history and again.best == record.best
-
-
-def test_a_run_of_a_version_without_verdicts_is_refused():
-    with pytest.raises(UserError, match="begin a new run"):
-        BestCheckpoint().load_state_dict({"scores": [[1, 2, 0.5, 0.1]], "rows": 3, "seconds": 1.0})
+    assert again.history == record.history
 
 
 def test_the_rows_are_in_the_order_of_the_file_whichever_process_has_them(monkeypatch):
@@ -180,12 +192,12 @@ def test_the_rows_are_in_the_order_of_the_file_whichever_process_has_them(monkey
         for n in range(1, 8)
     ]
     trainer = SimpleNamespace(
-        sanity_checking=False, global_step=5, callback_metrics={"val/loss": torch.tensor(0.5), "content/field_f1": 0.25}
-    )
+        sanity_checking=False, global_step=5, callback_metrics={"val/loss": torch.tensor(0.5), "content/field_f1": 0.25},
+        state=SimpleNamespace(fn="validate"),
+    )  # fmt: skip
 
     def recorded(mine, others):
         record = Validations()
-        record.on_validation_start(trainer, None)
         for batch in mine:
             record.on_validation_batch_end(trainer, None, batch, None, 0)
         found = [(a.row.number, a.verdict.exact, a.verdict.joint) for a in others]
@@ -199,6 +211,7 @@ def test_the_rows_are_in_the_order_of_the_file_whichever_process_has_them(monkey
     assert all((v.rows, v.valid, v.right) == (7, one.valid, one.right) for v in parts)
 
 
+@pytest.mark.slow
 def test_the_adapter_that_keeps_the_format_is_exported_and_not_the_one_of_the_lowest_loss(task, monkeypatch):
     """Every training answer is the same and no validation answer is like it. The longer the model learns it by heart,
     the less likely it finds what is wanted, and the surer its answers are in format.
@@ -233,7 +246,10 @@ def test_the_adapter_that_keeps_the_format_is_exported_and_not_the_one_of_the_lo
     run = Path("logs/t/r")
     training = json.loads((run / "metrics.json").read_text())["training"]
     by_step = {one["step"]: one for one in training["history"]}
-    chosen, lowest = by_step[training["best_step"]], by_step[training["lowest_loss_step"]]
+    chosen, lowest = (
+        by_step[training["best_step"]],
+        min(by_step.values(), key=lambda one: (not one["step"], one["val_loss"])),
+    )
     assert chosen["exact"] == max(one["exact"] for one in by_step.values()) > lowest["exact"]
     assert chosen["val_loss"] > lowest["val_loss"] and lowest["step"] < chosen["step"] < 120
 
