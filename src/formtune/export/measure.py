@@ -118,7 +118,7 @@ def measure(
     rows: list[Row],
     limits: list[int],  # tokens that the answer to each row may have
     stop: list[int],  # tokens that end an answer
-    timed: list[int],  # a prompt, in token ids
+    timed: list[int],  # a prompt, in token ids; if empty, nothing is timed
 ) -> tuple[Closeness, list[list[int]], float]:
     """How close a model is to its reference on `compared`, its answers to the rows, and its tokens per second."""
     expected = last_logits(load(**reference), compared)
@@ -126,7 +126,7 @@ def measure(
     closeness = compare(expected, last_logits(loaded, compared))
     micro_batches = LengthBuckets(loaded)
     answers = micro_batches.decode(rows, micro_batches.split(rows, TOKENS, max(limits, default=0)), stop, limits)
-    return closeness, answers, _tokens_per_second(loaded, timed)
+    return closeness, answers, _tokens_per_second(loaded, timed) if timed else math.nan
 
 
 @torch.no_grad()
