@@ -9,6 +9,8 @@ import sys
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # formtune reports what is wrong with a model's files in one line; a user may still ask for transformers' own reports.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
+# Threads that wait for each other sleep: spinning, beside another busy process, made a step five times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Rows are tokenized once, up front; a fork after that would print a warning at every start of a worker.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -54,6 +56,7 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for a user's mistake, 1 for a fault, 128 plus its number for a signal.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: PTH123, SIM115 (closed by the shell: `>&-`)
     try:
         code = _run(sys.argv[1:] if args is None else args)
         print(end="", flush=True)
