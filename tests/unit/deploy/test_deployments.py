@@ -59,7 +59,7 @@ def test_a_run_that_is_not_worse_is_promoted_and_nothing_depends_on_logs_then(lo
     assert promote("equal") == 0
     said = capsys.readouterr().out
     assert "small/production: equal-adapter (before: good-adapter)" in said
-    assert "after.jsonl against good-adapter.jsonl: format/exact cannot tell with 40 rows" in said
+    assert "good-adapter.jsonl: format/exact cannot tell with 40 rows" in said
     shutil.rmtree(logs)
     deployment = read_deployment("small/production")
     assert verify(deployment.version_folder("equal-adapter"))["kind"] == "adapter"

@@ -281,7 +281,7 @@ class Half(L.Callback):
             text = ("no JSON", row.target, '{"n":-1,"s":""}')[row.number % 3]
             return Answer(row, text, pl_module.format.check(text, finished=True, target=row.target, input=row.input))
 
-        pl_module._judge = judge
+        pl_module._check = judge
 
 
 def test_a_limited_validation_records_the_rows_that_it_saw(train, monkeypatch):
