@@ -27,7 +27,7 @@ def run(command: str, args: list[str]) -> None:
     """Answer prompts until standard input ends."""
     parser = CommandParser(command, COMMANDS[command].description, "formtune try RUN")
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a finished run")
-    parser.add_argument("--schema", type=str | None, help="File of the schema, where each row has its own")
+    parser.add_argument("--schema", type=str, help="File of the schema, if each row has its own")
     config = parser.parse_args(args)
     folder = config.run
     if not (folder / "adapter").is_dir():

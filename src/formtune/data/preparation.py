@@ -50,9 +50,10 @@ def read_examples(
     for record, where in read_records(source):
         unread: set[str] = set()
         messages = settings.columns.conversation(record, where, with_target, unread)
-        column = settings.columns.schema if settings.format.per_row else None
-        ignored.update(sorted(unread - {column}))
-        if (system := settings.system_of(schema := own_schema(record.get(column)))) and messages[0]["role"] != "system":
+        column, per_row = settings.columns.schema, settings.format.per_row
+        schema = own_schema(record.get(column)) if per_row else None
+        ignored.update(sorted(unread - {column} if per_row else unread))
+        if (system := settings.system_of(schema)) and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
         examples.append(Example(messages, where, settings.columns.origin(record, where), schema=schema))
     return examples
@@ -91,8 +92,7 @@ def _usual_style(
 ) -> dict[str, list[Example]]:
     """The rows without those that write something in another way than most."""
     kept = list(chain(*examples.values()))
-    fields = {schema: settings.format.of_row(schema).fields for schema in {e.schema for e in kept}}
-    splits.mixtures = mixtures(kept, fields)
+    splits.mixtures = mixtures(kept, {e.schema: settings.format.of_row(e.schema).fields for e in kept})
     details: dict[str, str] = {}
     for mixture in splits.mixtures:
         usual = next(iter(mixture.forms))

@@ -40,8 +40,7 @@ class DataSettings:
         prompts: Inputs for `predict`: the same kinds as train, no answers needed.
         production: Inputs as production sends them, the same kinds; the rows are compared with these.
         tokenizer: Model folder or hub id of the tokenizer (follows `model.base`).
-        system: System prompt for rows that have none; `{schema}` in it is replaced by the JSON Schema, the format's or
-            the row's own.
+        system: System prompt for rows that have none; `{schema}` in it is replaced by the format's JSON Schema.
         columns: Which columns hold the conversation.
         clean: Repairs to run on inputs, here and in `predict`.
         repair_answers: Repairs to run on answers, made only if the answer then has a valid format.

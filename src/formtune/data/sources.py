@@ -137,7 +137,7 @@ class Columns:
         messages: Column of chat turns; where a record has it, `prompt` and `completion` are not read.
         system: Column of the row's own system prompt, in place of `data.system`; may be absent or empty.
         source: Column that says who wrote the row: "human", or the name of the model that did; may be absent.
-        schema: Column of the row's own JSON Schema, as an object or as JSON text; read if `data.format` names none.
+        schema: Column of the row's own JSON Schema, an object or JSON text; read if `data.format` names none.
     """
 
     def __init__(
@@ -149,8 +149,8 @@ class Columns:
         source: str | None = None,
         schema: str = "schema",
     ) -> None:
-        self.schema = schema
-        self.prompt, self.completion, self.messages, self.source = prompt, completion, messages, source
+        self.prompt, self.completion, self.messages = prompt, completion, messages
+        self.source, self.schema = source, schema
         self._in_prompt = re.findall(_FIELD, prompt) if "{" in prompt else [prompt]
         self.system = None if system in (*self._in_prompt, completion) else system
 

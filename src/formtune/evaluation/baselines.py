@@ -23,8 +23,6 @@ ENOUGH = 0.95  # share of right answers from which on prompting may be enough
 FOLDER = Path(".cache/baseline")
 KEPT = 24  # measurements in it
 
-Shots = Mapping[str | None, Sequence[Row]]  # by the rows' own schema, None where they have none
-
 
 def choose_shots(train: Sequence[Row], count: int, format: Format) -> list[Row]:
     """Training rows for the prompt: first those with a new label, then others, in the order of a hash of the input."""
@@ -41,18 +39,18 @@ def choose_shots(train: Sequence[Row], count: int, format: Format) -> list[Row]:
     return [*new, *others][:count]
 
 
-def shots_by_schema(train: Sequence[Row], test: Sequence[Row], format: Format) -> Shots:
-    """Shots for each schema of the test rows, training rows of the same schema, or of all if there are none."""
+def shots_by_schema(train: Sequence[Row], test: Sequence[Row], format: Format) -> dict[str | None, list[Row]]:
+    """Shots for each schema of the test rows: training rows of the same schema, of others if there are none."""
     same: dict[str | None, list[Row]] = defaultdict(list)
     for row in train:
         same[row.schema].append(row)
+    others = train[: 10 * SHOTS]
     schemas = dict.fromkeys(row.schema for row in test)
-    others = [] if same.keys() >= schemas.keys() else choose_shots(train, SHOTS, format)
-    return {s: choose_shots(same[s], SHOTS, format) if s in same else others for s in schemas}
+    return {schema: choose_shots(same.get(schema, others), SHOTS, format) for schema in schemas}
 
 
 def few_shot_rows(
-    test: Sequence[Row], shots: Shots, renderer: Renderer, format: Format, context: int
+    test: Sequence[Row], shots: Mapping[str | None, Sequence[Row]], renderer: Renderer, format: Format, context: int
 ) -> tuple[list[Row], int]:
     """The test rows with as many shots as fit the context, as earlier turns; and the number of shots."""
     for count in range(max(map(len, shots.values())), 0, -1):

@@ -78,10 +78,7 @@ class Format(ABC):
     per_row: bool = False
 
     def of_row(self, schema: str | None) -> Format:
-        """The format that judges and constrains one row, by the JSON text of the row's own schema.
-
-        Raises UserError if the format needs a schema for each row and cannot read this one.
-        """
+        """The format of one row, by the JSON text of its own schema; raises UserError if it cannot be read."""
         return self
 
     @abstractmethod

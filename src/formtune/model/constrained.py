@@ -49,10 +49,9 @@ class Grammar:
     def _compile(self, schema: str | None) -> Any:
         from llguidance import LLMatcher
 
-        format = self._format.of_row(schema)
-        rules = format.grammar()
+        rules = self._format.of_row(schema).grammar()
         if rules is None:
-            name = type(format).__name__
+            name = type(self._format).__name__
             raise UserError(f"model.constrained: {name} has no grammar; give it a `grammar` method")
         text = f"start: {json.dumps(self._lead) if self._lead else ''} answer\n{rules}"
         matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
