@@ -50,9 +50,8 @@ def read_examples(
     for record, where in read_records(source):
         unread: set[str] = set()
         messages = settings.columns.conversation(record, where, with_target, unread)
-        column, per_row = settings.columns.schema, settings.format.per_row
-        schema = own_schema(record.get(column)) if per_row else None
-        ignored.update(sorted(unread - {column} if per_row else unread))
+        schema = own_schema(record.get(settings.columns.schema)) if settings.format.per_row else None
+        ignored.update(sorted(unread - {settings.columns.schema} if settings.format.per_row else unread))
         if (system := settings.system_of(schema)) and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
         examples.append(Example(messages, where, settings.columns.origin(record, where), schema=schema))

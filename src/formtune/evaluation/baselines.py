@@ -44,9 +44,8 @@ def shots_by_schema(train: Sequence[Row], test: Sequence[Row], format: Format) -
     same: dict[str | None, list[Row]] = defaultdict(list)
     for row in train:
         same[row.schema].append(row)
-    others = train[: 10 * SHOTS]
     schemas = dict.fromkeys(row.schema for row in test)
-    return {schema: choose_shots(same.get(schema, others), SHOTS, format) for schema in schemas}
+    return {schema: choose_shots(same.get(schema, train[: 10 * SHOTS]), SHOTS, format) for schema in schemas}
 
 
 def few_shot_rows(

@@ -41,10 +41,9 @@ class FormatMetrics(Metric):
             if content is None:
                 raise ValueError("content can only be measured against a target: check(..., target=...)")
             row = [1, 2 * content.matched, content.predicted + content.expected]
-            row += [sum(content.fields), len(content.fields)]
-            row += [verdict.exact, verdict.loose, verdict.joint, content.equal]
-            row += [content.invented, content.omitted, content.ungrounded, *content.fields[: self._fields]]
-            row += [verdict.kind == kind for kind in KINDS]
+            row += [sum(content.fields), len(content.fields), verdict.exact, verdict.loose, verdict.joint]
+            row += [content.equal, content.invented, content.omitted, content.ungrounded]
+            row += [*content.fields[: self._fields], *(verdict.kind == kind for kind in KINDS)]
             # Not in place: Lightning tests in inference mode and validates outside it, on the same states.
             self.sums = self.sums + torch.tensor(row, dtype=torch.long, device=self.sums.device)
 
