@@ -73,9 +73,9 @@ def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[st
     counts: Counter[str] = Counter()
     rows: dict[str, list[dict[str, Any]]] = {}
     for example in examples:
-        words = Words(example.input)
+        words, derived = Words(example.input), format.of_row(example.schema).derived
         for _, (value, path) in leaves(example.value, format.sets):
-            if path in format.derived or isinstance(value, bool):
+            if path in derived or isinstance(value, bool):
                 continue
             counts[path] += 1
             if not words.hold(value):
@@ -94,8 +94,9 @@ def _labels(examples: dict[str, list[Example]], format: Format) -> dict[str, dic
     counts: dict[str, dict[str, Counter[str]]] = {}
     for split, rows in examples.items():
         for example in rows:
+            derived = format.of_row(example.schema).derived
             for _, (value, path) in leaves(example.value, format.sets):
-                if path in format.derived:
+                if path in derived:
                     counts.setdefault(path, {name: Counter() for name in examples})[split][str(value)] += 1
     tables = {}
     for path, table in counts.items():

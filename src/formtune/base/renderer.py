@@ -87,19 +87,19 @@ class Renderer:
         except Exception as error:  # a damaged file can raise anything
             raise UserError(f"model.base: no usable tokenizer in {base}: {first_line(error)}") from error
 
-    def encode(self, rows: Sequence[tuple[list[Message], str]]) -> Iterator[Row | UnfitRow]:
-        """Encode (messages, where) pairs; each yields its Row, or the UnfitRow that says why it cannot be one.
+    def encode(self, rows: Sequence[tuple[Any, ...]]) -> Iterator[Row | UnfitRow]:
+        """Encode tuples (messages, where, schema); each yields its Row, or the UnfitRow that says why it cannot be one.
 
-        The last turn is the assistant's, or the user's where there is no target.
+        `schema` may be left out. The last turn is the assistant's, or the user's where there is no target.
         """
-        for number, (messages, where) in enumerate(rows):
+        for number, given in enumerate(rows):
             try:
-                row: Row | UnfitRow = self._row(messages, where, number)
+                row: Row | UnfitRow = self._row(number, *given)
             except UnfitRow as error:
                 row = error
             yield row
 
-    def _row(self, messages: list[Message], where: str, number: int) -> Row:
+    def _row(self, number: int, messages: list[Message], where: str, schema: str | None = None) -> Row:
         for message in messages:
             if token := self._control_token.search(message["content"]):
                 raise UnfitRow(f"the text holds {token[0]}, which the tokenizer would read as a control token")
@@ -115,7 +115,7 @@ class Renderer:
         if target is not None and (decoded := self.answer(target_ids)[0]) != target:
             raise UnfitRow(f"the tokenizer turns the answer {target[:40]!r} into {decoded[:40]!r}")
         input = next(message["content"] for message in reversed(context) if message["role"] == "user")
-        return Row(prompt_ids, target_ids, input, target, where, number, messages=messages)
+        return Row(prompt_ids, target_ids, input, target, where, number, messages=messages, schema=schema)
 
     def answer(self, ids: Sequence[int]) -> tuple[str, bool]:
         """Text of generated `ids` up to the first stop token, and whether there was one."""

@@ -158,6 +158,8 @@ def run(command: str, args: list[str]) -> int:
     parser.add_argument("--temperature", type=NonNegativeFloat, default=1.0, help="Randomness of the teacher's words")
     parser.add_argument("--at_once", type=PositiveInt, default=4, help="Requests at the same time")
     config, settings = read_task(parser, args)
+    if settings.format.per_row:
+        raise UserError("data.format: a teacher needs one schema for all rows; set data.format.init_args.schema")
     path = Path(config.out)
     rows = [row for row, _ in read_records(config.out)] if path.is_file() else []
     if not all(isinstance(row.get("prompt"), str) for row in rows):

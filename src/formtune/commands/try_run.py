@@ -16,7 +16,9 @@ from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.configuration.task import read_run
 from formtune.data.cleaning import repair
+from formtune.data.sources import own_schema
 from formtune.errors import UserError
+from formtune.formats.schema import read_schema
 from formtune.model.length_buckets import LengthBuckets
 from formtune.model.lora import load_base
 
@@ -25,10 +27,16 @@ def run(command: str, args: list[str]) -> None:
     """Answer prompts until standard input ends."""
     parser = CommandParser(command, COMMANDS[command].description, "formtune try RUN")
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a finished run")
-    folder = parser.parse_args(args).run
+    parser.add_argument("--schema", type=str, help="File of the schema, if each row has its own")
+    config = parser.parse_args(args)
+    folder = config.run
     if not (folder / "adapter").is_dir():
         raise UserError(f"{folder}: no adapter/; name the folder of a finished run, such as logs/demo/RUN")
     task, settings = read_run(folder)
+    if settings.format.per_row != bool(config.schema):
+        raise UserError(f"--schema: needed if each row of {folder} has its own schema, and only then")
+    schema = config.schema and own_schema(read_schema(config.schema))
+    settings.format.of_row(schema)  # refuses one that cannot be read
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load_base(task.model.base, torch.float32, None, device).to(device)
     model = PeftModel.from_pretrained(base, folder / "adapter").eval()
@@ -37,14 +45,14 @@ def run(command: str, args: list[str]) -> None:
     with suppress(EOFError):
         while True:
             if prompt := input("> ").strip():
-                console.print(_answers(model, settings, prompt))
+                console.print(_answers(model, settings, prompt, schema))
 
 
-def _answers(model: Any, settings: Any, prompt: str) -> Table:
+def _answers(model: Any, settings: Any, prompt: str, schema: str | None) -> Table:
     """A row for each model: its answer and its verdict."""
     turns = [{"role": "user", "content": prompt}]
-    if settings.system:
-        turns.insert(0, {"role": "system", "content": settings.system})
+    if system := settings.system_of(schema):
+        turns.insert(0, {"role": "system", "content": system})
     [row] = settings.renderer.encode([(repair(turns, settings.clean), "the prompt")])
     if isinstance(row, Exception):
         raise UserError(f"the prompt cannot be rendered: {row}")
@@ -55,7 +63,7 @@ def _answers(model: Any, settings: Any, prompt: str) -> Table:
             micro_batches = LengthBuckets(model)
             [ids] = micro_batches.decode([row], micro_batches.split([row], 10**6), stop, [limit])
         text, finished = settings.renderer.answer(ids)
-        verdict = settings.format.check(text, finished=finished, input=row.input)
+        verdict = settings.format.of_row(schema).check(text, finished=finished, input=row.input)
         words = "valid format" if verdict.exact else f"{verdict.kind}: {verdict.detail}"
         table.add_row(name, Text(text), Text(words, style="green" if verdict.exact else "red"))
     return table

@@ -10,12 +10,13 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ftfy
 
 from formtune.base.row import Message
+from formtune.errors import UserError
 from formtune.formats import Format
 
 Step = Literal["encoding", "unicode", "control", "html", "spaces", "edges"]
@@ -47,6 +48,7 @@ class Example:
     where: str  # the place it came from
     origin: str = ""  # author: "human", the name of a model, or "" if unknown
     value: Any = None  # the document that its answer is, once that was judged
+    schema: str | None = None  # JSON text of the row's own schema
 
     @property
     def target(self) -> str:
@@ -64,8 +66,8 @@ class Example:
 
     @property
     def text(self) -> str:
-        """The prompt with white space folded: rows that share it are duplicates or conflicts."""
-        return "\x1e".join(map(_single_spaced, self._contents("system", "user", "assistant")))
+        """The prompt with white space folded, and the schema: rows that share it are duplicates or conflicts."""
+        return "\x1e".join([*map(_single_spaced, self._contents("system", "user", "assistant")), self.schema or ""])
 
     @property
     def key(self) -> str:
@@ -154,12 +156,17 @@ def judge(
 ) -> Iterator[Example | Quarantined]:
     """Repair rows and judge their targets by the rule that will judge the model's answers; counts the repairs."""
     for example in examples:
+        try:
+            own_format = format.of_row(example.schema)
+        except UserError as error:
+            yield quarantine(example, "schema", str(error))
+            continue
         messages = repair(example.messages, steps, repairs)
-        messages[-1]["content"] = repair_answer(messages[-1]["content"], format, answer_steps, repairs)
-        repaired = Example(messages, example.where, example.origin)
+        messages[-1]["content"] = repair_answer(messages[-1]["content"], own_format, answer_steps, repairs)
+        repaired = replace(example, messages=messages)
         if not repaired.target.strip() or not repaired.input.strip():
             yield quarantine(repaired, "empty", "the input or the answer is empty")
-        elif (verdict := format.check(repaired.target)).exact:
+        elif (verdict := own_format.check(repaired.target)).exact:
             repaired.value = verdict.value
             yield repaired
         else:

@@ -66,6 +66,7 @@ def content_hash(rows: Mapping[str, Sequence[Row]]) -> str:
     for split, members in rows.items():
         for row in members:
             hashed.update(array("i", [*row.prompt_ids, -1, *row.target_ids, -2]))
+            hashed.update((row.schema or "").encode("utf-8", "surrogatepass"))
         hashed.update(split.encode())
     return hashed.hexdigest()
 
@@ -86,8 +87,8 @@ def cache_path(examples: Mapping[str, Sequence[Example]], settings: DataSettings
     for path in own_code("base", "data", "formats"):
         hashed.update(path.read_bytes())
     for name, rows in examples.items():
-        for example in rows:
-            hashed.update(json.dumps([name, example.where, example.messages, example.origin]).encode())
+        for e in rows:
+            hashed.update(json.dumps([name, e.where, e.messages, e.origin, e.schema]).encode())
     return CACHE / f"{hashed.hexdigest()}.json"
 
 

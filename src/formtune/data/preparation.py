@@ -14,7 +14,7 @@ from formtune.data.encoded import Splits, cache_path, content_hash, read_cache, 
 from formtune.data.progress import shown
 from formtune.data.selection import select
 from formtune.data.settings import DataSettings
-from formtune.data.sources import Source, read_records
+from formtune.data.sources import Source, own_schema, read_records
 from formtune.data.styles import mixtures
 from formtune.errors import UserError
 
@@ -29,7 +29,7 @@ def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
         if path:
             write_cache(path, splits)
     splits.ignored = ignored
-    splits.own_system = sum(e.system not in ("", settings.system) for e in chain(*examples.values()))
+    splits.own_system = sum(e.system not in ("", settings.system_of(e.schema)) for e in chain(*examples.values()))
     return splits
 
 
@@ -50,10 +50,11 @@ def read_examples(
     for record, where in read_records(source):
         unread: set[str] = set()
         messages = settings.columns.conversation(record, where, with_target, unread)
-        ignored.update(sorted(unread))
-        if settings.system and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": settings.system})
-        examples.append(Example(messages, where, settings.columns.origin(record, where)))
+        schema = own_schema(record.get(settings.columns.schema)) if settings.format.per_row else None
+        ignored.update(sorted(unread - {settings.columns.schema} if settings.format.per_row else unread))
+        if (system := settings.system_of(schema)) and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        examples.append(Example(messages, where, settings.columns.origin(record, where), schema=schema))
     return examples
 
 
@@ -89,7 +90,8 @@ def _usual_style(
     settings: DataSettings, examples: dict[str, list[Example]], splits: Splits
 ) -> dict[str, list[Example]]:
     """The rows without those that write something in another way than most."""
-    splits.mixtures = mixtures(list(chain(*examples.values())), settings.format.fields)
+    kept = list(chain(*examples.values()))
+    splits.mixtures = mixtures(kept, {e.schema: settings.format.of_row(e.schema).fields for e in kept})
     details: dict[str, str] = {}
     for mixture in splits.mixtures:
         usual = next(iter(mixture.forms))
@@ -104,7 +106,7 @@ def _usual_style(
 def _encode(settings: DataSettings, examples: list[Example], splits: Splits) -> tuple[list[Example], list[Row]]:
     """The examples that fit the tokenizer and the limits, and their rows."""
     fitting, rows = [], []
-    encoded = settings.renderer.encode([(e.messages, e.where) for e in examples])
+    encoded = settings.renderer.encode([(e.messages, e.where, e.schema) for e in examples])
     for example, row in zip(examples, shown(encoded, len(examples), "encoding"), strict=True):
         if not isinstance(row, Row):
             splits.quarantine.append(quarantine(example, "unfit", str(row)))
@@ -123,11 +125,15 @@ def encode_inputs(settings: DataSettings, source: str | Source, key: str) -> lis
     """Rows without answers, such as the prompts to predict; `key` is the option that names their source."""
     settings.ignored[key] = Counter()
     examples = read_examples(settings, source, settings.ignored[key], with_target=False)
-    encoded = settings.renderer.encode([(repair(e.messages, settings.clean), e.where) for e in examples])
+    encoded = settings.renderer.encode([(repair(e.messages, settings.clean), e.where, e.schema) for e in examples])
     rows = []
     for example, row in zip(examples, shown(encoded, len(examples), "encoding"), strict=True):
         if not isinstance(row, Row):
             raise UserError(f"{example.where}: {row}; fix or remove the prompt")
+        try:
+            settings.format.of_row(example.schema)
+        except UserError as error:
+            raise UserError(f"{example.where}: {error}") from None
         rows.append(row)
     if not rows:
         raise UserError(f"data.{key}: {source} holds no prompt")

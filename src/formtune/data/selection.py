@@ -45,7 +45,8 @@ class _Row:
 
     def comparable(self, other: _Row) -> bool:
         """Whether equal inputs of the two should have equal answers."""
-        if (self.split, self.task) != (other.split, other.task) or self.example.system != other.example.system:
+        mine, others = ((r.split, r.task, r.example.system, r.example.schema) for r in (self, other))
+        if mine != others:
             return False
         if len(self.example.messages) == len(other.example.messages):
             return True

@@ -16,13 +16,14 @@ from formtune.data.cleaning import AnswerStep, Step
 from formtune.data.sources import Columns, Source
 from formtune.errors import UserError
 from formtune.formats import Format
+from formtune.formats.json_schema import PER_ROW
 
 
 def system_prompt(system: str | None, format: dict[str, Any]) -> str | None:
-    """The configured system prompt with the schema in place of `{schema}`; `format` is what its `to_dict` gives."""
-    if not system or "{schema}" not in system:
-        return system
+    """The system prompt with the schema of `format`, as its `to_dict` gives it, in place of `{schema}`."""
     schema = format["init_args"].get("schema")
+    if not system or "{schema}" not in system or schema == PER_ROW:  # then `DataSettings.system_of` replaces it
+        return system
     if schema is None:
         raise UserError("data.system: {schema} needs a JsonSchema as data.format")
     return system.replace("{schema}", json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
@@ -88,6 +89,10 @@ class DataSettings:
         except ValueError:
             raise UserError(f"data.date: {date!r} is not a day; write it as YYYY-MM-DD") from None
         self.ignored: dict[str, Counter[str]] = {}  # columns of `prompts` and `production` that were not read
+
+    def system_of(self, schema: str | None) -> str | None:
+        """The system prompt of a row with this schema of its own."""
+        return self.system.replace("{schema}", schema) if self.system and schema is not None else self.system
 
     @functools.cached_property
     def renderer(self) -> Renderer:

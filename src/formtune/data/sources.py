@@ -137,6 +137,7 @@ class Columns:
         messages: Column of chat turns; where a record has it, `prompt` and `completion` are not read.
         system: Column of the row's own system prompt, in place of `data.system`; may be absent or empty.
         source: Column that says who wrote the row: "human", or the name of the model that did; may be absent.
+        schema: Column of the row's own JSON Schema, an object or JSON text; read if `data.format` names none.
     """
 
     def __init__(
@@ -146,8 +147,10 @@ class Columns:
         messages: str = "messages",
         system: str | None = "system",
         source: str | None = None,
+        schema: str = "schema",
     ) -> None:
-        self.prompt, self.completion, self.messages, self.source = prompt, completion, messages, source
+        self.prompt, self.completion, self.messages = prompt, completion, messages
+        self.source, self.schema = source, schema
         self._in_prompt = re.findall(_FIELD, prompt) if "{" in prompt else [prompt]
         self.system = None if system in (*self._in_prompt, completion) else system
 
@@ -192,6 +195,16 @@ class Columns:
             return _text(record, self.prompt, where)
         # Not str.format: it would look up attributes, and replace braces in the data.
         return re.sub(_FIELD, lambda m: _text(record, m[1], where), self.prompt)
+
+
+def own_schema(value: Any) -> str | None:
+    """JSON text of a row's schema, always written alike; the text as it is if it is not JSON; None for an empty one."""
+    if isinstance(value, str):
+        try:
+            value = loads_strict(value.strip())
+        except ValueError:
+            return value.strip() or None
+    return None if empty(value) else json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
 def _text(record: dict[str, Any], column: str, where: str, remedy: str = "") -> str:

@@ -53,25 +53,33 @@ class Mixture:
     minority: dict[str, list[str]]  # for each other way, the places of the rows that use it
 
 
-def mixtures(examples: Sequence[Example], fields: Sequence[str] = ()) -> list[Mixture]:
-    """What the answers of judged rows write in more than one way.
+def mixtures(examples: Sequence[Example], fields: Mapping[str | None, Sequence[str]]) -> list[Mixture]:
+    """What the answers of judged rows write in more than one way; only rows of one schema are compared field by field.
 
-    `fields` are the dotted paths that the format declares; in these, null and absent are two ways of saying nothing.
+    `fields` are the dotted paths that each schema declares; in these, null and absent are two ways of saying nothing.
     """
+    answers = [e for e in examples if isinstance(e.value, dict | list) and e.target[:1] in "{["]
+    same_schema: dict[str | None, list[Example]] = defaultdict(list)
+    for example in examples:
+        same_schema[example.schema].append(example)
+    result = [
+        _mixture("", "layout", [(form, e) for e in answers if (form := _layout(e.target))]),
+        *_escapes(answers),
+        *(m for schema, rows in same_schema.items() for m in _in_fields(rows, fields.get(schema, ()))),
+    ]
+    return [mixture for mixture in result if mixture is not None]
+
+
+def _in_fields(examples: Sequence[Example], fields: Sequence[str]) -> Iterator[Mixture | None]:
+    """The mixtures of each path."""
     values: dict[str, list[Found]] = defaultdict(list)
     for example in examples:
         for path, value in _walk(example.value):
             values[path].append((value, example))
     objects = {path: [(v, e) for v, e in found if isinstance(v, dict)] for path, found in values.items()}
-    answers = [e for e in examples if isinstance(e.value, dict | list) and e.target[:1] in "{["]
-    result = [
-        _mixture("", "layout", [(form, e) for e in answers if (form := _layout(e.target))]),
-        *_escapes(answers),
-        *(_key_order(path, found) for path, found in objects.items()),
-        *(_empties(path, objects) for path in fields),
-        *(mixture for path, found in values.items() for mixture in _values(path, found)),
-    ]
-    return [mixture for mixture in result if mixture is not None]
+    yield from (_key_order(path, found) for path, found in objects.items())
+    yield from (_empties(path, objects) for path in fields)
+    yield from (mixture for path, found in values.items() for mixture in _values(path, found))
 
 
 def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,23 +31,33 @@ def choose_shots(train: Sequence[Row], count: int, format: Format) -> list[Row]:
     others: list[Row] = []
     shown: set[tuple[str, str]] = set()
     for row in ordered:
-        values = leaves(format.check(row.target or "").value)
-        labels = {(path, str(value)) for _, (value, path) in values if path in format.derived}
+        own = format.of_row(row.schema)
+        values = leaves(own.check(row.target or "").value)
+        labels = {(path, str(value)) for _, (value, path) in values if path in own.derived}
         (new if labels - shown else others).append(row)
         shown |= labels
     return [*new, *others][:count]
 
 
+def shots_by_schema(train: Sequence[Row], test: Sequence[Row], format: Format) -> dict[str | None, list[Row]]:
+    """Shots for each schema of the test rows: training rows of the same schema, of others if there are none."""
+    same: dict[str | None, list[Row]] = defaultdict(list)
+    for row in train:
+        same[row.schema].append(row)
+    schemas = dict.fromkeys(row.schema for row in test)
+    return {schema: choose_shots(same.get(schema, train[: 10 * SHOTS]), SHOTS, format) for schema in schemas}
+
+
 def few_shot_rows(
-    test: Sequence[Row], shots: Sequence[Row], renderer: Renderer, format: Format, context: int
+    test: Sequence[Row], shots: Mapping[str | None, Sequence[Row]], renderer: Renderer, format: Format, context: int
 ) -> tuple[list[Row], int]:
     """The test rows with as many shots as fit the context, as earlier turns; and the number of shots."""
-    for count in range(len(shots), 0, -1):
-        examples = [turn for row in shots[:count] for turn in row.messages if turn["role"] != "system"]
+    for count in range(max(map(len, shots.values())), 0, -1):
         conversations = []
         for row in test:
+            examples = [t for shot in shots[row.schema][:count] for t in shot.messages if t["role"] != "system"]
             first = 1 if row.messages[0]["role"] == "system" else 0
-            conversations.append(([*row.messages[:first], *examples, *row.messages[first:]], row.where))
+            conversations.append(([*row.messages[:first], *examples, *row.messages[first:]], row.where, row.schema))
         rows = [row for row in renderer.encode(conversations) if isinstance(row, Row) and len(row) <= context]
         if len(rows) == len(test):
             return rows, count
@@ -61,7 +71,7 @@ def baseline_key(base: str, rows: Sequence[Row], settings: dict[str, Any], forma
     for path in own_code("base", "model", "formats", "evaluation"):
         hashed.update(path.read_bytes())
     for row in rows:
-        hashed.update(json.dumps([row.prompt_ids, row.target_ids, row.where]).encode())
+        hashed.update(json.dumps([row.prompt_ids, row.target_ids, row.where, row.schema]).encode())
     return hashed.hexdigest()
 
 
@@ -86,7 +96,7 @@ def best_prompt(baselines: Mapping[str, Sequence[Outcome]]) -> str:
 def constant_answer(train: Sequence[Row], test: Sequence[Row], format: Format) -> tuple[int, int]:
     """Majority-answer accuracy as right rows and all rows: a model below it has learned nothing of the content."""
     [(answer, _)] = Counter(row.target or "" for row in train).most_common(1)
-    checks = (format.check(answer, finished=True, target=row.target, input=row.input) for row in test)
+    checks = (format.of_row(row.schema).check(answer, target=row.target, input=row.input) for row in test)
     return sum(check.joint for check in checks), len(test)
 
 

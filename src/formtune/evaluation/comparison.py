@@ -17,6 +17,7 @@ from formtune.errors import UserError
 from formtune.evaluation.outcomes import FIELD, RATES, VIEWS, Outcome, field_f1, read_outcomes
 from formtune.evaluation.statistics import f1_difference, f1_interval, rate_difference, verdict, wilson
 
+FIELDS = 20  # most frequent fields of rows with their own schemas
 F1 = "content/field_f1"
 IN_WORDS = ("format/exact", "joint/exact")  # figures in the sentence below the table
 
@@ -26,11 +27,11 @@ Run = tuple[str, list[Outcome]]  # as named on the command line, and its test ro
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
     """Read the outcomes of the runs named on the command line; a UserError if they were tested on different rows."""
-    runs, first = [], Counter[tuple[str, str]]()
+    runs, first = [], Counter[tuple[str, str, str]]()
     for argument in arguments:
         path = _path(argument)
-        outcomes = sorted(read_outcomes(path), key=lambda o: (o.input, o.target))
-        rows = Counter((o.input, o.target) for o in outcomes)
+        outcomes = sorted(read_outcomes(path), key=lambda o: (o.input, o.target, o.schema or ""))
+        rows = Counter((o.input, o.target, o.schema or "") for o in outcomes)
         if not rows:
             raise UserError(f"{path}: no test rows")
         first = first or rows
@@ -105,10 +106,11 @@ def _path(argument: str) -> Path:
 
 def _by_row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """For each rate whether each row is right, and for field F1 its counts; in the order of the table."""
+    fields = Counter(name for o in outcomes for name in o.fields).most_common(FIELDS if outcomes[0].schema else None)
     return {
         **{name: [getattr(o, attribute) for o in outcomes] for name, attribute in RATES.items()},
         F1: np.array([[o.matched, o.values] for o in outcomes]).T,
-        **{FIELD + name: [o.fields[name] for o in outcomes] for name in outcomes[0].fields},
+        **{FIELD + name: [o.fields[name] for o in outcomes if name in o.fields] for name, _ in fields},
     }
 
 

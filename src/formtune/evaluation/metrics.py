@@ -22,7 +22,7 @@ _RATES = (
 
 
 class FormatMetrics(Metric):
-    """Rates of format and content, an accuracy of each field, and a count of each kind of failure."""
+    """Rates of format and content, accuracies of fields (one of all with a schema per row), and failures by kind."""
 
     full_state_update = False
     sums: Tensor
@@ -30,8 +30,9 @@ class FormatMetrics(Metric):
     def __init__(self, format: Format) -> None:
         super().__init__()
         self._rates = (*_RATES, *(f"content/field_acc/{field}" for field in format.fields))
-        # One vector means one exchange between processes: rows, both terms of F1, rates, failures.
-        self.add_state("sums", torch.zeros(3 + len(self._rates) + len(KINDS), dtype=torch.long), dist_reduce_fx="sum")
+        self._per_row, self._fields = format.per_row, len(format.fields)
+        # One vector means one exchange between processes: rows, terms of F1, right fields and all, rates, failures.
+        self.add_state("sums", torch.zeros(5 + len(self._rates) + len(KINDS), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, verdicts: Sequence[Verdict]) -> None:
         """Count verdicts on answers to rows that have a target."""
@@ -40,17 +41,18 @@ class FormatMetrics(Metric):
             if content is None:
                 raise ValueError("content can only be measured against a target: check(..., target=...)")
             row = [1, 2 * content.matched, content.predicted + content.expected]
-            row += [verdict.exact, verdict.loose, verdict.joint, content.equal]
-            row += [content.invented, content.omitted, content.ungrounded, *content.fields]
-            row += [verdict.kind == kind for kind in KINDS]
+            row += [sum(content.fields), len(content.fields), verdict.exact, verdict.loose, verdict.joint]
+            row += [content.equal, content.invented, content.omitted, content.ungrounded]
+            row += [*content.fields[: self._fields], *(verdict.kind == kind for kind in KINDS)]
             # Not in place: Lightning tests in inference mode and validates outside it, on the same states.
             self.sums = self.sums + torch.tensor(row, dtype=torch.long, device=self.sums.device)
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Numerator and denominator of each rate and of field F1."""
-        rows, both, either, *sums = self.sums.tolist()
+        rows, both, either, right, fields, *sums = self.sums.tolist()
         rates = {name: (count, rows) for name, count in zip(self._rates, sums, strict=False)}
-        return rates | {"content/field_f1": (both, either)}
+        accuracy = {"content/field_acc": (right, fields)} if self._per_row else {}
+        return rates | {"content/field_f1": (both, either)} | accuracy
 
     def compute(self) -> dict[str, Tensor]:
         """Rates and field F1 between 0 and 1 (NaN without rows); `fail/*` as counts that sum to the rows."""

@@ -44,6 +44,7 @@ class Outcome:
     matched: int  # values that answer and target share
     values: int  # values in the answer and values in the target
     fields: dict[str, bool]  # whether each field of the format is right
+    schema: str | None = None  # JSON text of the row's own schema
 
     @property
     def exact(self) -> bool:
@@ -64,7 +65,7 @@ def outcome(row: Row, answer: str, verdict: Verdict, format: Format) -> Outcome:
         where=row.where, origin=row.origin, prompt_tokens=len(row.prompt_ids), input=row.input, target=row.target,
         answer=answer, kind=verdict.kind, detail=verdict.detail, loose=verdict.loose,
         matched=content.matched, values=content.predicted + content.expected,
-        fields=dict(zip(format.fields, content.fields, strict=True)),
+        fields=dict(zip(format.of_row(row.schema).fields, content.fields, strict=True)), schema=row.schema,
     )  # fmt: skip
 
 

@@ -27,8 +27,9 @@ def slices(outcomes: Sequence[Outcome], format: Format, longest: int, production
     parts += _groups("source", [o.origin for o in outcomes])
     labels: dict[str, list[str]] = {}
     for number, outcome in enumerate(outcomes):
-        for _, (value, path) in leaves(format.check(outcome.target).value, format.sets):
-            if path in format.derived:
+        own = format.of_row(outcome.schema)
+        for _, (value, path) in leaves(own.check(outcome.target).value, own.sets):
+            if path in own.derived:
                 labels.setdefault(path, [""] * len(outcomes))[number] = str(value)
     for path, values in labels.items():
         if len(set(values)) <= LABELS:

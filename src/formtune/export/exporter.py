@@ -80,8 +80,8 @@ def read_run(folder: Path) -> FinishedRun:
     # Compared by content: the hash of the run's rows changes with every version of formtune.
     splits = load_splits(settings)
     test = splits.rows["test"][: len(outcomes)]
-    judged = [(outcome.input, outcome.target, outcome.prompt_tokens) for outcome in outcomes]
-    if [(row.input, row.target, len(row.prompt_ids)) for row in test] != judged:
+    judged = [(outcome.input, outcome.target, outcome.schema, outcome.prompt_tokens) for outcome in outcomes]
+    if [(row.input, row.target, row.schema, len(row.prompt_ids)) for row in test] != judged:
         raise UserError(f"{path}: {config} makes other test rows or prompts than these; train again")
     context = context_length(base) or 10**9
     prompts = [row.prompt_ids for row in production_rows(settings) or test]
@@ -139,7 +139,7 @@ def measured(run: FinishedRun, kind: str, folder: Path) -> tuple[dict[str, Any],
     outcomes = []
     for row, ids in zip(run.test, answers, strict=True):
         text, finished = renderer.answer(ids)
-        verdict = run.format.check(text, finished=finished, target=row.target, input=row.input)
+        verdict = run.format.of_row(row.schema).check(text, finished=finished, target=row.target, input=row.input)
         outcomes.append(outcome(row, text, verdict, run.format))
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     figures: dict[str, Any] = {"bytes": size, "tokens_per_second": speed, "closeness": asdict(closeness)}

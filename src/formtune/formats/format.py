@@ -74,6 +74,12 @@ class Format(ABC):
     derived: frozenset[str] = frozenset()
     #: Whether a document must have exactly the text that `write` gives.
     canonical: bool = False
+    #: Whether each row has its own schema, which `of_row` needs.
+    per_row: bool = False
+
+    def of_row(self, schema: str | None) -> Format:
+        """The format of one row, by the JSON text of its own schema; raises UserError if it cannot be read."""
+        return self
 
     @abstractmethod
     def parse(self, text: str) -> Any:

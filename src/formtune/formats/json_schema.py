@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,6 +21,8 @@ from formtune.formats.strict_json import find_documents, loads_strict
 
 MAX_PROBLEMS = 20  # per text: more do not help a reader
 MAX_PATHS = 10_000  # of a format: references can multiply without end
+PER_ROW = "per row"  # as a schema: each row has its own
+KEPT = 1000  # formats of rows
 
 _KINDS = {
     "required": "missing_key",
@@ -36,7 +40,8 @@ class JsonSchema(Format):
     What the schema allows is allowed: keys that it does not name too, unless it says `additionalProperties: false`.
 
     Args:
-        schema: File of the schema, or the schema itself; draft 2020-12, without remote references.
+        schema: File of the schema, or the schema itself; draft 2020-12, without remote references. By default each row
+            has its own, in the column that `data.columns.schema` names.
         canonical: Whether key order (the schema's, of alternatives one that the document keeps) and white space (none)
             are part of the format.
         sets: Dotted paths of arrays whose order does not matter for content.
@@ -46,14 +51,25 @@ class JsonSchema(Format):
 
     def __init__(
         self,
-        schema: str | dict[str, Any],
+        schema: str | dict[str, Any] = PER_ROW,
         canonical: bool = False,
         sets: list[str] | None = None,
         derived: list[str] | None = None,
     ) -> None:
+        self.schema, self.canonical, self.per_row = schema, canonical, schema == PER_ROW
+        self.sets, self.derived = frozenset(sets or ()), frozenset(derived or ())
+        if self.per_row:
+            return
         name = schema if isinstance(schema, str) else "data.format.schema"
-        self.schema = read_schema(schema) if isinstance(schema, str) else schema
-        self.canonical = canonical
+        parts = self._adopt(read_schema(schema) if isinstance(schema, str) else schema, name)
+        if unknown := self.sets - {path for path, parts_here in parts.items() if any(map(is_array, parts_here))}:
+            raise UserError(f"data.format.sets: {name} declares no array at {', '.join(sorted(unknown))}")
+        if unknown := self.derived - parts.keys():
+            raise UserError(f"data.format.derived: {name} declares no value at {', '.join(sorted(unknown))}")
+
+    def _adopt(self, schema: Any, name: str) -> dict[str, list[dict[str, Any]]]:
+        """Judge by this schema; returns the parts of the schema for each path."""
+        self.schema, self.per_row = schema, False
         try:
             self._validator = make_validator(self.schema, name)
             self._root = self._validator.schema
@@ -67,16 +83,16 @@ class JsonSchema(Format):
                     raise UserError(f"{name}: more than {MAX_PATHS:,} fields; say `additionalProperties` for the rest")
         except RecursionError:
             raise UserError(f"{name}: the schema is nested too deeply; flatten it with $defs") from None
-        self.fields, self.sets = tuple(fields), frozenset(sets or ())
+        self.fields = tuple(fields)
         # One alternative with labels is enough: else each of its labels would be called made up.
         labels = [path for path, parts_here in parts.items() if any(map(is_label, parts_here))]
-        self.derived = frozenset([*labels, *(derived or ())])
-        if unknown := self.sets - {path for path, parts_here in parts.items() if any(map(is_array, parts_here))}:
-            raise UserError(f"data.format.sets: {name} declares no array at {', '.join(sorted(unknown))}")
-        if unknown := self.derived - parts.keys():
-            raise UserError(f"data.format.derived: {name} declares no value at {', '.join(sorted(unknown))}")
+        self.derived |= frozenset(labels)
         # "See [1]" holds no document where the schema asks for an object.
         self._brackets = {"object": "{", "array": "["}.get(str(self._root.get("type")), "{[")
+        return parts
+
+    def of_row(self, schema: str | None) -> Format:
+        return _of_row(self, schema) if self.per_row else self
 
     def parse(self, text: str) -> Any:
         if text != text.strip(" \t\n\r"):
@@ -97,6 +113,19 @@ class JsonSchema(Format):
 
     def grammar(self) -> str:
         return json_rules(self._root, self.canonical)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _of_row(format: JsonSchema, schema: str | None) -> JsonSchema:
+    if schema is None:
+        remedy = "write it into the column that data.columns.schema names, or set data.format.init_args.schema"
+        raise UserError(f"the row has no schema; {remedy}")
+    own, name = copy.copy(format), "the row's schema"
+    try:
+        own._adopt(loads_strict(schema), name)
+    except ValueError as error:
+        raise UserError(f"{name}: not valid JSON ({error})") from None
+    return own
 
 
 def _problem(error: ValidationError) -> Problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -12,12 +13,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from formtune.base.renderer import Renderer
+from formtune.base.row import Row
 from formtune.errors import UserError
 from formtune.formats import Format
 
+KEPT = 256  # compiled schemas of rows
+
 
 class Grammar:
-    """A format, compiled for the tokens of a model.
+    """A format, compiled for the tokens of a model; if rows have their own schemas, each schema when it is needed.
 
     Raises:
         UserError: llguidance is not installed, or the format has no grammar.
@@ -25,35 +29,50 @@ class Grammar:
 
     def __init__(self, format: Format, renderer: Renderer) -> None:
         try:
-            from llguidance import LLExecutor, LLMatcher
+            from llguidance import LLExecutor
             from llguidance.hf import from_tokenizer
         except ImportError:
             raise UserError("model.constrained: needs llguidance; pip install 'formtune[constrained]'") from None
-        rules = format.grammar()
-        if rules is None:
-            name = type(format).__name__
-            raise UserError(f"model.constrained: {name} has no grammar; give it a `grammar` method")
         # Some models pad their vocabulary: logits beyond the tokenizer's tokens have no text and are never chosen.
         self.vocabulary = max(renderer.tokenizer.get_vocab().values()) + 1
         self.stop = frozenset(renderer.stop_ids)
-        tokenizer = from_tokenizer(renderer.tokenizer, n_vocab=self.vocabulary, eos_token=list(renderer.stop_ids))
+        self._tokenizer = from_tokenizer(renderer.tokenizer, n_vocab=self.vocabulary, eos_token=list(renderer.stop_ids))
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         [row] = renderer.encode([(turn, "")])
         # Spaces that chat template and tokenizer put before every answer belong to the grammar's text.
-        lead = tokenizer.decode_str(row.target_ids[:-1]).removesuffix("b")  # type: ignore[union-attr]
-        text = f"start: {json.dumps(lead) if lead else ''} answer\n{rules}"
+        self._lead = self._tokenizer.decode_str(row.target_ids[:-1]).removesuffix("b")  # type: ignore[union-attr]
         self.executor = LLExecutor()
-        self.matcher: Any = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
-        if self.matcher.is_error():
-            raise UserError(f"model.constrained: the format cannot be put in a grammar ({_reason(self.matcher)})")
+        self._format, self._compiled = format, functools.lru_cache(KEPT)(self._compile)
+        if not format.per_row:
+            self._compiled(None)
+
+    def _compile(self, schema: str | None) -> Any:
+        from llguidance import LLMatcher
+
+        rules = self._format.of_row(schema).grammar()
+        if rules is None:
+            name = type(self._format).__name__
+            raise UserError(f"model.constrained: {name} has no grammar; give it a `grammar` method")
+        text = f"start: {json.dumps(self._lead) if self._lead else ''} answer\n{rules}"
+        matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
+        if matcher.is_error():
+            raise UserError(f"model.constrained: the format cannot be put in a grammar ({_reason(matcher)})")
+        return matcher
+
+    def matcher(self, row: Row) -> Any:
+        """A matcher for the row's answer; raises a UserError with the row's place if its schema has no grammar."""
+        try:
+            return self._compiled(row.schema).deep_copy()
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from None
 
 
 class Documents:
     """The answers of some rows as generated so far; a matcher for each knows which tokens may follow."""
 
-    def __init__(self, grammar: Grammar, rows: int) -> None:
+    def __init__(self, grammar: Grammar, rows: Sequence[Row]) -> None:
         self._grammar = grammar
-        self._matchers = [grammar.matcher.deep_copy() for _ in range(rows)]
+        self._matchers = [grammar.matcher(row) for row in rows]
 
     def write(self, row: int, tokens: Sequence[int]) -> int:
         """Add tokens to an answer, of which the last may be a stop token; returns how many the grammar accepts."""

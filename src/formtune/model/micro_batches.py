@@ -59,9 +59,8 @@ class MicroBatches(ABC):
         """
         answers: Answers = [[] for _ in rows]
         for micro_batch in micro_batches:
-            targets = [rows[i].target_ids for i in micro_batch.rows]
-            most = [limits[i] for i in micro_batch.rows]
-            predictions, decoded = self._decode(micro_batch, targets, stop, most, grammar)
+            its_rows, most = [rows[i] for i in micro_batch.rows], [limits[i] for i in micro_batch.rows]
+            predictions, decoded = self._decode(micro_batch, its_rows, stop, most, grammar)
             for i, answer in zip(micro_batch.rows, decoded, strict=True):
                 answers[i] = answer
             if losses is not None:
@@ -70,7 +69,7 @@ class MicroBatches(ABC):
 
     @torch.no_grad()
     def _decode(
-        self, micro_batch: Any, targets: Answers, stop: Sequence[int], limits: list[int], grammar: Grammar | None
+        self, micro_batch: Any, rows: list[Row], stop: Sequence[int], limits: list[int], grammar: Grammar | None
     ) -> tuple[Predictions, Answers]:
         """Predictions and answers of one micro-batch.
 
@@ -79,12 +78,13 @@ class MicroBatches(ABC):
         mismatch. With constrained decoding, a predicted token that the grammar refuses is chosen again among the
         allowed ones.
         """
-        documents = Documents(grammar, len(targets)) if grammar else None
+        documents = Documents(grammar, rows) if grammar else None
         predictions, kept = self.predictions(micro_batch, keep=True)
         answers: Answers = []
         for j, tokens in enumerate(predictions.tokens.split(micro_batch.sizes)):
-            pairs = enumerate(zip(predicted := tokens.tolist(), targets[j], strict=False))
-            same = next((i for i, (token, label) in pairs if token != label), len(targets[j]))
+            target = rows[j].target_ids
+            pairs = enumerate(zip(predicted := tokens.tolist(), target, strict=False))
+            same = next((i for i, (token, label) in pairs if token != label), len(target))
             answer = predicted[: same + 1][: limits[j]]
             answers.append(answer[: documents.write(j, answer)] if documents else answer)
         unfinished = [j for j, answer in enumerate(answers) if not finished(answer, limits[j], stop)]

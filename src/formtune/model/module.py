@@ -109,7 +109,9 @@ class FormatModule(L.LightningModule):
         if base.get_input_embeddings().num_embeddings < len(self.renderer.tokenizer):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
         if self.constrained:
-            _ = self.grammar  # refuses a format that has none before training
+            grammar, rows = self.grammar, getattr(self.trainer.datamodule, "rows", {})  # type: ignore[attr-defined]
+            for row in (*rows.get("validation", ()), *rows.get("test", ())):
+                grammar.matcher(row)  # refuses a format that has none before training
         processes = self.trainer.world_size
         self._identity = {"base": identity(self.base), "format": format_hash(self.format), "processes": processes}
         if self.gradient_checkpointing:
@@ -219,7 +221,8 @@ class FormatModule(L.LightningModule):
 
     def _check(self, row: Row, ids: list[int]) -> Answer:
         text, finished = self.renderer.answer(ids)
-        return Answer(row, text, self.format.check(text, finished=finished, target=row.target, input=row.input))
+        own = self.format.of_row(row.schema)
+        return Answer(row, text, own.check(text, finished=finished, target=row.target, input=row.input))
 
     @torch.no_grad()
     def teacher_forced_loss(self, rows: Sequence[Row]) -> Tensor:

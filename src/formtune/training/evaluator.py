@@ -58,18 +58,20 @@ class Evaluator:
         prompts = {"zero-shot": sample}
         outcomes = {"zero-shot": self._baseline("before", sample, result)}
         if "few_shot" in kinds:
-            shots = prompting.choose_shots(self.train_rows, prompting.SHOTS, format)
+            shots = prompting.shots_by_schema(self.train_rows, sample, format)
             rows, count = prompting.few_shot_rows(sample, shots, self.renderer, format, self.context)
             if count:
                 name = f"{count}-shot"
                 prompts[name], outcomes[name] = rows, self._baseline("few_shot", rows, result)
-                result["shots"] = [row.where for row in shots[:count]]
+                result["shots"] = [row.where for rows in shots.values() for row in rows[:count]]
             else:
                 self._print("few-shot is not measured: no example fits beside the longest test row")
         constrained = None
         if "constrained" in kinds and not self.model.constrained:  # else every evaluation is constrained
             try:
-                Grammar(format, self.renderer)
+                grammar = Grammar(format, self.renderer)
+                for row in test:
+                    grammar.matcher(row)
             except UserError as error:
                 result["no_grammar"] = str(error).removeprefix("model.constrained: ")
                 self._print(f"constrained decoding is not measured: {result['no_grammar']}")

@@ -15,7 +15,7 @@ def found(answers, inputs=None, fields=()):
         said = inputs[n] if inputs else f"input {n}"
         turns = [{"role": "user", "content": said}, {"role": "assistant", "content": text}]
         examples.append(Example(turns, str(n), value=json.loads(text)))
-    return {(m.what, m.path): m.minority for m in mixtures(examples, fields)}
+    return {(m.what, m.path): m.minority for m in mixtures(examples, {None: fields})}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def spelled(rows):
     for n, (system, answer) in enumerate(rows):
         turns = [("system", system), ("user", f"input {n}"), ("assistant", json.dumps({"d": answer}))]
         examples.append(Example([{"role": r, "content": c} for r, c in turns], str(n), value={"d": answer}))
-    return {(m.what, m.path): m.minority for m in mixtures(examples)}
+    return {(m.what, m.path): m.minority for m in mixtures(examples, {})}
 
 
 def test_a_spelling_that_the_rows_own_system_prompt_gives_is_not_a_mixture():

@@ -24,6 +24,7 @@ pytest.importorskip("llguidance", reason="needs the extra `constrained`")
 RENDERER = Renderer(byte_tokenizer())
 [END] = RENDERER.stop_ids
 SIZE = 259
+ANY = row([0])  # of a fixed format, which is the same for all rows
 
 CLOSED = {"type": "object", "additionalProperties": False}
 SHORT = {"type": "string", "maxLength": 6}
@@ -129,7 +130,7 @@ def grammar_of(format, renderer=RENDERER):
 
 def naive(model, grammar, prompt, limit):
     """One row, one token at a time, everything computed again for each, the mask straight from the library."""
-    matcher, ids = grammar.matcher.deep_copy(), list(prompt)
+    matcher, ids = grammar.matcher(ANY), list(prompt)
     while len(ids) < len(prompt) + limit:
         with torch.no_grad():
             logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
@@ -224,7 +225,7 @@ def test_a_model_that_would_write_something_else_is_led_to_a_document(name):
     wish = 'Sure! Here {"you": 1} are </reason>, and <answer>b</answer>} or b</answer> so yes please 2024-02-30}]}'
     for seed in range(8):
         torch.manual_seed(seed)
-        documents, written = Documents(grammar, 1), []
+        documents, written = Documents(grammar, [ANY]), []
         for token in RENDERER.tokenizer(wish, add_special_tokens=False)["input_ids"] + [END] * 200:
             logits = torch.randn(1, SIZE)
             logits[0, token] = 9.0
@@ -241,7 +242,7 @@ def accepts(format, text):
 
 def takes(grammar, text):
     ids = [*RENDERER.tokenizer(text, add_special_tokens=False)["input_ids"], END]
-    return Documents(grammar, 1).write(0, ids) == len(ids)
+    return Documents(grammar, [ANY]).write(0, ids) == len(ids)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +318,7 @@ def document(dice, schema, root):
 
 def walk(dice, grammar, most=120):
     """A text that the grammar writes, its tokens drawn at random; None if it has no end by then."""
-    matcher, written = grammar.matcher.deep_copy(), []
+    matcher, written = grammar.matcher(ANY), []
     while len(written) < most:
         bits = int.from_bytes(matcher.compute_bitmask(), "little")
         allowed = [token for token in range(SIZE) if bits >> token & 1]
@@ -450,7 +451,7 @@ def test_targets_of_other_tokenizers_keep_the_grammar(name):
     for answer in ('{"n":1,"s":"é😀"}', '{"n": 1, "s": ""}'):
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
         [encoded] = renderer.encode([(turn, "")])
-        documents = Documents(grammar, 2)
+        documents = Documents(grammar, [ANY, ANY])
         assert documents.write(0, encoded.target_ids) == len(encoded.target_ids)
         logits = torch.zeros(1, len(renderer.tokenizer) + 64)
         logits[0, encoded.target_ids] = 1.0 + torch.arange(len(encoded.target_ids), 0, -1)
