@@ -14,11 +14,11 @@ from formtune.errors import UserError
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
 from formtune.formats.grammar import json_rules
 from formtune.formats.places import Places, is_array, is_label
-from formtune.formats.schema import make_validator, read_schema
+from formtune.formats.schema import make_validator, read_schema, unwrap
 from formtune.formats.strict_json import find_documents, loads_strict
 
 MAX_PROBLEMS = 20  # per text: more do not help a reader
-MAX_PATHS = 10_000  # of a format: references can multiply without end
+MAX_PATHS = 2000  # of a format: references can multiply without end
 
 _KINDS = {
     "required": "missing_key",
@@ -52,28 +52,32 @@ class JsonSchema(Format):
         derived: list[str] | None = None,
     ) -> None:
         name = schema if isinstance(schema, str) else "data.format.schema"
-        self.schema = read_schema(schema) if isinstance(schema, str) else schema
+        self.schema, keys = unwrap(read_schema(schema))
         self.canonical = canonical
         try:
-            self._validator = make_validator(self.schema, name)
+            self._validator, notes = make_validator(self.schema, name)
             self._root = self._validator.schema
             self._places = Places(self._validator)
             fields: dict[str, None] = {}
             parts: dict[str, list[dict[str, Any]]] = {}
-            for path, parts_here, in_array in self._places.paths([self._root]):
+            paths = list(islice(self._places.paths([self._root]), MAX_PATHS))
+            for path, parts_here, in_array in paths:
                 parts.setdefault(path, []).extend(parts_here)
                 fields |= {path: None} if path and not in_array else {}
-                if len(parts) > MAX_PATHS:
-                    raise UserError(f"{name}: more than {MAX_PATHS:,} fields; say `additionalProperties` for the rest")
         except RecursionError:
             raise UserError(f"{name}: the schema is nested too deeply; flatten it with $defs") from None
+        notes += [f"the schema is what is within {keys!r}"] if keys else []
+        is_cut = len(paths) == MAX_PATHS
+        notes += [f"only the first {MAX_PATHS:,} fields are compared one by one"] if is_cut else []
+        self.notes = tuple(f"{name}: {note}" for note in notes)
         self.fields, self.sets = tuple(fields), frozenset(sets or ())
         # One alternative with labels is enough: else each of its labels would be called made up.
         labels = [path for path, parts_here in parts.items() if any(map(is_label, parts_here))]
         self.derived = frozenset([*labels, *(derived or ())])
-        if unknown := self.sets - {path for path, parts_here in parts.items() if any(map(is_array, parts_here))}:
+        arrays = {path for path, parts_here in parts.items() if any(map(is_array, parts_here))}
+        if not is_cut and (unknown := self.sets - arrays):
             raise UserError(f"data.format.sets: {name} declares no array at {', '.join(sorted(unknown))}")
-        if unknown := self.derived - parts.keys():
+        if not is_cut and (unknown := self.derived - parts.keys()):
             raise UserError(f"data.format.derived: {name} declares no value at {', '.join(sorted(unknown))}")
         # "See [1]" holds no document where the schema asks for an object.
         self._brackets = {"object": "{", "array": "["}.get(str(self._root.get("type")), "{[")
