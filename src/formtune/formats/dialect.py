@@ -130,6 +130,11 @@ class Reading:
         self.root: Any = self._read(schema, "", "$", registry.resolver(resource.id() or ""))
         for reference in self._references:  # it grows: what a reference leads to may hold more
             self._resolve(*reference)
+        if {"patternProperties", "unevaluatedProperties"} <= {
+            key for _, node in schema_nodes(self.root) for key in node
+        }:
+            # The library would match these by `re`.
+            self.problems.append("patternProperties with unevaluatedProperties is not read; use additionalProperties")
         if not self.problems:
             self._find_loop()
         if self._unchecked:
@@ -170,7 +175,7 @@ class Reading:
             here = f"{shown}.{key}"
             if not self._is_read(node, key, value, here):
                 continue
-            to = {"items": "prefixItems"}.get(key, key) if isinstance(value, list) else key
+            to = "prefixItems" if key == "items" and isinstance(value, list) and self.draft != "2020-12" else key
             to = {"additionalItems": "items", "dependencies": "dependentSchemas"}.get(key, to)
             if key in _REFERENCES:
                 part: dict[str, Any] = {} if "$ref" in out else out
@@ -227,23 +232,20 @@ class Reading:
 
     def _resolve(self, part: dict[str, Any], key: str, shown: str, within: Any) -> None:
         """Point a reference to its place in `root`."""
-        reference = part["$ref"]
+        reference, problem, target = part["$ref"], "leads nowhere; fix it or add what it names", None
         try:
             found = within.lookup(reference)
             target = found.contents
         except (Unresolvable, ValueError, TypeError) as error:
-            found = target = None
             if type(error) is Unresolvable:
-                what = (
-                    f"leads out of the file ({reference!r:.150}); copy what it names into $defs and refer to it there"
-                )
-                self.problems.append(f"{shown}: {what}")
-                return
-        if not isinstance(target, dict | bool):
-            self.problems.append(f"{shown}: a $ref leads nowhere ({reference!r:.150}); fix it or add what it names")
-        elif key != "$ref" and self._dynamic.count(reference.partition("#")[2] or "True") > 1:
-            self.problems.append(f"{shown}: {key} can mean more than one schema here; name the one by $ref")
-        elif id(target) not in self._places or isinstance(target, bool):  # not where schemas are looked for
+                problem = "leads out of the file; copy what it names into $defs and refer to it there"
+        if isinstance(target, dict | bool):
+            problem = ""
+            if key != "$ref" and self._dynamic.count(reference.partition("#")[2] or "True") > 1:
+                problem = "can mean more than one schema here; name the one by $ref"
+        if problem:
+            self.problems.append(f"{shown}: {key} {reference!r:.150} {problem}")
+        elif isinstance(target, bool) or id(target) not in self._places:  # not where schemas are looked for
             parts = self.root.setdefault("$defs", {})
             name = next(name for number in range(len(parts) + 1) if (name := f"_{number}") not in parts)
             part["$ref"], parts[name] = f"#/$defs/{name}", {}
@@ -257,22 +259,17 @@ class Reading:
         def has_loop(node: Any, above: frozenset[int]) -> bool:
             if not isinstance(node, dict) or id(node) in done:
                 return False
-            if id(node) in above:
-                return True
             applied = [resolve(node["$ref"])] if "$ref" in node else []
             applied += [inner for key in node.keys() & {"allOf", "anyOf", "oneOf"} for inner in node[key]]
             applied += [node[key] for key in node.keys() & {"not", "if", "then", "else"}]
             applied += node.get("dependentSchemas", {}).values()
-            found = any(has_loop(inner, above | {id(node)}) for inner in applied)
+            found = id(node) in above or any(has_loop(inner, above | {id(node)}) for inner in applied)
             done.add(id(node))
             return found
 
-        for path, node in schema_nodes(self.root):
-            if "$ref" in node and has_loop(node, frozenset()):
-                self.problems.append(
-                    f"{path}: a $ref leads back to itself without end; put a property or items between"
-                )
-                return
+        looping = (path for path, node in schema_nodes(self.root) if "$ref" in node and has_loop(node, frozenset()))
+        if path := next(looping, ""):
+            self.problems.append(f"{path}: leads back to itself without end; put a property or items between")
 
 
 def _escaped(name: str) -> str:

@@ -1,4 +1,4 @@
-"""JSON that keeps a JSON Schema (draft 2020-12), judged by the `jsonschema` library and read strictly."""
+"""JSON that keeps a JSON Schema, judged by the `jsonschema` library and read strictly."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class JsonSchema(Format):
     What the schema allows is allowed: keys that it does not name too, unless it says `additionalProperties: false`.
 
     Args:
-        schema: File of the schema, or the schema itself; draft 2020-12, without remote references.
+        schema: File of the schema, a Pydantic class as `module:Class`, or the schema itself; any draft from 4 to 2020-12,
+            without references to other files.
         canonical: Whether key order (the schema's, of alternatives one that the document keeps) and white space (none)
             are part of the format.
         sets: Dotted paths of arrays whose order does not matter for content.
