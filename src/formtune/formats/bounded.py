@@ -16,9 +16,9 @@ from datetime import datetime
 from datetime import time as clock
 from functools import cache, lru_cache
 from typing import Any
-from urllib.parse import unquote
 
 import referencing
+import referencing.jsonschema
 import regex
 from jsonschema import Draft4Validator, Draft202012Validator, FormatChecker
 from jsonschema.exceptions import ValidationError
@@ -172,16 +172,9 @@ def _unique_items(validator: Any, unique: bool, value: Any, schema: Any) -> Iter
 
 def resolver(root: dict[str, Any]) -> Callable[[str], Any]:
     """The function that looks up references within a schema in which all are pointers."""
-
-    @cache
-    def resolve(reference: str) -> Any:
-        node: Any = root
-        for token in unquote(reference).split("/")[1:]:
-            token = token.replace("~1", "/").replace("~0", "~")
-            node = node[int(token)] if isinstance(node, list) else node[token]
-        return node
-
-    return resolve
+    resource = referencing.jsonschema.DRAFT202012.create_resource(root)
+    within = referencing.Registry().with_resource("", resource).resolver()
+    return cache(lambda reference: within.lookup(reference).contents)
 
 
 def bounded_validator(root: dict[str, Any], draft: str) -> Any:

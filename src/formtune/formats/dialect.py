@@ -125,18 +125,18 @@ class Reading:
         self._specification = specification_with(_DRAFTS[self.draft].META_SCHEMA["$schema"])
         resource = self._specification.create_resource(schema)
         registry = Registry().with_resource(resource.id() or "", resource)
-        if re.search(r'"(?:\$?id|\$anchor|\$dynamicAnchor)"', json.dumps(schema)):
+        names = re.findall(r'"(?:\$?id|\$anchor|\$dynamicAnchor)": "', json.dumps(schema))
+        if len(names) > (resource.id() is not None):  # it takes time
             registry = registry.crawl()
         self.root: Any = self._read(schema, "", "$", registry.resolver(resource.id() or ""))
         for reference in self._references:  # it grows: what a reference leads to may hold more
             self._resolve(*reference)
-        if {"patternProperties", "unevaluatedProperties"} <= {
-            key for _, node in schema_nodes(self.root) for key in node
-        }:
+        nodes = list(schema_nodes(self.root))
+        if {"patternProperties", "unevaluatedProperties"} <= {key for _, node in nodes for key in node}:
             # The library would match these by `re`.
             self.problems.append("patternProperties with unevaluatedProperties is not read; use additionalProperties")
         if not self.problems:
-            self._find_loop()
+            self._find_loop(nodes)
         if self._unchecked:
             self.notes.append(f"not checked: {', '.join(self._unchecked)}")
 
@@ -253,7 +253,7 @@ class Reading:
         else:
             part["$ref"] = f"#{self._places[id(target)]}"
 
-    def _find_loop(self) -> None:
+    def _find_loop(self, nodes: list[tuple[str, dict[str, Any]]]) -> None:
         resolve, done = resolver(self.root), set[int]()
 
         def has_loop(node: Any, above: frozenset[int]) -> bool:
@@ -267,7 +267,7 @@ class Reading:
             done.add(id(node))
             return found
 
-        looping = (path for path, node in schema_nodes(self.root) if "$ref" in node and has_loop(node, frozenset()))
+        looping = (path for path, node in nodes if "$ref" in node and has_loop(node, frozenset()))
         if path := next(looping, ""):
             self.problems.append(f"{path}: leads back to itself without end; put a property or items between")
 

@@ -36,8 +36,8 @@ class JsonSchema(Format):
     What the schema allows is allowed: keys that it does not name too, unless it says `additionalProperties: false`.
 
     Args:
-        schema: File of the schema, a Pydantic class as `module:Class`, or the schema itself; any draft from 4 to 2020-12,
-            without references to other files.
+        schema: File of the schema, the schema itself, or a Pydantic class as `module:Class`; draft 4 to 2020-12, all in
+            one file.
         canonical: Whether key order (the schema's, of alternatives one that the document keeps) and white space (none)
             are part of the format.
         sets: Dotted paths of arrays whose order does not matter for content.
