@@ -166,7 +166,8 @@ class Reading:
             hint = "; a list of schemas is `prefixItems` in this draft" if isinstance(node, list) else ""
             self.problems.append(f"{shown}: not a JSON Schema (expected a schema, found {node!r:.40}{hint})")
             return True
-        within = within.in_subresource(self._specification.create_resource(node))
+        if "$id" in node or "id" in node:
+            within = within.in_subresource(self._specification.create_resource(node))
         self._places[id(node)] = place
         self._dynamic += [str(node[key]) for key in ("$dynamicAnchor", "$recursiveAnchor") if node.get(key)]
         out: dict[str, Any] = {}
@@ -207,6 +208,8 @@ class Reading:
     def _is_read(self, node: dict[str, Any], key: str, value: Any, shown: str) -> bool:
         """Whether a key says something that is checked; if not, it is among the problems or the unchecked."""
         expected, is_valid = _VALUES.get(key, ("", lambda value: True))
+        if key == "discriminator":  # grammars need it
+            return isinstance(value, dict)
         if key not in KEYWORDS:
             if not key.startswith("x-") and (keyword := _meant(key)):
                 hint = f"did you mean {keyword!r}? If not, write 'x-{key}'"
