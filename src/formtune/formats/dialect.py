@@ -119,24 +119,31 @@ class Reading:
         self._places: dict[int, str] = {}  # where in `root` each schema is, as a pointer
         self._references: list[tuple[dict[str, Any], str, str, Any]] = []
         self._dynamic: list[str] = []  # names of dynamic anchors
+        self.root: Any = {}
         self.draft = self._find_draft(schema)
+        names = ("$schema", "$anchor", "$dynamicAnchor", "id" if self.draft == "4" else "$id")
+        nodes = schema_nodes(schema)
+        wrong = [(path, key) for path, node in nodes for key in names if not isinstance(node.get(key, ""), str)]
+        self.problems += [f"{path}.{key}: not a JSON Schema (expected a string)" for path, key in wrong]
+        if wrong:
+            return
         self._keywords = {*_DRAFTS[self.draft].VALIDATORS, *_LIMITS, "$defs", "definitions"}
         self._is_legacy = "unevaluatedItems" not in self._keywords  # up to draft 7
         self._specification = specification_with(_DRAFTS[self.draft].META_SCHEMA["$schema"])
         resource = self._specification.create_resource(schema)
         registry = Registry().with_resource(resource.id() or "", resource)
-        names = re.findall(r'"(?:\$?id|\$anchor|\$dynamicAnchor)": "', json.dumps(schema))
-        if len(names) > (resource.id() is not None):  # it takes time
+        found = re.findall(r'"(?:\$?id|\$anchor|\$dynamicAnchor)": "', json.dumps(schema))
+        if len(found) > (resource.id() is not None):  # it takes time
             registry = registry.crawl()
-        self.root: Any = self._read(schema, "", "$", registry.resolver(resource.id() or ""))
+        self.root = self._read(schema, "", "$", registry.resolver(resource.id() or ""))
         for reference in self._references:  # it grows: what a reference leads to may hold more
             self._resolve(*reference)
-        nodes = list(schema_nodes(self.root))
-        if {"patternProperties", "unevaluatedProperties"} <= {key for _, node in nodes for key in node}:
+        parts = list(schema_nodes(self.root))
+        if {"patternProperties", "unevaluatedProperties"} <= {key for _, node in parts for key in node}:
             # The library would match these by `re`.
             self.problems.append("patternProperties with unevaluatedProperties is not read; use additionalProperties")
         if not self.problems:
-            self._find_loop(nodes)
+            self._find_loop(parts)
         if self._unchecked:
             self.notes.append(f"not checked: {', '.join(self._unchecked)}")
 

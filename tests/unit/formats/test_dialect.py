@@ -236,7 +236,7 @@ def test_all_problems_are_named_at_once_up_to_ten():
     [("type", []), ("type", 3), ("enum", "a"), ("required", True), ("required", [1]), ("minimum", "1"), ("minLength", -1),
      ("maxItems", 1.5), ("multipleOf", 0), ("uniqueItems", "yes"), ("pattern", 1), ("properties", []), ("anyOf", {}),
      ("allOf", []), ("not", "x"), ("items", 1), ("dependentRequired", {"a": "b"}), ("$ref", 1), ("format", 1),
-     ("patternProperties", {"(": {}}), ("exclusiveMinimum", "x"), ("minContains", None), ("prefixItems", [1])],
+     ("patternProperties", {"(": {}}), ("exclusiveMinimum", "x"), ("minContains", None), ("prefixItems", [1]), ("$id", 3), ("$anchor", None)],
 )  # fmt: skip
 def test_a_value_that_no_keyword_may_have_is_refused(key, value):
     schema = {key: value, "type": "object", "contains": {}} | {key: value}
