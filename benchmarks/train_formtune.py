@@ -100,7 +100,7 @@ def main() -> None:
         packing.GAIN = float("inf")
     module = (ConstantRate if args.constant else FormatModule)(
         base=args.model,
-        format=JsonSchema({}),
+        format=JsonSchema({"type": "object"}),
         lora=Lora(dropout=args.dropout),
         tokens_per_micro_batch=args.tokens,
         compile=args.compile,

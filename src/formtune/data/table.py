@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from formtune.data.encoded import Splits
+from formtune.formats import Format
 
 NAMED = 20  # ignored columns named in the terminal
 
@@ -35,6 +36,12 @@ def print_data(splits: Splits, folder: Path | None) -> None:
         _print(f"shared text: {share}; it was left out of the near-duplicate comparison")
     if splits.repairs:
         _print("inputs repaired: " + ", ".join(f"{count:,} {step}" for step, count in splits.repairs.most_common()))
+
+
+def print_notes(format: Format) -> None:
+    """Print how the format was read, such as what it leaves unchecked."""
+    for note in format.notes:
+        _print(note)
 
 
 def print_ignored(counts: Counter[str], key: str = "") -> None:

@@ -6,7 +6,7 @@ all pairs of items, or that follow references: alternatives that refer to each o
 
 from __future__ import annotations
 
-import math
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -20,17 +20,31 @@ from typing import Any
 import referencing
 import referencing.jsonschema
 import regex
-from jsonschema import Draft202012Validator, FormatChecker
+from jsonschema import Draft4Validator, Draft202012Validator, FormatChecker
 from jsonschema.exceptions import ValidationError
 from jsonschema.validators import extend
 
 from formtune.formats.content import typed
 
-ROOT_ONLY = ("$schema", "$id")
 CHECK_SECONDS = 0.5  # of processor time, so that a busy machine changes no verdict; an ordinary check needs 0.0001
 MAX_STEPS = 100_000  # of a pattern with its repetitions written out, some 30 MB
 
 _END: ContextVar[float] = ContextVar("end", default=1e9)
+
+_ECMA = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|[$.]", re.S)
+_SURROGATES = re.compile(r"(?:\\u[dD][89abAB][0-9a-fA-F]{2})(?:\\u[dD][c-fC-F][0-9a-fA-F]{2})")  # of one character
+_SETS = {  # ASCII digits and words, and the white space of ECMA-262
+    r"\d": "0-9",
+    r"\D": r"\x00-/:-\U0010ffff",
+    r"\w": "0-9A-Z_a-z",
+    r"\W": r"\x00-/:-@\[-\^`{-\U0010ffff",
+    r"\s": r"\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff",
+    r"\S": r"\x00-\x08\x0e-\x1f!-\u009f\u00a1-\u167f\u1681-\u1fff\u200b-\u2027\u202a-\u202e\u2030-\u205e\u2060-\u2fff"
+    r"\u3001-\ufefe\uff00-\U0010ffff",
+    ".": r"\x00-\t\x0b\x0c\x0e-\u2027\u202a-\U0010ffff",
+}
+_ANCHORS = {r"\A": "^", r"\Z": "$", r"\z": "$"}  # which ECMA-262 does not have, but everybody means so
+_ENDS = {"$": r"\Z", r"\b": r"(?a:\b)", r"\B": r"(?a:\B)"}
 
 _TIME = r"\d\d:\d\d:\d\d(?:\.\d+)?(?:[zZ]|[+-]\d\d:\d\d)"
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
@@ -73,11 +87,7 @@ def seconds_left() -> float:
 
 def compile_pattern(pattern: str) -> Any:
     """Compile a pattern of the `regex` package; raises `regex.error` also if it is too large."""
-    # `regex` writes a repetition out as often as it must match: the counts of groups multiply.
-    counts = [(before, max(int(count), 1)) for before, count in re.findall(r"(.?)\{(\d{1,9})", pattern, re.S)]
-    of_characters = [count for before, count in counts if re.match(r"[\w\].]", before)]
-    of_groups = [count for before, count in counts if not re.match(r"[\w\].]", before)]
-    if (len(pattern) + sum(of_characters)) * math.prod(of_groups) > MAX_STEPS:
+    if _steps(pattern) > MAX_STEPS:
         raise regex.error(f"its repetitions amount to more than {MAX_STEPS:,} steps")
     try:
         return regex.compile(pattern)
@@ -85,17 +95,43 @@ def compile_pattern(pattern: str) -> Any:
         raise regex.error("nested too deeply") from None
 
 
+def _steps(pattern: str) -> int:
+    """How large a pattern is with each repetition written out as often as it must match, as `regex` does."""
+    if re.search(r"\(\?\w*x", pattern):  # what such a pattern does not match
+        pattern = re.sub(r"(\\.)|\s+|#.*", r"\1", pattern)
+    sizes, last = [0], 0  # of the open groups, and of what comes before a repetition
+    for token, count in re.findall(r"(\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d{1,9})[\d,]*\}|.)", pattern, re.S):
+        if count:
+            more = last * max(int(count) - 1, 0)
+            last += more
+            sizes[-1] += more
+        elif token == "(":
+            sizes.append(1)
+        elif token == ")" and len(sizes) > 1:
+            last = sizes.pop()
+            sizes[-1] += last
+        elif token not in "?*+":
+            last = 1
+            sizes[-1] += 1
+    return sum(sizes)
+
+
 @lru_cache(maxsize=1000)
 def compile_ecma(pattern: str) -> Any:
-    r"""As `compile_pattern`, with ECMA-262's meaning: `$` is only the end, not before a last line feed; `\d` is 0-9."""
+    """As `compile_pattern`, with ECMA-262's meaning: `$` is only the end, not before a last line feed."""
+    return compile_pattern(_ECMA.sub(lambda match: _ENDS.get(match[0], match[0]), ecma(pattern)))
 
-    def translate(match: re.Match[str]) -> str:
+
+def ecma(pattern: str) -> str:
+    r"""A pattern with `.`, `\d`, `\w`, `\s` and their opposites written out as ECMA-262 means them."""
+
+    def write_out(match: re.Match[str]) -> str:
         token = match[0]
         if token.startswith("["):
-            return re.sub(r"\\.", lambda escape: "0-9" if escape[0] == r"\d" else escape[0], token, flags=re.S)
-        return {"$": r"\Z", r"\d": "[0-9]"}.get(token, token)
+            return re.sub(r"\\.", lambda escape: _SETS.get(escape[0], escape[0]), token, flags=re.S)
+        return f"[{_SETS[token]}]" if token in _SETS else _ANCHORS.get(token, token)
 
-    return compile_pattern(re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]|\$", translate, pattern, flags=re.S))
+    return _ECMA.sub(write_out, _SURROGATES.sub(lambda match: json.loads(f'"{match[0]}"'), pattern))
 
 
 def _matches(pattern: str, text: str) -> bool:
@@ -135,16 +171,14 @@ def _unique_items(validator: Any, unique: bool, value: Any, schema: Any) -> Iter
 
 
 def resolver(root: dict[str, Any]) -> Callable[[str], Any]:
-    """The function that looks up references within a schema; it raises `Unresolvable` and never fetches anything."""
+    """The function that looks up references within a schema in which all are pointers."""
     resource = referencing.jsonschema.DRAFT202012.create_resource(root)
     within = referencing.Registry().with_resource("", resource).resolver()
     return cache(lambda reference: within.lookup(reference).contents)
 
 
-def bounded_validator(schema: dict[str, Any]) -> Any:
-    """The validator of a schema without references to other files."""
-    # With `$schema` in it a reference to the root would leave the keywords below for the library's own.
-    root = {key: value for key, value in schema.items() if key not in ROOT_ONLY}
+def bounded_validator(root: dict[str, Any], draft: str) -> Any:
+    """The validator of a schema that was read as draft 2020-12 from another draft."""
     resolve = resolver(root)
 
     def follow(validator: Any, reference: str, value: Any, schema: Any) -> Iterator[ValidationError]:
@@ -157,7 +191,9 @@ def bounded_validator(schema: dict[str, Any]) -> Any:
         "additionalProperties": _additional,
         "uniqueItems": _unique_items,
         "$ref": follow,
-        "$dynamicRef": follow,
     }
-    cls: Any = extend(Draft202012Validator, keywords)
+    checker = (
+        Draft4Validator if draft == "4" else Draft202012Validator
+    ).TYPE_CHECKER  # 1.0 is an integer since draft 6
+    cls: Any = extend(Draft202012Validator, keywords, type_checker=checker)
     return cls(root, registry=referencing.Registry(), format_checker=FORMATS)

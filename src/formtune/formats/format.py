@@ -72,6 +72,8 @@ class Format(ABC):
     sets: frozenset[str] = frozenset()
     #: Paths of values that need not occur in the input, such as labels.
     derived: frozenset[str] = frozenset()
+    #: What the user should know of how the format was read, such as what it leaves unchecked; each one line.
+    notes: tuple[str, ...] = ()
     #: Whether a document must have exactly the text that `write` gives.
     canonical: bool = False
     #: Whether each row has its own schema, which `of_row` needs.

@@ -13,7 +13,8 @@ import re
 from typing import Any
 
 from formtune.errors import UserError
-from formtune.formats.schema import schema_nodes, types
+from formtune.formats.bounded import ecma
+from formtune.formats.dialect import schema_nodes, types
 
 # Escapes and sets are read as one; the rest is what the `regex` package and Rust's take for different things.
 _TOKEN = re.compile(
@@ -46,6 +47,7 @@ def json_rules(schema: dict[str, Any], canonical: bool) -> str:
     for path, node in nodes:
         place = f"data.format.schema: {path}"
         if "pattern" in node:
+            node["pattern"] = ecma(node["pattern"])
             check_pattern(node["pattern"], f"{place}.pattern")
         for key in node.keys() & {"enum", "const"} if canonical else ():  # keys without a schema are sorted
             node[key] = json.loads(json.dumps(node[key], sort_keys=True))

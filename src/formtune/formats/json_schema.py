@@ -1,4 +1,4 @@
-"""JSON that keeps a JSON Schema (draft 2020-12), judged by the `jsonschema` library and read strictly."""
+"""JSON that keeps a JSON Schema, judged by the `jsonschema` library and read strictly."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from formtune.errors import UserError
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
 from formtune.formats.grammar import json_rules
 from formtune.formats.places import Places, is_array, is_label
-from formtune.formats.schema import make_validator, read_schema
+from formtune.formats.schema import make_validator, read_schema, unwrap
 from formtune.formats.strict_json import find_documents, loads_strict
 
 MAX_PROBLEMS = 20  # per text: more do not help a reader
-MAX_PATHS = 10_000  # of a format: references can multiply without end
+MAX_PATHS = 2000  # of a format: references can multiply without end
 PER_ROW = "per row"  # as a schema: each row has its own
 KEPT = 1000  # formats of rows
 
@@ -40,8 +40,8 @@ class JsonSchema(Format):
     What the schema allows is allowed: keys that it does not name too, unless it says `additionalProperties: false`.
 
     Args:
-        schema: File of the schema, or the schema itself; draft 2020-12, without remote references. By default each row
-            has its own, in the column that `data.columns.schema` names.
+        schema: File of the schema, the schema itself, or a Pydantic class as `module:Class`; draft 4 to 2020-12, all in
+            one file. By default each row has its own, in the column that `data.columns.schema` names.
         canonical: Whether key order (the schema's, of alternatives one that the document keeps) and white space (none)
             are part of the format.
         sets: Dotted paths of arrays whose order does not matter for content.
@@ -61,35 +61,41 @@ class JsonSchema(Format):
         if self.per_row:
             return
         name = schema if isinstance(schema, str) else "data.format.schema"
-        parts = self._adopt(read_schema(schema) if isinstance(schema, str) else schema, name)
+        parts, is_cut = self._adopt(read_schema(schema), name)
+        if is_cut:
+            return
         if unknown := self.sets - {path for path, parts_here in parts.items() if any(map(is_array, parts_here))}:
             raise UserError(f"data.format.sets: {name} declares no array at {', '.join(sorted(unknown))}")
         if unknown := self.derived - parts.keys():
             raise UserError(f"data.format.derived: {name} declares no value at {', '.join(sorted(unknown))}")
 
-    def _adopt(self, schema: Any, name: str) -> dict[str, list[dict[str, Any]]]:
-        """Judge by this schema; returns the parts of the schema for each path."""
-        self.schema, self.per_row = schema, False
+    def _adopt(self, schema: Any, name: str) -> tuple[dict[str, list[dict[str, Any]]], bool]:
+        """Judge by this schema; returns its parts for each path, and whether there are too many paths."""
+        self.schema, keys = unwrap(schema)
+        self.per_row = False
         try:
-            self._validator = make_validator(self.schema, name)
+            self._validator, notes = make_validator(self.schema, name)
             self._root = self._validator.schema
             self._places = Places(self._validator)
             fields: dict[str, None] = {}
             parts: dict[str, list[dict[str, Any]]] = {}
-            for path, parts_here, in_array in self._places.paths([self._root]):
+            paths = list(islice(self._places.paths([self._root]), MAX_PATHS))
+            for path, parts_here, in_array in paths:
                 parts.setdefault(path, []).extend(parts_here)
                 fields |= {path: None} if path and not in_array else {}
-                if len(parts) > MAX_PATHS:
-                    raise UserError(f"{name}: more than {MAX_PATHS:,} fields; say `additionalProperties` for the rest")
         except RecursionError:
             raise UserError(f"{name}: the schema is nested too deeply; flatten it with $defs") from None
+        notes += [f"the schema is what is within {keys!r}"] if keys else []
+        is_cut = len(paths) == MAX_PATHS
+        notes += [f"only the first {MAX_PATHS:,} fields are compared one by one"] if is_cut else []
+        self.notes = tuple(f"{name}: {note}" for note in notes)
         self.fields = tuple(fields)
         # One alternative with labels is enough: else each of its labels would be called made up.
         labels = [path for path, parts_here in parts.items() if any(map(is_label, parts_here))]
         self.derived |= frozenset(labels)
         # "See [1]" holds no document where the schema asks for an object.
         self._brackets = {"object": "{", "array": "["}.get(str(self._root.get("type")), "{[")
-        return parts
+        return parts, is_cut
 
     def of_row(self, schema: str | None) -> Format:
         return _of_row(self, schema) if self.per_row else self

@@ -12,7 +12,7 @@ from itertools import chain, islice, product
 from typing import Any
 
 from formtune.formats.bounded import resolver, seconds_left
-from formtune.formats.schema import types
+from formtune.formats.dialect import types
 
 MAX_WAYS = 1000  # of combining alternatives at one place; each union multiplies them
 
@@ -29,6 +29,7 @@ class Places:
     def __init__(self, validator: Any) -> None:
         self._validator, self._root = validator, validator.schema
         self._resolve = resolver(self._root)
+        self._known: dict[tuple[int, ...], list[Part]] = {}  # the parts of each place
 
     def paths(
         self, nodes: Sequence[Any], path: str = "", above: frozenset[int] = frozenset(), in_array: bool = False
@@ -39,14 +40,16 @@ class Places:
         """
         parts = self._parts(nodes)
         new = [part for part in parts if id(part) not in above]
-        names = dict.fromkeys(name for part in new for name in part.get("properties", ()))
+        names: dict[str, list[Any]] = {}
+        for part in new:
+            for name, node in part.get("properties", {}).items():
+                names.setdefault(name, []).append(node)
         again = any("properties" in part for part in parts if id(part) in above)
         if not names or again or any(map(_is_value, parts)):
             yield path, parts, in_array
         inside = above | {id(part) for part in new}
-        for name in names:
+        for name, inner in names.items():
             if "." not in name:  # such a key cannot be named by a dotted path
-                inner = [part["properties"][name] for part in new if name in part.get("properties", ())]
                 yield from self.paths(inner, f"{path}.{name}" if path else name, inside, in_array)
         items = [item for part in new for item in (*part.get("prefixItems", ()), part.get("items")) if item is not None]
         if items:
@@ -61,6 +64,9 @@ class Places:
 
     def _parts(self, nodes: Sequence[Any]) -> list[Part]:
         """Everything that may hold where `nodes` do, each part once."""
+        key = (*map(id, nodes),)
+        if key in self._known:
+            return self._known[key]
         parts: dict[int, Part] = {}
         stack = list(reversed(nodes))
         while stack:
@@ -68,7 +74,7 @@ class Places:
             if isinstance(node, dict) and id(node) not in parts:
                 parts[id(node)] = node
                 stack += reversed([option for options in self._added(node, _ANY) for option in options or ()])
-        return list(parts.values())
+        return self._known.setdefault(key, list(parts.values()))
 
     def _added(self, node: Part, value: Any) -> Iterator[Sequence[Any] | None]:
         """For each keyword that adds parts: those of which one holds for `value`; None for the node's own."""
@@ -76,7 +82,7 @@ class Places:
         for key, inner in node.items():
             if key == own:
                 yield None
-            elif key in ("$ref", "$dynamicRef"):
+            elif key == "$ref":
                 yield [self._resolve(inner)]
             elif key == "allOf":
                 yield from ([part] for part in inner)

@@ -1,137 +1,88 @@
-"""What a user can get wrong in a JSON Schema, found before training and said in one line."""
+"""Where a JSON Schema comes from: a file, a Pydantic class, or the request that it is part of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
+import importlib
+import json
+import re
 from pathlib import Path
 from typing import Any
 
-import regex
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
-from referencing.exceptions import Unresolvable
-
 from formtune.errors import UserError
-from formtune.formats.bounded import FORMATS, ROOT_ONLY, bounded_validator, compile_ecma, resolver, time_limit
+from formtune.formats.bounded import bounded_validator
+from formtune.formats.dialect import KEYWORDS, TYPES, Reading
 from formtune.formats.strict_json import loads_strict
 
-DIALECT = "https://json-schema.org/draft/2020-12/schema"
-REFERENCES = ("$ref", "$dynamicRef")
-MAX_CHARACTERS = 500_000  # of a schema's file: to check a schema takes time
+MAX_CHARACTERS = 2_000_000  # of a schema's file: to read a schema takes time
+MAX_PROBLEMS = 10  # named at once
 
-_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
-_SINGLES = (
-    *("items", "contains", "unevaluatedItems", "additionalProperties", "propertyNames", "unevaluatedProperties"),
-    *("not", "if", "then", "else"),
-)
-_KEYWORDS = {
-    *(*Draft202012Validator.VALIDATORS, *_MAPS, *_LISTS, *_SINGLES, *ROOT_ONLY, "minContains", "maxContains"),
-    *("$anchor", "$dynamicAnchor", "$comment", "$vocabulary", "title", "description", "default", "examples"),
-    *("deprecated", "readOnly", "writeOnly", "contentEncoding", "contentMediaType", "contentSchema", "discriminator"),
-}
+# What holds the schema in a request to OpenAI (response_format, tool) or Anthropic, and in a tool of MCP.
+_WRAPPERS = ("schema", "json_schema", "response_format", "function", "parameters", "input_schema", "inputSchema")
 
 
-def read_schema(path: str) -> Any:
-    """The schema in a file."""
+def read_schema(source: str | dict[str, Any]) -> Any:
+    """The schema in a file, of a Pydantic class written as `module:Class`, or as it is; no object is in it twice."""
+    if not isinstance(source, str):
+        try:
+            return json.loads(json.dumps(source, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"data.format.schema: not valid JSON ({error})") from None
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) and not Path(source).exists():
+        return read_schema(_class_schema(*source.split(":")))
     try:
-        with Path(path).open(encoding="utf-8-sig") as file:
+        with Path(source).open(encoding="utf-8-sig") as file:
             text = file.read(MAX_CHARACTERS + 1)
         if len(text) > MAX_CHARACTERS:
-            raise UserError(f"{path}: longer than {MAX_CHARACTERS:,} characters; a format is not that large")
+            raise UserError(f"{source}: longer than {MAX_CHARACTERS:,} characters; a format is not that large")
         return loads_strict(text.strip())
     except OSError as error:
-        raise UserError(f"data.format.schema: {path}: {error.strerror}") from None
+        raise UserError(f"data.format.schema: {source}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+        raise UserError(f"{source}: not valid JSON ({error})") from None
 
 
-def make_validator(schema: Any, name: str) -> Any:
-    """The validator of a schema that can judge every text: complete, without network, without unknown keywords.
+def _class_schema(module: str, name: str) -> Any:
+    place = f"data.format.schema: {module}:{name}"
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except Exception as error:  # the module is the user's
+        hint = "; pip install pydantic" if getattr(error, "name", "") == "pydantic" else ""
+        raise UserError(f"{place}: {' '.join(f'{type(error).__name__}: {error}'.split())}{hint}") from None
+    if not hasattr(cls, "model_json_schema"):
+        raise UserError(f"{place} is not a Pydantic model: name a subclass of pydantic.BaseModel")
+    try:
+        return cls.model_json_schema()
+    except Exception as error:
+        raise UserError(f"{place} has no JSON Schema: {' '.join(str(error).split())}") from None
+
+
+def unwrap(schema: Any) -> tuple[Any, str]:
+    """The schema within a request or tool, and the keys that lead to it; "" if it is a schema itself."""
+    keys = []
+    while (
+        isinstance(schema, dict) and not schema.keys() & KEYWORDS - {"type", "id"} and schema.get("type") not in TYPES
+    ):
+        inner = [key for key in _WRAPPERS if isinstance(schema.get(key), dict)]
+        if len(inner) != 1:
+            break
+        keys += inner
+        schema = schema[inner[0]]
+    return schema, ".".join(keys)
+
+
+def make_validator(schema: Any, name: str) -> tuple[Any, list[str]]:
+    """The validator of a schema that can judge every text, complete and without network, and notes on the schema.
 
     Messages call the schema by `name`.
     """
-    for problem in _problems(schema):
-        raise UserError(f"{name}: {problem}")
-    return bounded_validator(schema)
-
-
-def _problems(schema: Any) -> Iterator[str]:
-    """What keeps a schema from judging every text; no step makes sense unless those before it yield nothing."""
     if not isinstance(schema, dict):
-        yield f"expected an object as schema, found {schema!r:.40}"
-        return
-    if str(schema.get("$schema", DIALECT)).rstrip("#") != DIALECT:
-        yield f"$schema is {schema['$schema']}, but only draft 2020-12 is read; convert the schema"
-    # Without formats: "regex" would be checked by `re`, which knows less than what patterns run on.
-    meta = Draft202012Validator(Draft202012Validator.META_SCHEMA)
-    if error := best_match(meta.iter_errors(schema)):
-        yield f"not a JSON Schema ({error.json_path}: {error.message[:120]})"
-    validator = bounded_validator(schema)
-    nodes = list(schema_nodes(validator.schema))
-    for path, node in nodes:
-        yield from _node_problems(path, node)
-    if {"patternProperties", "unevaluatedProperties"} <= {key for _, node in nodes for key in node}:
-        # The library would match these by `re`.
-        yield "patternProperties with unevaluatedProperties is not read; use additionalProperties"
-    yield from _reference_problems(validator, nodes)
-
-
-def _node_problems(path: str, node: dict[str, Any]) -> Iterator[str]:
-    for key in node:
-        if key not in _KEYWORDS and not key.startswith("x-"):  # a typo here would let every answer pass
-            yield f"{path}.{key}: not a keyword of draft 2020-12, so it would be ignored; fix or remove it"
-        if key in ROOT_ONLY:
-            yield f"{path}.{key}: allowed at the root only; remove it"
-    for pattern in (*node.get("patternProperties", ()), *([node["pattern"]] if "pattern" in node else ())):
-        try:
-            compile_ecma(pattern)
-        except regex.error as error:
-            yield f"{path}: not a JSON Schema (pattern {pattern!r}: {error})"
-    if node.get("format", "date") not in FORMATS.checkers:
-        known = ", ".join(FORMATS.checkers)
-        yield f"{path}.format: {node['format']!r} cannot be checked, only {known}; use a pattern"
-
-
-def _reference_problems(validator: Any, nodes: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
-    schemas, resolve = {id(node) for _, node in nodes}, resolver(validator.schema)
-    references = [(path, node, key) for path, node in nodes for key in REFERENCES if key in node]
-    for path, node, key in references:
-        reference = node[key]
-        if not reference.startswith("#"):
-            yield f"{key} {reference!r} leads out of the file; copy what it names into $defs"
-        try:
-            target = resolve(reference)
-        except Unresolvable:
-            target = None
-        if not isinstance(target, bool) and id(target) not in schemas:
-            yield f"{path}: a $ref leads nowhere ({reference!r}); fix it or add what it names"
-    values: tuple[Any, ...] = (None, True, 0, "", [], {})
-    try:
-        for (_, node, _), value in product(references, values):
-            with time_limit():
-                validator.evolve(schema=node).is_valid(value)
-    except (RecursionError, TimeoutError):
-        yield "a $ref leads back to itself without end; put a property or items between"
-
-
-def types(node: dict[str, Any]) -> list[str]:
-    """The types that a schema names."""
-    names = node.get("type", [])
-    return [names] if isinstance(names, str) else names
-
-
-def schema_nodes(node: Any, path: str = "$") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every schema within a schema; what enum, const, default and examples hold is data."""
-    if not isinstance(node, dict):
-        return
-    yield path, node
-    for key in _MAPS:
-        for name, inner in node.get(key, {}).items():
-            yield from schema_nodes(inner, f"{path}.{key}.{name}")
-    for key in _LISTS:
-        for index, inner in enumerate(node.get(key, ())):
-            yield from schema_nodes(inner, f"{path}.{key}[{index}]")
-    for key in _SINGLES:
-        yield from schema_nodes(node.get(key), f"{path}.{key}")
+        raise UserError(f"{name}: expected an object as schema, found {schema!r:.40}")
+    reading = Reading(schema)
+    problems = reading.problems
+    if not problems and not reading.root.keys() - {"$defs", "definitions"}:
+        problems = ["the schema has no keyword that is checked, so every JSON text would be valid; say `type`"]
+    if problems:
+        more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+        count = f"{len(problems)} problems: " if len(problems) > 1 else ""
+        raise UserError(f"{name}: {count}{' | '.join([*problems[:MAX_PROBLEMS], *more])}")
+    return bounded_validator(reading.root, reading.draft), reading.notes

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from formtune.data.datamodule import FormatDataModule
 from formtune.data.encoded import FEW_ROWS
-from formtune.data.table import print_data, print_ignored
+from formtune.data.table import print_data, print_ignored, print_notes
 from formtune.errors import UserError
 from formtune.files import write_json, write_whole
 from formtune.model import FormatModule
@@ -106,6 +106,7 @@ def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> N
     if not trainer.is_global_zero:
         return
     splits, settings = datamodule.splits, datamodule.settings
+    print_notes(settings.format)
     if splits is not None:
         print_data(splits, Path(trainer.default_root_dir) if trainer.loggers else None)
     for key, counts in settings.ignored.items():

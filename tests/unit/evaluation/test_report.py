@@ -401,7 +401,7 @@ def test_another_base_or_format_is_measured_anew(tmp_path):
     keys = {
         baseline.baseline_key(str(tmp_path), [row], {"precision": "32-true"}, JsonSchema(SCHEMA)),
         baseline.baseline_key(str(tmp_path), [row], {"precision": "bf16-mixed"}, JsonSchema(SCHEMA)),
-        baseline.baseline_key(str(tmp_path), [row], {"precision": "32-true"}, JsonSchema({})),
+        baseline.baseline_key(str(tmp_path), [row], {"precision": "32-true"}, JsonSchema({"type": "object"})),
         baseline.baseline_key(str(tmp_path), [row, row], {"precision": "32-true"}, JsonSchema(SCHEMA)),
     }
     (tmp_path / "config.json").write_text('{"a": 1}')

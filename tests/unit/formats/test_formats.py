@@ -356,11 +356,11 @@ def test_a_tree_has_finitely_many_fields():
 
 
 @pytest.mark.parametrize("within", [lambda node: node, lambda node: {"type": "array", "items": node}])
-def test_fields_that_multiply_without_end_are_refused_in_time(within):
+def test_fields_that_multiply_without_end_are_cut_in_time(within):
     levels = {str(n): {"properties": {k: {"$ref": f"#/$defs/{n + 1}"} for k in "ab"}} for n in range(40)} | {"40": {}}
     begun = time.process_time()
-    with pytest.raises(UserError, match=r"more than 10,000 fields; say"):
-        JsonSchema(within({"$ref": "#/$defs/0"}) | {"$defs": levels})
+    format = JsonSchema(within({"$ref": "#/$defs/0"}) | {"$defs": levels})
+    assert len(format.fields) in (0, 2000) and "only the first 2,000 fields" in format.notes[0]
     assert time.process_time() - begun < 3
 
 
@@ -374,10 +374,8 @@ def test_fields_that_multiply_without_end_are_refused_in_time(within):
         ({"$ref": "#"}, "leads back to itself"),
         ({"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"$ref": "#/$defs/x"}}}, "leads back to itself"),
         ({"pattern": "("}, "not a JSON Schema"),
-        ({"items": {"requried": ["a"]}}, r"\$.items.requried: not a keyword"),
-        ({"format": "iri"}, r"\$.format: 'iri' cannot be checked"),
-        ({"$schema": "http://json-schema.org/draft-07/schema#"}, "convert the schema"),
-        ({"items": {"$id": "x"}}, "allowed at the root only"),
+        ({"items": {"requried": ["a"]}}, r"\$.items.requried: not a keyword.* did you mean 'required'"),
+        ({"$schema": "http://json-schema.org/draft-03/schema#", "type": "object"}, "draft 3 is not read, only 4, 6"),
         ([], "expected an object"),
     ],
 )
@@ -604,7 +602,7 @@ def test_no_text_breaks_the_judge(text):
 )
 def test_every_json_value_equals_itself_and_no_other(value):
     text = json.dumps(value)
-    format = JsonSchema({})
+    format = JsonSchema({"minLength": 0})
     assert format.check(text, target=text).joint
     assert not format.check(json.dumps([value]), target=text).joint
 

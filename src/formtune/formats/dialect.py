@@ -1,0 +1,286 @@
+"""Reads a JSON Schema of any draft from 4 as draft 2020-12, and finds everything wrong with it.
+
+What comes out holds only keywords that are checked, and refers to its parts by `$ref` and JSON pointer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import jsonschema
+import regex
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import specification_with
+
+from formtune.formats.bounded import FORMATS, compile_ecma, resolver
+
+TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
+
+_DRAFTS: dict[str, Any] = {
+    **{"4": jsonschema.Draft4Validator, "6": jsonschema.Draft6Validator, "7": jsonschema.Draft7Validator},
+    **{"2019-09": jsonschema.Draft201909Validator, "2020-12": jsonschema.Draft202012Validator},
+}
+_MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+_LISTS = {"allOf", "anyOf", "oneOf", "prefixItems"}
+_SINGLES = {"items", "contains", "unevaluatedItems", "additionalItems", "additionalProperties", "propertyNames"}
+_SINGLES |= {"unevaluatedProperties", "not", "if", "then", "else"}
+_REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
+_LIMITS = {"exclusiveMinimum": "minimum", "exclusiveMaximum": "maximum"}  # booleans in draft 4
+_NEEDS = {"then": "if", "else": "if", "minContains": "contains", "maxContains": "contains"}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_type(value: Any) -> bool:
+    names = [value] if isinstance(value, str) else value
+    return _is_names(names) and names != [] and {*names} <= {*TYPES}
+
+
+_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what a keyword holds, if not one schema
+    **dict.fromkeys(("minimum", "maximum", *_LIMITS), ("a number", _is_number)),
+    **dict.fromkeys(
+        [f"{end}{what}" for end in ("min", "max") for what in ("Length", "Items", "Properties", "Contains")],
+        ("a whole number from 0", lambda value: _is_number(value) and value >= 0 and value == int(value)),
+    ),
+    **dict.fromkeys(("pattern", "format", *_REFERENCES), ("a string", lambda value: isinstance(value, str))),
+    **dict.fromkeys((*_MAPS, "dependencies"), ("an object", lambda value: isinstance(value, dict))),
+    **dict.fromkeys(_LISTS, ("a list of schemas", lambda value: isinstance(value, list) and value != [])),
+    "type": (f"{', '.join(TYPES)} or a list of them", _is_type),
+    "enum": ("a list", lambda value: isinstance(value, list)),
+    "required": ("a list of keys, beside `properties`", _is_names),
+    "dependentRequired": (
+        "lists of keys",
+        lambda value: isinstance(value, dict) and all(map(_is_names, value.values())),
+    ),
+    "multipleOf": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    "uniqueItems": ("true or false", lambda value: isinstance(value, bool)),
+    "const": ("", lambda value: True),
+}
+KEYWORDS = {*_VALUES, *_SINGLES}
+
+
+def types(node: dict[str, Any]) -> list[str]:
+    """The types that a schema names."""
+    names = node.get("type", [])
+    return [names] if isinstance(names, str) else names
+
+
+def schema_nodes(node: Any, path: str = "$") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every schema within a schema; what enum, const, default and examples hold is data."""
+    if not isinstance(node, dict):
+        return
+    yield path, node
+    for key, value in node.items():
+        if key in _MAPS and isinstance(value, dict):
+            for name, inner in value.items():
+                yield from schema_nodes(inner, f"{path}.{key}.{name}")
+        elif key in _LISTS and isinstance(value, list):
+            for index, inner in enumerate(value):
+                yield from schema_nodes(inner, f"{path}.{key}[{index}]")
+        elif key in _SINGLES:
+            yield from schema_nodes(value, f"{path}.{key}")
+
+
+@cache
+def _spellings(key: str) -> set[str]:
+    """A key without case and number, and the same with one letter less."""
+    word = re.sub(r"(?:ies|y|s)$", "", re.sub("[^a-z]", "", key.lower()))
+    return {word, *(word[:index] + word[index + 1 :] for index in range(1, len(word)))}
+
+
+@cache
+def _meant(key: str) -> str | None:
+    """The keyword of which a key is a likely typo: a letter more, less, wrong or moved after the first."""
+    checked = sorted(KEYWORDS - {"$defs", "definitions", "not", "if"})
+    return next((keyword for keyword in checked if _spellings(key) & _spellings(keyword)), None)
+
+
+class Reading:
+    """A schema as it is read: `root` in draft 2020-12, `problems`, and `notes` on how it was read.
+
+    No object may be at two places of the schema.
+    """
+
+    def __init__(self, schema: dict[str, Any]) -> None:
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self._unchecked: dict[str, None] = {}
+        self._places: dict[int, str] = {}  # where in `root` each schema is, as a pointer
+        self._references: list[tuple[dict[str, Any], str, str, Any]] = []
+        self._dynamic: list[str] = []  # names of dynamic anchors
+        self.root: Any = {}
+        self.draft = self._find_draft(schema)
+        names = ("$schema", "$anchor", "$dynamicAnchor", "id" if self.draft == "4" else "$id")
+        nodes = schema_nodes(schema)
+        wrong = [(path, key) for path, node in nodes for key in names if not isinstance(node.get(key, ""), str)]
+        self.problems += [f"{path}.{key}: not a JSON Schema (expected a string)" for path, key in wrong]
+        if wrong:
+            return
+        self._keywords = {*_DRAFTS[self.draft].VALIDATORS, *_LIMITS, "$defs", "definitions"}
+        self._is_legacy = "unevaluatedItems" not in self._keywords  # up to draft 7
+        self._specification = specification_with(_DRAFTS[self.draft].META_SCHEMA["$schema"])
+        resource = self._specification.create_resource(schema)
+        registry = Registry().with_resource(resource.id() or "", resource)
+        found = re.findall(r'"(?:\$?id|\$anchor|\$dynamicAnchor)": "', json.dumps(schema))
+        if len(found) > (resource.id() is not None):  # it takes time
+            registry = registry.crawl()
+        self.root = self._read(schema, "", "$", registry.resolver(resource.id() or ""))
+        for reference in self._references:  # it grows: what a reference leads to may hold more
+            self._resolve(*reference)
+        parts = list(schema_nodes(self.root))
+        if {"patternProperties", "unevaluatedProperties"} <= {key for _, node in parts for key in node}:
+            # The library would match these by `re`.
+            self.problems.append("patternProperties with unevaluatedProperties is not read; use additionalProperties")
+        if not self.problems:
+            self._find_loop(parts)
+        if self._unchecked:
+            self.notes.append(f"not checked: {', '.join(self._unchecked)}")
+
+    def _find_draft(self, schema: dict[str, Any]) -> str:
+        uri, draft, keys = schema.get("$schema"), "2020-12", set[str]()
+        if match := re.fullmatch(r"https?://json-schema\.org/draft[-/]0?([\d-]+)/(?:hyper-)?schema#?", str(uri)):
+            if match[1] in _DRAFTS:
+                return match[1]
+            known = ", ".join(_DRAFTS)
+            self.problems.append(f"$.$schema: draft {match[1]} is not read, only {known}; convert the schema")
+        for _, node in schema_nodes(schema):
+            keys |= node.keys() | ({"additionalItems"} if isinstance(node.get("items"), list) else set())
+            draft = "4" if any(isinstance(node.get(key), bool) for key in _LIMITS) else draft
+        later = {"prefixItems", "unevaluatedItems", "unevaluatedProperties", "dependentSchemas", "dependentRequired"}
+        if draft != "4" and keys & {"dependencies", "additionalItems"} and not keys & later:
+            draft = "7"
+        if uri is not None or draft != "2020-12":
+            unknown = "there is no $schema" if uri is None else f"$schema {uri!r:.150} is no draft"
+            self.notes.append(f"{unknown}; its keywords are read as those of draft {draft}")
+        return draft
+
+    def _read(self, node: Any, place: str, shown: str, within: Any, boolean: bool = False) -> Any:
+        """A schema in draft 2020-12; `place` points to it there, `shown` is its path in the file."""
+        if isinstance(node, bool) and (boolean or self.draft != "4"):
+            return node
+        if not isinstance(node, dict):
+            hint = "; a list of schemas is `prefixItems` in this draft" if isinstance(node, list) else ""
+            self.problems.append(f"{shown}: not a JSON Schema (expected a schema, found {node!r:.40}{hint})")
+            return True
+        if "$id" in node or "id" in node:
+            within = within.in_subresource(self._specification.create_resource(node))
+        self._places[id(node)] = place
+        self._dynamic += [str(node[key]) for key in ("$dynamicAnchor", "$recursiveAnchor") if node.get(key)]
+        out: dict[str, Any] = {}
+        more: list[Any] = []
+        for key, value in node.items():
+            here = f"{shown}.{key}"
+            if not self._is_read(node, key, value, here):
+                continue
+            to = "prefixItems" if key == "items" and isinstance(value, list) and self.draft != "2020-12" else key
+            to = {"additionalItems": "items", "dependencies": "dependentSchemas"}.get(key, to)
+            if key in _REFERENCES:
+                part: dict[str, Any] = {} if "$ref" in out else out
+                part["$ref"] = value
+                self._references.append((part, key, here, within))
+                more += [part] if part is not out else []
+            elif to in _MAPS:
+                if key == "dependencies":
+                    out["dependentRequired"] = {name: inner for name, inner in value.items() if isinstance(inner, list)}
+                    value = {name: inner for name, inner in value.items() if not isinstance(inner, list)}
+                out[to] = {
+                    name: self._read(inner, f"{place}/{to}/{_escaped(name)}", f"{here}.{name}", within)
+                    for name, inner in value.items()
+                }
+            elif to in _LISTS:
+                inner = enumerate(value)
+                out[to] = [self._read(part, f"{place}/{to}/{i}", f"{here}[{i}]", within) for i, part in inner]
+            elif to in _SINGLES:
+                out[to] = self._read(value, f"{place}/{to}", here, within, key.startswith("additional"))
+            elif key not in _LIMITS or not isinstance(value, bool):
+                out[key] = value
+        for key, limit in _LIMITS.items():
+            if node.get(key) is True and limit in out:
+                out[key] = out.pop(limit)
+        if more:
+            out["allOf"] = [*out.get("allOf", ()), *more]
+        return out
+
+    def _is_read(self, node: dict[str, Any], key: str, value: Any, shown: str) -> bool:
+        """Whether a key says something that is checked; if not, it is among the problems or the unchecked."""
+        expected, is_valid = _VALUES.get(key, ("", lambda value: True))
+        if key == "discriminator":  # grammars need it
+            return isinstance(value, dict)
+        if key not in KEYWORDS:
+            if not key.startswith("x-") and (keyword := _meant(key)):
+                hint = f"did you mean {keyword!r}? If not, write 'x-{key}'"
+                self.problems.append(f"{shown}: not a keyword, so it would be ignored; {hint}")
+        elif self._is_legacy and "$ref" in node and key not in ("$ref", "$defs", "definitions"):
+            self._unchecked[f"{key} beside $ref, which draft {self.draft} ignores"] = None
+        elif _NEEDS.get(key, key) not in self._keywords:
+            self._unchecked[f"{key}, which draft {self.draft} does not have"] = None
+        elif _NEEDS.get(key, key) not in node or (key == "additionalItems" and not isinstance(node.get("items"), list)):
+            return False
+        elif not is_valid(value) and not (self.draft == "4" and key in _LIMITS and isinstance(value, bool)):
+            self.problems.append(f"{shown}: not a JSON Schema (expected {expected}, found {value!r:.40})")
+        elif key == "format" and value not in FORMATS.checkers:
+            self._unchecked[f"format {value!r:.40}"] = None
+        else:
+            for pattern in [value] if key == "pattern" else value if key == "patternProperties" else ():
+                try:
+                    compile_ecma(pattern)
+                except regex.error as error:
+                    self.problems.append(f"{shown}: not a JSON Schema (pattern {pattern!r:.200}: {error})")
+            return True
+        return False
+
+    def _resolve(self, part: dict[str, Any], key: str, shown: str, within: Any) -> None:
+        """Point a reference to its place in `root`."""
+        reference, problem, target = part["$ref"], "leads nowhere; fix it or add what it names", None
+        try:
+            found = within.lookup(reference)
+            target = found.contents
+        except (Unresolvable, ValueError, TypeError) as error:
+            if type(error) is Unresolvable:
+                problem = "leads out of the file; copy what it names into $defs and refer to it there"
+        if isinstance(target, dict | bool):
+            problem = ""
+            if key != "$ref" and self._dynamic.count(reference.partition("#")[2] or "True") > 1:
+                problem = "can mean more than one schema here; name the one by $ref"
+        if problem:
+            self.problems.append(f"{shown}: {key} {reference!r:.150} {problem}")
+        elif isinstance(target, bool) or id(target) not in self._places:  # not where schemas are looked for
+            parts = self.root.setdefault("$defs", {})
+            name = next(name for number in range(len(parts) + 1) if (name := f"_{number}") not in parts)
+            part["$ref"], parts[name] = f"#/$defs/{name}", {}
+            parts[name] = self._read(target, f"/$defs/{name}", f"{shown}({reference})", found.resolver)
+        else:
+            part["$ref"] = f"#{self._places[id(target)]}"
+
+    def _find_loop(self, nodes: list[tuple[str, dict[str, Any]]]) -> None:
+        resolve, done = resolver(self.root), set[int]()
+
+        def has_loop(node: Any, above: frozenset[int]) -> bool:
+            if not isinstance(node, dict) or id(node) in done:
+                return False
+            applied = [resolve(node["$ref"])] if "$ref" in node else []
+            applied += [inner for key in node.keys() & {"allOf", "anyOf", "oneOf"} for inner in node[key]]
+            applied += [node[key] for key in node.keys() & {"not", "if", "then", "else"}]
+            applied += node.get("dependentSchemas", {}).values()
+            found = id(node) in above or any(has_loop(inner, above | {id(node)}) for inner in applied)
+            done.add(id(node))
+            return found
+
+        looping = (path for path, node in nodes if "$ref" in node and has_loop(node, frozenset()))
+        if path := next(looping, ""):
+            self.problems.append(f"{path}: leads back to itself without end; put a property or items between")
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1").replace("%", "%25")

@@ -1,0 +1,374 @@
+"""A schema of any draft means here what its own draft says, and a schema that cannot be read is told why, all at once."""
+
+import json
+import sys
+import time
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from formtune.errors import UserError
+from formtune.formats import JsonSchema
+
+DRAFTS = {
+    "http://json-schema.org/draft-04/schema#": jsonschema.Draft4Validator,
+    "http://json-schema.org/draft-06/schema#": jsonschema.Draft6Validator,
+    "http://json-schema.org/draft-07/schema#": jsonschema.Draft7Validator,
+    "https://json-schema.org/draft/2019-09/schema": jsonschema.Draft201909Validator,
+    "https://json-schema.org/draft/2020-12/schema": jsonschema.Draft202012Validator,
+}
+D4, D6, D7, D19, D20 = DRAFTS
+TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
+
+
+def judges_as_its_draft(schema, documents):
+    """Whether the reference validator of the schema's draft and the format agree on every document."""
+    format = JsonSchema(schema)
+    reference = DRAFTS[schema["$schema"]](schema, format_checker=jsonschema.FormatChecker(["date"]))
+    for document in documents:
+        assert format.check(json.dumps(document)).exact == reference.is_valid(document), (schema, document)
+    return format
+
+
+@pytest.mark.parametrize(
+    ("draft", "schema", "good", "bad"),
+    [
+        (D4, {"minimum": 3, "exclusiveMinimum": True, "maximum": 5, "exclusiveMaximum": False}, [5, 3.5], [3, 6]),
+        (D4, {"type": "integer"}, [1], [1.0, 1.5]),
+        (D6, {"type": "integer"}, [1, 1.0], [1.5]),
+        (D4, {"properties": {"a": {"const": 1}}, "required": ["a"]}, [{"a": 2}], [{}]),  # draft 4 has no const
+        (D6, {"const": 1, "exclusiveMinimum": 0}, [1], [2]),
+        (D6, {"contains": WHOLE, "propertyNames": {"maxLength": 1}}, [[1], {"a": 1}], [["a"], {"ab": 1}]),
+        (D7, {"items": [WHOLE, TEXT], "additionalItems": False}, [[1, "a"], [1]], [["a"], [1, "a", 2]]),
+        (D7, {"items": [WHOLE], "additionalItems": TEXT}, [[1, "a"]], [[1, 2]]),
+        (D7, {"items": WHOLE, "additionalItems": False}, [[1, 2]], [["a"]]),
+        (D7, {"dependencies": {"a": ["b"], "c": {"required": ["d"]}, "e": False}}, [{"a": 1, "b": 1}, {"c": 1, "d": 1}],
+         [{"a": 1}, {"c": 1}, {"e": 1}]),
+        (D7, {"if": {"required": ["a"]}, "then": {"required": ["b"]}}, [{"a": 1, "b": 1}, {}], [{"a": 1}]),
+        (D7, {"definitions": {"t": TEXT}, "properties": {"a": {"$ref": "#/definitions/t", "maxLength": 1}}},
+         [{"a": "long"}], [{"a": 1}]),  # what is beside a reference is ignored up to draft 7
+        (D19, {"$defs": {"t": TEXT}, "properties": {"a": {"$ref": "#/$defs/t", "maxLength": 1}}},
+         [{"a": "l"}], [{"a": "long"}, {"a": 1}]),
+        (D19, {"items": [WHOLE], "additionalItems": False}, [[1]], [[1, 2]]),
+        (D19, {"properties": {"v": WHOLE, "next": {"$recursiveRef": "#"}}, "required": ["v"]},
+         [{"v": 1, "next": {"v": 2}}], [{"v": 1, "next": {}}]),
+        (D19, {"$ref": "#/$defs/a", "$recursiveRef": "#/$defs/b", "$defs": {"a": WHOLE, "b": {"minimum": 2}}}, [], ["a"]),
+        (D19, {"dependentRequired": {"a": ["b"]}, "dependentSchemas": {"c": {"required": ["d"]}}},
+         [{"a": 1, "b": 1}], [{"a": 1}, {"c": 1}]),
+        (D19, {"contains": WHOLE, "minContains": 2, "maxContains": 3}, [[1, 2]], [[1], [1, 2, 3, 4]]),
+        (D20, {"prefixItems": [WHOLE], "items": TEXT, "unevaluatedItems": False}, [[1, "a"]], [["a"], [1, 2]]),
+        (D20, {"allOf": [{"properties": {"a": WHOLE}}], "unevaluatedProperties": False}, [{"a": 1}], [{"b": 1}]),
+        (D20, {"$ref": "#/$defs/a", "$dynamicRef": "#b", "$defs": {"a": WHOLE, "b": {"$dynamicAnchor": "b", "minimum": 2}},
+               "allOf": [{"maximum": 3}]}, [2, 3], [1, 4, "a"]),
+    ],
+)  # fmt: skip
+def test_each_draft_keeps_its_meaning(draft, schema, good, bad):
+    format = judges_as_its_draft({"$schema": draft, **schema}, [*good, *bad])
+    assert all(format.check(json.dumps(value)).exact for value in good)
+    assert not any(format.check(json.dumps(value)).exact for value in bad)
+
+
+@pytest.mark.parametrize(
+    ("draft", "schema"),
+    [
+        (D4, {"id": "http://a/b.json", "items": {"$ref": "b.json#/definitions/t"}, "definitions": {"t": TEXT}}),
+        (D4, {"definitions": {"t": {"id": "#text", **TEXT}}, "items": {"$ref": "#text"}}),
+        (D4, {"definitions": {"t": {"id": "http://a/t", **TEXT}}, "items": {"$ref": "http://a/t#"}}),
+        (D7, {"definitions": {"t": {"$id": "#text", **TEXT}}, "items": {"$ref": "#text"}}),
+        (D7, {"$id": "http://a/b/", "definitions": {"t": {"$id": "t.json", **TEXT}}, "items": {"$ref": "t.json"}}),
+        (D7, {"components": {"schemas": {"t": TEXT}}, "items": {"$ref": "#/components/schemas/t"}}),
+        (D7, {"definitions": {"a/b~c d%": TEXT}, "items": {"$ref": "#/definitions/a~1b~0c%20d%25"}}),
+        (D7, {"items": [{"type": "string"}], "additionalItems": {"$ref": "#/items/0"}}),
+        (D19, {"$defs": {"t": {"$anchor": "text", **TEXT}}, "items": {"$ref": "#text"}}),
+        (D20, {"$id": "urn:x:y", "$defs": {"t": {"$anchor": "text", **TEXT}}, "items": {"$ref": "urn:x:y#text"}}),
+        (D20, {"$defs": {"t": {"$id": "t", "$defs": {"u": TEXT}, "$ref": "#/$defs/u"}}, "items": {"$ref": "t"}}),
+        (D20, {"x": {"y": [{"$ref": "#/$defs/t"}]}, "$defs": {"t": TEXT}, "items": {"$ref": "#/x/y/0"}}),
+    ],
+)  # fmt: skip
+def test_references_of_every_style_are_followed_within_the_schema(draft, schema):
+    format = judges_as_its_draft({"$schema": draft, **schema}, [["a"], [1], ["a", 1]])
+    assert format.check('["a"]').exact and not format.check("[1]").exact
+
+
+def schemas_of(draft):
+    """Schemas of keywords that two drafts read differently."""
+    names = st.sampled_from("abc")
+    legacy, old = draft in (D4, D6, D7), draft in (D4, D6, D7, D19)
+
+    def objects(inner):
+        lists = st.lists(inner, min_size=1, max_size=2)
+        either = {
+            # The library fails on a boolean beside additionalItems.
+            "items": inner.filter(lambda schema: not isinstance(schema, bool)) | lists if old else inner,
+            "additionalItems" if old else "prefixItems": inner if old else lists,
+            "definitions" if legacy else "$defs": st.fixed_dictionaries({"t": inner}),
+            "anyOf": lists,
+            "properties": st.dictionaries(names, inner, max_size=2),
+            "required": st.lists(names, min_size=1, unique=True),
+            "minimum": st.integers(-1, 2),
+            "maximum": st.integers(1, 3),
+            "not": inner,
+        }
+        if draft == D4:
+            either |= {"exclusiveMinimum": st.booleans(), "exclusiveMaximum": st.booleans()}
+        else:
+            either |= {"exclusiveMinimum": st.integers(-1, 2), "const": st.integers(0, 2), "contains": inner}
+            either |= {"propertyNames": st.sampled_from([{"enum": ["a", "b"]}, True])}
+        if legacy:
+            either["dependencies"] = st.dictionaries(
+                names, inner | st.lists(names, min_size=1, unique=True), max_size=2
+            )
+        else:
+            either |= {"dependentSchemas": st.dictionaries(names, inner, max_size=1), "minContains": st.integers(0, 2)}
+            either |= {"dependentRequired": st.dictionaries(names, st.lists(names, unique=True), max_size=1)}
+            either |= {"maxContains": st.integers(0, 2), "unevaluatedItems": st.just(False)}
+        if draft not in (D4, D6):
+            either |= {"if": inner, "then": inner, "else": inner}
+        return st.fixed_dictionaries({}, optional=either)
+
+    leaves = [{"type": "integer"}, {"type": "object"}, {"type": ["string", "null"]}, {"minimum": 1}, {"enum": [1, "a"]}]
+    leaves += [] if draft == D4 else [True, False]
+    leaves += [{"$ref": "#/definitions/t" if legacy else "#/$defs/t", "maximum": 1}]
+    tree = st.recursive(st.sampled_from(leaves), objects, max_leaves=8)
+    return tree.filter(lambda schema: isinstance(schema, dict)).map(lambda schema: {**schema, "$schema": draft})
+
+
+DOCUMENTS = st.recursive(
+    st.none() | st.integers(-1, 3) | st.sampled_from(["a", 1.0, 1.5, True]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_every_verdict_is_that_of_the_drafts_own_validator(draft, data):
+    schema = data.draw(schemas_of(draft))
+    documents = data.draw(st.lists(DOCUMENTS, min_size=4, max_size=8))
+    try:
+        JsonSchema(schema)
+    except UserError as error:
+        assert any(why in str(error) for why in ("leads nowhere", "back to itself", "no keyword that is checked")), (
+            error
+        )
+        return
+    judges_as_its_draft(schema, documents)
+
+
+def test_without_a_draft_the_keywords_tell_which_one_is_meant():
+    assert JsonSchema({"type": "object"}).notes == ()
+    vendor = "https://example.com/provider.schema.json"
+    for schema, draft in (
+        ({"items": [WHOLE]}, "7"),
+        ({"dependencies": {"a": ["b"]}}, "7"),
+        ({"minimum": 1, "exclusiveMinimum": True}, "4"),
+        ({"$schema": vendor, "type": "object"}, "2020-12"),
+        ({"$schema": vendor, "items": [WHOLE], "additionalItems": False}, "7"),
+    ):
+        [note] = JsonSchema(schema).notes
+        assert note.endswith(f"its keywords are read as those of draft {draft}"), note
+    assert not JsonSchema({"dependencies": {"a": ["b"]}}).check('{"a":1}').exact
+    # A property of that name is none.
+    assert JsonSchema({"properties": {"dependencies": {"type": "object"}, "items": {"enum": [[1]]}}}).notes == ()
+    with pytest.raises(UserError, match="prefixItems"):
+        JsonSchema({"$schema": D20, "items": [WHOLE]})
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["example", "readonly", "markdownDescription", "x-note", "createOnlyProperties", "propertyOrder", "enumNames", "note",
+     "requiredOr", "nullable", "tsType", "jupyter.lab.menus", "readOnly", "contentEncoding", "discriminator", "when"],
+)  # fmt: skip
+def test_annotations_and_keys_of_vendors_are_accepted(key):
+    format = JsonSchema({"type": "object", "properties": {"a": {**TEXT, key: ["anything"]}}, key: {"any": 1}})
+    assert format.check('{"a":"b"}').exact and not format.check('{"a":1}').exact and format.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "keyword"),
+    [("requried", "required"), ("require", "required"), ("propertys", "properties"), ("property", "properties"),
+     ("additionalProperty", "additionalProperties"), ("additional_properties", "additionalProperties"),
+     ("patern", "pattern"), ("minlength", "minLength"), ("maxLenght", "maxLength"), ("anyof", "anyOf"), ("tpye", "type"),
+     ("enums", "enum"), ("item", "items"), ("formats", "format"), ("ref", "$ref"), ("minimun", "minimum")],
+)  # fmt: skip
+def test_a_likely_typo_of_a_keyword_is_refused_with_what_was_meant(key, keyword):
+    with pytest.raises(
+        UserError, match=rf"\$\.properties\.a\.{key}: not a keyword.* did you mean '{keyword.replace('$', '.')}'"
+    ):
+        JsonSchema({"type": "object", "properties": {"a": {"type": "string", key: 1}}})
+    assert JsonSchema({"type": "object", "properties": {key: TEXT}}).fields == (key,)
+
+
+def test_formats_that_are_annotations_are_listed_once_as_unchecked():
+    number = {"type": "integer", "format": "int64"}
+    format = JsonSchema(
+        {"properties": {"a": number, "b": number, "c": {**TEXT, "format": "password"}, "d": {**TEXT, "format": "date"}}}
+    )
+    assert format.notes == ("data.format.schema: not checked: format 'int64', format 'password'",)
+    assert format.check('{"a":1,"c":"x","d":"2026-01-02"}').exact and not format.check('{"d":"x"}').exact
+    [note] = JsonSchema({"$schema": D7, "type": "object", "dependentRequired": {"a": ["b"]}}).notes
+    assert note.endswith("not checked: dependentRequired, which draft 7 does not have")
+
+
+def test_all_problems_are_named_at_once_up_to_ten():
+    schema = {
+        "type": "objct",
+        "requried": ["a"],
+        "properties": {"a": {"minLength": "3"}, "b": {"pattern": "("}, "c": {"$ref": "#/$defs/gone"}, "d": []},
+    }
+    with pytest.raises(UserError) as error:
+        JsonSchema(schema)
+    text = str(error.value)
+    assert "6 problems: " in text and "\n" not in text
+    for part in ("$.type: not a JSON Schema (expected array, ", "$.requried: not a keyword", "$.properties.d: not a JSON",
+                 "$.properties.a.minLength: not a JSON Schema (expected a whole number", "$.properties.b.pattern: not a",
+                 "$.properties.c.$ref: $ref '#/$defs/gone' leads nowhere; fix it or add what it names"):  # fmt: skip
+        assert part in text, part
+    with pytest.raises(UserError, match=r"15 problems: .*\$\.properties\.k9\.type.* \| and 5 more$"):
+        JsonSchema({"properties": {f"k{number}": {"type": "text"} for number in range(15)}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("type", []), ("type", 3), ("enum", "a"), ("required", True), ("required", [1]), ("minimum", "1"), ("minLength", -1),
+     ("maxItems", 1.5), ("multipleOf", 0), ("uniqueItems", "yes"), ("pattern", 1), ("properties", []), ("anyOf", {}),
+     ("allOf", []), ("not", "x"), ("items", 1), ("dependentRequired", {"a": "b"}), ("$ref", 1), ("format", 1),
+     ("patternProperties", {"(": {}}), ("exclusiveMinimum", "x"), ("minContains", None), ("prefixItems", [1]), ("$id", 3), ("$anchor", None)],
+)  # fmt: skip
+def test_a_value_that_no_keyword_may_have_is_refused(key, value):
+    schema = {key: value, "type": "object", "contains": {}} | {key: value}
+    with pytest.raises(UserError, match="not a JSON Schema"):
+        JsonSchema(schema)
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "keys"),
+    [
+        (lambda schema: {"name": "x", "strict": True, "schema": schema}, "schema"),
+        (lambda schema: {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}, "json_schema.schema"),
+        (lambda schema: {"type": "json_schema", "name": "x", "strict": True, "schema": schema}, "schema"),
+        (lambda schema: {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}},
+         "response_format.json_schema.schema"),
+        (lambda schema: {"type": "function", "function": {"name": "x", "parameters": schema}}, "function.parameters"),
+        (lambda schema: {"name": "x", "description": "y", "input_schema": schema}, "input_schema"),
+    ],
+)  # fmt: skip
+def test_a_schema_is_taken_out_of_the_request_that_holds_it(wrapped, keys):
+    schema = {"type": "object", "properties": {"schema": TEXT, "name": TEXT}, "required": ["name"]}
+    format = JsonSchema(wrapped(schema))
+    assert format.schema == schema and format.fields == ("schema", "name")
+    assert format.notes == (f"data.format.schema: the schema is what is within {keys!r}",)
+    assert JsonSchema(schema).schema == schema
+
+
+@pytest.mark.parametrize("schema", [{}, {"title": "t", "description": "d"}, {"$defs": {"a": TEXT}}, {"name": "x"}])
+def test_a_schema_that_accepts_everything_is_refused(schema):
+    with pytest.raises(UserError, match="no keyword that is checked, so every JSON text would be valid"):
+        JsonSchema(schema)
+    with pytest.raises(UserError, match="expected an object as schema, found True"):
+        JsonSchema(True)
+
+
+def test_a_pydantic_class_is_read_by_its_name(tmp_path, monkeypatch):
+    pytest.importorskip("pydantic")
+    (tmp_path / "forms_of_test.py").write_text(
+        "from pydantic import BaseModel\nclass Who(BaseModel):\n    name: str\n    age: int | None = None\nclass Plain: pass\n"
+    )
+    (tmp_path / "needs_more_of_test.py").write_text("import a_package_nobody_has\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    format = JsonSchema("forms_of_test:Who")
+    assert format.fields == ("name", "age") and format.check('{"name":"Ann","age":null}').exact
+    assert format.to_dict()["init_args"]["schema"]["title"] == "Who"
+    for name, message in {
+        "forms_of_test:Plain": "forms_of_test:Plain is not a Pydantic model",
+        "forms_of_test:Gone": "has no attribute 'Gone'",
+        "needs_more_of_test:Who": "No module named 'a_package_nobody_has'",
+        "gone_of_test:Who": "No module named 'gone_of_test'",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            JsonSchema(name)
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    monkeypatch.delitem(sys.modules, "forms_of_test")
+    with pytest.raises(UserError, match="pip install pydantic"):
+        JsonSchema("forms_of_test:Who")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "good", "bad"),
+    [
+        (r"^\d+$", ["12"], ["\u0661", "1\n", "a"]),
+        (r"^\w+$", ["aZ_9"], ["é", "a b", "\u0661"]),
+        (r"^[\w-]+$", ["a-b"], ["é"]),
+        (r"^\s$", [" ", "\t", "\u00a0", "\ufeff", "\u2003", "\u2028"], ["\u0085", "\u001c", "\u180e", "x"]),
+        (r"^\S$", ["x", "\u0085", "é", "😀"], [" ", "\u00a0", "\ufeff"]),
+        (r"^[^\s]$", ["x", "\u0085"], ["\u00a0"]),
+        (r"^[\D]$", ["é", "\u0661"], ["1"]),
+        (r"^[\W_]$", ["é", "_", "-"], ["a", "1"]),
+        (r"^.$", ["a", "é"], ["\n", "\r", "\u2028", "ab"]),
+        (r"^[.\\d]$", [".", "d"], ["1"]),
+        (r"\bx\b", ["éxé"], ["axa"]),
+        (r"\Aab\Z", ["ab"], ["ab\n", "xab"]),
+        (r"^[\uD800\uDC00-\uDBFF\uDFFF]$", ["😀"], ["a"]),
+        (r"^\$[$.]$", ["$$", "$."], ["$a"]),
+    ],
+)
+def test_patterns_mean_what_they_mean_in_ecma_262(pattern, good, bad):
+    for format in (JsonSchema({"pattern": pattern}), JsonSchema({"patternProperties": {pattern: False}})):
+        for text in (*good, *bad):
+            is_key = "pattern" not in format.schema
+            verdict = format.check(json.dumps({text: 1} if is_key else text, ensure_ascii=False))
+            assert verdict.exact == ((text in good) != is_key), (pattern, text)
+
+
+@pytest.mark.parametrize("pattern", [r"^\d+$", r"^[\w-]+$", r"^\S+\s\D$", r"\Aab.\Z", r"^[\W]+$"])
+def test_the_grammar_has_the_same_characters_as_the_check(pattern):
+    llguidance = pytest.importorskip("llguidance")
+    format = JsonSchema(
+        {"type": "object", "properties": {"a": {**TEXT, "pattern": pattern}}, "additionalProperties": False}
+    )
+    rules = format.grammar()
+    assert not any(name in rules for name in (r"\\d", r"\\w", r"\\s", r"\\D", r"\\W", r"\\S", r"\\Z"))
+    assert not llguidance.LLMatcher.validate_grammar(f"start: answer\n{rules}")
+
+
+def test_a_pattern_of_many_repetitions_is_read_and_one_without_end_is_not():
+    address = r"^((([0-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])\.){3}([0-9]){1,3}|(([0-9a-fA-F]{1,4}:){7,7}[0-9a-f]{1,4}))$"
+    key = r"^-{5}BEGIN-{5}\n([A-Za-z0-9/+]{64}\n)*-{5}END-{5}$"
+    assert JsonSchema({"anyOf": [{"pattern": address}, {"pattern": key}]}).check('"10.0.0.1"').exact
+    for pattern in (r"((a{99}){99}){99}", r"(?x)(a{999}) {999}", "[)]{999999}", r"(?:a|(b{5000})){5000}"):
+        begun = time.process_time()
+        with pytest.raises(UserError, match="its repetitions amount to more than"):
+            JsonSchema({"pattern": pattern})
+        assert time.process_time() - begun < 1
+
+
+def test_a_large_schema_is_read_in_time():
+    part = {"type": "object", "properties": {f"k{n}": {"$ref": f"#/definitions/d{n}"} for n in range(20)}}
+    schema = {"$schema": D7, **part, "definitions": {f"d{n}": {**part, "description": "d" * 500} for n in range(500)}}
+    begun = time.process_time()
+    format = JsonSchema(schema)
+    assert time.process_time() - begun < 2 and len(format.fields) == 2000
+    assert format.check('{"k1":{"k2":{}}}').exact and not format.check('{"k1":{"k2":1}}').exact
+
+
+@example({"$ref": "#/$defs/a", "$defs": {"a": {"not": {"$ref": "#/$defs/a"}}}})
+@example({"if": {"$ref": "#"}})
+@example({"dependentSchemas": {"a": {"$ref": "#"}}})
+@settings(max_examples=1)
+@given(st.just({"anyOf": [{"type": "integer"}, {"allOf": [{"$ref": "#"}]}]}))
+def test_a_schema_that_applies_itself_to_the_same_value_is_refused(schema):
+    with pytest.raises(UserError, match="leads back to itself without end"):
+        JsonSchema(schema)
+
+
+def test_a_reference_that_depends_on_where_it_is_read_from_is_refused():
+    schema = {
+        "$dynamicRef": "#x",
+        "$defs": {n: {"$id": n, "$dynamicAnchor": "x", **TEXT} for n in "ab"},
+        "$dynamicAnchor": "x",
+    }
+    with pytest.raises(UserError, match=r"\$dynamicRef '#x' can mean more than one schema here; name the one by \$ref"):
+        JsonSchema(schema)
