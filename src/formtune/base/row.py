@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+# {"role": "system" | "developer" | "user" | "assistant" | "tool", "content": text}, and what OpenAI's chat completions
+# have of `tool_calls` (their arguments as an object), `reasoning_content`, `tool_call_id` and the `name` of a tool.
+Message = dict[str, Any]
+SYSTEM_ROLES = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +27,16 @@ class Row:
     number: int = 0  # position among the rows it was encoded with
     origin: str = ""  # author: "human", the name of a model, or "" if unknown
     messages: Sequence[Message] = ()  # the turns it was rendered from
+    tools: str | None = None  # JSON list of the tools that the prompt defines
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.target_ids)
+
+
+def said(message: Message) -> str:
+    """All that a turn says: its text, and its tool calls as JSON."""
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    return message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
 
 
 class UnfitRow(ValueError):

@@ -87,7 +87,7 @@ def cache_path(examples: Mapping[str, Sequence[Example]], settings: DataSettings
         hashed.update(path.read_bytes())
     for name, rows in examples.items():
         for example in rows:
-            hashed.update(json.dumps([name, example.where, example.messages, example.origin]).encode())
+            hashed.update(json.dumps([name, example.where, example.messages, example.origin, example.tools]).encode())
     return CACHE / f"{hashed.hexdigest()}.json"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from formtune.base.row import Row
+from formtune.base.row import SYSTEM_ROLES, Row, UnfitRow
 from formtune.data.cleaning import Example, judge, quarantine, repair
 from formtune.data.encoded import Splits, cache_path, content_hash, read_cache, write_cache
 from formtune.data.progress import shown
@@ -17,6 +17,7 @@ from formtune.data.settings import DataSettings
 from formtune.data.sources import Source, read_records
 from formtune.data.styles import mixtures
 from formtune.errors import UserError
+from formtune.formats import ToolCalls
 
 
 def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
@@ -29,7 +30,10 @@ def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
         if path:
             write_cache(path, splits)
     splits.ignored = ignored
-    splits.own_system = sum(e.system not in ("", settings.system) for e in chain(*examples.values()))
+    splits.own_system = sum(
+        e.messages[0]["role"] in SYSTEM_ROLES and e.messages[0]["content"] not in ("", settings.system)
+        for e in chain(*examples.values())
+    )
     return splits
 
 
@@ -51,9 +55,18 @@ def read_examples(
         unread: set[str] = set()
         messages = settings.columns.conversation(record, where, with_target, unread)
         ignored.update(sorted(unread))
-        if settings.system and messages[0]["role"] != "system":
+        if settings.system and messages[0]["role"] not in SYSTEM_ROLES:
             messages.insert(0, {"role": "system", "content": settings.system})
-        examples.append(Example(messages, where, settings.columns.origin(record, where)))
+        tools = settings.columns.tools(record, where)
+        example = Example(messages, where, settings.columns.origin(record, where), tools=tools)
+        if isinstance(settings.format, ToolCalls):
+            example.schema = tools
+        if with_target and len(messages[-1]) > 2:  # more than text: only the template knows how it is written
+            try:
+                example.written = settings.renderer.written(repair(messages, settings.clean), tools)
+            except UnfitRow as error:
+                example.unfit = str(error)
+        examples.append(example)
     return examples
 
 
@@ -104,7 +117,7 @@ def _usual_style(
 def _encode(settings: DataSettings, examples: list[Example], splits: Splits) -> tuple[list[Example], list[Row]]:
     """The examples that fit the tokenizer and the limits, and their rows."""
     fitting, rows = [], []
-    encoded = settings.renderer.encode([(e.messages, e.where) for e in examples])
+    encoded = settings.renderer.encode([(e.messages, e.where, e.tools) for e in examples])
     for example, row in zip(examples, shown(encoded, len(examples), "encoding"), strict=True):
         if not isinstance(row, Row):
             splits.quarantine.append(quarantine(example, "unfit", str(row)))
@@ -123,7 +136,7 @@ def encode_inputs(settings: DataSettings, source: str | Source, key: str) -> lis
     """Rows without answers, such as the prompts to predict; `key` is the option that names their source."""
     settings.ignored[key] = Counter()
     examples = read_examples(settings, source, settings.ignored[key], with_target=False)
-    encoded = settings.renderer.encode([(repair(e.messages, settings.clean), e.where) for e in examples])
+    encoded = settings.renderer.encode([(repair(e.messages, settings.clean), e.where, e.tools) for e in examples])
     rows = []
     for example, row in zip(examples, shown(encoded, len(examples), "encoding"), strict=True):
         if not isinstance(row, Row):

@@ -11,7 +11,7 @@ from typing import Any
 
 from formtune.base.identity import identity
 from formtune.base.renderer import Renderer
-from formtune.base.row import Row
+from formtune.base.row import SYSTEM_ROLES, Row
 from formtune.evaluation.outcomes import Outcome, field_f1, paired, rate
 from formtune.evaluation.statistics import wilson
 from formtune.files import own_code, read_entry, write_entry
@@ -43,11 +43,11 @@ def few_shot_rows(
 ) -> tuple[list[Row], int]:
     """The test rows with as many shots as fit the context, as earlier turns; and the number of shots."""
     for count in range(len(shots), 0, -1):
-        examples = [turn for row in shots[:count] for turn in row.messages if turn["role"] != "system"]
+        examples = [turn for row in shots[:count] for turn in row.messages if turn["role"] not in SYSTEM_ROLES]
         conversations = []
         for row in test:
-            first = 1 if row.messages[0]["role"] == "system" else 0
-            conversations.append(([*row.messages[:first], *examples, *row.messages[first:]], row.where))
+            first = int(row.messages[0]["role"] in SYSTEM_ROLES)
+            conversations.append(([*row.messages[:first], *examples, *row.messages[first:]], row.where, row.tools))
         rows = [row for row in renderer.encode(conversations) if isinstance(row, Row) and len(row) <= context]
         if len(rows) == len(test):
             return rows, count

@@ -74,6 +74,15 @@ class Format(ABC):
     derived: frozenset[str] = frozenset()
     #: Whether a document must have exactly the text that `write` gives.
     canonical: bool = False
+    #: Whether each row has its own schema, which `of_row` needs.
+    per_row: bool = False
+
+    def of_row(self, schema: str | None) -> Format:
+        """The format that judges and constrains one row, by the JSON text of the row's own schema.
+
+        Raises UserError if the format needs a schema for each row and cannot read this one.
+        """
+        return self
 
     @abstractmethod
     def parse(self, text: str) -> Any:
