@@ -7,15 +7,13 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import takewhile
 from types import SimpleNamespace
 from typing import Any
 
 from formtune.base.folder import check_base
-from formtune.base.row import Message, Row, UnfitRow
+from formtune.base.row import SYSTEM_ROLES, Message, Row, UnfitRow, said
 from formtune.errors import UserError, first_line
-
-# Messages and their place, and the tools where there are some.
-Conversation = tuple[list[Message], str] | tuple[list[Message], str, str | None]
 
 
 def today() -> str:
@@ -31,9 +29,8 @@ class Renderer:
 
     The prompt is rendered alone, as at inference, and must be a token prefix of the whole conversation. The target must
     decode to the answer exactly. A row that fails, or of which the template leaves out a turn, is an `UnfitRow`.
-    Tool calls and reasoning of the answer are the target as the template writes them. A template without a system role
-    gets the system prompt in front of the first user turn. Without a chat template, `system`, the turns and the answer
-    are separated by blank lines and closed by EOS.
+    The target is all that the template writes of the answer, tool calls included.
+    Without a chat template, `system`, the turns and the answer are separated by blank lines and closed by EOS.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer; its template is used as served, with thinking switched off.
@@ -52,7 +49,7 @@ class Renderer:
         self._special = frozenset(added)
         control_tokens = [re.escape(token.content) for token in added.values() if token.special]
         self._control_token = re.compile("|".join(control_tokens) or r"(?!)")  # (?!) never matches
-        self._missing_roles: list[str] = []  # of the roles of a system prompt
+        self._lacking: list[str] = []  # roles of a system prompt that the template does not render
         self._lead = ""  # white space that the template puts before an answer, as decoded
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         probe = tokenizer("a")["input_ids"]  # this call also switches off truncation and padding
@@ -69,7 +66,7 @@ class Renderer:
             turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             prompt = self._render(turns[:1], True)
             prompt_ids = self._tokenize(prompt).ids
-            _, target_ids = self._target(turns, prompt, prompt_ids)
+            target_ids = self._target(turns, None, prompt, prompt_ids)[1]
         except UnfitRow as error:
             raise UserError(f"model.base: the chat template cannot be supervised: {error}") from None
         self._lead = self._decode(target_ids[:-1]).removesuffix("b")
@@ -79,38 +76,30 @@ class Renderer:
         bos = self.tokenizer.bos_token_id
         if bos is not None and prompt_ids[:2] == [bos, bos]:
             raise UserError("model.base: the chat template begins with more than one BOS token")
-        self._missing_roles = [role for role in ("system", "developer") if not self._has_role(role, turns[0])]
-
-    def _has_role(self, role: str, turn: Message) -> bool:
-        try:
-            return "formtune" in _letters(self._render([{"role": role, "content": "formtune"}, turn], True))
-        except UnfitRow:
-            return False
+        systems = [{"role": role, "content": "formtune"} for role in SYSTEM_ROLES]
+        self._lacking = [it["role"] for it in systems if "formtune" not in (self._try([it, turns[0]], True) or "")]
 
     @property
     def note(self) -> str:
-        """How prompts are rendered, in one line, where a chat server does not render them so; else empty."""
+        """How prompts are rendered, where a chat server does not render them so; else empty."""
         if not self.templated:
             return (
                 "the base has no chat template, so chat servers cannot take it; a prompt is the system prompt, if any, "
-                f"and the input, each followed by a blank line; the answer ends with {self.tokenizer.eos_token}"
+                f"and the input, each followed by a blank line, and {self.tokenizer.eos_token} ends the answer"
             )
-        if "system" not in self._missing_roles:
+        if "system" not in self._lacking:
             return ""
-        return (
-            "the chat template has no system role, so the system prompt is written in front of the first user turn, "
-            "with a blank line between; send it so to a server"
-        )
+        place = "in front of the first user turn, with a blank line between"
+        return f"the chat template has no system role: the system prompt is {place}; send it so to a server"
 
     def turns(self, messages: Sequence[Message]) -> list[Message]:
-        """The turns as they are handed to the template, which may have no role for a system prompt."""
-        turns = list(messages)
-        if "developer" in self._missing_roles:
-            turns = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns]
-        while "system" in self._missing_roles and turns[0]["role"] == "system":
-            system = turns.pop(0)["content"]
+        """The turns for the template; if it has no system role, that text is in front of the first user turn."""
+        turns = [turn | {"role": "system"} if turn["role"] in self._lacking else turn for turn in messages]
+        if "system" in self._lacking:
+            system = [turn["content"] for turn in takewhile(lambda turn: turn["role"] == "system", turns)]
+            turns = turns[len(system) :]
             first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
-            turns[first] = turns[first] | {"content": f"{system}\n\n{turns[first]['content']}"}
+            turns[first] = turns[first] | {"content": "\n\n".join([*system, turns[first]["content"]])}
         return turns
 
     @classmethod
@@ -127,20 +116,22 @@ class Renderer:
         except Exception as error:  # a damaged file can raise anything
             raise UserError(f"model.base: no usable tokenizer in {base}: {first_line(error)}") from error
 
-    def encode(self, rows: Sequence[Conversation]) -> Iterator[Row | UnfitRow]:
-        """Encode conversations; each yields its Row, or the UnfitRow that says why it cannot be one.
+    def encode(self, rows: Sequence[tuple[Any, ...]]) -> Iterator[Row | UnfitRow]:
+        """Encode tuples (messages, where, schema, tools); each yields its Row, or the UnfitRow that says why not.
 
-        The last turn is the assistant's, or the user's where there is no target.
+        `schema` and `tools` may be left out. The last turn is the assistant's where there is a target.
         """
-        for number, (messages, where, *tools) in enumerate(rows):
+        for number, given in enumerate(rows):
             try:
-                row: Row | UnfitRow = self._row(messages, where, number, *tools)
+                row: Row | UnfitRow = self._row(number, *given)
             except UnfitRow as error:
                 row = error
             yield row
 
-    def _row(self, messages: list[Message], where: str, number: int, tools: str | None = None) -> Row:
-        for text in (*(value for turn in messages for value in _texts(turn)), tools or ""):
+    def _row(
+        self, number: int, messages: list[Message], where: str, schema: str | None = None, tools: str | None = None
+    ) -> Row:
+        for text in (*map(said, messages), *(turn.get("reasoning_content", "") for turn in messages), tools or ""):
             if token := self._control_token.search(text):
                 raise UnfitRow(f"the text holds {token[0]}, which the tokenizer would read as a control token")
         turns = self.turns(messages)
@@ -148,28 +139,35 @@ class Renderer:
         if self.templated:
             prompt = self._render(context, True, tools)
             _check_turns(context, prompt)
-            remedy = "take a base whose template has them, or write them as text"
-            if tools and self._renders_to(prompt, context, True):
-                raise UnfitRow(f"the chat template leaves out the row's `tools`; {remedy}")
-            calling = any("tool_calls" in turn for turn in context)
-            if calling and self._renders_to(prompt, [_without(turn, "tool_calls") for turn in context], True, tools):
-                raise UnfitRow(f"the chat template leaves out the `tool_calls` of earlier turns; {remedy}")
-        elif tools or any(turn["role"] == "tool" or len(turn) > 2 for turn in turns):
-            raise UnfitRow("the base has no chat template to write tools; take another base, or write them as text")
+            if tools or any(len(turn) > 2 for turn in turns):
+                self._check_parts(turns, tools)
+        elif tools or any(len(turn) > 2 or turn["role"] == "tool" for turn in turns):
+            raise UnfitRow("the base has no chat template for tools; take another base, or write them as text")
         else:
             prompt = "".join(f"{turn['content']}\n\n" for turn in context)
         prompt_ids = self._bos + self._tokenize(prompt).ids
         target, target_ids = None, []
         if context is not turns:
-            target, target_ids = self._target(turns, prompt, prompt_ids, tools)
+            target, target_ids = self._target(turns, tools, prompt, prompt_ids)
             if (decoded := self.answer(target_ids)[0]) != target:
                 raise UnfitRow(f"the tokenizer turns the answer {target[:40]!r} into {decoded[:40]!r}")
         input = next(turn["content"] for turn in reversed(messages) if turn["role"] == "user")
-        return Row(prompt_ids, target_ids, input, target, where, number, messages=messages, tools=tools)
+        own = {"messages": messages, "schema": schema, "tools": tools}
+        return Row(prompt_ids, target_ids, input, target, where, number, **own)
 
     def written(self, messages: list[Message], tools: str | None) -> str:
-        """The last answer as the template writes it, with its tool calls and reasoning; raises UnfitRow."""
-        return self._row(messages, "", 0, tools).target or ""
+        """The last answer as the template writes it; raises UnfitRow."""
+        return self._row(0, messages, "", None, tools).target or ""
+
+    def _check_parts(self, turns: list[Message], tools: str | None) -> None:
+        """Refuse a row if the template writes the same without its tools, calls or reasoning."""
+        asks = turns[-1]["role"] != "assistant"
+        whole = self._render(turns, asks, tools)
+        for key in ("tools", "tool_calls", "reasoning_content"):
+            rest = [{name: value for name, value in turn.items() if name != key} for turn in turns]
+            rest_of_tools = None if key == "tools" else tools
+            if (rest, rest_of_tools) != (turns, tools) and self._try(rest, asks, rest_of_tools) == whole:
+                raise UnfitRow(f"the chat template leaves out `{key}`; remove it, or take a base whose template has it")
 
     def answer(self, ids: Sequence[int]) -> tuple[str, bool]:
         """Text of generated `ids` up to the first stop token, and whether there was one."""
@@ -183,6 +181,12 @@ class Renderer:
         # The Rust tokenizer: the wrapper around it takes as long again. The template already wrote BOS.
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
 
+    def _try(self, *args: Any) -> str | None:
+        try:
+            return self._render(*args)
+        except UnfitRow:
+            return None
+
     def _render(self, messages: list[Message], add_generation_prompt: bool, tools: str | None = None) -> str:
         from transformers.utils import chat_template_utils
 
@@ -192,44 +196,30 @@ class Renderer:
                 day = datetime.fromisoformat(self.date)
                 chat_template_utils.datetime = SimpleNamespace(now=lambda: day)  # type: ignore[assignment, misc]
             return self.tokenizer.apply_chat_template(
-                messages,
-                tools=json.loads(tools) if tools else None,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                enable_thinking=False,
-            )
+                messages, tools=json.loads(tools) if tools else None, tokenize=False,
+                add_generation_prompt=add_generation_prompt, enable_thinking=False,
+            )  # fmt: skip
         except Exception as error:  # a template is a program of whoever made the model
             raise UnfitRow(f"the chat template refuses the conversation: {first_line(error)}") from None
         finally:
             chat_template_utils.datetime = clock  # type: ignore[misc]
 
     def _target(
-        self, messages: list[Message], prompt: str, prompt_ids: list[int], tools: str | None = None
+        self, messages: list[Message], tools: str | None, prompt: str, prompt_ids: list[int]
     ) -> tuple[str, list[int]]:
-        """Text of the answer, and the ids of the answer and its end-of-turn token."""
+        """The answer, and the ids of the answer and its end-of-turn token."""
         target = messages[-1]["content"]
         if not self.templated:
             return target, [*self._tokenize(target).ids, self.tokenizer.eos_token_id]
         conversation = self._render(messages, False, tools)
         encoding = self._tokenize(conversation)
         ids, offsets = encoding.ids, encoding.offsets
-        own_keys = messages[-1].keys() - {"role", "content"}
-        for key in own_keys:
-            if self._renders_to(conversation, [*messages[:-1], _without(messages[-1], key)], False, tools):
-                raise UnfitRow(f"the chat template leaves out the answer's `{key}`; remove it, or take another base")
         if not conversation.startswith(prompt) or ids[: len(prompt_ids)] != prompt_ids:
-            if "reasoning_content" in own_keys:
-                raise UnfitRow(
-                    "the chat template writes `reasoning_content` only with thinking on, which formtune switches off; "
-                    "remove it from the answer"
-                )
-            raise UnfitRow("the prompt is not a token prefix of the conversation")
-        if own_keys:  # what the template writes is the answer
-            stop = next((i for i in range(len(prompt_ids), len(ids)) if ids[i] in self.stop_ids), None)
-            if stop is None:
-                raise UnfitRow("the chat template puts no end-of-turn token after the tool calls")
+            remedy = ", as thinking is off; remove `reasoning_content`" if "reasoning_content" in messages[-1] else ""
+            raise UnfitRow(f"the prompt is not a token prefix of the conversation{remedy}")
+        if len(messages[-1]) > 2:  # all that the template writes up to the end of the turn
+            stop = next((i for i in range(len(prompt_ids), len(ids)) if ids[i] in self.stop_ids), -1)
             target = conversation[len(prompt) : offsets[stop][0]].removeprefix(self._lead)
-            return target, ids[len(prompt_ids) : stop + 1]
         start = conversation.find(target, len(prompt))
         if start < 0:
             raise UnfitRow("the chat template alters the answer")
@@ -238,24 +228,6 @@ class Renderer:
         if stop is None or ids[stop] not in self._special:
             raise UnfitRow("the chat template puts no end-of-turn token right after the answer")
         return target, ids[len(prompt_ids) : stop + 1]
-
-    def _renders_to(
-        self, text: str, messages: list[Message], add_generation_prompt: bool, tools: str | None = None
-    ) -> bool:
-        try:
-            return self._render(messages, add_generation_prompt, tools) == text
-        except UnfitRow:
-            return False
-
-
-def _without(turn: Message, key: str) -> Message:
-    return {name: value for name, value in turn.items() if name != key}
-
-
-def _texts(turn: Message) -> Iterator[str]:
-    yield turn["content"]
-    if len(turn) > 2:
-        yield json.dumps(turn, ensure_ascii=False)
 
 
 def _check_turns(context: list[Message], prompt: str) -> None:
@@ -270,13 +242,10 @@ def _check_turns(context: list[Message], prompt: str) -> None:
         forms = [content, json.dumps(content, ensure_ascii=False)] if message["role"] == "tool" else [content]
         found = next((letters for letters in map(_letters, forms) if letters in prompt), None)
         if found is None:
-            turn, place = f"{message['role']} turn", "the last user turn"
-            if message["role"] == "system":
-                turn, place = "system prompt", "the user turn (as in data.columns.prompt: 'Be brief. {prompt}')"
             text = " ".join(content.split())[:40]
             raise UnfitRow(
-                f"the chat template leaves out the {turn} {text!r}; write it into {place}, or take a base whose "
-                "template has it"
+                f"the chat template leaves out the {message['role']} turn {text!r}; write it into the last user turn, "
+                "or take a base whose template has it"
             )
         prompt = prompt.replace(found, "\0", 1)
 

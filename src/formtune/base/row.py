@@ -27,6 +27,7 @@ class Row:
     number: int = 0  # position among the rows it was encoded with
     origin: str = ""  # author: "human", the name of a model, or "" if unknown
     messages: Sequence[Message] = ()  # the turns it was rendered from
+    schema: str | None = None  # JSON text of the row's own schema
     tools: str | None = None  # JSON list of the tools that the prompt defines
 
     def __len__(self) -> int:

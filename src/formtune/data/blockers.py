@@ -15,6 +15,7 @@ from formtune.errors import UserError
 
 # For each reason that points to a mistake in the data; others, such as duplicates and leaks, are ordinary.
 REMEDIES = {
+    "schema": "fix them",
     "format": "fix them, try data.repair_answers: [edges, fence]",
     "style": "fix them, try data.repair_answers: [canonical]",
     "too_long": "raise data.max_length",

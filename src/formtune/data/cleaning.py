@@ -52,7 +52,6 @@ class Example:
     value: Any = None  # the document that its answer is, once that was judged
     tools: str | None = None  # JSON list of the tools that its prompt defines
     written: str | None = None  # the answer as the chat template writes it, if that is more than the last turn's text
-    unfit: str = ""  # why the template cannot write it
     schema: str | None = None  # JSON text by which the format judges this row
 
     @property
@@ -161,17 +160,16 @@ def judge(
 ) -> Iterator[Example | Quarantined]:
     """Repair rows and judge their targets by the rule that will judge the model's answers; counts the repairs."""
     for example in examples:
-        messages = repair(example.messages, steps, repairs)
-        repaired = replace(example, messages=messages)
         try:
             own_format = format.of_row(example.schema)
         except UserError as error:
-            raise UserError(f"{example.where}: {error}") from None
+            yield quarantine(example, "schema", str(error))
+            continue
+        messages = repair(example.messages, steps, repairs)
+        repaired = replace(example, messages=messages)
         if example.written is None:
             messages[-1]["content"] = repair_answer(example.target, own_format, answer_steps, repairs)
-        if example.unfit:
-            yield quarantine(repaired, "unfit", example.unfit)
-        elif not repaired.target.strip() or not repaired.input.strip():
+        if not repaired.target.strip() or not repaired.input.strip():
             yield quarantine(repaired, "empty", "the input or the answer is empty")
         elif (verdict := own_format.check(repaired.target)).exact:
             repaired.value = verdict.value

@@ -34,6 +34,8 @@ def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
         e.messages[0]["role"] in SYSTEM_ROLES and e.messages[0]["content"] not in ("", settings.system)
         for e in chain(*examples.values())
     )
+    if settings.system or splits.own_system or not settings.renderer.templated:
+        splits.note = settings.renderer.note
     return splits
 
 
@@ -59,13 +61,12 @@ def read_examples(
             messages.insert(0, {"role": "system", "content": settings.system})
         tools = settings.columns.tools(record, where)
         example = Example(messages, where, settings.columns.origin(record, where), tools=tools)
-        if isinstance(settings.format, ToolCalls):
-            example.schema = tools
+        example.schema = tools if isinstance(settings.format, ToolCalls) else None
         if with_target and len(messages[-1]) > 2:  # more than text: only the template knows how it is written
             try:
                 example.written = settings.renderer.written(repair(messages, settings.clean), tools)
             except UnfitRow as error:
-                example.unfit = str(error)
+                raise UserError(f"{where}: {error}") from None
         examples.append(example)
     return examples
 
@@ -117,7 +118,7 @@ def _usual_style(
 def _encode(settings: DataSettings, examples: list[Example], splits: Splits) -> tuple[list[Example], list[Row]]:
     """The examples that fit the tokenizer and the limits, and their rows."""
     fitting, rows = [], []
-    encoded = settings.renderer.encode([(e.messages, e.where, e.tools) for e in examples])
+    encoded = settings.renderer.encode([(e.messages, e.where, e.schema, e.tools) for e in examples])
     for example, row in zip(examples, shown(encoded, len(examples), "encoding"), strict=True):
         if not isinstance(row, Row):
             splits.quarantine.append(quarantine(example, "unfit", str(row)))
@@ -136,7 +137,8 @@ def encode_inputs(settings: DataSettings, source: str | Source, key: str) -> lis
     """Rows without answers, such as the prompts to predict; `key` is the option that names their source."""
     settings.ignored[key] = Counter()
     examples = read_examples(settings, source, settings.ignored[key], with_target=False)
-    encoded = settings.renderer.encode([(repair(e.messages, settings.clean), e.where, e.tools) for e in examples])
+    repaired = [(repair(e.messages, settings.clean), e.where, e.schema, e.tools) for e in examples]
+    encoded = settings.renderer.encode(repaired)
     rows = []
     for example, row in zip(examples, shown(encoded, len(examples), "encoding"), strict=True):
         if not isinstance(row, Row):

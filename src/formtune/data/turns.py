@@ -20,8 +20,7 @@ _OWN_KEYS = {"assistant": ("tool_calls", "reasoning_content"), "tool": ("tool_ca
 REFUSED = {"functions", "tool_calls", "function_call", "reasoning_content", "thinking", "chat_template_kwargs"}
 # These as well in a turn; a column of such a name may mean anything.
 _REFUSED_IN_TURNS = REFUSED.union(
-    ("tools",),
-    ("reasoning", "reasoning_details", "thinking_blocks", "thought", "thoughts", "tool_plan", "refusal"),
+    ("tools", "reasoning", "reasoning_details", "thinking_blocks", "thought", "thoughts", "tool_plan", "refusal"),
     ("audio", "audios", "image", "images", "image_url", "video", "videos"),
 )
 
@@ -52,8 +51,7 @@ def read_tools(tools: Any, column: str, where: str) -> str | None:
     if empty(tools):
         return None
     tools = _parsed(tools)
-    tools = [_parsed(tool) for tool in tools] if isinstance(tools, list) else []
-    names = [tool_name(tool) for tool in tools] or [None]
+    names = [*map(tool_name, tools)] if isinstance(tools, list) else [None]
     if None in names or len(set(names)) < len(names):
         raise UserError(
             f"{where}: `{column}` must be a list of tools with different names, as OpenAI's chat completions take "
@@ -112,13 +110,10 @@ def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[Message, set[str]
             )
     if "tool_calls" in message:
         message["tool_calls"] = _read_calls(message["tool_calls"], f"{here}.tool_calls")
-    if not isinstance(message.get("reasoning_content", ""), str):
-        raise UserError(f"{here}: `reasoning_content` is {kind(message['reasoning_content'])}, not text")
-    if "content" not in turn and "tool_calls" not in message:
+        turn = turn | {"content": turn.get("content") or ""}  # null where there are only calls
+    if "content" not in turn:
         raise UserError(f"{here}: no key `content` among {', '.join(turn)}; write the turn's text")
-    content = turn.get("content")
-    if content is None and "tool_calls" in message:
-        content = ""
+    content = turn["content"]
     if isinstance(content, list):
         for number, part in enumerate(content):
             place = f"{here}.content[{number}]"
@@ -134,16 +129,16 @@ def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[Message, set[str]
 
 
 def _read_calls(calls: Any, here: str) -> list[dict[str, Any]]:
-    """Tool calls with their arguments as an object, which is what chat templates expect."""
+    """Tool calls with their arguments as an object, as chat templates expect them."""
     read = []
     for number, call in enumerate(calls if isinstance(calls, list) else [calls]):
-        function = call.get("function") if isinstance(call, dict) else None
-        arguments = _parsed(function.get("arguments")) if isinstance(function, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
+        name, function = tool_name(call), call.get("function", call) if isinstance(call, dict) else {}
+        arguments = _parsed(function.get("arguments")) if name else None
+        if not isinstance(arguments, dict):
             raise UserError(
-                f'{here}[{number}]: write a call as {{"type": "function", "function": {{"name": ..., "arguments": ...}}}}, '
-                "the arguments as an object or the JSON text of one"
+                f'{here}[{number}]: write {{"type": "function", "function": {{"name": ..., "arguments": ...}}}}, the '
+                "arguments as an object or as the JSON text of one"
             )
         own = {"id": call["id"]} if call.get("id") else {}
-        read.append(own | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        read.append(own | {"type": "function", "function": {"name": name, "arguments": arguments}})
     return read

@@ -47,7 +47,8 @@ def few_shot_rows(
         conversations = []
         for row in test:
             first = int(row.messages[0]["role"] in SYSTEM_ROLES)
-            conversations.append(([*row.messages[:first], *examples, *row.messages[first:]], row.where, row.tools))
+            turns = [*row.messages[:first], *examples, *row.messages[first:]]
+            conversations.append((turns, row.where, row.schema, row.tools))
         rows = [row for row in renderer.encode(conversations) if isinstance(row, Row) and len(row) <= context]
         if len(rows) == len(test):
             return rows, count

@@ -38,7 +38,8 @@ def probe_rows(
             before = " ".join(padding[start : start + max(characters, 0)].split(" ")[1:-1])
             *rest, question, answer = row.messages
             content = f"{before}\n\n{question['content']}" if before else question["content"]
-            conversations.append(([*rest, question | {"content": content}, answer], row.where, row.tools))
+            turns = [*rest, question | {"content": content}, answer]
+            conversations.append((turns, row.where, row.schema, row.tools))
         encoded = renderer.encode(conversations)
         longer[name] = [row for row in encoded if isinstance(row, Row) and len(row.prompt_ids) <= 1.1 * tokens]
     return {name: rows for name, rows in longer.items() if rows}

@@ -9,6 +9,5 @@ from formtune.formats.json_schema import JsonSchema
 from formtune.formats.text import Labels, Regex, Tagged
 from formtune.formats.tool_calls import ToolCalls
 
-__all__ = [
-    *("KINDS", "Format", "JsonSchema", "Labels", "Problem", "Regex", "SyntaxProblem", "Tagged", "ToolCalls", "Verdict"),
-]
+__all__ = ["KINDS", "Format", "JsonSchema", "Labels", "Problem", "Regex", "SyntaxProblem", "Tagged", "ToolCalls"]
+__all__ += ["Verdict"]
