@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from formtune.base.folder import check_base
-from formtune.base.row import SYSTEM_ROLES, Message, Row, UnfitRow, said
+from formtune.base.row import SYSTEM_ROLES, Message, Row, UnfitRow, said, with_json_arguments
 from formtune.errors import UserError, first_line
 
 
@@ -195,10 +195,14 @@ class Renderer:
             if self.date is not None:  # transformers takes no clock as an argument
                 day = datetime.fromisoformat(self.date)
                 chat_template_utils.datetime = SimpleNamespace(now=lambda: day)  # type: ignore[assignment, misc]
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages, tools=json.loads(tools) if tools else None, tokenize=False,
                 add_generation_prompt=add_generation_prompt, enable_thinking=False,
             )  # fmt: skip
+            if "&#34;" in text and "&#34;" not in json.dumps([messages, tools]):
+                # `tojson | safe` in a template (Mistral) escapes the text beside it; given JSON text it does not.
+                return self._render(with_json_arguments(messages), add_generation_prompt, tools)
+            return text
         except Exception as error:  # a template is a program of whoever made the model
             raise UnfitRow(f"the chat template refuses the conversation: {first_line(error)}") from None
         finally:
@@ -219,7 +223,11 @@ class Renderer:
             raise UnfitRow(f"the prompt is not a token prefix of the conversation{remedy}")
         if len(messages[-1]) > 2:  # all that the template writes up to the end of the turn
             stop = next((i for i in range(len(prompt_ids), len(ids)) if ids[i] in self.stop_ids), -1)
-            target = conversation[len(prompt) : offsets[stop][0]].removeprefix(self._lead)
+            target_ids = ids[len(prompt_ids) : stop + 1]
+            target = self.answer(target_ids)[0]  # tokenizers put a space after a control token
+            if stop < 0 or target.split() != conversation[len(prompt) : offsets[stop][0]].split():
+                raise UnfitRow("the tokenizer turns the answer into another text, or the template does not end it")
+            return target, target_ids
         start = conversation.find(target, len(prompt))
         if start < 0:
             raise UnfitRow("the chat template alters the answer")

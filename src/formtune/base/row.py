@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,15 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.target_ids)
+
+
+def with_json_arguments(messages: Sequence[Message]) -> list[Message]:
+    """The turns with the arguments of their tool calls as JSON text, as OpenAI's chat completions have them."""
+    messages = copy.deepcopy(list(messages))
+    for function in (call["function"] for turn in messages for call in turn.get("tool_calls", ())):
+        if not isinstance(function["arguments"], str):
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return messages
 
 
 def said(message: Message) -> str:

@@ -7,7 +7,6 @@ A second BOS, thinking left on or another version of the template gives no error
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import json
 import os
@@ -15,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from formtune.base.row import Row
+from formtune.base.row import Row, with_json_arguments
 from formtune.errors import UserError, first_line
 
 TIMEOUT = 120  # seconds for an answer
@@ -99,12 +98,10 @@ class Endpoint:
 
 
 def _prompt(row: Row) -> dict[str, Any]:
-    """What a request says of the prompt; servers take the arguments of calls as JSON text."""
-    messages = copy.deepcopy(list(row.messages[:-1]))
-    for function in (call["function"] for turn in messages for call in turn.get("tool_calls", ())):
-        function["arguments"] = json.dumps(function["arguments"])
+    """What a request says of the prompt."""
+    prompt = {"messages": with_json_arguments(row.messages[:-1])}
     # "none": the answer comes as it is, not parsed.
-    return {"messages": messages} | ({"tools": json.loads(row.tools), "tool_choice": "none"} if row.tools else {})
+    return prompt | ({"tools": json.loads(row.tools), "tool_choice": "none"} if row.tools else {})
 
 
 def _prove(row: Row, count: int | None, ids: list[int] | None) -> None:
