@@ -104,7 +104,7 @@ class ToolCalls(Format):
             opening = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": '
             calls.append(f'{json.dumps(opening, ensure_ascii=False)} arguments{number} "}}"')
             rules.append(f"arguments{number}:" + parameters.grammar().removeprefix("answer:"))
-        tagged = 'tagged ("\\n" tagged)*\ntagged: "<tool_call>" "\\n" call "\\n" "</tool_call>"'
+        tagged = 'tagged ("\\n" tagged)*\ntagged: ( "<tool_call>" "\\n" call "\\n" "</tool_call>" )'
         answer = "call" if self.syntax == "llama" else tagged
         return "\n".join([f"answer: {answer}", f"call: {' | '.join(calls)}", *rules])
 

@@ -40,10 +40,10 @@ class Grammar:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         [row] = renderer.encode([(turn, "")])
         # Spaces that chat template and tokenizer put before every answer belong to the grammar's text.
+        lead = tokenizer.decode_str(row.target_ids[:-1]).removesuffix("b")  # type: ignore[union-attr]
         # A tag such as <tool_call> may be one token, which llguidance does not take for text.
         for token, number in renderer.tokenizer.added_tokens_encoder.items():
             rules = rules.replace(f" {json.dumps(token)} ", f" <[{number}]> ")
-        lead = tokenizer.decode_str(row.target_ids[:-1]).removesuffix("b")  # type: ignore[union-attr]
         text = f"start: {json.dumps(lead) if lead else ''} answer\n{rules}"
         self.executor = LLExecutor()
         self.matcher: Any = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
