@@ -49,7 +49,7 @@ class Renderer:
         self._special = frozenset(added)
         control_tokens = [re.escape(token.content) for token in added.values() if token.special]
         self._control_token = re.compile("|".join(control_tokens) or r"(?!)")  # (?!) never matches
-        self._lacking: list[str] = []  # roles of a system prompt that the template does not render
+        self._lacking: tuple[str, ...] = ()  # roles of a system prompt that the template does not render
         self._lead = ""  # white space that the template puts before an answer, as decoded
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         probe = tokenizer("a")["input_ids"]  # this call also switches off truncation and padding
@@ -77,7 +77,8 @@ class Renderer:
         if bos is not None and prompt_ids[:2] == [bos, bos]:
             raise UserError("model.base: the chat template begins with more than one BOS token")
         systems = [{"role": role, "content": "formtune"} for role in SYSTEM_ROLES]
-        self._lacking = [it["role"] for it in systems if "formtune" not in (self._try([it, turns[0]], True) or "")]
+        taken = ["formtune" in (self._try([system, turns[0]], True) or "") for system in systems]
+        self._lacking = SYSTEM_ROLES if not taken[0] else () if taken[1] else SYSTEM_ROLES[1:]
 
     @property
     def note(self) -> str:

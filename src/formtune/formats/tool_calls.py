@@ -47,7 +47,7 @@ class ToolCalls(Format):
         tool_choice: Literal["required", "auto"] = "required",
     ) -> None:
         self.syntax, self.tool_choice = syntax, tool_choice
-        self._calls = JsonSchema(_CALLS)
+        self._calls, self.derived = JsonSchema(_CALLS), frozenset({"name"})
         self._tools: dict[str, JsonSchema] = {}  # the parameters of the row's tools
 
     def of_row(self, schema: str | None) -> ToolCalls:
@@ -119,7 +119,7 @@ def tool_name(tool: Any) -> str | None:
 @functools.lru_cache(maxsize=KEPT)
 def _of_row(format: ToolCalls, schema: str | None) -> ToolCalls:
     own = copy.copy(format)
-    own._tools, own.derived = {}, frozenset({"name"})
+    own._tools = {}
     for tool in json.loads(schema or "[]"):
         name, function = str(tool_name(tool)), tool.get("function", tool)
         try:
