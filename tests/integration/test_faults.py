@@ -387,7 +387,9 @@ def test_a_changed_configuration_is_refused_with_the_difference(work, monkeypatc
     [
         pytest.param("base", "another base", marks=pytest.mark.case("89", "another base of the same shapes")),
         pytest.param("rows", "training or validation rows", marks=pytest.mark.case("92", "changed data")),
-        pytest.param("format", "the format has changed since this run began", marks=pytest.mark.case("92", "a changed format")),
+        pytest.param(
+            "format", "the format has changed since this run began", marks=pytest.mark.case("92", "a changed format")
+        ),
         pytest.param("processes", "began on 2 processes", marks=pytest.mark.case("93", "another number of processes")),
     ],
 )

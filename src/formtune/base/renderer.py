@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import takewhile
 from types import SimpleNamespace
 from typing import Any
 
 from formtune.base.folder import check_base
-from formtune.base.row import Message, Row, UnfitRow
+from formtune.base.row import SYSTEM_ROLES, Message, Row, UnfitRow, said, with_json_arguments
 from formtune.errors import UserError, first_line
 
 
@@ -27,6 +29,7 @@ class Renderer:
 
     The prompt is rendered alone, as at inference, and must be a token prefix of the whole conversation. The target must
     decode to the answer exactly. A row that fails, or of which the template leaves out a turn, is an `UnfitRow`.
+    The target is all that the template writes of the answer, tool calls included.
     Without a chat template, `system`, the turns and the answer are separated by blank lines and closed by EOS.
 
     Args:
@@ -46,6 +49,7 @@ class Renderer:
         self._special = frozenset(added)
         control_tokens = [re.escape(token.content) for token in added.values() if token.special]
         self._control_token = re.compile("|".join(control_tokens) or r"(?!)")  # (?!) never matches
+        self._lacking: tuple[str, ...] = ()  # roles of a system prompt that the template does not render
         self._lead = ""  # white space that the template puts before an answer, as decoded
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         probe = tokenizer("a")["input_ids"]  # this call also switches off truncation and padding
@@ -62,7 +66,7 @@ class Renderer:
             turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             prompt = self._render(turns[:1], True)
             prompt_ids = self._tokenize(prompt).ids
-            target_ids = self._target_ids(turns, prompt, prompt_ids)
+            target_ids = self._target(turns, None, prompt, prompt_ids)[1]
         except UnfitRow as error:
             raise UserError(f"model.base: the chat template cannot be supervised: {error}") from None
         self._lead = self._decode(target_ids[:-1]).removesuffix("b")
@@ -72,6 +76,32 @@ class Renderer:
         bos = self.tokenizer.bos_token_id
         if bos is not None and prompt_ids[:2] == [bos, bos]:
             raise UserError("model.base: the chat template begins with more than one BOS token")
+        systems = [{"role": role, "content": "formtune"} for role in SYSTEM_ROLES]
+        taken = ["formtune" in (self._try([system, turns[0]], True) or "") for system in systems]
+        self._lacking = SYSTEM_ROLES if not taken[0] else () if taken[1] else SYSTEM_ROLES[1:]
+
+    @property
+    def note(self) -> str:
+        """How prompts are rendered, where a chat server does not render them so; else empty."""
+        if not self.templated:
+            return (
+                "the base has no chat template, so chat servers cannot take it; a prompt is the system prompt, if any, "
+                f"and the input, each followed by a blank line, and {self.tokenizer.eos_token} ends the answer"
+            )
+        if "system" not in self._lacking:
+            return ""
+        place = "in front of the first user turn, with a blank line between"
+        return f"the chat template has no system role: the system prompt is {place}; send it so to a server"
+
+    def turns(self, messages: Sequence[Message]) -> list[Message]:
+        """The turns for the template; if it has no system role, that text is in front of the first user turn."""
+        turns = [turn | {"role": "system"} if turn["role"] in self._lacking else turn for turn in messages]
+        if "system" in self._lacking:
+            system = [turn["content"] for turn in takewhile(lambda turn: turn["role"] == "system", turns)]
+            turns = turns[len(system) :]
+            first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
+            turns[first] = turns[first] | {"content": "\n\n".join([*system, turns[first]["content"]])}
+        return turns
 
     @classmethod
     @functools.lru_cache(maxsize=4)
@@ -88,9 +118,9 @@ class Renderer:
             raise UserError(f"model.base: no usable tokenizer in {base}: {first_line(error)}") from error
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> Iterator[Row | UnfitRow]:
-        """Encode tuples (messages, where, schema); each yields its Row, or the UnfitRow that says why it cannot be one.
+        """Encode tuples (messages, where, schema, tools); each yields its Row, or the UnfitRow that says why not.
 
-        `schema` may be left out. The last turn is the assistant's, or the user's where there is no target.
+        `schema` and `tools` may be left out. The last turn is the assistant's where there is a target.
         """
         for number, given in enumerate(rows):
             try:
@@ -99,23 +129,46 @@ class Renderer:
                 row = error
             yield row
 
-    def _row(self, number: int, messages: list[Message], where: str, schema: str | None = None) -> Row:
-        for message in messages:
-            if token := self._control_token.search(message["content"]):
+    def _row(
+        self, number: int, messages: list[Message], where: str, schema: str | None = None, tools: str | None = None
+    ) -> Row:
+        for text in (*map(said, messages), *(turn.get("reasoning_content", "") for turn in messages), tools or ""):
+            if token := self._control_token.search(text):
                 raise UnfitRow(f"the text holds {token[0]}, which the tokenizer would read as a control token")
-        target = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
-        context = messages if target is None else messages[:-1]
+        turns = self.turns(messages)
+        context = turns[:-1] if turns[-1]["role"] == "assistant" else turns
         if self.templated:
-            prompt = self._render(context, True)
+            prompt = self._render(context, True, tools)
             _check_turns(context, prompt)
+            if tools or any(len(turn) > 2 for turn in turns):
+                self._check_parts(turns, tools)
+        elif tools or any(len(turn) > 2 or turn["role"] == "tool" for turn in turns):
+            raise UnfitRow("the base has no chat template for tools; take another base, or write them as text")
         else:
-            prompt = "".join(f"{message['content']}\n\n" for message in context)
+            prompt = "".join(f"{turn['content']}\n\n" for turn in context)
         prompt_ids = self._bos + self._tokenize(prompt).ids
-        target_ids = [] if target is None else self._target_ids(messages, prompt, prompt_ids)
-        if target is not None and (decoded := self.answer(target_ids)[0]) != target:
-            raise UnfitRow(f"the tokenizer turns the answer {target[:40]!r} into {decoded[:40]!r}")
-        input = next(message["content"] for message in reversed(context) if message["role"] == "user")
-        return Row(prompt_ids, target_ids, input, target, where, number, messages=messages, schema=schema)
+        target: str | None = None
+        target_ids: list[int] = []
+        if context is not turns:
+            target, target_ids = self._target(turns, tools, prompt, prompt_ids)
+            if (decoded := self.answer(target_ids)[0]) != target:
+                raise UnfitRow(f"the tokenizer turns the answer {target[:40]!r} into {decoded[:40]!r}")
+        input = next(turn["content"] for turn in reversed(messages) if turn["role"] == "user")
+        return Row(prompt_ids, target_ids, input, target, where, number, messages=messages, schema=schema, tools=tools)
+
+    def written(self, messages: list[Message], tools: str | None) -> str:
+        """The last answer as the template writes it; raises UnfitRow."""
+        return self._row(0, messages, "", None, tools).target or ""
+
+    def _check_parts(self, turns: list[Message], tools: str | None) -> None:
+        """Refuse a row if the template writes the same without its tools, calls or reasoning."""
+        asks = turns[-1]["role"] != "assistant"
+        whole = self._render(turns, asks, tools)
+        for key in ("tools", "tool_calls", "reasoning_content"):
+            rest = [{name: value for name, value in turn.items() if name != key} for turn in turns]
+            rest_of_tools = None if key == "tools" else tools
+            if (rest, rest_of_tools) != (turns, tools) and self._try(rest, asks, rest_of_tools) == whole:
+                raise UnfitRow(f"the chat template leaves out `{key}`; remove it, or take a base whose template has it")
 
     def answer(self, ids: Sequence[int]) -> tuple[str, bool]:
         """Text of generated `ids` up to the first stop token, and whether there was one."""
@@ -129,7 +182,13 @@ class Renderer:
         # The Rust tokenizer: the wrapper around it takes as long again. The template already wrote BOS.
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+    def _try(self, *args: Any) -> str | None:
+        try:
+            return self._render(*args)
+        except UnfitRow:
+            return None
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool, tools: str | None = None) -> str:
         from transformers.utils import chat_template_utils
 
         clock: Any = chat_template_utils.datetime
@@ -137,32 +196,47 @@ class Renderer:
             if self.date is not None:  # transformers takes no clock as an argument
                 day = datetime.fromisoformat(self.date)
                 chat_template_utils.datetime = SimpleNamespace(now=lambda: day)  # type: ignore[assignment, misc]
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
-            )
+            text = self.tokenizer.apply_chat_template(
+                messages, tools=json.loads(tools) if tools else None, tokenize=False,
+                add_generation_prompt=add_generation_prompt, enable_thinking=False,
+            )  # fmt: skip
+            if "&#34;" in text and "&#34;" not in json.dumps([messages, tools]):
+                # `tojson | safe` in a template (Mistral) escapes the text beside it; given JSON text it does not.
+                return self._render(with_json_arguments(messages), add_generation_prompt, tools)
+            return text
         except Exception as error:  # a template is a program of whoever made the model
             raise UnfitRow(f"the chat template refuses the conversation: {first_line(error)}") from None
         finally:
             chat_template_utils.datetime = clock  # type: ignore[misc]
 
-    def _target_ids(self, messages: list[Message], prompt: str, prompt_ids: list[int]) -> list[int]:
-        """Ids of the answer and its end-of-turn token."""
+    def _target(
+        self, messages: list[Message], tools: str | None, prompt: str, prompt_ids: list[int]
+    ) -> tuple[str, list[int]]:
+        """The answer, and the ids of the answer and its end-of-turn token."""
         target = messages[-1]["content"]
         if not self.templated:
-            return [*self._tokenize(target).ids, self.tokenizer.eos_token_id]
-        conversation = self._render(messages, False)
+            return target, [*self._tokenize(target).ids, self.tokenizer.eos_token_id]
+        conversation = self._render(messages, False, tools)
         encoding = self._tokenize(conversation)
         ids, offsets = encoding.ids, encoding.offsets
         if not conversation.startswith(prompt) or ids[: len(prompt_ids)] != prompt_ids:
-            raise UnfitRow("the prompt is not a token prefix of the conversation")
+            remedy = ", as thinking is off; remove `reasoning_content`" if "reasoning_content" in messages[-1] else ""
+            raise UnfitRow(f"the prompt is not a token prefix of the conversation{remedy}")
+        if len(messages[-1]) > 2:  # all that the template writes up to the end of the turn
+            stop = next((i for i in range(len(prompt_ids), len(ids)) if ids[i] in self.stop_ids), -1)
+            target_ids = ids[len(prompt_ids) : stop + 1]
+            target = self.answer(target_ids)[0]  # tokenizers put a space after a control token
+            if stop < 0 or target.split() != conversation[len(prompt) : offsets[stop][0]].split():
+                raise UnfitRow("the tokenizer turns the answer into another text, or the template does not end it")
+            return target, target_ids
         start = conversation.find(target, len(prompt))
         if start < 0:
             raise UnfitRow("the chat template alters the answer")
         end = start + len(target)
-        stop = next((i for i in range(len(prompt_ids), len(ids)) if offsets[i][0] >= end), None)
-        if stop is None or ids[stop] not in self._special:
+        stop = next((i for i in range(len(prompt_ids), len(ids)) if offsets[i][0] >= end), -1)
+        if stop < 0 or ids[stop] not in self._special:
             raise UnfitRow("the chat template puts no end-of-turn token right after the answer")
-        return ids[len(prompt_ids) : stop + 1]
+        return target, ids[len(prompt_ids) : stop + 1]
 
 
 def _check_turns(context: list[Message], prompt: str) -> None:
@@ -173,16 +247,16 @@ def _check_turns(context: list[Message], prompt: str) -> None:
         content = message["content"]
         if message["role"] == "assistant":
             content = content.rpartition("</think>")[2]  # templates leave out what an earlier answer thought
-        if _letters(content) not in prompt:
-            turn, place = f"{message['role']} turn", "the last user turn"
-            if message["role"] == "system":
-                turn, place = "system prompt", "the user turn (as in data.columns.prompt: 'Be brief. {prompt}')"
+        # A template may write a tool's result as JSON text.
+        forms = [content, json.dumps(content, ensure_ascii=False)] if message["role"] == "tool" else [content]
+        found = next((letters for letters in map(_letters, forms) if letters in prompt), None)
+        if found is None:
             text = " ".join(content.split())[:40]
             raise UnfitRow(
-                f"the chat template leaves out the {turn} {text!r}; write it into {place}, or take a base whose "
-                "template has it"
+                f"the chat template leaves out the {message['role']} turn {text!r}; write it into the last user turn, "
+                "or take a base whose template has it"
             )
-        prompt = prompt.replace(_letters(content), "\0", 1)
+        prompt = prompt.replace(found, "\0", 1)
 
 
 def _letters(text: str) -> str:

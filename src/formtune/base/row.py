@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+# {"role": "system" | "developer" | "user" | "assistant" | "tool", "content": text}, and what OpenAI's chat completions
+# have of `tool_calls` (their arguments as an object), `reasoning_content`, `tool_call_id` and the `name` of a tool.
+Message = dict[str, Any]
+SYSTEM_ROLES = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +29,25 @@ class Row:
     origin: str = ""  # author: "human", the name of a model, or "" if unknown
     messages: Sequence[Message] = ()  # the turns it was rendered from
     schema: str | None = None  # JSON text of the row's own schema
+    tools: str | None = None  # JSON list of the tools that the prompt defines
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.target_ids)
+
+
+def with_json_arguments(messages: Sequence[Message]) -> list[Message]:
+    """The turns with the arguments of their tool calls as JSON text, as OpenAI's chat completions have them."""
+    turns = copy.deepcopy(list(messages))
+    for function in (call["function"] for turn in turns for call in turn.get("tool_calls", ())):
+        if not isinstance(function["arguments"], str):
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return turns
+
+
+def said(message: Message) -> str:
+    """All that a turn says: its text, and its tool calls as JSON."""
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    return message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
 
 
 class UnfitRow(ValueError):

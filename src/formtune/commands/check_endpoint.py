@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,11 @@ def run(command: str, args: list[str]) -> int:
     folder = LOGS / config.task / config.run
     if (folder / "checkpoints").exists():
         raise UserError(f"--run: {folder} holds a training run; choose another name")
+    if not settings.renderer.templated:
+        raise UserError(f"check-endpoint asks for chat completions, and {settings.renderer.note}")
     splits = load_splits(settings)
     check_rows(settings, splits)
-    rows = splits.rows["test"]
+    rows = [replace(row, messages=settings.renderer.turns(row.messages)) for row in splits.rows["test"]]
     if config.rows and config.rows < len(rows):
         rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), config.rows))]
     endpoint = Endpoint(config.url, config.served_model or config.task, settings.max_new_tokens)

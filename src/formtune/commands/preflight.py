@@ -42,6 +42,8 @@ def run(command: str, args: list[str]) -> int:
     lora: Lora = parser.instantiate_classes(config).model.lora
     plan, length = read_plan(base, lora, config.model.quantize), _input_tokens(settings, base)
     checks = [*_rules(plan, targets), *_trials(base, lora, length, targets)]
+    if settings.renderer.note and "vllm" in targets:
+        checks.append(_check("vllm", "chat template", "warning", settings.renderer.note))
     failed = [name for name in targets if any(it["target"] == name and it["verdict"] == "fails" for it in checks)]
     path = LOGS / config.task / "preflight.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from formtune.base.folder import skeleton
+from formtune.base.renderer import Renderer
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.deploy.registry import full_name, read_deployment, task_of
@@ -36,6 +37,8 @@ def run(command: str, args: list[str]) -> int:
         rows = read_outcomes(outcomes) if outcomes.is_file() else []
         return serve(exported, task_of(exported), base, config.port, rows[0].input if rows else "Hello")
     print(shlex.join(vllm_command(exported, base, config.port)))
+    if note := Renderer.load(str(exported.resolve())).note:
+        print(f"# {note}")
     print(f"# check it: formtune check-endpoint http://{HOST}:{config.port}/v1 -c TASK.yaml")
     return 0
 
@@ -61,10 +64,11 @@ def vllm_command(exported: Path, base: str | None, port: int) -> list[str]:
 
         plan = Plan(skeleton(base), PeftConfig.from_pretrained(str(exported)))
         refuse(plan, ["vllm"])
+        template = f"{folder}/chat_template.jinja"
         words = [
             str(Path(base).resolve()) if Path(base).is_dir() else base,
             "--enable-lora", "--max-lora-rank", str(plan.vllm_rank), "--lora-modules", f"{task}={folder}",
-            "--chat-template", f"{folder}/chat_template.jinja",
+            *(["--chat-template", template] if Path(template).is_file() else []),  # completions need none
         ]  # fmt: skip
     words += ["--host", HOST, "--port", str(port)]
     return ["vllm", "serve", *words, "--default-chat-template-kwargs", '{"enable_thinking": false}']

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import ftfy
 
-from formtune.base.row import Message
+from formtune.base.row import SYSTEM_ROLES, Message, said
 from formtune.errors import UserError
 from formtune.formats import Format
 
@@ -28,6 +28,8 @@ _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
 _INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff\u00ad]")
 # Punctuation that changes no meaning, unless there is a digit on both sides.
 _MARKS = re.compile(r"(?<!\d)[.,:;!?…\"'“”‘’()\[\]]|[.,:;!?…\"'“”‘’()\[\]](?!\d)")
+
+_CONVERSATION = ("user", "assistant", "tool")
 
 # In the order in which they run. Each is a function of the text alone.
 STEPS: dict[str, Callable[[str], str]] = {
@@ -48,11 +50,13 @@ class Example:
     where: str  # the place it came from
     origin: str = ""  # author: "human", the name of a model, or "" if unknown
     value: Any = None  # the document that its answer is, once that was judged
-    schema: str | None = None  # JSON text of the row's own schema
+    tools: str | None = None  # JSON list of the tools that its prompt defines
+    written: str | None = None  # the answer as the chat template writes it, if that is more than the last turn's text
+    schema: str | None = None  # JSON text of the row's own schema, or of its tools
 
     @property
     def target(self) -> str:
-        return self.messages[-1]["content"]
+        return self.messages[-1]["content"] if self.written is None else self.written
 
     @property
     def input(self) -> str:
@@ -61,13 +65,14 @@ class Example:
 
     @property
     def system(self) -> str:
-        """The system prompt; equal inputs below different ones may rightly have different answers."""
-        return "\n".join(self._contents("system"))
+        """The system prompt and the tools; equal inputs below different ones may rightly have different answers."""
+        return "\n".join([*self._contents(*SYSTEM_ROLES), *([self.tools] if self.tools else ())])
 
     @property
     def text(self) -> str:
         """The prompt with white space folded, and the schema: rows that share it are duplicates or conflicts."""
-        return "\x1e".join([*map(_single_spaced, self._contents("system", "user", "assistant")), self.schema or ""])
+        prompt = map(_single_spaced, [self.system, *self._contents(*_CONVERSATION)])
+        return "\x1e".join([*prompt, self.schema or ""])
 
     @property
     def key(self) -> str:
@@ -75,15 +80,15 @@ class Example:
 
         Coarser than `text`: "call anna" and "Call Anna!" leak, but their answers may rightly differ.
         """
-        return _folded("\x1e".join(map(_single_spaced, self._contents("user", "assistant"))))
+        return _folded("\x1e".join(map(_single_spaced, self._contents(*_CONVERSATION))))
 
     @property
     def turns(self) -> list[str]:
         """The same turn by turn."""
-        return [_folded(_single_spaced(content)) for content in self._contents("user", "assistant")]
+        return [_folded(_single_spaced(content)) for content in self._contents(*_CONVERSATION)]
 
     def _contents(self, *roles: str) -> list[str]:
-        return [message["content"] for message in self.messages[:-1] if message["role"] in roles]
+        return [said(message) for message in self.messages[:-1] if message["role"] in roles]
 
 
 def _single_spaced(text: str) -> str:
@@ -120,7 +125,7 @@ def repair(messages: Sequence[Message], steps: Iterable[str], repairs: Counter[s
                 before, text = text, STEPS[step](text)
                 if repairs is not None and text != before:
                     repairs[step] += 1
-        repaired.append({"role": message["role"], "content": text})
+        repaired.append(message | {"content": text})
     return repaired
 
 
@@ -162,8 +167,9 @@ def judge(
             yield quarantine(example, "schema", str(error))
             continue
         messages = repair(example.messages, steps, repairs)
-        messages[-1]["content"] = repair_answer(messages[-1]["content"], own_format, answer_steps, repairs)
         repaired = replace(example, messages=messages)
+        if example.written is None:
+            messages[-1]["content"] = repair_answer(example.target, own_format, answer_steps, repairs)
         if not repaired.target.strip() or not repaired.input.strip():
             yield quarantine(repaired, "empty", "the input or the answer is empty")
         elif (verdict := own_format.check(repaired.target)).exact:

@@ -38,6 +38,7 @@ class Splits:
     key: str = ""  # content hash of the rows
     ignored: Counter[str] = field(default_factory=Counter)  # rows that have a key which is not read, by its name
     own_system: int = 0  # rows with their own system prompt
+    note: str = ""  # how prompts are rendered, where a chat server does not render them so
     cached: Path | None = field(default=None, compare=False)  # the file they were read from
     # Empty if the rows were read from the cache:
     examples: dict[str, list[Example]] = field(default_factory=dict, compare=False)  # the conversation of each row
@@ -88,7 +89,7 @@ def cache_path(examples: Mapping[str, Sequence[Example]], settings: DataSettings
         hashed.update(path.read_bytes())
     for name, rows in examples.items():
         for e in rows:
-            hashed.update(json.dumps([name, e.where, e.messages, e.origin, e.schema]).encode())
+            hashed.update(json.dumps([name, e.where, e.messages, e.origin, e.schema, e.tools]).encode())
     return CACHE / f"{hashed.hexdigest()}.json"
 
 

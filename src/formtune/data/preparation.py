@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from formtune.base.row import Row
+from formtune.base.row import SYSTEM_ROLES, Row, UnfitRow
 from formtune.data.cleaning import Example, judge, quarantine, repair
 from formtune.data.encoded import Splits, cache_path, content_hash, read_cache, write_cache
 from formtune.data.progress import shown
@@ -17,6 +17,7 @@ from formtune.data.settings import DataSettings
 from formtune.data.sources import Source, own_schema, read_records
 from formtune.data.styles import mixtures
 from formtune.errors import UserError
+from formtune.formats import ToolCalls
 
 
 def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
@@ -29,7 +30,12 @@ def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
         if path:
             write_cache(path, splits)
     splits.ignored = ignored
-    splits.own_system = sum(e.system not in ("", settings.system_of(e.schema)) for e in chain(*examples.values()))
+    splits.own_system = sum(
+        e.messages[0]["role"] in SYSTEM_ROLES and e.messages[0]["content"] not in ("", settings.system_of(e.schema))
+        for e in chain(*examples.values())
+    )
+    if settings.system or splits.own_system or not settings.renderer.templated:
+        splits.note = settings.renderer.note
     return splits
 
 
@@ -50,11 +56,21 @@ def read_examples(
     for record, where in read_records(source):
         unread: set[str] = set()
         messages = settings.columns.conversation(record, where, with_target, unread)
-        schema = own_schema(record.get(settings.columns.schema)) if settings.format.per_row else None
-        ignored.update(sorted(unread - {settings.columns.schema} if settings.format.per_row else unread))
-        if (system := settings.system_of(schema)) and messages[0]["role"] != "system":
+        tools = settings.columns.tools(record, where)
+        schema = tools if isinstance(settings.format, ToolCalls) else None
+        if settings.format.per_row and not isinstance(settings.format, ToolCalls):
+            schema = own_schema(record.get(settings.columns.schema))
+            unread.discard(settings.columns.schema)
+        ignored.update(sorted(unread))
+        if (system := settings.system_of(schema)) and messages[0]["role"] not in SYSTEM_ROLES:
             messages.insert(0, {"role": "system", "content": system})
-        examples.append(Example(messages, where, settings.columns.origin(record, where), schema=schema))
+        example = Example(messages, where, settings.columns.origin(record, where), tools=tools, schema=schema)
+        if with_target and len(messages[-1]) > 2:  # more than text: only the template knows how it is written
+            try:
+                example.written = settings.renderer.written(repair(messages, settings.clean), tools)
+            except UnfitRow as error:
+                raise UserError(f"{where}: {error}") from None
+        examples.append(example)
     return examples
 
 
@@ -106,7 +122,7 @@ def _usual_style(
 def _encode(settings: DataSettings, examples: list[Example], splits: Splits) -> tuple[list[Example], list[Row]]:
     """The examples that fit the tokenizer and the limits, and their rows."""
     fitting, rows = [], []
-    encoded = settings.renderer.encode([(e.messages, e.where, e.schema) for e in examples])
+    encoded = settings.renderer.encode([(e.messages, e.where, e.schema, e.tools) for e in examples])
     for example, row in zip(examples, shown(encoded, len(examples), "encoding"), strict=True):
         if not isinstance(row, Row):
             splits.quarantine.append(quarantine(example, "unfit", str(row)))
@@ -125,7 +141,8 @@ def encode_inputs(settings: DataSettings, source: str | Source, key: str) -> lis
     """Rows without answers, such as the prompts to predict; `key` is the option that names their source."""
     settings.ignored[key] = Counter()
     examples = read_examples(settings, source, settings.ignored[key], with_target=False)
-    encoded = settings.renderer.encode([(repair(e.messages, settings.clean), e.where, e.schema) for e in examples])
+    repaired = [(repair(e.messages, settings.clean), e.where, e.schema, e.tools) for e in examples]
+    encoded = settings.renderer.encode(repaired)
     rows = []
     for example, row in zip(examples, shown(encoded, len(examples), "encoding"), strict=True):
         if not isinstance(row, Row):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from formtune.data.turns import REFUSED, empty, kind, read_turns, unread
+from formtune.data.turns import REFUSED, empty, kind, read_tools, read_turns, unread
 from formtune.errors import UserError, first_line
 from formtune.formats.strict_json import loads_strict
 
@@ -172,7 +172,7 @@ class Columns:
         ignored = set() if ignored is None else ignored
         is_chat = self.messages in record
         content = [self.messages] if is_chat else [*self._in_prompt, self.completion]
-        ignored |= unread(record, {*content, self.system, self.source}, REFUSED, where)
+        ignored |= unread(record, {*content, self.system, self.source, "tools"}, REFUSED, where)
         if is_chat:
             turns = read_turns(record[self.messages], self.messages, where, with_target, ignored)
         else:
@@ -189,6 +189,10 @@ class Columns:
                 "set data.columns.system: null"
             )
         return [{"role": "system", "content": system}, *turns]
+
+    def tools(self, record: dict[str, Any], where: str) -> str | None:
+        """The record's tools as JSON text, None where it has none or the prompt's template writes them."""
+        return None if "tools" in self._in_prompt else read_tools(record.get("tools"), "tools", where)
 
     def _prompt(self, record: dict[str, Any], where: str) -> str:
         if "{" not in self.prompt:

@@ -25,6 +25,8 @@ def print_data(splits: Splits, folder: Path | None) -> None:
     Console().print(table)
     if splits.own_system:
         _print(f"rows with their own system prompt: {splits.own_system:,}")
+    if splits.note:
+        _print(splits.note)
     print_ignored(splits.ignored)
     if splits.cached:
         _print(f"encoded rows read from {splits.cached}")

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Set
 from typing import Any
 
+from formtune.base.row import Message
 from formtune.errors import UserError
+from formtune.formats.strict_json import loads_strict
+from formtune.formats.tool_calls import tool_name
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 WEIGHTS = ("weight", "loss", "loss_scale", "train", "training")  # names that other tools give a turn's weight
 
+_OWN_KEYS = {"assistant": ("tool_calls", "reasoning_content"), "tool": ("tool_call_id", "name")}  # by role
+
 # Keys that would change what is trained or rendered.
-REFUSED = {"tools", "functions", "tool_calls", "function_call", "reasoning_content", "thinking", "chat_template_kwargs"}
+REFUSED = {"functions", "tool_calls", "function_call", "reasoning_content", "thinking", "chat_template_kwargs"}
 # These as well in a turn; a column of such a name may mean anything.
 _REFUSED_IN_TURNS = REFUSED.union(
-    ("reasoning", "reasoning_details", "thinking_blocks", "thought", "thoughts", "tool_plan", "refusal"),
+    ("tools", "reasoning", "reasoning_details", "thinking_blocks", "thought", "thoughts", "tool_plan", "refusal"),
     ("audio", "audios", "image", "images", "image_url", "video", "videos"),
 )
 
 
-def read_turns(turns: Any, column: str, where: str, with_target: bool, ignored: set[str]) -> list[dict[str, str]]:
+def read_turns(turns: Any, column: str, where: str, with_target: bool, ignored: set[str]) -> list[Message]:
     """The turns in a row's column; without a target, an answer at the end is left out.
 
     `ignored` collects the names of the keys that have a value and are not read.
@@ -34,10 +40,24 @@ def read_turns(turns: Any, column: str, where: str, with_target: bool, ignored: 
         message, keys = _read_turn(turn, f"{where}: {column}[{number}]", is_answer)
         messages.append(message)
         ignored |= {f"{column}[].{key}" for key in keys}
-    last = "assistant" if with_target else "user"
-    if not messages or messages[-1]["role"] != last or all(m["role"] != "user" for m in messages):
-        raise UserError(f"{where}: the last turn of `{column}` must be the {last}'s, after one of the user's")
+    last = ("assistant",) if with_target else ("user", "tool")
+    if not messages or messages[-1]["role"] not in last or all(m["role"] != "user" for m in messages):
+        raise UserError(f"{where}: the last turn of `{column}` must be the {last[0]}'s, after one of the user's")
     return messages
+
+
+def read_tools(tools: Any, column: str, where: str) -> str | None:
+    """A row's tools as the text of a JSON list, None if it has none."""
+    if empty(tools):
+        return None
+    tools = _parsed(tools)
+    names = [*map(tool_name, tools)] if isinstance(tools, list) else [None]
+    if None in names or len(set(names)) < len(names):
+        raise UserError(
+            f"{where}: `{column}` must be a list of tools with different names, as OpenAI's chat completions take "
+            'them: {"type": "function", "function": {"name": ..., "parameters": ...}}; fix it, or rename the column'
+        )
+    return json.dumps(tools, ensure_ascii=False)
 
 
 def unread(holder: Mapping[str, Any], read: Set[Any], refused: Set[str], where: str) -> set[str]:
@@ -59,20 +79,28 @@ def empty(value: Any) -> bool:
     return value is None or value == [] or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
 
 
+def _parsed(value: Any) -> Any:
+    """The value of a JSON text; other values and other texts as they are."""
+    try:
+        return loads_strict(value.strip()) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[dict[str, str], set[str]]:
-    """A turn's role and text, and the keys that are not read."""
+def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[Message, set[str]]:
+    """A turn, and the keys that are not read."""
     if not isinstance(turn, dict):
         raise UserError(f"{here} is {kind(turn)}; a turn is an object with `role` and `content`")
     if "role" not in turn:
         raise UserError(f"{here}: no key `role` among {', '.join(turn)}; a turn is an object with `role` and `content`")
     if turn["role"] not in ROLES:
-        remedy = f"use {', '.join(ROLES)}, and write a tool's result into a user's turn"
-        raise UserError(f"{here}: the role {turn['role']!r} is not read; {remedy}")
-    keys = unread(turn, {"role", "content", *WEIGHTS}, _REFUSED_IN_TURNS, here)
+        raise UserError(f"{here}: the role {turn['role']!r} is not read; use {', '.join(ROLES)}")
+    message = {key: turn[key] for key in _OWN_KEYS.get(turn["role"], ()) if not empty(turn.get(key))}
+    keys = unread(turn, {"role", "content", *message, *WEIGHTS}, _REFUSED_IN_TURNS, here)
     for key in WEIGHTS:
         # The last answer alone is trained: weight 0 is what every other turn has.
         if (weight := turn.get(key)) is not None and weight != 1 and (is_answer or weight != 0):
@@ -80,6 +108,9 @@ def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[dict[str, str], s
                 f"{here}: `{key}` is {weight!r}, but the last answer is trained, with weight 1, and no other turn; "
                 "end the row at the answer to train, or remove the row"
             )
+    if "tool_calls" in message:
+        message["tool_calls"] = _read_calls(message["tool_calls"], f"{here}.tool_calls")
+        turn = turn | {"content": turn.get("content") or ""}  # null where there are only calls
     if "content" not in turn:
         raise UserError(f"{here}: no key `content` among {', '.join(turn)}; write the turn's text")
     content = turn["content"]
@@ -94,4 +125,20 @@ def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[dict[str, str], s
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise UserError(f"{here}: `content` is {kind(content)}, not text; write it as a string, JSON answers too")
-    return {"role": turn["role"], "content": content}, keys
+    return {"role": turn["role"], "content": content} | message, keys
+
+
+def _read_calls(calls: Any, here: str) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as an object, as chat templates expect them."""
+    read = []
+    for number, call in enumerate(calls if isinstance(calls, list) else [calls]):
+        name, function = tool_name(call), call.get("function", call) if isinstance(call, dict) else {}
+        arguments = _parsed(function.get("arguments")) if name else None
+        if not isinstance(arguments, dict):
+            raise UserError(
+                f'{here}[{number}]: write {{"type": "function", "function": {{"name": ..., "arguments": ...}}}}, the '
+                "arguments as an object or as the JSON text of one"
+            )
+        own = {"id": call["id"]} if call.get("id") else {}
+        read.append(own | {"type": "function", "function": {"name": name, "arguments": arguments}})
+    return read

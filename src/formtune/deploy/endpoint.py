@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import time
 from dataclasses import dataclass
 from typing import Any
 
-from formtune.base.row import Message, Row
+from formtune.base.row import Row, with_json_arguments
 from formtune.errors import UserError, first_line
 
 TIMEOUT = 120  # seconds for an answer
@@ -58,19 +59,19 @@ class Endpoint:
     def open(self, row: Row) -> None:
         """Ask once, so that what is wrong for all rows is found first and loading the model is not timed."""
         with contextlib.suppress(self._error, LookupError, TypeError):  # most servers have no such route
-            self.gives_ids = bool(self._ids(list(row.messages[:-1])))
+            self.gives_ids = bool(self._ids(_prompt(row)))
         self.ask(row)
 
     def ask(self, row: Row) -> Reply:
         """The greedy answer to a row, if its prompt is the one that formtune renders."""
-        messages, started = list(row.messages[:-1]), time.perf_counter()
+        prompt, started = _prompt(row), time.perf_counter()
         try:
             completion: Any = self._client.chat.completions.create(
-                model=self.model, messages=messages, temperature=0, max_tokens=self.max_tokens,  # type: ignore[arg-type]
-            )  # fmt: skip
+                model=self.model, temperature=0, max_tokens=self.max_tokens, **prompt
+            )
             seconds = time.perf_counter() - started
             choice, count = completion.choices[0], getattr(completion.usage, "prompt_tokens", None)
-            ids = self._ids(messages) if self.gives_ids else None
+            ids = self._ids(prompt) if self.gives_ids else None
         except self._error as error:
             remedy = REMEDIES.get(getattr(error, "status_code", None), "see the server's log")
             reason = " ".join(first_line(part) for part in (error, error.__cause__) if part)
@@ -80,18 +81,27 @@ class Endpoint:
         message = choice.message
         if not message.content and any(getattr(message, name, None) for name in ("reasoning_content", "reasoning")):
             raise UserError(f"{row.where}: the server took the answer for reasoning; {REMEDY}")
+        if not message.content and getattr(message, "tool_calls", None):
+            raise UserError(f"{row.where}: the server parsed the answer as a tool call; start it without a tool parser")
         _prove(row, count, ids)
         return Reply(message.content or "", choice.finish_reason != "length", seconds)
 
-    def _ids(self, messages: list[Message]) -> list[int]:
+    def _ids(self, prompt: dict[str, Any]) -> list[int]:
         """The prompt's tokens by the server's own account."""
         reply: Any = self._client.post(
             f"{self.url.rstrip('/').removesuffix('/v1')}/tokenize",
             cast_to=object,
-            body={"model": self.model, "messages": messages, "add_generation_prompt": True},
+            body={"model": self.model, **prompt, "add_generation_prompt": True},
             options={"max_retries": 0},
         )
         return reply["tokens"]
+
+
+def _prompt(row: Row) -> dict[str, Any]:
+    """What a request says of the prompt."""
+    prompt = {"messages": with_json_arguments(row.messages[:-1])}
+    # "none": the answer comes as it is, not parsed.
+    return prompt | ({"tools": json.loads(row.tools), "tool_choice": "none"} if row.tools else {})
 
 
 def _prove(row: Row, count: int | None, ids: list[int] | None) -> None:

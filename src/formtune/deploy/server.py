@@ -76,7 +76,7 @@ def link(exported: Path, base: str | None, folder: Path) -> None:
     """A folder that loads as a model: links to the exported files, and to the base's if they are an adapter."""
     renderer = Renderer.load(str(exported.resolve()))
     if not renderer.templated:
-        raise UserError(f"{exported}: the base has no chat template, without which a chat cannot be served")
+        raise UserError(f"{exported}: {renderer.note}; serve it by an engine with completions (--engine vllm)")
     folder.mkdir(parents=True)
     for part in [exported] if base is None else [base_folder(base), exported]:
         for path in part.iterdir():
@@ -96,11 +96,12 @@ def _curl(exported: Path, task: str, config: dict[str, Any], port: int, text: st
     format = json.loads((exported / "format.json").read_text(encoding="utf-8"))
     system = system_prompt(config["data"].get("system"), format)
     messages = [] if system is None else [{"role": "system", "content": system}]
+    messages = Renderer.load(str(exported.resolve())).turns([*messages, {"role": "user", "content": text}])
     body = {
         "model": task,
         "temperature": 0,
         "max_tokens": config["model"].get("max_new_tokens", 256),
-        "messages": [*messages, {"role": "user", "content": text}],
+        "messages": messages,
     }
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
     return f"curl http://{HOST}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d {data}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from formtune.base.identity import identity
 from formtune.base.renderer import Renderer
-from formtune.base.row import Row
+from formtune.base.row import SYSTEM_ROLES, Row
 from formtune.evaluation.outcomes import Outcome, field_f1, paired, rate
 from formtune.evaluation.statistics import wilson
 from formtune.files import own_code, read_entry, write_entry
@@ -55,9 +55,10 @@ def few_shot_rows(
     for count in range(max(map(len, shots.values())), 0, -1):
         conversations = []
         for row in test:
-            examples = [t for shot in shots[row.schema][:count] for t in shot.messages if t["role"] != "system"]
-            first = 1 if row.messages[0]["role"] == "system" else 0
-            conversations.append(([*row.messages[:first], *examples, *row.messages[first:]], row.where, row.schema))
+            examples = [t for shot in shots[row.schema][:count] for t in shot.messages if t["role"] not in SYSTEM_ROLES]
+            first = int(row.messages[0]["role"] in SYSTEM_ROLES)
+            turns = [*row.messages[:first], *examples, *row.messages[first:]]
+            conversations.append((turns, row.where, row.schema, row.tools))
         rows = [row for row in renderer.encode(conversations) if isinstance(row, Row) and len(row) <= context]
         if len(rows) == len(test):
             return rows, count

@@ -37,8 +37,9 @@ def probe_rows(
             start = (number * 997) % max(len(padding) - characters, 1)
             before = " ".join(padding[start : start + max(characters, 0)].split(" ")[1:-1])
             *rest, question, answer = row.messages
-            content = f"{before}\n\n{question['content']}" if before else row.input
-            conversations.append(([*rest, question | {"content": content}, answer], row.where, row.schema))
+            content = f"{before}\n\n{question['content']}" if before else question["content"]
+            turns = [*rest, question | {"content": content}, answer]
+            conversations.append((turns, row.where, row.schema, row.tools))
         encoded = renderer.encode(conversations)
         longer[name] = [row for row in encoded if isinstance(row, Row) and len(row.prompt_ids) <= 1.1 * tokens]
     return {name: rows for name, rows in longer.items() if rows}

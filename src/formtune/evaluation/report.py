@@ -41,6 +41,7 @@ class Run:
     config: str  # as YAML
     base: str  # folder or hub id
     date: str | None = None  # written by the chat template
+    note: str = ""  # how prompts are rendered, where a chat server does not render them so
 
 
 def write_run_report(run: Run, folder: Path) -> None:

@@ -7,5 +7,7 @@ For your own format, subclass `Format` and name the class in YAML; it needs only
 from formtune.formats.format import KINDS, Format, Problem, SyntaxProblem, Verdict
 from formtune.formats.json_schema import JsonSchema
 from formtune.formats.text import Labels, Regex, Tagged
+from formtune.formats.tool_calls import ToolCalls
 
-__all__ = ["KINDS", "Format", "JsonSchema", "Labels", "Problem", "Regex", "SyntaxProblem", "Tagged", "Verdict"]
+__all__ = ["KINDS", "Format", "JsonSchema", "Labels", "Problem", "Regex", "SyntaxProblem", "Tagged", "ToolCalls"]
+__all__ += ["Verdict"]

@@ -85,9 +85,8 @@ def leaves(
     In a set, the value itself and its count replace the index.
     """
     if isinstance(value, dict):
-        dot = "." if path else ""
         for key, inner in value.items():
-            yield from leaves(inner, sets, f"{path}{dot}{key}", f"{plain}{dot}{key}")
+            yield from leaves(inner, sets, f"{path}.{key}" if path else key, f"{plain}.{key}" if plain else key)
     elif isinstance(value, list):
         seen: Counter[Any] = Counter()
         for index, inner in enumerate(value):

@@ -41,6 +41,8 @@ class Grammar:
         [row] = renderer.encode([(turn, "")])
         # Spaces that chat template and tokenizer put before every answer belong to the grammar's text.
         self._lead = self._tokenizer.decode_str(row.target_ids[:-1]).removesuffix("b")  # type: ignore[union-attr]
+        # A tag such as <tool_call> may be one token, which llguidance does not take for text.
+        self._added_tokens = renderer.tokenizer.added_tokens_encoder
         self.executor = LLExecutor()
         self._format, self._compiled = format, functools.lru_cache(KEPT)(self._compile)
         if not format.per_row:
@@ -53,6 +55,8 @@ class Grammar:
         if rules is None:
             name = type(self._format).__name__
             raise UserError(f"model.constrained: {name} has no grammar; give it a `grammar` method")
+        for token, number in self._added_tokens.items():
+            rules = rules.replace(f" {json.dumps(token)} ", f" <[{number}]> ")
         text = f"start: {json.dumps(self._lead) if self._lead else ''} answer\n{rules}"
         matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
         if matcher.is_error():

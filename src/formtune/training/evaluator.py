@@ -125,6 +125,7 @@ class Evaluator:
             config=(self.folder / "config.yaml").read_text(encoding="utf-8"),
             base=self.model.base,
             date=settings.date,
+            note=settings.renderer.note,
         )
         write_run_report(run, self.folder)
 

@@ -89,13 +89,13 @@ FOLDED = (  # Gemma 3: the system prompt in front of the first user turn
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CONTEXT = "{% set c = m.content if m.role == 'assistant' else m.content | EDIT %}"
+WITHOUT_SYSTEM = {  # Gemma 1 and 2 refuse a system turn, others leave it out
+    "refuses": "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE,
+    "leaves out": TEMPLATE.replace("messages", "(messages | selectattr('role', 'in', ['user', 'assistant']))"),
+}
 LEFT_OUT = {  # template, system prompt, what the line says
-    "the system prompt": (TEMPLATE.replace("messages", "(messages | rejectattr('role', 'eq', 'system'))"), "Be exact.",
-                          "leaves out the system prompt 'Be exact.'; write it into the user turn"),
-    "a text that is elsewhere too": (TEMPLATE.replace("messages", "(messages | rejectattr('role', 'eq', 'system'))"),
-                                     "line", "leaves out the system prompt 'line'"),
-    "all but the last turns": (TEMPLATE.replace("messages", "messages[-2 if messages[-1].role == 'assistant' else -1:]"),
-                               "Be exact.", "leaves out the system prompt"),
+    "an earlier turn": (TEMPLATE.replace("messages", "messages[-2 if messages[-1].role == 'assistant' else -1:]"),
+                        "Be exact.", "leaves out the user turn 'Be exact. first'"),
     "a user turn": (TEMPLATE.replace("messages", "(messages | rejectattr('role', 'eq', 'user'))"), "Be exact.",
                     "leaves out the user turn"),
     "the end of a text": (TEMPLATE.replace("{{ m.content }}", CONTEXT.replace("EDIT", "truncate(9, true, '', 0)")
@@ -103,14 +103,56 @@ LEFT_OUT = {  # template, system prompt, what the line says
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("case", WITHOUT_SYSTEM)
+def test_without_a_system_role_its_text_is_in_front_of_the_first_user_turn(case):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = WITHOUT_SYSTEM[case]
+    renderer = Renderer(tokenizer)
+    turns = [
+        *conversation("one", "Be exact."),
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "two"},
+    ]
+    [row, asked, plain] = renderer.encode([(turns, "f:1"), (turns[:-1], "f:2"), (turns[1:], "f:3")])
+    begin = "<|im_start|>user\nBe exact.\n\nhéllo  wörld\nsecond line<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n"
+    assert tokenizer.decode(row.prompt_ids) == begin + "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert asked.prompt_ids == row.prompt_ids and row.input == "q" and row.messages == turns
+    assert "Be exact" not in tokenizer.decode(plain.prompt_ids)
+    served = tokenizer.apply_chat_template(renderer.turns(turns[:-1]), add_generation_prompt=True, return_dict=False)
+    assert served == row.prompt_ids, "what check-endpoint sends"
+    assert renderer.note.startswith("the chat template has no system role: ")
+    turns[0] = {"role": "developer", "content": "Be exact."}
+    assert [r.prompt_ids for r in renderer.encode([(turns, "f:1")])] == [row.prompt_ids]
+
+
+def test_a_developer_turn_is_rendered_as_such_or_as_the_system_prompt():
+    turns = [{"role": "developer", "content": "Be terse."}, *conversation("yes")[1:]]
+    own, other = byte_tokenizer(), byte_tokenizer()
+    other.chat_template = TEMPLATE.replace("messages", "(messages | rejectattr('role', 'eq', 'developer'))")
+    for tokenizer, role in ((own, "developer"), (other, "system")):
+        [row] = Renderer(tokenizer).encode([(turns, "f:1")])
+        assert tokenizer.decode(row.prompt_ids).startswith(f"<|im_start|>{role}\nBe terse.<|im_end|>"), role
+
+
+def test_without_a_chat_template_a_prompt_is_the_system_prompt_and_the_input_before_blank_lines():
+    renderer = Renderer.load(str(shared("tokenizers/gpt2")))
+    [row] = renderer.encode([(conversation("yes", "Be brief."), "f:1")])
+    assert renderer.tokenizer.decode(row.prompt_ids) == "Be brief.\n\nhéllo  wörld\nsecond line\n\n"
+    assert renderer.tokenizer.decode(row.target_ids) == "yes<|endoftext|>"
+    assert renderer.note == (
+        "the base has no chat template, so chat servers cannot take it; a prompt is the system prompt, if any, and the "
+        "input, each followed by a blank line, and <|endoftext|> ends the answer"
+    )
+
+
 @pytest.mark.parametrize("case", LEFT_OUT)
 def test_a_turn_that_the_template_leaves_out_makes_the_row_unfit(case):
     template, system, says = LEFT_OUT[case]
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    [row, asked] = Renderer(tokenizer).encode(
-        [(conversation("yes", system), "f:1"), (conversation("yes", system)[:-1], "f:2")]
-    )
+    first = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "of all"}]
+    turns = [conversation("yes", system)[0], *first, *conversation("yes")[1:]]
+    [row, asked] = Renderer(tokenizer).encode([(turns, "f:1"), (turns[:-1], "f:2")])
     assert isinstance(row, UnfitRow) and isinstance(asked, UnfitRow) and says in str(row)
 
 

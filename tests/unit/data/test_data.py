@@ -6,22 +6,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import SCHEMA, byte_tokenizer, pair
+from conftest import SCHEMA, WORDY, byte_tokenizer, pair, shared
 from formtune.data import Columns
 from formtune.data.cleaning import Example, judge, repair, repair_answer
 from formtune.data.datamodule import FormatDataModule, Order
 from formtune.data.sources import read_records
 from formtune.errors import UserError
-from formtune.formats import JsonSchema
+from formtune.formats import JsonSchema, ToolCalls
 from formtune.training.pipeline import prepare
 
 
 def module(task, rows, **options):
     folder, write = task
     found = FormatDataModule(
-        format=JsonSchema(schema=str(folder / "schema.json")),
         train=write("train.jsonl", rows),
-        **({"validation": 0.2, "test": 0.2} | options),
+        **({"format": JsonSchema(str(folder / "schema.json")), "validation": 0.2, "test": 0.2} | options),
     )
     found._trainer = None
     return found
@@ -93,21 +92,14 @@ def read(record, with_target=True, **columns):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"messages": [USER, ANSWER], "tools": CALL}, "f:1: `tools` is neither .* remove the key"),
-        ({"prompt": "a", "completion": "b", "tools": json.dumps(CALL)}, "f:1: `tools`"),
         ({"messages": [USER, ANSWER], "functions": [{"name": "f"}]}, "f:1: `functions`"),
         ({"messages": [USER, ANSWER], "chat_template_kwargs": {"a": 1}}, "f:1: `chat_template_kwargs`"),
         ({"prompt": "a", "completion": "b", "reasoning_content": "r"}, "f:1: `reasoning_content`"),
-        (
-            {"messages": [USER, ANSWER | {"tool_calls": CALL}]},
-            r"f:1: messages\[1\]: `tool_calls` .* text of a turn",
-        ),
-        ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": CALL}]}, "`tool_calls`"),
+        ({"messages": [USER, ANSWER | {"tools": CALL}]}, r"f:1: messages\[1\]: `tools` .* text of a turn"),
+        ({"messages": [USER | {"tool_calls": CALL}, ANSWER]}, r"f:1: messages\[0\]: `tool_calls`"),
+        ({"messages": [USER, ANSWER | {"tool_calls": ["f"]}]}, r"messages\[1\].tool_calls\[0\]: write .*JSON text"),
+        ({"messages": [USER, ANSWER | {"tool_calls": [{"name": "f", "arguments": "x"}]}]}, r"tool_calls\[0\]: write"),
         ({"messages": [USER, ANSWER | {"function_call": {"name": "f"}}]}, r"messages\[1\]: `function_call`"),
-        (
-            {"messages": [USER, ANSWER | {"reasoning_content": "r"}]},
-            r"messages\[1\]: `reasoning_content`",
-        ),
         ({"messages": [USER, ANSWER | {"thinking": "r"}, USER, ANSWER]}, r"messages\[1\]: `thinking`"),
         ({"messages": [USER, {"role": "assistant", "content": None, "refusal": "no"}]}, r"messages\[1\]: `refusal`"),
         ({"messages": [USER, ANSWER | {"audio": {"id": "x"}}]}, r"messages\[1\]: `audio`"),
@@ -146,8 +138,68 @@ def test_weight_zero_is_what_every_turn_before_the_answer_has():
     assert read({"messages": [USER, ANSWER | {"weight": 0, "tool_calls": CALL}]}, with_target=False)[0] == [
         ("user", "a")
     ]
-    with pytest.raises(UserError, match="f:1: `tools`"):
-        read({"messages": [USER], "tools": CALL}, with_target=False)
+
+
+def test_calls_get_their_arguments_as_an_object_and_results_keep_their_id():
+    result = {"role": "tool", "tool_call_id": "c", "name": "f", "content": "1", "extra": 1}
+    for given in (None, "", "x"):
+        turns = [USER, {"role": "assistant", "content": given, "tool_calls": CALL}, result, ANSWER]
+        ignored = set()
+        found = Columns().conversation({"messages": turns}, "f:1", True, ignored)
+        function = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {}}}
+        assert found[1] == {"role": "assistant", "content": given or "", "tool_calls": [function]}
+        assert found[2] == {key: value for key, value in result.items() if key != "extra"}
+        assert ignored == {"messages[].extra"}
+    assert Columns().conversation({"messages": turns[:3]}, "f:1", False)[-1]["role"] == "tool"
+
+
+@pytest.mark.parametrize("written", [list, json.dumps])
+def test_tools_are_read_as_a_list_or_as_json_text(written):
+    tools = [{"type": "function", "function": {"name": "f"}}, {"name": "g"}]
+    assert json.loads(Columns().tools({"tools": written(tools)}, "f:1")) == tools
+    assert Columns().tools({"tools": []}, "f:1") is None and Columns().tools({}, "f:1") is None
+    assert Columns(prompt="{a} {tools}").tools({"tools": "saw"}, "f:1") is None, "the prompt holds them"
+    for bad in ("saw, hammer", [{"x": 1}], [*tools, tools[1]], {"name": "f"}):
+        with pytest.raises(UserError, match="f:1: `tools` must be a list of tools .* rename the column"):
+            Columns().tools({"tools": bad}, "f:1")
+
+
+def tool_rows(count, **more):
+    """Rows whose answers call a tool; a number in each input."""
+    tool = {"name": "count", "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}}
+    for n in range(count):
+        call = {"type": "function", "function": {"name": "count", "arguments": json.dumps({"n": n})}}
+        user = {"role": "user", "content": f"{WORDY[n % 16]} {WORDY[n // 16]} please, {n}"}
+        yield {"messages": [user, {"role": "assistant", "tool_calls": [call]}], "tools": [tool], **more}
+
+
+def test_rows_of_tool_calls_are_judged_by_their_tools_and_encoded(task, monkeypatch):
+    monkeypatch.chdir(task[0])
+    rows = list(tool_rows(60))
+    rows[7]["tools"] = [{"name": "other"}]
+    rows[8]["tools"] = json.dumps([{"name": "count", "parameters": {"type": "dict"}}])
+    made = module(task, rows, tokenizer=str(shared("tokenizers/qwen3")), format=ToolCalls(), bad_rows="drop")
+    made.trainer = None
+    made.setup("fit")
+    found = {row.where.rpartition(":")[2]: row for split in made.splits.rows.values() for row in split}
+    assert len(found) == 58 and found["6"].target == (
+        '<tool_call>\n{"name": "count", "arguments": {"n": 5}}\n</tool_call>'
+    )
+    assert found["6"].tools == found["6"].schema and '"count"' in found["6"].tools
+    reasons = {row.where.rpartition(":")[2]: (row.reason, row.detail) for row in made.splits.quarantine}
+    assert reasons["8"] == ("format", "bad_value_form: $[0].name: 'count'; the tools are 'other'")
+    assert reasons["9"][0] == "schema" and reasons["9"][1].startswith("the parameters of count: not a JSON Schema")
+
+
+def test_rows_with_other_tools_are_neither_duplicates_nor_conflicts(task, monkeypatch):
+    monkeypatch.chdir(task[0])
+    rows = list(tool_rows(40))
+    rows += [{"messages": row["messages"], "tools": [*row["tools"], {"name": "more"}]} for row in rows[:5]]
+    made = module(task, rows, tokenizer=str(shared("tokenizers/qwen3")), format=ToolCalls(), validation=0.1, test=0.1)
+    made.trainer = None
+    made.setup("fit")
+    assert sum(map(len, made.splits.rows.values())) + len(made.splits.quarantine) == 45
+    assert not [row for row in made.splits.quarantine if row.reason == "conflict"]
 
 
 def test_parts_of_text_are_joined():

@@ -10,8 +10,10 @@ import yaml
 from transformers import AutoTokenizer
 
 from chat_server import ChatServer
-from conftest import SCHEMA, pair
+from conftest import SCHEMA, TEMPLATE, pair
+from formtune.base.row import Row
 from formtune.cli import main
+from formtune.deploy.endpoint import _prompt
 from formtune.evaluation.outcomes import read_outcomes
 
 ROWS = 12
@@ -163,3 +165,33 @@ def test_a_training_run_is_not_written_over(check, capsys):
     run, _ = check
     Path("logs/small/r16/checkpoints").mkdir(parents=True)
     assert run("--run", "r16") == 2 and "logs/small/r16 holds a training run" in capsys.readouterr().err
+
+
+def test_a_request_holds_what_the_renderer_renders(check, base, capsys):
+    run, server = check
+    shutil.copytree(base, "other")
+    Path("other/chat_template.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+    )
+    server.tokenizer = AutoTokenizer.from_pretrained("other")
+    right = server.say
+    server.say = lambda text: right(text.split("\n\n")[1])
+    assert run("--model.base", "other") == 0
+    assert server.requests[0]["messages"] == [{"role": "user", "content": "Number it.\n\nnumber 200"}]
+    Path("other/chat_template.jinja").unlink()
+    assert run("--model.base", "other") == 2
+    assert "asks for chat completions, and the base has no chat template" in capsys.readouterr().err
+
+
+def test_tools_and_calls_are_sent_as_openai_has_them():
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"a": "é"}}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    turns += [{"role": "tool", "tool_call_id": "c", "content": "1"}, {"role": "assistant", "content": "b"}]
+    row = Row([], [], "q", "b", "f:1", messages=turns, tools='[{"name": "f"}]')
+    text = call | {"function": {"name": "f", "arguments": '{"a": "é"}'}}
+    assert _prompt(row) == {
+        "messages": [turns[0], turns[1] | {"tool_calls": [text]}, turns[2]],
+        "tools": [{"name": "f"}],
+        "tool_choice": "none",
+    }
+    assert call["function"]["arguments"] == {"a": "é"}, "the row is as it was"

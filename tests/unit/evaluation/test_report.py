@@ -1,5 +1,6 @@
 """Baselines are measured before training on the same rows, and a run's page says where it fails."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -323,6 +324,9 @@ def test_the_card_has_the_evidence_and_the_metadata():
     head = yaml.safe_load(text.split("---")[1])
     assert head["base_model"] == "some/base" and head["library_name"] == "peft"
     assert "| format/exact | 22.2% (6.3% to 54.7%) | 100.0% (70.1% to 100.0%) |" in text
+    assert "as in training: the tokenizer's chat template, with the system prompt" in text
+    noted = card(dataclasses.replace(run_of([outcome(0)], [outcome(0)]), note="a prompt is plain"))
+    assert "as in training, with the system prompt in `config.yaml`: a prompt is plain." in noted
 
 
 def edits(a, b):

@@ -237,3 +237,11 @@ def test_fit_refuses_what_would_merge_into_another_model_and_warns_of_what_vllm_
 def test_the_configuration_that_rules_see_is_the_one_that_is_trained():
     config = lora_config(tiny_model(), Lora(r=8, rslora=True, targets=["q_proj"]))
     assert (config.r, config.lora_alpha, config.use_rslora, config.target_modules) == (8, 16, True, {"q_proj"})
+
+
+def test_preflight_says_how_a_prompt_looks_that_chat_servers_cannot_render(project):
+    Path("base/chat_template.jinja").unlink()
+    code, result = preflight("--for", "vllm")
+    [found] = [one for one in result["checks"] if one["check"] == "chat template"]
+    assert code == 0 and found["verdict"] == "warning"
+    assert found["detail"].startswith("the base has no chat template, so chat servers cannot take it; a prompt is the")

@@ -13,7 +13,7 @@ from conftest import SCHEMA, SHAPES, byte_tokenizer, shared, tiny_model
 from formtune.base.renderer import Renderer
 from formtune.data.datamodule import FormatDataModule
 from formtune.errors import UserError
-from formtune.formats import Format, JsonSchema, Labels, Regex, Tagged
+from formtune.formats import Format, JsonSchema, Labels, Regex, Tagged, ToolCalls
 from formtune.model import FormatModule
 from formtune.model.constrained import Documents, Grammar
 from formtune.model.length_buckets import LengthBuckets
@@ -461,3 +461,24 @@ def test_targets_of_other_tokenizers_keep_the_grammar(name):
             logits[0, written[-1]] -= 1e3
         text, finished = renderer.answer(written)
         assert FORMATS["json"].check(text, finished=finished).exact
+
+
+def test_the_grammar_of_tool_calls_allows_the_tools_of_the_row_and_tags_that_are_one_token():
+    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools = json.dumps([{"name": "weather", "parameters": city}, {"name": "now"}])
+    renderer = Renderer.load(str(shared("tokenizers/qwen3")))
+
+    def taken(format, renderer, *calls):
+        grammar = grammar_of(format.of_row(tools), renderer)
+        ids = [*renderer.tokenizer("\n".join(calls), add_special_tokens=False)["input_ids"], renderer.stop_ids[0]]
+        return Documents(grammar, 1).write(0, ids) == len(ids)
+
+    def tag(call):
+        return f"<tool_call>\n{call}\n</tool_call>"
+
+    paris, now = '{"name": "weather", "arguments": {"city": "Paris"}}', '{"name": "now", "arguments": {}}'
+    for encoder in (renderer, RENDERER):  # in one the tags are tokens, in the other text
+        assert taken(ToolCalls(), encoder, tag(paris)) and taken(ToolCalls(), encoder, tag(now), tag(paris))
+        for text in (paris, tag(paris.replace("weather", "time")), tag('{"name": "weather", "arguments": {}}'), "Hi."):
+            assert not taken(ToolCalls(), encoder, text), text
+    assert taken(ToolCalls("llama"), RENDERER, paris.replace("arguments", "parameters"))

@@ -1,0 +1,131 @@
+"""Tool calls as chat templates write them, judged by the tools that each row defines."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from formtune.errors import UserError
+from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
+from formtune.formats.json_schema import JsonSchema
+from formtune.formats.strict_json import loads_strict
+
+KEPT = 1000  # formats of rows
+
+_SYNTAXES = {  # how calls begin, and the JSON of a call (of all of them in mistral)
+    "hermes": (re.compile(r"</?tool_call>"), re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.S)),
+    "llama": (re.compile(r"\A\s*\{\s*\"name\""), re.compile(r"(\{\s*\"name\".*\})", re.S)),
+    "mistral": (re.compile(r"\[TOOL_CALLS\]"), re.compile(r"\[TOOL_CALLS\]\s*(\[.*\])", re.S)),
+}
+_CALL = {"name": {"type": "string"}, "arguments": {"type": "object"}}
+_CALLS = {"type": "array", "items": {
+    "type": "object", "properties": _CALL, "required": [*_CALL], "additionalProperties": False,
+}}  # fmt: skip
+
+
+class ToolCalls(Format):
+    """Calls of the row's `tools` as the chat template writes them, and nothing around them.
+
+    Each call names one of the tools, with arguments that its `parameters` allow. The answer to a row without tools is
+    text. The document is a list of objects with `name` and `arguments`, or the text.
+
+    Args:
+        syntax: How the chat template writes calls: in `<tool_call>` tags (hermes: Qwen), as JSON with `name` and
+            `parameters` (llama: Llama 3), or after `[TOOL_CALLS]` (mistral).
+        tool_choice: Whether the answer to a row with tools must be a call (required), or may be text (auto).
+    """
+
+    per_row = True
+
+    def __init__(
+        self,
+        syntax: Literal["hermes", "llama", "mistral"] = "hermes",
+        tool_choice: Literal["required", "auto"] = "required",
+    ) -> None:
+        self.syntax, self.tool_choice = syntax, tool_choice
+        self._calls, self.derived = JsonSchema(_CALLS), frozenset({"name"})
+        self._tools: dict[str, JsonSchema] = {}  # the parameters of the row's tools
+
+    def of_row(self, schema: str | None) -> ToolCalls:
+        return _of_row(self, schema)
+
+    def parse(self, text: str) -> Any:
+        call = _SYNTAXES[self.syntax][1]
+        found, rest = call.findall(text), call.sub("", text)
+        for name, (opening, _) in _SYNTAXES.items():
+            if opening.search(rest) and (name == self.syntax or (self._tools and not found)):
+                remedy = f"; set data.format.init_args.syntax: {name}" if name != self.syntax else ", without its end"
+                raise SyntaxProblem(f"a tool call in the syntax of {name}{remedy}")
+        if text != text.strip() or (found and rest.strip()):
+            raise SyntaxProblem("text or white space around the answer")
+        if not found:
+            return text
+        calls = loads_strict(found[0]) if self.syntax == "mistral" else [*map(loads_strict, found)]
+        for one in calls:
+            if isinstance(one, dict) and self.syntax == "mistral":
+                one.pop("id", None)  # made up
+            if isinstance(one, dict) and self.syntax == "llama" and "parameters" in one:
+                one["arguments"] = one.pop("parameters")
+        return calls
+
+    def problems(self, value: Any) -> list[Problem]:
+        if isinstance(value, str):
+            if not self._tools or self.tool_choice == "auto":
+                return []
+            return [Problem("wrong_root", "text instead of a tool call; tool_choice: auto allows it")]
+        if problems := self._calls.problems(value):
+            return problems
+        for number, call in enumerate(value):
+            if call["name"] in self._tools:
+                for problem in self._tools[call["name"]].problems(call["arguments"]):
+                    detail = problem.detail.removeprefix("$")
+                    problems.append(Problem(problem.kind, f"$[{number}].arguments{detail}"))
+            else:
+                names = ", ".join(map(repr, self._tools)) or "none"
+                problems.append(Problem("bad_value_form", f"$[{number}].name: {call['name']!r}; the tools are {names}"))
+        return problems
+
+    def documents(self, text: str) -> Iterator[tuple[int, int]]:
+        if spans := [match.span() for match in _SYNTAXES[self.syntax][1].finditer(text, answer_start(text))]:
+            yield spans[0][0], spans[-1][1]
+
+    def grammar(self) -> str:
+        if self.syntax == "mistral" or self.tool_choice == "auto" or not self._tools:
+            raise UserError(
+                "model.constrained: ToolCalls has a grammar where every row has tools, syntax is hermes or llama and "
+                "tool_choice is required; decode without a grammar"
+            )
+        key, calls, rules = "parameters" if self.syntax == "llama" else "arguments", [], []
+        for number, (name, parameters) in enumerate(self._tools.items()):
+            opening = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": '
+            calls.append(f'{json.dumps(opening, ensure_ascii=False)} arguments{number} "}}"')
+            rules.append(f"arguments{number}:" + parameters.grammar().removeprefix("answer:"))
+        tagged = 'tagged ("\\n" tagged)*\ntagged: ( "<tool_call>" "\\n" call "\\n" "</tool_call>" )'
+        answer = "call" if self.syntax == "llama" else tagged
+        return "\n".join([f"answer: {answer}", f"call: {' | '.join(calls)}", *rules])
+
+
+def tool_name(tool: Any) -> str | None:
+    """The name in a tool or a call, with or without OpenAI's `function` around it; None if it has none."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) and name else None
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _of_row(format: ToolCalls, schema: str | None) -> ToolCalls:
+    own = copy.copy(format)
+    own._tools = {}
+    for tool in json.loads(schema or "[]"):
+        name, function = str(tool_name(tool)), tool.get("function", tool)
+        try:
+            parameters = JsonSchema(function.get("parameters") or {"type": "object", "properties": {}})
+        except UserError as error:
+            raise UserError(f"the parameters of {name}: {str(error).removeprefix('data.format.schema: ')}") from None
+        own._tools[name] = parameters
+        own.derived |= {f"arguments.{path}" for path in parameters.derived}
+    return own
