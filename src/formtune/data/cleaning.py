@@ -157,9 +157,10 @@ def judge(
         messages = repair(example.messages, steps, repairs)
         messages[-1]["content"] = repair_answer(messages[-1]["content"], format, answer_steps, repairs)
         repaired = Example(messages, example.where, example.origin)
-        if not repaired.target.strip() or not repaired.input.strip():
+        verdict = format.check(repaired.target)
+        if verdict.kind == "empty" or not repaired.input.strip():
             yield quarantine(repaired, "empty", "the input or the answer is empty")
-        elif (verdict := format.check(repaired.target)).exact:
+        elif verdict.exact:
             repaired.value = verdict.value
             yield repaired
         else:

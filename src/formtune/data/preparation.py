@@ -14,6 +14,7 @@ from formtune.data.encoded import Splits, cache_path, content_hash, read_cache, 
 from formtune.data.progress import shown
 from formtune.data.selection import select
 from formtune.data.settings import DataSettings
+from formtune.data.shapes import written
 from formtune.data.sources import Source, read_records
 from formtune.data.styles import mixtures
 from formtune.errors import UserError
@@ -28,7 +29,7 @@ def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
         splits = _prepare(settings, examples)
         if path:
             write_cache(path, splits)
-    splits.ignored = ignored
+    splits.ignored, splits.notes = ignored, settings.columns.notes
     splits.own_system = sum(e.system not in ("", settings.system) for e in chain(*examples.values()))
     return splits
 
@@ -43,13 +44,16 @@ def read_splits(settings: DataSettings) -> tuple[dict[str, list[Example]], Count
 
 
 def read_examples(
-    settings: DataSettings, source: str | Source, ignored: Counter[str], with_target: bool = True
+    settings: DataSettings, source: str | list[str] | Source, ignored: Counter[str], with_target: bool = True
 ) -> list[Example]:
     """The conversations of a source, with the task's system prompt; counts in `ignored` the rows with unread keys."""
     examples = []
     for record, where in read_records(source):
         unread: set[str] = set()
         messages = settings.columns.conversation(record, where, with_target, unread)
+        if not isinstance(answer := messages[-1]["content"], str):
+            messages[-1]["content"], done = written(answer, settings.format, where)
+            settings.columns.notes.setdefault(done, where)
         ignored.update(sorted(unread))
         if settings.system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": settings.system})
@@ -119,7 +123,7 @@ def _encode(settings: DataSettings, examples: list[Example], splits: Splits) -> 
     return fitting, rows
 
 
-def encode_inputs(settings: DataSettings, source: str | Source, key: str) -> list[Row]:
+def encode_inputs(settings: DataSettings, source: str | list[str] | Source, key: str) -> list[Row]:
     """Rows without answers, such as the prompts to predict; `key` is the option that names their source."""
     settings.ignored[key] = Counter()
     examples = read_examples(settings, source, settings.ignored[key], with_target=False)

@@ -22,6 +22,7 @@ def print_data(splits: Splits, folder: Path | None) -> None:
     for name, rows in splits.rows.items():
         table.add_row(name, f"{len(rows):,}", *(f"{n:,}" for n in splits.lengths(name)))
     Console().print(table)
+    print_notes(splits.notes)
     if splits.own_system:
         _print(f"rows with their own system prompt: {splits.own_system:,}")
     print_ignored(splits.ignored)
@@ -35,6 +36,12 @@ def print_data(splits: Splits, folder: Path | None) -> None:
         _print(f"shared text: {share}; it was left out of the near-duplicate comparison")
     if splits.repairs:
         _print("inputs repaired: " + ", ".join(f"{count:,} {step}" for step, count in splits.repairs.most_common()))
+
+
+def print_notes(notes: dict[str, str]) -> None:
+    """Print which rows of other tools were recognized, each with the first file."""
+    for text, where in notes.items():
+        _print(f"{where.rpartition(':')[0]}: {text}")
 
 
 def print_ignored(counts: Counter[str], key: str = "") -> None:

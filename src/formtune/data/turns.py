@@ -19,7 +19,7 @@ _REFUSED_IN_TURNS = REFUSED.union(
 )
 
 
-def read_turns(turns: Any, column: str, where: str, with_target: bool, ignored: set[str]) -> list[dict[str, str]]:
+def read_turns(turns: Any, column: str, where: str, with_target: bool, ignored: set[str]) -> list[dict[str, Any]]:
     """The turns in a row's column; without a target, an answer at the end is left out.
 
     `ignored` collects the names of the keys that have a value and are not read.
@@ -63,7 +63,7 @@ def kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[dict[str, str], set[str]]:
+def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[dict[str, Any], set[str]]:
     """A turn's role and text, and the keys that are not read."""
     if not isinstance(turn, dict):
         raise UserError(f"{here} is {kind(turn)}; a turn is an object with `role` and `content`")
@@ -92,6 +92,6 @@ def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[dict[str, str], s
                 raise UserError(f"{place} is {actual}; {only}")
             keys |= {f"content[].{key}" for key in unread(part, {"type", "text"}, _REFUSED_IN_TURNS, place)}
         content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
+    if not isinstance(content, (str, dict, int, float) if is_answer else str):  # a format may write other answers
         raise UserError(f"{here}: `content` is {kind(content)}, not text; write it as a string, JSON answers too")
     return {"role": turn["role"], "content": content}, keys

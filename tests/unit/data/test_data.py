@@ -203,7 +203,7 @@ def test_ignored_columns_are_counted_over_all_files_and_printed_before_training(
     assert made.splits.ignored == {"id": 61, "topic": 9}
     trainer = SimpleNamespace(is_global_zero=True, loggers=[], default_root_dir="")
     prepare(trainer, made)
-    assert "\nignored columns: id (61 rows), topic (9)\n" in capsys.readouterr().out
+    assert "\nignored columns: id (61 rows), topic (9 rows)\n" in capsys.readouterr().out
     made.splits = None
     prepare(trainer, made, "predict")
     assert capsys.readouterr().out == "data.prompts: ignored columns: user (3 rows)\n"
