@@ -125,7 +125,7 @@ def _parquet(path: str) -> Records:
                 records = (record for batch in file.iter_batches() for record in batch.to_pylist())
                 for number, record in enumerate(with_class_names(records, features), 1):
                     yield record, f"{path}:{number}"
-    except (pyarrow.ArrowException, *_DAMAGED) as error:
+    except (pyarrow.ArrowException, ValueError, *_DAMAGED) as error:
         raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
 
 

@@ -42,7 +42,7 @@ class DataSettings:
         production: Inputs as production sends them, the same kinds; the rows are compared with these.
         tokenizer: Model folder or hub id of the tokenizer (follows `model.base`).
         system: System prompt for rows that have none; `{schema}` in it is replaced by the format's JSON Schema.
-        columns: Which columns hold the conversation.
+        columns: Which columns hold the conversation; known shapes, such as ShareGPT's, are recognized without it.
         clean: Repairs to run on inputs, here and in `predict`.
         repair_answers: Repairs to run on answers, made only if the answer then has a valid format.
         near_duplicates: Jaccard index of the five-character shingles of two inputs from which they are near-duplicates;

@@ -58,7 +58,7 @@ def from_sharegpt(turn: Any) -> Any:
     """A turn with `from` and `value` as one with `role` and `content`; any other as it is."""
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys() or {"role", "content"} & turn.keys():
         return turn
-    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    rest = {key: turn[key] for key in turn.keys() - {"from", "value"}}
     return {"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn["value"], **rest}
 
 
@@ -96,8 +96,8 @@ def _without_nulls(value: Any, format: Format) -> Any:
 
 
 def _null_keys(value: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    is_object = isinstance(value, dict)
-    for key, inner in value.items() if is_object else enumerate(value) if isinstance(value, list) else ():
-        if is_object and inner is None:
-            yield value, key
+    if isinstance(value, dict):
+        yield from ((value, key) for key, inner in value.items() if inner is None)
+        value = list(value.values())
+    for inner in value if isinstance(value, list) else ():
         yield from _null_keys(inner)
