@@ -99,8 +99,9 @@ def _csv(path: str, delimiters: str = ",;") -> Records:
     csv.field_size_limit(MAX_LINE_BYTES)
     lines = (line for _, line in _lines(path))
     header = next(lines, "")
-    dividing = (sign for sign in delimiters if len(next(csv.reader([header], delimiter=sign), ())) > 1)
-    reader = csv.DictReader(chain([header], lines), delimiter=next(dividing, delimiters[0]), strict=True)
+    unquoted = re.sub(r'"[^"]*("|$)', "", header)
+    delimiter = next((sign for sign in delimiters if sign in unquoted), delimiters[0])
+    reader = csv.DictReader(chain([header], lines), delimiter=delimiter, strict=True)
     try:
         for record in reader:
             where = f"{path}:{reader.line_num}"

@@ -269,8 +269,14 @@ FILES = {
     "bom.json": ("\ufeff\n" + json.dumps(RECORDS), ["2", f"2:{len(json.dumps(RECORDS[0])) + 4}"]),
     "a.csv": ('prompt,completion\n"a; b",2026-01-02\n"q, ""r""\ns",7\n', ["2", "4"]),
     "semicolon.csv": ('prompt;completion\r\n"a; b";2026-01-02\r\n"q, ""r""\ns";7\r\n', ["2", "4"]),
+    "quoted.csv": ('"prompt",completion\n"a; b",2026-01-02\n"q, ""r""\ns",7\n', ["2", "4"]),
     "a.tsv": ('prompt\tcompletion\na; b\t2026-01-02\n"q, ""r""\ns"\t7\n', ["2", "4"]),
 }
+
+
+def test_a_delimiter_within_quotes_divides_nothing(tmp_path):
+    (tmp_path / "a.csv").write_text('"a;b"\nx;y\n')
+    assert [record for record, _ in read_records(str(tmp_path / "a.csv"))] == [{"a;b": "x;y"}]
 
 
 def zstd(data: bytes) -> bytes:
