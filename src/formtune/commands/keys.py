@@ -14,7 +14,7 @@ KEYS = (
     ("model.gradient_checkpointing", "false", "less memory, a third slower"),
     ("model.quantize", "null", "4bit: QLoRA"),
     ("model.constrained", "false", "constrained decoding in every evaluation"),
-    ("data.train", "", "rows to train on: a file, a data set's folder or hub id"),
+    ("data.train", "", "rows to train on: files, a folder, a glob, a data set's folder or hub id"),
     ("data.validation", "0.1", "the same for validation, or a share of train"),
     ("data.test", "0.1", "the same for the final test, or a share of train"),
     ("data.system", "null", "system prompt; {schema} in it is replaced by the JSON Schema"),

@@ -170,9 +170,10 @@ def judge(
         repaired = replace(example, messages=messages)
         if example.written is None:
             messages[-1]["content"] = repair_answer(example.target, own_format, answer_steps, repairs)
-        if not repaired.target.strip() or not repaired.input.strip():
+        verdict = own_format.check(repaired.target)
+        if verdict.kind == "empty" or not repaired.input.strip():
             yield quarantine(repaired, "empty", "the input or the answer is empty")
-        elif (verdict := own_format.check(repaired.target)).exact:
+        elif verdict.exact:
             repaired.value = verdict.value
             yield repaired
         else:

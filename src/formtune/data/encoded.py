@@ -37,6 +37,7 @@ class Splits:
     shared: float = 0.0  # share of the inputs' text that many share and the near comparison left out
     key: str = ""  # content hash of the rows
     ignored: Counter[str] = field(default_factory=Counter)  # rows that have a key which is not read, by its name
+    notes: dict[str, str] = field(default_factory=dict)  # how rows were read, with the place of the first such row
     own_system: int = 0  # rows with their own system prompt
     note: str = ""  # how prompts are rendered, where a chat server does not render them so
     cached: Path | None = field(default=None, compare=False)  # the file they were read from

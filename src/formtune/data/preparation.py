@@ -14,6 +14,7 @@ from formtune.data.encoded import Splits, cache_path, content_hash, read_cache, 
 from formtune.data.progress import shown
 from formtune.data.selection import select
 from formtune.data.settings import DataSettings
+from formtune.data.shapes import written
 from formtune.data.sources import Source, own_schema, read_records
 from formtune.data.styles import mixtures
 from formtune.errors import UserError
@@ -29,7 +30,7 @@ def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
         splits = _prepare(settings, examples)
         if path:
             write_cache(path, splits)
-    splits.ignored = ignored
+    splits.ignored, splits.notes = ignored, settings.columns.notes
     splits.own_system = sum(
         e.messages[0]["role"] in SYSTEM_ROLES and e.messages[0]["content"] not in ("", settings.system_of(e.schema))
         for e in chain(*examples.values())
@@ -49,7 +50,7 @@ def read_splits(settings: DataSettings) -> tuple[dict[str, list[Example]], Count
 
 
 def read_examples(
-    settings: DataSettings, source: str | Source, ignored: Counter[str], with_target: bool = True
+    settings: DataSettings, source: str | list[str] | Source, ignored: Counter[str], with_target: bool = True
 ) -> list[Example]:
     """The conversations of a source, with the task's system prompt; counts in `ignored` the rows with unread keys."""
     examples = []
@@ -61,6 +62,9 @@ def read_examples(
         if settings.format.per_row and not isinstance(settings.format, ToolCalls):
             schema = own_schema(record.get(settings.columns.schema))
             unread.discard(settings.columns.schema)
+        if not isinstance(answer := messages[-1]["content"], str):
+            messages[-1]["content"], note = written(answer, settings.format, where)
+            settings.columns.notes.setdefault(note, where)
         ignored.update(sorted(unread))
         if (system := settings.system_of(schema)) and messages[0]["role"] not in SYSTEM_ROLES:
             messages.insert(0, {"role": "system", "content": system})
@@ -137,7 +141,7 @@ def _encode(settings: DataSettings, examples: list[Example], splits: Splits) -> 
     return fitting, rows
 
 
-def encode_inputs(settings: DataSettings, source: str | Source, key: str) -> list[Row]:
+def encode_inputs(settings: DataSettings, source: str | list[str] | Source, key: str) -> list[Row]:
     """Rows without answers, such as the prompts to predict; `key` is the option that names their source."""
     settings.ignored[key] = Counter()
     examples = read_examples(settings, source, settings.ignored[key], with_target=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections import Counter
 from datetime import date as calendar_date
 from typing import Any, Literal
@@ -34,14 +35,15 @@ class DataSettings:
 
     Args:
         format: The format that every answer must have, training targets included.
-        train: File (.jsonl, .csv, .parquet), data set folder, hub id, or a Source.
+        train: File (.jsonl, .json, .csv, .tsv, .parquet, also compressed), folder or glob of such files, or a list of
+            these; a data set folder, hub id, or a Source.
         validation: The same for validation, or the share of train's inputs to split off.
         test: The same for the final test, or the share of train's inputs to split off.
         prompts: Inputs for `predict`: the same kinds as train, no answers needed.
         production: Inputs as production sends them, the same kinds; the rows are compared with these.
         tokenizer: Model folder or hub id of the tokenizer (follows `model.base`).
         system: System prompt for rows that have none; `{schema}` in it is replaced by the format's JSON Schema.
-        columns: Which columns hold the conversation.
+        columns: Which columns hold the conversation; known shapes, such as ShareGPT's, are recognized without it.
         clean: Repairs to run on inputs, here and in `predict`.
         repair_answers: Repairs to run on answers, made only if the answer then has a valid format.
         near_duplicates: Jaccard index of the five-character shingles of two inputs from which they are near-duplicates;
@@ -56,11 +58,11 @@ class DataSettings:
     def __init__(
         self,
         format: Format,
-        train: str | Source | None = None,
-        validation: ClosedUnitInterval | str | Source = 0.1,
-        test: ClosedUnitInterval | str | Source = 0.1,
-        prompts: str | Source | None = None,
-        production: str | Source | None = None,
+        train: list[str] | str | Source | None = None,
+        validation: ClosedUnitInterval | list[str] | str | Source = 0.1,
+        test: ClosedUnitInterval | list[str] | str | Source = 0.1,
+        prompts: list[str] | str | Source | None = None,
+        production: list[str] | str | Source | None = None,
         tokenizer: str = "",
         system: str | None = None,
         columns: Columns | None = None,
@@ -79,6 +81,9 @@ class DataSettings:
         self.shares = {name: share for name, share in shares.items() if isinstance(share, float)}
         if sum(self.shares.values()) >= 1:
             raise UserError("data.validation, data.test: the two shares leave no rows to train on")
+        for name, share in shares.items():
+            if isinstance(share, str) and re.fullmatch(r"[\d.,]+%?", share):
+                raise UserError(f"data.{name}: {share} is no share of train's inputs; name one such as 0.1, or a file")
         self.format, self.prompts, self.production, self.base = format, prompts, production, tokenizer
         self.system, self.columns = system_prompt(system, format.to_dict()), columns or Columns()
         self.clean, self.repair_answers, self.near_duplicates = clean, repair_answers, near_duplicates

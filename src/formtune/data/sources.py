@@ -1,26 +1,25 @@
-"""Sources of rows, and how a record becomes a conversation.
-
-Text files are not read by a data-frame library: those guess types (ISO dates become timestamps) and lose line numbers.
-"""
+"""Sources of rows, and how a record becomes a conversation."""
 
 from __future__ import annotations
 
-import csv
+import glob
 import json
+import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from formtune.data.readers import ENDINGS, Records, reader_of, with_class_names
+from formtune.data.shapes import KINDS, from_sharegpt, is_turns, recognize
 from formtune.data.turns import REFUSED, empty, kind, read_tools, read_turns, unread
 from formtune.errors import UserError, first_line
 from formtune.formats.strict_json import loads_strict
 
-MAX_LINE_BYTES = 4 * 2**20  # a million tokens
+SAVED = ("state.json", "dataset_dict.json")  # one of these is in a folder that `save_to_disk` wrote
+ANSWERS = (str, *KINDS)
 _FIELD = re.compile(r"\{([\w .-]+)\}")  # of a template over columns
-
-Records = Iterator[tuple[dict[str, Any], str]]  # each record with its place
 
 
 class Source(ABC):
@@ -57,75 +56,42 @@ class HuggingFace(Source):
             if self.split not in loaded:
                 raise UserError(f"{self.path}: no split {self.split!r}, only {', '.join(loaded)}; set `split`")
             loaded = loaded[self.split]
-        for number, record in enumerate(loaded, 1):
+        for number, record in enumerate(with_class_names(loaded, loaded.features.to_dict()), 1):
             yield record, f"{self.path}[{self.split}]:{number}"
 
 
-def read_records(source: str | Source) -> Records:
+def read_records(source: str | list[str] | Source) -> Records:
     """Yield the records of a source; a path is read by its ending, or as a Hugging Face data set."""
     if isinstance(source, Source):
         return source.records()
+    names = [source] if isinstance(source, str) else source
+    return chain.from_iterable(map(_read, dict.fromkeys(path for name in names for path in _files(name))))
+
+
+def _files(name: str) -> list[str]:
+    """The files of a glob or a folder, sorted by name; any other name as it is."""
+    name = os.path.expanduser(name)  # noqa: PTH111 (it leaves the rest of the name as it is)
+    path = Path(name)
+    is_folder = path.is_dir() and not any((path / file).is_file() for file in SAVED)
+    if not is_folder and (path.exists() or not glob.has_magic(name)):
+        return [name]
+    found = glob.glob(f"{glob.escape(name)}/*" if is_folder else name, recursive=True)  # noqa: PTH207
+    files = sorted(file for file in found if Path(file).is_file() and (reader_of(file) or not is_folder))
+    if not files and not is_folder:
+        raise UserError(f"{name}: no file matches; name it as seen from {Path.cwd()}")
+    return files or [name]
+
+
+def _read(source: str) -> Records:
     path = Path(source)
-    if reader := READERS.get(path.suffix):
+    if reader := reader_of(source):
         return reader(source)
     if path.is_file():
-        raise UserError(f"{source}: unknown kind of file; use .jsonl, .csv, .parquet, a data set folder or hub id")
+        raise UserError(f"{source}: unknown kind of file; use {ENDINGS}, a data set folder or hub id")
     looks_like_id = re.fullmatch(r"[\w-][\w.-]*/[\w-]+", source) and not path.parent.is_dir()
     if path.is_dir() or looks_like_id:
         return HuggingFace(source).records()
     raise UserError(f"{source}: no such file or folder")
-
-
-def _json_lines(path: str) -> Records:
-    """One object per line, UTF-8, blank lines skipped."""
-    for where, line in _lines(path):
-        text = line.strip()
-        if not text:
-            continue
-        try:
-            record = loads_strict(text)
-        except ValueError as error:
-            if text[0] == "[" or text == "{":
-                raise UserError(f"{where}: expected one JSON object per line; write each on its own line") from None
-            raise UserError(f"{where}: not valid JSON ({error}); fix or remove the line") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: expected one JSON object per line, found {json.dumps(record)[:40]}")
-        yield record, where
-
-
-def _csv(path: str) -> Records:
-    """Comma-separated values with a header line, UTF-8; every value stays text."""
-    csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
-    try:
-        for record in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in record or None in record.values():
-                raise UserError(f"{where}: the row does not have the header's {len(reader.fieldnames or ())} cells")
-            yield record, where
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not readable as CSV ({error})") from None
-
-
-def _parquet(path: str) -> Records:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with _open(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
-            records = (record for batch in file.iter_batches() for record in batch.to_pylist())
-            for number, record in enumerate(records, 1):
-                yield record, f"{path}:{number}"
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
-
-
-READERS: dict[str, Callable[[str], Records]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
 
 
 class Columns:
@@ -153,6 +119,8 @@ class Columns:
         self.source, self.schema = source, schema
         self._in_prompt = re.findall(_FIELD, prompt) if "{" in prompt else [prompt]
         self.system = None if system in (*self._in_prompt, completion) else system
+        self._is_default = (prompt, completion, messages) == ("prompt", "completion", "messages")
+        self.notes: dict[str, str] = {}  # what was recognized, each with the place of the first such row
 
     def origin(self, record: dict[str, Any], where: str) -> str:
         """Who wrote a record, "" where it does not say."""
@@ -164,28 +132,39 @@ class Columns:
 
     def conversation(
         self, record: dict[str, Any], where: str, with_target: bool, ignored: set[str] | None = None
-    ) -> list[dict[str, str]]:
+    ) -> list[dict[str, Any]]:
         """The record's turns; the last one is the assistant's with a target, the user's without.
 
-        `ignored` collects the names of the keys that have a value and are not read.
+        `ignored` collects the names of the keys that have a value and are not read. The last answer may be no text.
         """
         ignored = set() if ignored is None else ignored
-        is_chat = self.messages in record
-        content = [self.messages] if is_chat else [*self._in_prompt, self.completion]
+        # In tables, NaN is a value that is missing.
+        record = {name: None if kind(value) == "float" and value != value else value for name, value in record.items()}
+        own = {*self._in_prompt, self.completion}
+        is_other = self._is_default and all(record.get(name) is None for name in (*own, self.messages))
+        if is_other and (shape := recognize(record, where, with_target)):
+            columns = Columns(**shape[1], system=self.system, source=self.source, schema=self.schema)
+            columns.notes = self.notes
+            if columns.messages == self.messages:  # the note on turns says more
+                self.notes.setdefault(shape[0], where)
+            return columns.conversation(record, where, with_target, ignored)
+        is_chat = self.messages in record and (record[self.messages] is not None or self.prompt not in record)
+        column = self.messages if is_chat else self.prompt
+        content = [column] if is_chat else own
         ignored |= unread(record, {*content, self.system, self.source, "tools"}, REFUSED, where)
-        if is_chat:
-            turns = read_turns(record[self.messages], self.messages, where, with_target, ignored)
+        if is_chat or is_turns(record.get(column)):
+            turns = self._chat(record, column, where, with_target, ignored)
         else:
             turns = [{"role": "user", "content": self._prompt(record, where)}]
             if with_target:
-                turns.append({"role": "assistant", "content": _text(record, self.completion, where)})
+                turns.append({"role": "assistant", "content": _read_column(record, self.completion, where, ANSWERS)})
         if self.system is None or empty(record.get(self.system)):
             return turns
         remedy = "write the row's system prompt as a string, or set data.columns.system: null"
         system = _text(record, self.system, where, remedy)
         if turns[0]["role"] == "system":
             raise UserError(
-                f"{where}: `{self.messages}` and the column `{self.system}` both hold a system prompt; remove one, or "
+                f"{where}: `{column}` and the column `{self.system}` both hold a system prompt; remove one, or "
                 "set data.columns.system: null"
             )
         return [{"role": "system", "content": system}, *turns]
@@ -194,9 +173,29 @@ class Columns:
         """The record's tools as JSON text, None where it has none or the prompt's template writes them."""
         return None if "tools" in self._in_prompt else read_tools(record.get("tools"), "tools", where)
 
+    def _chat(
+        self, record: dict[str, Any], column: str, where: str, with_target: bool, ignored: set[str]
+    ) -> list[dict[str, Any]]:
+        given, shape = record[column], f"{column} (role, content)"
+        if column != self.messages:
+            shape = f"TRL conversations ({column}, {self.completion})"
+            if with_target:
+                answer = _read_column(record, self.completion, where, ANSWERS)
+                given = [*given, *(answer if is_turns(answer) else [{"role": "assistant", "content": answer}])]
+                column = f"{column}+{self.completion}"
+        turns = [*map(from_sharegpt, given)] if isinstance(given, list) else given
+        if turns != given:
+            shape = f"ShareGPT {column} (from, value)"
+        if shape != "messages (role, content)":
+            self.notes.setdefault(shape, where)
+        return read_turns(turns, column, where, with_target, ignored)
+
     def _prompt(self, record: dict[str, Any], where: str) -> str:
         if "{" not in self.prompt:
             return _text(record, self.prompt, where)
+        # A column may be null, but not all columns of the template.
+        null = [name for name in self._in_prompt if name in record and record[name] is None]
+        record = record | dict.fromkeys(null if len(null) < len(self._in_prompt) else (), "")
         # Not str.format: it would look up attributes, and replace braces in the data.
         return re.sub(_FIELD, lambda m: _text(record, m[1], where), self.prompt)
 
@@ -212,33 +211,13 @@ def own_schema(value: Any) -> str | None:
 
 
 def _text(record: dict[str, Any], column: str, where: str, remedy: str = "") -> str:
+    return _read_column(record, column, where, (str,), remedy)
+
+
+def _read_column(record: dict[str, Any], column: str, where: str, types: tuple[type, ...], remedy: str = "") -> Any:
     if column not in record:
         raise UserError(f"{where}: no column `{column}` among {', '.join(record)}; set data.columns")
-    if not isinstance(record[column], str):
+    if not isinstance(record[column], types):
         remedy = remedy or "write it as a string, JSON answers too"
         raise UserError(f"{where}: `{column}` is {kind(record[column])}, not text; {remedy}")
     return record[column]
-
-
-def _lines(path: str) -> Iterator[tuple[str, str]]:
-    """Place and text of each line of a UTF-8 file, read line by line."""
-    with _open(path) as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            where = f"{path}:{number}"
-            if len(line) > MAX_LINE_BYTES:
-                raise UserError(f"{where}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; split the row")
-            try:
-                yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
-
-
-def _open(path: str) -> IO[bytes]:
-    try:
-        return Path(path).open("rb")
-    except FileNotFoundError:
-        raise UserError(f"{path}: No such file; name it as seen from {Path.cwd()}") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None

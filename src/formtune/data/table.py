@@ -23,6 +23,7 @@ def print_data(splits: Splits, folder: Path | None) -> None:
     for name, rows in splits.rows.items():
         table.add_row(name, f"{len(rows):,}", *(f"{n:,}" for n in splits.lengths(name)))
     Console().print(table)
+    print_shapes(splits.notes)
     if splits.own_system:
         _print(f"rows with their own system prompt: {splits.own_system:,}")
     if splits.note:
@@ -44,6 +45,12 @@ def print_notes(format: Format) -> None:
     """Print how the format was read, such as what it leaves unchecked."""
     for note in format.notes:
         _print(note)
+
+
+def print_shapes(notes: dict[str, str]) -> None:
+    """Print which rows of other tools were recognized, each with the first file."""
+    for text, where in notes.items():
+        _print(f"{where.rpartition(':')[0]}: {text}")
 
 
 def print_ignored(counts: Counter[str], key: str = "") -> None:

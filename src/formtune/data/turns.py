@@ -123,7 +123,7 @@ def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[Message, set[str]
                 raise UserError(f"{place} is {actual}; {only}")
             keys |= {f"content[].{key}" for key in unread(part, {"type", "text"}, _REFUSED_IN_TURNS, place)}
         content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
+    if not isinstance(content, (str, dict, int, float) if is_answer else str):  # a format may write other answers
         raise UserError(f"{here}: `content` is {kind(content)}, not text; write it as a string, JSON answers too")
     return {"role": turn["role"], "content": content} | message, keys
 

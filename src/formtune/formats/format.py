@@ -6,6 +6,7 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -148,6 +149,10 @@ class Format(ABC):
     def _read(self, text: str) -> tuple[bool, Any, list[Problem]]:
         """Whether the text holds a document, the document, and what is wrong."""
         if not text.strip():
+            with suppress(SyntaxProblem):
+                # An empty text may be a document; white space is none.
+                if not text and not (judged := self._judge(text))[1]:
+                    return True, *judged
             return False, None, [Problem("empty", "the answer is empty")]
         if len(text) > MAX_CHARACTERS:
             return False, None, [Problem("syntax", f"longer than {MAX_CHARACTERS:,} characters")]

@@ -16,10 +16,13 @@ MAX_STARTS = 64  # brackets tried as the beginning of a document within other te
 MAX_DIGITS = 300  # of an integer: more do not fit a float, and arithmetic on them raises
 
 
-def loads_strict(text: str) -> Any:
-    """The value of a JSON text (RFC 8259) with unique keys, finite numbers and valid Unicode, or SyntaxProblem."""
+def loads_strict(text: str, constants: bool = False) -> Any:
+    """The value of a JSON text (RFC 8259) with unique keys, finite numbers and valid Unicode, or SyntaxProblem.
+
+    `constants` allows what pandas writes for missing values: NaN, Infinity and -Infinity.
+    """
     try:
-        value = _STRICT.decode(text)
+        value = (_WITH_CONSTANTS if constants else _STRICT).decode(text)
         if _depth(value) > MAX_DEPTH:
             raise RecursionError
         if "\\u" in text or not text.isascii():
@@ -89,4 +92,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _STRICT = json.JSONDecoder(parse_constant=_constant, parse_float=_finite, parse_int=_short, object_pairs_hook=_unique)
+_WITH_CONSTANTS = json.JSONDecoder(parse_float=_finite, parse_int=_short, object_pairs_hook=_unique)
 _PLAIN = json.JSONDecoder(parse_int=len)  # finds ends only: int() would raise at thousands of digits

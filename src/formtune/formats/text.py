@@ -59,15 +59,15 @@ class Labels(Format):
     """One label out of a set, and nothing else.
 
     Args:
-        labels: The labels, letter for letter.
+        labels: The labels, letter for letter; one may be empty.
     """
 
     def __init__(self, labels: list[str]) -> None:
-        if not labels or len(set(labels)) < len(labels) or any(not x or x != x.strip() for x in labels):
+        if not labels or len(set(labels)) < len(labels) or any(x != x.strip() for x in labels):
             raise UserError("data.format.labels: name at least one label; each once, without spaces at its ends")
         self.labels = labels
         self.derived = frozenset({""})
-        longest_first = sorted(labels, key=len, reverse=True)
+        longest_first = sorted(filter(None, labels), key=len, reverse=True)
         self._any = regex.compile(rf"(?<!\w)(?:{'|'.join(map(regex.escape, longest_first))})(?!\w)")
 
     def parse(self, text: str) -> Any:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from formtune.data.datamodule import FormatDataModule
 from formtune.data.encoded import FEW_ROWS
-from formtune.data.table import print_data, print_ignored, print_notes
+from formtune.data.table import print_data, print_ignored, print_notes, print_shapes
 from formtune.errors import UserError
 from formtune.files import write_json, write_whole
 from formtune.model import FormatModule
@@ -109,6 +109,8 @@ def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> N
     print_notes(settings.format)
     if splits is not None:
         print_data(splits, Path(trainer.default_root_dir) if trainer.loggers else None)
+    else:
+        print_shapes(settings.columns.notes)
     for key, counts in settings.ignored.items():
         print_ignored(counts, key)
     count = len(splits.rows.get("train", ())) if splits else 0

@@ -496,6 +496,12 @@ def test_numbers_beyond_a_float_break_no_arithmetic():
         (Labels(["yes", "no"]), "The answer:\nno", "extra_text", "", True),
         (Labels(["yes", "no"]), "The answer is no.", "extra_text", "", True),
         (Labels(["yes", "no"]), "Well, yes and\nno", "syntax", "not one label", False),  # two labels are no answer
+        (Labels(["yes", ""]), "", "ok", "", True),
+        (Labels(["yes", ""]), " ", "empty", "the answer is empty", False),
+        (Labels(["yes", ""]), "no", "bad_value_form", "'no' is none of the 2 labels", False),
+        (Labels(["yes", ""]), "It is yes.", "extra_text", "", True),
+        (Regex(r"(a\d)?"), "", "ok", "", True),
+        (Regex(r"\s*"), " ", "empty", "the answer is empty", False),
         (Labels(["late", "very late"]), "It is very late.", "extra_text", "", True),
         (Tagged(["why", "answer"]), "<why>a</why>\n<answer>b</answer>", "ok", "", True),
         (Tagged(["why", "answer"]), "<why>a</why><answer>b", "syntax", "<answer> has no end", False),

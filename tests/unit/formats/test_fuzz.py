@@ -66,8 +66,8 @@ CHUNKS = [
 NEAR_JSON = st.lists(st.sampled_from(CHUNKS), max_size=12).map("".join)
 
 
-def strictly(text: str):
-    """What Python's own reader makes of a JSON text, None if the standard does not allow it."""
+def strictly(text: str, constants: bool = False):
+    """What Python's own reader makes of a JSON text, None if the standard, or that with NaN, does not allow it."""
 
     def unique(pairs):
         if len({key for key, _ in pairs}) < len(pairs):
@@ -78,7 +78,7 @@ def strictly(text: str):
         raise ValueError
 
     try:
-        return [json.loads(text, object_pairs_hook=unique, parse_constant=no)]
+        return [json.loads(text, object_pairs_hook=unique, parse_constant=float if constants else no)]
     except (ValueError, RecursionError):
         return None
 
@@ -94,10 +94,26 @@ def test_json_lines(content):
     try:
         for record, where in read_records(str(path)):
             line = lines[int(where.rpartition(":")[2]) - 1].decode("utf-8-sig")
-            assert isinstance(record, dict) and strictly(line.strip()) == [record]
-            json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+            assert isinstance(record, dict)
+            assert json.dumps(strictly(line.strip(), constants=True)) == json.dumps([record])  # NaN is not equal to NaN
+            json.dumps(record, ensure_ascii=False).encode()
     except UserError as error:
         assert str(error).startswith(f"{path}:") and "\n" not in str(error)
+
+
+@SETTINGS
+@given(NEAR_JSON.map(lambda text: f"[{text}]") | st.lists(VALUES).map(json.dumps) | st.text(max_size=40))
+def test_json_arrays(text):
+    path = FOLDER / "fuzz.json"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass", newline="")
+    try:
+        rows = list(read_records(str(path)))
+    except UserError as error:
+        assert str(error).startswith(f"{path}:") and "\n" not in str(error)
+        return
+    assert len({where for _, where in rows}) == len(rows)
+    if text.lstrip(" \t\r\n").startswith("["):
+        assert json.dumps(strictly(text, constants=True)) == json.dumps([[record for record, _ in rows]])
 
 
 @SETTINGS
