@@ -31,6 +31,8 @@ class StepsBar(TQDMProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+        if trainer.sanity_checking:
+            return {}
         step, total, loader = trainer.global_step, self.train_progress_bar.total, trainer.train_dataloader
         rows = trainer.current_epoch * _rows(loader, trainer.num_training_batches)
         rows += _rows(loader, trainer.fit_loop.batch_idx + 1)
@@ -50,8 +52,9 @@ class StepsBar(TQDMProgressBar):
         super().on_validation_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self._validation, self._validated = time.monotonic() - self._validation_began, trainer.global_step
-        self._began += self._validation
+        if not trainer.sanity_checking:
+            self._validation, self._validated = time.monotonic() - self._validation_began, trainer.global_step
+            self._began += self._validation
         super().on_validation_end(trainer, pl_module)
 
     def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:

@@ -37,7 +37,7 @@ class Model(L.LightningModule):
         self.clock.now += SECONDS["validation"] / 2
 
     def test_step(self, batch, _):
-        pass
+        return batch
 
     predict_step = test_step
 
@@ -66,11 +66,11 @@ def drawn(monkeypatch, capsys):
 
     def lines(command="fit", refresh_rate=1, **options):
         model = Model(clock)
-        trainer = L.Trainer(
-            max_epochs=2, val_check_interval=5, check_val_every_n_epoch=None, logger=False, accelerator="cpu",
-            enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1,
-            callbacks=[Last(), StepsBar(refresh_rate)], **options,
-        )  # fmt: skip
+        given = {
+            "max_epochs": 2, "val_check_interval": 5, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0,
+            "logger": False, "accelerator": "cpu", "enable_checkpointing": False, "enable_model_summary": False,
+        }  # fmt: skip
+        trainer = L.Trainer(callbacks=[Last(), StepsBar(refresh_rate)], log_every_n_steps=1, **given | options)
         if command == "fit":
             trainer.fit(model, loader(50, 8), loader(300, 256))
         else:
@@ -110,3 +110,18 @@ def test_validations_within_a_fit_count_rows_too_and_a_limit_lowers_the_total(dr
 
 def test_nothing_is_drawn_if_the_output_is_no_terminal(drawn):
     assert drawn(refresh_rate=0) == drawn("test", refresh_rate=0) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"fast_dev_run": 2}, "Epoch 0: 2/2 steps, rows=16, loss=0.0123, left=00:00"),
+        ({"overfit_batches": 2, "val_check_interval": 2}, "Epoch 1: 3/4 steps, rows=24, loss=0.0123, left=00:32"),
+        # Validations after each epoch: after step 8 the one after step 14 is left, and 6 steps.
+        ({"val_check_interval": 1.0, "check_val_every_n_epoch": 1}, "Epoch 1: 8/14 steps, rows=58, loss=0.0123, left=00:42"),
+        ({"num_sanity_val_steps": 1}, "Epoch 0: 1/14 steps, rows=8, loss=0.0123, left=00:26+"),
+        ({"max_epochs": -1, "max_time": {"seconds": 1}}, "Epoch 0: 1/? steps, rows=8, loss=0.0123"),
+    ],
+)  # fmt: skip
+def test_flags_of_the_trainer_are_taken_into_account(drawn, options, line):
+    assert line in [shown.partition(" |")[0] for shown in drawn(**options)]
