@@ -123,9 +123,8 @@ def _lengths(sides: dict[str, list[int]]) -> dict[str, dict[str, int]]:
 
 def _histogram(sizes: dict[str, dict[str, list[int]]], side: str) -> dict[str, Any]:
     """The shares of train's and, of prompts, of production's rows in bins that are equally many tokens wide."""
-    shown = {
-        name: sizes[name][side] for name in ("train", "production")[: 2 if side == "prompt" else 1] if name in sizes
-    }
+    drawn = ("train", "production") if side == "prompt" else ("train",)
+    shown = {name: sides[side] for name, sides in sizes.items() if name in drawn}
     low, high = min(map(min, shown.values())), max(map(max, shown.values()))
     edges = range(low, high + 2 + (high - low) // BINS, (high - low) // BINS + 1)
     shares = {name: (np.histogram(values, edges)[0] / len(values)).tolist() for name, values in shown.items()}
@@ -172,8 +171,8 @@ def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
     for path, splits in findings["labels"].items():
         total = sum(splits["train"].values())
         if rare := sorted(label for label, count in splits["train"].items() if count < RARE * total):
-            text = f"{path}: fewer than {RARE:.0%} of the training rows have {', '.join(rare[:8])}"
-            rare_labels.append((-len(rare), text))
+            few = f"fewer than {RARE:.0%} of the training rows"
+            rare_labels.append((-len(rare), f"{path}: {few} have {', '.join(rare[:8])}"))
     for path, entry in findings["ungrounded"].items():
         first = entry["rows"][0]
         text = (

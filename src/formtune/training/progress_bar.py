@@ -31,14 +31,12 @@ class StepsBar(TQDMProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
-        if trainer.sanity_checking:
-            return {}
         step, total, loader = trainer.global_step, self.train_progress_bar.total, trainer.train_dataloader
+        if total is None:  # a sanity check, or a training without end
+            return {}
         rows = trainer.current_epoch * _rows(loader, trainer.num_training_batches)
         rows += _rows(loader, trainer.fit_loop.batch_idx + 1)
         loss = float(trainer.callback_metrics.get("train/loss", math.nan))
-        if total is None:  # a training without end
-            return {"rows": f"{rows:,}", "loss": f"{loss:.4f}"}
         interval = (trainer.val_check_batch or math.inf) * (trainer.check_val_every_n_epoch or 1)
         # The last step is always validated, and nothing after it.
         validations = (self._validated < total) * (max(1, math.ceil(total / interval)) - self._validated // interval)

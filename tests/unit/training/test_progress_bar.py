@@ -120,7 +120,7 @@ def test_nothing_is_drawn_if_the_output_is_no_terminal(drawn):
         # Validations after each epoch: after step 8 the one after step 14 is left, and 6 steps.
         ({"val_check_interval": 1.0, "check_val_every_n_epoch": 1}, "Epoch 1: 8/14 steps, rows=58, loss=0.0123, left=00:42"),
         ({"num_sanity_val_steps": 1}, "Epoch 0: 1/14 steps, rows=8, loss=0.0123, left=00:26+"),
-        ({"max_epochs": -1, "max_time": {"seconds": 1}}, "Epoch 0: 1/? steps, rows=8, loss=0.0123"),
+        ({"max_epochs": -1, "max_time": {"seconds": 1}}, "Epoch 0: 1/? steps"),
     ],
 )  # fmt: skip
 def test_flags_of_the_trainer_are_taken_into_account(drawn, options, line):
