@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
+
+import numpy as np
 
 from formtune.audit.drift import compare_inputs
 from formtune.base.row import Row, quantile
@@ -21,6 +25,10 @@ COMPLEX_FIELDS = 8  # from this many fields on, or with nesting, a format is com
 COMPLEX_ROWS = 2000  # needed for a complex format
 RARE = 0.01  # share below which a label is rare
 LABELS = 30  # different values at most for a field of labels
+BINS = 40  # of a histogram at most
+OPENING = 3  # words of an opening, and openings that are listed of each source
+VARIETY = 50  # rows of a source whose variety is measured, at least
+GRAVEST = 5  # warnings of a kind that are printed
 QUANTILES = {"P50": 50, "P95": 95, "P99": 99, "max": 100}
 
 
@@ -31,12 +39,14 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
     all_examples = [example for rows in examples.values() for example in rows]
     turns = {row.where: row.messages for row in splits.quarantine}
     turns |= {example.where: example.messages for example in all_examples}
-    reasons = blockers(settings, splits)
+    reasons, production = blockers(settings, splits), production_rows(settings)
+    sizes = {name: _sizes(rows) for name, rows in (splits.rows | {"production": production}).items() if rows}
     findings: dict[str, Any] = {
         "verdict": "blocked" if reasons else "ready",
         "data": splits.key,
         "blockers": reasons,
         "warnings": [],
+        "more_warnings": {},
         "rows": {name: {"read": splits.read.get(name), "used": len(rows)} for name, rows in examples.items()},
         "repairs": dict(splits.repairs.most_common()),
         "quarantined": dict(splits.reasons.most_common()),
@@ -45,21 +55,23 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
         "own_system": splits.own_system,
         "shared_text": splits.shared,
         "mixtures": [asdict(mixture) for mixture in splits.mixtures],
-        "lengths": {name: _lengths(rows) for name, rows in splits.rows.items() if rows},
+        "lengths": {name: _lengths(sides) for name, sides in sizes.items() if name != "production"},
+        "histograms": {side: _histogram(sizes, side) for side in ("prompt", "answer") if "train" in sizes},
         "limit": settings.limit,
+        "max_new_tokens": settings.max_new_tokens,
         "labels": _labels(examples, format),
-        "sources": dict(Counter(example.origin for example in examples["train"]).most_common()),
+        "sources": sources(examples["train"]),
         "ungrounded": ungrounded(all_examples, format),
         "suspects": [[{"where": e.where, "messages": e.messages} for e in pair] for pair in splits.suspects],
         "production": None,
         # With the turns of the row that it repeats or contradicts.
         "quarantine": [asdict(row) | {"other_messages": turns.get(row.other)} for row in splits.quarantine],
     }
-    if rows := production_rows(settings):
+    if production:
         findings["production"] = {
-            "lengths": _lengths(rows),
+            "lengths": _lengths(sizes["production"]),
             "ignored": dict(settings.ignored["production"].most_common()),
-            **compare_inputs([example.input for example in examples["train"]], [row.input for row in rows]),
+            **compare_inputs([example.input for example in examples["train"]], [row.input for row in production]),
         }
     findings["warnings"] = list(_warnings(findings, format))
     return findings, splits
@@ -84,10 +96,40 @@ def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[st
     return {path: {"share": len(invented) / counts[path], "rows": invented} for path, invented in rows.items()}
 
 
-def _lengths(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+def sources(examples: Iterable[Example]) -> dict[str, dict[str, Any]]:
+    """For each source its rows, the shares of distinct answers and openings, and the most frequent openings."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for example in examples:
+        opening = " ".join(re.findall(r"\w+", example.input.casefold())[:OPENING])
+        groups.setdefault(example.origin, []).append((example.target, opening))
+    # The shares fall with the number of rows: as many rows of each source are compared.
+    size = min((len(rows) for rows in groups.values() if len(rows) >= VARIETY), default=0)
+    found = {}
+    for name, rows in sorted(groups.items(), key=lambda item: -len(item[1])):
+        sample = random.Random(0).sample(rows, size) if len(rows) >= VARIETY else []
+        distinct = [len(set(texts)) / size for texts in zip(*sample, strict=True)] or None
+        openings = Counter(opening for _, opening in rows).most_common(OPENING)
+        found[name] = {"rows": len(rows), "distinct": distinct, "openings": dict(openings)}
+    return found
+
+
+def _sizes(rows: Sequence[Row]) -> dict[str, list[int]]:
+    return {"prompt": [len(row.prompt_ids) for row in rows], "answer": [len(row.target_ids) for row in rows]}
+
+
+def _lengths(sides: dict[str, list[int]]) -> dict[str, dict[str, int]]:
     """P50, P95, P99 and maximum of prompt and answer in tokens."""
-    sides = {"prompt": [len(row.prompt_ids) for row in rows], "answer": [len(row.target_ids) for row in rows]}
     return {side: {name: quantile(sizes, q) for name, q in QUANTILES.items()} for side, sizes in sides.items()}
+
+
+def _histogram(sizes: dict[str, dict[str, list[int]]], side: str) -> dict[str, Any]:
+    """The shares of train's and, of prompts, of production's rows in bins that are equally many tokens wide."""
+    drawn = ("train", "production") if side == "prompt" else ("train",)
+    shown = {name: sides[side] for name, sides in sizes.items() if name in drawn}
+    low, high = min(map(min, shown.values())), max(map(max, shown.values()))
+    edges = range(low, high + 2 + (high - low) // BINS, (high - low) // BINS + 1)
+    shares = {name: (np.histogram(values, edges)[0] / len(values)).tolist() for name, values in shown.items()}
+    return {"edges": list(edges), "shares": shares}
 
 
 def _labels(examples: dict[str, list[Example]], format: Format) -> dict[str, dict[str, dict[str, int]]]:
@@ -126,17 +168,27 @@ def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
             f"{len(suspects):,} pairs of rows have nearly the same input and answers whose difference it does not show "
             f"({suspects[0][0]['where']} and {suspects[0][1]['where']}): is one of the two wrong?"
         )
+    kinds: dict[str, list[tuple[int, str]]] = {"rare labels": [], "values that are not in their inputs": []}
+    rare_labels, invented = kinds.values()
     for path, splits in findings["labels"].items():
         total = sum(splits["train"].values())
         if rare := sorted(label for label, count in splits["train"].items() if count < RARE * total):
-            yield f"{path}: fewer than {RARE:.0%} of the training rows have {', '.join(rare[:8])}"
+            few = f"fewer than {RARE:.0%} of the training rows"
+            rare_labels.append((-len(rare), f"{path}: {few} have {', '.join(rare[:8])}"))
     for path, entry in findings["ungrounded"].items():
         first = entry["rows"][0]
-        yield (
+        text = (
             f"{path or 'the answer'}: {len(entry['rows']):,} values ({entry['share']:.0%}) are not in their inputs "
             f"({first['where']}: {str(first['value'])[:40]!r}): invented, or derived? If answers compute them, name "
             "the field in data.format.derived"
         )
+        invented.append((-len(entry["rows"]), text))
+    for kind, found in kinds.items():
+        lines = [text for _, text in sorted(found)]  # the gravest first
+        yield from lines[:GRAVEST]
+        if more := lines[GRAVEST:]:
+            findings["more_warnings"][kind] = more
+            yield f"{kind}: {len(more):,} more fields, {len(lines):,} in all; the report lists them"
     if production and production["auc"] > 0.75:
         words = ", ".join(map(repr, production["features"]["production"][:4]))
         yield (

@@ -27,7 +27,7 @@ def write_report(findings: dict[str, Any], folder: Path) -> None:
 def page(findings: dict[str, Any]) -> str:
     """The report as HTML."""
     reasons: dict[str, list[dict[str, Any]]] = {}
-    for row in findings["quarantine"]:
+    for row in sorted(findings["quarantine"], key=lambda row: -findings["quarantined"][row["reason"]]):
         reasons.setdefault(row["reason"], []).append(row)
     template = environment().get_template("audit/report.html.jinja")
     return template.render(audit=findings, reasons=reasons, shown=SHOWN)

@@ -14,7 +14,6 @@ import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -35,6 +34,7 @@ from formtune.training.checkpoint import BestCheckpoint
 from formtune.training.evaluator import Baseline, results
 from formtune.training.overfitting import OverfittingWatch
 from formtune.training.pipeline import prepare, train
+from formtune.training.progress_bar import StepsBar
 from formtune.training.run_folder import RunFolder, choose_run, measured_run
 from formtune.training.signals import Signals
 from formtune.training.throughput import Throughput
@@ -185,7 +185,7 @@ class FormtuneCLI(LightningCLI):
         if self.subcommand == "predict":
             callbacks.append(AnswerFile(config.answers, None if self.checkpoint else self.measured))
         if options["enable_progress_bar"] is not False:
-            callbacks.append(TQDMProgressBar(refresh_rate=int(sys.stdout.isatty())))  # 0: none is drawn into a file
+            callbacks.append(StepsBar(int(sys.stdout.isatty())))  # 0: nothing is drawn into a file
         options["callbacks"] = callbacks + (options["callbacks"] or [])
         options["plugins"] = [*(options["plugins"] or []), checkpoint_files.CheckpointFiles()]
         if SLURMEnvironment.detect():

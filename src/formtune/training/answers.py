@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import html
+import re
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,9 @@ class AnswerTable(Callback):
 
 def _cell(text: str, limit: int = 400) -> str:
     text = text if len(text) <= limit else text[:limit] + " ..."
-    return "<code>" + html.escape(text).replace("|", "&#124;").replace("\n", "<br>") + "</code>"
+    # Markdown reads the punctuation within <code> too: the fence of an answer would swallow the cells after it.
+    escaped = re.sub(r"[!-/:-@\[-`{-~]", lambda mark: f"&#{ord(mark[0])};", text)
+    return "<code>" + escaped.replace("\n", "<br>") + "</code>"
 
 
 class Outcomes(Callback):

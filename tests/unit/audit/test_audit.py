@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from conftest import SCHEMA, SHARED, WORDY, pair
 from formtune.audit.drift import compare_inputs
-from formtune.audit.findings import audit, ungrounded
+from formtune.audit.findings import VARIETY, _histogram, audit, sources, ungrounded
 from formtune.audit.output import page
 from formtune.cli import main
 from formtune.data.blockers import uneven_shares
@@ -194,6 +195,47 @@ def test_values_that_do_not_stand_in_the_input_are_listed_but_for_derived_ones()
     assert found["who"]["share"] == pytest.approx(1 / 3)
 
 
+def test_sources_are_compared_on_equally_many_rows_and_their_openings_are_counted():
+    people = [example(str(n), f"Say {n % 40} {n % 40} times", {"who": str(n % 60)}, "human") for n in range(120)]
+    model = [example(str(n), "Could you please, now", {"who": str(n % 2)}, "m") for n in range(60)]
+    few = [example(str(n), f"a {n}", {}, "") for n in range(VARIETY - 1)]
+    found = sources([*model, *people, *few])
+    assert list(found) == ["human", "m", ""] and [entry["rows"] for entry in found.values()] == [120, 60, 49]
+    assert found["m"] == {"rows": 60, "distinct": [2 / 60, 1 / 60], "openings": {"could you please": 60}}
+    assert 0.5 < found["human"]["distinct"][0] < 1 and found["human"]["openings"]["say 0 0"] == 3
+    assert found[""]["distinct"] is None and len(found[""]["openings"]) == 3
+    assert sources([]) == {}
+
+
+def test_of_many_fields_the_five_gravest_warnings_of_a_kind_are_printed_and_all_are_in_the_report(task, capsys):
+    names = [f"f{n}" for n in range(8)]
+    rows = [
+        {"prompt": f"word{at * 7919}", "completion": json.dumps({n: f"made{at}" if at < 5 + i else f"word{at * 7919}"
+         for i, n in enumerate(names)}, separators=(",", ":"))}
+        for at in range(60)
+    ]  # fmt: skip
+    folder = task(rows, near_duplicates=1.0)
+    schema = {"type": "object", "properties": {name: {"type": "string"} for name in names}, "required": names}
+    (folder / "schema.json").write_text(json.dumps(schema))
+    main(["audit", "-c", "t.yaml", "--model.max_new_tokens", "300"])
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: f")]
+    assert [line.split()[1:3] for line in printed] == [[f"f{n}:", str(n + 5)] for n in (7, 6, 5, 4, 3)]
+    found = read(folder)
+    [total] = [line for line in found["warnings"] if "more fields" in line]
+    assert total == "values that are not in their inputs: 3 more fields, 8 in all; the report lists them"
+    html = (folder / "logs/t/audit/report.html").read_text()
+    assert [int(n) for n in re.findall(r'class="warning">f(\d): ', html)] == [*range(7, -1, -1)]
+
+
+def test_lengths_are_counted_in_bins_of_equally_many_tokens():
+    sizes = {"train": {"prompt": [10, 10, 13, 99], "answer": [5, 5]}, "production": {"prompt": [200], "answer": [0]}}
+    prompt, answer = (_histogram(sizes, side) for side in ("prompt", "answer"))
+    assert prompt["edges"][:3] == [10, 15, 20] and prompt["edges"][-2] <= 200 < prompt["edges"][-1]
+    assert {n: share for n, share in enumerate(prompt["shares"]["train"]) if share} == {0: 0.75, 17: 0.25}
+    assert prompt["shares"]["production"] == [0.0] * (len(prompt["edges"]) - 2) + [1.0]
+    assert answer == {"edges": [5, 6], "shares": {"train": [1.0]}}
+
+
 def test_a_classifier_tells_what_differs_and_nothing_where_nothing_does():
     texts = [f"please send {n} boxes to street {n * 7 % 50}" for n in range(300)]
     same = compare_inputs(texts[:150], texts[150:])
@@ -293,6 +335,33 @@ def test_the_page_is_whole_in_itself_and_escapes_what_rows_hold(demo):
     assert not seen.tags["script"] and "&lt;script&gt;" in text
     assert seen.tags["details"] >= 5
     assert len(text) < 3_000_000
+
+
+def test_the_page_draws_lengths_labels_and_quarantine_to_scale(demo):
+    found, _, _ = demo
+    text = page(found)
+    prompts, answers, *_ = text.split('<svg viewBox="0 0 360 150"')[1:]
+    production = found["production"]["lengths"]["prompt"]["P95"]
+    left, right = (found["histograms"]["prompt"]["edges"][at] for at in (0, -1))
+    at = round(40 + 316 * (production - left) / (right - left), 1)
+    assert f'<line class="curve2" x1="{at}" x2="{at}" y1="25" y2="130" stroke-dasharray="4"/>' in prompts
+    assert (
+        f">production P95 {production}</tspan>" in prompts and "limit 1,024 →" in prompts and "limit 256 →" in answers
+    )
+    shares = found["histograms"]["answer"]["shares"]["train"]
+    heights = [float(h) for h in re.findall(r'<rect class="curve1"[^>]*height="([\d.]+)"', answers.split("</svg>")[0])]
+    assert heights == [round(105 * share / max(shares), 1) for share in shares if share]
+    most = max(found["quarantined"].values())
+    for reason, count in found["quarantined"].items():
+        width = round(100 * count / most, 1)
+        cells = rf'<td>{reason.replace("_", " ")}</td><td><svg class="bar" aria-hidden="true"><rect class="curve1" '
+        assert re.search(rf'{cells}width="{width}%" height="100%"/></svg>\s*</td><td class="n">{count}</td>', text), (
+            reason
+        )
+    for label, count in found["labels"]["category"]["train"].items():
+        assert re.search(rf'<td>{label}</td>.*width="[\d.]+%".*\s*</td><td class="n">{count}</td>', text)
+    inside = page(found | {"limit": found["histograms"]["prompt"]["edges"][-1] + 100}).split("<svg")[1]
+    assert '<line class="limit" x1="356.0" x2="356.0"' in inside and "→" not in inside
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Baselines are measured before training on the same rows, and a run's page says where it fails."""
 
 import dataclasses
+import html
 import json
 import re
 import sys
@@ -35,6 +36,7 @@ from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.evaluation.report import Run, card, gallery, headline, page
 from formtune.evaluation.slices import slices
 from formtune.formats import KINDS, JsonSchema, Labels
+from formtune.training.answers import _cell
 
 
 def outcome(number, kind="ok", tokens=10, origin="", target='{"n":1,"s":"a"}', answer=None):
@@ -308,7 +310,8 @@ def test_curves_are_drawn_to_scale_once_there_are_two_validations():
         "198.0,77.5 356.0,25.0 ",
         "198.0,77.5 356.0,77.5 ",
     ]
-    assert ">2</text>" in text and "8 optimizer steps" in text and ">train</text>" not in text
+    assert ">2</text>" in text and ">8 steps</text>" in text and ">train</tspan>" not in text
+    assert '<line class="axis" x1="198.0" x2="198.0" y1="25" y2="130" stroke-dasharray="4"/>' in text  # best: step 4
 
 
 def test_every_kind_of_verdict_is_shown_in_a_color_of_its_own():
@@ -317,6 +320,14 @@ def test_every_kind_of_verdict_is_shown_in_a_color_of_its_own():
     colors = dict(re.findall(r"[.](\w+) { background: (#\w+); }", text))
     assert colors.keys() == set(KINDS) and len(set(colors.values())) == len(KINDS)
     assert all(text.count(f'<span class="{kind}" style="width: 8.3') == 2 for kind in KINDS)
+
+
+def test_a_cell_of_the_answer_table_is_shown_as_it_is_and_ends_no_column():
+    cell = _cell('```json\n{"a|b": "*x* <b>"}\n```')
+    shown = html.unescape(re.sub("</?code>", "", cell).replace("<br>", "\n"))
+    assert shown == '```json\n{"a|b": "*x* <b>"}\n```'
+    assert not set('|`*"') & set(cell) and cell.count("<") == 4
+    assert _cell("x" * 500) == "<code>" + "x" * 400 + " &#46;&#46;&#46;</code>"
 
 
 def test_the_card_has_the_evidence_and_the_metadata():
