@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 from formtune.commands import COMMANDS
-from formtune.commands.keys import short_help
+from formtune.configuration.keys import short_help
 from formtune.errors import Fault, UserError
 
 QUIET = (
@@ -45,12 +45,6 @@ def run(command: str, args: list[str]) -> None:
         FormtuneCLI([command, *args], signals)
     except MisconfigurationException as error:
         raise UserError(f"trainer: {error}") from error
-    except ValueError as error:
-        # jsonargparse tries every type that a key may have; the class that was named says what is wrong.
-        _, named, reason = str(error).partition("Problem with given class_path ")
-        if not named:
-            raise
-        raise UserError(reason.split("\n    - ")[0].split("\n  - ")[0]) from error
     except OSError as error:
         if error.errno is None:
             raise
