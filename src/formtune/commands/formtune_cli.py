@@ -187,7 +187,9 @@ class FormtuneCLI(LightningCLI):
         if self.subcommand == "predict":
             callbacks.append(AnswerFile(config.answers, None if self.checkpoint else self.measured))
         if options["enable_progress_bar"] is not False:
-            callbacks.append(TQDMProgressBar(refresh_rate=int(sys.stdout.isatty())))  # 0: none is drawn into a file
+            callbacks.append(
+                TQDMProgressBar(refresh_rate=int(bool(sys.stdout and sys.stdout.isatty())))
+            )  # 0: none is drawn into a file
         options["callbacks"] = callbacks + (options["callbacks"] or [])
         options["plugins"] = [*(options["plugins"] or []), checkpoint_files.CheckpointFiles()]
         if SLURMEnvironment.detect():
