@@ -173,6 +173,7 @@ def _subclasses(hint: Any = None) -> Iterator[type]:
     """The classes that a value of this type can name."""
     for part in get_args(hint):
         yield from _subclasses(part)
-    for kind in hint.__subclasses__() if isinstance(hint, type) else ():
+    kinds: list[type] = hint.__subclasses__() if isinstance(hint, type) else []
+    for kind in kinds:
         yield kind
         yield from _subclasses(kind)
