@@ -12,7 +12,7 @@ import yaml
 
 from conftest import SCHEMA, pair
 from formtune.cli import main
-from formtune.commands.keys import KEYS
+from formtune.configuration.keys import KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -174,7 +174,7 @@ def test_the_short_help_is_quick_and_says_the_true_defaults(task_yaml, capfd):
     with pytest.raises(SystemExit):
         main(["fit", "-c", task_yaml, "--print_config"])
     config = yaml.safe_load(capfd.readouterr().out)
-    told = {key: default for key, default, _ in KEYS}
+    told = {key: default for key, default, *_ in KEYS}
     defaults = yaml.safe_load((ROOT / "configs/reference.yaml").read_text())
     for key, default in told.items():
         node = defaults

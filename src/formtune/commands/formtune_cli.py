@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 import time
@@ -17,11 +18,12 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from formtune.base.renderer import today
 from formtune.commands import COMMANDS
 from formtune.configuration import trainer_checks
-from formtune.configuration.parsing import OneLine
+from formtune.configuration.parsing import OneLine, did_you_mean
 from formtune.data.datamodule import FormatDataModule
 from formtune.errors import UserError
 from formtune.evaluation.console import print_result
@@ -126,7 +128,7 @@ class FormtuneCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         files = [Path(str(file)) for file in config.get("config") or []]
-        config.task = config.task or (files[0].stem if files else "task")
+        config.task = config.task or (files[-1].stem if files else "task")
         for key in ("task", "run"):
             if {"..", "/"} & set(Path(config[key] or ".").parts):
                 raise UserError(f"{key}: {config[key]} is not in {LOGS}/; give it a name, not a path")
@@ -185,7 +187,8 @@ class FormtuneCLI(LightningCLI):
         if self.subcommand == "predict":
             callbacks.append(AnswerFile(config.answers, None if self.checkpoint else self.measured))
         if options["enable_progress_bar"] is not False:
-            callbacks.append(StepsBar(int(sys.stdout.isatty())))  # 0: nothing is drawn into a file
+            # 0: nothing is drawn into a file, or where standard output is closed.
+            callbacks.append(StepsBar(int(bool(sys.stdout and sys.stdout.isatty()))))
         options["callbacks"] = callbacks + (options["callbacks"] or [])
         options["plugins"] = [*(options["plugins"] or []), checkpoint_files.CheckpointFiles()]
         if SLURMEnvironment.detect():
@@ -193,7 +196,14 @@ class FormtuneCLI(LightningCLI):
             options["plugins"].append(SLURMEnvironment(auto_requeue=False))
         if options["strategy"] == "fsdp":
             options["strategy"] = ShardedBase()  # Lightning's would shard the adapters too
-        trainer = self.trainer_class(**options | kwargs)
+        try:
+            trainer = self.trainer_class(**options | kwargs)
+        except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
+            words = re.findall(r"[\w-]+", str(error))
+            flag = next((word for word in (*words, "accelerator") if word in options), "")
+            value = options[flag] if isinstance(options[flag], str) else ""
+            near = did_you_mean(value, {word for word in words if word != value.lower()})
+            raise UserError(f"trainer.{flag}: {error}{near}") from error
         trainer_checks.check_callbacks(trainer, self.model.scores.names)
         return trainer
 
@@ -202,16 +212,9 @@ class FormtuneCLI(LightningCLI):
         config, trainer, folder = self.config.train, self.trainer, self.folder
         try:
             result = train(
-                trainer,
-                model,
-                datamodule,
-                folder,
-                self._record,
-                config.baselines,
-                config.baseline_rows,
-                self.checkpoint,
-                _checks(),
-            )
+                trainer, model, datamodule, folder, self._record, config.baselines, config.baseline_rows,
+                self.checkpoint, _checks(),
+            )  # fmt: skip
             if result and trainer.is_global_zero:
                 print_result(result, folder.path)
         finally:

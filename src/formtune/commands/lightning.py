@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
 import warnings
 from pathlib import Path
 
 from formtune.commands import COMMANDS
-from formtune.commands.keys import short_help
+from formtune.configuration.keys import short_help
 from formtune.errors import Fault, UserError
 
+LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "Broken pipe")  # in messages
 QUIET = (
     ".*does not have many workers.*",
     ".*`isinstance\\(treespec, LeafSpec\\)`.*",
@@ -39,24 +42,28 @@ def run(command: str, args: list[str]) -> None:
     # Lightning's notes on hardware and on its other products; warnings still come through.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # TensorBoard's writer fails in a thread, and once more where the next value is logged.
+    threading.excepthook = lambda it: None if issubclass(it.exc_type, OSError) else threading.__excepthook__(it)
     signals = Signals()
     signals.install()
     try:
         FormtuneCLI([command, *args], signals)
     except MisconfigurationException as error:
         raise UserError(f"trainer: {error}") from error
-    except ValueError as error:
-        # jsonargparse tries every type that a key may have; the class that was named says what is wrong.
-        _, named, reason = str(error).partition("Problem with given class_path ")
-        if not named:
-            raise
-        raise UserError(reason.split("\n    - ")[0].split("\n  - ")[0]) from error
     except OSError as error:
         if error.errno is None:
             raise
         name = os.fsdecode(error.filename or "a file")
         raise Fault(f"{name}: {error.strerror}; fix this and continue with --resume") from error
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST):
+            raise
+        time.sleep(1)  # the process that failed prints its own message, and first
+        raise Fault(
+            "another process of this run ended or was killed; see its message, and continue with --resume"
+        ) from error
     finally:
+        threading.excepthook = threading.__excepthook__
         signals.restore()
         os.environ.pop("FORMTUNE_RUN", None)  # the next call in this process is another run
 

@@ -59,7 +59,7 @@ def run(command: str, args: list[str]) -> int:
         raise UserError(f"{key}: the sweep sets it; --over names the values to try, --seeds the seeds")
     configuration = _configuration(arguments)
     settings = yaml.safe_load(configuration)
-    task = settings.get("task") or Path([*config_paths(arguments), "task"][0]).stem
+    task = settings.get("task") or Path(["task", *config_paths(arguments)][-1]).stem
     arguments += ["--task", task]
     # All of them, so that a mistake is found before the first run.
     configurations = {point.name: _configuration([*arguments, *point.arguments]) for point in points}

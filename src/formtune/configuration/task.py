@@ -9,11 +9,18 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from formtune import formats  # noqa: F401 (so that a format can be named by its class alone)
-from formtune.configuration.parsing import OneLine, known_keys
-from formtune.configuration.yaml_file import check_yaml
+from formtune.configuration.parsing import OneLine, did_you_mean, known_keys
+from formtune.configuration.yaml_file import check_yaml, config_paths, line_of
 from formtune.data.settings import DataSettings
 from formtune.errors import UserError
 
+# Keys of a task that only training reads.
+TRAINING = {
+    "seed_everything", "trainer", "checkpoint", "overfitting", "answer_table", "run", "resume", "baselines", "quick",
+    "baseline_rows", "answers", "ckpt_path", "model.lora", "model.optimizer", "model.scheduler", "model.max_grad_norm",
+    "model.tokens_per_micro_batch", "model.gradient_checkpointing", "model.compile", "model.quantize", "model.metrics",
+    "model.constrained", "model.format",
+}  # fmt: skip
 BATCHES = ("rows_per_step", "max_evaluation_rows")  # keys of `data` that only the data module knows
 
 
@@ -28,8 +35,11 @@ class TaskFile(ActionConfigFile):
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         keys = known_keys(parser)
         model, data = content.get("model") or {}, content.get("data") or {}
+        for key in (*content, *(f"model.{key}" for key in model)):
+            if key not in keys and key not in TRAINING:
+                raise UserError(f"{line_of(key)}: unknown key {key}{did_you_mean(key, keys | TRAINING)}")
         needed = {
-            "task": content.get("task") or namespace.get("task") or Path(path).stem,
+            "task": content.get("task") or namespace.get("task"),
             "model": {key: value for key, value in model.items() if f"model.{key}" in keys},
             "data": {key: value for key, value in data.items() if key not in BATCHES},
         }
@@ -52,7 +62,7 @@ def task_parser(command: str, description: str = "") -> TaskParser:
 def read_task(parser: TaskParser, args: list[str]) -> tuple[Namespace, DataSettings]:
     """The values of a command line, with `task` set, and the rows that it describes."""
     config = parser.parse_args(args)
-    config.task = config.task or "task"
+    config.task = config.task or Path(["task", *config_paths(args)][-1]).stem
     return config, parser.instantiate_classes(config).data
 
 

@@ -36,6 +36,11 @@ def check_trainer(config: Namespace) -> None:
     for flag, reason in REFUSED_ZEROS.items():
         if trainer[flag] == 0:
             raise UserError(f"trainer.{flag}: 0 {reason}")
+    for unit in ("steps", "epochs"):
+        if 0 <= (trainer[f"max_{unit}"] or -1) < (trainer[f"min_{unit}"] or 0):
+            raise UserError(f"trainer.min_{unit}: more than trainer.max_{unit}, {trainer[f'max_{unit}']}")
+    if trainer.max_steps == -1 and trainer.max_epochs == -1 and not trainer.max_time:
+        raise UserError("trainer.max_epochs: -1 never ends; set it, trainer.max_steps or trainer.max_time")
     for flag, (values, remedy) in REPLACED.items():
         if trainer[flag] not in values:
             raise UserError(f"trainer.{flag}: {remedy}")
@@ -65,6 +70,8 @@ def check_callbacks(trainer: Any, names: Set[str]) -> None:
                 f"trainer.callbacks: {kind} averages weights after the best checkpoint was chosen, "
                 "so what is tested and exported would not be what was validated; leave it out"
             )
+        if kind in ("LearningRateMonitor", "DeviceStatsMonitor") and not trainer.loggers:
+            raise UserError(f"trainer.callbacks: {kind} needs a logger; leave trainer.logger: false out")
         if monitor is not None and monitor not in names:
             remedy = did_you_mean(monitor, names) or "; monitor val/loss, for example"
             raise UserError(f"trainer.callbacks: {kind} monitors {monitor}, which no validation measures{remedy}")

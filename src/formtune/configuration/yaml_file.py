@@ -22,8 +22,8 @@ def check_configs(args: list[str]) -> None:
     LINES.clear()
     for path in config_paths(args):
         check_yaml(path)
-    for option in args:
-        LINES.pop(option.partition("=")[0].removeprefix("--"), None)  # the command line overrides the file
+    for option in args:  # the command line overrides the file
+        LINES[_key(option.partition("=")[0].removeprefix("--").removesuffix("+"))] = ""
 
 
 def config_paths(args: list[str]) -> list[str]:
@@ -39,11 +39,10 @@ def config_paths(args: list[str]) -> list[str]:
 
 
 def line_of(key: str) -> str:
-    """The `file:line` of a dotted key, or of the only key that ends with it; "" if no file has it."""
-    if key in LINES:
-        return LINES[key]
-    ends = [line for name, line in LINES.items() if name.endswith(f".{key}")]
-    return ends[0] if len(ends) == 1 else ""
+    """The `file:line` of a dotted key, or of the key that holds it; "" if no file or the command line has it."""
+    while key and key not in LINES:
+        key = key.rpartition(".")[0]
+    return LINES.get(key, "")
 
 
 def check_yaml(path: str) -> None:
@@ -60,17 +59,18 @@ def check_yaml(path: str) -> None:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # a ValueError: 2026-13-45 looks like a date
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError: 2026-13-45 looks like a date
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not valid YAML ({problem or error})") from None
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: expected keys such as model and data, found {type(content).__name__}")
-    LINES.update({key: f"{path}:{line}" for key, line in lines.items()})
+    LINES.update({_key(key): f"{path}:{line}" for key, line in lines.items()})
+
+
+def _key(path: str) -> str:
+    """A path in a file or on a command line as messages write it."""
+    return path.replace(".init_args", "")
 
 
 def _lines(node: yaml.Node | None, path: str = "") -> Iterator[tuple[str, int]]:

@@ -78,6 +78,8 @@ def _of_run(folder: Path, last: bool) -> Path:
 
 def check(path: Path) -> None:
     """Compare every record with its checksum; raise a UserError if the file is missing or damaged."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, not a checkpoint; name a run before the flags, or one of its .ckpt files")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip() is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -162,4 +161,4 @@ class Validations(Callback):
         if trainer.state.fn == "fit" and trainer.is_global_zero:
             figures = "  ".join(f"{name} {float(metrics[name]):.4f}" for name in PRINTED)
             pl_module.print(f"step {trainer.global_step}  {figures}")  # above the progress bar
-            sys.stdout.flush()
+            print(end="", flush=True)

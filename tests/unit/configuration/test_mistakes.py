@@ -1,0 +1,196 @@
+"""A mistake in a key, a value or a class is one line that names the whole key and leads to what was meant."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from formtune.cli import main
+from formtune.configuration import keys, task
+from formtune.configuration.parsing import did_you_mean
+
+ROOT = Path(__file__).resolve().parents[3]
+
+MINE = """
+import nothing_here
+"""
+CLASSES = """
+from lightning.pytorch.callbacks import Callback
+
+class Raises(Callback):
+    def __init__(self):
+        raise KeyError("the table is empty")
+
+class Other:
+    pass
+"""
+
+
+@pytest.fixture
+def refused(write_project, capsys, monkeypatch):
+    """A function that runs a command line in a small task's folder and returns its one error line."""
+    folder = write_project({"max_steps": 2})
+    (folder / "broken.py").write_text(MINE)
+    (folder / "classes.py").write_text(CLASSES)
+    monkeypatch.syspath_prepend(folder)
+
+    def run(*words: str, command: str = "fit", **top) -> str:
+        config = yaml.safe_load(Path("small.yaml").read_text())
+        for key, value in top.items():
+            config[key] = config[key] | value if key in config else value
+        Path("changed.yaml").write_text(yaml.safe_dump(config))
+        capsys.readouterr()
+        assert main([command, "-c", "changed.yaml", *words]) == 2
+        [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("formtune:")]
+        assert not Path("logs").exists()
+        return line.removeprefix("formtune: error: ")
+
+    return run
+
+
+NAMES = {
+    "data.rows_per_step": "data.batch_size per_device_train_batch_size gradient_accumulation_steps",
+    "model.optimizer.lr": "model.lr optimizer.lr learning_rate lr trainer.learning-rate",
+    "model.base": "model.name model_name_or_path base_model",
+    "model.lora.r": "lora_r lora.r model.lora.rank",
+    "model.lora.alpha": "lora_alpha model.lora.lora_alpha",
+    "trainer.devices": "trainer.gpus gpus nproc_per_node",
+    "trainer.max_epochs": "epochs num_train_epochs",
+    "trainer.max_steps": "max_steps train.max_steps",
+    "trainer.val_check_interval": "eval_steps val_steps",
+    "trainer.precision": "bf16 torch_dtype",
+    "data.max_length": "max_seq_length cutoff_len",
+    "seed_everything": "seed",
+    "run": "output_dir",
+    "resume": "resume_from_checkpoint",
+}
+
+
+@pytest.mark.parametrize(("key", "names"), NAMES.items(), ids=NAMES)
+def test_a_name_of_another_tool_leads_to_the_key_of_the_same_meaning(refused, key, names):
+    for name in names.split():
+        assert f"did you mean {key}" in refused(f"--{name}", "1"), name
+
+
+def test_in_a_yaml_too_with_file_and_line(refused):
+    assert refused(batch_size=8).startswith("changed.yaml:1: unknown key batch_size; did you mean data.rows_per_step (")
+    line = refused(zeal={"epochs": 1}, command="fit")
+    assert (
+        line
+        == "changed.yaml:16: unknown key zeal.epochs; did you mean trainer.max_epochs (passes over the training rows)?"
+    )
+    assert "unknown key model.lr; did you mean model.optimizer.lr (peak" in refused(model={"lr": 1})
+
+
+@pytest.mark.parametrize("key", ["save_best", "trainer.nope", "data.text_length", "x", "model.format_name"])
+def test_no_key_of_another_meaning_is_named(refused, key):
+    assert "did you mean" not in refused(f"--{key}", "1")
+
+
+def test_a_mistyped_name_has_the_letters_of_the_right_one():
+    known = {"max_steps", "data.test", "trainer.max_epochs", "labels"}
+    assert did_you_mean("lables", known) == "; did you mean labels?"
+    assert did_you_mean("trainer.max_epoch", known) == "; did you mean trainer.max_epochs?"
+    assert did_you_mean("val_ste", known) == did_you_mean("data.tail", known) == ""
+
+
+VALUES = [
+    ("model.optimizer.lr", "abc", "'abc' is not a number"),
+    ("data.bad_rows", "x", "'x' is not one of refuse, drop"),
+    ("trainer.max_epochs", "three", "'three' is not an integer"),
+    ("data.max_length", "-4", "-4 is not a positive integer"),
+    ("model.scheduler.warmup", "abc", "'abc' is not a number from 0 to 1"),
+    ("model.constrained", "maybe", "'maybe' is not true or false"),
+    ("model.quantize", "3bit", "'3bit' is not 4bit"),
+    ("model.lora.targets", "q_proj,v_proj", "'q_proj,v_proj' is not one of attention, all-linear or a list; write a list as [a, b]"),
+    ("data.clean", "[soap]", "'soap' is not one of encoding, unicode, control, html, spaces, edges"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value", "reason"), VALUES, ids=[key for key, *_ in VALUES])
+def test_a_wrong_value_is_named_with_its_whole_key_and_what_was_expected(refused, key, value, reason):
+    assert refused(f"--{key}={value}") == f"{key}: {reason}"
+
+
+def test_a_value_of_a_class_in_a_yaml_is_named_with_its_line(refused):
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": "abc"}}
+    line = refused(model={"optimizer": optimizer}, data={"bad_rows": "drop"})
+    where = next(n for n, text in enumerate(Path("changed.yaml").read_text().splitlines(), 1) if "lr: abc" in text)
+    assert line == f"changed.yaml:{where}: model.optimizer.lr: 'abc' is not a number"
+
+
+@pytest.mark.parametrize("command", ["fit", "audit"])
+def test_booleans_in_a_list_of_texts_are_to_be_quoted(refused, command):
+    line = refused(data={"format": {"class_path": "Labels", "init_args": {"labels": [True, False]}}}, command=command)
+    assert line.endswith("data.format.labels: True is not a text; put it in quotes (YAML reads yes, no, on and off as "
+                         "true and false)")  # fmt: skip
+
+
+def test_a_number_without_a_point_is_a_number_in_every_command(refused, capsys):
+    for name, value in (("validation", "2e-1"), ("near_duplicates", "8e-1")):
+        text = Path("small.yaml").read_text().replace("data:\n", f"data:\n  {name}: {value}\n")
+        Path("small.yaml").write_text(text)
+    assert main(["audit", "-c", "small.yaml"]) == 0
+    Path("small.yaml").write_text(text.replace("model:\n", "model:\n  optimizer: {lr: 1e-4}\n"))
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", "small.yaml", "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out.partition("\nmodel:")[2].join(["model:", ""]))
+    assert config["model"]["optimizer"]["init_args"]["lr"] == 1e-4
+
+
+NAMED = [
+    (["--trainer.logger", "WandLogger"], "trainer.logger: no class 'WandLogger'; did you mean WandbLogger?"),
+    (["--trainer.logger", "CometLogger"], "trainer.logger: CometLogger: "),
+    (["--trainer.strategy", "ddpp"], "did you mean ddp?"),
+    (["--trainer.accelerator", "cud"], "trainer.accelerator: "),
+    (["--trainer.profiler", "simpel"], "did you mean simple?"),
+    (["--trainer.devices", "abc"], "trainer.devices: "),
+    (["--trainer.callbacks+=EarlyStoping"], "trainer.callbacks: no class 'EarlyStoping'; did you mean EarlyStopping?"),
+    (["--trainer.callbacks+=EarlyStopping"], "trainer.callbacks: the argument monitor is missing"),
+    (["--trainer.callbacks+=ModelSummary", "--trainer.callbacks.max_dept=1"], "did you mean trainer.callbacks.max_depth?"),
+    (["--trainer.callbacks+=classes.Raises"], "trainer.callbacks: Raises: 'the table is empty'"),
+    (["--trainer.callbacks+=classes.Raise"], "module 'classes' has no attribute 'Raise'; did you mean Raises?"),
+    (["--trainer.callbacks+=classes.Other"], "trainer.callbacks: classes.Other is no subclass of Callback"),
+    (["--trainer.callbacks+=broken.Any"], "trainer.callbacks: No module named 'nothing_here'; pip install nothing_here, or"),
+    (["--trainer.plugins+=nope"], "trainer.plugins: no class 'nope'"),
+    (["--model.metrics", "[{class_path: torchmetrics.text.CharErrorRat}]"], "did you mean CharErrorRate?"),
+    (["--model.metrics", "[{class_path: torchmetrics.text.BLEUScore, init_args: {n_gram: x}}]"], "model.metrics.n_gram: 'x' is not an integer"),
+    (["--data.format", "jsonschema"], "data.format: no class 'jsonschema'; did you mean JsonSchema?"),
+    (["--trainer.min_steps", "10"], "trainer.min_steps: more than trainer.max_steps, 2"),
+    (["--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "trainer.max_epochs: -1 never ends; set it,"),
+    (["--trainer.logger", "false", "--trainer.callbacks+=LearningRateMonitor"], "LearningRateMonitor needs a logger"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "part"), NAMED, ids=[" ".join(words) for words, _ in NAMED])
+def test_a_class_that_cannot_be_used_is_one_line_with_key_reason_and_remedy(refused, words, part):
+    assert part in refused(*words)
+
+
+def test_a_folder_is_no_checkpoint(refused, tmp_path):
+    assert "a folder, not a checkpoint" in refused("--ckpt_path", str(tmp_path), command="test")
+
+
+def test_audit_refuses_unknown_keys_as_training_does(refused):
+    assert "did you mean data?" in refused(datas={"train": "x"}, command="audit")
+    assert "unknown key model.lr; did you mean model.optimizer.lr" in refused(model={"lr": 1}, command="audit")
+
+
+def test_the_keys_that_only_training_reads_are_all_known():
+    reference = yaml.safe_load((ROOT / "configs/reference.yaml").read_text())
+    known = task.TRAINING | {"model.base", "model.max_new_tokens", "model", "data", "task"}
+    assert {*reference, *(f"model.{key}" for key in reference["model"])} | {"model.format"} == known
+
+
+def test_a_run_is_named_by_its_last_configuration(write_project, capsys):
+    folder = write_project({"max_steps": 2})
+    (folder / "base.yaml").write_text("data: {near_duplicates: 1.0}\n")
+    assert main(["audit", "-c", "base.yaml", "-c", "small.yaml"]) == 0
+    assert (folder / "logs/small/audit").is_dir() and not (folder / "logs/base").exists()
+    assert main(["fit", "-c", "base.yaml", "-c", "small.yaml", "--run", "r"]) == 0
+    assert (folder / "logs/small/r/config.yaml").is_file() and not (folder / "logs/base").exists()
+
+
+def test_no_name_of_another_tool_is_a_key_itself():
+    own = {key for key, *_ in (*keys.KEYS, *keys.RUNS)}
+    assert not own & set(keys.MEANT) and {key for key, _ in keys.MEANT.values()} <= own
