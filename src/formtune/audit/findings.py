@@ -20,7 +20,8 @@ from formtune.formats.content import Words, leaves
 COMPLEX_FIELDS = 8  # from this many fields on, or with nesting, a format is complex
 COMPLEX_ROWS = 2000  # needed for a complex format
 RARE = 0.01  # share below which a label is rare
-LABELS = 30  # different values at most for a field of labels
+LABELS = 30  # different labels of a field that are all listed; of more, the ENDS most and least frequent ones
+ENDS = 5
 QUANTILES = {"P50": 50, "P95": 95, "P99": 99, "max": 100}
 
 
@@ -32,6 +33,7 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
     turns = {row.where: row.messages for row in splits.quarantine}
     turns |= {example.where: example.messages for example in all_examples}
     reasons = blockers(settings, splits)
+    labels, totals = _labels(examples, format)
     findings: dict[str, Any] = {
         "verdict": "blocked" if reasons else "ready",
         "data": splits.key,
@@ -46,10 +48,14 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
         "mixtures": [asdict(mixture) for mixture in splits.mixtures],
         "lengths": {name: _lengths(rows) for name, rows in splits.rows.items() if rows},
         "limit": settings.limit,
-        "labels": _labels(examples, format),
+        "labels": labels,
+        "label_totals": totals,
         "sources": dict(Counter(example.origin for example in examples["train"]).most_common()),
         "ungrounded": ungrounded(all_examples, format),
-        "suspects": [[{"where": e.where, "messages": e.messages} for e in pair] for pair in splits.suspects],
+        "suspects": _suspects(splits.suspects),
+        "repeats": [
+            {key: getattr(row, key) for key in ("split", "reason", "where", "other")} for row in splits.repeats
+        ],
         "production": None,
         # With the turns of the row that it repeats or contradicts.
         "quarantine": [asdict(row) | {"other_messages": turns.get(row.other)} for row in splits.quarantine],
@@ -65,7 +71,7 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
 
 
 def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[str, Any]]:
-    """Values that answers should copy and that are not in their inputs: by field, their share and their rows.
+    """Values that answers should copy and that no turn before them holds: by field, their share and their rows.
 
     Words are compared without case and punctuation, numbers by their value; fields that the format says are derived,
     enums among them, are exempt.
@@ -73,12 +79,12 @@ def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[st
     counts: Counter[str] = Counter()
     rows: dict[str, list[dict[str, Any]]] = {}
     for example in examples:
-        words = Words(example.input)
+        words, context = Words(example.input), None
         for _, (value, path) in leaves(example.value, format.sets):
             if path in format.derived or isinstance(value, bool):
                 continue
             counts[path] += 1
-            if not words.hold(value):
+            if not words.hold(value) and not (context := context or Words(example.text)).hold(value):
                 rows.setdefault(path, []).append({"where": example.where, "value": value, "source": example.origin})
     return {path: {"share": len(invented) / counts[path], "rows": invented} for path, invented in rows.items()}
 
@@ -89,20 +95,32 @@ def _lengths(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
     return {side: {name: quantile(sizes, q) for name, q in QUANTILES.items()} for side, sizes in sides.items()}
 
 
-def _labels(examples: dict[str, list[Example]], format: Format) -> dict[str, dict[str, dict[str, int]]]:
-    """For each field with few values that answers do not copy: how many rows of each split have which, 0 for none."""
+def _suspects(pairs: Sequence[tuple[Example, Example]]) -> list[dict[str, Any]]:
+    """Each pair once, by its row that is in most pairs: the row, and the others that it differs from."""
+    counts = Counter(example.where for pair in pairs for example in pair)
+    found: dict[str, dict[str, Any]] = {}
+    for pair in pairs:
+        row, other = ({"where": e.where, "messages": e.messages} for e in sorted(pair, key=lambda e: -counts[e.where]))
+        found.setdefault(row["where"], row | {"others": []})["others"].append(other)
+    return sorted(found.values(), key=lambda row: -len(row["others"]))
+
+
+def _labels(examples: dict[str, list[Example]], format: Format) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
+    """For each field that answers do not copy, how many rows of each split have which label, 0 for none; and totals."""
     counts: dict[str, dict[str, Counter[str]]] = {}
     for split, rows in examples.items():
         for example in rows:
             for _, (value, path) in leaves(example.value, format.sets):
                 if path in format.derived:
                     counts.setdefault(path, {name: Counter() for name in examples})[split][str(value)] += 1
-    tables = {}
+    tables, totals = {}, {}
     for path, table in counts.items():
-        labels = [label for label, _ in sum(table.values(), Counter()).most_common(LABELS + 1)]
-        if len(labels) <= LABELS:
-            tables[path or "answer"] = {split: {label: c[label] for label in labels} for split, c in table.items()}
-    return tables
+        total = sum(table.values(), Counter())
+        labels = [label for label, _ in total.most_common()]
+        totals[path or "answer"] = {"labels": len(labels), "values": total.total()}
+        labels = labels if len(labels) <= LABELS else labels[:ENDS] + labels[-ENDS:]
+        tables[path or "answer"] = {split: {label: c[label] for label in labels} for split, c in table.items()}
+    return tables, totals
 
 
 def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
@@ -120,20 +138,31 @@ def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
             f"({len(format.fields)} here); compare a run on half of them to see whether more would help"
         )
     if suspects:
+        row, others = suspects[0]["where"], suspects[0]["others"]
+        more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
         yield (
-            f"{len(suspects):,} pairs of rows have nearly the same input and answers whose difference it does not show "
-            f"({suspects[0][0]['where']} and {suspects[0][1]['where']}): is one of the two wrong?"
+            f"{len(suspects):,} rows have nearly the same input as others and an answer whose difference it does not "
+            f"show ({row} and {others[0]['where']}{more}): is one of them wrong?"
+        )
+    for split, reason in dict.fromkeys((row["split"], row["reason"]) for row in findings["repeats"]):
+        repeats = [row for row in findings["repeats"] if (row["split"], row["reason"]) == (split, reason)]
+        yield (
+            f"data.{split}: {len(repeats):,} rows are a {reason.replace('_', '-')} of another one in the file "
+            f"({repeats[0]['where']} of {repeats[0]['other']}); they are used, so that its figures stay comparable"
         )
     for path, splits in findings["labels"].items():
         total = sum(splits["train"].values())
-        if rare := sorted(label for label, count in splits["train"].items() if count < RARE * total):
+        if findings["label_totals"][path]["labels"] <= LABELS and (
+            rare := sorted(label for label, count in splits["train"].items() if count < RARE * total)
+        ):
             yield f"{path}: fewer than {RARE:.0%} of the training rows have {', '.join(rare[:8])}"
+    can_derive = "derived" in format.to_dict()["init_args"]
+    derived = " If answers compute them, name the field in data.format.derived" if can_derive else ""
     for path, entry in findings["ungrounded"].items():
         first = entry["rows"][0]
         yield (
             f"{path or 'the answer'}: {len(entry['rows']):,} values ({entry['share']:.0%}) are not in their inputs "
-            f"({first['where']}: {str(first['value'])[:40]!r}): invented, or derived? If answers compute them, name "
-            "the field in data.format.derived"
+            f"({first['where']}: {str(first['value'])[:40]!r}): invented, or derived?{derived}"
         )
     if production and production["auc"] > 0.75:
         words = ", ".join(map(repr, production["features"]["production"][:4]))

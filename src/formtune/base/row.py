@@ -23,6 +23,12 @@ class Row:
     origin: str = ""  # author: "human", the name of a model, or "" if unknown
     messages: Sequence[Message] = ()  # the turns it was rendered from
 
+    @property
+    def context(self) -> str:
+        """Everything that the answer's values may come from: every turn, the system prompt and tool results too."""
+        turns = self.messages if self.target is None else self.messages[:-1]
+        return "\n".join(message["content"] for message in turns) or self.input
+
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.target_ids)
 

@@ -60,7 +60,7 @@ def run(command: str, args: list[str]) -> int:
     seconds = time.perf_counter() - started
     format, outcomes = settings.format, []
     for row, reply in zip(rows, replies, strict=True):
-        verdict = format.check(reply.text, finished=reply.finished, target=row.target, input=row.input)
+        verdict = format.check(reply.text, finished=reply.finished, target=row.target, input=row.context)
         outcomes.append(outcome(row, reply.text, verdict, format))
     kinds = Counter(outcome.kind for outcome in outcomes)
     times = [reply.seconds for reply in replies]

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ftfy
@@ -47,6 +47,8 @@ class Example:
     where: str  # the place it came from
     origin: str = ""  # author: "human", the name of a model, or "" if unknown
     value: Any = None  # the document that its answer is, once that was judged
+    group: str = ""  # rows of one group are never in two splits; "" for a row of its own
+    split: str = ""
 
     @property
     def target(self) -> str:
@@ -65,7 +67,7 @@ class Example:
     @property
     def text(self) -> str:
         """The prompt with white space folded: rows that share it are duplicates or conflicts."""
-        return "\x1e".join(map(_single_spaced, self._contents("system", "user", "assistant")))
+        return "\x1e".join(_single_spaced(message["content"]) for message in self.messages[:-1])
 
     @property
     def key(self) -> str:
@@ -73,15 +75,20 @@ class Example:
 
         Coarser than `text`: "call anna" and "Call Anna!" leak, but their answers may rightly differ.
         """
-        return _folded("\x1e".join(map(_single_spaced, self._contents("user", "assistant"))))
+        return _folded("\x1e".join(map(_single_spaced, self.spoken)))
 
     @property
     def turns(self) -> list[str]:
         """The same turn by turn."""
-        return [_folded(_single_spaced(content)) for content in self._contents("user", "assistant")]
+        return [_folded(_single_spaced(content)) for content in self.spoken]
 
-    def _contents(self, *roles: str) -> list[str]:
-        return [message["content"] for message in self.messages[:-1] if message["role"] in roles]
+    @property
+    def spoken(self) -> list[str]:
+        """The text of every turn but the system prompt."""
+        return [message["content"] for message in self.messages[:-1] if message["role"] != "system"]
+
+    def _contents(self, role: str) -> list[str]:
+        return [message["content"] for message in self.messages[:-1] if message["role"] == role]
 
 
 def _single_spaced(text: str) -> str:
@@ -102,10 +109,12 @@ class Quarantined:
     detail: str  # what is wrong, in one line
     messages: list[Message]  # repaired as far as they could be
     other: str = ""  # place of the row that it repeats or contradicts
+    fix: str = ""  # the option that would make it usable, as `key: value`
+    split: str = ""
 
 
-def quarantine(example: Example, reason: str, detail: str, other: str = "") -> Quarantined:
-    return Quarantined(example.where, reason, detail, example.messages, other)
+def quarantine(example: Example, reason: str, detail: str, other: str = "", fix: str = "") -> Quarantined:
+    return Quarantined(example.where, reason, detail, example.messages, other, fix, example.split)
 
 
 def repair(messages: Sequence[Message], steps: Iterable[str], repairs: Counter[str] | None = None) -> list[Message]:
@@ -156,11 +165,21 @@ def judge(
     for example in examples:
         messages = repair(example.messages, steps, repairs)
         messages[-1]["content"] = repair_answer(messages[-1]["content"], format, answer_steps, repairs)
-        repaired = Example(messages, example.where, example.origin)
+        repaired = replace(example, messages=messages)
         if not repaired.target.strip() or not repaired.input.strip():
             yield quarantine(repaired, "empty", "the input or the answer is empty")
         elif (verdict := format.check(repaired.target)).exact:
             repaired.value = verdict.value
             yield repaired
         else:
-            yield quarantine(repaired, "format", f"{verdict.kind}: {verdict.detail}")
+            detail = f"{verdict.kind}: {verdict.detail}"
+            yield quarantine(repaired, "format", detail, fix=helpful_repair(repaired.target, format, answer_steps))
+
+
+def helpful_repair(answer: str, format: Format, steps: Sequence[str]) -> str:
+    """The `data.repair_answers` that would make an answer valid, "" if none does."""
+    for more in (("edges",), ("fence",), ("canonical",), ("edges", "fence", "canonical")):
+        tried = list(dict.fromkeys([*steps, *more]))
+        if repair_answer(answer, format, tried, Counter()) != answer:
+            return f"data.repair_answers: [{', '.join(tried)}]"
+    return ""

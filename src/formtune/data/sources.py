@@ -160,9 +160,9 @@ class Columns:
         return "human" if name.strip().casefold() == "human" else name
 
     def conversation(
-        self, record: dict[str, Any], where: str, with_target: bool, ignored: set[str] | None = None
+        self, record: dict[str, Any], where: str, with_target: bool | str, ignored: set[str] | None = None
     ) -> list[dict[str, str]]:
-        """The record's turns; the last one is the assistant's with a target, the user's without.
+        """The record's turns; the last one is the assistant's with a target, the user's without (see `read_turns`).
 
         `ignored` collects the names of the keys that have a value and are not read.
         """

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def few_shot_rows(
             conversations.append(([*row.messages[:first], *examples, *row.messages[first:]], row.where))
         rows = [row for row in renderer.encode(conversations) if isinstance(row, Row) and len(row) <= context]
         if len(rows) == len(test):
-            return rows, count
+            # Their own turns alone: a value copied from a shot is made up.
+            return [replace(row, messages=own.messages) for row, own in zip(rows, test, strict=True)], count
     return [], 0
 
 
@@ -86,7 +88,7 @@ def best_prompt(baselines: Mapping[str, Sequence[Outcome]]) -> str:
 def constant_answer(train: Sequence[Row], test: Sequence[Row], format: Format) -> tuple[int, int]:
     """Majority-answer accuracy as right rows and all rows: a model below it has learned nothing of the content."""
     [(answer, _)] = Counter(row.target or "" for row in train).most_common(1)
-    checks = (format.check(answer, finished=True, target=row.target, input=row.input) for row in test)
+    checks = (format.check(answer, finished=True, target=row.target, input=row.context) for row in test)
     return sum(check.joint for check in checks), len(test)
 
 
