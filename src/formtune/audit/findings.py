@@ -144,11 +144,11 @@ def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
             f"{len(suspects):,} rows have nearly the same input as others and an answer whose difference it does not "
             f"show ({row} and {others[0]['where']}{more}): is one of them wrong?"
         )
-    for split, reason in dict.fromkeys((row["split"], row["reason"]) for row in findings["repeats"]):
-        repeats = [row for row in findings["repeats"] if (row["split"], row["reason"]) == (split, reason)]
+    for split, number in Counter(row["split"] for row in findings["repeats"]).items():
+        repeats = [row for row in findings["repeats"] if row["split"] == split]
         yield (
-            f"data.{split}: {len(repeats):,} rows are a {reason.replace('_', '-')} of another one in the file "
-            f"({repeats[0]['where']} of {repeats[0]['other']}); they are used, so that its figures stay comparable"
+            f"data.{split}: {number:,} rows repeat or nearly repeat another one of the file ({repeats[0]['where']} and "
+            f"{repeats[0]['other']}); they are used, so that its figures stay comparable"
         )
     for path, splits in findings["labels"].items():
         total = sum(splits["train"].values())

@@ -34,7 +34,7 @@ class Splits:
     repairs: Counter[str] = field(default_factory=Counter)
     quarantine: list[Quarantined] = field(default_factory=list)
     mixtures: list[Mixture] = field(default_factory=list)
-    draws: float = 0.0  # how many rows of one size the groups equal when shares are drawn, 0 without groups
+    draws: float = 0.0  # how many groups of one size would make shares vary as these groups of rows do; 0 if unknown
     shared: float = 0.0  # share of the inputs' text that many share and the near comparison left out
     key: str = ""  # content hash of the rows
     ignored: Counter[str] = field(default_factory=Counter)  # rows that have a key which is not read, by its name

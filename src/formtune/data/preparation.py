@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
 
 from formtune.base.row import Row
 from formtune.data.cleaning import Example, helpful_repair, judge, quarantine, repair
@@ -63,17 +62,14 @@ def read_examples(
         ignored.update(sorted(unread - {settings.group}))
         if settings.system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": settings.system})
-        origin, group = settings.columns.origin(record, where), _group(settings.group, record, where)
+        group = record.get(settings.group) if settings.group else None
+        if not isinstance(group, str | int | float | None):
+            raise UserError(
+                f"{where}: `{settings.group}` is {kind(group)}; data.group needs a column of texts or numbers"
+            )
+        origin, group = settings.columns.origin(record, where), "" if group is None else str(group)
         examples.append(Example(messages, where, origin, group=group, split=split))
     return examples
-
-
-def _group(column: str | None, record: Mapping[str, Any], where: str) -> str:
-    """The record's value in the column, "" where it has none."""
-    value = record.get(column) if column else None
-    if not isinstance(value, str | int | float | None):
-        raise UserError(f"{where}: `{column}` is {kind(value)}; data.group must name a column of texts or numbers")
-    return "" if value is None else str(value)
 
 
 def _answers(row: Example) -> Iterator[Example]:
@@ -110,9 +106,8 @@ def _prepare(settings: DataSettings, examples: Mapping[str, Sequence[Example]]) 
     used |= _usual_style(settings, selection.kept, splits)
     test, validation = settings.shares.get("test", 0.0), settings.shares.get("validation", 0.0)
     train, used["train"] = used["train"], []
-    if any(example.group for example in train):
-        sizes = Counter(example.group or example.where for example in train).values()
-        splits.draws = sum(sizes) ** 2 / sum(size**2 for size in sizes)
+    sizes = Counter(example.group or example.where for example in train).values()
+    splits.draws = sum(sizes) ** 2 / max(sum(size**2 for size in sizes), 1)
     for example in train:
         at = selection.cluster[example.where]
         example.split = "test" if at < test else "validation" if at < test + validation else "train"
