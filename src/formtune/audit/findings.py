@@ -100,8 +100,9 @@ def _suspects(pairs: Sequence[tuple[Example, Example]]) -> list[dict[str, Any]]:
     counts = Counter(example.where for pair in pairs for example in pair)
     found: dict[str, dict[str, Any]] = {}
     for pair in pairs:
-        row, other = ({"where": e.where, "messages": e.messages} for e in sorted(pair, key=lambda e: -counts[e.where]))
-        found.setdefault(row["where"], row | {"others": []})["others"].append(other)
+        row, other = sorted(pair, key=lambda example: -counts[example.where])
+        entry = found.setdefault(row.where, {"where": row.where, "messages": row.messages, "others": []})
+        entry["others"].append({"where": other.where, "messages": other.messages})
     return sorted(found.values(), key=lambda row: -len(row["others"]))
 
 

@@ -84,9 +84,9 @@ def _empty_splits(settings: DataSettings, splits: Splits) -> Iterator[str]:
         if share == 0:
             left = f"0 keeps no row, and {NEEDED[name]}; name a file, or a share such as 0.1"
         elif lost:
-            rows = max(_kinds(lost), key=len)
-            left += f", such as {rows[0].where}: {rows[0].detail}"
-            left += f"; {_remedy(settings, rows)}" if rows[0].reason in BAD else ""
+            most = max(_kinds(lost), key=len)
+            left += f", such as {most[0].where}: {most[0].detail}"
+            left += f"; {_remedy(settings, most)}" if most[0].reason in BAD else ""
         elif share:
             left = f"{share:.0%} of {total:,} rows, drawn by hash, came to none; add rows, or name a file"
         yield f"data.{name}: {left}"

@@ -323,7 +323,7 @@ def test_an_empty_split_names_what_became_of_its_rows(task, base, monkeypatch):
     assert "v.jsonl:1: 261 tokens, " in line and line.endswith("; set data.max_length: 266 (the base's context is 512)")
     # Drawn from train and then too long: not "none was drawn".
     bad = [Quarantined("t:1", "too_long", "99 tokens, the limit is 9", [], fix="data.max_length: 99", split="test")]
-    found = Splits(rows={"train": [None] * 9, "validation": [None], "test": []}, quarantine=bad)
+    found = Splits(rows={"train": [Row([], [], "", "", "")] * 9, "validation": [None], "test": []}, quarantine=bad)
     settings = DataSettings(JsonSchema("schema.json"), "train.jsonl", tokenizer=base, bad_rows="drop", max_length=9)
     [line] = blockers(settings, found)
     assert line == (
