@@ -88,7 +88,8 @@ def _empty_splits(settings: DataSettings, splits: Splits) -> Iterator[str]:
             left += f", such as {most[0].where}: {most[0].detail}"
             left += f"; {_remedy(settings, most)}" if most[0].reason in BAD else ""
         elif share:
-            left = f"{share:.0%} of {total:,} rows, drawn by hash, came to none; add rows, or name a file"
+            left = f"no row is left to use ({splits.read.total()} read; {splits.quarantined or 'none quarantined'})"
+            left += f": {share:.0%} of {total:,} rows, drawn by hash, came to none; add rows, or name a file"
         yield f"data.{name}: {left}"
 
 
