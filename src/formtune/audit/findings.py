@@ -24,7 +24,8 @@ from formtune.formats.content import Words, leaves
 COMPLEX_FIELDS = 8  # from this many fields on, or with nesting, a format is complex
 COMPLEX_ROWS = 2000  # needed for a complex format
 RARE = 0.01  # share below which a label is rare
-LABELS = 30  # different values at most for a field of labels
+LABELS = 30  # different labels of a field that are all listed; of more, the ENDS most and least frequent ones
+ENDS = 5
 BINS = 40  # of a histogram at most
 OPENING = 3  # words of an opening, and openings that are listed of each source
 VARIETY = 50  # rows of a source whose variety is measured, at least
@@ -40,6 +41,7 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
     turns = {row.where: row.messages for row in splits.quarantine}
     turns |= {example.where: example.messages for example in all_examples}
     reasons, production = blockers(settings, splits), production_rows(settings)
+    labels, totals = _labels(examples, format)
     sizes = {name: _sizes(rows) for name, rows in (splits.rows | {"production": production}).items() if rows}
     findings: dict[str, Any] = {
         "verdict": "blocked" if reasons else "ready",
@@ -59,10 +61,14 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
         "histograms": {side: _histogram(sizes, side) for side in ("prompt", "answer") if "train" in sizes},
         "limit": settings.limit,
         "max_new_tokens": settings.max_new_tokens,
-        "labels": _labels(examples, format),
+        "labels": labels,
+        "label_totals": totals,
         "sources": sources(examples["train"]),
         "ungrounded": ungrounded(all_examples, format),
-        "suspects": [[{"where": e.where, "messages": e.messages} for e in pair] for pair in splits.suspects],
+        "suspects": _suspects(splits.suspects),
+        "repeats": [
+            {key: getattr(row, key) for key in ("split", "reason", "where", "other")} for row in splits.repeats
+        ],
         "production": None,
         # With the turns of the row that it repeats or contradicts.
         "quarantine": [asdict(row) | {"other_messages": turns.get(row.other)} for row in splits.quarantine],
@@ -78,7 +84,7 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
 
 
 def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[str, Any]]:
-    """Values that answers should copy and that are not in their inputs: by field, their share and their rows.
+    """Values that answers should copy and that no turn before them holds: by field, their share and their rows.
 
     Words are compared without case and punctuation, numbers by their value; fields that the format says are derived,
     enums among them, are exempt.
@@ -86,12 +92,12 @@ def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[st
     counts: Counter[str] = Counter()
     rows: dict[str, list[dict[str, Any]]] = {}
     for example in examples:
-        words, derived = Words(example.input), format.of_row(example.schema).derived
+        words, derived, context = Words(example.input), format.of_row(example.schema).derived, None
         for _, (value, path) in leaves(example.value, format.sets):
             if path in derived or isinstance(value, bool):
                 continue
             counts[path] += 1
-            if not words.hold(value):
+            if not words.hold(value) and not (context := context or Words(example.text)).hold(value):
                 rows.setdefault(path, []).append({"where": example.where, "value": value, "source": example.origin})
     return {path: {"share": len(invented) / counts[path], "rows": invented} for path, invented in rows.items()}
 
@@ -132,8 +138,19 @@ def _histogram(sizes: dict[str, dict[str, list[int]]], side: str) -> dict[str, A
     return {"edges": list(edges), "shares": shares}
 
 
-def _labels(examples: dict[str, list[Example]], format: Format) -> dict[str, dict[str, dict[str, int]]]:
-    """For each field with few values that answers do not copy: how many rows of each split have which, 0 for none."""
+def _suspects(pairs: Sequence[tuple[Example, Example]]) -> list[dict[str, Any]]:
+    """Each pair once, by its row that is in most pairs: the row, and the others that it differs from."""
+    counts = Counter(example.where for pair in pairs for example in pair)
+    suspects: dict[str, dict[str, Any]] = {}
+    for pair in pairs:
+        row, other = sorted(pair, key=lambda example: -counts[example.where])
+        entry = suspects.setdefault(row.where, {"where": row.where, "messages": row.messages, "others": []})
+        entry["others"].append({"where": other.where, "messages": other.messages})
+    return sorted(suspects.values(), key=lambda row: -len(row["others"]))
+
+
+def _labels(examples: dict[str, list[Example]], format: Format) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
+    """For each field that answers do not copy, how many rows of each split have which label, 0 for none; and totals."""
     counts: dict[str, dict[str, Counter[str]]] = {}
     for split, rows in examples.items():
         for example in rows:
@@ -141,12 +158,14 @@ def _labels(examples: dict[str, list[Example]], format: Format) -> dict[str, dic
             for _, (value, path) in leaves(example.value, format.sets):
                 if path in derived:
                     counts.setdefault(path, {name: Counter() for name in examples})[split][str(value)] += 1
-    tables = {}
+    tables, totals = {}, {}
     for path, table in counts.items():
-        labels = [label for label, _ in sum(table.values(), Counter()).most_common(LABELS + 1)]
-        if len(labels) <= LABELS:
-            tables[path or "answer"] = {split: {label: c[label] for label in labels} for split, c in table.items()}
-    return tables
+        total = sum(table.values(), Counter())
+        labels = [label for label, _ in total.most_common()]
+        totals[path or "answer"] = {"labels": len(labels), "values": total.total()}
+        labels = labels if len(labels) <= LABELS else labels[:ENDS] + labels[-ENDS:]
+        tables[path or "answer"] = {split: {label: c[label] for label in labels} for split, c in table.items()}
+    return tables, totals
 
 
 def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
@@ -164,23 +183,34 @@ def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
             f"({len(format.fields)} here); compare a run on half of them to see whether more would help"
         )
     if suspects:
+        row, others = suspects[0]["where"], suspects[0]["others"]
+        rest = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
         yield (
-            f"{len(suspects):,} pairs of rows have nearly the same input and answers whose difference it does not show "
-            f"({suspects[0][0]['where']} and {suspects[0][1]['where']}): is one of the two wrong?"
+            f"{len(suspects):,} rows have nearly the same input as others and an answer whose difference it does not "
+            f"show ({row} and {others[0]['where']}{rest}): is one of them wrong?"
+        )
+    for split, number in Counter(row["split"] for row in findings["repeats"]).items():
+        repeats = [row for row in findings["repeats"] if row["split"] == split]
+        yield (
+            f"data.{split}: {number:,} rows repeat or nearly repeat another one of the file ({repeats[0]['where']} and "
+            f"{repeats[0]['other']}); they are used, so that its figures stay comparable"
         )
     kinds: dict[str, list[tuple[int, str]]] = {"rare labels": [], "values that are not in their inputs": []}
     rare_labels, invented = kinds.values()
     for path, splits in findings["labels"].items():
         total = sum(splits["train"].values())
-        if rare := sorted(label for label, count in splits["train"].items() if count < RARE * total):
+        if findings["label_totals"][path]["labels"] <= LABELS and (
+            rare := sorted(label for label, count in splits["train"].items() if count < RARE * total)
+        ):
             few = f"fewer than {RARE:.0%} of the training rows"
             rare_labels.append((-len(rare), f"{path}: {few} have {', '.join(rare[:8])}"))
+    can_derive = "derived" in format.to_dict()["init_args"]
+    derived = " If answers compute them, name the field in data.format.derived" if can_derive else ""
     for path, entry in findings["ungrounded"].items():
         first = entry["rows"][0]
         text = (
             f"{path or 'the answer'}: {len(entry['rows']):,} values ({entry['share']:.0%}) are not in their inputs "
-            f"({first['where']}: {str(first['value'])[:40]!r}): invented, or derived? If answers compute them, name "
-            "the field in data.format.derived"
+            f"({first['where']}: {str(first['value'])[:40]!r}): invented, or derived?{derived}"
         )
         invented.append((-len(entry["rows"]), text))
     for kind, found in kinds.items():

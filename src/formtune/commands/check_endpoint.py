@@ -64,7 +64,7 @@ def run(command: str, args: list[str]) -> int:
     format, outcomes = settings.format, []
     for row, reply in zip(rows, replies, strict=True):
         own = format.of_row(row.schema)
-        verdict = own.check(reply.text, finished=reply.finished, target=row.target, input=row.input)
+        verdict = own.check(reply.text, finished=reply.finished, target=row.target, input=row.context)
         outcomes.append(outcome(row, reply.text, verdict, format))
     kinds = Counter(outcome.kind for outcome in outcomes)
     times = [reply.seconds for reply in replies]

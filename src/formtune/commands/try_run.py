@@ -63,7 +63,7 @@ def _answers(model: Any, settings: Any, prompt: str, schema: str | None) -> Tabl
             micro_batches = LengthBuckets(model)
             [ids] = micro_batches.decode([row], micro_batches.split([row], 10**6), stop, [limit])
         text, finished = settings.renderer.answer(ids)
-        verdict = settings.format.of_row(schema).check(text, finished=finished, input=row.input)
+        verdict = settings.format.of_row(schema).check(text, finished=finished, input=row.context)
         words = "valid format" if verdict.exact else f"{verdict.kind}: {verdict.detail}"
         table.add_row(name, Text(text), Text(words, style="green" if verdict.exact else "red"))
     return table

@@ -26,8 +26,8 @@ KEYS = (
     ("model.gradient_checkpointing", "false", "less memory, a third slower", "activation_checkpointing"),
     ("model.quantize", "null", "4bit: QLoRA", "load_in_4bit load_in_8bit quantization_bit"),
     ("model.constrained", "false", "constrained decoding in every evaluation", ""),
-    ("data.train", "", "rows to train on: files, a folder, a glob, a data set's folder or hub id", "dataset dataset_name dataset_path "
-     "data_path train_file train_data train_dataset data.path"),
+    ("data.train", "", "rows to train on: files, a folder, a glob, a data set's folder or hub id", "dataset "
+     "dataset_name dataset_path data_path train_file train_data train_dataset data.path"),
     ("data.validation", "0.1", "the same for validation, or a share of train", "val_data validation_file eval_file "
      "eval_dataset val_size val_set_size validation_split val_split_fraction"),
     ("data.test", "0.1", "the same for the final test, or a share of train", "test_file test_data test_size"),

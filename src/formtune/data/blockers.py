@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import sqrt
 
+from formtune.base.folder import context_length
 from formtune.base.row import quantile
 from formtune.data.cleaning import Quarantined
 from formtune.data.encoded import Splits
@@ -13,15 +14,9 @@ from formtune.data.preparation import production_rows
 from formtune.data.settings import DataSettings
 from formtune.errors import UserError
 
-# For each reason that points to a mistake in the data; others, such as duplicates and leaks, are ordinary.
-REMEDIES = {
-    "schema": "fix them",
-    "format": "fix them, try data.repair_answers: [edges, fence]",
-    "style": "fix them, try data.repair_answers: [canonical]",
-    "too_long": "raise data.max_length",
-    "long_answer": "raise model.max_new_tokens",
-    "unfit": "fix them",
-}
+# Reasons that point to a mistake in the data or the settings; others, such as duplicates and leaks, are ordinary.
+BAD = ("schema", "format", "style", "too_long", "unfit")
+FEW = 0.1  # share of the rows below which dropping the bad ones is a remedy
 NEEDED = {
     "validation": "fit chooses the best checkpoint on validation rows",
     "test": "fit measures the base and the tuned model on test rows",
@@ -39,54 +34,80 @@ def check_rows(settings: DataSettings, splits: Splits) -> None:
 def blockers(settings: DataSettings, splits: Splits) -> list[str]:
     """Why the rows must not be trained on, each with the remedy; empty if they may."""
     bad = list(_bad_rows(settings, splits)) if settings.bad_rows == "refuse" else []
-    empty = list(_empty_splits(splits, settings.shares))
+    empty = list(_empty_splits(settings, splits))
     full = [] if empty else [*uneven_shares(splits, settings.shares), *_production_length(settings, splits)]
     return [*bad, *empty, *full, *_synthetic(settings, splits)]
 
 
 def _bad_rows(settings: DataSettings, splits: Splits) -> Iterator[str]:
-    remedies = REMEDIES.copy()
-    if settings.limit < settings.max_length:
-        remedies["too_long"] = f"take a base with a context of more than {settings.limit}"
-    kinds: dict[str, list[Quarantined]] = defaultdict(list)
-    for row in splits.quarantine:
-        kinds["long_answer" if row.detail.startswith("the answer has") else row.reason].append(row)
-    for kind, rows in kinds.items():
-        if remedy := remedies.get(kind):
-            yield f"{rows[0].where}: {rows[0].detail} ({len(rows):,} such rows); {remedy}, or set data.bad_rows: drop"
+    bad = [row for row in splits.quarantine if row.reason in BAD]
+    drop = ", or set data.bad_rows: drop" if len(bad) < FEW * splits.read.total() else ""
+    for rows in _kinds(bad):
+        yield f"{rows[0].where}: {rows[0].detail} ({len(rows):,} such rows); {_remedy(settings, rows)}{drop}"
 
 
-def _empty_splits(splits: Splits, shares: Mapping[str, float]) -> Iterator[str]:
+def _kinds(rows: Sequence[Quarantined]) -> list[list[Quarantined]]:
+    """The rows by their reason and what would fix them."""
+    kinds: dict[tuple[str, str], list[Quarantined]] = defaultdict(list)
+    for row in rows:
+        kinds[row.reason, row.fix.rstrip("0123456789")].append(row)
+    return list(kinds.values())
+
+
+def _remedy(settings: DataSettings, rows: Sequence[Quarantined]) -> str:
+    """What makes all rows of a kind usable."""
+    if rows[0].reason != "too_long":
+        return f"set {rows[0].fix}" if rows[0].fix else "fix them"
+    key, context = rows[0].fix.partition(":")[0], context_length(settings.base)
+    sizes = [int(row.fix.rpartition(" ")[2]) for row in rows]
+    if key != "data.max_length" or not context:
+        return f"set {key}: {max(sizes)}"
+    if max(sizes) <= context:
+        return f"set data.max_length: {max(sizes)} (the base's context is {context:,})"
+    fitting = sum(size <= context for size in sizes)
+    take = f"take a base with a context of {max(sizes):,} tokens"
+    return (
+        f"set data.max_length: {context}, the base's context, for {fitting:,} of them, or {take}" if fitting else take
+    )
+
+
+def _empty_splits(settings: DataSettings, splits: Splits) -> Iterator[str]:
+    shares = settings.shares
     total = sum(len(splits.rows[name]) for name in ("train", *shares))
     for name, rows in splits.rows.items():
         share = shares.get(name)
         if rows or (share and not total):  # without rows to share, the line of train says why
             continue
-        left = f"no row is left to use ({splits.read.total()} read; {splits.quarantined or 'none quarantined'})"
+        lost = [row for row in splits.quarantine if row.split in ((name, *shares) if name == "train" else (name,))]
+        read = f"{splits.read[name]:,} read" if name in splits.read else f"{len(lost):,} drawn from train"
+        left = f"no row is left to use ({read}; {Splits(quarantine=lost).quarantined or 'none quarantined'})"
         if share == 0:
             left = f"0 keeps no row, and {NEEDED[name]}; name a file, or a share such as 0.1"
+        elif lost:
+            most = max(_kinds(lost), key=len)
+            left += f", such as {most[0].where}: {most[0].detail}"
+            left += f"; {_remedy(settings, most)}" if most[0].reason in BAD else ""
         elif share:
+            left = f"no row is left to use ({splits.read.total()} read; {splits.quarantined or 'none quarantined'})"
             left += f": {share:.0%} of {total:,} rows, drawn by hash, came to none; add rows, or name a file"
-        elif splits.quarantine:
-            [(reason, _)] = splits.reasons.most_common(1)
-            first = next(row for row in splits.quarantine if row.reason == reason)
-            left += f", such as {first.where}: {first.detail}"
         yield f"data.{name}: {left}"
 
 
 def uneven_shares(splits: Splits, shares: Mapping[str, float]) -> list[str]:
     """A line if a split's share is further from what was asked for than chance explains."""
     total = sum(len(splits.rows[name]) for name in ("train", *shares))
+    draws = min(splits.draws or total, total)
     actual = {name: len(splits.rows[name]) / total for name in shares}
     if all(
-        abs(actual[name] - share) <= max(share / 2, DEVIATIONS * sqrt(share * (1 - share) / total))
+        abs(actual[name] - share) <= max(share / 2, DEVIATIONS * sqrt(share * (1 - share) / draws))
         for name, share in shares.items()
     ):
         return []
     parts = ", ".join(f"{name} {actual[name]:.0%} where {share:.0%} was asked for" for name, share in shares.items())
     return [
-        f"data.{next(iter(shares))}: of {total:,} rows {parts}, since many inputs are nearly the same and stay in one "
-        "split; set data.near_duplicates: 1, put text that inputs share into data.system, or name a file for each split"
+        f"data.{next(iter(shares))}: of {total:,} rows {parts}, since many inputs are nearly the same, or many rows "
+        "are of one group, and stay in one split; set data.near_duplicates: 1, put shared text into data.system, or "
+        "name a file for each split"
     ]
 
 

@@ -53,6 +53,8 @@ class Example:
     tools: str | None = None  # JSON list of the tools that its prompt defines
     written: str | None = None  # the answer as the chat template writes it, if that is more than the last turn's text
     schema: str | None = None  # JSON text of the row's own schema, or of its tools
+    group: str = ""  # rows of one group are never in two splits; "" for a row of its own
+    split: str = ""
 
     @property
     def target(self) -> str:
@@ -80,12 +82,17 @@ class Example:
 
         Coarser than `text`: "call anna" and "Call Anna!" leak, but their answers may rightly differ.
         """
-        return _folded("\x1e".join(map(_single_spaced, self._contents(*_CONVERSATION))))
+        return _folded("\x1e".join(map(_single_spaced, self.spoken)))
 
     @property
     def turns(self) -> list[str]:
         """The same turn by turn."""
-        return [_folded(_single_spaced(content)) for content in self._contents(*_CONVERSATION)]
+        return [_folded(_single_spaced(content)) for content in self.spoken]
+
+    @property
+    def spoken(self) -> list[str]:
+        """The text of every turn but the system prompt."""
+        return self._contents(*_CONVERSATION)
 
     def _contents(self, *roles: str) -> list[str]:
         return [said(message) for message in self.messages[:-1] if message["role"] in roles]
@@ -109,10 +116,12 @@ class Quarantined:
     detail: str  # what is wrong, in one line
     messages: list[Message]  # repaired as far as they could be
     other: str = ""  # place of the row that it repeats or contradicts
+    fix: str = ""  # the option that would make it usable, as `key: value`
+    split: str = ""
 
 
-def quarantine(example: Example, reason: str, detail: str, other: str = "") -> Quarantined:
-    return Quarantined(example.where, reason, detail, example.messages, other)
+def quarantine(example: Example, reason: str, detail: str, other: str = "", fix: str = "") -> Quarantined:
+    return Quarantined(example.where, reason, detail, example.messages, other, fix, example.split)
 
 
 def repair(messages: Sequence[Message], steps: Iterable[str], repairs: Counter[str] | None = None) -> list[Message]:
@@ -177,4 +186,14 @@ def judge(
             repaired.value = verdict.value
             yield repaired
         else:
-            yield quarantine(repaired, "format", f"{verdict.kind}: {verdict.detail}")
+            detail = f"{verdict.kind}: {verdict.detail}"
+            yield quarantine(repaired, "format", detail, fix=helpful_repair(repaired.target, own_format, answer_steps))
+
+
+def helpful_repair(answer: str, format: Format, steps: Sequence[str]) -> str:
+    """The `data.repair_answers` that would make an answer valid, "" if none does."""
+    for more in (("edges",), ("fence",), ("canonical",), ("edges", "fence", "canonical")):
+        tried = list(dict.fromkeys([*steps, *more]))
+        if repair_answer(answer, format, tried, Counter()) != answer:
+            return f"data.repair_answers: [{', '.join(tried)}]"
+    return ""

@@ -21,7 +21,7 @@ from formtune.files import own_code, read_entry, write_entry
 FEW_ROWS = 500  # below this, fine-tuning mostly learns the examples; the guide's lower bound
 CACHE = Path(".cache/encoded")  # in the working directory, like `logs`
 KEPT = 8  # entries of the cache; the least recently used are removed
-CACHED = ("rows", "read", "repairs", "quarantine", "mixtures", "shared", "key")
+CACHED = ("rows", "read", "repairs", "quarantine", "mixtures", "draws", "shared", "key")
 PACKAGES = ("tokenizers", "transformers", "jinja2", "regex", "jsonschema", "referencing", "ftfy", "rensa")
 
 
@@ -34,6 +34,7 @@ class Splits:
     repairs: Counter[str] = field(default_factory=Counter)
     quarantine: list[Quarantined] = field(default_factory=list)
     mixtures: list[Mixture] = field(default_factory=list)
+    draws: float = 0.0  # how many groups of one size would make shares vary as these groups of rows do; 0 if unknown
     shared: float = 0.0  # share of the inputs' text that many share and the near comparison left out
     key: str = ""  # content hash of the rows
     ignored: Counter[str] = field(default_factory=Counter)  # rows that have a key which is not read, by its name
@@ -44,6 +45,7 @@ class Splits:
     # Empty if the rows were read from the cache:
     examples: dict[str, list[Example]] = field(default_factory=dict, compare=False)  # the conversation of each row
     suspects: list[tuple[Example, Example]] = field(default_factory=list, compare=False)  # see `selection`
+    repeats: list[Quarantined] = field(default_factory=list, compare=False)  # used rows of given files, see `selection`
 
     @property
     def reasons(self) -> Counter[str]:
@@ -90,7 +92,8 @@ def cache_path(examples: Mapping[str, Sequence[Example]], settings: DataSettings
         hashed.update(path.read_bytes())
     for name, rows in examples.items():
         for e in rows:
-            hashed.update(json.dumps([name, e.where, e.messages, e.origin, e.schema, e.tools]).encode())
+            row = [name, e.where, e.messages, e.origin, e.schema, e.tools, e.group]
+            hashed.update(json.dumps(row).encode())
     return CACHE / f"{hashed.hexdigest()}.json"
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
 from formtune.base.row import SYSTEM_ROLES, Row, UnfitRow
-from formtune.data.cleaning import Example, judge, quarantine, repair
+from formtune.data.cleaning import Example, helpful_repair, judge, quarantine, repair
 from formtune.data.encoded import Splits, cache_path, content_hash, read_cache, write_cache
 from formtune.data.progress import shown
 from formtune.data.selection import select
@@ -17,6 +19,7 @@ from formtune.data.settings import DataSettings
 from formtune.data.shapes import written
 from formtune.data.sources import Source, own_schema, read_records
 from formtune.data.styles import mixtures
+from formtune.data.turns import kind
 from formtune.errors import UserError
 from formtune.formats import ToolCalls
 
@@ -46,17 +49,34 @@ def read_splits(settings: DataSettings) -> tuple[dict[str, list[Example]], Count
         raise UserError("data.train: name a file to train on")
     ignored: Counter[str] = Counter()
     named = {name: source for name, source in settings.sources.items() if name not in settings.shares}
-    return {name: read_examples(settings, source, ignored) for name, source in named.items()}, ignored
+    examples = {name: read_examples(settings, source, ignored, split=name) for name, source in named.items()}
+    if settings.group and not any(example.group for example in chain(*examples.values())):
+        raise UserError(f"data.group: no row has a value in the column `{settings.group}`; name another column")
+    if settings.train_on == "all":
+        examples = {name: list(chain(*map(_answers, rows))) for name, rows in examples.items()}
+    for example in chain(*examples.values()):
+        if len(example.messages[-1]) > 2:  # more than text: only the template knows how it is written
+            try:
+                messages = repair(example.messages, settings.clean)
+                example.written = settings.renderer.written(messages, example.tools)
+            except UnfitRow as error:
+                raise UserError(f"{example.where}: {error}") from None
+    return examples, ignored
 
 
 def read_examples(
-    settings: DataSettings, source: str | list[str] | Source, ignored: Counter[str], with_target: bool = True
+    settings: DataSettings,
+    source: str | list[str] | Source,
+    ignored: Counter[str],
+    with_target: bool = True,
+    split: str = "",
 ) -> list[Example]:
     """The conversations of a source, with the task's system prompt; counts in `ignored` the rows with unread keys."""
     examples = []
+    targets = "all" if with_target and settings.train_on == "all" else with_target
     for record, where in read_records(source):
         unread: set[str] = set()
-        messages = settings.columns.conversation(record, where, with_target, unread)
+        messages = settings.columns.conversation(record, where, targets, unread)
         tools = settings.columns.tools(record, where)
         schema = tools if isinstance(settings.format, ToolCalls) else None
         if settings.format.per_row and not isinstance(settings.format, ToolCalls):
@@ -65,17 +85,32 @@ def read_examples(
         if not isinstance(answer := messages[-1]["content"], str):
             messages[-1]["content"], note = written(answer, settings.format, where)
             settings.columns.notes.setdefault(note, where)
-        ignored.update(sorted(unread))
+        ignored.update(sorted(unread - {settings.group}))
         if (system := settings.system_of(schema)) and messages[0]["role"] not in SYSTEM_ROLES:
             messages.insert(0, {"role": "system", "content": system})
-        example = Example(messages, where, settings.columns.origin(record, where), tools=tools, schema=schema)
-        if with_target and len(messages[-1]) > 2:  # more than text: only the template knows how it is written
-            try:
-                example.written = settings.renderer.written(repair(messages, settings.clean), tools)
-            except UnfitRow as error:
-                raise UserError(f"{where}: {error}") from None
-        examples.append(example)
+        group = record.get(settings.group) if settings.group else None
+        if not isinstance(group, str | int | float | None):
+            raise UserError(
+                f"{where}: `{settings.group}` is {kind(group)}; data.group needs a column of texts or numbers"
+            )
+        origin, group = settings.columns.origin(record, where), "" if group is None else str(group)
+        examples.append(Example(messages, where, origin, tools=tools, schema=schema, group=group, split=split))
     return examples
+
+
+def _answers(row: Example) -> Iterator[Example]:
+    """A row for each answer of a conversation but those of weight 0; the turns before it are its context."""
+    ends = [at for at, message in enumerate(row.messages, 1) if message["role"] == "assistant"]
+    trained = [(n, end) for n, end in enumerate(ends, 1) if row.messages[end - 1].pop("weight", None) is None]
+    if not trained:
+        raise UserError(f"{row.where}: every answer has weight 0, so none would be trained; remove the row")
+    if len(ends) == 1:
+        return iter([row])
+    # By its content, not its place, so that the split survives reordering.
+    group = row.group or hashlib.blake2b(json.dumps(row.messages).encode(), digest_size=8).hexdigest()
+    return (
+        replace(row, messages=row.messages[:end], where=f"{row.where}, answer {n}", group=group) for n, end in trained
+    )
 
 
 def _prepare(settings: DataSettings, examples: Mapping[str, Sequence[Example]]) -> Splits:
@@ -90,16 +125,19 @@ def _prepare(settings: DataSettings, examples: Mapping[str, Sequence[Example]]) 
                 judged[name].append(row)
             else:
                 splits.quarantine.append(row)
-    selection = select(judged, settings.near_duplicates, settings.format.sets)
+    selection = select(judged, settings.near_duplicates, settings.format.sets, any(settings.shares.values()))
     splits.quarantine += selection.quarantine
-    splits.shared, splits.suspects = selection.shared, selection.suspects
+    splits.shared, splits.suspects, splits.repeats = selection.shared, selection.suspects, selection.repeats
     used: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     used |= _usual_style(settings, selection.kept, splits)
     test, validation = settings.shares.get("test", 0.0), settings.shares.get("validation", 0.0)
     train, used["train"] = used["train"], []
+    sizes = Counter(example.group or example.where for example in train).values()
+    splits.draws = sum(sizes) ** 2 / max(sum(size**2 for size in sizes), 1)
     for example in train:
         at = selection.cluster[example.where]
-        used["test" if at < test else "validation" if at < test + validation else "train"].append(example)
+        example.split = "test" if at < test else "validation" if at < test + validation else "train"
+        used[example.split].append(example)
     for name, members in used.items():
         splits.examples[name], splits.rows[name] = _encode(settings, members, splits)
     splits.key = content_hash(splits.rows)
@@ -118,8 +156,11 @@ def _usual_style(
         for form, places in mixture.minority.items():
             detail = f"{mixture.what} of {mixture.path or 'the answer'}: {form}, most rows have {usual}"
             details = dict.fromkeys(places, detail) | details
-    for rows in examples.values():
-        splits.quarantine += [quarantine(e, "style", details[e.where]) for e in rows if e.where in details]
+    for example in chain(*examples.values()):
+        if detail := details.get(example.where, ""):
+            is_layout = detail.startswith(("layout", "escapes", "key order"))
+            fix = helpful_repair(example.target, settings.format, settings.repair_answers) if is_layout else ""
+            splits.quarantine.append(quarantine(example, "style", detail, fix=fix))
     return {name: [e for e in rows if e.where not in details] for name, rows in examples.items()}
 
 
@@ -131,10 +172,12 @@ def _encode(settings: DataSettings, examples: list[Example], splits: Splits) -> 
         if not isinstance(row, Row):
             splits.quarantine.append(quarantine(example, "unfit", str(row)))
         elif (size := len(row)) > (limit := settings.limit):
-            splits.quarantine.append(quarantine(example, "too_long", f"{size} tokens, the limit is {limit}"))
+            detail, fix = f"{size} tokens, the limit is {limit}", f"data.max_length: {size}"
+            splits.quarantine.append(quarantine(example, "too_long", detail, fix=fix))
         elif (size := len(row.target_ids)) > (limit := settings.max_new_tokens):
             detail = f"the answer has {size} tokens, model.max_new_tokens is {limit}"
-            splits.quarantine.append(quarantine(example, "too_long", detail))
+            fix = f"model.max_new_tokens: {size}"
+            splits.quarantine.append(quarantine(example, "too_long", detail, fix=fix))
         else:
             fitting.append(example)
             rows.append(replace(row, origin=example.origin))

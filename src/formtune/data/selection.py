@@ -6,7 +6,7 @@ Answers are only compared where equal inputs should have equal answers, see `_Ro
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -20,7 +20,7 @@ from formtune.data.duplicates import components, near_pairs
 from formtune.formats.content import Words, leaves, typed
 
 WORD = 5  # letters of the shortest word in which one letter counts as mistyped: "now" and "not" are two words
-OPENING = 10  # a conversation continued in more ways is an opening such as "hello", and joins nothing
+OPENING = 10  # an input that is continued in more ways, or is in more groups, is a mere "hello" and joins nothing
 
 
 @dataclass(slots=True)
@@ -31,6 +31,7 @@ class Selection:
     quarantine: list[Quarantined] = field(default_factory=list)
     cluster: dict[str, float] = field(default_factory=dict)  # by place of a used row, its cluster's number in [0, 1)
     suspects: list[tuple[Example, Example]] = field(default_factory=list)
+    repeats: list[Quarantined] = field(default_factory=list)  # rows of given validation and test files; they are used
     shared: float = 0.0  # share of the inputs' text that many of them share
 
 
@@ -42,6 +43,7 @@ class _Row:
     task: str  # the instruction that its input shares with others
     text: int  # hash of the exact input
     answer: int  # hash of the answer's content
+    cluster: int = -1  # number of its cluster
 
     def comparable(self, other: _Row) -> bool:
         """Whether equal inputs of the two should have equal answers."""
@@ -54,10 +56,13 @@ class _Row:
         return len(shorter) == len(longer) or longer[: len(shorter)] != shorter
 
 
-def select(splits: Mapping[str, Sequence[Example]], threshold: float, sets: frozenset[str] = frozenset()) -> Selection:
+def select(
+    splits: Mapping[str, Sequence[Example]], threshold: float, sets: frozenset[str] = frozenset(), cut: bool = True
+) -> Selection:
     """Choose the rows to use; splits that come first own what they share with later ones.
 
-    `threshold` is the Jaccard index of near-duplicates, 1 for none; `sets` are the paths of arrays without an order.
+    `threshold` is the Jaccard index of near-duplicates, 1 for none; `sets` are the paths of arrays without an order;
+    `cut` says whether splits are then cut from train by cluster.
     """
     keyed = [(example, split, example.key) for split, examples in splits.items() for example in examples]
     inputs = {key: number for number, key in enumerate(dict.fromkeys(key for *_, key in keyed))}
@@ -75,43 +80,57 @@ def select(splits: Mapping[str, Sequence[Example]], threshold: float, sets: froz
         if parts[i][1] == parts[j][1]:
             near[i].append(j)
             near[j].append(i)
-    joined = np.array([*edges, *_continuations(rows)], np.int64).reshape(-1, 2)
-    clusters = components(len(inputs), *joined.T).tolist()
+    groups = {name: n for n, name in enumerate(dict.fromkeys(e.group for e, *_ in keyed if e.group), len(inputs))}
+    members = {(row.input, groups[row.example.group]) for row in rows if row.example.group}
+    openings = {number for number, count in Counter(number for number, _ in members).items() if count > OPENING}
+    pairs = [pair for pair in (*edges, *_continuations(rows), *sorted(members)) if openings.isdisjoint(pair)]
+    clusters = components(len(inputs) + len(groups), *np.array(pairs, np.int64).reshape(-1, 2).T).tolist()
+    for row in rows:
+        row.cluster = clusters[groups.get(row.example.group, row.input)]
     conflicts, suspects = _conflicts(rows, near)
     selection = Selection({split: [] for split in splits}, suspects=suspects)
     selection.shared = 1 - sum(map(len, texts)) / max(sum(map(len, inputs)), 1)
-    owners: dict[int, _Row] = {}
+    owners: dict[tuple[str, Any], _Row] = {}
     used: dict[int, list[_Row]] = defaultdict(list)
     for row in rows:
-        owner = owners.get(clusters[row.input], row)
+        keys = [("input", row.input), ("group", row.example.group or row), ("cluster", row.cluster)]
+        owned = [(what, owners[what, which]) for what, which in keys if (what, which) in owners]
+        # An opening can be in several clusters, each of which may be cut into another split.
+        is_cut = cut and row.split == "train"
+        leaks = [(what, o) for what, o in owned if o.split != row.split or (is_cut and o.cluster != row.cluster)]
+        twin = _twin(row, used, near)
+        repeat = twin and _quarantined(row, "duplicate" if twin.text == row.text else "near_duplicate", twin)
         if pair := conflicts.get((row.split, row.text)):
             other = next(other for other in pair if other.answer != row.answer)
             selection.quarantine.append(_quarantined(row, "conflict", other))
-        elif owner.split != row.split:
-            selection.quarantine.append(_quarantined(row, "leak", owner))
-        elif twin := _twin(row, used, near):
-            reason = "duplicate" if twin.text == row.text else "near_duplicate"
-            selection.quarantine.append(_quarantined(row, reason, twin))
+        elif repeat and row.split == "train":
+            selection.quarantine.append(repeat)
+        elif leaks:
+            what, owner = leaks[0]
+            selection.quarantine.append(_quarantined(row, "leak", owner, what))
         else:
-            owners.setdefault(clusters[row.input], row)
+            selection.repeats += [repeat] if repeat else []  # in a given test file, which stays comparable
+            for key in keys:
+                owners.setdefault(key, row)
             used[row.input].append(row)
             selection.kept[row.split].append(row.example)
     lowest: dict[int, float] = {}
-    for number, cluster in zip(hashes, clusters, strict=True):
+    for number, cluster in zip(hashes, clusters, strict=False):
         lowest[cluster] = min(lowest.get(cluster, 1.0), number)
-    selection.cluster = {row.example.where: lowest[clusters[at]] for at, group in used.items() for row in group}
+    # Not the lowest of a group's many inputs, which would be in the first split nearly always.
+    lowest |= {clusters[groups[name]]: _unit_hash(name) for name in sorted(groups, reverse=True)}
+    selection.cluster = {row.example.where: lowest[row.cluster] for group in used.values() for row in group}
     return selection
 
 
-def _quarantined(row: _Row, reason: str, other: _Row) -> Quarantined:
+def _quarantined(row: _Row, reason: str, other: _Row, what: str = "") -> Quarantined:
     where, same = other.example.where, "same" if row.input == other.input else "nearly the same"
-    if reason == "conflict":
-        detail = f"{same} input as {where}, another answer"
-    elif reason == "leak":
-        relation = "also in" if same == "same" else "nearly the same as, or continues, that of"
-        detail = f"the input is {relation} {where}"
-    else:
-        detail = f"{same} input as {where}, same answer"
+    detail = {
+        "conflict": f"{same} input as {where}, another answer",
+        "input": f"the input is also in {where}",
+        "group": f"another row of its group, {row.example.group[:40]!r}, is in {where}",
+        "cluster": f"the input is nearly the same as, or continues, that of {where}",
+    }.get(what or reason, f"{same} input as {where}, same answer")
     return quarantine(row.example, reason, detail, where)
 
 
@@ -184,10 +203,10 @@ def _one_letter(x: str, y: str) -> bool:
 
 def _explained(a: Example, b: Example) -> bool:
     """Whether every value in which two answers differ is in its own input, and not in both."""
-    values = dict(leaves(a.value)), dict(leaves(b.value))
+    values, texts = (dict(leaves(a.value)), dict(leaves(b.value))), ["\n".join(e.spoken) for e in (a, b)]
     for path in values[0].keys() | values[1].keys():
         x, y = (leaf[path][0] if path in leaf else None for leaf in values)
-        own, crossed = _holds(a.input, x) and _holds(b.input, y), _holds(b.input, x) and _holds(a.input, y)
+        own, crossed = _holds(texts[0], x) and _holds(texts[1], y), _holds(texts[1], x) and _holds(texts[0], y)
         if typed(x) != typed(y) and (crossed or not own):
             return False
     return True

@@ -44,6 +44,8 @@ class DataSettings:
         tokenizer: Model folder or hub id of the tokenizer (follows `model.base`).
         system: System prompt for rows that have none; `{schema}` in it is replaced by the format's JSON Schema.
         columns: Which columns hold the conversation; known shapes, such as ShareGPT's, are recognized without it.
+        train_on: The last answer of a conversation, or all: each is then a row of its own, in every split.
+        group: Column whose rows with the same value, such as a dialogue's or a customer's, are never in two splits.
         clean: Repairs to run on inputs, here and in `predict`.
         repair_answers: Repairs to run on answers, made only if the answer then has a valid format.
         near_duplicates: Jaccard index of the five-character shingles of two inputs from which they are near-duplicates;
@@ -66,6 +68,8 @@ class DataSettings:
         tokenizer: str = "",
         system: str | None = None,
         columns: Columns | None = None,
+        train_on: Literal["last", "all"] = "last",
+        group: str | None = None,
         clean: list[Step] = ["encoding", "unicode", "control", "edges"],  # noqa: B006 (jsonargparse shows it in --help)
         repair_answers: list[AnswerStep] = [],  # noqa: B006
         near_duplicates: ClosedUnitInterval = 0.8,
@@ -86,6 +90,7 @@ class DataSettings:
                 raise UserError(f"data.{name}: {share} is no share of train's inputs; name one such as 0.1, or a file")
         self.format, self.prompts, self.production, self.base = format, prompts, production, tokenizer
         self.system, self.columns = system_prompt(system, format.to_dict()), columns or Columns()
+        self.train_on, self.group = train_on, group
         self.clean, self.repair_answers, self.near_duplicates = clean, repair_answers, near_duplicates
         self.bad_rows, self.max_synthetic = bad_rows, max_synthetic
         self.max_length, self.max_new_tokens = max_length, max_new_tokens

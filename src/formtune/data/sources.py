@@ -131,9 +131,9 @@ class Columns:
         return "human" if name.strip().casefold() == "human" else name
 
     def conversation(
-        self, record: dict[str, Any], where: str, with_target: bool, ignored: set[str] | None = None
+        self, record: dict[str, Any], where: str, with_target: bool | str, ignored: set[str] | None = None
     ) -> list[dict[str, Any]]:
-        """The record's turns; the last one is the assistant's with a target, the user's without.
+        """The record's turns; the last one is the assistant's with a target, the user's without (see `read_turns`).
 
         `ignored` collects the names of the keys that have a value and are not read. The last answer may be no text.
         """
@@ -142,7 +142,7 @@ class Columns:
         record = {name: None if kind(value) == "float" and value != value else value for name, value in record.items()}
         own = {*self._in_prompt, self.completion}
         is_other = self._is_default and all(record.get(name) is None for name in (*own, self.messages))
-        if is_other and (shape := recognize(record, where, with_target)):
+        if is_other and (shape := recognize(record, where, bool(with_target))):
             columns = Columns(**shape[1], system=self.system, source=self.source, schema=self.schema)
             columns.notes = self.notes
             if columns.messages == self.messages:  # the note on turns says more
@@ -174,7 +174,7 @@ class Columns:
         return None if "tools" in self._in_prompt else read_tools(record.get("tools"), "tools", where)
 
     def _chat(
-        self, record: dict[str, Any], column: str, where: str, with_target: bool, ignored: set[str]
+        self, record: dict[str, Any], column: str, where: str, with_target: bool | str, ignored: set[str]
     ) -> list[dict[str, Any]]:
         given, shape = record[column], f"{column} (role, content)"
         if column != self.messages:

@@ -25,9 +25,10 @@ _REFUSED_IN_TURNS = REFUSED.union(
 )
 
 
-def read_turns(turns: Any, column: str, where: str, with_target: bool, ignored: set[str]) -> list[Message]:
+def read_turns(turns: Any, column: str, where: str, with_target: bool | str, ignored: set[str]) -> list[Message]:
     """The turns in a row's column; without a target, an answer at the end is left out.
 
+    With `with_target="all"` each answer is one; those of weight 0 get the key `weight`.
     `ignored` collects the names of the keys that have a value and are not read.
     """
     if not isinstance(turns, list):
@@ -36,8 +37,10 @@ def read_turns(turns: Any, column: str, where: str, with_target: bool, ignored: 
         turns = turns[:-1]
     messages = []
     for number, turn in enumerate(turns):
-        is_answer = with_target and number == len(turns) - 1
+        is_answer = with_target is True and number == len(turns) - 1
         message, keys = _read_turn(turn, f"{where}: {column}[{number}]", is_answer)
+        if with_target == "all" and message["role"] == "assistant" and any(turn.get(key) == 0 for key in WEIGHTS):
+            message["weight"] = "0"
         messages.append(message)
         ignored |= {f"{column}[].{key}" for key in keys}
     last = ("assistant",) if with_target else ("user", "tool")
@@ -105,8 +108,8 @@ def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[Message, set[str]
         # The last answer alone is trained: weight 0 is what every other turn has.
         if (weight := turn.get(key)) is not None and weight != 1 and (is_answer or weight != 0):
             raise UserError(
-                f"{here}: `{key}` is {weight!r}, but the last answer is trained, with weight 1, and no other turn; "
-                "end the row at the answer to train, or remove the row"
+                f"{here}: `{key}` is {weight!r}, but the last answer is trained, with weight 1, and no other turn "
+                "(data.train_on: all trains each of weight 1); end the row at the answer to train, or remove the row"
             )
     if "tool_calls" in message:
         message["tool_calls"] = _read_calls(message["tool_calls"], f"{here}.tool_calls")

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def few_shot_rows(
             conversations.append((turns, row.where, row.schema, row.tools))
         rows = [row for row in renderer.encode(conversations) if isinstance(row, Row) and len(row) <= context]
         if len(rows) == len(test):
-            return rows, count
+            # Their own turns alone: a value copied from a shot is made up.
+            return [replace(row, messages=own.messages) for row, own in zip(rows, test, strict=True)], count
     return [], 0
 
 
@@ -97,7 +99,7 @@ def best_prompt(baselines: Mapping[str, Sequence[Outcome]]) -> str:
 def constant_answer(train: Sequence[Row], test: Sequence[Row], format: Format) -> tuple[int, int]:
     """Majority-answer accuracy as right rows and all rows: a model below it has learned nothing of the content."""
     [(answer, _)] = Counter(row.target or "" for row in train).most_common(1)
-    checks = (format.of_row(row.schema).check(answer, target=row.target, input=row.input) for row in test)
+    checks = (format.of_row(row.schema).check(answer, target=row.target, input=row.context) for row in test)
     return sum(check.joint for check in checks), len(test)
 
 

@@ -139,7 +139,7 @@ def measured(run: FinishedRun, kind: str, folder: Path) -> tuple[dict[str, Any],
     outcomes = []
     for row, ids in zip(run.test, answers, strict=True):
         text, finished = renderer.answer(ids)
-        verdict = run.format.of_row(row.schema).check(text, finished=finished, target=row.target, input=row.input)
+        verdict = run.format.of_row(row.schema).check(text, finished=finished, target=row.target, input=row.context)
         outcomes.append(outcome(row, text, verdict, run.format))
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     figures: dict[str, Any] = {"bytes": size, "tokens_per_second": speed, "closeness": asdict(closeness)}

@@ -222,7 +222,7 @@ class FormatModule(L.LightningModule):
     def _check(self, row: Row, ids: list[int]) -> Answer:
         text, finished = self.renderer.answer(ids)
         own = self.format.of_row(row.schema)
-        return Answer(row, text, own.check(text, finished=finished, target=row.target, input=row.input))
+        return Answer(row, text, own.check(text, finished=finished, target=row.target, input=row.context))
 
     @torch.no_grad()
     def teacher_forced_loss(self, rows: Sequence[Row]) -> Tensor:

@@ -498,18 +498,19 @@ def test_every_kind_of_bad_row_has_its_own_line_count_and_remedy(task):
     assert main(["audit", "-c", "t.yaml"]) == 1
     lines = read(folder)["blockers"]
     expected = {
-        "train.jsonl:61: ": ("(4 such rows); fix them, try data.repair_answers: [edges, fence]", "extra_text"),
-        "train.jsonl:65: ": ("(2 such rows); fix them, try data.repair_answers: [canonical]", "layout"),
-        "train.jsonl:67: ": ("(4 such rows); raise data.max_length", "tokens, the limit is 500"),
-        "train.jsonl:71: ": ("(2 such rows); raise model.max_new_tokens", "the answer has"),
+        "train.jsonl:61: ": ("(3 such rows); set data.repair_answers: [fence]", "extra_text"),
+        "train.jsonl:64: ": ("(1 such rows); fix them", "syntax"),
+        "train.jsonl:65: ": ("(2 such rows); set data.repair_answers: [canonical]", "layout"),
+        "train.jsonl:67: ": ("(4 such rows); take a base with a context of 834 tokens", "the limit is 500"),
+        "train.jsonl:71: ": ("(2 such rows); set model.max_new_tokens: 145", "the answer has"),
         "train.jsonl:73: ": ("(1 such rows); fix them", "the text holds <|im_end|>"),
     }
     assert len(lines) == len(expected)
     for start, parts in expected.items():
         [line] = [line for line in lines if line.startswith(start)]
-        assert all(part in line for part in parts) and line.endswith(", or set data.bad_rows: drop")
+        assert all(part in line for part in parts) and line.endswith(parts[0].rpartition("; ")[2])  # 13 of 73: no drop
     assert main(["audit", "-c", "t.yaml", "--data.max_length", "4000"]) == 1  # the base's context is 512
-    assert sum("take a base with a context of more than 512" in line for line in read(folder)["blockers"]) == 1
+    assert sum("take a base with a context of 834 tokens" in line for line in read(folder)["blockers"]) == 1
 
 
 def test_an_empty_split_is_a_line_that_says_which_and_why(task, capsys):
@@ -529,7 +530,7 @@ def test_an_empty_split_is_a_line_that_says_which_and_why(task, capsys):
     assert main(["audit", "-c", "t.yaml", "--data.validation", "train.jsonl"]) == 1
     [line] = read(folder)["blockers"]
     assert line.startswith(
-        "data.train: no row is left to use (120 read; 60 leak), such as train.jsonl:1: the input is also"
+        "data.train: no row is left to use (60 read; 60 leak), such as train.jsonl:1: the input is also"
     )
 
 

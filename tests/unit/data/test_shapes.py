@@ -313,13 +313,13 @@ def test_a_parquet_file_may_be_compressed(tmp_path, packed):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": \n'), "a.jsonl.gz:2: not valid JSON"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": \n', mtime=0), "a.jsonl.gz:2: not valid JSON"),
         ("a.jsonl.xz", lzma.compress(b'{"a": 1}\n\xff\n'), "a.jsonl.xz:2: not UTF-8 at byte 0"),
         ("a.csv.bz2", bz2.compress(b"a,b\n1,2\n1\n"), "a.csv.bz2:3: the row does not have the header's 2 cells"),
         ("semicolon.csv", b"a;b\n1;2\n1,2\n", "semicolon.csv:3: the row does not have the header's 2 cells"),
         ("a.tsv", b"a\tb\n1\t2\n1\n", "a.tsv:3: the row does not have the header's 2 cells"),
         ("a.jsonl.gz", b'{"a": 1}\n', "a.jsonl.gz:1: not readable .Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-12], "a.jsonl.gz:[123]: not readable"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], "a.jsonl.gz:[123]: not readable"),
         ("a.json.xz", lzma.compress(LINES.encode())[:-12], "a.json.xz:[123]: not readable"),
         ("a.csv.bz2", b"nothing", "a.csv.bz2:1: not readable"),
         ("a.jsonl.zst", b"nothing", "a.jsonl.zst:1: not readable"),
