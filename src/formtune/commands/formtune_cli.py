@@ -113,7 +113,9 @@ class FormtuneCLI(LightningCLI):
         parser.add_argument("--baselines", type=list[Baseline], default=["few_shot", "constrained"], help="What train "
                             "measures beside the plain base; [] for nothing")  # fmt: skip
         parser.add_argument("--baseline_rows", type=PositiveInt, default=200, help="Test rows for baselines at most")
-        parser.add_argument("--quick", action="store_true", help="A first look: no baselines, few evaluation rows")
+        parser.add_argument(
+            "--quick", action="store_true", help="A first look: no baselines, few evaluation rows, no longer inputs"
+        )
         parser.add_argument("--answers", type=str, default="answers.jsonl", help="JSON Lines file that predict writes")
         parser.add_argument("--ckpt_path", type=str | None, help="Weights to measure: best, the run's best checkpoint "
                             "(the default with a run); last, its newest one; base, the untuned base (the default "

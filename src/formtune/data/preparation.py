@@ -83,7 +83,11 @@ def read_examples(
             schema = own_schema(record.get(settings.columns.schema))
             unread.discard(settings.columns.schema)
         if not isinstance(answer := messages[-1]["content"], str):
-            messages[-1]["content"], note = written(answer, settings.format, where)
+            try:
+                format = settings.format.of_row(schema)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            messages[-1]["content"], note = written(answer, format, where)
             settings.columns.notes.setdefault(note, where)
         ignored.update(sorted(unread - {settings.group}))
         if (system := settings.system_of(schema)) and messages[0]["role"] not in SYSTEM_ROLES:

@@ -34,6 +34,7 @@ def train(
     baseline_rows: int,  # test rows that the baselines are measured on, at most
     checkpoint: Path | None,  # to resume from
     checks: Sequence[Callable[[FormatModule], list[str]]] = (),  # each returns lines to print, or refuses the run
+    longer_inputs: bool = True,  # whether to test on longer inputs too
 ) -> dict[str, Any] | None:
     """Measure the base, fit, test the best checkpoint, export the adapter and write the report.
 
@@ -79,7 +80,7 @@ def train(
 
     # The tuned model on the test rows, and on longer inputs
     evaluator.tuned(result)
-    result["probe"] = evaluator.probe()
+    result["probe"] = evaluator.probe() if longer_inputs else []
     result["rows"] = result["counts"]["after"]["format/exact"][1]
     result["data"] = data  # as in audit.json
     result["training"] = {
