@@ -78,7 +78,7 @@ USER, GOLD = {"role": "user", "content": "a"}, {"role": "assistant", "content": 
 
 # Case, title, the second line of the file (or all of it, in bytes), what the line says.
 ROWS = [
-    (1, "line is not JSON", "number 7", ["train.jsonl:2: not valid JSON", "fix or remove the line"]),
+    (1, "line is not JSON", "number 7", ["train.jsonl:2: not valid JSON", "fix or remove the row"]),
     (2, "last line is cut off", row()[:-9], ["train.jsonl:2: not valid JSON"]),
     (6, "Latin-1 file", GOOD[0].encode() + b'\n{"prompt": "\xe9"}\n', ["train.jsonl:2: not UTF-8 at byte 12"]),
     (6, "UTF-16 file", GOOD[0].encode("utf-16"), ["train.jsonl:1: not UTF-8 at byte 0", "convert the file"]),
@@ -245,19 +245,19 @@ def test_prompts_longer_than_the_context_are_refused_by_their_line(work, record_
 
 
 SCHEMAS = [
-    (29, "schema with an unknown type", {"type": "strng"}, ["schema.json: not a JSON Schema ($.type: 'strng'"]),
-    (29, "schema with a mistyped keyword", {"requierd": ["a"]}, ["$.requierd: not a keyword of draft 2020-12"]),
+    (29, "schema with an unknown type", {"type": "strng"}, ["schema.json: $.type: not a JSON Schema", "found 'strng'"]),
+    (29, "schema with a mistyped keyword", {"requierd": ["a"]}, ["$.requierd: not a keyword", "did you mean 'required'?"]),
     (29, "schema that is a list", [], ["schema.json: expected an object as schema"]),
-    (29, "schema of another draft", {"$schema": "http://json-schema.org/draft-07/schema#"}, ["convert the schema"]),
+    (29, "schema that accepts everything", {"$schema": "http://json-schema.org/draft-07/schema#"}, ["no keyword that is checked"]),
     (29, "schema whose $schema is a number", {"$schema": 7}, ["schema.json: "]),
     (30, "remote $ref", {"$ref": "https://example.com/x.json"}, ["leads out of the file; copy what it names"]),
     (30, "$ref to a file", {"properties": {"a": {"$ref": "../x.json"}}}, ["leads out of the file"]),
     (30, "remote $dynamicRef", {"$dynamicRef": "http://169.254.169.254/"}, ["leads out of the file"]),
-    (30, "cyclic $ref", {"properties": {"n": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, ["a $ref leads back to itself without end"]),
-    (30, "$ref to nowhere", {"$ref": "#/$defs/gone"}, ["a $ref leads nowhere"]),
+    (30, "cyclic $ref", {"properties": {"n": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, ["$.properties.n: leads back to itself without end"]),
+    (30, "$ref to nowhere", {"$ref": "#/$defs/gone"}, ["'#/$defs/gone' leads nowhere"]),
     (31, "schema of 200,000 properties", {"properties": {f"p{n}": {"type": "string"} for n in range(200_000)}}, ["schema.json: "]),
-    (31, "schema with 20,000 references", {"$defs": {"a": {}}, "properties": {f"p{n}": {"$ref": "#/$defs/a"} for n in range(20_000)}}, ["schema.json: "]),
-    (31, "schema with 2^60 fields", {"$ref": "#/$defs/a0", "$defs": {f"a{n}": {"properties": {key: {"$ref": f"#/$defs/a{n + 1}"} for key in "xy"}} for n in range(60)} | {"a60": {}}}, ["schema.json: "]),
+    (31, "schema with 20,000 references", {"$defs": {"a": {}}, "properties": {f"p{n}": {"$ref": "#/$defs/a"} for n in range(20_000)}}, None),
+    (31, "schema with 2^60 fields", {"$ref": "#/$defs/a0", "$defs": {f"a{n}": {"properties": {key: {"$ref": f"#/$defs/a{n + 1}"} for key in "xy"}} for n in range(60)} | {"a60": {}}}, None),
     (31, "schema with 2^60 alternatives", {"$ref": "#/$defs/a0", "$defs": {f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(60)} | {"a60": {}}}, ["schema.json: "]),
     (31, "schema nested 60 levels", json.loads('{"items":' * 60 + "{}" + "}" * 60), None),
     (31, "schema nested 5,000 levels", '{"items":' * 5_000 + "{}" + "}" * 5_000, ["schema.json: ", "nested deeper"]),

@@ -13,6 +13,7 @@ from typing import Any
 from jsonschema.exceptions import ValidationError
 
 from formtune.errors import UserError
+from formtune.formats.bounded import time_limit
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
 from formtune.formats.grammar import json_rules
 from formtune.formats.places import Places, is_array, is_label
@@ -83,8 +84,12 @@ class JsonSchema(Format):
             for path, parts_here, in_array in paths:
                 parts.setdefault(path, []).extend(parts_here)
                 fields |= {path: None} if path and not in_array else {}
+            with time_limit():
+                self._validator.is_valid({})
         except RecursionError:
             raise UserError(f"{name}: the schema is nested too deeply; flatten it with $defs") from None
+        except TimeoutError:
+            raise UserError(f"{name}: the schema takes too long to check; its references multiply") from None
         notes += [f"the schema is what is within {keys!r}"] if keys else []
         is_cut = len(paths) == MAX_PATHS
         notes += [f"only the first {MAX_PATHS:,} fields are compared one by one"] if is_cut else []
@@ -113,7 +118,8 @@ class JsonSchema(Format):
         yield from find_documents(text, answer_start(text), self._brackets)
 
     def write(self, value: Any) -> str:
-        with suppress(RecursionError):  # an alternative that refers to itself gives no order
+        # An alternative that refers to itself gives no order, and neither do too many of them.
+        with suppress(RecursionError, TimeoutError), time_limit():
             value = self._places.ordered(value)
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 

@@ -99,6 +99,7 @@ class Places:
 
     def _ways(self, node: Any, value: Any) -> list[list[Part]]:
         """Each way to take one alternative of every union: the parts that hold then."""
+        seconds_left()
         if not isinstance(node, dict):
             return [[]]
         groups = [

@@ -188,7 +188,9 @@ def test_rows_of_tool_calls_are_judged_by_their_tools_and_encoded(task, monkeypa
     assert found["6"].tools == found["6"].schema and '"count"' in found["6"].tools
     reasons = {row.where.rpartition(":")[2]: (row.reason, row.detail) for row in made.splits.quarantine}
     assert reasons["8"] == ("format", "bad_value_form: $[0].name: 'count'; the tools are 'other'")
-    assert reasons["9"][0] == "schema" and reasons["9"][1].startswith("the parameters of count: not a JSON Schema")
+    assert reasons["9"][0] == "schema" and reasons["9"][1].startswith(
+        "the parameters of count: $.type: not a JSON Schema"
+    )
 
 
 def test_rows_with_other_tools_are_neither_duplicates_nor_conflicts(task, monkeypatch):

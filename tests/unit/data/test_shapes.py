@@ -102,7 +102,7 @@ def test_inputs_without_answers_are_recognized_too(record, prompt):
          r"answers .*'prompt': '\{question\}', 'completion': 'answer'\}; set data.columns"),
         ({"context": "c", "question": "a", "answer": "b"}, r"questions and answers .* or questions on a text .*'\{context\}\\n\\n\{question\}'"),
         ({"instruction": "a", "output": "b", "text": "t", "label": "l"}, "Alpaca rows .* or texts and labels"),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "tool", "value": "b"}]}, r"f.jsonl:1: conversations\[1\]: the role 'tool'"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "tool", "value": "b"}]}, "the last turn of `conversations` must be the assistant's"),
         ({"conversations": SHAREGPT[:1]}, "the last turn of `conversations` must be the assistant's"),
         ({"prompt": CHAT[:1], "completion": CHAT[:1]}, r"the last turn of `prompt\+completion` must be the assistant's"),
         ({"question": "a", "answer": None}, "f.jsonl:1: `answer` is null, not text"),

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from chat_server import ChatServer
 from conftest import SCHEMA, TEMPLATE, pair
+from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.cli import main
 from formtune.deploy.endpoint import _prompt
@@ -179,6 +180,7 @@ def test_a_request_holds_what_the_renderer_renders(check, base, capsys):
     assert run("--model.base", "other") == 0
     assert server.requests[0]["messages"] == [{"role": "user", "content": "Number it.\n\nnumber 200"}]
     Path("other/chat_template.jinja").unlink()
+    Renderer.load.cache_clear()
     assert run("--model.base", "other") == 2
     assert "asks for chat completions, and the base has no chat template" in capsys.readouterr().err
 

@@ -11,6 +11,7 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from conftest import byte_tokenizer, pair, tiny_model
+from formtune.base.renderer import Renderer
 from formtune.cli import main
 from formtune.errors import UserError
 from formtune.export.measure import merge
@@ -241,6 +242,7 @@ def test_the_configuration_that_rules_see_is_the_one_that_is_trained():
 
 def test_preflight_says_how_a_prompt_looks_that_chat_servers_cannot_render(project):
     Path("base/chat_template.jinja").unlink()
+    Renderer.load.cache_clear()
     code, result = preflight("--for", "vllm")
     [found] = [one for one in result["checks"] if one["check"] == "chat template"]
     assert code == 0 and found["verdict"] == "warning"
