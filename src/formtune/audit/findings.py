@@ -110,13 +110,13 @@ def sources(examples: Iterable[Example]) -> dict[str, dict[str, Any]]:
         groups.setdefault(example.origin, []).append((example.target, opening))
     # The shares fall with the number of rows: as many rows of each source are compared.
     size = min((len(rows) for rows in groups.values() if len(rows) >= VARIETY), default=0)
-    found = {}
+    entries = {}
     for name, rows in sorted(groups.items(), key=lambda item: -len(item[1])):
         sample = random.Random(0).sample(rows, size) if len(rows) >= VARIETY else []
         distinct = [len(set(texts)) / size for texts in zip(*sample, strict=True)] or None
         openings = Counter(opening for _, opening in rows).most_common(OPENING)
-        found[name] = {"rows": len(rows), "distinct": distinct, "openings": dict(openings)}
-    return found
+        entries[name] = {"rows": len(rows), "distinct": distinct, "openings": dict(openings)}
+    return entries
 
 
 def _sizes(rows: Sequence[Row]) -> dict[str, list[int]]:
@@ -213,8 +213,8 @@ def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
             f"({first['where']}: {str(first['value'])[:40]!r}): invented, or derived?{derived}"
         )
         invented.append((-len(entry["rows"]), text))
-    for kind, found in kinds.items():
-        lines = [text for _, text in sorted(found)]  # the gravest first
+    for kind, entries in kinds.items():
+        lines = [text for _, text in sorted(entries)]  # the gravest first
         yield from lines[:GRAVEST]
         if more := lines[GRAVEST:]:
             findings["more_warnings"][kind] = more

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from formtune.base.folder import check_base
-from formtune.base.row import SYSTEM_ROLES, Message, Row, UnfitRow, said, with_json_arguments
+from formtune.base.row import SYSTEM_ROLES, Message, Row, UnfitRow, full_text, with_json_arguments
 from formtune.errors import UserError, first_line
 
 
@@ -132,7 +132,7 @@ class Renderer:
     def _row(
         self, number: int, messages: list[Message], where: str, schema: str | None = None, tools: str | None = None
     ) -> Row:
-        for text in (*map(said, messages), *(turn.get("reasoning_content", "") for turn in messages), tools or ""):
+        for text in (*map(full_text, messages), *(turn.get("reasoning_content", "") for turn in messages), tools or ""):
             if token := self._control_token.search(text):
                 raise UnfitRow(f"the text holds {token[0]}, which the tokenizer would read as a control token")
         turns = self.turns(messages)
@@ -249,14 +249,14 @@ def _check_turns(context: list[Message], prompt: str) -> None:
             content = content.rpartition("</think>")[2]  # templates leave out what an earlier answer thought
         # A template may write a tool's result as JSON text.
         forms = [content, json.dumps(content, ensure_ascii=False)] if message["role"] == "tool" else [content]
-        found = next((letters for letters in map(_letters, forms) if letters in prompt), None)
-        if found is None:
+        letters = next((form for form in map(_letters, forms) if form in prompt), None)
+        if letters is None:
             text = " ".join(content.split())[:40]
             raise UnfitRow(
                 f"the chat template leaves out the {message['role']} turn {text!r}; write it into the last user turn, "
                 "or take a base whose template has it"
             )
-        prompt = prompt.replace(found, "\0", 1)
+        prompt = prompt.replace(letters, "\0", 1)
 
 
 def _letters(text: str) -> str:

@@ -35,7 +35,7 @@ class Row:
     def context(self) -> str:
         """Everything that the answer's values may come from: every turn, the system prompt and tool results too."""
         turns = self.messages if self.target is None else self.messages[:-1]
-        return "\n".join([*map(said, turns), *([self.tools] if self.tools else ())]) or self.input
+        return "\n".join([*map(full_text, turns), *([self.tools] if self.tools else ())]) or self.input
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.target_ids)
@@ -50,7 +50,7 @@ def with_json_arguments(messages: Sequence[Message]) -> list[Message]:
     return turns
 
 
-def said(message: Message) -> str:
+def full_text(message: Message) -> str:
     """All that a turn says: its text, and its tool calls as JSON."""
     calls = [call["function"] for call in message.get("tool_calls", ())]
     return message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")

@@ -63,8 +63,8 @@ class OneLine:
             try:
                 return kind(*values, **named)
             except Exception as error:
-                found = (key for key, value in vars(namespace.as_flat()).items() if f"{kind.__name__}'" in repr(value))
-                key = next(found, "").removesuffix(".class_path")
+                keys = (key for key, value in vars(namespace.as_flat()).items() if f"{kind.__name__}'" in repr(value))
+                key = next(keys, "").removesuffix(".class_path")
                 if isinstance(error, UserError):
                     failed.append(str(error))
                 elif not kind.__module__.startswith("formtune."):
@@ -127,26 +127,26 @@ def _innermost(text: str) -> tuple[str, str]:
     """The key that jsonargparse's message is about, through the classes that values name, and what it says of it."""
     keys = []
     while True:
-        if found := re.match(
+        if match := re.match(
             r'\s*(?:Parser key "([\w.]+)":|Problem with given class_path .*:\n|Type .* class:)\s*', text
         ):
-            keys += [found[1]] if found[1] else []
-            text = text[found.end() :]
-        elif found := re.search(r"^( *)- (Problem with .*(?:\n\1 +.*)*)", text, re.MULTILINE):  # one of several types
-            text = found[2]
+            keys += [match[1]] if match[1] else []
+            text = text[match.end() :]
+        elif match := re.search(r"^( *)- (Problem with .*(?:\n\1 +.*)*)", text, re.MULTILINE):  # one of several types
+            text = match[2]
         else:
             return ".".join(keys), text.strip()
 
 
 def _reason(text: str, classes: Collection[str] = ()) -> str:
     """What is wrong with a value, in one sentence; `classes` are those that it can name."""
-    if found := re.search(r"No module named '([\w.]+)'|module '([\w.]+)' has no attribute '(\w+)'", text):
-        install = f"; pip install {found[1]}, or set PYTHONPATH to the folder that holds it"
-        return found[0] + (install if found[1] else did_you_mean(found[3], dir(sys.modules.get(found[2]))))
-    if found := re.search(r"arguments? (?:is|are) required: (.*)", text):
-        return f"the argument {found[1]} is missing"
-    found = re.search(_VALUE, text)
-    value = next((group for group in found.groups() if group is not None), "") if found else ""
+    if match := re.search(r"No module named '([\w.]+)'|module '([\w.]+)' has no attribute '(\w+)'", text):
+        install = f"; pip install {match[1]}, or set PYTHONPATH to the folder that holds it"
+        return match[0] + (install if match[1] else did_you_mean(match[3], dir(sys.modules.get(match[2]))))
+    if match := re.search(r"arguments? (?:is|are) required: (.*)", text):
+        return f"the argument {match[1]} is missing"
+    match = re.search(_VALUE, text)
+    value = next((group for group in match.groups() if group is not None), "") if match else ""
     matches = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])|Not of type (\w+)", text)
     choices = dict.fromkeys(choice.strip("'") for _, literal, _ in matches for choice in literal.split(", ") if literal)
     types = dict.fromkeys(_TYPES[word] for name, _, restricted in matches if (word := name or restricted) in _TYPES)
@@ -155,8 +155,8 @@ def _reason(text: str, classes: Collection[str] = ()) -> str:
         few = f"one of {', '.join(sorted(classes))}, or " * (0 < len(classes) < 9)
         near = did_you_mean(named[1] or "", classes) or f"; name {few}MODULE.CLASS"
         return (f"no class {named[1]!r}" if named[1] else f"{named[2]} needs a class") + near
-    if found := re.search(r"correspond to a (subclass of \w+)", text):
-        return f"{value} is no {found[1]}"
+    if match := re.search(r"correspond to a (subclass of \w+)", text):
+        return f"{value} is not a {match[1]}"
     if not value or not (choices or types):
         return next(iter(re.findall(r"Errors:\n *- (.*)", text)), text)
     if choices or "a number" in types:

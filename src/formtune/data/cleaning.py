@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import ftfy
 
-from formtune.base.row import SYSTEM_ROLES, Message, said
+from formtune.base.row import SYSTEM_ROLES, Message, full_text
 from formtune.errors import UserError
 from formtune.formats import Format
 
@@ -95,7 +95,7 @@ class Example:
         return self._contents(*_CONVERSATION)
 
     def _contents(self, *roles: str) -> list[str]:
-        return [said(message) for message in self.messages[:-1] if message["role"] in roles]
+        return [full_text(message) for message in self.messages[:-1] if message["role"] in roles]
 
 
 def _single_spaced(text: str) -> str:

@@ -87,7 +87,9 @@ class DataSettings:
             raise UserError("data.validation, data.test: the two shares leave no rows to train on")
         for name, share in shares.items():
             if isinstance(share, str) and re.fullmatch(r"[\d.,]+%?", share):
-                raise UserError(f"data.{name}: {share} is no share of train's inputs; name one such as 0.1, or a file")
+                raise UserError(
+                    f"data.{name}: {share} is not a share of train's inputs; name one such as 0.1, or a file"
+                )
         self.format, self.prompts, self.production, self.base = format, prompts, production, tokenizer
         self.system, self.columns = system_prompt(system, format.to_dict()), columns or Columns()
         self.train_on, self.group = train_on, group

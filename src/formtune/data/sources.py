@@ -75,8 +75,8 @@ def _files(name: str) -> list[str]:
     is_folder = path.is_dir() and not any((path / file).is_file() for file in SAVED)
     if not is_folder and (path.exists() or not glob.has_magic(name)):
         return [name]
-    found = glob.glob(f"{glob.escape(name)}/*" if is_folder else name, recursive=True)  # noqa: PTH207
-    files = sorted(file for file in found if Path(file).is_file() and (reader_of(file) or not is_folder))
+    paths = glob.glob(f"{glob.escape(name)}/*" if is_folder else name, recursive=True)  # noqa: PTH207
+    files = sorted(file for file in paths if Path(file).is_file() and (reader_of(file) or not is_folder))
     if not files and not is_folder:
         raise UserError(f"{name}: no file matches; name it as seen from {Path.cwd()}")
     return files or [name]

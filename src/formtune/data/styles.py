@@ -76,10 +76,10 @@ def _in_fields(examples: Sequence[Example], fields: Sequence[str]) -> Iterator[M
     for example in examples:
         for path, value in _walk(example.value):
             values[path].append((value, example))
-    objects = {path: [(v, e) for v, e in found if isinstance(v, dict)] for path, found in values.items()}
-    yield from (_key_order(path, found) for path, found in objects.items())
+    objects = {path: [(v, e) for v, e in entries if isinstance(v, dict)] for path, entries in values.items()}
+    yield from (_key_order(path, entries) for path, entries in objects.items())
     yield from (_empties(path, objects) for path in fields)
-    yield from (mixture for path, found in values.items() for mixture in _values(path, found))
+    yield from (mixture for path, entries in values.items() for mixture in _values(path, entries))
 
 
 def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -163,11 +163,11 @@ def _empties(path: str, objects: Mapping[str, Sequence[Found]]) -> Mixture | Non
     return _mixture(path, "empty", forms)
 
 
-def _values(path: str, found: Sequence[Found]) -> Iterator[Mixture | None]:
+def _values(path: str, entries: Sequence[Found]) -> Iterator[Mixture | None]:
     """Whole numbers with and without a point; texts that write dates, numbers or the same word in several ways."""
-    whole = [(v, e) for v, e in found if type(v) in (int, float) and v == v // 1]
+    whole = [(v, e) for v, e in entries if type(v) in (int, float) and v == v // 1]
     yield _mixture(path, "number", [("5.0" if isinstance(v, float) else "5", e) for v, e in whole])
-    texts = [(v, e) for v, e in found if isinstance(v, str)]
+    texts = [(v, e) for v, e in entries if isinstance(v, str)]
     if sum(v in e.input for v, e in texts) >= COPIED * len(texts):
         return
     for what, patterns in (("date", _DATES), ("number", _NUMBERS)):

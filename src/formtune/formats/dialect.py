@@ -161,7 +161,7 @@ class Reading:
         if draft != "4" and keys & {"dependencies", "additionalItems"} and not keys & later:
             draft = "7"
         if uri is not None or draft != "2020-12":
-            unknown = "there is no $schema" if uri is None else f"$schema {uri!r:.150} is no draft"
+            unknown = "there is no $schema" if uri is None else f"$schema {uri!r:.150} is not a draft"
             self.notes.append(f"{unknown}; its keywords are read as those of draft {draft}")
         return draft
 

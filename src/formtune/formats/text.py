@@ -78,7 +78,7 @@ class Labels(Format):
     def problems(self, value: Any) -> list[Problem]:
         if value in self.labels:
             return []
-        return [Problem("bad_value_form", f"{value[:60]!r} is none of the {len(self.labels)} labels")]
+        return [Problem("bad_value_form", f"{value[:60]!r} is not one of the {len(self.labels)} labels")]
 
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
         yield from super().documents(text)

@@ -55,16 +55,16 @@ class ToolCalls(Format):
 
     def parse(self, text: str) -> Any:
         call = _SYNTAXES[self.syntax][1]
-        found, rest = call.findall(text), call.sub("", text)
+        matches, rest = call.findall(text), call.sub("", text)
         for name, (opening, _) in _SYNTAXES.items():
-            if opening.search(rest) and (name == self.syntax or (self._tools and not found)):
+            if opening.search(rest) and (name == self.syntax or (self._tools and not matches)):
                 remedy = f"; set data.format.init_args.syntax: {name}" if name != self.syntax else ", without its end"
                 raise SyntaxProblem(f"a tool call in the syntax of {name}{remedy}")
-        if text != text.strip() or (found and rest.strip()):
+        if text != text.strip() or (matches and rest.strip()):
             raise SyntaxProblem("text or white space around the answer")
-        if not found:
+        if not matches:
             return text
-        calls = loads_strict(found[0]) if self.syntax == "mistral" else [*map(loads_strict, found)]
+        calls = loads_strict(matches[0]) if self.syntax == "mistral" else [*map(loads_strict, matches)]
         for one in calls:
             if isinstance(one, dict) and self.syntax == "mistral":
                 one.pop("id", None)  # made up

@@ -113,7 +113,11 @@ class CheckpointFiles(TorchCheckpointIO):
             write_whole(Path(path), buffer.getvalue())
         except OSError as error:
             last = list(steps(Path(path).parent).values())
-            kept = f"{last[-1].name} is kept; make room and rerun with --resume" if last else "nothing was saved before"
+            kept = (
+                f"{last[-1].name} is kept; free some space and rerun with --resume"
+                if last
+                else "nothing was saved before"
+            )
             raise Fault(f"{path}: cannot be written ({error.strerror}); {kept}") from error
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:

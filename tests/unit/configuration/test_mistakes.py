@@ -150,7 +150,7 @@ NAMED = [
     (["--trainer.callbacks+=ModelSummary", "--trainer.callbacks.max_dept=1"], "did you mean trainer.callbacks.max_depth?"),
     (["--trainer.callbacks+=classes.Raises"], "trainer.callbacks: Raises: 'the table is empty'"),
     (["--trainer.callbacks+=classes.Raise"], "module 'classes' has no attribute 'Raise'; did you mean Raises?"),
-    (["--trainer.callbacks+=classes.Other"], "trainer.callbacks: classes.Other is no subclass of Callback"),
+    (["--trainer.callbacks+=classes.Other"], "trainer.callbacks: classes.Other is not a subclass of Callback"),
     (["--trainer.callbacks+=broken.Any"], "trainer.callbacks: No module named 'nothing_here'; pip install nothing_here, or"),
     (["--trainer.plugins+=nope"], "trainer.plugins: no class 'nope'"),
     (["--model.metrics", "[{class_path: torchmetrics.text.CharErrorRat}]"], "did you mean CharErrorRate?"),

@@ -413,7 +413,7 @@ def test_other_shapes_and_objects_give_the_same_rows(tmp_path, base, monkeypatch
 
 
 def test_a_number_of_rows_is_no_share():
-    with pytest.raises(UserError, match="data.validation: 200 is no share of train's inputs; name one such as 0.1"):
+    with pytest.raises(UserError, match="data.validation: 200 is not a share of train's inputs; name one such as 0.1"):
         DataSettings(Labels(["a"]), "train.jsonl", validation="200")
 
 
