@@ -218,7 +218,7 @@ def test_a_merge_that_went_wrong_is_refused_and_nothing_appears(run, monkeypatch
 @pytest.mark.slow
 def test_answers_that_lose_the_format_are_refused_with_their_number_and_kept_to_look_at(run, monkeypatch, capsys):
     found = read_run(run)
-    good = [replace(one, exact=True, joint=True) for one in found.outcomes]
+    good = [replace(one, kind="ok") for one in found.outcomes]
     (run / "outcomes/after.jsonl").write_text("".join(json.dumps(asdict(one)) + "\n" for one in good))
     kept = sum(one.exact for one in found.outcomes)
     if kept == len(good):
@@ -235,7 +235,7 @@ def test_a_run_judged_under_constrained_decoding_is_measured_without_before_anyt
     config["model"]["constrained"] = True
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     after = read_run(run).outcomes
-    kept = [json.dumps(asdict(replace(one, exact=True, joint=True))) + "\n" for one in after]
+    kept = [json.dumps(asdict(replace(one, kind="ok"))) + "\n" for one in after]
     (run / "outcomes/after.jsonl").write_text("".join(kept))
     assert export(run, "--as", "merged") == 2
     assert "judged under constrained decoding" in capsys.readouterr().err
