@@ -100,23 +100,22 @@ def test_no_two_files_have_the_same_name():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", OPTIONAL)
-def test_the_core_runs_the_demo_without_an_optional_folder(room, tmp_path):
+@pytest.mark.parametrize("folder", OPTIONAL)
+def test_the_core_runs_the_demo_without_an_optional_folder(folder, tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "src/formtune", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    for name in (room, *OPTIONAL[room]):
+    for name in (folder, *OPTIONAL[folder]):
         path = tmp_path / "src/formtune" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     env = os.environ | {"PYTHONPATH": f"{tmp_path}/src", "OMP_NUM_THREADS": "1"}
     program = [sys.executable, "-m"]
     subprocess.run([*program, "formtune.demo.generator", "data/demo/"], cwd=tmp_path, env=env, check=True)
     words = [
+        "--quick",
         "--trainer.max_steps",
         "2",
         "--data.max_evaluation_rows",
         "10",
-        "--baselines",
-        "[]",
         "--trainer.precision",
         "32-true",
     ]
@@ -129,7 +128,7 @@ def test_the_core_runs_the_demo_without_an_optional_folder(room, tmp_path):
     listed = subprocess.run(
         [*program, "formtune", "--help"], cwd=tmp_path, env=env, capture_output=True, text=True
     ).stdout
-    gone = [Path(name).stem for name in (room, *OPTIONAL[room]) if name.endswith(".py")]
+    gone = [Path(name).stem for name in (folder, *OPTIONAL[folder]) if name.endswith(".py")]
     assert not [name for name in gone if f"\n  {name.replace('_', '-')} " in listed]
 
 

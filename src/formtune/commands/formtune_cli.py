@@ -135,7 +135,8 @@ class FormtuneCLI(LightningCLI):
             if {"..", "/"} & set(Path(config[key] or ".").parts):
                 raise UserError(f"{key}: {config[key]} is not in {LOGS}/; give it a name, not a path")
         if config.quick:
-            config.baselines, config.data.max_evaluation_rows = [], QUICK_ROWS
+            config.baselines = []
+            config.data.max_evaluation_rows = min(config.data.max_evaluation_rows or QUICK_ROWS, QUICK_ROWS)
         trainer_checks.check_trainer(config)
         trainer = config.trainer
         trainer.precision = trainer.precision or trainer_checks.default_precision(trainer.accelerator)

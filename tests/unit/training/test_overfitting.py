@@ -350,6 +350,7 @@ def curves(folder):
     return events
 
 
+@pytest.mark.slow
 def test_two_processes_measure_the_same_as_one(project, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{Path(__file__).parents[2]}:{os.environ['PYTHONPATH']}")
     half = "--trainer.callbacks+=test_overfitting.Half"
