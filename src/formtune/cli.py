@@ -9,8 +9,10 @@ import sys
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # formtune reports what is wrong with a model's files in one line; a user may still ask for transformers' own reports.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
-# Threads that wait for each other sleep: spinning, beside another busy process, made a step five times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# OpenMP's threads spin while they wait for each other. Beside another busy process that made a step three to five times
+# slower; so few spins cost nothing on an idle machine (benchmarks/threads.py).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # Rows are tokenized once, up front; a fork after that would print a warning at every start of a worker.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
