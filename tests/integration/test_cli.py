@@ -99,12 +99,13 @@ def test_validation_counts_optimizer_steps_and_ends_with_the_last_step(project):
     events = EventAccumulator(str(project / "logs/small/one"))
     events.Reload()
     steps = json.loads((project / "logs/small/one/metrics.json").read_text())["training"]["steps"]
-    assert steps % 4 and [e.step for e in events.Scalars("val/loss")] == [*range(0, steps, 4), steps]
+    # Sorted: in one process that trains often, TensorBoard reads file 10 before file 9.
+    assert steps % 4 and sorted(e.step for e in events.Scalars("val/loss")) == [*range(0, steps, 4), steps]
     tags = set(events.Tags()["scalars"])
     assert {"train/loss", "train/learning_rate", "format/exact", "fail/syntax", "test/format/exact"} <= tags
     assert all(e.value > 0 for e in events.Scalars("train/tokens_per_second"))
     assert any(tag.startswith("answers/validation") for tag in events.Tags()["tensors"])
-    assert [e.step for e in events.Scalars("test/format/exact")] == [0, steps]
+    assert sorted(e.step for e in events.Scalars("test/format/exact")) == [0, steps]
 
 
 MINE = """
