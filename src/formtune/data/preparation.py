@@ -78,8 +78,10 @@ def read_examples(
         unread: set[str] = set()
         messages = settings.columns.conversation(record, where, targets, unread)
         tools = settings.columns.tools(record, where)
-        schema = tools if isinstance(settings.format, ToolCalls) else None
-        if settings.format.per_row and not isinstance(settings.format, ToolCalls):
+        schema = None
+        if isinstance(settings.format, ToolCalls):
+            schema = tools
+        elif settings.format.per_row:
             schema = own_schema(record.get(settings.columns.schema))
             unread.discard(settings.columns.schema)
         if not isinstance(answer := messages[-1]["content"], str):

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row, quantile
-from formtune.formats import Format
 
 ROWS = 48  # for each length
 
@@ -24,7 +23,7 @@ def probe_lengths(train: Sequence[int], production: Sequence[int], context: int)
 
 
 def probe_rows(
-    test: Sequence[Row], texts: Sequence[str], lengths: Mapping[str, int], renderer: Renderer, format: Format
+    test: Sequence[Row], texts: Sequence[str], lengths: Mapping[str, int], renderer: Renderer
 ) -> dict[str, list[Row]]:
     """For each length up to `ROWS` test rows, lengthened to about it with `texts`."""
     padding = "\n\n".join(texts)

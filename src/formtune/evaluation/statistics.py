@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,13 +69,6 @@ def rate_difference(first: Sequence[bool], second: Sequence[bool]) -> Difference
 def f1_interval(counts: np.ndarray) -> Interval:
     """95 % interval of micro F1 by bootstrap; `counts`, of shape (2, rows), are shared values and values of both."""
     return _interval(_bootstrap(_f1, counts)) if counts.shape[1] > 1 else (0.0, 1.0)
-
-
-def quantile_interval(values: Sequence[float], percent: float) -> Interval:
-    """95 % interval of a percentile, by bootstrap."""
-    if len(values) < 2:
-        return values[0], values[0]
-    return _interval(_bootstrap(functools.partial(np.percentile, q=percent), np.array([values])))
 
 
 def f1_difference(first: np.ndarray, second: np.ndarray) -> Difference:

@@ -59,7 +59,7 @@ class Evaluator:
         outcomes = {"zero-shot": self._baseline("before", sample, result)}
         if "few_shot" in kinds:
             shots = prompting.shots_by_schema(self.train_rows, sample, format)
-            rows, count = prompting.few_shot_rows(sample, shots, self.renderer, format, self.context)
+            rows, count = prompting.few_shot_rows(sample, shots, self.renderer, self.context)
             if count:
                 name = f"{count}-shot"
                 prompts[name], outcomes[name] = rows, self._baseline("few_shot", rows, result)
@@ -101,7 +101,7 @@ class Evaluator:
             self.context - self._longest,
         )
         texts = [row.input for row in production or self.train_rows]
-        longer = probe_rows(self.test_rows, texts, lengths, self.renderer, self.model.format)
+        longer = probe_rows(self.test_rows, texts, lengths, self.renderer)
         probes = []
         for name, rows in longer.items():
             outcomes = self._test(f"tuned, inputs as long as {name}", rows, Decoding(logged=False))

@@ -343,7 +343,7 @@ def test_few_shot_examples_have_the_schema_of_the_row_and_others_only_where_none
     shots = shots_by_schema(train, test, PER_ROW)
     assert {one.schema for one in shots[NUMBER]} == {NUMBER} and {one.schema for one in shots[COLOR]} == {COLOR}
     assert len(shots[LIST]) == len(shots[COLOR]) == 4 and {one.schema for one in shots[LIST]} <= {NUMBER, COLOR}
-    longer, count = few_shot_rows(test, shots, renderer, PER_ROW, 10**6)
+    longer, count = few_shot_rows(test, shots, renderer, 10**6)
     assert count == 4 and [one.schema for one in longer] == list(ANSWERS)
     for one in longer[:2]:
         assert renderer.tokenizer.decode(one.prompt_ids).count(ANSWERS[one.schema]) == 4
@@ -357,7 +357,7 @@ def test_the_constant_answer_and_longer_inputs_are_judged_by_the_rows_schema():
     assert constant_answer(train, [row(NUMBER), row(COLOR), row(LIST)], PER_ROW) == (1, 3)
     renderer = Renderer(byte_tokenizer())
     [encoded] = renderer.encode([(list(row(COLOR).messages), "t:1", COLOR)])
-    [[longer]] = probe_rows([encoded], ["some text of others " * 9], {"P99": 120}, renderer, PER_ROW).values()
+    [[longer]] = probe_rows([encoded], ["some text of others " * 9], {"P99": 120}, renderer).values()
     assert longer.schema == COLOR and len(longer.prompt_ids) > len(encoded.prompt_ids)
 
 

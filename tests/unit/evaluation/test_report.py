@@ -99,14 +99,14 @@ def test_shots_are_training_rows_that_show_every_label_and_depend_on_nothing_els
 def test_shots_stand_between_system_prompt_and_question_and_as_many_as_fit_are_taken():
     renderer, format = Renderer(byte_tokenizer()), Labels(["yes", "no", "maybe"])
     encoded = rows(renderer, 12, format)
-    few, count = few_shot_rows(encoded[:4], {None: encoded[4:8]}, renderer, format, 10**6)
+    few, count = few_shot_rows(encoded[:4], {None: encoded[4:8]}, renderer, 10**6)
     assert count == 4 and [row.target_ids for row in few] == [row.target_ids for row in encoded[:4]]
     text = renderer.tokenizer.decode(few[0].prompt_ids)
     assert text.count("Label it.") == 1 and text.index("text 4") < text.index("text 7") < text.index("text 0")
     limit = max(map(len, few)) - 1
-    fewer, count = few_shot_rows(encoded[:4], {None: encoded[4:8]}, renderer, format, limit)
+    fewer, count = few_shot_rows(encoded[:4], {None: encoded[4:8]}, renderer, limit)
     assert count == 3 and all(len(row) <= limit for row in fewer)
-    assert few_shot_rows(encoded[:4], {None: encoded[4:8]}, renderer, format, len(encoded[0]) + 1) == ([], 0)
+    assert few_shot_rows(encoded[:4], {None: encoded[4:8]}, renderer, len(encoded[0]) + 1) == ([], 0)
 
 
 def test_an_answer_that_looks_at_no_input_is_counted():
@@ -173,7 +173,7 @@ def test_a_probe_lengthens_inputs_and_keeps_answers():
         "twice the longest training row",
     }
     texts = [f"some other mail with number {n} in it" for n in range(50)]
-    found = probe_rows(encoded, texts, {"a": 150, "b": 300}, renderer, format)
+    found = probe_rows(encoded, texts, {"a": 150, "b": 300}, renderer)
     for name, tokens in (("a", 150), ("b", 300)):
         assert len(found[name]) == 48
         assert all(0.85 * tokens <= len(row.prompt_ids) <= 1.1 * tokens for row in found[name])
