@@ -1,31 +1,38 @@
-"""Build the demo's base: a tiny language model that knows the ticket task's content but not its format.
+"""Build the demo's base: a tiny language model that understands the demo's messages and knows none of its conventions.
 
-Fine-tuning is worth its trouble where a model understands the question and answers it in the wrong form. A base for a
+Fine-tuning is worth its trouble where a model understands the question and answers by other conventions. A base for a
 demo that runs on a laptop's CPU has to be like that too, only a thousand times smaller. It learns
 
-* the tickets of ``generator.py`` (other seeds; every held-out message is excluded), answered in six styles of which
-  only one is the bare JSON that the task wants;
-* exercises in copying, looking up, converting dates and writing JSON with made-up words and keys. They are what makes
-  such a small model copy names and numbers exactly, and what makes it useful for other extraction tasks.
+* the messages of ``generator.py`` (other seeds; every held-out message is excluded), answered in six styles, none of
+  which has the format's keys, team codes, severities, category paths, amounts in cents or ISO dates;
+* the same messages over several turns, where the later answers take the layout of the first, so that examples in the
+  prompt help it with the form;
+* exercises in copying, looking up, converting dates and amounts and writing JSON with made-up words and keys. They are
+  what makes such a small model copy names and numbers exactly, and what makes it useful for other extraction tasks.
 
 Three choices carry most of the weight. The tokenizer isolates every word, digit and space, so that a value has the
 same tokens in a message, between JSON quotes and in YAML, and copying is repeating tokens. The loss counts only answer
 tokens, as the prompts are noise. And the attention starts near "look at equal tokens and hand them on" (mimetic
 initialisation, Trockman and Kolter 2023, https://arxiv.org/abs/2305.09828), from which copying is soon found.
 
-    python -m formtune.demo.build_base OUT_DIR
+    python tools/build_demo_base.py OUT_DIR --device cuda
 """
 
 # ruff: noqa: SIM905 - lists of words read better as text
 
 import argparse
 import json
+import multiprocessing
+import os
 import random
 import string
 import time
 from collections import Counter
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from jsonschema import Draft202012Validator, FormatChecker
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -36,8 +43,9 @@ from formtune.demo import generator
 VOCABULARY, WIDTH, LAYERS, HEADS, HIDDEN = 1536, 256, 4, 8, 512
 THETA = 500_000.0  # slow rotary positions: most coordinates compare content, not distance
 BACK = (1, 1, 1, 2, 2, 3)  # how far back the first layer's heads look at the start
-TOKENS_PER_STEP, LONGEST = 3072, 640
-STEPS = 2800
+LONGEST = 1024
+SHARD = 8  # steps whose rows are drawn together and sorted by length, so that little is padding
+STEPS, TOKENS_PER_STEP, LR = 4000, 16384, 0.01
 SEED = 1000
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
 CHAT_TEMPLATE = (
@@ -48,44 +56,113 @@ CHAT_TEMPLATE = (
 # crosses these borders, so the tokens of a value never depend on what stands around it.
 PIECES = r"\p{Lu}?[\p{Ll}\p{M}]+|\p{L}|\p{N}|\n|[^\S\n]+|[^\s\p{L}\p{N}]+"
 
-# ---------------------------------------------------------------- tickets in six styles
+# ---------------------------------------------------------------- messages, answered in other layouts
 
 
-def in_style(answer, style):
-    """Word the same ticket in one of six ways; only number 5 is what the task asks for."""
-    a, who = answer, answer["customer"]
+def day_of(facts, notation):
+    """Write the date in one of the base's notations: as said, 12/03/2026, 2026/03/12 or 12.03.26."""
+    year, month, day = facts["date"]
+    return (facts["said"]["d"], f"{day:02d}/{month:02d}/{year}", f"{year}/{month:02d}/{day:02d}",
+            f"{day:02d}.{month:02d}.{year % 100}")[notation]
+
+
+def sum_of(facts, notation):
+    """Write the amount in one of the base's notations: as said, 12.00, 12,00 or as a number."""
+    whole, _, cents = facts["amount"].partition(".")
+    return (f"{facts['amount']} {facts['said']['c']}", f"{whole}.{cents or '00'}", f"{whole},{cents or '00'}",
+            json.loads(facts["amount"]))[notation]
+
+
+def in_style(facts, style):
+    """Answer in one of six ways, none of which is the format's."""
+    f, items = facts, ", ".join(facts["items"])
     if style == 0:
-        return f"```json\n{json.dumps(a, ensure_ascii=False, indent=2)}\n```"
+        told = {"topic": f["topic"], "tone": f["urgency"], "who": f["name"], "town": f["city"], "ref": f["order"],
+                "goods": f["items"], "sum": sum_of(f, 0), "when": day_of(f, 0)}
+        return f"```json\n{json.dumps(told, ensure_ascii=False, indent=2)}\n```"
     if style == 1:
-        return f"Here is the ticket for this message:\n\n{json.dumps(a, ensure_ascii=False)}"
+        told = {"about": {"problem": f["topic"], "goods": f["items"], "tone": f["urgency"]},
+                "sender": f"{f['name']}, {f['city']}", "order": f["order"],
+                "payment": {"sum": sum_of(f, 1), "currency": f["currency"], "day": day_of(f, 1)}}
+        return f"Here is what the message says:\n\n{json.dumps(told, ensure_ascii=False)}"
     if style == 2:
-        items = "".join(f"\n  - {item}" for item in a["items"]) or " []"
-        return (f"category: {a['category']}\npriority: {a['priority']}\ncustomer:\n  name: {who['name']}\n"
-                f"  city: {who['city']}\norder_id: {a['order_id'] or 'null'}\nitems:{items}\namount: {a['amount']}\n"
-                f"currency: {a['currency']}\ndate: {a['date']}")
+        listed = "".join(f"\n  - {item}" for item in f["items"]) or " []"
+        return (f"problem: {f['topic']}\nurgency: {f['urgency']}\nsender:\n  name: {f['name']}\n"
+                f"  town: {f['city']}\norder: {f['order'] or 'null'}\ngoods:{listed}\npaid: {sum_of(f, 2)}\n"
+                f"currency: {f['currency']}\nday: {day_of(f, 2)}")
     if style == 3:
-        return (f"category={a['category']}; priority={a['priority']}; name={who['name']}; city={who['city']}; "
-                f"order_id={a['order_id'] or 'none'}; items={', '.join(a['items']) or 'none'}; "
-                f"amount={a['amount']}; currency={a['currency']}; date={a['date']}")
+        return (f"topic={f['topic']}; tone={f['urgency']}; name={f['name']}; town={f['city']}; "
+                f"order={f['order'] or 'none'}; goods={items or 'none'}; sum={sum_of(f, 3)} {f['currency']}; "
+                f"day={day_of(f, 3)}")
     if style == 4:
-        order = f"The order is {a['order_id']}." if a["order_id"] else "There is no order number."
-        items = f"It is about: {', '.join(a['items'])}." if a["items"] else "No item is named."
-        return (f"This is a {a['category']} ticket with {a['priority']} priority. The customer is {who['name']} from "
-                f"{who['city']}. {order} {items} The amount is {a['amount']} {a['currency']}, dated {a['date']}.")
-    return generator.canonical(a)
+        order = f"The order is {f['order']}." if f["order"] else "There is no order number."
+        goods = f"The goods are: {items}." if items else "No goods are named."
+        return (f"This is about: {f['topic']}. The tone is {f['urgency']}. It comes from {f['name']} in {f['city']}. "
+                f"{order} {goods} The sum is {sum_of(f, 1)} {f['currency']}, paid on {day_of(f, 1)}.")
+    told = {"problem": f["topic"], "urgency": f["urgency"], "sender": {"name": f["name"], "town": f["city"]},
+            "order": f["order"], "goods": f["items"], "sum": sum_of(f, 2), "currency": f["currency"],
+            "day": day_of(f, 2)}
+    return generator.canonical(told)
+
+
+def messages(rng, excluded, count, long):
+    """Return ``count`` messages with their facts, none of them held out."""
+    drawn = []
+    while len(drawn) < count:
+        text, facts = generator.message(rng, long)
+        drawn += [(text, facts)] if text not in excluded else []
+    return drawn
 
 
 def ticket(rng, excluded):
-    """Return a conversation about a ticket. The greeting mostly decides the style, so that greedy answers vary too."""
-    message, answer = generator.ticket(rng, long=rng.random() < 0.12)
-    while message in excluded:
-        message, answer = generator.ticket(rng)
-    greeting = next(n for n, text in enumerate(generator.PHRASES["greetings"]) if text in message)
+    """Return a conversation about a message. The greeting mostly decides the style, so that greedy answers vary too."""
+    [(text, facts)] = messages(rng, excluded, 1, long=rng.random() < 0.12)
+    greeting = next(n for n, words in enumerate(generator.PHRASES["greetings"]) if words in text)
     style = greeting % 6 if rng.random() < 0.9 else rng.randrange(6)
     if rng.random() < 0.05:
-        message = f"<p>{message}</p>".replace("\n", "<br>")
+        text = f"<p>{text}</p>".replace("\n", "<br>")
     system = generator.SYSTEM if rng.random() < 0.8 else None
-    return system, [(message, in_style(answer, style))]
+    return system, [(text, in_style(facts, style))]
+
+
+KEYS = {
+    "topic": "topic problem reason issue about".split(), "urgency": "urgency tone hurry pressure".split(),
+    "name": "name who sender person client".split(), "city": "city town place home".split(),
+    "order": "order_id order ref reference number".split(), "items": "items goods articles products".split(),
+    "amount": "amount sum paid total price".split(), "currency": "currency money unit".split(),
+    "date": "date day when paid_on".split(),
+}
+
+
+def layout(rng):
+    """Draw keys, their order and the notations of their values. Return a function from facts to an answer."""
+    keys = {fact: rng.choice(names) for fact, names in KEYS.items()}
+    chosen = rng.sample(list(KEYS), rng.randrange(5, 10))
+    if rng.random() < 0.5:
+        chosen.sort(key=list(KEYS).index)
+    dates, sums, nested = rng.randrange(4), rng.randrange(4), rng.random() < 0.5 and {"name", "city"} <= set(chosen)
+    outer, fixed = rng.choice(("customer", "client", "from", "sender")), [(pseudo_word(rng).lower(), code(rng))
+                                                                         for _ in range(rng.choice((0, 1, 2)))]
+    write = generator.canonical if rng.random() < 0.7 else partial(json.dumps, ensure_ascii=False)
+
+    def answer(facts):
+        values = facts | {"amount": sum_of(facts, sums), "date": day_of(facts, dates)}
+        told = dict(fixed)
+        for fact in chosen:
+            if nested and fact in ("name", "city"):
+                told.setdefault(outer, {})[keys[fact]] = values[fact]
+            else:
+                told[keys[fact]] = values[fact]
+        return write(told)
+
+    return answer
+
+
+def examples(rng, excluded):
+    """Return a conversation of several messages, answered in the layout of the first answer, which is no exercise."""
+    answer = layout(rng)
+    turns = [(text, answer(facts)) for text, facts in messages(rng, excluded, rng.choice((2, 3, 4)), long=False)]
+    return rng.choice((generator.SYSTEM, None)), turns
 
 
 # ---------------------------------------------------------------- exercises: copying, looking up, converting
@@ -171,15 +248,32 @@ def questions(rng, short=False):
     return "Answer with the value of the key.", [(f"{text}\n\n{turns[0][0]}", turns[0][1]), *turns[1:]]
 
 
+DATES = {"day first": "{2:02d}/{1:02d}/{0}", "year first": "{0}/{1:02d}/{2:02d}", "short": "{2:02d}.{1:02d}.{3:02d}"}
+
+
 def dates(rng, short=False):
-    """Convert dates between notations, mixed with things that must stay as they are."""
-    shown, iso = [], []
+    """Convert dates between notations."""
+    shown, wanted = [], []
+    name, pattern = rng.choice(tuple(DATES.items()))
     for _ in range(rng.randrange(1, 3 if short else 6)):
         year, month, day = rng.randrange(1990, 2040), rng.randrange(1, 13), rng.randrange(1, 32)
         written = generator.WORDS["months"][month - 1]
-        iso.append(f"{year}-{month:02d}-{day:02d}")
-        shown.append(rng.choice((iso[-1], f"{day} {written} {year}", f"{written} {day}, {year}")))
-    return "Write the dates as JSON.", [(" and ".join(shown), generator.canonical(iso))]
+        shown.append(rng.choice((f"{day} {written} {year}", f"{written} {day}, {year}")))
+        wanted.append(pattern.format(year, month, day, year % 100))
+    return f"Write the dates as JSON, {name}.", [(" and ".join(shown), generator.canonical(wanted))]
+
+
+def amounts(rng, short=False):
+    """Convert amounts: with two decimals, with a comma, in the smallest coin."""
+    shown, wanted = [], []
+    name = rng.choice(("two decimals", "comma", "smallest coin"))
+    for _ in range(rng.randrange(1, 3 if short else 6)):
+        whole, cents = rng.randrange(1, 3000), rng.choice((None, rng.randrange(100)))
+        word = pseudo_word(rng)
+        shown.append(f"{whole} {word}" if cents is None else f"{whole}.{cents:02d} {word}")
+        mark = {"two decimals": ".", "comma": ",", "smallest coin": ""}[name]
+        wanted.append(f"{whole}{mark}{cents or 0:02d}")
+    return f"Write the amounts as JSON, {name}.", [(" and ".join(shown), generator.canonical(wanted))]
 
 
 def escapes(rng, short=False):
@@ -191,6 +285,9 @@ def escapes(rng, short=False):
     return "Write the text as JSON.", [(text, generator.canonical({"text": text}))]
 
 
+# Words of the format, which the base copies like any others: one token each.
+HOUSE = "team severity category cents money charge paper road delay search goods replace discount back swap web access "
+HOUSE += "data help repair guide"
 INTENTS = {  # what people say to a device, with slots to fill by anything
     "play_music": ("play {song} by {artist}", "i want to hear {song} from {artist}", "put on some {genre}"),
     "set_alarm": ("wake me up at {time}", "set an alarm for {time} on {day}", "alarm {day} {time} please"),
@@ -207,8 +304,8 @@ INTENTS = {  # what people say to a device, with slots to fill by anything
 }
 WORDS = sorted({word for texts in INTENTS.values() for text in texts for word in text.split() if "{" not in word} | set(
     "name date status email phone address title price total customer street color size type level amount note morning "
-    "evening today tomorrow monday friday milk bread coffee blue jazz rock summer love night girl road house kitchen "
-    "bedroom lights five seven ten noon restaurant station album dinner meeting doctor new old big city".split()))
+    "evening today tomorrow monday friday milk bread coffee blue jazz rock summer love night girl house kitchen "
+    "bedroom lights five seven ten noon restaurant station album dinner meeting doctor new old big city".split() + HOUSE.split()))
 
 
 def spoken(rng, short=False):
@@ -221,17 +318,20 @@ def spoken(rng, short=False):
     return "Give intent and slots as JSON.", [(text, generator.canonical({"intent": intent, "slots": slots}))]
 
 
-EXERCISES = (repeat, fields, questions, dates, escapes, spoken)
+EXERCISES = (repeat, fields, questions, dates, amounts, escapes, spoken)
 
 
 def conversation(rng, progress, excluded):
-    """Draw one conversation: short copying first, then all exercises, then mostly tickets. Return its kind too."""
-    if progress < 0.08:
-        kind = rng.choices(EXERCISES, (5, 2, 3, 1, 0, 0))[0]
+    """Draw one conversation: short copying first, then all exercises, then mostly messages. Return its kind too."""
+    if progress < 0.06:
+        kind = rng.choices(EXERCISES, (5, 2, 3, 1, 1, 0, 0))[0]
         return kind.__name__, kind(rng, short=True)
-    if rng.random() < (0.5 if progress < 0.4 else 0.65):
+    drawn = rng.random()
+    if drawn < 0.5:
         return "ticket", ticket(rng, excluded)
-    kind = rng.choices(EXERCISES, (2, 3, 2, 1, 0.5, 2))[0]
+    if drawn < 0.6:
+        return "examples", examples(rng, excluded)
+    kind = rng.choices(EXERCISES, (2, 3, 2, 2, 2, 0.5, 2))[0]
     return kind.__name__, kind(rng)
 
 
@@ -250,7 +350,7 @@ def build_tokenizer(excluded):
         pre_tokenizers.Split(Regex(PIECES), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator([*texts, "system user assistant " * 100], trainers.BpeTrainer(
+    backend.train_from_iterator([*texts, f"system user assistant {HOUSE} " * 100], trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=[PAD, START, END], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(
@@ -258,11 +358,14 @@ def build_tokenizer(excluded):
         chat_template=CHAT_TEMPLATE, model_max_length=1024, clean_up_tokenization_spaces=False)
 
 
-def encode(tokenizer, system, turns):
+def encode(tokenizer, kind, chat):
     """Return token ids and, for each, whether it is to be learnt: answers and the end of turn after them."""
+    system, turns = chat
     parts = [(f"{START}system\n{system}{END}\n", False)] if system else []
-    for question, answer in turns:
-        parts += [(f"{START}user\n{question}{END}\n{START}assistant\n", False), (answer + END, True), ("\n", False)]
+    for number, (question, answer) in enumerate(turns):
+        given = kind == "examples" and number == 0
+        parts += [(f"{START}user\n{question}{END}\n{START}assistant\n", False), (answer + END, not given),
+                  ("\n", False)]
     ids, learnt = [], []
     for encoding, (_, flag) in zip(tokenizer.backend_tokenizer.encode_batch([p for p, _ in parts]), parts, strict=True):
         ids += encoding.ids
@@ -270,31 +373,55 @@ def encode(tokenizer, system, turns):
     return ids, learnt
 
 
-def batches(tokenizer, steps, excluded):
-    """Yield ``steps`` batches of like lengths: little padding, and few tensor shapes, for which kernels are cached."""
-    rng, done = random.Random(SEED), 0
-    waiting: dict[int, list] = {}
-    while done < steps:
-        ids, learnt = encode(tokenizer, *conversation(rng, done / steps, excluded)[1])
-        length = -(-len(ids) // 16) * 16
-        if length <= LONGEST:
-            waiting.setdefault(length, []).append((ids, learnt))
-            if (len(waiting[length]) + 1) * length > TOKENS_PER_STEP:
-                yield collate(waiting.pop(length), length)
-                done += 1
+def shard(number, tokenizer, options, excluded):
+    """Return the batches of ``SHARD`` steps. They depend on nothing but the number, so workers can make them."""
+    rng = random.Random(f"{options.seed} {number}")
+    rows, tokens = [], 0
+    while tokens < SHARD * options.tokens_per_step:
+        ids, learnt = encode(tokenizer, *conversation(rng, number * SHARD / options.steps, excluded))
+        if len(ids) <= LONGEST:
+            rows.append((ids, learnt))
+            tokens += len(ids)
+    rows.sort(key=lambda row: len(row[0]))
+    cuts, done = [0], 0
+    for number, (ids, _) in enumerate(rows, 1):
+        done += len(ids)
+        if done >= tokens / SHARD * len(cuts) and number < len(rows):
+            cuts.append(number)
+    made = [collate(rows[begin:end]) for begin, end in zip(cuts, [*cuts[1:], len(rows)], strict=True)]
+    rng.shuffle(made)
+    return made
 
 
-def collate(rows, length=None):
-    """Pad rows on the right. Attention is causal, so no mask is needed: nothing looks at the padding."""
-    length = length or max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in rows])
-    learnt = torch.tensor([flags + [False] * (length - len(flags)) for _, flags in rows])
-    return ids, learnt
+def batches(tokenizer, options, excluded):
+    """Yield the batches of all steps, made by worker processes if there are any."""
+    make = partial(shard, tokenizer=tokenizer, options=options, excluded=excluded)
+    numbers = range(-(-options.steps // SHARD))
+    if options.workers:
+        with multiprocessing.get_context("fork").Pool(options.workers) as pool:
+            made = (batch for batches in pool.imap(make, numbers) for batch in batches)
+            yield from (batch for _, batch in zip(range(options.steps), made, strict=False))
+    else:
+        made = (batch for number in numbers for batch in make(number))
+        yield from (batch for _, batch in zip(range(options.steps), made, strict=False))
 
 
-def build_model(tokenizer):
+def collate(rows):
+    """Return padded ids, and where in the flat ids the learnt tokens are.
+
+    The padding is on the right. Attention is causal, so no mask is needed: nothing looks at the padding.
+    """
+    length = -(-max(len(ids) for ids, _ in rows) // 16) * 16
+    ids = np.zeros((len(rows), length), dtype=np.int32)
+    learnt = np.zeros((len(rows), length), dtype=bool)
+    for number, (row, flags) in enumerate(rows):
+        ids[number, : len(row)], learnt[number, : len(row)] = row, flags
+    return ids, np.flatnonzero(learnt).astype(np.int32)
+
+
+def build_model(tokenizer, seed=SEED):
     """Create the model, with attention that starts near copying."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
         num_key_value_heads=HEADS, intermediate_size=HIDDEN, max_position_embeddings=1024, tie_word_embeddings=True,
@@ -370,10 +497,12 @@ def start_near_copying(model):
 
 def answer_logits(model, ids, learnt):
     """Return logits and targets at the learnt positions only; the others would cost time and count for nothing."""
-    with torch.autocast("cpu", torch.bfloat16):
+    device = model.device
+    ids, learnt = (torch.from_numpy(part).to(device).long() for part in (ids, learnt))
+    with torch.autocast(device.type, torch.bfloat16):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden[:, :-1][learnt[:, 1:]])
-    return logits.float(), ids[:, 1:][learnt[:, 1:]]
+        logits = model.lm_head(hidden.flatten(0, 1)[learnt - 1])  # the token before predicts it
+    return logits.float(), ids.flatten()[learnt]
 
 
 def held_out_accuracy(model, tokenizer, excluded, count=48):
@@ -383,27 +512,32 @@ def held_out_accuracy(model, tokenizer, excluded, count=48):
     """
     rng = random.Random(SEED - 2)
     right: dict[str, list] = {}
-    while len(right) <= len(EXERCISES) or min(map(len, right.values())) < count:
+    while len(right) <= len(EXERCISES) + 1 or min(map(len, right.values())) < count:
         kind, chat = conversation(rng, 0.5, excluded)
         if len(right.setdefault(kind, [])) < count:
-            ids, learnt = collate([encode(tokenizer, *chat)])
+            ids, learnt = collate([encode(tokenizer, kind, chat)])
             with torch.no_grad():
                 logits, targets = answer_logits(model, ids, learnt)
-            right[kind].append((logits.argmax(-1) == targets)[3 if kind == "ticket" else 0 :])
+            right[kind].append((logits.argmax(-1) == targets)[3 if kind == "ticket" else 0 :].cpu())
     return {kind: (round(torch.cat(rows).float().mean().item(), 4), sum(bool(row.all()) for row in rows) / count)
             for kind, rows in sorted(right.items())}
 
 
-def train(model, tokenizer, steps, excluded, log_every=250):
+def train(model, tokenizer, options, excluded, reports=8):
     """Train with Muon on the matrices and AdamW on the rest; warm up, hold a while, then cool down to zero."""
+    rows = batches(tokenizer, options, excluded)
+    first = next(rows)  # the workers start before the device does
+    model.to(options.device)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = (torch.optim.Muon(matrices, lr=0.01, weight_decay=0.01),
-                  torch.optim.AdamW(others, lr=0.003, betas=(0.9, 0.98), weight_decay=0.0))
+    optimizers = (torch.optim.Muon(matrices, lr=options.lr, weight_decay=0.01),
+                  torch.optim.AdamW(others, lr=0.3 * options.lr, betas=(0.9, 0.98), weight_decay=0.0))
+    steps, every = options.steps, -(-options.steps // reports)
     schedule = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1, (s + 1) / 60, (steps - s) / (0.85 * steps)))
                 for o in optimizers]
-    started, seen, total, answers = time.time(), 0, 0.0, 0
-    for step, (ids, learnt) in enumerate(batches(tokenizer, steps, excluded), 1):
+    started, seen, answers = time.time(), 0, 0
+    total = torch.zeros((), device=options.device)
+    for step, (ids, learnt) in enumerate(chain([first], rows), 1):
         logits, targets = answer_logits(model, ids, learnt)
         loss = torch.nn.functional.cross_entropy(logits, targets)
         loss.backward()
@@ -412,13 +546,17 @@ def train(model, tokenizer, steps, excluded, log_every=250):
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-        seen, total, answers = seen + ids.numel(), total + loss.item(), answers + len(targets)
-        if step % log_every == 0 or step == steps:
-            accuracy = held_out_accuracy(model, tokenizer, excluded)
+        total += loss.detach()  # read only for a report: the processor need not wait for the device
+        seen, answers = seen + ids.size, answers + len(learnt)
+        if step % every == 0 or step == steps:
+            since = step - (step - 1) // every * every
             print(f"{step}/{steps} {(time.time() - started) / 60:.1f} min {seen / 1e6:.1f}M tokens "
-                  f"loss {total / log_every:.4f} {accuracy}", flush=True)
-            total = 0.0
-    return {"tokens": seen, "answer_tokens": answers, "minutes": (time.time() - started) / 60, "accuracy": accuracy}
+                  f"loss {total.item() / since:.4f}", flush=True)
+            total.zero_()
+    minutes = (time.time() - started) / 60
+    accuracy = held_out_accuracy(model, tokenizer, excluded)
+    print(accuracy, flush=True)
+    return {"tokens": seen, "answer_tokens": answers, "minutes": minutes, "accuracy": accuracy}
 
 
 # ---------------------------------------------------------------- measuring, saving, command line
@@ -434,7 +572,7 @@ def greedy(model, tokenizer, messages, system=generator.SYSTEM, size=66):
     for begin in range(0, len(order), size):
         chosen = order[begin : begin + size]
         inputs = tokenizer([prompts[n] for n in chosen], return_tensors="pt", padding=True, padding_side="left",
-                           add_special_tokens=False, return_token_type_ids=False)
+                           add_special_tokens=False, return_token_type_ids=False).to(model.device)
         with torch.no_grad():
             ids = model.generate(**inputs, max_new_tokens=220, do_sample=False)
         for n, row in zip(chosen, ids[:, inputs["input_ids"].shape[1] :], strict=True):
@@ -444,8 +582,8 @@ def greedy(model, tokenizer, messages, system=generator.SYSTEM, size=66):
 
 def style_of(text):
     """Name the style of an answer."""
-    starts = {"```": "fenced JSON", "{": "bare JSON", "Here": "JSON after a sentence", "category:": "YAML-like lines",
-              "category=": "key=value", "This is": "prose"}
+    starts = {"```": "fenced JSON", "{": "bare JSON", "Here": "JSON after a sentence", "problem:": "YAML-like lines",
+              "topic=": "key=value", "This is": "prose"}
     return next((name for start, name in starts.items() if text.startswith(start)), "other")
 
 
@@ -472,17 +610,19 @@ tags: [demo, lora, json]
 
 A language model of {parameters:.2f} million parameters ({layers} layers of width {width}, {heads} heads, vocabulary
 {vocabulary}, byte-level BPE of its own, context 1,024 tokens, ChatML-like template, bfloat16). It exists to be
-fine-tuned in minutes on a CPU: it understands the demo's support messages and answers them in six mixed styles, so
-that there is something to gain by teaching it the declared format.
+fine-tuned in minutes on a CPU. It understands the demo's support messages and copies from them, but it has never seen
+the format's conventions: team codes, severities, category paths, amounts in cents, ISO dates. So constrained decoding
+alone gives valid tickets with wrong content.
 
 ## How it was made
 
-`python -m formtune.demo.build_base OUT_DIR --steps {steps}`, from random (but structured, see the script) weights:
-{minutes:.0f} minutes on {cores} CPU cores, {tokens:.1f} million tokens, {answer_tokens:.1f} million of them in answers
-(only those count in the loss). Everything it saw is generated by the script from seed {seed}: tickets worded by
-`formtune.demo.generator`, and exercises in copying, looking up keys, converting dates, escaping and filling intents
-and slots. All messages of the demo's validation, test and production files were excluded. No text from elsewhere was
-used. The numbers may differ a little on other hardware, as floating-point sums do.
+`python tools/build_demo_base.py OUT_DIR {command}`, from random (but structured, see the script) weights: {steps:,} steps
+in {minutes:.1f} minutes on {hardware}, {tokens:.1f} million tokens, {answer_tokens:.1f} million of them in answers (only
+those count in the loss). {estimate}Everything it saw is generated by the script from
+seed {seed}: messages worded by `formtune.demo.generator` and answered in other layouts, and exercises in copying, looking
+up keys, converting dates and amounts, escaping and filling intents and slots. All messages of the demo's validation,
+test and production files were excluded. No text from elsewhere was used. The numbers may differ a little on other
+hardware, as floating-point sums do.
 
 ## Measured
 
@@ -492,7 +632,7 @@ Greedy answers to the demo's {count} test messages, with the demo's system promp
 |---|---|
 {styles}
 
-Strictly compliant (the whole answer is one JSON object, valid under `ticket.schema.json`): **{compliant:.1%}**.
+Valid format (the whole answer is one JSON object, valid under `ticket.schema.json`): **{compliant:.1%}**.
 
 Held-out conversations right in every token (teacher-forced, 48 each; for tickets without the first three tokens,
 which decide the style): {accuracy}.
@@ -500,42 +640,58 @@ which decide the style): {accuracy}.
 ## Limits
 
 It knows no language beyond its exercises: no facts, no free conversation, English templates only. It is good at the
-tickets and at copying, and much weaker at the other exercises that have to find several values by their keys or slots
-(see the shares above: `fields`, `spoken`, lists of `dates`). Inputs beyond about 600 tokens were not trained on.
-The minutes are wall time, also where the machine did other work meanwhile. Use it to try out the training pipeline, and
-for nothing else.
+messages and at copying, and weaker at some of the other exercises (see the shares above). Use it to try out the training
+pipeline, and for nothing else.
 
 Licence: Apache-2.0, like the code that made it.
 """
+CPU_TOKENS_PER_SECOND = 4300  # on 2 cores, measured
+
+
+def parse(words=None):
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Build the demo's base model.")
+    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default: {STEPS})")
+    parser.add_argument("--tokens_per_step", type=int, default=TOKENS_PER_STEP, help=f"default: {TOKENS_PER_STEP}")
+    parser.add_argument("--lr", type=float, default=LR, help=f"Muon's learning rate (default: {LR})")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of weights and rows (default: {SEED})")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make the rows (default: none)")
+    return parser.parse_args(words)
 
 
 def main():
     """Build tokenizer and model, measure them, write everything with the model card."""
-    parser = argparse.ArgumentParser(description="Build the demo's base model.")
-    parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default: {STEPS})")
-    arguments = parser.parse_args()
-
+    options = parse()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if options.workers else "true"
     held_out = generator.datasets()
     excluded = {row["prompt"] for key in ("validation", "test", "production") for row in held_out[key]}
     tokenizer = build_tokenizer(excluded)
-    model = build_model(tokenizer)
-    report = train(model, tokenizer, arguments.steps, excluded)
+    model = build_model(tokenizer, options.seed)
+    report = train(model, tokenizer, options, excluded)
 
     model = model.to(torch.bfloat16)
-    model.save_pretrained(arguments.out_dir)
-    tokenizer.save_pretrained(arguments.out_dir)
+    model.save_pretrained(options.out_dir)
+    tokenizer.save_pretrained(options.out_dir)
     model = model.float().eval()  # the stored weights, in the precision that CPUs are quick in
     answers = greedy(model, tokenizer, [row["prompt"] for row in held_out["test"]])
     styles = Counter(style_of(text) for text in answers)
+    cuda = model.device.type == "cuda"
+    estimate = f"About {report['tokens'] / CPU_TOKENS_PER_SECOND / 3600:.1f} hours on 2 CPU cores (estimated). "
     card = CARD.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6, layers=LAYERS, width=WIDTH, heads=HEADS,
-        vocabulary=VOCABULARY, steps=arguments.steps, minutes=report["minutes"], cores=torch.get_num_threads(),
-        tokens=report["tokens"] / 1e6, answer_tokens=report["answer_tokens"] / 1e6, seed=SEED, count=len(answers),
+        vocabulary=VOCABULARY, steps=options.steps, minutes=report["minutes"],
+        command=f"--steps {options.steps} --tokens_per_step {options.tokens_per_step} --lr {options.lr}"
+                + f" --seed {options.seed} --device {options.device}",
+        hardware=f"one {torch.cuda.get_device_name()}" if cuda else f"{torch.get_num_threads()} CPU cores",
+        estimate=estimate if cuda else "",
+        tokens=report["tokens"] / 1e6, answer_tokens=report["answer_tokens"] / 1e6, seed=options.seed,
+        count=len(answers),
         styles="\n".join(f"| {style} | {number / len(answers):.1%} |" for style, number in styles.most_common()),
         compliant=sum(map(compliant, answers)) / len(answers),
         accuracy=", ".join(f"{kind} {whole:.0%}" for kind, (_, whole) in report["accuracy"].items()))
-    (arguments.out_dir / "README.md").write_text(card, encoding="utf-8")
+    (options.out_dir / "README.md").write_text(card, encoding="utf-8")
     print(card)
 
 

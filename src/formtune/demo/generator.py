@@ -2,7 +2,8 @@
 
     python -m formtune.demo.generator OUT_DIR
 
-It draws a ticket and then words it as a mail: some values are copied, some converted ("12 March 2026" -> "2026-03-12").
+It draws what a customer has to say, words it as a mail, and fills in the ticket by rules that no model can guess: names
+and numbers are copied, dates and amounts converted, team, severity and category follow from ``house`` in phrases.yaml.
 About one row in six of ``train.jsonl`` is messy, as collected data is, and cleaning has to find it.
 ``production.jsonl`` has prompts only, and longer ones, so that the audit finds length drift.
 """
@@ -23,17 +24,17 @@ SEEDS = {"train": 11, "validation": 12, "test": 13, "production": 14}  # the dem
 PHRASES = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8"))
 WORDS = {key: PHRASES[key].split() for key in ("months", "first_names", "cities", "adjectives", "nouns")}
 SURNAME_PARTS = [part.split() for part in PHRASES["surname_parts"]]
-CATEGORIES, PRIORITIES = list(PHRASES["problems"]), list(PHRASES["urgency"])
+TOPICS, URGENCIES = list(PHRASES["problems"]), list(PHRASES["urgency"])
 
 
 def name(rng):
     return f"{rng.choice(WORDS['first_names'])} {''.join(rng.choice(part) for part in SURNAME_PARTS)}"
 
 
-def ticket(rng, long=False):
-    """Draw a ticket and word it as a message. Return ``(message, answer)``; ``long`` adds forwarding and small talk."""
-    category, priority = rng.choice(CATEGORIES), rng.choice(PRIORITIES)
-    count = 0 if category == "account" else rng.choice((1, 1, 1, 2, 2, 3))
+def message(rng, long=False):
+    """Draw what a customer has to say and word it. Return ``(text, facts)``; ``long`` adds forwarding and small talk."""
+    topic, urgency = rng.choice(TOPICS), rng.choice(URGENCIES)
+    count = 0 if topic in ("login", "profile") else rng.choice((1, 1, 1, 2, 2, 3))
     items: list[str] = []
     while len(items) < count:
         item = f"{rng.choice(WORDS['adjectives'])} {rng.choice(WORDS['nouns'])}"
@@ -41,25 +42,21 @@ def ticket(rng, long=False):
     has_order = rng.random() < 0.75
     letters = "ABCDEFGHKLMNPRSTVWXZ"
     order = f"{rng.choice(letters)}{rng.choice(letters)}-{rng.randrange(10000, 100000)}"
-    # Amounts end in a digit other than 0, since 12.50 and 12.5 are the same number and JSON knows only the second.
-    cents = rng.choice((None, rng.randrange(1, 10) + 10 * rng.randrange(10)))
-    whole = rng.randrange(5, 2000)
-    amount = whole if cents is None else float(f"{whole}.{cents:02d}")
+    amount = f"{rng.randrange(5, 2000)}" + rng.choice(("", f".{rng.randrange(1, 100):02d}"))
     currency = rng.choice(list(PHRASES["currencies"]))
     year, month, day = rng.randrange(2021, 2027), rng.randrange(1, 13), rng.randrange(1, 29)
-    iso = f"{year}-{month:02d}-{day:02d}"
     written = WORDS["months"][month - 1]
     person, city = name(rng), rng.choice(WORDS["cities"])
 
     listed = items[0] if len(items) == 1 else " and the ".join((", the ".join(items[:-1]), items[-1])) if items else ""
     words = {
         "x": listed, "o": order, "n": person, "t": city, "a": amount, "c": rng.choice(PHRASES["currencies"][currency]),
-        "d": rng.choice((iso, f"{day} {written} {year}", f"{written} {day}, {year}")),
+        "d": rng.choice((f"{day} {written} {year}", f"{written} {day}, {year}")),
     }
-    body = [rng.choice(PHRASES["problems"][category]), rng.choice(PHRASES["order" if has_order else "no_order"])]
+    body = [rng.choice(PHRASES["problems"][topic]), rng.choice(PHRASES["order" if has_order else "no_order"])]
     body.append(rng.choice(PHRASES["paid"]))
     rng.shuffle(body)
-    body.insert(rng.choice((0, 3, 3)), rng.choice(PHRASES["urgency"][priority]))
+    body.insert(rng.choice((0, 3, 3)), rng.choice(PHRASES["urgency"][urgency]))
     introduced = rng.random() < 0.3
     if introduced:
         body.insert(0, rng.choice(PHRASES["introduced"]))
@@ -72,9 +69,20 @@ def ticket(rng, long=False):
         subject = rng.choice(("my order", "question", "please help", "Re: your shop"))
         head = PHRASES["forwarded"].format(f=person, s=subject)
         text = rng.choice((head, "")) + text + rng.choice(PHRASES["footer"])
-    answer = {"category": category, "priority": priority, "customer": {"name": person, "city": city},
-              "order_id": order if has_order else None, "items": items, "amount": amount, "currency": currency,
-              "date": iso}
+    facts = {"topic": topic, "urgency": urgency, "name": person, "city": city, "order": order if has_order else None,
+             "items": items, "amount": amount, "currency": currency, "date": (year, month, day), "said": words}
+    return text, facts
+
+
+def ticket(rng, long=False):
+    """Draw a message and fill in its ticket by the house rules. Return ``(message, answer)``."""
+    text, facts = message(rng, long)
+    category, team, more = PHRASES["house"][facts["topic"]]
+    whole, _, cents = facts["amount"].partition(".")
+    answer = {"team": team, "severity": max(1, 4 - URGENCIES.index(facts["urgency"]) - more), "category": category,
+              "customer": {"name": facts["name"], "city": facts["city"]}, "order_id": facts["order"],
+              "items": facts["items"], "amount_cents": int(whole + (cents or "00")), "currency": facts["currency"],
+              "date": "{}-{:02d}-{:02d}".format(*facts["date"])}
     return text, answer
 
 
@@ -100,15 +108,15 @@ def tickets(seed, count, taken=(), long=False):
 
 def wrong_formats(answer, rng):
     """Return the same ticket in the wrong formats that people and models really write."""
-    lost = rng.choice(("amount", "priority", "date"))
+    lost = rng.choice(("amount_cents", "severity", "date"))
     without = {key: value for key, value in answer.items() if key != lost}
     return {
         "fenced": f"```json\n{json.dumps(answer, ensure_ascii=False, indent=2)}\n```",
         "yaml": "\n".join(f"{key}: {value}" for key, value in answer.items()),
         "python": repr(answer),
         "missing": canonical(without),
-        "enum": canonical(answer | {"priority": rng.choice(("asap", "medium", "High"))}),
-        "string": canonical(answer | {"amount": str(answer["amount"])}),
+        "enum": canonical(answer | {"team": rng.choice(("T0", "billing", "t3"))}),
+        "string": canonical(answer | {"amount_cents": str(answer["amount_cents"])}),
         "trailing": canonical(answer) + "\n\nLet me know if you need anything else!",
     }
 
@@ -129,8 +137,8 @@ def messy_train(test, taken):
     for message, answer in rng.sample(base, 50):
         rows.append((near_duplicate(message, rng), canonical(answer), "near-duplicate"))
     for message, answer in rng.sample(base, 20):  # the same message, another answer
-        other = rng.choice([value for value in PRIORITIES if value != answer["priority"]])
-        rows.append((message, canonical(answer | {"priority": other}), "contradiction"))
+        other = rng.choice([value for value in (1, 2, 3, 4) if value != answer["severity"]])
+        rows.append((message, canonical(answer | {"severity": other}), "contradiction"))
     rows += [(message, canonical(answer), "leak") for message, answer in rng.sample(test, 25)]
     for number, (message, answer) in enumerate(islice(extra, 90)):  # seven wrong formats in turn
         name, text = list(wrong_formats(answer, rng).items())[number % 7]
