@@ -305,7 +305,8 @@ INTENTS = {  # what people say to a device, with slots to fill by anything
 WORDS = sorted({word for texts in INTENTS.values() for text in texts for word in text.split() if "{" not in word} | set(
     "name date status email phone address title price total customer street color size type level amount note morning "
     "evening today tomorrow monday friday milk bread coffee blue jazz rock summer love night girl house kitchen "
-    "bedroom lights five seven ten noon restaurant station album dinner meeting doctor new old big city".split() + HOUSE.split()))
+    "bedroom lights five seven ten noon restaurant station album dinner meeting doctor new old big city".split()
+    + HOUSE.split()))
 
 
 def spoken(rng, short=False):
@@ -562,7 +563,7 @@ def train(model, tokenizer, options, excluded, reports=8):
 # ---------------------------------------------------------------- measuring, saving, command line
 
 
-def greedy(model, tokenizer, messages, system=generator.SYSTEM, size=66):
+def greedy(model, tokenizer, messages, system=generator.SYSTEM, size=110):
     """Return the model's greedy answer to each message, without the end-of-turn token."""
     prompts = [tokenizer.apply_chat_template(
         [{"role": "system", "content": system}, {"role": "user", "content": message}], tokenize=False,
