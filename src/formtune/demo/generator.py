@@ -32,7 +32,7 @@ def name(rng):
 
 
 def message(rng, long=False):
-    """Draw what a customer has to say and word it. Return ``(text, facts)``; ``long`` adds forwarding and small talk."""
+    """Draw what a customer says and word it. Return ``(text, facts)``; ``long`` adds forwarding and small talk."""
     topic, urgency = rng.choice(TOPICS), rng.choice(URGENCIES)
     count = 0 if topic in ("login", "profile") else rng.choice((1, 1, 1, 2, 2, 3))
     items: list[str] = []
