@@ -22,6 +22,7 @@ initialisation, Trockman and Kolter 2023, https://arxiv.org/abs/2305.09828), fro
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -533,9 +534,14 @@ def train(model, tokenizer, options, excluded, reports=8):
     optimizers = (torch.optim.Muon(matrices, lr=options.lr, weight_decay=0.01),
                   torch.optim.AdamW(others, lr=0.3 * options.lr, betas=(0.9, 0.98), weight_decay=0.0))
     steps, every = options.steps, -(-options.steps // reports)
-    schedule = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1, (s + 1) / 60, (steps - s) / (0.85 * steps)))
-                for o in optimizers]
     started, seen, answers = time.time(), 0, 0
+
+    def left(step):
+        """The share of the training that is left: by steps or by time, whichever ends first."""
+        return min(1 - step / steps, 1 - (time.time() - started) / 60 / options.minutes)
+
+    schedule = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1, (s + 1) / 60, max(0.0, left(s)) / 0.85))
+                for o in optimizers]
     total = torch.zeros((), device=options.device)
     for step, (ids, learnt) in enumerate(chain([first], rows), 1):
         logits, targets = answer_logits(model, ids, learnt)
@@ -548,15 +554,19 @@ def train(model, tokenizer, options, excluded, reports=8):
             optimizer.zero_grad()
         total += loss.detach()  # read only for a report: the processor need not wait for the device
         seen, answers = seen + ids.size, answers + len(learnt)
-        if step % every == 0 or step == steps:
+        is_last = left(step) <= 0
+        if step % every == 0 or is_last:
             since = step - (step - 1) // every * every
             print(f"{step}/{steps} {(time.time() - started) / 60:.1f} min {seen / 1e6:.1f}M tokens "
                   f"loss {total.item() / since:.4f}", flush=True)
             total.zero_()
+        if is_last:
+            break
+    rows.close()
     minutes = (time.time() - started) / 60
     accuracy = held_out_accuracy(model, tokenizer, excluded)
     print(accuracy, flush=True)
-    return {"tokens": seen, "answer_tokens": answers, "minutes": minutes, "accuracy": accuracy}
+    return {"steps": step, "tokens": seen, "answer_tokens": answers, "minutes": minutes, "accuracy": accuracy}
 
 
 # ---------------------------------------------------------------- measuring, saving, command line
@@ -646,6 +656,7 @@ def parse(words=None):
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default: {STEPS})")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end earlier, after this time (default: never)")
     parser.add_argument("--tokens_per_step", type=int, default=TOKENS_PER_STEP, help=f"default: {TOKENS_PER_STEP}")
     parser.add_argument("--lr", type=float, default=LR, help=f"Muon's learning rate (default: {LR})")
     parser.add_argument("--seed", type=int, default=SEED, help=f"of weights and rows (default: {SEED})")
@@ -673,7 +684,7 @@ def main():
     estimate = f"About {report['tokens'] / CPU_TOKENS_PER_SECOND / 3600:.1f} hours on 2 CPU cores (estimated). "
     card = CARD.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6, layers=LAYERS, width=WIDTH, heads=HEADS,
-        vocabulary=VOCABULARY, steps=options.steps, minutes=report["minutes"],
+        vocabulary=VOCABULARY, steps=report["steps"], minutes=report["minutes"],
         command=f"--steps {options.steps} --tokens_per_step {options.tokens_per_step} --lr {options.lr}"
                 + f" --seed {options.seed} --device {options.device}",
         hardware=f"one {torch.cuda.get_device_name()}" if cuda else f"{torch.get_num_threads()} CPU cores",
