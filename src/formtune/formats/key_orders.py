@@ -64,10 +64,17 @@ class OrderedRules:
         self.kept: list[str] = []
         self.text: str | None = None
         is_moved = self._arrange(orders)
-        if self._free:
-            self.text = self._lark(self._rule(root))
-        elif is_moved:
+        if self._free and not self._starts_with_json(start := self._rule(root)):
+            self.text = self._lark(start)
+            return
+        self.kept = ["$"] if self._free else []
+        if is_moved:
             self.text = f"answer: {self._json(root)}"
+
+    def _starts_with_json(self, name: str) -> bool:
+        """Whether an alternative of the whole is a %json, before which llguidance would allow white space."""
+        options = self._rules[name].split(" | ")
+        return any(o.startswith("%json") or (o in self._rules and self._starts_with_json(o)) for o in options)
 
     def _lark(self, start: str) -> str:
         lines = ["answer: %lark {", f"start: {start}", *(f"{name}: {body}" for name, body in self._rules.items())]
