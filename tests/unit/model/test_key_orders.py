@@ -41,7 +41,7 @@ def more(inner):
 SCHEMAS = st.recursive(st.sampled_from([DIGIT, {"type": "string"}, {"$ref": "#/$defs/x"}]), more, max_leaves=5)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(objects(SCHEMAS), objects(st.just(DIGIT)), st.randoms(use_true_random=False))
 def test_every_target_is_accepted_and_every_accepted_text_is_valid_without_a_repeated_key(schema, part, dice):
     schema |= {"$defs": {"x": part}}
