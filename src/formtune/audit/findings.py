@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections import Counter
@@ -18,7 +19,7 @@ from formtune.data.cleaning import Example
 from formtune.data.encoded import FEW_ROWS, Splits
 from formtune.data.preparation import load_splits, production_rows
 from formtune.data.settings import DataSettings
-from formtune.formats import Format
+from formtune.formats import Format, JsonSchema
 from formtune.formats.content import Words, leaves
 
 COMPLEX_FIELDS = 8  # from this many fields on, or with nesting, a format is complex
@@ -65,6 +66,11 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
         "label_totals": totals,
         "sources": sources(examples["train"]),
         "ungrounded": ungrounded(all_examples, format),
+        "key_order": {
+            "rows": sum(_is_reordered(example, format) for example in examples["train"]),
+            "kept": [] if format.per_row else format.ordered_grammar(splits.orders)[1],
+            "fix": f"data.repair_answers: [{', '.join(dict.fromkeys([*settings.repair_answers, 'canonical']))}]",
+        },
         "suspects": _suspects(splits.suspects),
         "repeats": [
             {key: getattr(row, key) for key in ("split", "reason", "where", "other")} for row in splits.repeats
@@ -100,6 +106,13 @@ def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[st
             if not words.hold(value) and not (context := context or Words(example.text)).hold(value):
                 rows.setdefault(path, []).append({"where": example.where, "value": value, "source": example.origin})
     return {path: {"share": len(invented) / counts[path], "rows": invented} for path, invented in rows.items()}
+
+
+def _is_reordered(example: Example, format: Format) -> bool:
+    """Whether an answer's keys come in another order than the schema's."""
+    own = format.of_row(example.schema)
+    plain = json.dumps(example.value, ensure_ascii=False, separators=(",", ":"))
+    return isinstance(own, JsonSchema) and own.write(example.value) != plain
 
 
 def sources(examples: Iterable[Example]) -> dict[str, dict[str, Any]]:
@@ -171,6 +184,7 @@ def _labels(examples: dict[str, list[Example]], format: Format) -> tuple[dict[st
 def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
     """What does not block training and should be looked at, one line each."""
     rows, suspects, production = findings["rows"]["train"]["used"], findings["suspects"], findings["production"]
+    order = findings["key_order"]
     is_complex = len(format.fields) >= COMPLEX_FIELDS or any("." in path for path in format.fields)
     if rows < FEW_ROWS:
         yield (
@@ -181,6 +195,18 @@ def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
         yield (
             f"{rows:,} training rows: 2,000 to 5,000 are usual for a format with many or nested fields "
             f"({len(format.fields)} here); compare a run on half of them to see whether more would help"
+        )
+    if order["rows"]:
+        yield (
+            f"{order['rows']:,} of {rows:,} training answers have keys in another order than the schema's; formtune's "
+            "constrained decoding allows it, but an engine that forces the schema's order (vLLM, llama.cpp, OpenAI's "
+            "response_format) makes the model leave out each key that it has passed; if you serve with one, train on "
+            f"that order: {order['fix']}"
+        )
+    if order["kept"]:
+        yield (
+            f"key order: constrained decoding allows one order at {', '.join(order['kept'][:GRAVEST])}, and training "
+            f"answers have several; train on one: {order['fix']}"
         )
     if suspects:
         row, others = suspects[0]["where"], suspects[0]["others"]

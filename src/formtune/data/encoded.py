@@ -17,11 +17,12 @@ from formtune.data.cleaning import Example, Quarantined
 from formtune.data.settings import DataSettings
 from formtune.data.styles import Mixture
 from formtune.files import own_code, read_entry, write_entry
+from formtune.formats.key_orders import Orders
 
 FEW_ROWS = 500  # below this, fine-tuning mostly learns the examples; the guide's lower bound
 CACHE = Path(".cache/encoded")  # in the working directory, like `logs`
 KEPT = 8  # entries of the cache; the least recently used are removed
-CACHED = ("rows", "read", "repairs", "quarantine", "mixtures", "draws", "shared", "key")
+CACHED = ("rows", "read", "repairs", "quarantine", "mixtures", "draws", "shared", "orders", "key")
 PACKAGES = ("tokenizers", "transformers", "jinja2", "regex", "jsonschema", "referencing", "ftfy", "rensa")
 
 
@@ -36,6 +37,7 @@ class Splits:
     mixtures: list[Mixture] = field(default_factory=list)
     draws: float = 0.0  # how many groups of one size would make shares vary as these groups of rows do; 0 if unknown
     shared: float = 0.0  # share of the inputs' text that many share and the near comparison left out
+    orders: Orders = field(default_factory=dict)  # of keys in training targets
     key: str = ""  # content hash of the rows
     ignored: Counter[str] = field(default_factory=Counter)  # rows that have a key which is not read, by its name
     notes: dict[str, str] = field(default_factory=dict)  # how rows were read, with the place of the first such row

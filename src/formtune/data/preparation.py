@@ -22,6 +22,7 @@ from formtune.data.styles import mixtures
 from formtune.data.turns import kind
 from formtune.errors import UserError
 from formtune.formats import ToolCalls
+from formtune.formats.key_orders import learn_orders
 
 
 def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
@@ -146,6 +147,7 @@ def _prepare(settings: DataSettings, examples: Mapping[str, Sequence[Example]]) 
         used[example.split].append(example)
     for name, members in used.items():
         splits.examples[name], splits.rows[name] = _encode(settings, members, splits)
+    splits.orders = learn_orders(example.value for example in splits.examples["train"])
     splits.key = content_hash(splits.rows)
     return splits
 

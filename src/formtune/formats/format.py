@@ -14,6 +14,7 @@ from typing import Any
 from formtune.errors import UserError
 from formtune.formats.bounded import CHECK_SECONDS, time_limit
 from formtune.formats.content import Comparison, compare
+from formtune.formats.key_orders import Orders
 
 MAX_CHARACTERS = 100_000  # longer texts are not read: a verdict must be cheap whatever a model writes
 MAX_FENCES = 8  # searched for a document
@@ -110,6 +111,13 @@ class Format(ABC):
         less than the format, never more. Raises UserError if the format cannot be expressed.
         """
         return None
+
+    def ordered_grammar(self, orders: Orders | None) -> tuple[str | None, list[str]]:
+        """As `grammar`, with JSON keys in the orders that training targets use; None for any order.
+
+        The rules are None if those of `grammar` allow these orders. The list names the parts for which they do not.
+        """
+        return None, []
 
     def to_dict(self) -> dict[str, Any]:
         """The format as plain data, complete without other files: `class_path` and `init_args`."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from formtune.errors import UserError
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
 from formtune.formats.json_schema import JsonSchema
+from formtune.formats.key_orders import Orders
 from formtune.formats.strict_json import loads_strict
 
 KEPT = 1000  # formats of rows
@@ -99,11 +100,18 @@ class ToolCalls(Format):
                 "model.constrained: ToolCalls has a grammar where every row has tools, syntax is hermes or llama and "
                 "tool_choice is required; decode without a grammar"
             )
+        return self._rules([parameters.grammar() for parameters in self._tools.values()])
+
+    def ordered_grammar(self, orders: Orders | None) -> tuple[str | None, list[str]]:
+        pairs = [(tool.ordered_grammar(orders)[0], tool.grammar()) for tool in self._tools.values()]
+        return self._rules([ordered or own for ordered, own in pairs]), []
+
+    def _rules(self, arguments: list[str]) -> str:
         key, calls, rules = "parameters" if self.syntax == "llama" else "arguments", [], []
-        for number, (name, parameters) in enumerate(self._tools.items()):
+        for number, (name, grammar) in enumerate(zip(self._tools, arguments, strict=True)):
             opening = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": '
             calls.append(f'{json.dumps(opening, ensure_ascii=False)} arguments{number} "}}"')
-            rules.append(f"arguments{number}:" + parameters.grammar().removeprefix("answer:"))
+            rules.append(f"arguments{number}:" + grammar.removeprefix("answer:"))
         tagged = 'tagged ("\\n" tagged)*\ntagged: ( "<tool_call>" "\\n" call "\\n" "</tool_call>" )'
         answer = "call" if self.syntax == "llama" else tagged
         return "\n".join([f"answer: {answer}", f"call: {' | '.join(calls)}", *rules])

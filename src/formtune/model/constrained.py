@@ -16,6 +16,7 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.errors import UserError
 from formtune.formats import Format
+from formtune.formats.key_orders import Orders
 
 KEPT = 256  # compiled schemas of rows
 
@@ -23,11 +24,14 @@ KEPT = 256  # compiled schemas of rows
 class Grammar:
     """A format, compiled for the tokens of a model; if rows have their own schemas, each schema when it is needed.
 
+    JSON keys come in `orders`, those of the training targets. If these are not known, or if rows have their own
+    schemas, keys come in any order.
+
     Raises:
         UserError: llguidance is not installed, or the format has no grammar.
     """
 
-    def __init__(self, format: Format, renderer: Renderer) -> None:
+    def __init__(self, format: Format, renderer: Renderer, orders: Orders | None = None) -> None:
         try:
             from llguidance import LLExecutor
             from llguidance.hf import from_tokenizer
@@ -44,24 +48,34 @@ class Grammar:
         # A tag such as <tool_call> may be one token, which llguidance does not take for text.
         self._added_tokens = renderer.tokenizer.added_tokens_encoder
         self.executor = LLExecutor()
+        self._orders = None if format.per_row else orders
         self._format, self._compiled = format, functools.lru_cache(KEPT)(self._compile)
         if not format.per_row:
             self._compiled(None)
 
     def _compile(self, schema: str | None) -> Any:
-        from llguidance import LLMatcher
-
-        rules = self._format.of_row(schema).grammar()
+        own = self._format.of_row(schema)
+        rules = own.grammar()
         if rules is None:
             name = type(self._format).__name__
             raise UserError(f"model.constrained: {name} has no grammar; give it a `grammar` method")
+        matcher = self._matcher(rules)
+        if matcher.is_error():
+            raise UserError(f"model.constrained: the format cannot be put in a grammar ({_reason(matcher)})")
+        ordered, _ = own.ordered_grammar(self._orders)  # right only where llguidance takes the schema as it is
+        if ordered and (other := self._matcher(ordered)).is_error():
+            rank_zero_warn(f"constrained decoding keeps the schema's order of keys ({_reason(other)})")
+        elif ordered:
+            matcher = other
+        return matcher
+
+    def _matcher(self, rules: str) -> Any:
+        from llguidance import LLMatcher
+
         for token, number in self._added_tokens.items():
             rules = rules.replace(f" {json.dumps(token)} ", f" <[{number}]> ")
         text = f"start: {json.dumps(self._lead) if self._lead else ''} answer\n{rules}"
-        matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
-        if matcher.is_error():
-            raise UserError(f"model.constrained: the format cannot be put in a grammar ({_reason(matcher)})")
-        return matcher
+        return LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
 
     def matcher(self, row: Row) -> Any:
         """A matcher for the row's answer; raises a UserError with the row's place if its schema has no grammar."""

@@ -57,8 +57,8 @@ class FormatModule(L.LightningModule):
         compile: Compile the layers with torch.compile: about a minute at the start, then each step is shorter.
         quantize: Load the frozen base in 4 bits (QLoRA, arXiv:2305.14314); needs the extra `qlora`.
         constrained: Use constrained decoding in every evaluation and in `predict`: only tokens that can still lead to a
-            valid format are chosen from. Training and losses stay the same. JSON keys come in the schema's order. Needs
-            the extra `constrained`.
+            valid format are chosen from. Training and losses stay the same. JSON keys come in the orders of
+            the training targets. Needs the extra `constrained`.
         metrics: Metrics of your own, each a `torchmetrics.Metric` whose `update` takes answers and targets, two lists
             of texts; shown as `own/` and the name of the class.
     """
@@ -108,12 +108,14 @@ class FormatModule(L.LightningModule):
         base = load_base(self.base, dtype, self.quantize, torch.device("cpu") if sharded else strategy.root_device)
         if base.get_input_embeddings().num_embeddings < len(self.renderer.tokenizer):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
+        self.orders = getattr(getattr(self.trainer.datamodule, "splits", None), "orders", None)
         if self.constrained:
             grammar, rows = self.grammar, getattr(self.trainer.datamodule, "rows", {})  # type: ignore[attr-defined]
             for row in (*rows.get("validation", ()), *rows.get("test", ())):
                 grammar.matcher(row)  # refuses a format that has none before training
         processes = self.trainer.world_size
         self._identity = {"base": identity(self.base), "format": format_hash(self.format), "processes": processes}
+        self._identity["orders"] = self.orders
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(self.seed)  # the adapters begin alike, whatever drew random numbers before
@@ -127,7 +129,7 @@ class FormatModule(L.LightningModule):
     @functools.cached_property
     def grammar(self) -> Grammar:
         """The format, compiled for constrained decoding."""
-        return Grammar(self.format, self.renderer)
+        return Grammar(self.format, self.renderer, self.orders)
 
     @functools.cached_property
     def micro_batches(self) -> MicroBatches:
@@ -243,6 +245,8 @@ class FormatModule(L.LightningModule):
         """Refuse the state of another base or format, though it may have the same shapes."""
         saved, resumes = checkpoint.get("formtune"), self.trainer.state.fn == "fit"
         check_identity(saved, self._identity, resumes)
+        self.orders = saved.get("orders")  # those that it was trained on, also where there are only prompts
+        self.__dict__.pop("grammar", None)
         if resumes:
             self.guard.skipped, self.guard.in_a_row = saved["skipped"]  # type: ignore[index]
 

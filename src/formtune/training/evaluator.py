@@ -43,6 +43,7 @@ class Evaluator:
         self.trainer, self.model, self.datamodule, self.folder = trainer, model, datamodule, folder
         self.train_rows, self.test_rows = datamodule.rows["train"], datamodule.rows["test"]
         self.renderer, self.context = datamodule.settings.renderer, context_length(model.base) or 10**9
+        self._orders = datamodule.splits.orders if datamodule.splits else None
         self.outcomes: dict[str, list[Outcome]] = {}
         self._writes = trainer.is_global_zero and not trainer.fast_dev_run
         self._longest = max(len(row.target_ids) for row in self.test_rows)
@@ -69,7 +70,7 @@ class Evaluator:
         constrained = None
         if "constrained" in kinds and not self.model.constrained:  # else every evaluation is constrained
             try:
-                grammar = Grammar(format, self.renderer)
+                grammar = Grammar(format, self.renderer, self._orders)
                 for row in test:
                     grammar.matcher(row)
             except UserError as error:
@@ -147,7 +148,7 @@ class Evaluator:
         settings = {
             "precision": trainer.precision,
             "quantize": model.quantize,
-            "constrained": model.constrained or constrained,
+            "constrained": self._orders if model.constrained or constrained else None,
             "max_new_tokens": self._limit,
             "batches": trainer.limit_test_batches,
         }
