@@ -34,7 +34,8 @@ from formtune.training import callback, checkpoint_files
 from formtune.training.answers import AnswerFile, AnswerTable, Outcomes
 from formtune.training.checkpoint import BestCheckpoint
 from formtune.training.evaluator import Baseline, results
-from formtune.training.overfitting import OverfittingWatch
+from formtune.training.next_step import next_step
+from formtune.training.overfitting import OverfittingWatch, diagnose
 from formtune.training.pipeline import prepare, train
 from formtune.training.progress_bar import StepsBar
 from formtune.training.run_folder import RunFolder, choose_run, measured_run
@@ -237,7 +238,9 @@ class FormtuneCLI(LightningCLI):
         finally:
             self.folder.release()
         if writes:
-            print(f"{reason(callback(trainer, Validations).history)}\nrun: {self.folder.path}")
+            history = callback(trainer, Validations).history
+            print(f"{reason(history)}\ndiagnosis: {diagnose(history).text}")
+            print(f"next: {next_step(history, trainer, 'fit')}\nrun: {self.folder.path}")
 
     def test(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         """Evaluate on the test rows, or those of validation for `validate`, and print the figures."""

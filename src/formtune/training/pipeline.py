@@ -19,6 +19,7 @@ from formtune.training import callback, checkpoint_files
 from formtune.training.checkpoint import BestCheckpoint
 from formtune.training.evaluator import Baseline, Evaluator
 from formtune.training.manifest import write_manifest
+from formtune.training.next_step import next_step
 from formtune.training.overfitting import diagnose
 from formtune.training.run_folder import RunFolder
 from formtune.training.validations import Validations, best, reason
@@ -70,9 +71,9 @@ def train(
 
     # The best checkpoint and its adapter, which is safe before anything else can fail
     history, checkpoints = callback(trainer, Validations).history, callback(trainer, BestCheckpoint)
-    chosen = best(history)
+    chosen, advice = best(history), next_step(history, trainer, "train")
     if chosen is None:
-        raise UserError(f"{reason(history)}; lower model.optimizer.lr")
+        raise UserError(f"{reason(history)}; {advice}")
     model.load_state_dict(checkpoint_files.read(Path(checkpoints.best_model_path))["state_dict"])
     data = datamodule.splits.key if datamodule.splits else None
     if writes and not (folder.path / "adapter").exists():
@@ -93,6 +94,7 @@ def train(
         "best": chosen.figures() | {"loss": chosen.val_loss},
         "history": [validation.figures() for validation in history],
         "diagnosis": diagnose(history).text,
+        "next": advice,
     }
     if writes:
         evaluator.report(result)
