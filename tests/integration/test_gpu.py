@@ -55,7 +55,8 @@ def test_shared_prefixes_give_the_losses_and_gradients_of_the_cpu():
         loss, gradients = losses_and_gradients("cuda", micro_batches_of, rows)
         assert abs(loss - expected[0]) <= 1e-4 * expected[0]
         assert (gradients - expected[1]).norm() <= 1e-3 * expected[1].norm()
-    model = add_lora(tiny_model(), Lora(r=4)).to("cuda")
+    # FlexAttention has no kernel for heads of fewer than 16 numbers.
+    model = add_lora(tiny_model(hidden_size=64), Lora(r=4)).to("cuda")
     assert isinstance(choose_micro_batches(model), SharedPrefixes)
 
 
