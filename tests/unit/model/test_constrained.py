@@ -152,9 +152,8 @@ def sharp_model(shape):
 
 
 def answered(micro_batches, rows, grammar, limits, tokens=300):
-    return micro_batches.decode(
-        rows, micro_batches.split(rows, tokens, max(limits)), RENDERER.stop_ids, limits, grammar
-    )
+    split = micro_batches.split(rows, tokens, max(limits))
+    return [answer.ids for answer in micro_batches.decode(rows, split, RENDERER.stop_ids, limits, grammar)]
 
 
 def rows_of_every_kind(prompts, answers):
@@ -230,7 +229,7 @@ def test_a_model_that_would_write_something_else_is_led_to_a_document(name):
         for token in RENDERER.tokenizer(wish, add_special_tokens=False)["input_ids"] + [END] * 200:
             logits = torch.randn(1, SIZE)
             logits[0, token] = 9.0
-            written += documents.choose([0], logits)
+            written += documents.choose([0], logits)[0]
             if written[-1] == END:
                 break
         text, finished = RENDERER.answer(written)
@@ -458,7 +457,7 @@ def test_targets_of_other_tokenizers_keep_the_grammar(name):
         logits[0, encoded.target_ids] = 1.0 + torch.arange(len(encoded.target_ids), 0, -1)
         written = []
         while not written or written[-1] != encoded.target_ids[-1]:
-            written += documents.choose([1], logits)
+            written += documents.choose([1], logits)[0]
             logits[0, written[-1]] -= 1e3
         text, finished = renderer.answer(written)
         assert FORMATS["json"].check(text, finished=finished).exact

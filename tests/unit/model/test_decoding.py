@@ -40,7 +40,8 @@ def rows_of_every_kind(model, count=12):
 
 
 def answered(micro_batches, rows, limits, tokens=300):
-    return micro_batches.decode(rows, micro_batches.split(rows, tokens, ROOM), STOP, limits)
+    answers = micro_batches.decode(rows, micro_batches.split(rows, tokens, ROOM), STOP, limits)
+    return [answer.ids for answer in answers]
 
 
 def both(shape):
