@@ -83,7 +83,7 @@ class ChatServer:
             "choices": [{"index": 0, "finish_reason": self.finish, "message": message}],
         }  # fmt: skip
         if self.logprob is not None and body.get("logprobs"):
-            words = [answer[:3], answer[3:], "</s>"]
+            words = [answer[:6], answer[6:], "</s>"]
             content = [{"token": word, "logprob": self.logprob, "bytes": None, "top_logprobs": []} for word in words]
             reply["choices"][0]["logprobs"] = {"content": content, "refusal": None}
         if self.usage:

@@ -46,9 +46,8 @@ def aurc(rows: Judged) -> float:
 
 def calibration(rows: Judged) -> list[tuple[int, float, float]]:
     """For each bin with rows, from low to high: their number, their mean confidence, and the share that is right."""
-    ordered = sorted(rows, key=_bin)
-    bins = [np.array(list(group), dtype=float) for _, group in groupby(ordered, _bin)]
-    return [(len(part), *map(float, part.mean(axis=0))) for part in bins]
+    bins = [np.array(list(group), dtype=float) for _, group in groupby(sorted(rows, key=_bin), _bin)]
+    return [(len(part), float(part[:, 0].mean()), float(part[:, 1].mean())) for part in bins]
 
 
 def _bin(row: tuple[float, bool]) -> int:
@@ -79,8 +78,8 @@ def accepted(rows: Judged, minimum: float) -> dict[str, Any]:
     """What comes of accepting answers of at least this confidence: coverage, and precision with its interval."""
     verdicts = [is_right for confidence, is_right in rows if confidence >= minimum]
     count, right = len(verdicts), sum(verdicts)
-    precision = {"precision": right / count if count else None, "interval": wilson(right, count)}
-    return {"min_confidence": minimum, "rows": len(rows), "accepted": count, "coverage": count / len(rows), **precision}
+    figures = {"min_confidence": minimum, "accepted": count, "coverage": count / len(rows)}
+    return figures | {"precision": right / count if count else None, "interval": wilson(right, count)}
 
 
 def summary(validation: Sequence[Outcome], test: Sequence[Outcome]) -> dict[str, Any]:
@@ -90,8 +89,7 @@ def summary(validation: Sequence[Outcome], test: Sequence[Outcome]) -> dict[str,
     """
     rows, chosen_on = judged(test), judged(validation)
     names = dict.fromkeys(name for o in test for name in o.fields)
-    of_field = {name: judged(test, name) for name in names}
-    share = {name: sum(map(itemgetter(1), of_field[name])) / len(of_field[name]) for name in names}
+    share = {name: float(np.mean([right for _, right in judged(test, name)])) for name in names}
     worst = sorted((name for name in names if share[name] < 1), key=share.__getitem__)[:FIELDS]
     return {
         "aurc": aurc(rows),
@@ -99,7 +97,7 @@ def summary(validation: Sequence[Outcome], test: Sequence[Outcome]) -> dict[str,
         "validation_rows": len(chosen_on),
         "accept": [_accept(chosen_on, rows, target) for target in TARGETS],
         "fields": {
-            name: {"right": share[name], **_accept(judged(validation, name), of_field[name], FIELD_TARGET)}
+            name: {"right": share[name], **_accept(judged(validation, name), judged(test, name), FIELD_TARGET)}
             for name in worst
         },
     }

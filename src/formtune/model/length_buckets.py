@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from formtune.base.row import Row
 from formtune.model.constrained import Documents
-from formtune.model.loss import Predictions, predict
-from formtune.model.micro_batches import Decoded, MicroBatches, add_tokens
+from formtune.model.loss import predict
+from formtune.model.micro_batches import Decoded, Forward, MicroBatches, add_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ class LengthBuckets(MicroBatches):
         if group:
             yield _pad(rows, group)
 
-    def predictions(self, padded: Padded, keep: bool = False, bitmask: Tensor | None = None) -> tuple[Predictions, Any]:
+    def predictions(self, padded: Padded, keep: bool = False, bitmask: Tensor | None = None) -> Forward:
         predicting = padded.targets >= 0
         predicting[:, 0] = True  # also in a row without a target, whose answer starts there
         positions = (padded.seen.cumsum(1) - 1).clamp_min(0)

@@ -54,7 +54,7 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     tokens = logits.argmax(-1)
     highest = logits.gather(-1, tokens.unsqueeze(-1)).float()
     # The largest is subtracted first: a probability near 1 keeps its digits.
-    return tokens, -(logits.float() - highest).exp().sum(-1).log()
+    return tokens, -(logits.float() - highest).exp_().sum(-1).log()
 
 
 def masked(logits: Tensor, bitmask: Tensor) -> Tensor:

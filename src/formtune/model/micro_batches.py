@@ -19,6 +19,9 @@ from formtune.model.batch import Answer
 from formtune.model.constrained import Documents, Grammar
 from formtune.model.loss import Predictions, greedy
 
+# Predictions, and with `keep` what `_generate` continues from, such as its KV cache.
+Forward = tuple[Predictions, Any]
+
 
 @dataclass(slots=True)
 class Decoded:
@@ -47,13 +50,8 @@ class MicroBatches(ABC):
         """Micro-batches of at most `tokens` tokens, where each row counts `extra` tokens more than it has."""
 
     @abstractmethod
-    def predictions(
-        self, micro_batch: Any, keep: bool = False, bitmask: torch.Tensor | None = None
-    ) -> tuple[Predictions, Any]:
-        """One teacher-forced forward pass, and with `keep` what `_generate` continues from, such as its KV cache.
-
-        `bitmask` has the tokens that are allowed at each label, see `predict`.
-        """
+    def predictions(self, micro_batch: Any, keep: bool = False, bitmask: torch.Tensor | None = None) -> Forward:
+        """One teacher-forced forward pass, with the tokens that are allowed at each label (see `predict`)."""
 
     @abstractmethod
     def _generate(
@@ -124,10 +122,7 @@ def judge(row: Row, decoded: Decoded, renderer: Renderer, format: Format) -> Ans
 
 
 def add_tokens(answers: list[Decoded], rows: list[int], logits: torch.Tensor, documents: Documents | None) -> list[int]:
-    """Add the most likely token to the answers of `rows`, from logits of shape (rows, vocabulary); returns the tokens.
-
-    With documents it is the most likely one among those allowed.
-    """
+    """Add the most likely token that the documents allow to the answers of `rows`; returns the tokens."""
     tokens, logprobs = documents.choose(rows, logits) if documents else (x.tolist() for x in greedy(logits))
     for j, token, logprob in zip(rows, tokens, logprobs, strict=True):
         answers[j].ids.append(token)

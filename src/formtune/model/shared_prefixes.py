@@ -15,8 +15,8 @@ from formtune.model.attention import NAME, PackedAttention, register
 from formtune.model.constrained import Documents
 from formtune.model.decoding import CachedAttention
 from formtune.model.length_buckets import LengthBuckets
-from formtune.model.loss import Predictions, predict
-from formtune.model.micro_batches import Decoded, MicroBatches, add_tokens, finished
+from formtune.model.loss import predict
+from formtune.model.micro_batches import Decoded, Forward, MicroBatches, add_tokens, finished
 from formtune.model.packing import Packed, pack
 
 
@@ -26,7 +26,7 @@ class SharedPrefixes(MicroBatches):
     def split(self, rows: Sequence[Row], tokens: int, extra: int = 0) -> Iterator[Packed]:
         return pack(rows, tokens, extra)
 
-    def predictions(self, packed: Packed, keep: bool = False, bitmask: Tensor | None = None) -> tuple[Predictions, Any]:
+    def predictions(self, packed: Packed, keep: bool = False, bitmask: Tensor | None = None) -> Forward:
         attention = PackedAttention(packed, keep)
         hidden = self._hidden(packed.ids, packed.positions, attention)[0, packed.predicting.to(self.device)]
         vocabulary = self.base.get_input_embeddings().num_embeddings

@@ -89,7 +89,7 @@ class AnswerFile(Callback):
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         rank = f".{trainer.global_rank}" if trainer.global_rank else ""
-        records = [
+        records: list[dict[str, Any]] = [
             {
                 "where": a.row.where, "prompt": a.row.input, "answer": a.text,
                 "compliant": a.verdict.exact, "kind": a.verdict.kind, "detail": a.verdict.detail,
@@ -97,7 +97,7 @@ class AnswerFile(Callback):
             }
             for a in sorted(self._answers, key=lambda a: a.row.number)
         ]  # fmt: skip
-        parts: dict[Path, list[Any]] = {self.path: records}
+        parts = {self.path: records}
         if self._minimum is not None:
             names = [self.path.with_stem(f"{self.path.stem}.{name}") for name in ("review", "accepted")]
             parts = {path: [] for path in names}

@@ -128,7 +128,7 @@ def test_what_is_accepted_has_its_coverage_and_interval():
     assert (figures["accepted"], figures["coverage"], figures["precision"]) == (3, 0.6, 2 / 3)
     assert figures["interval"] == wilson(2, 3)
     assert accepted(PAIRS, 0.95) == {
-        "min_confidence": 0.95, "rows": 5, "accepted": 0, "coverage": 0.0, "precision": None, "interval": (0.0, 1.0),
+        "min_confidence": 0.95, "accepted": 0, "coverage": 0.0, "precision": None, "interval": (0.0, 1.0),
     }  # fmt: skip
 
 
