@@ -39,9 +39,9 @@ def confidence(
     fields = {}
     for name in format.fields if begin >= 0 else ():
         path = name
-        while path not in spans:
+        while path and path not in spans:
             path = path.rpartition(".")[0]
-        start, end = spans[path]
+        start, end = spans.get(path, (0, len(answer) + 1))
         # A token that is part of a character has no text: it belongs to the character that is completed later.
         inside = (p for p, a, b in zip(logprobs, ends, ends[1:], strict=False) if a < end and max(b, a + 1) > start)
         fields[name] = _product(inside)

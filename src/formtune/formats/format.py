@@ -104,11 +104,11 @@ class Format(ABC):
         return None
 
     def value_spans(self, text: str) -> dict[str, tuple[int, int]]:
-        """Where values are in the text of a valid document, by their dotted paths; the whole document's path is "".
+        """Where values are in the text of a valid document, by their dotted paths.
 
         A span includes the character after the value if that character shows that the value ends there.
         """
-        return {"": (0, len(text) + 1)}
+        return {}
 
     def grammar(self) -> str | None:
         """The format for constrained decoding, None if the format has no grammar.

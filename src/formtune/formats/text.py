@@ -50,8 +50,8 @@ class Regex(Format):
 
     def value_spans(self, text: str) -> dict[str, tuple[int, int]]:
         match = self._pattern.fullmatch(text)
-        spans = {name: match.span(name) for name in self.fields}
-        return super().value_spans(text) | {n: (start, end + 1) for n, (start, end) in spans.items() if start >= 0}
+        spans = ((name, *match.span(name)) for name in self.fields)
+        return {name: (start, end + 1) for name, start, end in spans if start >= 0}
 
     def grammar(self) -> str | None:
         check_pattern(self.pattern, "data.format.pattern")
@@ -138,7 +138,7 @@ class Tagged(Format):
             yield start, end + len(self.sections[-1]) + 3
 
     def value_spans(self, text: str) -> dict[str, tuple[int, int]]:
-        spans, end = super().value_spans(text), 0
+        spans, end = {}, 0
         for name in self.sections:
             start = text.index(f"<{name}>", end) + len(name) + 2
             end = text.index(f"</{name}>", start)
