@@ -88,8 +88,20 @@ def test_the_best_checkpoint_gives_the_exported_figures_again_and_predict_judges
     assert main(["predict", "-c", str(run / "config.yaml"), *arguments]) == 0
     answers = [json.loads(line) for line in Path("new/out.jsonl").read_text().splitlines()]
     assert [a["prompt"] for a in answers] == ["xxx", "xxxxxxxxx", "x"]
-    assert all(a.keys() == {"where", "prompt", "answer", "compliant", "kind", "detail"} for a in answers)
+    keys = {"where", "prompt", "answer", "compliant", "kind", "detail", "confidence", "field_confidences"}
+    assert all(a.keys() == keys and 0 <= a["confidence"] <= 1 for a in answers)
     assert not any(a["compliant"] != (a["kind"] == "ok") for a in answers)
+    assert main(["predict", str(run), "prompts.jsonl", "--min_confidence", "0.9"]) == 0
+    parts = [Path(f"answers.{name}.jsonl").read_text().splitlines() for name in ("accepted", "review")]
+    assert (
+        f"{len(parts[1])} in answers.review.jsonl, {len(parts[0])} in answers.accepted.jsonl" in capsys.readouterr().out
+    )
+    assert all(json.loads(line)["confidence"] >= 0.9 for line in parts[0])
+    assert sorted(a["where"] for a in map(json.loads, [*parts[0], *parts[1]])) == sorted(a["where"] for a in answers)
+    assert len((run / "outcomes/validation.jsonl").read_text().splitlines()) > 5
+    assert "Which answers to trust" in (run / "report.html").read_text()
+    assert main(["predict", str(run), "prompts.jsonl", "--target_precision", "0.999"]) == 2
+    assert "target_precision: no confidence gives 0.999 on the" in capsys.readouterr().err
 
 
 def test_validation_counts_optimizer_steps_and_ends_with_the_last_step(project):

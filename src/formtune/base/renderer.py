@@ -11,6 +11,8 @@ from itertools import takewhile
 from types import SimpleNamespace
 from typing import Any
 
+from tokenizers.decoders import DecodeStream
+
 from formtune.base.folder import check_base
 from formtune.base.row import SYSTEM_ROLES, Message, Row, UnfitRow, full_text, with_json_arguments
 from formtune.errors import UserError, first_line
@@ -174,6 +176,11 @@ class Renderer:
         """Text of generated `ids` up to the first stop token, and whether there was one."""
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
         return self._decode(ids[:end]).removeprefix(self._lead), end is not None
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text that each token adds; of several tokens that make up one character, the last one adds it."""
+        stream = DecodeStream(skip_special_tokens=False)
+        return [stream.step(self.tokenizer.backend_tokenizer, token) or "" for token in ids]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -22,7 +22,9 @@ from formtune.data.progress import shown
 from formtune.deploy.endpoint import Endpoint
 from formtune.errors import UserError
 from formtune.evaluation.comparison import figures, figures_table
+from formtune.evaluation.confidence import UNKNOWN, confidence
 from formtune.evaluation.outcomes import Outcome, outcome, worst_first, write_outcomes
+from formtune.evaluation.selective import aurc, calibration_error, judged
 from formtune.files import LOGS, write_json
 from formtune.formats import KINDS
 
@@ -65,7 +67,9 @@ def run(command: str, args: list[str]) -> int:
     for row, reply in zip(rows, replies, strict=True):
         own = format.of_row(row.schema)
         verdict = own.check(reply.text, finished=reply.finished, target=row.target, input=row.context)
-        outcomes.append(outcome(row, reply.text, verdict, format))
+        sure = confidence(**reply.tokens, answer=reply.text, verdict=verdict, format=own) if reply.tokens else UNKNOWN
+        outcomes.append(outcome(row, reply.text, verdict, format, sure))
+    known = judged(outcomes)
     kinds = Counter(outcome.kind for outcome in outcomes)
     times = [reply.seconds for reply in replies]
     result = {
@@ -76,6 +80,7 @@ def run(command: str, args: list[str]) -> int:
         "prompts": "same tokens" if endpoint.gives_ids else "same number of tokens",
         "figures": figures(outcomes),
         "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
+        "confidence": {"aurc": aurc(known), "calibration_error": calibration_error(known)} if known else None,
         "at_once": config.at_once,
         "latency_s": {f"P{percent}": float(np.percentile(times, percent)) for percent in (50, 95)},
         "requests_per_s": len(replies) / seconds,
@@ -96,6 +101,9 @@ def _show(result: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
     Console().print(figures_table(f"What is served, on {result['rows']:,} test rows", runs, [{}]))
     print(f"prompts: {result['prompts']} as formtune's in every row")
     print("kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in result["kinds"].items()))
+    sure = result["confidence"]
+    figures = sure and f"AURC {sure['aurc']:.4f}, expected calibration error {sure['calibration_error']:.1%}"
+    print(f"confidence: {figures or 'the server gives no log-probabilities'}")
     latency = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in result["latency_s"].items())
     print(f"latency with {result['at_once']} at once: {latency}; {result['requests_per_s']:.2f} requests/s")
     for bad in worst_first(outcomes)[:WORST]:

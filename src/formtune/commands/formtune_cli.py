@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as L
 import yaml
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, OpenUnitInterval, PositiveInt
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -38,7 +38,7 @@ from formtune.training.next_step import next_step
 from formtune.training.overfitting import OverfittingWatch, diagnose
 from formtune.training.pipeline import prepare, train
 from formtune.training.progress_bar import StepsBar
-from formtune.training.run_folder import RunFolder, choose_run, measured_run
+from formtune.training.run_folder import RunFolder, choose_run, measured_run, minimum_confidence
 from formtune.training.signals import Signals
 from formtune.training.throughput import Throughput
 from formtune.training.validations import Validations, reason
@@ -118,6 +118,11 @@ class FormtuneCLI(LightningCLI):
             "--quick", action="store_true", help="A first look: no baselines, few evaluation rows, no longer inputs"
         )
         parser.add_argument("--answers", type=str, default="answers.jsonl", help="JSON Lines file that predict writes")
+        parser.add_argument("--min_confidence", type=ClosedUnitInterval | None, help="predict writes answers of at "
+                            "least this confidence to answers.accepted.jsonl, the others to answers.review.jsonl "
+                            "(named after --answers)")  # fmt: skip
+        parser.add_argument("--target_precision", type=OpenUnitInterval | None, help="The same, from the confidence "
+                            "at which this share of the run's answers to its validation rows is right")  # fmt: skip
         parser.add_argument("--ckpt_path", type=str | None, help="Weights to measure: best, the run's best checkpoint "
                             "(the default with a run); last, its newest one; base, the untuned base (the default "
                             "without a run); or a checkpoint's file")  # fmt: skip
@@ -171,6 +176,8 @@ class FormtuneCLI(LightningCLI):
         best = ", the run's best checkpoint" if self.checkpoint and config.ckpt_path in (None, "best") else ""
         rank_zero_only(print)(f"measuring: {self.measured}{best}", flush=True)
         config.trainer.default_root_dir = str(LOGS / config.task)
+        if config.target_precision is not None and self.subcommand == "predict":
+            config.min_confidence = minimum_confidence(config, run)
         if self.checkpoint:
             config.data.date = config.data.date or RunFolder(self.checkpoint.parent.parent).date
 
@@ -189,7 +196,8 @@ class FormtuneCLI(LightningCLI):
         else:
             options["logger"] = False
         if self.subcommand == "predict":
-            callbacks.append(AnswerFile(config.answers, None if self.checkpoint else self.measured))
+            untuned = None if self.checkpoint else self.measured
+            callbacks.append(AnswerFile(config.answers, untuned, config.min_confidence))
         if options["enable_progress_bar"] is not False:
             # 0: nothing is drawn into a file, or where standard output is closed.
             callbacks.append(StepsBar(int(bool(sys.stdout and sys.stdout.isatty()))))
@@ -258,7 +266,8 @@ class FormtuneCLI(LightningCLI):
         """Answer the prompts and write them to `--answers`."""
         prepare(self.trainer, datamodule, "predict")
         self.trainer.predict(model, datamodule, return_predictions=False, ckpt_path=self.checkpoint)
-        rank_zero_only(print)(f"answers of {self.measured}: {self.config.predict.answers}")
+        files = ", ".join(f"{rows:,} in {path}" for path, rows in callback(self.trainer, AnswerFile).written.items())
+        rank_zero_only(print)(f"answers of {self.measured}: {files}")
 
     def _record(self) -> str:
         """The configuration as YAML, with the date that the chat template writes."""
@@ -269,7 +278,7 @@ class FormtuneCLI(LightningCLI):
     def _dump(self, config: Namespace) -> str:
         """The configuration as YAML: a record to start another run from, and what a resumed run is compared with."""
         config = config.clone()
-        for key in ("config", "ckpt_path", "answers"):
+        for key in ("config", "ckpt_path", "answers", "min_confidence", "target_precision"):
             config.pop(key, None)
         config.run, config.resume, config.trainer.default_root_dir = None, False, None
         return self._parser(self.subcommand).dump(config, skip_none=False)

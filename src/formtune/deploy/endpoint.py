@@ -18,6 +18,7 @@ from formtune.base.row import Row, with_json_arguments
 from formtune.errors import UserError, first_line
 
 TIMEOUT = 120  # seconds for an answer
+REFUSED = (400, 422)  # statuses with which a server may refuse to give log-probabilities
 RETRIES = 2  # of a request that fails because of the server or the network
 REMEDIES = {  # by HTTP status
     400: "--served_model names a model there",
@@ -40,6 +41,7 @@ class Reply:
     text: str
     finished: bool  # False if it was cut for length
     seconds: float  # from sending the request to having the whole answer
+    tokens: dict[str, list[Any]] | None  # their texts and log-probabilities, None if the server does not give them
 
 
 class Endpoint:
@@ -55,6 +57,7 @@ class Endpoint:
         self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
         self.url, self.model, self.max_tokens = url, model, max_tokens
         self.gives_ids = False  # whether the server shows the prompt's tokens
+        self._logprobs = True  # whether to ask for log-probabilities
 
     def open(self, row: Row) -> None:
         """Ask once, so that what is wrong for all rows is found first and loading the model is not timed."""
@@ -65,15 +68,20 @@ class Endpoint:
     def ask(self, row: Row) -> Reply:
         """The greedy answer to a row, if its prompt is the one that formtune renders."""
         prompt, started = _prompt(row), time.perf_counter()
+        asked = prompt | ({"logprobs": True} if self._logprobs else {})
         try:
             completion: Any = self._client.chat.completions.create(
-                model=self.model, temperature=0, max_tokens=self.max_tokens, **prompt
+                model=self.model, temperature=0, max_tokens=self.max_tokens, **asked
             )
             seconds = time.perf_counter() - started
             choice, count = completion.choices[0], getattr(completion.usage, "prompt_tokens", None)
             ids = self._ids(prompt) if self.gives_ids else None
         except self._error as error:
-            remedy = REMEDIES.get(getattr(error, "status_code", None), "see the server's log")
+            status = getattr(error, "status_code", None)
+            if self._logprobs and status in REFUSED:
+                self._logprobs = False
+                return self.ask(row)
+            remedy = REMEDIES.get(status, "see the server's log")
             reason = " ".join(first_line(part) for part in (error, error.__cause__) if part)
             raise UserError(f"{self.url}: {reason}; {remedy}") from None
         except (AttributeError, LookupError, TypeError):
@@ -84,7 +92,9 @@ class Endpoint:
         if not message.content and getattr(message, "tool_calls", None):
             raise UserError(f"{row.where}: the server parsed the answer as a tool call; start it without a tool parser")
         _prove(row, count, ids)
-        return Reply(message.content or "", choice.finish_reason != "length", seconds)
+        content = getattr(getattr(choice, "logprobs", None), "content", None) or []
+        tokens = {"tokens": [token.token for token in content], "logprobs": [token.logprob for token in content]}
+        return Reply(message.content or "", choice.finish_reason != "length", seconds, tokens if content else None)
 
     def _ids(self, prompt: dict[str, Any]) -> list[int]:
         """The prompt's tokens by the server's own account."""

@@ -28,6 +28,7 @@ from formtune.export.rules import Plan, refuse
 from formtune.files import write_json
 from formtune.formats import Format
 from formtune.model.lora import load_base
+from formtune.model.micro_batches import judge
 from formtune.training.manifest import CARD, NAME, base_files, verify, write_manifest
 
 JUDGED = ("format/exact", "joint/exact")
@@ -137,10 +138,9 @@ def measured(run: FinishedRun, kind: str, folder: Path) -> tuple[dict[str, Any],
         stop=list(renderer.stop_ids), timed=run.timed,
     )  # fmt: skip
     outcomes = []
-    for row, ids in zip(run.test, answers, strict=True):
-        text, finished = renderer.answer(ids)
-        verdict = run.format.of_row(row.schema).check(text, finished=finished, target=row.target, input=row.context)
-        outcomes.append(outcome(row, text, verdict, run.format))
+    for row, decoded in zip(run.test, answers, strict=True):
+        answer = judge(row, decoded, renderer, run.format)
+        outcomes.append(outcome(row, answer.text, answer.verdict, run.format, answer.confidence))
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     figures: dict[str, Any] = {"bytes": size, "tokens_per_second": speed, "closeness": asdict(closeness)}
     before = outcomes if run.constrained else run.outcomes

@@ -104,6 +104,13 @@ class Format(ABC):
         """The plainest text of a document, None if the format has none."""
         return None
 
+    def value_spans(self, text: str) -> dict[str, tuple[int, int]]:
+        """Where values are in the text of a valid document, by their dotted paths.
+
+        A span includes the character after the value if that character shows that the value ends there.
+        """
+        return {}
+
     def grammar(self) -> str | None:
         """The format for constrained decoding, None if the format has no grammar.
 

@@ -48,6 +48,11 @@ class Regex(Format):
         yield from super().documents(text)
         yield from _only_match(self._pattern, text)
 
+    def value_spans(self, text: str) -> dict[str, tuple[int, int]]:
+        match = self._pattern.fullmatch(text)
+        spans = ((name, *match.span(name)) for name in self.fields)
+        return {name: (start, end + 1) for name, start, end in spans if start >= 0}
+
     def grammar(self) -> str | None:
         check_pattern(self.pattern, "data.format.pattern")
         escapes = {"/": r"\/", "\n": r"\n"}
@@ -131,6 +136,14 @@ class Tagged(Format):
         start, end = text.find(f"<{self.sections[0]}>"), text.rfind(f"</{self.sections[-1]}>")
         if 0 <= start < end:
             yield start, end + len(self.sections[-1]) + 3
+
+    def value_spans(self, text: str) -> dict[str, tuple[int, int]]:
+        spans, end = {}, 0
+        for name in self.sections:
+            start = text.index(f"<{name}>", end) + len(name) + 2
+            end = text.index(f"</{name}>", start)
+            spans[name] = start, end + 1
+        return spans
 
     def grammar(self) -> str | None:
         sections = " /[ \\t\\r\\n]+/? ".join(f'"<{name}>" section{i}' for i, name in enumerate(self.sections))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from formtune.base.row import Row
 from formtune.errors import Fault
+from formtune.evaluation.confidence import UNKNOWN, Confidence
 from formtune.formats import Verdict
 
 
@@ -22,6 +23,7 @@ class Answer:
     row: Row
     text: str
     verdict: Verdict
+    confidence: Confidence = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)

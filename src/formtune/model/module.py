@@ -27,7 +27,7 @@ from formtune.model.batch import Answer, Batch, Decoding, out_of_memory_named
 from formtune.model.constrained import Grammar
 from formtune.model.fsdp import ShardedBase, padded, uneven_counts, unsynced
 from formtune.model.lora import Lora, add_lora, check_adapters, compile_layers, load_base, lora_config
-from formtune.model.micro_batches import MicroBatches
+from formtune.model.micro_batches import Decoded, MicroBatches, judge
 from formtune.model.optimization import CosineWithWarmup, GradientGuard, build_optimizer, check_optimizer
 from formtune.model.scores import Scores
 from formtune.model.shared_prefixes import choose_micro_batches
@@ -193,8 +193,8 @@ class FormatModule(L.LightningModule):
         decoded = self._decode(batch, self.scores.losses)
         sample = sorted({len(rows) * i // PARITY for i in range(PARITY)}) if rows else []
         in_full = self._decode(self.collate([replace(rows[i], target_ids=[]) for i in sample], True, batch.decoding))
-        self.scores.losses.compare([answer == decoded[i] for i, answer in zip(sample, in_full, strict=True)])
-        answers = [self._check(row, ids) for row, ids in zip(rows, decoded, strict=True)]
+        self.scores.losses.compare([answer.ids == decoded[i].ids for i, answer in zip(sample, in_full, strict=True)])
+        answers = [self._check(row, answer) for row, answer in zip(rows, decoded, strict=True)]
         self.scores.update(answers)
         return answers
 
@@ -202,7 +202,7 @@ class FormatModule(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer]:
         """Greedy answers to prompts, each with its verdict."""
-        return [self._check(row, ids) for row, ids in zip(batch.rows, self._decode(batch), strict=True)]
+        return [self._check(row, answer) for row, answer in zip(batch.rows, self._decode(batch), strict=True)]
 
     def on_validation_epoch_end(self) -> None:
         values, self.counts = self.scores.compute(test=bool(self.trainer.testing))
@@ -214,17 +214,15 @@ class FormatModule(L.LightningModule):
 
     on_test_epoch_end = on_validation_epoch_end
 
-    def _decode(self, batch: Batch, losses: LossMetrics | None = None) -> list[list[int]]:
-        """Token ids of the greedy answers, in the order of the rows; the targets' loss goes to `losses`."""
+    def _decode(self, batch: Batch, losses: LossMetrics | None = None) -> list[Decoded]:
+        """The greedy answers, in the order of the rows; the targets' loss goes to `losses`."""
         rows, micro_batches, limits, stop = batch.rows, batch.micro_batches, batch.limits, self.renderer.stop_ids
         grammar = self.grammar if self.constrained or batch.decoding.constrained else None
         with uneven_counts(self.trainer.strategy, self.micro_batches):
             return self.micro_batches.decode(rows, micro_batches, stop, limits, grammar, losses)
 
-    def _check(self, row: Row, ids: list[int]) -> Answer:
-        text, finished = self.renderer.answer(ids)
-        own = self.format.of_row(row.schema)
-        return Answer(row, text, own.check(text, finished=finished, target=row.target, input=row.context))
+    def _check(self, row: Row, decoded: Decoded) -> Answer:
+        return judge(row, decoded, self.renderer, self.format)
 
     @torch.no_grad()
     def teacher_forced_loss(self, rows: Sequence[Row]) -> Tensor:

@@ -17,6 +17,7 @@ from formtune.evaluation import baselines as prompting
 from formtune.evaluation.outcomes import VIEWS, Outcome, write_outcomes
 from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.evaluation.report import Run, write_run_report
+from formtune.evaluation.selective import summary
 from formtune.model import FormatModule
 from formtune.model.batch import Decoding
 from formtune.model.constrained import Grammar
@@ -86,8 +87,16 @@ class Evaluator:
         return result
 
     def tuned(self, result: dict[str, Any]) -> None:
-        """Add the figures of the tuned model, with constrained decoding too if the base was measured so."""
+        """Add the figures of the tuned model, with constrained decoding too if the base was measured so.
+
+        It answers the validation rows again: what the checkpoints hold of them are verdicts, not confidences.
+        """
         self._record("after", self._test(VIEWS["after"], self.test_rows, Decoding()), *results(self.model), result)
+        rows = self.datamodule.rows["validation"]
+        validation = self._test("tuned, on the validation rows", rows, Decoding(logged=False))
+        if self._writes:
+            write_outcomes(self.folder / "outcomes" / "validation.jsonl", validation)
+            result["confidence"] = summary(validation, self.outcomes["after"])
         if "before_constrained" in result:
             decoding = Decoding(constrained=True, logged=False)
             outcomes = self._test(VIEWS["after_constrained"], self.test_rows, decoding)

@@ -11,6 +11,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from formtune.errors import UserError
+from formtune.evaluation.outcomes import read_outcomes
+from formtune.evaluation.selective import judged, threshold
 
 # Keys that change where a run is or how it is watched, and not what is trained.
 FREE = (
@@ -106,6 +108,28 @@ def measured_run(configs: Sequence[Path], named: Path | None) -> Path | None:
     """The run to measure: that of `--run`, else the one whose `config.yaml` is given; None if neither is a run."""
     folders = [*([named] if named else []), *(path.parent for path in reversed(configs) if path.name == "config.yaml")]
     return next((run for run in folders if RunFolder(run).begun and (run / "checkpoints").is_dir()), None)
+
+
+def minimum_confidence(config: Any, run: Path | None) -> float:
+    """The confidence from which a run's answers to its validation rows reach `--target_precision`."""
+    target = config.target_precision
+    if config.min_confidence is not None or run is None or config.ckpt_path not in (None, "best"):
+        raise UserError(
+            "target_precision: it needs a finished run and its best checkpoint, and no min_confidence; name the run, "
+            "or give --min_confidence alone"
+        )
+    outcomes = read_outcomes(run / "outcomes" / "validation.jsonl")
+    constrained = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]["constrained"]
+    if constrained != config.model.constrained:
+        raise UserError(f"target_precision: {run} was measured with model.constrained: {str(constrained).lower()}")
+    rows = judged(outcomes)
+    minimum = threshold(rows, target)
+    if minimum is None:
+        raise UserError(
+            f"target_precision: no confidence gives {target} on the {len(rows):,} validation rows of {run}; take a "
+            "lower one, or validate on more rows"
+        )
+    return minimum
 
 
 def _last(task: Path) -> RunFolder | None:

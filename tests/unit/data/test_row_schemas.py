@@ -385,7 +385,7 @@ def test_each_answer_is_constrained_by_its_rows_schema():
         for _ in range(60):
             alive = [i for i, ids in enumerate(written) if not ids or ids[-1] not in renderer.stop_ids]
             if alive:
-                for i, token in zip(alive, documents.choose(alive, torch.randn(len(alive), 259)), strict=True):
+                for i, token in zip(alive, documents.choose(alive, torch.randn(len(alive), 259))[0], strict=True):
                     written[i].append(token)
         for one, ids in zip(rows, written, strict=True):
             text, finished = renderer.answer(ids)

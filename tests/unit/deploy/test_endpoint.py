@@ -71,6 +71,31 @@ def test_served_answers_are_judged_as_a_runs_and_can_be_compared_with_it(check, 
     assert main(["compare", "logs/small/endpoint", "logs/small/endpoint"]) == 0
 
 
+def test_confidence_comes_from_log_probabilities_where_the_server_gives_them(check, capsys):
+    run, server = check
+    outcomes = Path("logs/small/endpoint/outcomes/after.jsonl")
+    assert run("--rows", "4") == 0 and all(body["logprobs"] for body in server.requests)
+    assert {one.confidence for one in read_outcomes(outcomes)} == {None}
+    assert "confidence: the server gives no log-probabilities" in capsys.readouterr().out
+    assert json.loads(Path("logs/small/endpoint/endpoint.json").read_text())["confidence"] is None
+
+    server.logprob, right = -0.1, server.say
+    server.say = lambda text: "It is " + right(text) if text == "number 203" else right(text)
+    assert run() == 0
+    sure = {one.kind: (one.confidence, one.field_confidences) for one in read_outcomes(outcomes)}
+    assert sure == {"ok": (0.740818, {"n": 0.818731, "s": 0.904837}), "extra_text": (0.0, None)}, (
+        "exp(-0.3), -0.2, -0.1"
+    )
+    figures = json.loads(Path("logs/small/endpoint/endpoint.json").read_text())["confidence"]
+    assert figures == {"aurc": pytest.approx(1 / 12 / 12), "calibration_error": pytest.approx(11 / 12 * (1 - 0.740818))}
+    assert "confidence: AURC 0.0069, expected calibration error 23.8%" in capsys.readouterr().out
+
+    server.refuses_logprobs = True
+    del server.requests[:]
+    assert run("--rows", "4") == 0 and {one.confidence for one in read_outcomes(outcomes)} == {None}
+    assert ["logprobs" in body for body in server.requests] == [True] + [False] * 5, "it is asked once"
+
+
 def test_too_few_answers_in_format_give_exit_code_1(check, capsys):
     run, server = check
     server.finish = "length"
