@@ -25,15 +25,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/benchmarks/faults.md"
 FIGURES = ROOT / "docs/benchmarks/faults.json"
 TITLE = "# Interruptions and bad input\n\nWritten by `make faults`; docs/reliability.md says what it means."
-NAMES = ("integration/test_bad_input.py", "integration/test_faults.py", "unit/training/test_checkpoints.py")
-FILES = [f"tests/{name}" for name in NAMES]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/integration")]
+NAMES = ("test_bad_input.py", "test_faults.py", "test_two_processes.py")
+FILES = [*(f"tests/integration/{name}" for name in NAMES), "tests/unit/training/test_checkpoints.py"]
+sys.path.insert(0, str(ROOT / "tests"))
 os.environ["TMPDIR"] = "/dev/shm"  # another file system than that of the runs; read when the first of them starts
 
-from test_faults import FIT, _task, adapter, result, steps  # noqa: E402
-
 from conftest import byte_tokenizer, tiny_model  # noqa: E402
-from interrupting import signalled, start  # noqa: E402
+from interrupting import FIT, adapter, result, signalled, start, steps, write_task  # noqa: E402
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -82,7 +80,7 @@ class Kills:
     def _new(self, name: str) -> Path:
         folder = self.folder / name
         folder.mkdir()
-        _task(folder, self.base)
+        write_task(folder, self.base)
         return folder
 
     def make(self, count: int) -> None:
@@ -138,7 +136,7 @@ def foreign_temporary_folder(folder: Path, base: str, count: int) -> dict[str, i
     from formtune.training import checkpoint_files
 
     rng, damaged, looked = random.Random(0), 0, 0
-    _task(folder, base)
+    write_task(folder, base)
     for _ in range(count):
         process = start(folder, *FIT, "--trainer.max_epochs", "40", "--resume", every=0.0)
         process.join(rng.uniform(3, 9))
