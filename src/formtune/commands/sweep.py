@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
@@ -53,7 +54,7 @@ def run(command: str, args: list[str]) -> int:
     parser.add_argument("--seeds", default="0,1,2", help="Seeds that each point is trained with (default: %(default)s)")
     options, arguments = parser.parse_known_args(args)
     points, seeds = grid.points(options.over or [grid.RANKS]), grid.seeds(options.seeds)
-    keys = list(points[0].values)
+    keys = [argument.partition("=")[0].removeprefix("--") for argument in points[0].arguments]
     given = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
     for key in given & RESERVED.union(keys) | RESERVED.intersection(keys):
         raise UserError(f"{key}: the sweep sets it; --over names the values to try, --seeds the seeds")
@@ -68,15 +69,15 @@ def run(command: str, args: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            day = _first_day(folder)
             if not (settings.get("data") or {}).get("date"):
-                arguments.append(f"--data.date={day}")
+                arguments.append(f"--data.date={_first_day(folder)}")
             # All points once before any of them twice: an interrupted sweep shows the most.
             jobs = [_job(point, seed, folder, arguments) for seed in seeds for point in points]
             same_rows = not any(key.startswith(CHANGES_ROWS) for key in keys)
             failed = _run(jobs, devices(settings.get("trainer") or {}), folder, same_rows)
-            finished = [(job.point, result) for job in jobs if (result := job.result())]
-            results = {point.name: [result for name, result in finished if name == point.name] for point in points}
+            results: dict[str, list[Any]] = {point.name: [] for point in points}
+            for job in jobs:
+                results[job.point] += [result] if (result := job.result()) else []
             measured = [measure(name, of_a_point) for name, of_a_point in results.items() if of_a_point]
             # A point that lost a seed would be judged by those that went well.
             complete = [point for point in measured if point.seeds == len(seeds)]

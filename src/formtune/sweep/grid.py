@@ -6,24 +6,18 @@ import hashlib
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from formtune.errors import UserError
 
 RANKS = "model.lora.r=8,16,32,64"
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
+class Point(NamedTuple):
     """One value for each key of the grid; the name is short, distinct and fit for a folder: `r8-lr1e-4`."""
 
     name: str
-    values: dict[str, str]  # as they were written
-
-    @property
-    def arguments(self) -> list[str]:
-        """What sets these values on a command line."""
-        return [f"--{key}={value}" for key, value in self.values.items()]
+    arguments: list[str]  # for `formtune train`
 
 
 def points(over: Sequence[str]) -> list[Point]:
@@ -39,8 +33,13 @@ def points(over: Sequence[str]) -> list[Point]:
             raise UserError(f"--over {text}: expected a key and two or more different values, as in --over {RANKS}")
     last = [key.rpartition(".")[2] for key in grid]
     short = {key: name if last.count(name) == 1 else key for key, name in zip(grid, last, strict=True)}
-    combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    return [Point("-".join(short[key] + _slug(value) for key, value in c.items()), c) for c in combinations]
+    return [
+        Point(
+            "-".join(short[key] + _slug(value) for key, value in zip(grid, values, strict=True)),
+            [f"--{key}={value}" for key, value in zip(grid, values, strict=True)],
+        )
+        for values in itertools.product(*grid.values())
+    ]
 
 
 def seeds(text: str) -> list[int]:

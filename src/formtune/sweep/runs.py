@@ -28,7 +28,6 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What the run prints."""
         return self.folder / "output.log"
 
     def result(self) -> dict[str, Any] | None:
