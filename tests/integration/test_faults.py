@@ -28,7 +28,7 @@ from formtune.base import renderer as rendering
 from formtune.cli import main
 from formtune.errors import UserError
 from formtune.model import FormatModule
-from formtune.training import checkpoint, checkpoint_files
+from formtune.training import checkpoint
 from formtune.training.validations import Validations, best
 from interrupting import signalled, start, until_finished
 
@@ -111,7 +111,7 @@ def same(folder: Path, whole: Path) -> None:
 
 
 def steps(folder: Path) -> list[int]:
-    return list(checkpoint_files.steps(folder / "logs/small/one/checkpoints"))
+    return list(checkpoint.steps(folder / "logs/small/one/checkpoints"))
 
 
 def at(monkeypatch, hook: str, step: int, do) -> None:
@@ -344,7 +344,7 @@ def test_the_untuned_base_is_called_so(whole, monkeypatch, capfd):
 def test_an_interrupted_run_is_measured_by_its_best_so_far(work, monkeypatch, capfd):
     interrupt(monkeypatch)
     config, folder = "logs/small/one/config.yaml", Path("logs/small/one/checkpoints")
-    state = checkpoint_files.read(checkpoint_files.newest(folder))["callbacks"]["Validations"]
+    state = checkpoint.read(checkpoint.newest(folder))["callbacks"]["Validations"]
     known = Validations()
     known.load_state_dict(state)
     chosen = best(known.history)
@@ -405,14 +405,14 @@ def test_files_that_changed_under_a_run_are_refused(work, base, monkeypatch, cap
     elif change == "format":
         Path("schema.json").write_text(json.dumps(SCHEMA | {"title": "another"}))
     else:
-        path = checkpoint_files.newest(Path("logs/small/one/checkpoints"))
+        path = checkpoint.newest(Path("logs/small/one/checkpoints"))
         state = torch.load(path, weights_only=True)
         state["formtune"]["processes"] = 2
         torch.save(state, path)
     assert main([*FIT, "--resume"]) == 2
     one_line(capfd, says)
     if change == "base":  # nor does it score with an adapter of another base
-        path = str(checkpoint_files.newest(Path("logs/small/one/checkpoints")))
+        path = str(checkpoint.newest(Path("logs/small/one/checkpoints")))
         assert main(["test", "-c", "small.yaml", "--ckpt_path", path]) == 2
         one_line(capfd, says)
 
@@ -474,8 +474,8 @@ def test_a_missing_checkpoint_is_named(work, capfd):
 
 
 def test_no_flipped_bit_of_a_checkpoint_is_read_as_another_number(whole, tmp_path):
-    path = checkpoint_files.newest(whole[0] / "logs/small/one/checkpoints")
-    good, data, rng = checkpoint_files.read(path), path.read_bytes(), random.Random(0)
+    path = checkpoint.newest(whole[0] / "logs/small/one/checkpoints")
+    good, data, rng = checkpoint.read(path), path.read_bytes(), random.Random(0)
     refused = 0
     for _ in range(300):
         place = rng.randrange(len(data))
@@ -483,7 +483,7 @@ def test_no_flipped_bit_of_a_checkpoint_is_read_as_another_number(whole, tmp_pat
             data[:place] + bytes([data[place] ^ (1 << rng.randrange(8))]) + data[place + 1 :]
         )
         try:
-            found = checkpoint_files.read(tmp_path / "x.ckpt")
+            found = checkpoint.read(tmp_path / "x.ckpt")
         except UserError:
             refused += 1
         else:  # the bit is padding between two records
@@ -567,7 +567,7 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_counted(work, poisoned
     poisoned(5)
     assert main([*FIT]) == 0
     assert result(work)["training"]["skipped_steps"] == 1 and result(work)["training"]["steps"] == STEPS
-    state = checkpoint_files.read(work / f"logs/small/one/checkpoints/step-{STEPS}.ckpt")
+    state = checkpoint.read(work / f"logs/small/one/checkpoints/step-{STEPS}.ckpt")
     assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
     assert all(s["step"] == STEPS - 1 for s in state["optimizer_states"][0]["state"].values())
 
@@ -578,7 +578,7 @@ def test_a_run_without_finite_gradients_stops_and_keeps_its_last_good_adapter(wo
     poisoned(*range(9, 99))
     assert main([*FIT]) == 1
     one_line(capfd, "5 steps in a row", "non-finite gradient", "learning rate")
-    state = checkpoint_files.read(work / "logs/small/one/checkpoints/step-8.ckpt")
+    state = checkpoint.read(work / "logs/small/one/checkpoints/step-8.ckpt")
     assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
 
 

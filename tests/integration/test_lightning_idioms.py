@@ -149,11 +149,11 @@ def test_try_answers_with_base_and_tuned_model(task_yaml, capsys, monkeypatch):
     assert "base" in out and "tuned" in out and "verdict" in out
 
 
-def test_quick_measures_no_baselines_and_few_rows(task_yaml, capsys):
+def test_quick_measures_no_baselines_no_longer_inputs_and_few_rows(task_yaml, capsys):
     assert main(["train", "-c", task_yaml, "--run", "one", "--quick", "--data.validation", "train.jsonl"]) == 2
     assert main(["train", "-c", task_yaml, "--run", "two", "--quick", "--baselines", "[few_shot]"]) == 0
     result = json.loads(Path("logs/small/two/metrics.json").read_text())
-    assert "few_shot" not in result and result["rows"] <= 50
+    assert "few_shot" not in result and result["rows"] <= 50 and result["probe"] == []
 
 
 def test_baselines_are_measured_on_a_stated_sample_and_say_how_long_they_take(task_yaml, capsys):

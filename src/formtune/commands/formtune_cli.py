@@ -30,20 +30,18 @@ from formtune.evaluation.console import print_result
 from formtune.files import LOGS, write_whole
 from formtune.model import FormatModule
 from formtune.model.fsdp import ShardedBase
-from formtune.training import callback, checkpoint_files
+from formtune.training import callback
 from formtune.training.answers import AnswerFile, AnswerTable, Outcomes
-from formtune.training.checkpoint import BestCheckpoint
-from formtune.training.evaluator import Baseline, results
+from formtune.training.checkpoint import BestCheckpoint, CheckpointFiles, choose, newest
+from formtune.training.evaluator import Baseline
 from formtune.training.overfitting import OverfittingWatch
 from formtune.training.pipeline import prepare, train
-from formtune.training.progress_bar import StepsBar
+from formtune.training.progress_bar import StepsBar, Throughput
 from formtune.training.run_folder import RunFolder, choose_run, measured_run
 from formtune.training.signals import Signals
-from formtune.training.throughput import Throughput
 from formtune.training.validations import Validations, reason
 
 TRAINS = ("train", "fit")
-UNTUNED = "untuned base"
 QUICK_ROWS = 50  # validation and test rows of `train --quick`
 
 # An argument that is a `str` can have a default of an enum that is one too, such as that of Lightning's Timer.
@@ -158,15 +156,15 @@ class FormtuneCLI(LightningCLI):
         self.folder = RunFolder(LOGS / config.task / config.run)
         config.trainer.default_root_dir = str(self.folder.path)
         config.data.date = config.data.date or self.folder.date or today()  # the day on which the run began
-        self.checkpoint = checkpoint_files.newest(self.folder.path / "checkpoints")
+        self.checkpoint = newest(self.folder.path / "checkpoints")
         words = [*self.words, *([] if "--run" in self.words else ["--run", config.run]), "--resume"]
         self.signals.remedy = f"continue with: {shlex.join(['formtune', *dict.fromkeys(words)])}"
 
     def _choose_weights(self, config: Namespace, files: list[Path]) -> None:
         """The weights to measure, a checkpoint or the untuned base, and the date of their run."""
         run = measured_run(files, LOGS / config.task / config.run if config.run else None)
-        self.checkpoint = checkpoint_files.choose(config.ckpt_path, run)
-        self.measured = str(self.checkpoint or UNTUNED)
+        self.checkpoint = choose(config.ckpt_path, run)
+        self.measured = str(self.checkpoint or "untuned base")
         best = ", the run's best checkpoint" if self.checkpoint and config.ckpt_path in (None, "best") else ""
         rank_zero_only(print)(f"measuring: {self.measured}{best}", flush=True)
         config.trainer.default_root_dir = str(LOGS / config.task)
@@ -183,7 +181,7 @@ class FormtuneCLI(LightningCLI):
             callbacks += [Validations(), config.overfitting, config.checkpoint, Throughput()]
             if options["logger"] in (None, True):
                 # What was logged after the checkpoint is logged again, and TensorBoard shows it once.
-                again = checkpoint_files.step(self.checkpoint) + 1 if self.checkpoint else None
+                again = int(self.checkpoint.stem.removeprefix("step-")) + 1 if self.checkpoint else None
                 options["logger"] = TensorBoardLogger(LOGS, config.task, config.run, purge_step=again)
         else:
             options["logger"] = False
@@ -193,7 +191,7 @@ class FormtuneCLI(LightningCLI):
             # 0: nothing is drawn into a file, or where standard output is closed.
             callbacks.append(StepsBar(int(bool(sys.stdout and sys.stdout.isatty()))))
         options["callbacks"] = callbacks + (options["callbacks"] or [])
-        options["plugins"] = [*(options["plugins"] or []), checkpoint_files.CheckpointFiles()]
+        options["plugins"] = [*(options["plugins"] or []), CheckpointFiles()]
         if SLURMEnvironment.detect():
             # Lightning would save within a signal's handler, and load that file without being asked.
             options["plugins"].append(SLURMEnvironment(auto_requeue=False))
@@ -216,7 +214,7 @@ class FormtuneCLI(LightningCLI):
         try:
             result = train(
                 trainer, model, datamodule, folder, self._record, config.baselines, config.baseline_rows,
-                self.checkpoint, _checks(),
+                self.checkpoint, _checks(), longer_inputs=not config.quick,
             )  # fmt: skip
             if result and trainer.is_global_zero:
                 print_result(result, folder.path)
@@ -244,8 +242,8 @@ class FormtuneCLI(LightningCLI):
         prepare(self.trainer, datamodule)
         evaluate = getattr(self.trainer, str(self.subcommand))
         evaluate(model, datamodule, ckpt_path=self.checkpoint, verbose=False)
-        values, counts = results(model)
-        result = {"result": values, "counts": {"result": counts}, "rows": counts["format/exact"][1]}
+        rows = model.counts["format/exact"][1]
+        result = {"result": model.evaluation, "counts": {"result": model.counts}, "rows": rows}
         split = "validation" if self.subcommand == "validate" else "test"
         rank_zero_only(print_result)(result, None, split, self.measured)
 

@@ -203,11 +203,12 @@ class FormatModule(L.LightningModule):
         return [self._check(row, ids) for row, ids in zip(batch.rows, self._decode(batch), strict=True)]
 
     def on_validation_epoch_end(self) -> None:
-        values, self.counts = self.scores.compute(test=bool(self.trainer.testing))
+        values, self.counts = self.scores.compute()
         self.evaluation = {name: float(value) for name, value in values.items()}
         if self.logged:
             for name, value in values.items():
-                self.log(name, value, prog_bar=name in ("val/loss", "format/exact"), batch_size=1)
+                shown = f"test/{name.removeprefix('val/')}" if self.trainer.testing else name
+                self.log(shown, value, prog_bar=shown in ("val/loss", "format/exact"), batch_size=1)
             self.log("step", float(self.trainer.global_step), batch_size=1)
 
     on_test_epoch_end = on_validation_epoch_end

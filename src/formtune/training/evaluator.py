@@ -24,16 +24,8 @@ from formtune.training import callback
 from formtune.training.answers import Outcomes
 
 Baseline = Literal["few_shot", "constrained"]
-Counts = dict[str, tuple[int, int]]
-
 TIMED_ROWS = 8  # decoded to estimate the time of the baselines
 LONGEST = 2  # times the longest target: what a baseline may decode
-
-
-def results(model: FormatModule) -> tuple[dict[str, float], Counts]:
-    """The last evaluation's figures by the names they have in validation, and the counts behind each rate."""
-    plain = {name.removeprefix("test/"): value for name, value in model.evaluation.items()}
-    return {name if "/" in name else f"val/{name}": value for name, value in plain.items()}, model.counts
 
 
 class Evaluator:
@@ -86,11 +78,12 @@ class Evaluator:
 
     def tuned(self, result: dict[str, Any]) -> None:
         """Add the figures of the tuned model, with constrained decoding too if the base was measured so."""
-        self._record("after", self._test(VIEWS["after"], self.test_rows, Decoding()), *results(self.model), result)
+        decodings = {"after": Decoding()}
         if "before_constrained" in result:
-            decoding = Decoding(constrained=True, logged=False)
-            outcomes = self._test(VIEWS["after_constrained"], self.test_rows, decoding)
-            self._record("after_constrained", outcomes, *results(self.model), result)
+            decodings["after_constrained"] = Decoding(constrained=True, logged=False)
+        for name, decoding in decodings.items():
+            outcomes = self._test(VIEWS[name], self.test_rows, decoding)
+            self._record(name, outcomes, self.model.evaluation, self.model.counts, result)
 
     def probe(self) -> list[dict[str, Any]]:
         """Valid format on test rows that were made longer, up to production's P99 and beyond the training rows."""
@@ -164,10 +157,9 @@ class Evaluator:
         if stored is None:
             # One point of the curves belongs to step 0: the base as it will be trained.
             outcomes = self._test(VIEWS[name], rows, Decoding(constrained, self._limit, logged=name == "before"))
-            values, counts = results(self.model)
             # Figures of a class whose code may change are computed anew each time.
-            values = {name: value for name, value in values.items() if not name.startswith("own/")}
-            stored = {"values": values, "counts": counts, "outcomes": outcomes}
+            values = {name: value for name, value in self.model.evaluation.items() if not name.startswith("own/")}
+            stored = {"values": values, "counts": self.model.counts, "outcomes": outcomes}
             if self._writes:
                 prompting.store_baseline(key, **stored)
         outcomes = stored["outcomes"]
@@ -182,8 +174,9 @@ class Evaluator:
         return callback(self.trainer, Outcomes).outcomes
 
     def _record(
-        self, name: str, outcomes: list[Outcome], values: dict[str, float], counts: Counts, result: dict[str, Any]
-    ) -> None:
+        self, name: str, outcomes: list[Outcome], values: dict[str, float], counts: dict[str, Any],
+        result: dict[str, Any],
+    ) -> None:  # fmt: skip
         self.outcomes[name], result[name], result["counts"][name] = outcomes, values, counts
         if self._writes:
             write_outcomes(self.folder / "outcomes" / f"{name}.jsonl", outcomes)

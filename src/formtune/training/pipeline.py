@@ -15,8 +15,8 @@ from formtune.data.table import print_data, print_ignored, print_notes, print_sh
 from formtune.errors import UserError
 from formtune.files import write_json, write_whole
 from formtune.model import FormatModule
-from formtune.training import callback, checkpoint_files
-from formtune.training.checkpoint import BestCheckpoint
+from formtune.training import callback
+from formtune.training.checkpoint import BestCheckpoint, read
 from formtune.training.evaluator import Baseline, Evaluator
 from formtune.training.manifest import write_manifest
 from formtune.training.overfitting import diagnose
@@ -73,7 +73,7 @@ def train(
     chosen = best(history)
     if chosen is None:
         raise UserError(f"{reason(history)}; lower model.optimizer.lr")
-    model.load_state_dict(checkpoint_files.read(Path(checkpoints.best_model_path))["state_dict"])
+    model.load_state_dict(read(Path(checkpoints.best_model_path))["state_dict"])
     data = datamodule.splits.key if datamodule.splits else None
     if writes and not (folder.path / "adapter").exists():
         export_adapter(model, folder.path / "adapter", folder.path / "config.yaml", data)

@@ -28,12 +28,10 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether a run has begun here."""
         return (self.path / "config.yaml").exists()
 
     @property
     def finished(self) -> bool:
-        """Whether it is finished."""
         return (self.path / "metrics.json").exists()
 
     @property
@@ -43,7 +41,7 @@ class RunFolder:
             date = self._config()["data"]["date"]
         except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
             return None
-        return None if date is None else str(date)
+        return date and str(date)
 
     def difference(self, config: str) -> str | None:
         """The first key, with both values, in which this run's configuration differs from another in YAML, or None."""
@@ -86,7 +84,10 @@ class RunFolder:
 
 def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], str]) -> str | None:
     """The name of the run to begin or to resume in a task's folder; None for a new run, which is named by the clock."""
-    folder = RunFolder(task / name) if name else _last(task) if resume else None
+    # Runs of a sweep do not count.
+    begun = [path for path in task.glob("*/config.yaml") if not (path.parent / ".sweep").exists()]
+    last = max(begun, key=lambda path: path.stat().st_mtime) if begun and resume else None
+    folder = RunFolder(task / name) if name else RunFolder(last.parent) if last else None
     if folder is None or not folder.begun or (folder.finished and not name):
         return name
     if not resume:
@@ -106,13 +107,6 @@ def measured_run(configs: Sequence[Path], named: Path | None) -> Path | None:
     """The run to measure: that of `--run`, else the one whose `config.yaml` is given; None if neither is a run."""
     folders = [*([named] if named else []), *(path.parent for path in reversed(configs) if path.name == "config.yaml")]
     return next((run for run in folders if RunFolder(run).begun and (run / "checkpoints").is_dir()), None)
-
-
-def _last(task: Path) -> RunFolder | None:
-    """The run of a task that began last; those of a sweep do not count."""
-    begun = [path for path in task.glob("*/config.yaml") if not (path.parent / ".sweep").exists()]
-    newest = max(begun, key=lambda path: path.stat().st_mtime, default=None)
-    return RunFolder(newest.parent) if newest else None
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
