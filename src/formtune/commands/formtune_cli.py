@@ -57,9 +57,6 @@ class Trainer(L.Trainer):
 class Parser(OneLine, LightningArgumentParser):
     """Lightning's parser; a mistake is one line, and a file that a value names is never read as configuration."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False} | kwargs)  # a mistyped key could be the beginning of another
-
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
         # Else a file of rows that begins with `{"class_path": ...}` could name a class to import.
         return super().add_class_arguments(*args, **kwargs | {"sub_configs": False})
@@ -70,14 +67,15 @@ class FormtuneCLI(LightningCLI):
 
     def __init__(self, args: list[str], signals: Signals) -> None:
         self.words, self.signals = args, signals
-        descriptions = {name: {"description": COMMANDS[name].description} for name in self.subcommands()}
+        whole_keys = {"allow_abbrev": False}  # a mistyped key could be the beginning of another
+        parsers = {name: {"description": COMMANDS[name].description, **whole_keys} for name in self.subcommands()}
         super().__init__(
             FormatModule,
             FormatDataModule,
             trainer_class=Trainer,
             args=args,
             parser_class=Parser,
-            parser_kwargs={"prog": "formtune", **descriptions},
+            parser_kwargs={"prog": "formtune", **whole_keys, **parsers},
             save_config_callback=None,  # written here, once, beside the run
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -111,9 +109,8 @@ class FormtuneCLI(LightningCLI):
         parser.add_argument("--baselines", type=list[Baseline], default=["few_shot", "constrained"], help="What train "
                             "measures beside the plain base; [] for nothing")  # fmt: skip
         parser.add_argument("--baseline_rows", type=PositiveInt, default=200, help="Test rows for baselines at most")
-        parser.add_argument(
-            "--quick", action="store_true", help="A first look: no baselines, few evaluation rows, no longer inputs"
-        )
+        parser.add_argument("--quick", action="store_true", help="A first look: no baselines, few evaluation rows, no "
+                            "longer inputs")  # fmt: skip
         parser.add_argument("--answers", type=str, default="answers.jsonl", help="JSON Lines file that predict writes")
         parser.add_argument("--ckpt_path", type=str | None, help="Weights to measure: best, the run's best checkpoint "
                             "(the default with a run); last, its newest one; base, the untuned base (the default "
@@ -157,8 +154,8 @@ class FormtuneCLI(LightningCLI):
         config.trainer.default_root_dir = str(self.folder.path)
         config.data.date = config.data.date or self.folder.date or today()  # the day on which the run began
         self.checkpoint = newest(self.folder.path / "checkpoints")
-        words = [*self.words, *([] if "--run" in self.words else ["--run", config.run]), "--resume"]
-        self.signals.remedy = f"continue with: {shlex.join(['formtune', *dict.fromkeys(words)])}"
+        words = ["formtune", *self.words, *([] if "--run" in self.words else ["--run", config.run]), "--resume"]
+        self.signals.remedy = f"continue with: {shlex.join(dict.fromkeys(words))}"
 
     def _choose_weights(self, config: Namespace, files: list[Path]) -> None:
         """The weights to measure, a checkpoint or the untuned base, and the date of their run."""
@@ -210,19 +207,18 @@ class FormtuneCLI(LightningCLI):
 
     def train(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         """The whole job."""
-        config, trainer, folder = self.config.train, self.trainer, self.folder
+        config = self.config.train
         try:
             result = train(
-                trainer, model, datamodule, folder, self._record, config.baselines, config.baseline_rows,
+                self.trainer, model, datamodule, self.folder, self._record, config.baselines, config.baseline_rows,
                 self.checkpoint, _checks(), longer_inputs=not config.quick,
             )  # fmt: skip
-            if result and trainer.is_global_zero:
-                print_result(result, folder.path)
+            if result:
+                rank_zero_only(print_result)(result, self.folder.path)
         finally:
-            folder.release()
+            self.folder.release()
 
     def fit(self, model: FormatModule, datamodule: FormatDataModule) -> None:
-        """Lightning's fit in the run's folder."""
         trainer: Any = self.trainer
         writes = trainer.is_global_zero and not trainer.fast_dev_run
         try:

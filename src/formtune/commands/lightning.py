@@ -59,9 +59,8 @@ def run(command: str, args: list[str]) -> None:
         if not any(words in str(error) for words in LOST):
             raise
         time.sleep(1)  # the process that failed prints its own message, and first
-        raise Fault(
-            "another process of this run ended or was killed; see its message, and continue with --resume"
-        ) from error
+        message = "another process of this run ended or was killed; see its message, and continue with --resume"
+        raise Fault(message) from error
     finally:
         threading.excepthook = threading.__excepthook__
         signals.restore()

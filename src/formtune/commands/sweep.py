@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import signal
 import sys
 from collections.abc import Sequence
@@ -72,13 +73,18 @@ def run(command: str, args: list[str]) -> int:
             if not (settings.get("data") or {}).get("date"):
                 arguments.append(f"--data.date={_first_day(folder)}")
             # All points once before any of them twice: an interrupted sweep shows the most.
-            jobs = [_job(point, seed, folder, arguments) for seed in seeds for point in points]
+            jobs = []
+            for seed, point in itertools.product(seeds, points):
+                name = f"{point.name}-seed{seed}"
+                own = [f"--seed_everything={seed}", f"--run={folder.name}/{name}", "--resume"]
+                jobs.append(Job(point.name, folder / name, [*arguments, *point.arguments, *own]))
             same_rows = not any(key.startswith(CHANGES_ROWS) for key in keys)
             failed = _run(jobs, devices(settings.get("trainer") or {}), folder, same_rows)
-            results: dict[str, list[Any]] = {point.name: [] for point in points}
+            results: dict[str, list[Any]] = {}
             for job in jobs:
-                results[job.point] += [result] if (result := job.result()) else []
-            measured = [measure(name, of_a_point) for name, of_a_point in results.items() if of_a_point]
+                if result := job.result():
+                    results.setdefault(job.point, []).append(result)
+            measured = [measure(point.name, results[point.name]) for point in points if point.name in results]
             # A point that lost a seed would be judged by those that went well.
             complete = [point for point in measured if point.seeds == len(seeds)]
             taken, why = None, "Nothing is taken: no point has finished with every seed."
@@ -93,12 +99,6 @@ def run(command: str, args: list[str]) -> int:
         raise UserError(f"{folder}: this sweep is already running") from None
     _print(measured, len(seeds), taken, why, folder)
     return int(bool(failed))
-
-
-def _job(point: grid.Point, seed: int, folder: Path, arguments: Sequence[str]) -> Job:
-    name = f"{point.name}-seed{seed}"
-    own = [f"--seed_everything={seed}", f"--run={folder.name}/{name}", "--resume"]
-    return Job(point.name, folder / name, [*arguments, *point.arguments, *own])
 
 
 def _configuration(arguments: Sequence[str]) -> str:

@@ -33,10 +33,9 @@ class TaskFile(ActionConfigFile):
 
     def __call__(self, parser: Any, namespace: Any, path: Any, option_string: Any = None) -> None:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        keys = known_keys(parser)
-        model, data = content.get("model") or {}, content.get("data") or {}
+        keys, model, data = known_keys(parser), content.get("model") or {}, content.get("data") or {}
         for key in (*content, *(f"model.{key}" for key in model)):
-            if key not in keys and key not in TRAINING:
+            if key not in keys | TRAINING:
                 raise UserError(f"{line_of(key)}: unknown key {key}{did_you_mean(key, keys | TRAINING)}")
         needed = {
             "task": content.get("task") or namespace.get("task"),

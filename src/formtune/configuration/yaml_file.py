@@ -14,11 +14,7 @@ GROUPS = ("model", "model.lora", "data", "trainer", "checkpoint", "overfitting",
 
 
 def check_configs(args: list[str]) -> None:
-    """Check each YAML that a command line names.
-
-    Raises:
-        UserError: One is broken; names the file, the line and the reason.
-    """
+    """Check each YAML that a command line names."""
     LINES.clear()
     for path in config_paths(args):
         check_yaml(path)
@@ -33,8 +29,8 @@ def config_paths(args: list[str]) -> list[str]:
         name, equals, attached = option.partition("=")
         if name in ("-c", "--config"):
             paths.append(attached if equals else value)
-            if not paths[-1]:
-                raise UserError(f"{name}: name the YAML of a task")
+    if "" in paths:
+        raise UserError("-c: name the YAML of a task")
     return paths
 
 
@@ -46,11 +42,7 @@ def line_of(key: str) -> str:
 
 
 def check_yaml(path: str) -> None:
-    """Check that a file is a YAML mapping without duplicate keys, and note the lines of its keys.
-
-    Raises:
-        UserError: It is not; names the file, the line and the reason.
-    """
+    """Check that a file is a YAML mapping without duplicate keys, and note the lines of its keys."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         content = yaml.safe_load(text)
@@ -74,7 +66,6 @@ def _key(path: str) -> str:
 
 
 def _lines(node: yaml.Node | None, path: str = "") -> Iterator[tuple[str, int]]:
-    """The line of each dotted key."""
     if not isinstance(node, yaml.MappingNode):
         return
     names = set()

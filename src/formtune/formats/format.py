@@ -127,8 +127,7 @@ class Format(ABC):
     ) -> Verdict:
         """Judge an answer without its stop token; every text gets a verdict.
 
-        `finished` is False for an answer that was cut for length. `target` must be a document of the format. The input
-        tells made-up values from misread ones.
+        `finished` is False for an answer that was cut for length; the input tells made-up values from misread ones.
         """
         is_document, value, problems = self._read(text)
         content, is_loose = None, finished and is_document and all(p.kind == "extra_text" for p in problems)
@@ -150,8 +149,7 @@ class Format(ABC):
         """Whether the text holds a document, the document, and what is wrong."""
         if not text.strip():
             with suppress(SyntaxProblem):
-                # An empty text may be a document; white space is none.
-                if not text and not (judged := self._judge(text))[1]:
+                if not text and not (judged := self._judge(text))[1]:  # a document can be empty, and not white space
                     return True, *judged
             return False, None, [Problem("empty", "the answer is empty")]
         if len(text) > MAX_CHARACTERS:
@@ -185,8 +183,8 @@ class Format(ABC):
             if self.canonical and self.write(value) != text:
                 problems.append(Problem("layout", "key order or white space is not canonical"))
         except (TimeoutError, RecursionError):
-            detail = f"the check took more than {CHECK_SECONDS} s of processor time or recursed too deeply"
-            problems = [Problem("bad_value_form", detail)]
+            why = f"the check took more than {CHECK_SECONDS} s of processor time or recursed too deeply"
+            problems = [Problem("bad_value_form", why)]
         return value, problems
 
     def _parse(self, text: str) -> Any:

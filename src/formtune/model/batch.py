@@ -53,9 +53,8 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         parts = []
         for part in self.micro_batches:
-            values = {field.name: getattr(part, field.name) for field in fields(part)}
-            tensors = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-            parts.append(replace(part, **tensors))
+            tensors = [field.name for field in fields(part) if isinstance(getattr(part, field.name), Tensor)]
+            parts.append(replace(part, **{name: change(getattr(part, name)) for name in tensors}))
         return replace(self, micro_batches=parts)
 
 

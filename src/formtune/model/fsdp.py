@@ -1,8 +1,7 @@
 """`--trainer.strategy fsdp`: each rank keeps a shard of every frozen layer and gathers the layer to compute it.
 
-The trained parameters are small and stay whole on all ranks, as under DDP: checkpoints, clipping and the adapter are
-the same. PyTorch's `fully_shard` gathers a layer when all ranks call it, so all ranks need the same number of forward
-passes, though their micro-batches differ in number and their answers in length.
+The trained parameters stay whole on all ranks, as under DDP. `fully_shard` gathers a layer when all ranks call it, so
+all ranks need the same number of forward passes, though their micro-batches differ in number and answers in length.
 """
 
 from __future__ import annotations

@@ -24,10 +24,7 @@ class Predictions:
 
 
 def predict(head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: int) -> Predictions:
-    """Predictions from the last hidden states of the tokens that predict labels, shape (labels, width).
-
-    `head` gives `vocabulary` logits for each of them; it may have trained parameters.
-    """
+    """Predictions from hidden states of shape (labels, width); `head`, which may be trained, makes them logits."""
     size = max(1, LOGITS.get(hidden.device.type, 2**25) // vocabulary)
     if torch.is_grad_enabled():
         trained = [p for p in head.parameters() if p.requires_grad]

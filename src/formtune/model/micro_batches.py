@@ -19,8 +19,8 @@ Answers = list[list[int]]
 class MicroBatches(ABC):
     """Splits rows into micro-batches, and computes their predictions and greedy answers.
 
-    Every micro-batch has `rows`, the indices of its rows in the batch, and `sizes`, how many labels each of them has: a
-    row without a target has one, which is not known and from which its answer starts.
+    Every micro-batch has `rows`, the indices of its rows in the batch, and `sizes`, how many labels each of them has:
+    at least one, from which the answer starts.
     """
 
     def __init__(self, model: Any) -> None:
@@ -53,10 +53,7 @@ class MicroBatches(ABC):
         self, rows: Sequence[Row], micro_batches: Iterable[Any], stop: Sequence[int], limits: Sequence[int],
         grammar: Grammar | None = None, losses: LossMetrics | None = None,
     ) -> Answers:  # fmt: skip
-        """Greedy answers to the rows, each up to and including a token of `stop` or as long as its limit.
-
-        They are constrained to the grammar, if there is one; the loss of the targets goes to `losses`.
-        """
+        """Greedy answers to the rows, each up to a token of `stop` or its limit; the targets' loss goes to `losses`."""
         answers: Answers = [[] for _ in rows]
         for micro_batch in micro_batches:
             its_rows, most = [rows[i] for i in micro_batch.rows], [limits[i] for i in micro_batch.rows]
@@ -73,10 +70,8 @@ class MicroBatches(ABC):
     ) -> tuple[Predictions, Answers]:
         """Predictions and answers of one micro-batch.
 
-        As long as greedy decoding agrees with the target, it sees the same tokens as the teacher-forced pass. So if
-        every predicted token is the target's, the answer is the target, and otherwise generation resumes at the first
-        mismatch. With constrained decoding, a predicted token that the grammar refuses is chosen again among the
-        allowed ones.
+        As long as greedy decoding agrees with the target, it sees the same tokens as the teacher-forced pass, so
+        generation resumes at the first mismatch, or at the first token that the grammar refuses.
         """
         documents = Documents(grammar, rows) if grammar else None
         predictions, kept = self.predictions(micro_batch, keep=True)

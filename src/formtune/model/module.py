@@ -39,9 +39,8 @@ PARITY = 2  # rows of each evaluation batch that are also decoded in full
 class FormatModule(L.LightningModule):
     """A causal language model with LoRA, trained on answers and evaluated by exact format compliance.
 
-    One batch holds the rows of one optimizer step. The step is computed in as many micro-batches as fit
-    `tokens_per_micro_batch`; the loss of each is divided by the target tokens of the whole step on all devices. So the
-    budget changes memory and nothing else, and every count of steps is a count of optimizer steps.
+    One batch is one optimizer step, computed in as many micro-batches as fit `tokens_per_micro_batch`. The loss of each
+    is divided by the target tokens of the whole step on all devices, so the budget changes memory and nothing else.
 
     Args:
         base: Folder or hub id of the base model.
@@ -192,7 +191,7 @@ class FormatModule(L.LightningModule):
         sample = sorted({len(rows) * i // PARITY for i in range(PARITY)}) if rows else []
         in_full = self._decode(self.collate([replace(rows[i], target_ids=[]) for i in sample], True, batch.decoding))
         self.scores.losses.compare([answer == decoded[i] for i, answer in zip(sample, in_full, strict=True)])
-        answers = [self._check(row, ids) for row, ids in zip(rows, decoded, strict=True)]
+        answers = list(map(self._check, rows, decoded))
         self.scores.update(answers)
         return answers
 
@@ -200,7 +199,7 @@ class FormatModule(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer]:
         """Greedy answers to prompts, each with its verdict."""
-        return [self._check(row, ids) for row, ids in zip(batch.rows, self._decode(batch), strict=True)]
+        return list(map(self._check, batch.rows, self._decode(batch)))
 
     def on_validation_epoch_end(self) -> None:
         values, self.counts = self.scores.compute()
@@ -237,11 +236,9 @@ class FormatModule(L.LightningModule):
         return losses.compute()["loss"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record the base, the format and the number of processes that the state belongs to."""
         checkpoint["formtune"] = self._identity | {"skipped": [self.guard.skipped, self.guard.in_a_row]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the state of another base or format, though it may have the same shapes."""
         saved, resumes = checkpoint.get("formtune"), self.trainer.state.fn == "fit"
         check_identity(saved, self._identity, resumes)
         if resumes:

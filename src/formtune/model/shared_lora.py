@@ -1,9 +1,8 @@
 """LoRA layers with the same input, such as query, key and value, compute dropout and A together.
 
-PEFT's layers each draw a dropout mask, multiply by an A of a few rows (too thin a product for matrix units) and pass
-over the output three times. Here, layers that are given the same tensor share one mask m and one product
-h = (x * m) [A_1; A_2; ...]^T; each then adds alpha/r h_i B_i^T to its base layer's output in place. The dropout
-probability stays the same; the only difference is that q, k and v drop the same elements of x.
+PEFT's layers each draw a dropout mask and multiply by an A of a few rows, too thin for matrix units. Here, layers that
+are given the same tensor share one mask m and one product h = (x * m) [A_1; A_2; ...]^T; each adds alpha/r h_i B_i^T to
+its base layer's output in place. The only difference is that q, k and v drop the same elements of x.
 """
 
 from __future__ import annotations

@@ -82,12 +82,8 @@ class AnswerFile(Callback):
         self._answers += outputs
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        rank = trainer.global_rank
-        records = (
-            {
-                "where": a.row.where, "prompt": a.row.input, "answer": a.text,
-                "compliant": a.verdict.exact, "kind": a.verdict.kind, "detail": a.verdict.detail, **self._model,
-            }
-            for a in sorted(self._answers, key=lambda a: a.row.number)
-        )  # fmt: skip
+        rank, records = trainer.global_rank, []
+        for a in sorted(self._answers, key=lambda a: a.row.number):
+            record = {"where": a.row.where, "prompt": a.row.input, "answer": a.text, "compliant": a.verdict.exact}
+            records.append(record | {"kind": a.verdict.kind, "detail": a.verdict.detail, **self._model})
         write_lines(self.path.with_name(f"{self.path.name}.{rank}") if rank else self.path, records)

@@ -102,10 +102,6 @@ class BestCheckpoint(ModelCheckpoint):
         self.best_model_path = str(files.get(chosen.step, "")) if chosen else ""
         self.last_model_path = str(list(files.values())[-1]) if files else ""
 
-    def _find_last_checkpoints(self, trainer: Any) -> set[str]:
-        """What Lightning's `ckpt_path="last"` chooses from."""
-        return {str(path) for path in steps(self.folder).values()}
-
 
 class CheckpointFiles(TorchCheckpointIO):
     """Lightning's checkpoint IO, atomic when writing and checked when reading."""

@@ -1,7 +1,4 @@
-"""`manifest.json` of an exported folder: hashes of its files and of what it was made from.
-
-An adapter is right only with the base, chat template and format it was trained with; names do not tell these apart.
-"""
+"""`manifest.json` of an exported folder: hashes of its files, and of the base, template and format it belongs to."""
 
 from __future__ import annotations
 

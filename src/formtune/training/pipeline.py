@@ -38,11 +38,7 @@ def train(
 ) -> dict[str, Any] | None:
     """Measure the base, fit, test the best checkpoint, export the adapter and write the report.
 
-    Returns:
-        What `metrics.json` holds; None under `fast_dev_run`, which writes nothing.
-
-    Raises:
-        UserError: The rows must not be trained on, or no validation gave a finite loss.
+    Returns what `metrics.json` holds; None under `fast_dev_run`, which writes nothing.
     """
     writes = trainer.is_global_zero and not trainer.fast_dev_run
     if writes:
@@ -125,10 +121,7 @@ def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> N
 
 
 def export_adapter(module: FormatModule, folder: Path, config: Path, data: str | None) -> None:
-    """Write adapter, tokenizer with its chat template, format, configuration and manifest into a new folder.
-
-    PEFT alone loads it: `PeftModel.from_pretrained(base_model, folder)`. The folder appears only when it is complete.
-    """
+    """Write a folder that PEFT alone loads, with tokenizer, format, configuration and manifest; it appears complete."""
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     # False: PEFT would otherwise ask a hub whether the base's vocabulary was resized.

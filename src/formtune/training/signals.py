@@ -37,7 +37,6 @@ class Signals(Callback):
                     self._before.setdefault(number, before)
 
     def restore(self) -> None:
-        """Restore the handlers that were there before."""
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before.clear()
