@@ -26,9 +26,8 @@ from formtune.configuration.parsing import CommandParser
 from formtune.configuration.yaml_file import config_paths
 from formtune.errors import UserError
 from formtune.files import LOGS, write_json, write_whole
-from formtune.sweep import grid
 from formtune.sweep.choice import METRICS, Measured, choose, measure
-from formtune.sweep.runs import Job, devices, run_all
+from formtune.sweep.runs import RANKS, Job, devices, grid, run_all, seed_numbers
 
 HELP = """\
 All other arguments are passed to `formtune train`, -c TASK.yaml first of all. A point is one value for each key.
@@ -50,11 +49,11 @@ def run(command: str, args: list[str]) -> int:
     usage = "%(prog)s -c TASK.yaml [--over KEY=VALUES ...] [--seeds SEEDS] [--key value ...]"
     parser = CommandParser(command, COMMANDS[command].description, usage, HELP)
     parser.add_argument("--over", action="append", metavar="KEY=VALUES", help="A key of the task and the values to "
-                        f"try; several make all combinations (default: {grid.RANKS})")  # fmt: skip
+                        f"try; several make all combinations (default: {RANKS})")  # fmt: skip
     # With fewer, a better rank cannot be told from a luckier seed.
     parser.add_argument("--seeds", default="0,1,2", help="Seeds that each point is trained with (default: %(default)s)")
     options, arguments = parser.parse_known_args(args)
-    points, seeds = grid.points(options.over or [grid.RANKS]), grid.seeds(options.seeds)
+    points, seeds = grid(options.over or [RANKS]), seed_numbers(options.seeds)
     keys = [argument.partition("=")[0].removeprefix("--") for argument in points[0].arguments]
     given = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
     for key in given & RESERVED.union(keys) | RESERVED.intersection(keys):

@@ -23,7 +23,7 @@ class Clock:
 
 
 class Model(L.LightningModule):
-    """Each step and each validation take a known time."""
+    """Each step and each validation take a fixed time."""
 
     def __init__(self, clock):
         super().__init__()
