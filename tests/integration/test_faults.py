@@ -574,7 +574,7 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_counted(work, poisoned
 
 @pytest.mark.case("66", "a loss that is no number, for ever")
 def test_a_run_without_finite_gradients_stops_and_keeps_its_last_good_adapter(work, poisoned, monkeypatch, capfd):
-    monkeypatch.setattr("formtune.model.optimization.SKIPPED", 5)
+    monkeypatch.setattr("formtune.model.module.SKIPPED", 5)
     poisoned(*range(9, 99))
     assert main([*FIT]) == 1
     one_line(capfd, "5 steps in a row", "non-finite gradient", "learning rate")

@@ -1,7 +1,5 @@
 """LightningCLI with one folder per run."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -206,7 +204,6 @@ class FormtuneCLI(LightningCLI):
         return trainer
 
     def train(self, model: FormatModule, datamodule: FormatDataModule) -> None:
-        """The whole job."""
         config = self.config.train
         try:
             result = train(
@@ -246,7 +243,6 @@ class FormtuneCLI(LightningCLI):
     validate = test
 
     def predict(self, model: FormatModule, datamodule: FormatDataModule) -> None:
-        """Answer the prompts and write them to `--answers`."""
         prepare(self.trainer, datamodule, "predict")
         self.trainer.predict(model, datamodule, return_predictions=False, ckpt_path=self.checkpoint)
         rank_zero_only(print)(f"answers of {self.measured}: {self.config.predict.answers}")

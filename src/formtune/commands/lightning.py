@@ -1,7 +1,5 @@
 """`formtune train`, `fit`, `validate`, `test` and `predict`."""
 
-from __future__ import annotations
-
 import logging
 import os
 import threading
@@ -26,7 +24,6 @@ QUIET = (
 
 
 def run(command: str, args: list[str]) -> None:
-    """Run `train`, `fit`, `validate`, `test` or `predict`."""
     if {"-h", "--help"} & set(args):
         print(short_help(command, COMMANDS[command].description))
         return

@@ -1,7 +1,5 @@
 """`formtune sweep`: one `formtune train` for each point and seed, what they measured, and the point to take."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io
@@ -144,7 +142,6 @@ def _run(jobs: Sequence[Job], on: Sequence[str | None], folder: Path, same_rows:
 
 
 def _print(measured: Sequence[Measured], seeds: int, taken: str | None, why: str, folder: Path) -> None:
-    """The table, which point is taken and why, and the files."""
     table = Table("point", title="Sweep (the choice never sees the test rows)", title_justify="left")
     for column in ("trainable\nparameters", "exact\nvalidation", "F1\nvalidation", "exact\ntest", "F1\ntest"):
         table.add_column(column, justify="right", no_wrap=True, style="dim" if "test" in column else None)

@@ -4,8 +4,6 @@ A teacher is any server of OpenAI's chat completions, local ones included. It se
 existing rows, and writes new ones. The same command continues an interrupted file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

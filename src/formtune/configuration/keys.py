@@ -1,7 +1,5 @@
 """The keys that matter most, what other tools call them, and the short help, printed without importing torch."""
 
-from __future__ import annotations
-
 # Key, default, meaning, and names in Lightning, transformers, TRL, PEFT, Axolotl, LLaMA-Factory, litgpt and torchtune;
 # a name with a dot is meant in its group alone. A test compares the defaults with the parser's.
 KEYS = (
@@ -74,7 +72,6 @@ USAGE = {
 
 
 def short_help(command: str, description: str) -> str:
-    """What `formtune COMMAND --help` prints."""
     lines = [f"usage: {USAGE[command]}", "", description, "", "the keys that matter most (default):"]
     for key, default, meaning, _ in KEYS:
         name = f"--{key}" + (f" ({default})" if default else "")

@@ -1,7 +1,5 @@
 """Parsers whose mistakes are one line: the key, its `file:line`, and the key that may be meant."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import re

@@ -1,7 +1,5 @@
 """The part of a task's YAML that describes its rows, for commands that load no model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Flags of the trainer that would waste a training; they are refused before anything slow begins."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Set
 from typing import Any

@@ -1,7 +1,5 @@
 """Checks YAML files before anything slow is imported, and notes the line of each key."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +12,6 @@ GROUPS = ("model", "model.lora", "data", "trainer", "checkpoint", "overfitting",
 
 
 def check_configs(args: list[str]) -> None:
-    """Check each YAML that a command line names."""
     LINES.clear()
     for path in config_paths(args):
         check_yaml(path)
@@ -23,7 +20,6 @@ def check_configs(args: list[str]) -> None:
 
 
 def config_paths(args: list[str]) -> list[str]:
-    """The YAMLs that a command line names."""
     paths = []
     for option, value in zip(args, [*args[1:], ""], strict=True):
         name, equals, attached = option.partition("=")

@@ -3,8 +3,6 @@
 Replaced are keywords that hand patterns to `re`, compare all pairs of items, or follow references (up to 2**depth).
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time

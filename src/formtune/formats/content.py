@@ -1,7 +1,5 @@
 """Compares two documents value by value, types included: 1, 1.0, true and "1" are four different values."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter

@@ -1,7 +1,5 @@
 """Reads a JSON Schema of any draft from 4 as draft 2020-12, and finds everything wrong with it."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator

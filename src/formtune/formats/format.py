@@ -1,7 +1,5 @@
 """The base class of formats, and the verdict that a format gives on a text."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from abc import ABC, abstractmethod
@@ -80,7 +78,7 @@ class Format(ABC):
     #: Whether each row has its own schema, which `of_row` needs.
     per_row: bool = False
 
-    def of_row(self, schema: str | None) -> Format:
+    def of_row(self, schema: str | None) -> "Format":
         """The format of one row, by the JSON text of its own schema; raises UserError if it cannot be read."""
         return self
 

@@ -5,8 +5,6 @@ dependentSchemas add to it. The fields are those of all parts. Keys come in the 
 bottom with one alternative of each union that the document keeps; llguidance writes them in the same order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice, product
 from typing import Any
@@ -130,7 +128,6 @@ class Places:
 
 
 def is_array(part: Part) -> bool:
-    """Whether a part describes an array."""
     return "array" in types(part) or "items" in part or "prefixItems" in part
 
 

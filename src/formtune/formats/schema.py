@@ -1,7 +1,5 @@
 """Where a JSON Schema comes from: a file, a Pydantic class, or the request that it is part of."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re

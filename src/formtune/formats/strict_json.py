@@ -1,7 +1,5 @@
 """JSON by the standard: NaN, duplicate keys and lone surrogates, which Python's reader accepts, are errors."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Formats for texts that are not JSON: a pattern, a label, tagged sections."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

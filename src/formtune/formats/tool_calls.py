@@ -1,7 +1,5 @@
 """Tool calls as chat templates write them, judged by the tools that each row defines."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import json
@@ -50,7 +48,7 @@ class ToolCalls(Format):
         self._calls, self.derived = JsonSchema(_CALLS), frozenset({"name"})
         self._tools: dict[str, JsonSchema] = {}  # the parameters of the row's tools
 
-    def of_row(self, schema: str | None) -> ToolCalls:
+    def of_row(self, schema: str | None) -> "ToolCalls":
         return _of_row(self, schema)
 
     def parse(self, text: str) -> Any:

@@ -8,8 +8,6 @@ and `z` the backward kernel recomputes the true probabilities of a piece (as rin
 On CUDA one FlexAttention kernel skips fully masked blocks (arXiv:2412.05496); other devices use SDPA with a mask.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ The trained parameters stay whole on all ranks, as under DDP. `fully_shard` gath
 all ranks need the same number of forward passes, though their micro-batches differ in number and answers in length.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,7 +38,6 @@ class ShardedBase(DDPStrategy):
         module._ddp_params_and_buffers_to_ignore = [n for n, p in module.named_parameters() if not _is_whole(p)]
 
     def highest_count(self, count: int) -> int:
-        """The highest count of all ranks."""
         assert self.lightning_module is not None
         return int(highest(self.lightning_module.trainer, count)[0])
 

@@ -1,7 +1,5 @@
 """Micro-batches of padded rows of similar length, for any causal model."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

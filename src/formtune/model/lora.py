@@ -1,7 +1,5 @@
 """Load a frozen base model and add LoRA adapters."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal

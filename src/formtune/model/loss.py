@@ -1,7 +1,5 @@
 """Next-token loss of the targets: logits are computed only where a label is predicted, and in chunks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

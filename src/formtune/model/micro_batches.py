@@ -1,7 +1,5 @@
 """How the rows of a batch go through the model: split into micro-batches, teacher-forced, and decoded greedily."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The LightningModule: one batch is one optimizer step; evaluation decodes greedily and checks each answer's format."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
@@ -20,7 +18,7 @@ from formtune.base.folder import context_length, skeleton
 from formtune.base.identity import check_identity, format_hash, identity
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
-from formtune.errors import UserError
+from formtune.errors import Fault, UserError
 from formtune.evaluation.metrics import LossMetrics
 from formtune.formats import Format
 from formtune.model.batch import Answer, Batch, Decoding, out_of_memory_named
@@ -28,11 +26,12 @@ from formtune.model.constrained import Grammar
 from formtune.model.fsdp import ShardedBase, padded, uneven_counts, unsynced
 from formtune.model.lora import Lora, add_lora, check_adapters, compile_layers, load_base, lora_config
 from formtune.model.micro_batches import MicroBatches
-from formtune.model.optimization import CosineWithWarmup, GradientGuard, build_optimizer, check_optimizer
+from formtune.model.optimization import CosineWithWarmup, build_optimizer, check_optimizer
 from formtune.model.scores import Scores
 from formtune.model.shared_prefixes import choose_micro_batches
 
 EVALUATION = 16  # an evaluation micro-batch has so many times the tokens of a training one, answers included
+SKIPPED = 20  # skipped steps in a row that abort a run; 16-mixed skips a few while it finds its scale
 PARITY = 2  # rows of each evaluation batch that are also decoded in full
 
 
@@ -91,7 +90,8 @@ class FormatModule(L.LightningModule):
         self.constrained = constrained
         self.model: Any = None
         self.scores = Scores(format, metrics)
-        self.guard = GradientGuard(max_grad_norm)
+        self.max_grad_norm = max_grad_norm or float("inf")
+        self.skipped = self.skipped_in_a_row = 0  # steps with a non-finite gradient
         self.logged = True  # whether the evaluation in progress goes to the logger
 
     def configure_model(self) -> None:
@@ -174,15 +174,27 @@ class FormatModule(L.LightningModule):
         optimizer.zero_grad(set_to_none=True)
         self.lr_schedulers().step()  # type: ignore[union-attr]
         figures = {"train/loss": strategy.reduce(nats, reduce_op="sum") / tokens, "train/learning_rate": rate}
-        if self.guard.skipped:
-            figures["train/skipped_steps"] = float(self.guard.skipped)
+        if self.skipped:
+            figures["train/skipped_steps"] = float(self.skipped)
         self.log_dict(figures, prog_bar=True, batch_size=1)
         # Lightning would write step 99 for what was measured after 100 steps.
         self.log("step", float(self.trainer.global_step), batch_size=1)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Clip the gradients, or drop them all if one is non-finite."""
         # Here and not in training_step: 16-mixed has just unscaled the gradients.
-        self.guard.check([p for p in self.parameters() if p.grad is not None], self.trainer.global_step)
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        if torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)):  # the same on all ranks
+            self.skipped_in_a_row = 0
+            return
+        for parameter in parameters:
+            parameter.grad = None  # then the optimizer leaves parameter and moments unchanged
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == SKIPPED:
+            raise Fault(
+                f"model.optimizer: {SKIPPED} steps in a row had a non-finite gradient (up to step {self.global_step}); "
+                "earlier checkpoints are kept; lower the learning rate or look at the rows with formtune audit"
+            )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> list[Answer]:  # type: ignore[override]
         """Loss and greedy answers of the rows from the same forward passes."""
@@ -198,7 +210,6 @@ class FormatModule(L.LightningModule):
     test_step = validation_step  # type: ignore[assignment]
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer]:
-        """Greedy answers to prompts, each with its verdict."""
         return list(map(self._check, batch.rows, self._decode(batch)))
 
     def on_validation_epoch_end(self) -> None:
@@ -236,13 +247,13 @@ class FormatModule(L.LightningModule):
         return losses.compute()["loss"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["formtune"] = self._identity | {"skipped": [self.guard.skipped, self.guard.in_a_row]}
+        checkpoint["formtune"] = self._identity | {"skipped": [self.skipped, self.skipped_in_a_row]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved, resumes = checkpoint.get("formtune"), self.trainer.state.fn == "fit"
         check_identity(saved, self._identity, resumes)
         if resumes:
-            self.guard.skipped, self.guard.in_a_row = saved["skipped"]  # type: ignore[index]
+            self.skipped, self.skipped_in_a_row = saved["skipped"]  # type: ignore[index]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The adapters alone, without the frozen base."""

@@ -11,8 +11,6 @@ A token attends to the earlier tokens of its own segment and to the segments tha
 computed alone. Every row owns at least the token before its target, which predicts the first label.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise

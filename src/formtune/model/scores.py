@@ -1,7 +1,5 @@
 """All metrics of an evaluation."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +29,6 @@ class Scores(nn.Module):
         return names
 
     def update(self, answers: Sequence[Answer]) -> None:
-        """Add answers to rows that have a target."""
         self.verdicts.update([answer.verdict for answer in answers])
         self.own.update([answer.text for answer in answers], [answer.row.target or "" for answer in answers])
 

@@ -3,8 +3,6 @@
 Only validation rows count: a choice that has seen the test rows would flatter its test figures.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +37,6 @@ class Measured:
 
 
 def measure(name: str, results: Sequence[dict[str, Any]]) -> Measured:
-    """Summarize the `metrics.json` of a point's runs, one a seed."""
     best = [result["training"]["best"] for result in results]
     rows = best[0]["rows"]
     shares = {FORMAT: [b["exact"] / rows for b in best], CONTENT: [b["field_f1"] for b in best]}
@@ -63,7 +60,6 @@ def estimate(shares: Sequence[float], rows: int) -> Estimate:
 
 
 def choose(points: Sequence[Measured]) -> tuple[Measured, str]:
-    """The point to take, and why."""
     in_format = _equal_to_the_best(points, FORMAT)
     in_content = _equal_to_the_best(in_format, CONTENT)
 

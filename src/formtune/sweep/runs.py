@@ -1,7 +1,5 @@
 """The points of a grid, and their runs: separate processes, so that one out of memory does not end the sweep."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -54,7 +52,6 @@ def grid(over: Sequence[str]) -> list[Point]:
 
 
 def seed_numbers(text: str) -> list[int]:
-    """Seeds that are given as `0,1,2`."""
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise UserError(f"--seeds {text}: expected whole numbers from 0, as in --seeds 0,1,2")
     return list(dict.fromkeys(map(int, text.split(","))))
@@ -69,8 +66,6 @@ def _slug(value: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run."""
-
     point: str
     folder: Path
     arguments: list[str]

@@ -1,7 +1,5 @@
 """Checkpoints: which are written and kept, written atomically, checked when read, found by their step."""
 
-from __future__ import annotations
-
 import io
 import re
 import time
@@ -97,7 +95,6 @@ class BestCheckpoint(ModelCheckpoint):
                 files[step].unlink(missing_ok=True)
 
     def _set_paths(self) -> None:
-        """Set the attributes of `ModelCheckpoint` that others read."""
         files, chosen = steps(self.folder), best(self._validations.history)
         self.best_model_path = str(files.get(chosen.step, "")) if chosen else ""
         self.last_model_path = str(list(files.values())[-1]) if files else ""

@@ -1,7 +1,5 @@
 """The evaluations of one `formtune train` on the test rows: baselines, tuned model, longer inputs, and their report."""
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Sequence
@@ -103,7 +101,6 @@ class Evaluator:
         return probes
 
     def report(self, result: dict[str, Any]) -> None:
-        """Write the run's page and the adapter's card."""
         settings, splits = self.datamodule.settings, self.datamodule.splits
         production = production_rows(settings)
         assert splits is not None
@@ -124,7 +121,7 @@ class Evaluator:
 
     def _announce(self, sample: list[Row], evaluations: int) -> None:
         """Print how long the baselines will take, estimated from a few rows, and how to skip them."""
-        if self.trainer.fast_dev_run or len(sample) <= TIMED_ROWS or self._stored(self._key(sample, False)):
+        if self.trainer.fast_dev_run or len(sample) <= TIMED_ROWS or self._cached(sample, False)[1]:
             return
         started = time.monotonic()
         self._test(None, sample[:TIMED_ROWS], Decoding(max_new_tokens=self._limit, logged=False))
@@ -135,7 +132,8 @@ class Evaluator:
             f"{max(1, round(minutes))} min{skip}"
         )
 
-    def _key(self, rows: list[Row], constrained: bool) -> str:
+    def _cached(self, rows: list[Row], constrained: bool) -> tuple[str, dict[str, Any] | None]:
+        """The key of a baseline's measurement in the cache, and the measurement if it is there."""
         model, trainer = self.model, self.trainer
         settings = {
             "precision": trainer.precision,
@@ -144,16 +142,13 @@ class Evaluator:
             "max_new_tokens": self._limit,
             "batches": trainer.limit_test_batches,
         }
-        return prompting.baseline_key(model.base, rows, settings, model.format)
-
-    def _stored(self, key: str) -> dict[str, Any] | None:
+        key = prompting.baseline_key(model.base, rows, settings, model.format)
         # On several machines some might find it and others not, and these would wait for those without end.
-        return None if self.trainer.num_nodes > 1 or self.trainer.fast_dev_run else prompting.load_baseline(key)
+        return key, None if trainer.num_nodes > 1 or trainer.fast_dev_run else prompting.load_baseline(key)
 
     def _baseline(self, name: str, rows: list[Row], result: dict[str, Any], constrained: bool = False) -> list[Outcome]:
         """Outcomes of the base on the rows, from the cache if it has them; the figures go into `result`."""
-        key = self._key(rows, constrained)
-        stored = self._stored(key)
+        key, stored = self._cached(rows, constrained)
         if stored is None:
             # One point of the curves belongs to step 0: the base as it will be trained.
             outcomes = self._test(VIEWS[name], rows, Decoding(constrained, self._limit, logged=name == "before"))

@@ -1,7 +1,5 @@
 """`manifest.json` of an exported folder: hashes of its files, and of the base, template and format it belongs to."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform
@@ -49,7 +47,6 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check a folder's manifest."""
     path = folder / NAME
     try:
         manifest: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -87,7 +84,6 @@ def base_files(base: str) -> dict[str, str]:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

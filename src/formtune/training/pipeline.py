@@ -1,7 +1,5 @@
 """The whole job of `formtune train`, in the order in which it runs."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -82,7 +80,7 @@ def train(
     result["training"] = {
         "steps": steps,
         "seconds": round(checkpoints.seconds, 1),
-        "skipped_steps": model.guard.skipped,
+        "skipped_steps": model.skipped,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "best_step": chosen.step,
         "best_reason": reason(history),

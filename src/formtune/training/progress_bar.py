@@ -1,7 +1,5 @@
 """The progress bar: optimizer steps of the whole fit, and the rows of an evaluation; tokens per second."""
 
-from __future__ import annotations
-
 import math
 import time
 from typing import Any

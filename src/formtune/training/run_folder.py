@@ -1,7 +1,5 @@
 """The folder of one run: held by one process at a time, and resumed with the same configuration only."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 A handler that saved or communicated by itself would meet an unfinished step, and processes that wait for others.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """What each validation measured, and which checkpoint is the best."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -40,7 +38,6 @@ class Validation:
         return (-self.joint, -self.field_f1, self.val_loss, self.step)
 
     def figures(self) -> dict[str, Any]:
-        """For `metrics.json`."""
         names = ("step", "train_loss", "val_loss", "exact", "joint", "rows", "field_f1")
         return {name: getattr(self, name) for name in names}
 
