@@ -117,13 +117,10 @@ def add_lora(model: Any, lora: Lora, quantized: bool = False) -> Any:
     return tuned
 
 
-def compile_layers(model: nn.Module) -> None:
-    """Compile the decoder layers: their code is the same, while a whole model is recompiled for each kind of call."""
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.compile(dynamic=True)
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def check_adapters(expected: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:

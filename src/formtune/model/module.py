@@ -24,7 +24,7 @@ from formtune.formats import Format
 from formtune.model.batch import Answer, Batch, Decoding, out_of_memory_named
 from formtune.model.constrained import Grammar
 from formtune.model.fsdp import ShardedBase, padded, uneven_counts, unsynced
-from formtune.model.lora import Lora, add_lora, check_adapters, compile_layers, load_base, lora_config
+from formtune.model.lora import Lora, add_lora, check_adapters, decoder_layers, load_base, lora_config
 from formtune.model.micro_batches import MicroBatches
 from formtune.model.optimization import CosineWithWarmup, build_optimizer, check_optimizer
 from formtune.model.scores import Scores
@@ -120,8 +120,8 @@ class FormatModule(L.LightningModule):
         self._trained = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
         if isinstance(strategy, ShardedBase):
             strategy.shard(self, self.model)
-        if self.compile_layers:
-            compile_layers(self.model)
+        for layer in decoder_layers(self.model) if self.compile_layers else ():
+            layer.compile(dynamic=True)  # a whole model would be recompiled for each kind of call
 
     @functools.cached_property
     def grammar(self) -> Grammar:
