@@ -181,8 +181,8 @@ def bounded_validator(root: dict[str, Any], draft: str) -> Any:
         seconds_left()
         yield from validator.descend(value, resolve(reference))
 
-    keywords = {"pattern": _pattern, "patternProperties": _pattern_properties, "additionalProperties": _additional}
-    keywords |= {"uniqueItems": _unique_items, "$ref": follow}
+    keywords: dict[str, Any] = {"pattern": _pattern, "patternProperties": _pattern_properties, "$ref": follow}
+    keywords |= {"additionalProperties": _additional, "uniqueItems": _unique_items}
     checker = Draft4Validator.TYPE_CHECKER if draft == "4" else None  # 1.0 is an integer since draft 6
     cls: Any = extend(Draft202012Validator, keywords, type_checker=checker)
     return cls(root, registry=referencing.Registry(), format_checker=FORMATS)

@@ -108,7 +108,7 @@ class Tagged(Format):
                 raise SyntaxProblem(f"text outside the sections: {text[at : at + 60]!r}")
             name, end = tag[2], text.find(f"</{tag[2]}>", tag.end())
             if end < 0 or name in values:
-                raise SyntaxProblem(f"duplicate section <{name}>" if name in values else f"<{name}> has no end")
+                raise SyntaxProblem(f"<{name}> has no end" if end < 0 else f"duplicate section <{name}>")
             values[name] = text[tag.end() : end]
             at = end + len(name) + 3
         return values
