@@ -384,7 +384,7 @@ def test_a_schema_that_cannot_judge_is_refused_before_training(schema, message):
         JsonSchema(schema)
 
 
-def test_what_only_looks_like_a_mistake_in_a_schema_is_none():
+def test_what_only_looks_like_a_mistake_in_a_schema_is_accepted():
     data = {"$ref": "https://example.com"}  # data and names of properties, no references
     format = JsonSchema({"$id": "x", "properties": {"$ref": {"const": data}, "requried": {}}, "x-note": 1})
     assert format.check(json.dumps({"$ref": data})).exact
@@ -534,7 +534,7 @@ def test_a_format_that_makes_no_sense_is_refused(make, message):
 
 
 @pytest.mark.parametrize("format", [FORMAT, Regex(r"(?P<a>\d+)"), Labels(["a", "b"]), Tagged(["x"])])
-def test_a_format_survives_the_way_through_a_file(format):
+def test_a_format_is_the_same_after_writing_and_reading_it(format):
     record = json.loads(json.dumps(format.to_dict()))
     again = type(format)(**record["init_args"])
     assert again.to_dict() == format.to_dict() and again.fields == format.fields
@@ -553,7 +553,7 @@ class Separated(Format):
         return {"left": left, "right": right}
 
 
-def test_a_careless_parser_of_ones_own_breaks_nothing():
+def test_any_error_of_a_users_parser_is_a_syntax_problem():
     verdict = Separated().check("a=b=c", target="a=b")
     assert (verdict.kind, verdict.detail) == ("syntax", "ValueError: too many values to unpack (expected 2)")
     with pytest.raises(UserError, match="a target breaks its format"):
@@ -571,7 +571,7 @@ def test_a_format_that_does_not_store_an_argument_is_refused():
         Forgetful(":").to_dict()
 
 
-def test_a_format_of_ones_own_needs_only_parse():
+def test_a_users_format_needs_only_parse():
     class Pair(Format):
         fields = ("left", "right")
 
@@ -592,7 +592,7 @@ def test_a_format_of_ones_own_needs_only_parse():
         st.text(), st.text(alphabet='{}[]",:0123456789.eE+-truefalsn \\u'), st.text().map(lambda t: GOLD[:30] + t)
     )
 )
-def test_no_text_breaks_the_judge(text):
+def test_no_text_breaks_the_check(text):
     for format in (FORMAT, JsonSchema(SCHEMA, canonical=True), Labels(["a"]), Tagged(["x"])):
         verdict = format.check(text, input=text, target={FORMAT: GOLD}.get(format))
         assert verdict.kind in KINDS and (verdict.loose or not verdict.exact)

@@ -272,7 +272,7 @@ def broken(draw):
 
 @SETTINGS
 @given(broken() | st.text(max_size=60), st.booleans())
-def test_every_text_gets_a_verdict_and_none_is_in_format_that_is_not(text, finished):
+def test_every_text_gets_a_verdict_and_no_invalid_text_is_valid(text, finished):
     for format in CONTRACTS:
         verdict = format.check(text, finished=finished, input=text)
         assert verdict.kind in KINDS and "\n" not in verdict.detail

@@ -99,7 +99,7 @@ def test_content_is_compared_value_by_value():
     assert not content.ungrounded, "the name of a tool need not be in the input"
 
 
-def test_parameters_that_are_no_schema_are_refused_by_name():
+def test_parameters_that_are_not_a_schema_are_refused_by_name():
     tools = json.dumps([{"name": "f", "parameters": {"type": "dict"}}])
     with pytest.raises(UserError, match=r"the parameters of f: \$.type: not a JSON Schema"):
         ToolCalls().of_row(tools)

@@ -293,7 +293,7 @@ def test_runs_from_before_a_change_of_the_rows_are_not_compared(fake_train, capf
     assert "the rows changed after its first runs" in capfd.readouterr().err
 
 
-def test_other_settings_are_another_sweep_and_one_that_is_running_is_left_alone(fake_train, capfd):
+def test_other_settings_are_another_sweep_and_a_running_one_is_refused(fake_train, capfd):
     assert sweep("--seeds", "0") == 0
     lock = folder() / ".lock"
     assert sweep("--seeds", "0", "--trainer.max_steps", "3") == 0 and len(list(Path("logs/small").iterdir())) == 2

@@ -86,7 +86,7 @@ def test_a_later_reference_brings_back_what_was_behind():
     assert contenders([right, behind, later]) >= {2}
 
 
-def test_nan_is_never_best_and_no_number_at_all_is_no_best():
+def test_nan_is_never_best_and_without_finite_figures_there_is_no_best():
     nan = measured(1, first(119), 99, loss=math.nan)
     assert best([nan]) is None and contenders([nan]) == set() and best([]) is None
     assert reason([nan]) == "no best checkpoint: no validation gave a finite loss"
@@ -95,7 +95,7 @@ def test_nan_is_never_best_and_no_number_at_all_is_no_best():
     assert best([measured(1, 1, f1=math.nan), good]) == good
 
 
-def test_the_base_is_no_checkpoint_and_no_reference():
+def test_the_base_is_neither_a_checkpoint_nor_a_reference():
     base = measured(0, first(119), 119, 1.0, 0.0)
     assert best([base]) is None and best([base, EARLY, LATE]) == LATE
     assert "the most); lowest loss: step 125" in reason([base, EARLY, LATE])

@@ -109,7 +109,7 @@ def test_validations_within_a_fit_count_rows_too_and_a_limit_lowers_the_total(dr
     assert any(line.startswith("Epoch 1: 4/6 steps, rows=32, ") for line in lines)  # 24 rows of an epoch
 
 
-def test_nothing_is_drawn_if_the_output_is_no_terminal(drawn):
+def test_nothing_is_drawn_if_the_output_is_not_a_terminal(drawn):
     assert drawn(refresh_rate=0) == drawn("test", refresh_rate=0) == []
 
 
