@@ -42,8 +42,8 @@ def check_trainer(config: Namespace) -> None:
             raise UserError(f"trainer.min_{unit}: more than trainer.max_{unit}, {trainer[f'max_{unit}']}")
     if trainer.max_steps == -1 and trainer.max_epochs == -1 and not trainer.max_time:
         raise UserError("trainer.max_epochs: -1 never ends; set it, trainer.max_steps or trainer.max_time")
-    for flag, (values, remedy) in ALLOWED.items():
-        if trainer[flag] not in values:
+    for flag, (allowed, remedy) in ALLOWED.items():
+        if trainer[flag] not in allowed:
             raise UserError(f"trainer.{flag}: {remedy}")
     strategy = trainer.strategy
     if strategy == "fsdp" and (config.model.quantize or config.model.compile):

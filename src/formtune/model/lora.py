@@ -154,5 +154,5 @@ def target_names(model: nn.Module, targets: str | list[str]) -> str | list[str]:
     if not inside:
         raise UserError("model.lora.targets: this model has no attention layers by that name; use all-linear or a list")
     outside = {path.rpartition(".")[2] for path in parents.keys() - inside}
-    names = ((path.rpartition(".")[2], ".".join(path.split(".")[-2:])) for path in inside)
-    return sorted({with_parent if name in outside else name for name, with_parent in names})
+    pairs = ((path.rpartition(".")[2], ".".join(path.split(".")[-2:])) for path in inside)
+    return sorted({with_parent if name in outside else name for name, with_parent in pairs})
