@@ -133,7 +133,7 @@ def _done(folder: Path) -> int:
 def foreign_temporary_folder(folder: Path, base: str, count: int) -> dict[str, int]:
     """Kill runs that save at every step while TMPDIR lies on another file system: files that are there and damaged."""
     from formtune.errors import UserError
-    from formtune.training import checkpoint_files
+    from formtune.training import checkpoint
 
     rng, damaged, looked = random.Random(0), 0, 0
     write_task(folder, base)
@@ -142,10 +142,10 @@ def foreign_temporary_folder(folder: Path, base: str, count: int) -> dict[str, i
         process.join(rng.uniform(3, 9))
         process.kill()
         process.join()
-        for path in checkpoint_files.steps(folder / "logs/small/one/checkpoints").values():
+        for path in checkpoint.steps(folder / "logs/small/one/checkpoints").values():
             looked += 1
             try:
-                checkpoint_files.check(path)
+                checkpoint.check(path)
             except UserError:
                 damaged += 1
     return {"kills": count, "files": looked, "damaged": damaged}
@@ -157,7 +157,7 @@ def checkpoint_cost(folder: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     from formtune.model.lora import Lora, add_lora
-    from formtune.training.checkpoint_files import CheckpointFiles, check
+    from formtune.training.checkpoint import CheckpointFiles, check
 
     model = add_lora(AutoModelForCausalLM.from_pretrained(ROOT / "src/formtune/demo/base"), Lora())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

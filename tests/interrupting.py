@@ -18,7 +18,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 
 from command import PROCESSES
-from formtune.training import checkpoint_files
+from formtune.training import checkpoint
 
 FIT = ("train", "-c", "small.yaml", "--run", "one")
 STEPS = 18  # 48 rows, 8 a step, 3 epochs; validated after steps 4, 8, 12, 16 and 18
@@ -78,7 +78,7 @@ def assert_same(folder: Path, whole: Path) -> None:
 
 def steps(folder: Path) -> list[int]:
     """The steps after which the run has a checkpoint."""
-    return list(checkpoint_files.steps(folder / "logs/small/one/checkpoints"))
+    return list(checkpoint.steps(folder / "logs/small/one/checkpoints"))
 
 
 class Progress(Callback):

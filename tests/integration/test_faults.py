@@ -26,7 +26,7 @@ from formtune.base import renderer as rendering
 from formtune.cli import main
 from formtune.errors import UserError
 from formtune.model import FormatModule
-from formtune.training import checkpoint, checkpoint_files
+from formtune.training import checkpoint
 from formtune.training.validations import Validations, best
 from interrupting import (
     FIT,
@@ -316,7 +316,7 @@ def test_the_untuned_base_is_named(whole, monkeypatch, capfd):
 
 def test_an_interrupted_run_is_measured_by_its_best_so_far(interrupted, capfd):
     config, folder = "logs/small/one/config.yaml", Path("logs/small/one/checkpoints")
-    state = checkpoint_files.read(checkpoint_files.newest(folder))["callbacks"]["Validations"]
+    state = checkpoint.read(checkpoint.newest(folder))["callbacks"]["Validations"]
     validations = Validations()
     validations.load_state_dict(state)
     chosen = best(validations.history)
@@ -360,8 +360,8 @@ def test_another_base_is_refused(work, base, capfd):
     interrupt()
     capfd.readouterr()
     tiny_model(seed=1).save_pretrained(own)
-    checkpoint = str(checkpoint_files.newest(Path("logs/small/one/checkpoints")))
-    for arguments in ([*FIT, "--resume"], ["test", "-c", "small.yaml", "--ckpt_path", checkpoint]):
+    path = str(checkpoint.newest(Path("logs/small/one/checkpoints")))
+    for arguments in ([*FIT, "--resume"], ["test", "-c", "small.yaml", "--ckpt_path", path]):
         assert main(arguments) == 2
         one_line(capfd, "another base")
 
@@ -382,7 +382,7 @@ def test_files_that_changed_under_a_run_are_refused(interrupted, capfd, change, 
     elif change == "format":
         Path("schema.json").write_text(json.dumps(SCHEMA | {"title": "another"}))
     else:
-        path = checkpoint_files.newest(Path("logs/small/one/checkpoints"))
+        path = checkpoint.newest(Path("logs/small/one/checkpoints"))
         state = torch.load(path, weights_only=True)
         state["formtune"]["processes"] = 2
         torch.save(state, path)
@@ -442,8 +442,8 @@ def test_a_missing_checkpoint_is_named(work, capfd):
 
 
 def test_no_flipped_bit_of_a_checkpoint_is_read_as_another_number(whole, tmp_path):
-    path = checkpoint_files.newest(whole[0] / "logs/small/one/checkpoints")
-    good, data, rng = checkpoint_files.read(path), path.read_bytes(), random.Random(0)
+    path = checkpoint.newest(whole[0] / "logs/small/one/checkpoints")
+    good, data, rng = checkpoint.read(path), path.read_bytes(), random.Random(0)
     refused = 0
     for _ in range(300):
         place = rng.randrange(len(data))
@@ -451,7 +451,7 @@ def test_no_flipped_bit_of_a_checkpoint_is_read_as_another_number(whole, tmp_pat
             data[:place] + bytes([data[place] ^ (1 << rng.randrange(8))]) + data[place + 1 :]
         )
         try:
-            state = checkpoint_files.read(tmp_path / "x.ckpt")
+            state = checkpoint.read(tmp_path / "x.ckpt")
         except UserError:
             refused += 1
         else:  # the bit is padding between two records
@@ -535,18 +535,18 @@ def test_a_step_with_a_non_finite_gradient_is_skipped_and_counted(work, poisoned
     poisoned(5)
     assert main([*FIT]) == 0
     assert result(work)["training"]["skipped_steps"] == 1 and result(work)["training"]["steps"] == STEPS
-    state = checkpoint_files.read(work / f"logs/small/one/checkpoints/step-{STEPS}.ckpt")
+    state = checkpoint.read(work / f"logs/small/one/checkpoints/step-{STEPS}.ckpt")
     assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
     assert all(s["step"] == STEPS - 1 for s in state["optimizer_states"][0]["state"].values())
 
 
 @pytest.mark.case("66", "non-finite gradients without end")
 def test_a_run_without_finite_gradients_stops_and_keeps_its_last_good_adapter(work, poisoned, monkeypatch, capfd):
-    monkeypatch.setattr("formtune.model.optimization.SKIPPED", 5)
+    monkeypatch.setattr("formtune.model.module.SKIPPED", 5)
     poisoned(*range(9, 99))
     assert main([*FIT]) == 1
     one_line(capfd, "5 steps in a row", "non-finite gradient", "learning rate")
-    state = checkpoint_files.read(work / "logs/small/one/checkpoints/step-8.ckpt")
+    state = checkpoint.read(work / "logs/small/one/checkpoints/step-8.ckpt")
     assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
 
 

@@ -145,11 +145,11 @@ def test_commands_take_a_run_and_measure_its_best_checkpoint_and_try_shows_both_
     assert "base" in out and "tuned" in out and "verdict" in out
 
 
-def test_quick_measures_no_baselines_and_few_rows(task_yaml, capsys):
+def test_quick_measures_no_baselines_no_longer_inputs_and_few_rows(task_yaml, capsys):
     assert main(["train", "-c", task_yaml, "--run", "one", "--quick", "--data.validation", "train.jsonl"]) == 2
     assert main(["train", "-c", task_yaml, "--run", "two", "--quick", "--baselines", "[few_shot]"]) == 0
     result = json.loads(Path("logs/small/two/metrics.json").read_text())
-    assert "few_shot" not in result and result["rows"] <= 50
+    assert "few_shot" not in result and result["rows"] <= 50 and result["probe"] == []
 
 
 def test_baselines_are_measured_on_a_sample_and_print_how_long_they_take(task_yaml, capsys):

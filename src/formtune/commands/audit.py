@@ -1,7 +1,5 @@
 """`formtune audit`: writes and prints what it finds."""
 
-from __future__ import annotations
-
 from formtune.audit.findings import audit
 from formtune.audit.output import print_audit, write_report
 from formtune.commands import COMMANDS

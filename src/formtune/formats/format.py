@@ -1,7 +1,5 @@
 """The base class of formats, and the verdict that a format gives on a text."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from abc import ABC, abstractmethod
@@ -81,7 +79,7 @@ class Format(ABC):
     #: Whether each row has its own schema, which `of_row` needs.
     per_row: bool = False
 
-    def of_row(self, schema: str | None) -> Format:
+    def of_row(self, schema: str | None) -> "Format":
         """The format of one row, by the JSON text of its own schema; raises UserError if it cannot be read."""
         return self
 
@@ -142,8 +140,7 @@ class Format(ABC):
     ) -> Verdict:
         """Judge an answer without its stop token; every text gets a verdict.
 
-        `finished` is False for an answer that was cut for length. `target` must be a document of the format. The input
-        tells made-up values from misread ones.
+        `finished` is False for an answer that was cut for length; the input tells made-up values from misread ones.
         """
         is_document, value, problems = self._read(text)
         content, is_loose = None, finished and is_document and all(p.kind == "extra_text" for p in problems)
@@ -165,8 +162,7 @@ class Format(ABC):
         """Whether the text holds a document, the document, and what is wrong."""
         if not text.strip():
             with suppress(SyntaxProblem):
-                # An empty text may be a document; white space is none.
-                if not text and not (judged := self._judge(text))[1]:
+                if not text and not (judged := self._judge(text))[1]:  # a document can be empty, and not white space
                     return True, *judged
             return False, None, [Problem("empty", "the answer is empty")]
         if len(text) > MAX_CHARACTERS:
@@ -200,8 +196,8 @@ class Format(ABC):
             if self.canonical and self.write(value) != text:
                 problems.append(Problem("layout", "key order or white space is not canonical"))
         except (TimeoutError, RecursionError):
-            detail = f"the check took more than {CHECK_SECONDS} s of processor time or recursed too deeply"
-            problems = [Problem("bad_value_form", detail)]
+            why = f"the check took more than {CHECK_SECONDS} s of processor time or recursed too deeply"
+            problems = [Problem("bad_value_form", why)]
         return value, problems
 
     def _parse(self, text: str) -> Any:

@@ -1,7 +1,5 @@
 """JSON by the standard: NaN, duplicate keys and lone surrogates, which Python's reader accepts, are errors."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -38,10 +36,7 @@ def loads_strict(text: str, constants: bool = False) -> Any:
 
 
 def find_documents(text: str, start: int, brackets: str) -> Iterator[tuple[int, int]]:
-    """Spans of the outermost JSON documents that begin with one of `brackets`.
-
-    A document that breaks off is skipped as far as it was read: a part of it is not a document.
-    """
+    """Spans of the outermost JSON documents that begin with one of `brackets`; part of a broken one is not one."""
     opening = re.compile(f"[{re.escape(brackets)}]")
     for _ in range(MAX_STARTS):
         if (match := opening.search(text, start)) is None:

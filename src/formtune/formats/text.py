@@ -1,7 +1,5 @@
 """Formats for texts that are not JSON: a pattern, a label, tagged sections."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator
@@ -101,8 +99,7 @@ class Tagged(Format):
     """
 
     def __init__(self, sections: list[str]) -> None:
-        names = [name for name in sections if regex.fullmatch(r"[A-Za-z_][\w-]*", name)]
-        if not names or len(set(names)) < len(sections):
+        if not sections or len({s for s in sections if regex.fullmatch(r"[A-Za-z_][\w-]*", s)}) < len(sections):
             raise UserError("data.format.sections: name at least one section; each once, letters, digits, _ and -")
         self.sections = sections
         self.fields = tuple(sections)
@@ -114,12 +111,9 @@ class Tagged(Format):
             tag = _TAG.match(text, at)
             if tag is None or (tag[1] and not at) or (tag[2] == "think" and "think" not in self.sections):
                 raise SyntaxProblem(f"text outside the sections: {text[at : at + 60]!r}")
-            name = tag[2]
-            end = text.find(f"</{name}>", tag.end())
-            if end < 0:
-                raise SyntaxProblem(f"<{name}> has no end")
-            if name in values:
-                raise SyntaxProblem(f"duplicate section <{name}>")
+            name, end = tag[2], text.find(f"</{tag[2]}>", tag.end())
+            if end < 0 or name in values:
+                raise SyntaxProblem(f"<{name}> has no end" if end < 0 else f"duplicate section <{name}>")
             values[name] = text[tag.end() : end]
             at = end + len(name) + 3
         return values

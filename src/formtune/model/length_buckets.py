@@ -1,7 +1,5 @@
 """Micro-batches of padded rows of similar length, for any causal model."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -87,9 +85,9 @@ class LengthBuckets(MicroBatches):
         # Rows near the end of the context have lower limits: decoded with the others they would exceed it.
         for limit in sorted({limits[j] for j in unfinished}):
             group = [j for j in unfinished if limits[j] == limit]
-            config = GenerationConfig(
-                do_sample=False, max_new_tokens=limit, eos_token_id=list(stop), pad_token_id=stop[0]
-            )
+            ends = {"eos_token_id": list(stop), "pad_token_id": stop[0]}
+            config = GenerationConfig(do_sample=False, max_new_tokens=limit, **ends)
+            # From the prompt again: not every model's cache can be cut back to a mismatch.
             self.base.generate(
                 input_ids=kept.ids[group, :width].to(self.device),
                 attention_mask=kept.seen[group, :width].to(self.device),

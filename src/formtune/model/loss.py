@@ -1,7 +1,5 @@
 """Next-token loss of the targets: logits are computed only where a label is predicted, and in chunks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +26,9 @@ class Predictions:
 def predict(
     head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: int, bitmask: Tensor | None = None
 ) -> Predictions:
-    """Predictions from the last hidden states of the tokens that predict labels, shape (labels, width).
+    """Predictions from hidden states of shape (labels, width); `head`, which may be trained, makes them logits.
 
-    `head` gives `vocabulary` logits for each of them; it may have trained parameters. `bitmask` has the tokens that are
-    allowed at each label, 32 per number; None allows all.
+    `bitmask` has the tokens that are allowed at each label, 32 per number; None allows all.
     """
     size = max(1, LOGITS.get(hidden.device.type, 2**25) // vocabulary)
     if torch.is_grad_enabled():

@@ -1,7 +1,5 @@
 """How the rows of a batch go through the model: split into micro-batches, teacher-forced, and decoded greedily."""
 
-from __future__ import annotations
-
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,8 +32,8 @@ class Decoded:
 class MicroBatches(ABC):
     """Splits rows into micro-batches, and computes their predictions and greedy answers.
 
-    Every micro-batch has `rows`, the indices of its rows in the batch, and `sizes`, how many labels each of them has: a
-    row without a target has one, which is not known and from which its answer starts.
+    Every micro-batch has `rows`, the indices of its rows in the batch, and `sizes`, how many labels each of them has:
+    at least one, from which the answer starts.
     """
 
     def __init__(self, model: Any) -> None:
@@ -68,10 +66,7 @@ class MicroBatches(ABC):
         self, rows: Sequence[Row], micro_batches: Iterable[Any], stop: Sequence[int], limits: Sequence[int],
         grammar: Grammar | None = None, losses: LossMetrics | None = None,
     ) -> list[Decoded]:  # fmt: skip
-        """Greedy answers to the rows, each up to and including a token of `stop` or as long as its limit.
-
-        They are constrained to the grammar, if there is one; the loss of the targets goes to `losses`.
-        """
+        """Greedy answers to the rows, each up to a token of `stop` or its limit; the targets' loss goes to `losses`."""
         answers = [Decoded() for _ in rows]
         for micro_batch in micro_batches:
             its_rows, most = [rows[i] for i in micro_batch.rows], [limits[i] for i in micro_batch.rows]
@@ -88,9 +83,9 @@ class MicroBatches(ABC):
     ) -> tuple[Predictions, list[Decoded]]:
         """Predictions and answers of one micro-batch.
 
-        As long as greedy decoding agrees with the target, it sees the same tokens as the teacher-forced pass. So if
-        every predicted token is the target's, the answer is the target, and otherwise generation resumes at the first
-        mismatch. With constrained decoding, the predicted tokens are the most likely ones among those allowed.
+        As long as greedy decoding agrees with the target, it sees the same tokens as the teacher-forced pass, so
+        generation resumes at the first mismatch. With constrained decoding, the predicted tokens are the most likely
+        ones among those allowed.
         """
         documents = Documents(grammar, rows) if grammar else None
         sizes = micro_batch.sizes

@@ -1,7 +1,5 @@
 """Micro-batches in which rows share the prefixes of their prompts, for every model that allows it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

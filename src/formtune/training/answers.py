@@ -1,7 +1,5 @@
 """What is done with the answers of an evaluation: a table in TensorBoard, outcomes of the test rows, a file."""
 
-from __future__ import annotations
-
 import re
 from operator import attrgetter
 from pathlib import Path

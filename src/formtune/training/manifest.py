@@ -1,9 +1,4 @@
-"""`manifest.json` of an exported folder: hashes of its files and of what it was made from.
-
-An adapter is right only with the base, chat template and format it was trained with; names do not tell these apart.
-"""
-
-from __future__ import annotations
+"""`manifest.json` of an exported folder: hashes of its files, and of the base, template and format it belongs to."""
 
 import hashlib
 import json
@@ -52,7 +47,6 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check a folder's manifest."""
     path = folder / NAME
     try:
         manifest: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -90,7 +84,6 @@ def base_files(base: str) -> dict[str, str]:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,7 +1,5 @@
 """The whole job of `formtune train`, in the order in which it runs."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +13,8 @@ from formtune.data.table import print_data, print_ignored, print_notes, print_sh
 from formtune.errors import UserError
 from formtune.files import write_json, write_whole
 from formtune.model import FormatModule
-from formtune.training import callback, checkpoint_files
-from formtune.training.checkpoint import BestCheckpoint
+from formtune.training import callback
+from formtune.training.checkpoint import BestCheckpoint, read
 from formtune.training.evaluator import Baseline, Evaluator
 from formtune.training.manifest import write_manifest
 from formtune.training.next_step import next_step
@@ -39,11 +37,7 @@ def train(
 ) -> dict[str, Any] | None:
     """Measure the base, fit, test the best checkpoint, export the adapter and write the report.
 
-    Returns:
-        What `metrics.json` holds; None under `fast_dev_run`, which writes nothing.
-
-    Raises:
-        UserError: The rows must not be trained on, or no validation gave a finite loss.
+    Returns what `metrics.json` holds; None under `fast_dev_run`, which writes nothing.
     """
     writes = trainer.is_global_zero and not trainer.fast_dev_run
     if writes:
@@ -74,7 +68,7 @@ def train(
     chosen, advice = best(history), next_step(history, trainer, "train")
     if chosen is None:
         raise UserError(f"{reason(history)}; {advice}")
-    model.load_state_dict(checkpoint_files.read(Path(checkpoints.best_model_path))["state_dict"])
+    model.load_state_dict(read(Path(checkpoints.best_model_path))["state_dict"])
     data = datamodule.splits.key if datamodule.splits else None
     if writes and not (folder.path / "adapter").exists():
         export_adapter(model, folder.path / "adapter", folder.path / "config.yaml", data)
@@ -87,7 +81,7 @@ def train(
     result["training"] = {
         "steps": steps,
         "seconds": round(checkpoints.seconds, 1),
-        "skipped_steps": model.guard.skipped,
+        "skipped_steps": model.skipped,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "best_step": chosen.step,
         "best_reason": reason(history),
@@ -127,10 +121,7 @@ def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> N
 
 
 def export_adapter(module: FormatModule, folder: Path, config: Path, data: str | None) -> None:
-    """Write adapter, tokenizer with its chat template, format, configuration and manifest into a new folder.
-
-    PEFT alone loads it: `PeftModel.from_pretrained(base_model, folder)`. The folder appears only when it is complete.
-    """
+    """Write a folder that PEFT alone loads, with tokenizer, format, configuration and manifest; it appears complete."""
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     # False: PEFT would otherwise ask a hub whether the base's vocabulary was resized.

@@ -1,7 +1,5 @@
 """The folder of one run: held by one process at a time, and resumed with the same configuration only."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,12 +28,10 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether a run has begun here."""
         return (self.path / "config.yaml").exists()
 
     @property
     def finished(self) -> bool:
-        """Whether it is finished."""
         return (self.path / "metrics.json").exists()
 
     @property
@@ -45,7 +41,7 @@ class RunFolder:
             date = self._config()["data"]["date"]
         except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
             return None
-        return None if date is None else str(date)
+        return date and str(date)
 
     def difference(self, config: str) -> str | None:
         """The first key, with both values, in which this run's configuration differs from another in YAML, or None."""
@@ -88,7 +84,10 @@ class RunFolder:
 
 def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], str]) -> str | None:
     """The name of the run to begin or to resume in a task's folder; None for a new run, which is named by the clock."""
-    folder = RunFolder(task / name) if name else _last(task) if resume else None
+    # Runs of a sweep do not count.
+    begun = [path for path in task.glob("*/config.yaml") if not (path.parent / ".sweep").exists()]
+    last = max(begun, key=lambda path: path.stat().st_mtime) if begun and resume else None
+    folder = RunFolder(task / name) if name else RunFolder(last.parent) if last else None
     if folder is None or not folder.begun or (folder.finished and not name):
         return name
     if not resume:
@@ -130,13 +129,6 @@ def minimum_confidence(config: Any, run: Path | None) -> float:
             "lower one, or validate on more rows"
         )
     return minimum
-
-
-def _last(task: Path) -> RunFolder | None:
-    """The run of a task that began last; those of a sweep do not count."""
-    begun = [path for path in task.glob("*/config.yaml") if not (path.parent / ".sweep").exists()]
-    newest = max(begun, key=lambda path: path.stat().st_mtime, default=None)
-    return RunFolder(newest.parent) if newest else None
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
