@@ -394,7 +394,8 @@ def test_fit_measures_the_prompted_base_first_and_only_once(task, base, monkeypa
     )
     assert main([*words, "--run", "two"]) == 0
     second = json.loads((folder / "logs/t/two/metrics.json").read_text())
-    assert len(asked) == 2 + len(second["probe"])  # the tuned model's, also constrained; the base's were stored
+    # The tuned model's: test rows, validation rows, test rows constrained; the base's were stored.
+    assert len(asked) == 3 + len(second["probe"])
     assert all(second[name] == first[name] for name in VIEWS)
 
     capsys.readouterr()
