@@ -65,10 +65,8 @@ def _remedy(settings: DataSettings, rows: Sequence[Quarantined]) -> str:
     if max(sizes) <= context:
         return f"set data.max_length: {max(sizes)} (the base's context is {context:,})"
     fitting = sum(size <= context for size in sizes)
-    take = f"take a base with a context of {max(sizes):,} tokens"
-    return (
-        f"set data.max_length: {context}, the base's context, for {fitting:,} of them, or {take}" if fitting else take
-    )
+    part = f"set data.max_length: {context}, the base's context, for {fitting:,} of them, or " if fitting else ""
+    return f"{part}take a base with a context of {max(sizes):,} tokens"
 
 
 def _empty_splits(settings: DataSettings, splits: Splits) -> Iterator[str]:
@@ -98,10 +96,8 @@ def uneven_shares(splits: Splits, shares: Mapping[str, float]) -> list[str]:
     total = sum(len(splits.rows[name]) for name in ("train", *shares))
     draws = min(splits.draws or total, total)
     actual = {name: len(splits.rows[name]) / total for name in shares}
-    if all(
-        abs(actual[name] - share) <= max(share / 2, DEVIATIONS * sqrt(share * (1 - share) / draws))
-        for name, share in shares.items()
-    ):
+    tolerated = {name: max(share / 2, DEVIATIONS * sqrt(share * (1 - share) / draws)) for name, share in shares.items()}
+    if all(abs(actual[name] - share) <= tolerated[name] for name, share in shares.items()):
         return []
     parts = ", ".join(f"{name} {actual[name]:.0%} where {share:.0%} was asked for" for name, share in shares.items())
     return [
@@ -124,10 +120,10 @@ def _production_length(settings: DataSettings, splits: Splits) -> Iterator[str]:
 
 def _synthetic(settings: DataSettings, splits: Splits) -> Iterator[str]:
     origins = Counter(row.origin for row in splits.rows.get("train", ()) if row.origin)
-    known, by_models = origins.total(), origins.total() - origins["human"]
-    if by_models > settings.max_synthetic * known:
+    total, by_models = origins.total(), origins.total() - origins["human"]
+    if by_models > settings.max_synthetic * total:
         yield (
-            f"data.max_synthetic: by their column `{settings.columns.source}`, models wrote {by_models:,} of {known:,} "
+            f"data.max_synthetic: by their column `{settings.columns.source}`, models wrote {by_models:,} of {total:,} "
             f"training rows, more than {settings.max_synthetic:.0%}; add rows that people wrote, or raise it; if the "
             "column says something else, set data.columns.source: null"
         )

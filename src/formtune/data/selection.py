@@ -1,7 +1,4 @@
-"""Chooses the rows to train on: one of each duplicate, none of a conflict, none of a leak (docs/data.md has the rules).
-
-Answers are only compared where equal inputs should have equal answers, see `_Row.comparable`.
-"""
+"""Chooses the rows to train on: one of each duplicate, none of a conflict, none of a leak (see docs/data.md)."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from formtune.data.boilerplate import split_shared
-from formtune.data.cleaning import Example, Quarantined, quarantine
+from formtune.data.cleaning import Example, Quarantined
 from formtune.data.duplicates import components, near_pairs
 from formtune.formats.content import Words, leaves, typed
 
@@ -47,13 +44,23 @@ class _Row:
 
     def comparable(self, other: _Row) -> bool:
         """Whether equal inputs of the two should have equal answers."""
-        mine, others = ((r.split, r.task, r.example.system, r.example.schema) for r in (self, other))
-        if mine != others:
+        a, b = ((row.split, row.task, row.example.system, row.example.schema) for row in (self, other))
+        if a != b:
             return False
         if len(self.example.messages) == len(other.example.messages):
             return True
         shorter, longer = sorted((self.example.turns, other.example.turns), key=len)
         return len(shorter) == len(longer) or longer[: len(shorter)] != shorter
+
+    def quarantined(self, reason: str, other: _Row, what: str = "") -> Quarantined:
+        where, same = other.example.where, "same" if self.input == other.input else "nearly the same"
+        detail = {
+            "conflict": f"{same} input as {where}, another answer",
+            "input": f"the input is also in {where}",
+            "group": f"another row of its group, {self.example.group[:40]!r}, is in {where}",
+            "cluster": f"the input is nearly the same as, or continues, that of {where}",
+        }.get(what or reason, f"{same} input as {where}, same answer")
+        return self.example.quarantined(reason, detail, where)
 
 
 def select(
@@ -98,40 +105,28 @@ def select(
         # An opening can be in several clusters, each of which may be cut into another split.
         is_cut = cut and row.split == "train"
         leaks = [(what, o) for what, o in owned if o.split != row.split or (is_cut and o.cluster != row.cluster)]
-        twin = _twin(row, used, near)
-        repeat = twin and _quarantined(row, "duplicate" if twin.text == row.text else "near_duplicate", twin)
+        similar = (other for number in (row.input, *near.get(row.input, ())) for other in used.get(number, ()))
+        twin = next((other for other in similar if other.answer == row.answer and other.comparable(row)), None)
+        repeat = twin and row.quarantined("duplicate" if twin.text == row.text else "near_duplicate", twin)
         if pair := conflicts.get((row.split, row.text)):
             other = next(other for other in pair if other.answer != row.answer)
-            selection.quarantine.append(_quarantined(row, "conflict", other))
+            selection.quarantine.append(row.quarantined("conflict", other))
         elif repeat and row.split == "train":
             selection.quarantine.append(repeat)
         elif leaks:
             what, owner = leaks[0]
-            selection.quarantine.append(_quarantined(row, "leak", owner, what))
+            selection.quarantine.append(row.quarantined("leak", owner, what))
         else:
             selection.repeats += [repeat] if repeat else []  # in a given test file, which stays comparable
             for key in keys:
                 owners.setdefault(key, row)
             used[row.input].append(row)
             selection.kept[row.split].append(row.example)
-    lowest: dict[int, float] = {}
-    for number, cluster in zip(hashes, clusters, strict=False):
-        lowest[cluster] = min(lowest.get(cluster, 1.0), number)
+    lowest = {cluster: number for number, cluster in sorted(zip(hashes, clusters, strict=False), reverse=True)}
     # Not the lowest of a group's many inputs, which would be in the first split nearly always.
     lowest |= {clusters[groups[name]]: _unit_hash(name) for name in sorted(groups, reverse=True)}
     selection.cluster = {row.example.where: lowest[row.cluster] for group in used.values() for row in group}
     return selection
-
-
-def _quarantined(row: _Row, reason: str, other: _Row, what: str = "") -> Quarantined:
-    where, same = other.example.where, "same" if row.input == other.input else "nearly the same"
-    detail = {
-        "conflict": f"{same} input as {where}, another answer",
-        "input": f"the input is also in {where}",
-        "group": f"another row of its group, {row.example.group[:40]!r}, is in {where}",
-        "cluster": f"the input is nearly the same as, or continues, that of {where}",
-    }.get(what or reason, f"{same} input as {where}, same answer")
-    return quarantine(row.example, reason, detail, where)
 
 
 def _continuations(rows: Sequence[_Row]) -> Iterator[tuple[int, int]]:
@@ -162,11 +157,12 @@ def _conflicts(
     suspects = []
     for number, group in groups.items():
         firsts: dict[tuple[str, int], _Row] = {}
-        neighbors = [groups[other] for other in near.get(number, ()) if other > number]
+        neighbors = [group, *(groups[other] for other in near.get(number, ()) if other > number)]
         for row in group:
-            pairs = [firsts.setdefault((row.split, row.text), row), _first(group, row)]
-            for other in (*pairs, *(_first(neighbor, row) for neighbor in neighbors)):
-                if not _differ(other, row):
+            # With the first of the same text, and of each input the first that the row can be compared with.
+            others = [next((other for other in neighbor if row.comparable(other)), row) for neighbor in neighbors]
+            for other in (firsts.setdefault((row.split, row.text), row), *others):
+                if other.answer == row.answer or (other.text != row.text and _explained(other.example, row.example)):
                     continue
                 if other.input == number or _mistyped(other.example.key, row.example.key):
                     for either in (other, row):
@@ -174,16 +170,6 @@ def _conflicts(
                 else:
                     suspects.append((row.example, other.example))
     return conflicts, suspects
-
-
-def _first(group: Sequence[_Row], row: _Row) -> _Row:
-    """The first of a group that the row can be compared with, the row itself if there is none."""
-    return next((other for other in group if row.comparable(other)), row)
-
-
-def _differ(a: _Row, b: _Row) -> bool:
-    """Whether two answers differ and the inputs do not show why."""
-    return a.answer != b.answer and not (a.text != b.text and _explained(a.example, b.example))
 
 
 def _mistyped(a: str, b: str) -> bool:
@@ -217,12 +203,6 @@ def _holds(text: str, value: Any) -> bool:
     if isinstance(value, str):
         return value in text
     return value is None or (not isinstance(value, bool) and Words(text).hold(value))
-
-
-def _twin(row: _Row, used: Mapping[int, list[_Row]], near: Mapping[int, list[int]]) -> _Row | None:
-    """A used row with the same answer and the same or nearly the same input."""
-    others = (other for number in (row.input, *near.get(row.input, ())) for other in used.get(number, ()))
-    return next((other for other in others if other.answer == row.answer and other.comparable(row)), None)
 
 
 def _unit_hash(key: str) -> float:
