@@ -40,9 +40,10 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
     splits = load_splits(settings, from_cache=False)
     examples, format = splits.examples, settings.format
     all_examples = list(chain(*examples.values()))
-    turns = {row.where: row.messages for row in [*splits.quarantine, *all_examples]}
+    turns = {row.where: row.messages for row in splits.quarantine}
+    turns |= {example.where: example.messages for example in all_examples}
     reasons, production = blockers(settings, splits), production_rows(settings)
-    labels, totals = _labels(examples, format)
+    labels, label_totals = _labels(examples, format)
     sizes = {
         name: {"prompt": [len(row.prompt_ids) for row in rows], "answer": [len(row.target_ids) for row in rows]}
         for name, rows in (splits.rows | {"production": production}).items()
@@ -66,12 +67,12 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
         "own_system": splits.own_system,
         "shared_text": splits.shared,
         "mixtures": [asdict(mixture) for mixture in splits.mixtures],
-        "lengths": {name: sides for name, sides in lengths.items() if name != "production"},
+        "lengths": lengths,
         "histograms": {side: _histogram(sizes, side) for side in ("prompt", "answer") if "train" in sizes},
         "limit": settings.limit,
         "max_new_tokens": settings.max_new_tokens,
         "labels": labels,
-        "label_totals": totals,
+        "label_totals": label_totals,
         "sources": sources(examples["train"]),
         "ungrounded": ungrounded(all_examples, format),
         "suspects": _suspects(splits.suspects),
@@ -84,7 +85,7 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
     }
     if production:
         findings["production"] = {
-            "lengths": lengths["production"],
+            "lengths": lengths.pop("production"),
             "ignored": dict(settings.ignored["production"].most_common()),
             **compare_inputs([example.input for example in examples["train"]], [row.input for row in production]),
         }

@@ -87,7 +87,8 @@ def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
     starts = np.arange(len(texts) + 1) * len(marks[0][0])
     holders = csr_array((np.ones(len(columns), np.bool_), columns, starts))
     candidates = triu(holders @ holders.T, 1, format="csr").sorted_indices().tocoo()
-    return _close(texts, *(indices.astype(np.int64) for indices in candidates.coords), threshold)
+    left, right = (indices.astype(np.int64) for indices in candidates.coords)
+    return _close(texts, left, right, threshold)
 
 
 def _close(texts: Sequence[str], left: Indices, right: Indices, threshold: float) -> Pairs:

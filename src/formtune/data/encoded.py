@@ -44,6 +44,7 @@ class Splits:
     cached: Path | None = field(default=None, compare=False)  # the file they were read from
     # Empty if the rows were read from the cache:
     examples: dict[str, list[Example]] = field(default_factory=dict, compare=False)  # the conversation of each row
+    cluster: dict[str, float] = field(default_factory=dict, compare=False)  # a row's cluster in [0, 1), by its place
     suspects: list[tuple[Example, Example]] = field(default_factory=list, compare=False)  # see `selection`
     repeats: list[Quarantined] = field(default_factory=list, compare=False)  # used rows of given files, see `selection`
 

@@ -120,29 +120,29 @@ def _answers(row: Example) -> Iterator[Example]:
 
 def _prepare(settings: DataSettings, examples: Mapping[str, Sequence[Example]]) -> Splits:
     """Judge, select, keep the usual style, split and encode."""
-    splits = Splits()
-    judged: dict[str, list[Example]] = {}
+    valid: dict[str, list[Example]] = {name: [] for name in examples}
+    invalid, repairs = [], Counter[str]()
     for name, given in examples.items():
-        splits.read[name], judged[name] = len(given), []
-        rows = judge(given, settings.format, settings.clean, settings.repair_answers, splits.repairs)
-        for row in shown(rows, len(given), "judging"):
-            if isinstance(row, Example):
-                judged[name].append(row)
+        rows = judge(given, settings.format, settings.clean, settings.repair_answers, repairs)
+        for judged in shown(rows, len(given), "judging"):
+            if isinstance(judged, Example):
+                valid[name].append(judged)
             else:
-                splits.quarantine.append(row)
-    selection = select(judged, settings.near_duplicates, settings.format.sets, any(settings.shares.values()))
-    splits.quarantine += selection.quarantine
-    splits.shared, splits.suspects, splits.repeats = selection.shared, selection.suspects, selection.repeats
+                invalid.append(judged)
+    splits = select(valid, settings.near_duplicates, settings.format.sets, any(settings.shares.values()))
+    splits.quarantine = invalid + splits.quarantine
+    splits.read, splits.repairs = Counter({name: len(given) for name, given in examples.items()}), repairs
     used: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
-    used |= _usual_style(settings, selection.kept, splits)
+    used |= _usual_style(settings, splits)
     test, validation = settings.shares.get("test", 0.0), settings.shares.get("validation", 0.0)
     train, used["train"] = used["train"], []
     sizes = Counter(example.group or example.where for example in train).values()
     splits.draws = sum(sizes) ** 2 / max(sum(size**2 for size in sizes), 1)
     for example in train:
-        at = selection.cluster[example.where]
+        at = splits.cluster[example.where]
         example.split = "test" if at < test else "validation" if at < test + validation else "train"
         used[example.split].append(example)
+    splits.examples = {}
     for name, members in used.items():
         splits.examples[name], splits.rows[name] = [], []
         for example, row in _encode(settings, members):
@@ -161,11 +161,9 @@ def _prepare(settings: DataSettings, examples: Mapping[str, Sequence[Example]]) 
     return splits
 
 
-def _usual_style(
-    settings: DataSettings, examples: dict[str, list[Example]], splits: Splits
-) -> dict[str, list[Example]]:
+def _usual_style(settings: DataSettings, splits: Splits) -> dict[str, list[Example]]:
     """The rows without those that write something in another way than most."""
-    all_examples = list(chain(*examples.values()))
+    all_examples = list(chain(*splits.examples.values()))
     splits.mixtures = mixtures(all_examples, {e.schema: settings.format.of_row(e.schema).fields for e in all_examples})
     details: dict[str, str] = {}
     for mixture in splits.mixtures:
@@ -178,7 +176,7 @@ def _usual_style(
         if detail.startswith(("layout", "escapes", "key order")):
             fix = helpful_repair(example.target, settings.format.of_row(example.schema), settings.repair_answers)
         splits.quarantine.append(example.quarantined("style", detail, fix=fix))
-    return {name: [e for e in rows if e.where not in details] for name, rows in examples.items()}
+    return {name: [e for e in rows if e.where not in details] for name, rows in splits.examples.items()}
 
 
 def _encode(settings: DataSettings, examples: Sequence[Example]) -> Iterator[tuple[Example, Row | UnfitRow]]:

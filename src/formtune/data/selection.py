@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -14,22 +14,11 @@ import numpy as np
 from formtune.data.boilerplate import split_shared
 from formtune.data.cleaning import Example, Quarantined
 from formtune.data.duplicates import components, near_pairs
+from formtune.data.encoded import Splits
 from formtune.formats.content import Words, leaves, typed
 
 WORD = 5  # letters of the shortest word in which one letter counts as mistyped: "now" and "not" are two words
 OPENING = 10  # an input that is continued in more ways, or is in more groups, is a mere "hello" and joins nothing
-
-
-@dataclass(slots=True)
-class Selection:
-    """The rows to use, and the others."""
-
-    kept: dict[str, list[Example]]  # used rows of each split
-    quarantine: list[Quarantined] = field(default_factory=list)
-    cluster: dict[str, float] = field(default_factory=dict)  # by place of a used row, its cluster's number in [0, 1)
-    suspects: list[tuple[Example, Example]] = field(default_factory=list)
-    repeats: list[Quarantined] = field(default_factory=list)  # rows of given validation and test files; they are used
-    shared: float = 0.0  # share of the inputs' text that many of them share
 
 
 @dataclass(eq=False, slots=True)
@@ -64,14 +53,14 @@ class _Row:
 
 
 def select(
-    splits: Mapping[str, Sequence[Example]], threshold: float, sets: frozenset[str] = frozenset(), cut: bool = True
-) -> Selection:
+    examples: Mapping[str, Sequence[Example]], threshold: float, sets: frozenset[str] = frozenset(), cut: bool = True
+) -> Splits:
     """Choose the rows to use; splits that come first own what they share with later ones.
 
     `threshold` is the Jaccard index of near-duplicates, 1 for none; `sets` are the paths of arrays without an order;
     `cut` says whether splits are then cut from train by cluster.
     """
-    keyed = [(example, split, example.key) for split, examples in splits.items() for example in examples]
+    keyed = [(example, split, example.key) for split, members in examples.items() for example in members]
     inputs = {key: number for number, key in enumerate(dict.fromkeys(key for *_, key in keyed))}
     hashes = [_unit_hash(key) for key in inputs]
     parts = [(key, "") for key in inputs] if threshold >= 1 else list(split_shared(list(inputs), hashes))
@@ -95,8 +84,8 @@ def select(
     for row in rows:
         row.cluster = clusters[groups.get(row.example.group, row.input)]
     conflicts, suspects = _conflicts(rows, near)
-    selection = Selection({split: [] for split in splits}, suspects=suspects)
-    selection.shared = 1 - sum(map(len, texts)) / max(sum(map(len, inputs)), 1)
+    splits = Splits(examples={split: [] for split in examples}, suspects=suspects)
+    splits.shared = 1 - sum(map(len, texts)) / max(sum(map(len, inputs)), 1)
     owners: dict[tuple[str, Any], _Row] = {}
     used: dict[int, list[_Row]] = defaultdict(list)
     for row in rows:
@@ -110,23 +99,23 @@ def select(
         repeat = twin and row.quarantined("duplicate" if twin.text == row.text else "near_duplicate", twin)
         if pair := conflicts.get((row.split, row.text)):
             other = next(other for other in pair if other.answer != row.answer)
-            selection.quarantine.append(row.quarantined("conflict", other))
+            splits.quarantine.append(row.quarantined("conflict", other))
         elif repeat and row.split == "train":
-            selection.quarantine.append(repeat)
+            splits.quarantine.append(repeat)
         elif leaks:
             what, owner = leaks[0]
-            selection.quarantine.append(row.quarantined("leak", owner, what))
+            splits.quarantine.append(row.quarantined("leak", owner, what))
         else:
-            selection.repeats += [repeat] if repeat else []  # in a given test file, which stays comparable
+            splits.repeats += [repeat] if repeat else []  # in a given test file, which stays comparable
             for key in keys:
                 owners.setdefault(key, row)
             used[row.input].append(row)
-            selection.kept[row.split].append(row.example)
+            splits.examples[row.split].append(row.example)
     lowest = {cluster: number for number, cluster in sorted(zip(hashes, clusters, strict=False), reverse=True)}
     # Not the lowest of a group's many inputs, which would be in the first split nearly always.
     lowest |= {clusters[groups[name]]: _unit_hash(name) for name in sorted(groups, reverse=True)}
-    selection.cluster = {row.example.where: lowest[row.cluster] for group in used.values() for row in group}
-    return selection
+    splits.cluster = {row.example.where: lowest[row.cluster] for group in used.values() for row in group}
+    return splits
 
 
 def _continuations(rows: Sequence[_Row]) -> Iterator[tuple[int, int]]:

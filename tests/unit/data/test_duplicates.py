@@ -117,7 +117,7 @@ def example(where, text, answer, system=None):
 def outcome(**splits):
     rows = {name: [example(f"{name}:{i}", *row) for i, row in enumerate(rows)] for name, rows in splits.items()}
     selection = select(rows, 0.8)
-    reasons = {e.where: "" for examples in selection.kept.values() for e in examples}
+    reasons = {e.where: "" for examples in selection.examples.values() for e in examples}
     reasons |= {row.where: row.reason for row in selection.quarantine}
     assert len(reasons) == sum(map(len, rows.values()))
     return reasons
@@ -230,9 +230,11 @@ def test_no_row_is_lost_and_no_input_is_in_two_splits(rows):
     for number, (name, text, answer) in enumerate(rows):
         splits[name].append(example(str(number), text, answer))
     selection = select(splits, 0.8)
-    places = [e.where for rows in selection.kept.values() for e in rows] + [row.where for row in selection.quarantine]
+    places = [e.where for rows in selection.examples.values() for e in rows] + [
+        row.where for row in selection.quarantine
+    ]
     assert sorted(places) == sorted(str(n) for n in range(len(rows)))
-    keys = {name: {e.key for e in rows} for name, rows in selection.kept.items()}
+    keys = {name: {e.key for e in rows} for name, rows in selection.examples.items()}
     assert all(not keys[a] & keys[b] for a, b in itertools.combinations(keys, 2))
 
 
@@ -293,7 +295,7 @@ def messages(number, seed=0):
 def test_text_that_inputs_share_does_not_make_them_nearly_the_same(template):
     rows = [example(str(n), template(n, text), n % 3) for n, text in enumerate(messages(200))]
     selection = select({"train": rows}, 0.8)
-    assert len(selection.kept["train"]) == 200 and not selection.suspects
+    assert len(selection.examples["train"]) == 200 and not selection.suspects
     assert len(set(selection.cluster.values())) > 190
     assert selection.shared > 0.3
     assert 0.15 < sum(place < 0.3 for place in selection.cluster.values()) / 200 < 0.45
@@ -319,10 +321,10 @@ def test_the_same_message_below_two_instructions_is_one_cluster_and_neither_a_du
             for k, order in enumerate((ORDER, COUNT))
         ]
         selection = select({"train": below}, 0.8)
-        assert len(selection.kept["train"]) == 120 and not selection.suspects
+        assert len(selection.examples["train"]) == 120 and not selection.suspects
         assert all(selection.cluster[f"{n} 0"] == selection.cluster[f"{n} 1"] for n in range(60))
         split = select({"test": below[::2], "train": below[1::2]}, 0.8)
-        assert {row.reason for row in split.quarantine} == {"leak"} and not split.kept["train"]
+        assert {row.reason for row in split.quarantine} == {"leak"} and not split.examples["train"]
 
 
 def test_an_input_that_is_nothing_but_shared_text_is_compared_by_all_of_it():

@@ -174,7 +174,7 @@ def test_rows_with_other_schemas_are_neither_conflicts_nor_duplicates():
         example("a third", '{"n":5}', NUMBER, "f:7"),
     ]
     selection = select({"train": rows}, 0.8)
-    assert [e.where for e in selection.kept["train"]] == ["f:1", "f:2", "f:3", "f:4"]
+    assert [e.where for e in selection.examples["train"]] == ["f:1", "f:2", "f:3", "f:4"]
     assert [(q.where, q.reason) for q in selection.quarantine] == [
         ("f:5", "duplicate"),
         ("f:6", "conflict"),
