@@ -84,18 +84,14 @@ def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
     if not marks:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
     columns = np.unique(np.concatenate(marks), return_inverse=True)[1].ravel()
-    starts = np.arange(len(texts) + 1) * len(marks[0][0])
-    holders = csr_array((np.ones(len(columns), np.bool_), columns, starts))
+    offsets = np.arange(len(texts) + 1) * len(marks[0][0])
+    holders = csr_array((np.ones(len(columns), np.bool_), columns, offsets))
     candidates = triu(holders @ holders.T, 1, format="csr").sorted_indices().tocoo()
     left, right = (indices.astype(np.int64) for indices in candidates.coords)
-    return _close(texts, left, right, threshold)
-
-
-def _close(texts: Sequence[str], left: Indices, right: Indices, threshold: float) -> Pairs:
-    """The given pairs whose Jaccard index reaches the threshold."""
-    starts = shown(range(0, len(left), PAIRS), -(-len(left) // PAIRS), "comparing")
-    parts = [similar(texts, left[at : at + PAIRS], right[at : at + PAIRS]) for at in starts]
-    index = np.concatenate([*parts, np.zeros(0)])
+    index = np.zeros(len(left))
+    for start in shown(range(0, len(left), PAIRS), -(-len(left) // PAIRS), "comparing"):
+        part = slice(start, start + PAIRS)
+        index[part] = similar(texts, left[part], right[part])
     close = index >= threshold
     return left[close], right[close], index[close]
 
@@ -116,8 +112,10 @@ def near_pairs_on_ray(texts: Any, threshold: float) -> Pairs:
         """The near pairs of texts with the same mark."""
         order = np.argsort(group["id"], kind="stable")
         ids = group["id"][order]
-        left, right, index = _close(group["text"][order].tolist(), *np.triu_indices(len(ids), 1), threshold)
-        return {"left": ids[left], "right": ids[right], "index": index}
+        left, right = np.triu_indices(len(ids), 1)
+        index = similar(group["text"][order].tolist(), left, right) if len(left) else np.zeros(0)
+        close = index >= threshold
+        return {"left": ids[left[close]], "right": ids[right[close]], "index": index[close]}
 
     pairs = texts.map_batches(explode).groupby("mark").map_groups(compare).to_pandas()
     pairs = pairs.drop_duplicates(["left", "right"])
