@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import chain
 
 from formtune.base.row import SYSTEM_ROLES, Row, UnfitRow
-from formtune.data.cleaning import Example, helpful_repair, judge, repair
+from formtune.data.cleaning import Example, Quarantined, helpful_repair, judge, repair
 from formtune.data.encoded import Splits, cache_path, content_hash, read_cache, write_cache
 from formtune.data.progress import shown
 from formtune.data.selection import select
@@ -120,15 +120,14 @@ def _answers(row: Example) -> Iterator[Example]:
 
 def _prepare(settings: DataSettings, examples: Mapping[str, Sequence[Example]]) -> Splits:
     """Judge, select, keep the usual style, split and encode."""
-    valid: dict[str, list[Example]] = {name: [] for name in examples}
-    invalid, repairs = [], Counter[str]()
+    valid: dict[str, list[Example]] = {}
+    invalid: list[Quarantined] = []
+    repairs: Counter[str] = Counter()
     for name, given in examples.items():
         rows = judge(given, settings.format, settings.clean, settings.repair_answers, repairs)
-        for judged in shown(rows, len(given), "judging"):
-            if isinstance(judged, Example):
-                valid[name].append(judged)
-            else:
-                invalid.append(judged)
+        judged = list(shown(rows, len(given), "judging"))
+        valid[name] = [row for row in judged if isinstance(row, Example)]
+        invalid += [row for row in judged if isinstance(row, Quarantined)]
     splits = select(valid, settings.near_duplicates, settings.format.sets, any(settings.shares.values()))
     splits.quarantine = invalid + splits.quarantine
     splits.read, splits.repairs = Counter({name: len(given) for name, given in examples.items()}), repairs
