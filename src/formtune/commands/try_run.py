@@ -16,7 +16,7 @@ from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.configuration.task import read_run
 from formtune.data.cleaning import repair
-from formtune.data.sources import own_schema
+from formtune.data.shapes import own_schema
 from formtune.errors import UserError
 from formtune.formats.schema import read_schema
 from formtune.model.length_buckets import LengthBuckets

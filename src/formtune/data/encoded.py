@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from formtune.base.row import Row, quantile
+from formtune.base.row import Row
 from formtune.data.cleaning import Example, Quarantined
 from formtune.data.settings import DataSettings
 from formtune.data.styles import Mixture
@@ -46,6 +46,7 @@ class Splits:
     cached: Path | None = field(default=None, compare=False)  # the file they were read from
     # Empty if the rows were read from the cache:
     examples: dict[str, list[Example]] = field(default_factory=dict, compare=False)  # the conversation of each row
+    cluster: dict[str, float] = field(default_factory=dict, compare=False)  # a row's cluster in [0, 1), by its place
     suspects: list[tuple[Example, Example]] = field(default_factory=list, compare=False)  # see `selection`
     repeats: list[Quarantined] = field(default_factory=list, compare=False)  # used rows of given files, see `selection`
 
@@ -58,12 +59,6 @@ class Splits:
     def quarantined(self) -> str:
         """The same in words, the most frequent first; empty if no row was."""
         return ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
-
-    def lengths(self, split: str) -> list[int]:
-        """P50, P95 and maximum of the prompts and then of the answers, in tokens; zeros where there are no rows."""
-        rows = self.rows[split]
-        sides = [len(row.prompt_ids) for row in rows], [len(row.target_ids) for row in rows]
-        return [quantile(sizes, percent) for sizes in sides for percent in (50, 95, 100)]
 
 
 def content_hash(rows: Mapping[str, Sequence[Row]]) -> str:
@@ -104,12 +99,11 @@ def read_cache(path: Path) -> Splits | None:
     if (stored := read_entry(path)) is None:
         return None
     stored["rows"] = {name: [Row(*row) for row in rows] for name, rows in stored["rows"].items()}
-    stored["quarantine"] = [Quarantined(*row) for row in stored["quarantine"]]
-    stored["mixtures"] = [Mixture(*mixture) for mixture in stored["mixtures"]]
-    stored["read"], stored["repairs"] = Counter(stored["read"]), Counter(stored["repairs"])
+    records = {"quarantine": Quarantined, "mixtures": Mixture}
+    stored |= {name: [record(*values) for values in stored[name]] for name, record in records.items()}
+    stored |= {name: Counter(stored[name]) for name in ("read", "repairs")}
     return Splits(**stored, cached=path)
 
 
 def write_cache(path: Path, splits: Splits) -> None:
-    """Write the splits, or nothing if the folder cannot be written."""
     write_entry(path, {name: getattr(splits, name) for name in CACHED}, KEPT)

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from formtune.data.datamodule import FormatDataModule
 from formtune.data.encoded import FEW_ROWS
-from formtune.data.table import print_data, print_ignored, print_notes, print_shapes
+from formtune.data.table import print_data
 from formtune.errors import UserError
 from formtune.files import write_json, write_whole
 from formtune.model import FormatModule
@@ -103,13 +103,7 @@ def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> N
     if not trainer.is_global_zero:
         return
     splits, settings = datamodule.splits, datamodule.settings
-    print_notes(settings.format)
-    if splits is not None:
-        print_data(splits, Path(trainer.default_root_dir) if trainer.loggers else None)
-    else:
-        print_shapes(settings.columns.notes)
-    for key, counts in settings.ignored.items():
-        print_ignored(counts, key)
+    print_data(settings, splits, Path(trainer.default_root_dir) if trainer.loggers else None)
     count = len(splits.rows.get("train", ())) if splits else 0
     if 0 < count < FEW_ROWS:
         print(f"few rows: {count} to train on, where {FEW_ROWS} are the least for a task; see formtune audit")
