@@ -107,10 +107,10 @@ class FormatModule(L.LightningModule):
         base = load_base(self.base, dtype, self.quantize, torch.device("cpu") if sharded else strategy.root_device)
         if base.get_input_embeddings().num_embeddings < len(self.renderer.tokenizer):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
-        splits = getattr(self.trainer.datamodule, "splits", None)  # type: ignore[attr-defined]
-        self.orders = getattr(splits, "orders", None)
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.orders = getattr(getattr(datamodule, "splits", None), "orders", None)
         if self.constrained:
-            grammar, rows = self.grammar, getattr(self.trainer.datamodule, "rows", {})
+            grammar, rows = self.grammar, getattr(datamodule, "rows", {})
             for row in (*rows.get("validation", ()), *rows.get("test", ())):
                 grammar.matcher(row)  # refuses a format that has none before training
         processes = self.trainer.world_size
@@ -251,12 +251,13 @@ class FormatModule(L.LightningModule):
         checkpoint["formtune"] = self._identity | {"skipped": [self.skipped, self.skipped_in_a_row]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved, resumes = checkpoint.get("formtune"), self.trainer.state.fn == "fit"
+        saved: Any = checkpoint.get("formtune")
+        resumes = self.trainer.state.fn == "fit"
         check_identity(saved, self._identity, resumes)
         self.orders = saved.get("orders")  # those that it was trained on, also where there are only prompts
         self.__dict__.pop("grammar", None)
         if resumes:
-            self.skipped, self.skipped_in_a_row = saved["skipped"]  # type: ignore[index]
+            self.skipped, self.skipped_in_a_row = saved["skipped"]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The adapters alone, without the frozen base."""
