@@ -9,6 +9,9 @@ from functools import partial
 from importlib.metadata import distributions
 from typing import Any
 
+from formtune.export.gguf import PACKAGE as CONVERTER_PACKAGE
+from formtune.export.gguf import to_gguf
+
 GROUPS = (128, 64, 32)  # inputs that share a scale in GPTQ and AWQ; all kernels of vLLM take these
 
 
@@ -16,15 +19,15 @@ GROUPS = (128, 64, 32)  # inputs that share a scale in GPTQ and AWQ; all kernels
 class Scheme:
     """A way to store a merged model. A new one is an entry in `SCHEMES` and a name in `training.manifest.KINDS`."""
 
-    convert: Callable[[str, str, list[list[int]]], None]  # from one folder to another, with rows to calibrate on
+    convert: Callable[..., None]  # from one folder to another, with rows to calibrate on
     packages: tuple[str, ...]  # that make and load it
     extra: str  # of `pip install`, with these packages
 
 
-def lacking(kind: str) -> str | None:
+def lacking(kind: str, converter: str | None = None) -> str | None:
     """The package that a kind needs and that is not installed, with the command that installs it."""
     for package in SCHEMES[kind].packages if kind in SCHEMES else ():
-        if not list(distributions(name=package)):
+        if not list(distributions(name=package)) and not (converter and package == CONVERTER_PACKAGE):
             return f"needs {package}: pip install -e '.[{SCHEMES[kind].extra}]'"
     return None
 
@@ -101,4 +104,5 @@ SCHEMES = {
     "nf4": Scheme(_nf4, ("bitsandbytes",), "quantize"),
     "gptq": Scheme(partial(_gptqmodel, "gptq"), ("gptqmodel", "optimum"), "gptq"),
     "awq": Scheme(partial(_gptqmodel, "awq"), ("gptqmodel", "optimum"), "gptq"),
+    "gguf": Scheme(to_gguf, ("xllamacpp", CONVERTER_PACKAGE), "gguf"),
 }
