@@ -25,17 +25,22 @@ def run(command: str, args: list[str]) -> int:
     parser.add_argument("--as", dest="kind", default="adapter", help="Which of a run's exported folders (default: "
                         "adapter)")  # fmt: skip
     parser.add_argument("--port", type=int, default=8000, help="Port on this machine (default: 8000)")
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="vllm: print the "
-                        "command, for an environment that has it")  # fmt: skip
+    parser.add_argument("--engine", choices=("transformers", "llamacpp", "vllm"), help="vllm: print the command, for "
+                        "an environment that has it (default: llamacpp for GGUF, else transformers)")  # fmt: skip
     config = parser.parse_args(args)
     exported, outcomes = find_exported(config.what, config.kind)
     manifest = verify(exported)
     base = manifest["base"]["path"] if manifest["kind"] == "adapter" else None
     if base is not None and base_files(base) != manifest["base"]["files"]:
         raise UserError(f"{base}: not the base that {exported} was trained on; its files differ")
-    if config.engine == "transformers":
+    gguf = manifest["kind"] == "gguf"
+    engine = config.engine or ("llamacpp" if gguf else "transformers")
+    if gguf != (engine == "llamacpp"):
+        remedy = "leave --engine out" if gguf else "formtune export RUN --as gguf makes one, then --as gguf-q8_0"
+        raise UserError(f"--engine {engine}: llama.cpp, and only llama.cpp, serves a GGUF file here; {remedy}")
+    if engine != "vllm":
         rows = read_outcomes(outcomes) if outcomes.is_file() else []
-        return serve(exported, task_of(exported), base, config.port, rows[0].input if rows else "Hello")
+        return serve(exported, engine, task_of(exported), base, config.port, rows[0].input if rows else "Hello")
     print(shlex.join(vllm_command(exported, base, config.port)))
     if note := Renderer.load(str(exported.resolve())).note:
         print(f"# {note}")

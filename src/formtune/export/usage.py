@@ -18,6 +18,8 @@ from formtune.evaluation.page import environment
 from formtune.files import write_json, write_whole
 from formtune.training.manifest import CARD
 
+CONTEXT = 8192  # tokens that a server keeps at most: a longer context costs memory that few tasks need
+
 
 def example(folder: Path, text: str) -> dict[str, Any]:
     """What an exported folder's configuration says of a request for a chat completion: model, messages, limit."""
@@ -37,9 +39,11 @@ def write_usage(folder: Path, base: str, rows: Sequence[Row]) -> None:
     format = json.loads((folder / "format.json").read_text(encoding="utf-8"))
     schema = format["init_args"].get("schema") if format["class_path"].endswith(".JsonSchema") else None
     body = {"model": request["model"], "messages": request["messages"], "stream": False}
+    context = min(context_length(base) or CONTEXT, CONTEXT)
+    body["options"] = {"temperature": 0, "num_ctx": context}
     write_json(folder / "request.json", body | ({"format": schema} if schema else {}))
     facts = {
-        "request": request, "schema": schema, "context": min(context_length(base) or 4096, 8192),
+        "request": request, "schema": schema, "context": context,
         "template": go_template(renderer, rows), "stop": [renderer.tokenizer.decode([id]) for id in renderer.stop_ids],
     }  # fmt: skip
     for name, source in (("Modelfile", "Modelfile.jinja"), (CARD, "gguf.md.jinja")):
