@@ -23,6 +23,7 @@ import yaml
 from formtune.base.folder import base_folder
 from formtune.base.renderer import Renderer
 from formtune.errors import UserError
+from formtune.export.gguf import FILE
 from formtune.export.usage import example
 from formtune.files import write_json
 
@@ -77,9 +78,16 @@ def _transformers(exported: Path, task: str, base: str | None, port: int) -> lis
 
 
 def _llama_cpp(exported: Path, task: str, base: str | None, port: int) -> list[str]:
-    files = sorted(map(str, exported.resolve().glob("*.gguf")), reverse=True)
     context = json.loads((exported / "request.json").read_text(encoding="utf-8"))["options"]["num_ctx"]
-    return [sys.executable, "-m", "formtune.export.llama_cpp", *files, str(context), str(port), task]
+    return [
+        sys.executable,
+        "-m",
+        "formtune.export.llama_cpp",
+        str(exported.resolve() / FILE),
+        str(context),
+        str(port),
+        task,
+    ]
 
 
 def link(exported: Path, base: str | None, folder: Path) -> None:

@@ -17,6 +17,7 @@ from formtune.errors import UserError, first_line
 WRITTEN = ("f16", "bf16", "q8_0")  # by the converter itself
 QUANTIZED = ("q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0")  # by llama-quantize
 QUANTIZATIONS = (*WRITTEN, *QUANTIZED)
+FILE = "model.gguf"  # in an exported folder
 CONVERTER, PACKAGE = "convert_hf_to_gguf", "convert-hf-to-gguf"
 # Of the files of convert-hf-to-gguf 0.1.1, which republishes llama.cpp's script: another release is another program.
 REVIEWED = "5e0e363d72b792ac7aa2e37d55182ce64d363174dfac28b798b329090adffd32"
@@ -25,7 +26,7 @@ REVIEWED = "5e0e363d72b792ac7aa2e37d55182ce64d363174dfac28b798b329090adffd32"
 def to_gguf(source: str, target: str, rows: Any, quant: str = "q8_0", converter: str | None = None) -> None:
     """Convert a model's folder, and quantize the file."""
     Path(target).mkdir()
-    model, whole = Path(target, "model.gguf"), Path(target, "whole.gguf")
+    model, whole = Path(target, FILE), Path(target, "whole.gguf")
     if quant in WRITTEN:
         return run_converter(converter, [source, "--outtype", quant, "--outfile", str(model)])
     program = quantizer(converter)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import threading
@@ -17,6 +16,7 @@ from torch import Tensor
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row, with_json_arguments
 from formtune.errors import UserError
+from formtune.export.gguf import FILE
 from formtune.export.measure import COMPARED, POSITIONS, TIMED, TRIES, Closeness, compare, last_logits, load
 
 HOST = "127.0.0.1"
@@ -27,12 +27,11 @@ CHATML = "<|im_start|>"  # in the template that llama.cpp takes for a file witho
 class LlamaServer:
     """The server of llama.cpp in this process; it listens until the process ends."""
 
-    def __init__(self, files: Sequence[Path], context: int, port: int = 0, name: str = "") -> None:
+    def __init__(self, file: Path, context: int, port: int = 0, name: str = "") -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
-        params.model.path = str(files[0])
-        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 1.0) for path in files[1:]]
+        params.model.path = str(file)
         params.hostnames, params.port, params.n_ctx = [HOST], port, context
         params.cpuparams.n_threads = torch.get_num_threads()  # more than are free wait for each other at every layer
         params.enable_reasoning, params.default_template_kwargs = 0, {"enable_thinking": "false"}
@@ -122,7 +121,7 @@ def measure_gguf(
     """
     folder, renderer = Path(model["folder"]), Renderer.load(model["folder"])
     context = max([len(row.prompt_ids) + limit for row, limit in zip(rows, limits, strict=True)] + [len(timed) + TIMED])
-    server = LlamaServer(sorted(folder.glob("*.gguf"), reverse=True), context + 8)
+    server = LlamaServer(folder / FILE, context + 8)
     prove_prompts(server, [row for row in rows if row.messages], renderer)
     answers, read, likeliest = [], [], []
     every = max(1, len(rows) // COMPARED)
@@ -157,8 +156,6 @@ def _tokens_per_second(server: LlamaServer, prompt: list[int]) -> float:
     return TIMED / min(time["prompt_ms"] + time["predicted_ms"] for time in times) * 1000
 
 
-if __name__ == "__main__":  # formtune serve starts it: FILES... CONTEXT PORT NAME
-    *paths, context, port, name = sys.argv[1:]
-    listening = LlamaServer([Path(path) for path in paths], int(context), int(port), name)
-    with contextlib.suppress(KeyboardInterrupt):
-        threading.Event().wait()
+if __name__ == "__main__":  # formtune serve starts it: FILE CONTEXT PORT NAME
+    listening = LlamaServer(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    threading.Event().wait()

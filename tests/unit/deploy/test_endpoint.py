@@ -14,8 +14,8 @@ from conftest import SCHEMA, TEMPLATE, pair
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.cli import main
-from formtune.deploy.endpoint import _prompt
 from formtune.evaluation.outcomes import read_outcomes
+from formtune.export.llama_cpp import chat_prompt
 
 ROWS = 12
 
@@ -191,7 +191,7 @@ def test_tools_and_calls_are_sent_as_openai_has_them():
     turns += [{"role": "tool", "tool_call_id": "c", "content": "1"}, {"role": "assistant", "content": "b"}]
     row = Row([], [], "q", "b", "f:1", messages=turns, tools='[{"name": "f"}]')
     text = call | {"function": {"name": "f", "arguments": '{"a": "é"}'}}
-    assert _prompt(row) == {
+    assert chat_prompt(row) == {
         "messages": [turns[0], turns[1] | {"tool_calls": [text]}, turns[2]],
         "tools": [{"name": "f"}],
         "tool_choice": "none",

@@ -94,10 +94,10 @@ def test_a_base_without_a_chat_template_is_not_served(run, tmp_path):
 
 
 def test_missing_packages_and_a_port_in_use_are_said_in_one_line(run, capsys, monkeypatch):
-    monkeypatch.setattr("formtune.deploy.server.NEEDED", ("no_such_package",))
+    monkeypatch.setattr("formtune.deploy.server.NEEDED", {"transformers": ("no_such_package",)})
     assert main(["serve", str(run)]) == 2
     assert "(no_such_package missing): pip install -e '.[serve]'" in capsys.readouterr().err
-    monkeypatch.setattr("formtune.deploy.server.NEEDED", ())
+    monkeypatch.setattr("formtune.deploy.server.NEEDED", {"transformers": ()})
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -107,7 +107,7 @@ def test_missing_packages_and_a_port_in_use_are_said_in_one_line(run, capsys, mo
 
 
 def test_a_server_that_ends_by_itself_is_an_error(run, capsys, monkeypatch):
-    monkeypatch.setattr("formtune.deploy.server.NEEDED", ())
+    monkeypatch.setattr("formtune.deploy.server.NEEDED", {"transformers": ()})
     monkeypatch.setattr(sys, "executable", "false")
     assert main(["serve", str(run), "--port", "0"]) == 2
     assert "the server ended by itself with exit code 1" in capsys.readouterr().err
