@@ -10,17 +10,17 @@ from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
 from formtune.export.gguf import QUANTIZATIONS, check_options
-from formtune.export.quantize import lacking
+from formtune.export.quantize import folder_name, lacking
 from formtune.training.manifest import KINDS
 
 HELP = """\
-Every export is loaded in a fresh process by plain transformers and PEFT, compared with the adapter logit by logit, and
-answers the run's test rows. It is refused if it is another model, or if more test rows than --max_loss lost their valid
-format or their content. RUN/outcomes/KIND.json holds the figures, KIND.jsonl beside it the answers (formtune compare).
+Every export is loaded in a fresh process, compared with the adapter logit by logit, and answers the run's test rows. It
+is refused if it is another model, or if more test rows than --max_loss lost their valid format or their content.
+RUN/outcomes/KIND.json holds the figures, KIND.jsonl beside it the answers (formtune compare).
 
 adapter: as training wrote it; merged: the base with the adapter in its weights; int8 (torchao) and nf4 (bitsandbytes):
 merged, with weights in 8 and 4 bits; gptq and awq (GPTQModel): merged, with weights in 4 bits, calibrated on training
-rows.
+rows; gguf: merged, as a file for llama.cpp and Ollama, in RUN/gguf-QUANT.
 """
 
 
@@ -45,7 +45,7 @@ def run(command: str, args: list[str]) -> int:
         raise UserError(f"--as {config.kind}: {missing}")
     if options:
         check_options(**options)
-    name = f"gguf-{config.quant}" if options else config.kind
+    name = folder_name(config.kind, **options)
     target = config.run / name
     if config.kind != "adapter" and target.exists():
         raise UserError(f"{target}: already there; remove it to export again")
@@ -53,7 +53,7 @@ def run(command: str, args: list[str]) -> int:
     from formtune.export.exporter import JUDGED, export, read_run
     from formtune.export.measure import Closeness
 
-    figures = export(read_run(config.run), config.kind, config.max_loss, name, **options)
+    figures = export(read_run(config.run), config.kind, config.max_loss, **options)
     print(f"{name}: {target}, {figures['bytes'] / 1e6:,.1f} MB of weights")
     print(f"{figures['tokens_per_second']:,.0f} tokens/s of a single answer to an input as long as production's at P95")
     print(f"from the adapter in float32: {Closeness(**figures['closeness'])}")

@@ -24,7 +24,7 @@ from formtune.evaluation.outcomes import RATES, Outcome, outcome, rate, read_out
 from formtune.export.fresh_process import call_fresh
 from formtune.export.llama_cpp import measure_gguf
 from formtune.export.measure import COMPARED, EXACT, QLORA, QUANTIZED, ROUNDED, Closeness, measure, merge
-from formtune.export.quantize import SCHEMES
+from formtune.export.quantize import SCHEMES, folder_name
 from formtune.export.rules import Plan, refuse
 from formtune.export.usage import write_usage
 from formtune.files import write_json
@@ -108,16 +108,14 @@ def read_run(folder: Path) -> FinishedRun:
     )
 
 
-def export(run: FinishedRun, kind: str, max_loss: float, name: str, **options: Any) -> dict[str, Any]:
-    """Make and measure one kind; its folder appears only if it loses at most `max_loss` of the rows. The figures.
-
-    `options` are of the kind's conversion, and `name` is that of its folder.
-    """
+def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict[str, Any]:
+    """Make and measure one kind; its folder appears only if it loses at most `max_loss` of the rows. The figures."""
+    name = folder_name(kind, **options)
     if run.constrained and kind != "adapter":
         first = f"run formtune export {run.folder} first, which measures the adapter without it"
         raise UserError(f"--as {kind}: the run was judged under constrained decoding; {first}")
     with tempfile.TemporaryDirectory(prefix=".export-", dir=run.folder) as scratch:
-        folder = run.adapter if kind == "adapter" else _make(run, kind, Path(scratch), options)
+        folder = run.adapter if kind == "adapter" else _make(run, kind, Path(scratch), **options)
         figures, outcomes = measured(run, kind, folder)
         write_outcomes(run.folder / "outcomes" / f"{name}.jsonl", outcomes)
         refusal = _refusal(run, kind, figures, max_loss)
@@ -175,7 +173,7 @@ def _refusal(run: FinishedRun, kind: str, figures: dict[str, Any], max_loss: flo
     return None
 
 
-def _make(run: FinishedRun, kind: str, scratch: Path, options: dict[str, Any]) -> Path:
+def _make(run: FinishedRun, kind: str, scratch: Path, **options: Any) -> Path:
     """A folder of this kind: the adapter merged into the base, and quantized if the kind is a scheme."""
     from peft import PeftConfig, PeftModel
     from transformers import GenerationConfig

@@ -32,6 +32,11 @@ def lacking(kind: str, converter: str | None = None) -> str | None:
     return None
 
 
+def folder_name(kind: str, quant: str | None = None, **_: Any) -> str:
+    """That of an export's folder in its run: a model may be quantized to GGUF in several ways."""
+    return f"{kind}-{quant}" if quant else kind
+
+
 def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of each linear layer but the output embeddings, which no scheme quantizes."""
     from torch import nn
