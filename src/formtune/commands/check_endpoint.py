@@ -79,7 +79,7 @@ def run(command: str, args: list[str]) -> int:
         "model": endpoint.model,
         "data": splits.key,
         "rows": len(outcomes),
-        "prompts": "same tokens" if endpoint.gives_ids else "same number of tokens",
+        "prompts": "same tokens" if endpoint.ids else "same number of tokens",
         "figures": figures(outcomes),
         "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
         "at_once": config.at_once,

@@ -57,17 +57,13 @@ class Endpoint:
         key = os.environ.get("OPENAI_API_KEY", "none")  # local servers take any
         self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
         self.url, self.model, self.max_tokens, self._renderer = url, model, max_tokens, renderer
-        self._ids: Callable[[dict[str, Any]], list[int]] | None = None  # how the server shows a prompt's tokens
-
-    @property
-    def gives_ids(self) -> bool:
-        return self._ids is not None
+        self.ids: Callable[[dict[str, Any]], list[int]] | None = None  # how the server shows a prompt's tokens
 
     def open(self, row: Row, schema: Any = None) -> None:
         """Ask once, so that what is wrong for all rows is found first and loading the model is not timed."""
         for ids in (self._ids_of_vllm, self._ids_of_llama_cpp):
             with contextlib.suppress(self._error, LookupError, TypeError):  # most servers have no such route
-                self._ids = self._ids or (ids if ids(chat_prompt(row)) else None)
+                self.ids = self.ids or (ids if ids(chat_prompt(row)) else None)
         self.ask(row, schema)
 
     def ask(self, row: Row, schema: Any = None) -> Reply:
@@ -81,7 +77,7 @@ class Endpoint:
             )  # fmt: skip
             seconds = time.perf_counter() - started
             choice, count = completion.choices[0], getattr(completion.usage, "prompt_tokens", None)
-            ids = self._ids(prompt) if self._ids else None
+            ids = self.ids(prompt) if self.ids else None
         except self._error as error:
             remedy = REMEDIES.get(getattr(error, "status_code", None), "see the server's log")
             reason = " ".join(first_line(part) for part in (error, error.__cause__) if part)

@@ -22,19 +22,20 @@ import yaml
 
 from formtune.base.folder import base_folder
 from formtune.base.renderer import Renderer
+from formtune.deploy.registry import Exported
 from formtune.errors import UserError
 from formtune.export.gguf import FILE
+from formtune.export.llama_cpp import HOST
 from formtune.export.usage import example
 from formtune.files import write_json
 
-HOST = "127.0.0.1"
 NEEDED = {"transformers": ("fastapi", "uvicorn", "openai"), "llamacpp": ("xllamacpp",)}
 EXTRAS = {"transformers": "serve", "llamacpp": "gguf"}
 DTYPES = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}  # of the base under an adapter, by the run's precision
 ENDING = 10  # seconds in which the server may end by itself
 
 
-def serve(exported: Path, engine: str, task: str, base: str | None, port: int, text: str) -> int:
+def serve(exported: Exported, engine: str, base: str | None, port: int, text: str) -> int:
     """Start the server, print a request with `text`, and wait for the signal that ends it. `base` is an adapter's."""
     if missing := [name for name in NEEDED[engine] if importlib.util.find_spec(name) is None]:
         extra = f"pip install -e '.[{EXTRAS[engine]}]'"
@@ -45,17 +46,20 @@ def serve(exported: Path, engine: str, task: str, base: str | None, port: int, t
             free.bind((HOST, port))
         except OSError as error:
             raise UserError(f"--port: {HOST}:{port}: {error.strerror}; choose another") from None
-    command = (_llama_cpp if engine == "llamacpp" else _transformers)(exported, task, base, port)
+    task = exported.task
+    command = (_llama_cpp if engine == "llamacpp" else _transformers)(exported.folder, task, base, port)
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         with tempfile.TemporaryDirectory(prefix="formtune-serve-") as folder:
             if engine == "transformers":
-                link(exported, base, Path(folder, task))  # the path is the model's name for clients
+                link(exported.folder, base, Path(folder, task))  # the path is the model's name for clients
             environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
             process = subprocess.Popen(command, cwd=folder, env=environment)
             try:
                 _wait_until_loaded(process, port)
-                print(f"{exported} is served as {task}; end with Ctrl-C\n\n{_curl(exported, task, port, text)}")
+                data = shlex.quote(json.dumps(example(exported.folder, text) | {"model": task}, ensure_ascii=False))
+                print(f"{exported.folder} is served as {task}; end with Ctrl-C\n\ncurl http://{HOST}:{port}/v1/chat/"
+                      f"completions -H 'Content-Type: application/json' -d {data}")  # fmt: skip
                 sys.stdout.flush()
                 code = process.wait()
             finally:
@@ -107,12 +111,6 @@ def link(exported: Path, base: str | None, folder: Path) -> None:
     greedy = {key: value for key, value in settings.items() if key not in ("temperature", "top_k", "top_p", "min_p")}
     generation.unlink(missing_ok=True)  # the link: the base's own file stays as it is
     write_json(generation, greedy | {"eos_token_id": list(renderer.stop_ids), "do_sample": False})
-
-
-def _curl(exported: Path, task: str, port: int, text: str) -> str:
-    """A request to paste into a shell, with the task's system prompt."""
-    data = shlex.quote(json.dumps(example(exported, text) | {"model": task}, ensure_ascii=False))
-    return f"curl http://{HOST}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d {data}"
 
 
 def _wait_until_loaded(process: subprocess.Popen[bytes], port: int) -> None:

@@ -7,6 +7,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class LlamaServer:
 
     def answer(self, prompt: list[int], tokens: int, **options: Any) -> Any:
         """The greedy answer to a prompt in token ids."""
-        body = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "return_tokens": True, "cache_prompt": False}
+        body = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "return_tokens": True}
         return self.post("/completion", body | options)
 
 
@@ -96,7 +97,8 @@ def prompt_fault(row: Row, ids: list[int], renderer: Renderer) -> str | None:
 
 def prove_prompts(server: LlamaServer, rows: Sequence[Row], renderer: Renderer) -> None:
     """Raise a UserError if the server renders a row's prompt into other tokens than training did."""
-    for row in rows:
+    for given in rows:
+        row = replace(given, messages=renderer.turns(given.messages))
         if renderer.templated:
             ids = server.tokens(server.post("/apply-template", chat_prompt(row))["prompt"])
         else:
@@ -152,7 +154,7 @@ def _side_by_side(logits: Tensor, places: list[list[dict[str, Any]]]) -> tuple[T
 
 def _tokens_per_second(server: LlamaServer, prompt: list[int]) -> float:
     """Of a single answer, prompt included; the best try, which other work slowed the least."""
-    times = [server.answer(prompt, TIMED, ignore_eos=True)["timings"] for _ in range(TRIES)]
+    times = [server.answer(prompt, TIMED, ignore_eos=True, cache_prompt=False)["timings"] for _ in range(TRIES)]
     return TIMED / min(time["prompt_ms"] + time["predicted_ms"] for time in times) * 1000
 
 
