@@ -36,7 +36,7 @@ TEMPLATES = {
     "{% if add_generation_prompt %}<h>assistant</h>\n\n{% endif %}",
     "Mistral": "{% for m in messages %}{% if m.role == 'system' %}[SYS]{{ m.content }}[/SYS]{% elif m.role == 'user' %}"
     "[INST]{{ m.content }}[/INST]{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
-    "braces": TEMPLATE.replace("{{ m.role }}", "{{ '{{' }}{{ m.role }}"),
+    "braces": TEMPLATE.replace("<|im_start|>", "<|im_start|>{{ '{{' }}"),
 }
 
 
