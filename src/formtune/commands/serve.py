@@ -9,7 +9,7 @@ from formtune.base.folder import skeleton
 from formtune.base.renderer import Renderer
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
-from formtune.deploy.registry import Exported, read_exported
+from formtune.deploy.registry import Exported, find_exported
 from formtune.deploy.server import HOST, serve
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import read_outcomes
@@ -28,7 +28,7 @@ def run(command: str, args: list[str]) -> int:
     parser.add_argument("--engine", choices=("transformers", "llamacpp", "vllm"), help="vllm: print the command, for "
                         "an environment that has it (default: llamacpp for GGUF, else transformers)")  # fmt: skip
     config = parser.parse_args(args)
-    exported = read_exported(config.what, config.kind)
+    exported = find_exported(config.what, config.kind)
     trained_on, gguf = exported.manifest["base"], exported.kind == "gguf"
     base = trained_on["path"] if exported.kind == "adapter" else None
     if base is not None and base_files(base) != trained_on["files"]:

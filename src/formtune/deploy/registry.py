@@ -121,12 +121,17 @@ class Exported:
         return str(config.get("task") or self.folder.resolve().parent.parent.name)
 
 
-def read_exported(name: str, kind: str) -> Exported:
+def read_exported(folder: Path) -> Exported:
+    """Verify a run's exported folder."""
+    answers = "after" if folder.name == "adapter" else folder.name
+    return Exported(folder, folder.parent / "outcomes" / f"{answers}.jsonl", verify(folder))
+
+
+def find_exported(name: str, kind: str) -> Exported:
     """Verify a run's export of this kind, an exported folder, or what a deployment points to."""
     for folder in (Path(name), Path(name, kind)):
         if (folder / NAME).is_file():
-            answers = "after" if folder.name == "adapter" else folder.name
-            return Exported(folder, folder.parent / "outcomes" / f"{answers}.jsonl", verify(folder))
+            return read_exported(folder)
     if Path(name).is_dir():
         raise UserError(f"{name}: neither an exported folder nor a run with {kind}/; formtune export makes one")
     deployment = read_deployment(full_name(name))

@@ -87,7 +87,7 @@ def test_another_base_or_a_changed_adapter_is_not_served(run, capsys):
 
 
 def test_a_base_without_a_chat_template_is_not_served(run, tmp_path):
-    exported = read_exported(str(run), "adapter")
+    exported = read_exported(run / "adapter")
     (run / "adapter/chat_template.jinja").unlink()
     (tmp_path / "base/chat_template.jinja").unlink()
     with pytest.raises(UserError, match=r"has no chat template, .* followed by a blank line.* \(--engine vllm\)"):
