@@ -22,13 +22,14 @@ def run(command: str, args: list[str]) -> int:
     parser = CommandParser(command, COMMANDS[command].description)
     parser.add_argument("what", metavar="RUN", help="Folder of a run, a deployment such as demo/production, or an "
                         "exported folder")  # fmt: skip
-    parser.add_argument("--as", dest="kind", default="adapter", help="Which of a run's exported folders (default: "
-                        "adapter)")  # fmt: skip
+    parser.add_argument("--as", dest="kind", help="Which of a run's exported folders (default: adapter, and with "
+                        "--engine llamacpp its GGUF file)")  # fmt: skip
     parser.add_argument("--port", type=int, default=8000, help="Port on this machine (default: 8000)")
     parser.add_argument("--engine", choices=("transformers", "llamacpp", "vllm"), help="vllm: print the command, for "
                         "an environment that has it (default: llamacpp for GGUF, else transformers)")  # fmt: skip
     config = parser.parse_args(args)
-    exported = find_exported(config.what, config.kind)
+    files = sorted(Path(config.what).glob("gguf-*")) if config.engine == "llamacpp" else []
+    exported = find_exported(config.what, config.kind or (files[0].name if files else "adapter"))
     trained_on, gguf = exported.manifest["base"], exported.kind == "gguf"
     base = trained_on["path"] if exported.kind == "adapter" else None
     if base is not None and base_files(base) != trained_on["files"]:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from formtune.errors import UserError, first_line
+from formtune.errors import UserError
 
 WRITTEN = ("f16", "bf16", "q8_0")  # by the converter itself
 QUANTIZED = ("q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0")  # by llama-quantize
@@ -34,7 +34,7 @@ def to_gguf(source: str, target: str, rows: Any, quant: str = "q8_0", converter:
     done = subprocess.run([str(program), str(whole), str(model), quant], capture_output=True, text=True)
     whole.unlink()
     if done.returncode or not model.is_file():
-        raise UserError(f"{program}: {first_line((done.stderr or done.stdout)[-300:])}")
+        raise UserError(f"{program}: {' '.join(done.stderr.split())[-200:] or 'it wrote no file'}")
 
 
 def check_options(quant: str, converter: str | None) -> None:
