@@ -17,6 +17,7 @@ from formtune.cli import main
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import read_outcomes
 from formtune.export import gguf, quantize
+from formtune.export.fresh_process import call_fresh
 from formtune.export.llama_cpp import LlamaServer, prompt_fault, prove_prompts
 from formtune.export.usage import go_template
 from formtune.training.manifest import verify
@@ -237,8 +238,9 @@ def test_an_export_answers_as_the_adapter_and_is_served_checked_and_promoted(tra
 @pytest.mark.parametrize(
     ("fault", "template"),
     [
+        # llama.cpp then writes the system prompt into the user's turn.
         (
-            "the system turn is left out",
+            r"another chat template, from token 1 on \('user\\\\n Number it",
             "{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}",
         ),
         ("another chat template", TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")),
@@ -249,8 +251,6 @@ def test_a_file_with_another_template_is_refused_by_the_prompts_it_renders(fault
     renderer = Renderer.load(str(DEMO))
     folder = shutil.copytree(DEMO, tmp_path / "base")
     (folder / "chat_template.jinja").write_text(template if "for m in" in template else template + TEMPLATE)
-    from formtune.export.fresh_process import call_fresh
-
     call_fresh(gguf.to_gguf, "no file", source=str(folder), target=str(tmp_path / "out"), rows=[], quant="f16")
     server = LlamaServer(tmp_path / "out/model.gguf", 512)
     rows = [row_of(renderer)]
