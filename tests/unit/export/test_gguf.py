@@ -240,7 +240,7 @@ def test_an_export_answers_as_the_adapter_and_is_served_checked_and_promoted(tra
     [
         # llama.cpp then writes the system prompt into the user's turn.
         (
-            r"another chat template, from token 1 on \('user\\\\n Number it",
+            r"another chat template, from token 1 on \('user\\n Number it",
             "{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}",
         ),
         ("another chat template", TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")),
