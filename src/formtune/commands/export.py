@@ -60,6 +60,6 @@ def run(command: str, args: list[str]) -> int:
     for rate in JUDGED:
         right, rows, gained, lost = figures[rate].values()
         print(f"{rate} {right / rows:.1%} of {rows:,} test rows, +{gained} -{lost} against the run")
-    rest = " from prompts of the same tokens: the rest differ by rounding" if options else ""
+    rest = "; every prompt has the same tokens, so the rest differ by rounding" if options else ""
     print(f"{figures['same_answers']:,} of {rows:,} answers are the run's word for word{rest}")
     return 0
