@@ -123,6 +123,7 @@ def _facts(run: Run) -> dict[str, Any]:
     better = any(_verdict(run, _compared(run)[0], name) == "better" for name in ("exact", "joint"))
     return {
         "run": run,
+        "hub": not Path(run.base).exists(),  # a folder's path would mean nothing elsewhere
         "result": run.result,
         "headline": headline(run),
         "better": better and right >= _majority(run) * rows,

@@ -24,6 +24,7 @@ from formtune.model.micro_batches import Decoded
 
 POSITIONS = 64  # the last ones of each row: the answer, and the end of its prompt
 TOKENS = 16_384  # of one micro-batch, answers included
+COMPARED = 32  # rows
 TIMED, TRIES = 48, 5  # tokens of a timed answer, and how often it is timed
 
 

@@ -15,7 +15,7 @@ from formtune.files import write_json
 
 NAME = "manifest.json"
 CARD = "README.md"  # not listed: it is written later, and edited by people
-KINDS = ("adapter", "merged", "int8", "nf4", "gptq", "awq")
+KINDS = ("adapter", "merged", "int8", "nf4", "gptq", "awq", "gguf")
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
 # Files that decide a base's weights, shape and tokens; cards and pictures do not.
 _BASE_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")

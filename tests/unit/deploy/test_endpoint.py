@@ -14,8 +14,8 @@ from conftest import SCHEMA, TEMPLATE, pair
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.cli import main
-from formtune.deploy.endpoint import _prompt
 from formtune.evaluation.outcomes import read_outcomes
+from formtune.export.llama_cpp import chat_prompt
 
 ROWS = 12
 
@@ -128,7 +128,7 @@ def test_as_many_but_other_tokens_are_found_where_the_server_shows_them(check, c
     assert "same number of tokens" in capsys.readouterr().out
     server.tokenize = True
     assert run() == 2
-    assert "tokens and formtune's 49, differing from token " in capsys.readouterr().err
+    assert "tokens and formtune's 49: the system turn is left out or altered; serve" in capsys.readouterr().err
     server.system = None
     assert run() == 0 and "prompts: same tokens as formtune's in every row" in capsys.readouterr().out
 
@@ -216,7 +216,7 @@ def test_tools_and_calls_are_sent_as_openai_has_them():
     turns += [{"role": "tool", "tool_call_id": "c", "content": "1"}, {"role": "assistant", "content": "b"}]
     row = Row([], [], "q", "b", "f:1", messages=turns, tools='[{"name": "f"}]')
     text = call | {"function": {"name": "f", "arguments": '{"a": "é"}'}}
-    assert _prompt(row) == {
+    assert chat_prompt(row) == {
         "messages": [turns[0], turns[1] | {"tool_calls": [text]}, turns[2]],
         "tools": [{"name": "f"}],
         "tool_choice": "none",
