@@ -72,13 +72,16 @@ class Endpoint:
     def ask(self, row: Row, schema: Any = None) -> Reply:
         """The greedy answer to a row, by constrained decoding if there is a schema, once its prompt is proven."""
         prompt, started = chat_prompt(row), time.perf_counter()
-        form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+        options: dict[str, Any] = dict(prompt)
+        if schema is not None:
+            form = {"name": "answer", "schema": schema, "strict": True}
+            options["response_format"] = {"type": "json_schema", "json_schema": form}
+        if self._logprobs:
+            options["logprobs"] = True
         try:
             completion: Any = self._client.chat.completions.create(
-                model=self.model, temperature=0, max_tokens=self.max_tokens, **prompt,
-                **({"response_format": form} if schema is not None else {}),
-                **({"logprobs": True} if self._logprobs else {}),
-            )  # fmt: skip
+                model=self.model, temperature=0, max_tokens=self.max_tokens, **options
+            )
             seconds = time.perf_counter() - started
             choice, count = completion.choices[0], getattr(completion.usage, "prompt_tokens", None)
             ids = self.ids(prompt) if self.ids else None
@@ -100,9 +103,9 @@ class Endpoint:
         _prove(row, count, ids, self._renderer)
         content = getattr(getattr(choice, "logprobs", None), "content", None) or []
         tokens = {"tokens": [token.token for token in content], "logprobs": [token.logprob for token in content]}
-        count = getattr(completion.usage, "completion_tokens", 0)
+        written = getattr(completion.usage, "completion_tokens", 0)
         finished = choice.finish_reason != "length"
-        return Reply(message.content or "", finished, seconds, count, tokens if content else None)
+        return Reply(message.content or "", finished, seconds, written, tokens if content else None)
 
     def _ids_of_vllm(self, prompt: dict[str, Any]) -> list[int]:
         return self._post("/tokenize", {"model": self.model, **prompt, "add_generation_prompt": True})["tokens"]
