@@ -10,7 +10,7 @@ BENCH     := .venv-bench
 DEMO      := data/demo/train.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast lint tensorboard reference demo-base real-base bench faults clean
+.PHONY: help setup train test test-fast test-gpu lint tensorboard reference demo-base real-base bench faults clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ test: $(INSTALLED) ## Run the tests
 
 test-fast: $(INSTALLED) ## Run the quick tests
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' tests/unit $(ARGS)
+
+test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
+	FORMTUNE_TEST_GPU=0 $(BIN)/python -m pytest tests/integration/test_gpu.py $(ARGS)
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .

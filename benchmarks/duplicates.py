@@ -178,7 +178,7 @@ def part_all(texts: list[str]) -> dict[str, Any]:
     for row in done.quarantine:
         reasons[row.reason] += 1
     return {"seconds": time.perf_counter() - began, "seconds_cleaning": cleaned - began, "rows": len(texts),
-            "kept": len(done.kept["train"]), **reasons}  # fmt: skip
+            "kept": len(done.examples["train"]), **reasons}  # fmt: skip
 
 
 def part_peer(texts: list[str], name: str) -> dict[str, Any]:

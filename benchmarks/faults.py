@@ -25,15 +25,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/benchmarks/faults.md"
 FIGURES = ROOT / "docs/benchmarks/faults.json"
 TITLE = "# Interruptions and bad input\n\nWritten by `make faults`; docs/reliability.md says what it means."
-NAMES = ("integration/test_bad_input.py", "integration/test_faults.py", "unit/training/test_checkpoints.py")
-FILES = [f"tests/{name}" for name in NAMES]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/integration")]
+NAMES = ("test_bad_input.py", "test_faults.py", "test_two_processes.py")
+FILES = [*(f"tests/integration/{name}" for name in NAMES), "tests/unit/training/test_checkpoints.py"]
+sys.path.insert(0, str(ROOT / "tests"))
 os.environ["TMPDIR"] = "/dev/shm"  # another file system than that of the runs; read when the first of them starts
 
-from test_faults import FIT, _task, adapter, result, steps  # noqa: E402
-
 from conftest import byte_tokenizer, tiny_model  # noqa: E402
-from interrupting import signalled, start  # noqa: E402
+from interrupting import FIT, adapter, result, signalled, start, steps, write_task  # noqa: E402
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -82,7 +80,7 @@ class Kills:
     def _new(self, name: str) -> Path:
         folder = self.folder / name
         folder.mkdir()
-        _task(folder, self.base)
+        write_task(folder, self.base)
         return folder
 
     def make(self, count: int) -> None:
@@ -135,19 +133,19 @@ def _done(folder: Path) -> int:
 def foreign_temporary_folder(folder: Path, base: str, count: int) -> dict[str, int]:
     """Kill runs that save at every step while TMPDIR lies on another file system: files that are there and damaged."""
     from formtune.errors import UserError
-    from formtune.training import checkpoint_files
+    from formtune.training import checkpoint
 
     rng, damaged, looked = random.Random(0), 0, 0
-    _task(folder, base)
+    write_task(folder, base)
     for _ in range(count):
         process = start(folder, *FIT, "--trainer.max_epochs", "40", "--resume", every=0.0)
         process.join(rng.uniform(3, 9))
         process.kill()
         process.join()
-        for path in checkpoint_files.steps(folder / "logs/small/one/checkpoints").values():
+        for path in checkpoint.steps(folder / "logs/small/one/checkpoints").values():
             looked += 1
             try:
-                checkpoint_files.check(path)
+                checkpoint.check(path)
             except UserError:
                 damaged += 1
     return {"kills": count, "files": looked, "damaged": damaged}
@@ -159,7 +157,7 @@ def checkpoint_cost(folder: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     from formtune.model.lora import Lora, add_lora
-    from formtune.training.checkpoint_files import CheckpointFiles, check
+    from formtune.training.checkpoint import CheckpointFiles, check
 
     model = add_lora(AutoModelForCausalLM.from_pretrained(ROOT / "src/formtune/demo/base"), Lora())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

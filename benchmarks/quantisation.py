@@ -16,12 +16,13 @@ from typing import Any
 
 from formtune.errors import UserError
 from formtune.export.exporter import JUDGED, export, read_run
-from formtune.export.quantize import lacking
+from formtune.export.quantize import folder_name, lacking
 from formtune.training.manifest import KINDS
 
 DOCS = Path(__file__).parents[1] / "docs" / "deployment.md"
 MARKS = ("<!-- quantisation: begin -->", "<!-- quantisation: end -->")
 MAX_LOSS = 0.01
+QUANTS = ("q8_0", "q4_k_m")  # of GGUF
 COLUMNS = ("kind", *JUDGED, "weights", "tokens/s", "KL", "top-1")
 
 
@@ -29,15 +30,15 @@ def table(run: Path) -> str:
     """The rows of all kinds, in Markdown."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     finished = read_run(run)
-    for kind in KINDS:
-        reason = lacking(kind)
-        if reason is None and (kind == "adapter" or not (run / kind).exists()):
+    for kind, options in [*((kind, {}) for kind in KINDS if kind != "gguf"), *(("gguf", {"quant": q}) for q in QUANTS)]:
+        reason, name = lacking(kind), folder_name(kind, **options)
+        if reason is None and (kind == "adapter" or not (run / name).exists()):
             try:
-                export(finished, kind, MAX_LOSS)
+                export(finished, kind, MAX_LOSS, **options)
             except UserError as error:
                 reason = str(error).removeprefix(f"--as {kind}: ")
-        path = run / "outcomes" / f"{kind}.json"
-        cells = _cells(kind, json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else [f"{kind}: {reason}"]
+        path = run / "outcomes" / f"{name}.json"
+        cells = _cells(name, json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else [f"{name}: {reason}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -26,6 +26,8 @@ class ChatServer:
         self.system, self.extra, self.tokenize, self.finish = None, 0, False, "stop"
         self.usage = tokenizer is not None
         self.status, self.html = 200, False
+        self.logprob: float | None = None  # of each word of the answers; None: `logprobs` is ignored
+        self.refuses_logprobs = False  # by status 400
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -69,6 +71,8 @@ class ChatServer:
             self.failures -= 1
             return 503, {"error": {"message": "overloaded"}}
         self.requests.append(body)
+        if self.refuses_logprobs and "logprobs" in body:
+            return 400, {"error": {"message": "logprobs: unknown key"}}
         if self.status != 200:
             return self.status, {"error": {"message": "so it is"}}
         answer = self.say(body["messages"][-1]["content"])
@@ -78,6 +82,10 @@ class ChatServer:
             "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
             "choices": [{"index": 0, "finish_reason": self.finish, "message": message}],
         }  # fmt: skip
+        if self.logprob is not None and body.get("logprobs"):
+            words = [answer[:6], answer[6:], "</s>"]
+            content = [{"token": word, "logprob": self.logprob, "bytes": None, "top_logprobs": []} for word in words]
+            reply["choices"][0]["logprobs"] = {"content": content, "refusal": None}
         if self.usage:
             count = len(self.prompt(body["messages"]))
             reply["usage"] = {"prompt_tokens": count, "completion_tokens": 7, "total_tokens": count + 7}

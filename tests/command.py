@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
@@ -60,13 +61,20 @@ def formtune(folder: Path, *args: str, seconds: float = 60, given: Callable[[], 
     return Done(process.exitcode, out, err, new, float(peak or 0))
 
 
+def fork_fresh_processes(monkeypatch) -> None:
+    """The fresh processes of an export are forked from one that holds no model, instead of spawned."""
+    from formtune.export import fresh_process
+
+    monkeypatch.setattr(fresh_process, "multiprocessing", SimpleNamespace(get_context=lambda _: PROCESSES))
+
+
 def _contents(folder: Path) -> dict[str, tuple[int, int]]:
-    found = {}
+    contents = {}
     for path in folder.rglob("*"):
         if path.is_file():
             stat = path.stat()
-            found[str(path.relative_to(folder))] = (stat.st_size, stat.st_mtime_ns)
-    return found
+            contents[str(path.relative_to(folder))] = (stat.st_size, stat.st_mtime_ns)
+    return contents
 
 
 def _peak() -> float:

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("FORMTUNE_TEST_GPU", "")  # `make test-gpu` names one
 os.environ["OMP_NUM_THREADS"] = "1"  # in all processes: with models this small a second thread only waits
 # Here and in every process started from here, no other machine can be reached.
 os.environ["FORMTUNE_ATTEMPTS"] = tempfile.mkstemp(prefix="attempts")[1]

@@ -1,4 +1,4 @@
-"""Bad input gets one line and exit code 2, or is counted and the run goes on; nothing is left half-written.
+"""Bad input gets one line and exit code 2, or is counted and the command continues; nothing is left half-written.
 
 Each row carries its number in the fault matrix and its title, for the table in docs/reliability.md.
 """
@@ -25,7 +25,7 @@ ANSWER = '{"n":1,"s":"a"}'
 
 @pytest.fixture
 def work(tmp_path, base):
-    """A folder with a task that every verb accepts; the function changes it and returns its folder."""
+    """A folder with a task that every command accepts; the function changes it and returns its folder."""
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
 
     def change(rows=GOOD, model=None, data=None, trainer=None, **top):
@@ -74,9 +74,9 @@ def chat(*turns):
     return json.dumps({"messages": list(turns)})
 
 
-USER, GOLD = {"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}
+USER, ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}
 
-# Case, title, the second line of the file (or all of it, in bytes), what the line says.
+# Case, title, the second line of the file (or all of it, in bytes), parts of the message.
 ROWS = [
     (1, "line is not JSON", "number 7", ["train.jsonl:2: not valid JSON", "fix or remove the row"]),
     (2, "last line is cut off", row()[:-9], ["train.jsonl:2: not valid JSON"]),
@@ -102,18 +102,18 @@ ROWS = [
     (17, "1e999 in a row", row("1e999"), ["train.jsonl:2: not valid JSON", "too large"]),
     (18, "integer of 5000 digits", row("9" * 5000), ["train.jsonl:2: not valid JSON", "5000 digits"]),
     (19, "100,000 levels deep", row("[" * 100_000), ["train.jsonl:2: not valid JSON", "nested deeper"]),
-    (25, "unknown role", chat({"role": "robot", "content": "a"}, GOLD), ["train.jsonl:2: messages[0]: the role 'robot'", "use system, developer, user, assistant, tool"]),
-    (25, "function role", chat(USER, GOLD, {"role": "function", "content": "a"}, GOLD), ["train.jsonl:2: messages[2]: the role 'function'"]),
-    (25, "tools of another shape", json.dumps({"messages": [USER, GOLD], "tools": "saw"}), ["train.jsonl:2: `tools` must be a list of tools"]),
+    (25, "unknown role", chat({"role": "robot", "content": "a"}, ANSWERED), ["train.jsonl:2: messages[0]: the role 'robot'", "use system, developer, user, assistant, tool"]),
+    (25, "function role", chat(USER, ANSWERED, {"role": "function", "content": "a"}, ANSWERED), ["train.jsonl:2: messages[2]: the role 'function'"]),
+    (25, "tools of another shape", json.dumps({"messages": [USER, ANSWERED], "tools": "saw"}), ["train.jsonl:2: `tools` must be a list of tools"]),
     (25, "turns of another shape", json.dumps({"messages": [{"by": "human", "text": "a"}]}), ["messages[0]: no key `role` among by, text"]),
-    (25, "turn is a text", chat("a", GOLD), ["train.jsonl:2: messages[0] is str; a turn is an object"]),
-    (26, "turn without content", chat({"role": "user"}, GOLD), ["train.jsonl:2: messages[0]: no key `content` among role"]),
+    (25, "turn is a text", chat("a", ANSWERED), ["train.jsonl:2: messages[0] is str; a turn is an object"]),
+    (26, "turn without content", chat({"role": "user"}, ANSWERED), ["train.jsonl:2: messages[0]: no key `content` among role"]),
     (26, "content is null", chat(USER, {"role": "assistant", "content": None}), ["messages[1]: `content` is null, not text"]),
-    (27, "content is a list", chat({"role": "user", "content": [USER]}, GOLD), ["train.jsonl:2: messages[0].content[0] is dict; only text"]),
-    (27, "content has an image", chat({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}, GOLD), ["messages[0].content[1] is of type 'image_url'; only text is read"]),
+    (27, "content is a list", chat({"role": "user", "content": [USER]}, ANSWERED), ["train.jsonl:2: messages[0].content[0] is dict; only text"]),
+    (27, "content has an image", chat({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}, ANSWERED), ["messages[0].content[1] is of type 'image_url'; only text is read"]),
     (27, "turns are null", '{"messages": null}', ["train.jsonl:2: `messages` is null; it must be a list of turns"]),
     (28, "last turn is not the assistant's", chat(USER), ["train.jsonl:2: the last turn", "must be the assistant's"]),
-    (28, "no turn of the user's", chat(GOLD), ["train.jsonl:2: the last turn", "after one of the user's"]),
+    (28, "no turn of the user's", chat(ANSWERED), ["train.jsonl:2: the last turn", "after one of the user's"]),
     (28, "no turns", chat(), ["train.jsonl:2: the last turn"]),
 ]  # fmt: skip
 
@@ -179,8 +179,8 @@ def test_a_line_of_a_gigabyte_takes_no_gigabyte_of_memory(work, record_property,
     with (folder / name).open("wb") as file:
         file.write(b"prompt,completion\n" if name.endswith("csv") else b"")
         file.truncate(2**30)
-    for verb in ("audit", "validate"):
-        done = formtune(folder, verb, "-c", "t.yaml")
+    for command in ("audit", "validate"):
+        done = formtune(folder, command, "-c", "t.yaml")
         refused(done, f"{name}:{1 + name.endswith('csv')}: the line is longer than 4 MiB")
         assert done.peak < 150
 
@@ -267,7 +267,7 @@ SCHEMAS = [
 
 
 @pytest.mark.parametrize(("case", "title", "schema", "parts"), SCHEMAS, ids=[title for _, title, *_ in SCHEMAS])
-def test_a_schema_that_cannot_judge_is_refused_in_time(work, record_property, case, title, schema, parts):
+def test_an_invalid_schema_is_refused_in_time(work, record_property, case, title, schema, parts):
     about(record_property, case, title)
     folder = work()
     (folder / "schema.json").write_text(schema if isinstance(schema, str) else json.dumps(schema))
@@ -293,13 +293,13 @@ def test_a_schema_that_cannot_judge_is_refused_in_time(work, record_property, ca
         (31, "schema file of a gigabyte", {"class_path": "JsonSchema", "init_args": {"schema": "big.json"}}, ["big.json: longer than"]),
     ],
 )  # fmt: skip
-def test_a_format_that_makes_no_sense_is_refused(work, record_property, case, title, format, parts):
+def test_an_invalid_format_is_refused(work, record_property, case, title, format, parts):
     about(record_property, case, title)
     folder = work(data={"format": format})
     with (folder / "big.json").open("wb") as file:
         file.truncate(2**30)
-    for verb in ("audit", "validate"):
-        done = formtune(folder, verb, "-c", "t.yaml", seconds=20)
+    for command in ("audit", "validate"):
+        done = formtune(folder, command, "-c", "t.yaml", seconds=20)
         refused(done, *parts)
         assert done.peak < 200
 
@@ -314,15 +314,17 @@ EVIL = "a" * 40 + "!"
         ("catastrophic pattern in a schema", {"class_path": "JsonSchema", "init_args": {"schema": {"type": "string", "pattern": "^(a|a)+$"}}}, '"aaa"', f'"{EVIL}"'),
     ],
 )  # fmt: skip
-def test_a_match_without_end_counts_as_a_failure_and_the_run_goes_on(work, record_property, title, format, good, evil):
+def test_a_match_without_end_counts_as_a_failure_and_the_audit_continues(
+    work, record_property, title, format, good, evil
+):
     about(record_property, 32, title)
     rows = [json.dumps({"prompt": f"number {n}", "completion": good}) for n in range(30)]
     rows += [json.dumps({"prompt": f"evil {n}", "completion": evil}) for n in range(3)]
     folder = work(rows, data={"format": format, "bad_rows": "drop", "near_duplicates": 1.0})
     done = formtune(folder, "audit", "-c", "t.yaml", seconds=30)
     accepted(done)
-    found = audited(folder)
-    assert found["quarantined"] == {"format": 3} and sum(split["used"] for split in found["rows"].values()) == 30
+    audit = audited(folder)
+    assert audit["quarantined"] == {"format": 3} and sum(split["used"] for split in audit["rows"].values()) == 30
     details = [
         json.loads(line)["detail"] for line in (folder / "logs/t/audit/quarantine.jsonl").read_text().splitlines()
     ]
@@ -382,7 +384,7 @@ def pickled(*names):
 
 
 def index(name):
-    """An index in place of the weights, which says that they stand in this file."""
+    """An index in place of the weights that names this file for all of them."""
 
     def change(folder):
         weights = dict.fromkeys(load_file(folder / "model.safetensors"), name)
@@ -511,7 +513,7 @@ def test_a_tokenizer_that_cannot_prove_its_mask_is_refused(work, copy, record_pr
         (47, "more embeddings than tokens", change_json("tokenizer_config.json")),
     ],
 )
-def test_a_tokenizer_that_lacks_what_nothing_needs_is_taken(work, copy, record_property, case, title, change):
+def test_a_tokenizer_without_an_optional_part_is_accepted(work, copy, record_property, case, title, change):
     about(record_property, case, title)
     accepted(formtune(work(model={"base": copy(change)}), "validate", "-c", "t.yaml"))
 
@@ -534,10 +536,10 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(work, tmp_path_
         ("address", "https://example.com/x", ["model.base: no folder https://example.com/x"]),
     ],
 )
-def test_a_model_that_is_not_there_is_named_without_a_look_at_the_network(work, record_property, title, name, parts):
+def test_a_missing_model_is_named_without_using_the_network(work, record_property, title, name, parts):
     about(record_property, 34, title)
-    for verb in ("audit", "validate"):
-        refused(formtune(work(model={"base": name}), verb, "-c", "t.yaml"), *parts)
+    for command in ("audit", "validate"):
+        refused(formtune(work(model={"base": name}), command, "-c", "t.yaml"), *parts)
 
 
 @pytest.mark.parametrize(
@@ -556,7 +558,7 @@ def test_a_model_that_is_not_there_is_named_without_a_look_at_the_network(work, 
         (53, "betas of one number", ["--model.optimizer.betas", "[1]"], ["betas", "[1]"]),
         (53, "warm-up above 1", ["--model.scheduler.warmup", "1.5"], ["warmup"]),
         (53, "gradient norm below 0", ["--model.max_grad_norm=-1"], ["model.max_grad_norm"]),
-        (53, "no tokens per pass", ["--model.tokens_per_micro_batch", "0"], ["model.tokens_per_micro_batch"]),
+        (53, "no tokens per micro-batch", ["--model.tokens_per_micro_batch", "0"], ["model.tokens_per_micro_batch"]),
         (53, "validation after every 0 steps", ["--trainer.val_check_interval", "0"], ["trainer.val_check_interval: 0"]),
         (53, "no rows per step", ["--data.rows_per_step", "0"], ["data.rows_per_step"]),
         (53, "shares that leave nothing", ["--data.validation", "0.6", "--data.test", "0.6"], ["data.validation, data.test: the two shares"]),
@@ -570,7 +572,7 @@ def test_a_model_that_is_not_there_is_named_without_a_look_at_the_network(work, 
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip
-def test_a_value_that_makes_no_sense_is_refused_before_a_run_begins(work, record_property, case, title, keys, parts):
+def test_an_invalid_value_is_refused_before_a_run_begins(work, record_property, case, title, keys, parts):
     about(record_property, case, title)
     refused(formtune(work(), "train", "-c", "t.yaml", *keys), *parts)
 
@@ -593,9 +595,7 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize(("case", "title", "change", "parts"), UNKNOWN, ids=[title for _, title, *_ in UNKNOWN])
-def test_a_key_or_a_value_of_a_yaml_that_means_nothing_is_named_with_its_line(
-    work, record_property, case, title, change, parts
-):
+def test_an_invalid_key_or_value_of_a_yaml_is_named_with_its_line(work, record_property, case, title, change, parts):
     about(record_property, case, title)
     folder = work()
     config = yaml.safe_load((folder / "t.yaml").read_text())
@@ -631,8 +631,8 @@ def test_a_broken_yaml_is_named_with_its_line(work, record_property, case, title
     about(record_property, case, title)
     folder = work()
     write(folder / "t.yaml", text if isinstance(text, bytes) else text.encode())
-    for verb in ("audit", "train"):
-        refused(formtune(folder, verb, "-c", "t.yaml", seconds=20), *parts)
+    for command in ("audit", "train"):
+        refused(formtune(folder, command, "-c", "t.yaml", seconds=20), *parts)
 
 
 @pytest.mark.parametrize(
@@ -644,10 +644,10 @@ def test_a_broken_yaml_is_named_with_its_line(work, record_property, case, title
         (61, "address in place of a YAML", "https://example.com/t.yaml", ["https://example.com/t.yaml: No such file"]),
     ],
 )
-def test_a_yaml_that_is_not_there_is_named(work, record_property, case, title, name, parts):
+def test_a_missing_yaml_is_named(work, record_property, case, title, name, parts):
     about(record_property, case, title)
-    for verb in ("audit", "train", "sweep", "synthesize"):
-        refused(formtune(work(), verb, "-c", name), *parts)
+    for command in ("audit", "train", "sweep", "synthesize"):
+        refused(formtune(work(), command, "-c", name), *parts)
 
 
 @pytest.mark.parametrize(
@@ -665,8 +665,8 @@ def test_a_checkpoint_is_never_unpickled(work, record_property, title, content):
     (folder / "evil.ckpt").write_bytes(content or b"")
     if content is None:
         torch.save({"state_dict": Payload()}, folder / "evil.ckpt")
-    for verb in ("validate", "test"):
-        refused(formtune(folder, verb, "-c", "t.yaml", "--ckpt_path", "evil.ckpt"), "evil.ckpt")
+    for command in ("validate", "test"):
+        refused(formtune(folder, command, "-c", "t.yaml", "--ckpt_path", "evil.ckpt"), "evil.ckpt")
     assert not (folder / "payload").exists()
 
 
@@ -676,10 +676,10 @@ def python(folder, *args, **options):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, **options)
 
 
-@pytest.mark.parametrize("verb", ["audit", "validate"])
-def test_a_hub_id_is_refused_at_once_where_the_hub_is_switched_off(work, record_property, verb):
-    about(record_property, 105, f"hub id and HF_HUB_OFFLINE, {verb}")
-    refused(formtune(work(model={"base": "owner/name"}), verb, "-c", "t.yaml"), "model.base: ", "owner/name")
+@pytest.mark.parametrize("command", ["audit", "validate"])
+def test_a_hub_id_is_refused_at_once_when_the_hub_is_off(work, record_property, command):
+    about(record_property, 105, f"hub id and HF_HUB_OFFLINE, {command}")
+    refused(formtune(work(model={"base": "owner/name"}), command, "-c", "t.yaml"), "model.base: ", "owner/name")
 
 
 def test_a_hub_id_is_refused_without_retries_where_there_is_no_network(
@@ -707,13 +707,13 @@ def test_a_hub_id_is_refused_without_retries_where_there_is_no_network(
 def test_a_run_asks_nothing_and_needs_no_output(work, record_property, title, given):
     about(record_property, 106, title)
     folder = work(trainer={"max_steps": 1})
-    for verb in (["audit"], ["train", "--run", "r"]):
-        done = formtune(folder, *verb, "-c", "t.yaml", given=given)
+    for command in (["audit"], ["train", "--run", "r"]):
+        done = formtune(folder, *command, "-c", "t.yaml", given=given)
         assert (done.code, done.err) == (0, "")
     assert {"logs/t/r/metrics.json", "logs/t/r/adapter/adapter_model.safetensors"} <= done.new
 
 
-def test_help_whose_reader_is_gone_ends_in_peace(work, record_property):
+def test_help_whose_reader_is_gone_ends_without_an_error(work, record_property):
     about(record_property, 106, "help, reader gone")
     line = f"{sys.executable} -m formtune --help | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], cwd=work(), capture_output=True, text=True, timeout=100)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import SCHEMA, byte_tokenizer, shared, tiny_model
+from conftest import SCHEMA, shared
 from formtune.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,9 +46,9 @@ def test_fit_leaves_an_adapter_that_peft_loads_alone_and_figures_before_and_afte
     assert len(list((run / "checkpoints").iterdir())) <= 2 and list(run.glob("events.*"))
     assert json.loads((run / "adapter/format.json").read_text())["init_args"]["schema"] == SCHEMA
     assert main(["compare", f"{run}:before", str(run), "--out", "gain.json"]) == 0
-    said = capsys.readouterr().out
-    assert f"\n{run} against {run}:before: format/exact " in said
-    assert re.search(r"^few rows: \d\d to train on", said, re.M)
+    output = capsys.readouterr().out
+    assert f"\n{run} against {run}:before: format/exact " in output
+    assert re.search(r"^few rows: \d\d to train on", output, re.M)
     for when, compared in zip(("before", "after"), json.loads(Path("gain.json").read_text())["runs"], strict=True):
         figures = {name: figure["value"] for name, figure in compared["figures"].items()}
         assert figures == pytest.approx({name: result[when][name] for name in figures})
@@ -88,8 +87,20 @@ def test_the_best_checkpoint_gives_the_exported_figures_again_and_predict_judges
     assert main(["predict", "-c", str(run / "config.yaml"), *arguments]) == 0
     answers = [json.loads(line) for line in Path("new/out.jsonl").read_text().splitlines()]
     assert [a["prompt"] for a in answers] == ["xxx", "xxxxxxxxx", "x"]
-    assert all(a.keys() == {"where", "prompt", "answer", "compliant", "kind", "detail"} for a in answers)
+    keys = {"where", "prompt", "answer", "compliant", "kind", "detail", "confidence", "field_confidences"}
+    assert all(a.keys() == keys and 0 <= a["confidence"] <= 1 for a in answers)
     assert not any(a["compliant"] != (a["kind"] == "ok") for a in answers)
+    assert main(["predict", str(run), "prompts.jsonl", "--min_confidence", "0.9"]) == 0
+    parts = [Path(f"answers.{name}.jsonl").read_text().splitlines() for name in ("accepted", "review")]
+    assert (
+        f"{len(parts[1])} in answers.review.jsonl, {len(parts[0])} in answers.accepted.jsonl" in capsys.readouterr().out
+    )
+    assert all(json.loads(line)["confidence"] >= 0.9 for line in parts[0])
+    assert sorted(a["where"] for a in map(json.loads, [*parts[0], *parts[1]])) == sorted(a["where"] for a in answers)
+    assert len((run / "outcomes/validation.jsonl").read_text().splitlines()) > 5
+    assert "Which answers to trust" in (run / "report.html").read_text()
+    assert main(["predict", str(run), "prompts.jsonl", "--target_precision", "0.999"]) == 2
+    assert "target_precision: no confidence gives 0.999 on the" in capsys.readouterr().err
 
 
 def test_validation_counts_optimizer_steps_and_ends_with_the_last_step(project):
@@ -106,86 +117,6 @@ def test_validation_counts_optimizer_steps_and_ends_with_the_last_step(project):
     assert all(e.value > 0 for e in events.Scalars("train/tokens_per_second"))
     assert any(tag.startswith("answers/validation") for tag in events.Tags()["tensors"])
     assert sorted(e.step for e in events.Scalars("test/format/exact")) == [0, steps]
-
-
-MINE = """
-import torch
-from lightning.pytorch import Callback
-from torch.distributed.tensor import DTensor
-from torchmetrics import Metric
-
-class Letters(Metric):
-    def __init__(self):
-        super().__init__()
-        self.add_state('seen', torch.tensor(0), dist_reduce_fx='sum')
-    def update(self, predictions, targets):
-        self.seen += sum(map(len, predictions)) + 1000 * sum(map(len, targets))
-    def compute(self):
-        return self.seen
-
-class Parts(Callback):
-    def on_train_end(self, trainer, pl_module):
-        layers = [p for name, p in pl_module.named_parameters() if ".layers." in name or ".h." in name]
-        split = [isinstance(p, DTensor) for p in layers if not p.requires_grad]
-        whole = sum(p.numel() for p in layers if isinstance(p, DTensor))
-        part = sum(p.to_local().numel() for p in layers if isinstance(p, DTensor))
-        assert all(split) and part < 0.51 * whole and not any(isinstance(p, DTensor) for p in layers if p.requires_grad)
-        open(f"parts.{trainer.global_rank}", "w").close()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("strategy", "shape"),
-    # The second decodes by transformers' own `generate`.
-    [("ddp", "llama"), ("fsdp", "llama"), ("fsdp", "gpt2")],
-)
-def test_two_processes_train_and_measure_the_same_as_one(project, strategy, shape):
-    # 5 rows a step are dealt as 3 and 2, and the last step of an epoch as 1 and 0 or near it.
-    from safetensors.torch import load_file
-
-    Path("mine.py").write_text(MINE)
-    tiny_model(shape).save_pretrained("base")
-    byte_tokenizer().save_pretrained("base")
-    runs = {}
-    for devices in ("1", "2"):
-        arguments = ["--run", f"on{devices}", "--data.rows_per_step", "5", "--model.lora.dropout", "0"]
-        arguments += ["--model.base", "base", "--model.metrics", "[{class_path: mine.Letters}]"]
-        arguments += ["--data.validation", "0.2", "--data.test", "0.2"]  # each process has rows to decode
-        if devices == "2":
-            arguments += ["--trainer.devices", "2", "--trainer.strategy", strategy]
-            if strategy == "fsdp":  # also with different numbers of passes, and layers that compute twice
-                arguments += ["--model.tokens_per_micro_batch", "64", "--model.gradient_checkpointing", "true"]
-                arguments += ["--trainer.callbacks+=mine.Parts"]
-        done = subprocess.run(
-            [sys.executable, "-m", "formtune", "train", "-c", "small.yaml", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        folder = project / f"logs/small/on{devices}"
-        shutil.rmtree(".cache/baseline")  # else the second would read what the first measured
-        runs[devices] = (
-            load_file(folder / "adapter/adapter_model.safetensors"),
-            json.loads((folder / "metrics.json").read_text()),
-        )
-    assert {path.name for path in Path().glob("parts.*")} == ({"parts.0", "parts.1"} if strategy == "fsdp" else set())
-    (one, one_result), (two, two_result) = runs["1"], runs["2"]
-    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
-    assert {"before", "after"} < one_result["counts"].keys()
-    for view, counts in one_result["counts"].items():
-        one_view, two_view, others = one_result[view], two_result[view], two_result["counts"][view]
-        same, compared = counts.pop("val/parity")
-        # Each process decodes two rows of its own in full.
-        assert same == compared < others["val/parity"][1] and len(set(others.pop("val/parity"))) == 1
-        assert counts == others and one_view.keys() == two_view.keys()
-        for name, value in one_view.items():
-            # Sums of floats depend on their order; all that is counted is the same to the last digit.
-            near = pytest.approx(two_view[name], abs=1e-5, nan_ok=True) if "loss" in name else two_view[name]
-            assert value == near, (view, name)
-        texts = [json.loads(line) for line in Path(f"logs/small/on1/outcomes/{view}.jsonl").read_text().splitlines()]
-        assert one_view["own/Letters"] == sum(len(o["answer"]) + 1000 * len(o["target"]) for o in texts)
 
 
 MISTAKES = {

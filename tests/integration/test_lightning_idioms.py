@@ -1,5 +1,6 @@
-"""What a Lightning user expects of flags, callbacks, loggers and checkpoints works here too."""
+"""Flags, callbacks, loggers and checkpoints work as a Lightning user expects."""
 
+import io
 import json
 import subprocess
 import sys
@@ -10,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from conftest import SCHEMA, pair
 from formtune.cli import main
 from formtune.configuration.keys import KEYS
+from interrupting import ROWS, SCHEMA
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,9 +24,9 @@ def task_yaml(tmp_path, base, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FORMTUNE_RUN", raising=False)
     Path("schema.json").write_text(json.dumps(SCHEMA))
-    Path("train.jsonl").write_text("".join(json.dumps(pair(n)) + "\n" for n in range(60)))
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     config = {
-        "model": {"base": base, "max_new_tokens": 24, "lora": {"r": 2}},
+        "model": {"base": base, "max_new_tokens": 4, "lora": {"r": 2}},
         "data": {
             "train": "train.jsonl",
             "near_duplicates": 1.0,
@@ -41,8 +42,8 @@ def task_yaml(tmp_path, base, monkeypatch):
     return "small.yaml"
 
 
-def fit(*words):
-    return main(["fit", "-c", "small.yaml", "--run", "one", *words])
+def fit(*arguments):
+    return main(["fit", "-c", "small.yaml", "--run", "one", *arguments])
 
 
 def callbacks(*classes):
@@ -126,7 +127,7 @@ def test_a_schedule_of_torch_replaces_the_cosine(task_yaml):
     assert state["factor"] == 1.0
 
 
-def test_commands_take_a_run_and_measure_its_best_checkpoint(task_yaml, capsys):
+def test_commands_take_a_run_and_measure_its_best_checkpoint_and_try_shows_both_models(task_yaml, capsys, monkeypatch):
     assert main(["train", "-c", task_yaml, "--run", "one"]) == 0
     result = json.loads(Path("logs/small/one/metrics.json").read_text())
     capsys.readouterr()
@@ -138,27 +139,22 @@ def test_commands_take_a_run_and_measure_its_best_checkpoint(task_yaml, capsys):
     assert len(Path("a.jsonl").read_text().splitlines()) == 1
     assert main(["test", "logs/small/two"]) == 2
     assert "logs/small/two: no run is there" in capsys.readouterr().err
-
-
-def test_try_answers_with_base_and_tuned_model(task_yaml, capsys, monkeypatch):
-    assert main(["train", "-c", task_yaml, "--run", "one"]) == 0
-    capsys.readouterr()
-    monkeypatch.setattr("sys.stdin", __import__("io").StringIO("number 5\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("number 5\n"))
     assert main(["try", "logs/small/one"]) == 0
     out = capsys.readouterr().out
     assert "base" in out and "tuned" in out and "verdict" in out
 
 
-def test_quick_measures_no_baselines_and_few_rows(task_yaml, capsys):
+def test_quick_measures_no_baselines_no_longer_inputs_and_few_rows(task_yaml, capsys):
     assert main(["train", "-c", task_yaml, "--run", "one", "--quick", "--data.validation", "train.jsonl"]) == 2
     assert main(["train", "-c", task_yaml, "--run", "two", "--quick", "--baselines", "[few_shot]"]) == 0
     result = json.loads(Path("logs/small/two/metrics.json").read_text())
-    assert "few_shot" not in result and result["rows"] <= 50
+    assert "few_shot" not in result and result["rows"] <= 50 and result["probe"] == []
 
 
-def test_baselines_are_measured_on_a_stated_sample_and_say_how_long_they_take(task_yaml, capsys):
-    words = ["--data.test", "0.4", "--baseline_rows", "9", "--baselines", "[few_shot]"]
-    assert main(["train", "-c", task_yaml, "--run", "one", *words]) == 0
+def test_baselines_are_measured_on_a_sample_and_print_how_long_they_take(task_yaml, capsys):
+    arguments = ["--data.test", "0.4", "--baseline_rows", "9", "--baselines", "[few_shot]"]
+    assert main(["train", "-c", task_yaml, "--run", "one", *arguments]) == 0
     result = json.loads(Path("logs/small/one/metrics.json").read_text())
     rows = {name: result["counts"][name]["format/exact"][1] for name in ("before", "few_shot", "after")}
     assert rows["before"] == rows["few_shot"] == 9 < rows["after"]
@@ -166,7 +162,7 @@ def test_baselines_are_measured_on_a_stated_sample_and_say_how_long_they_take(ta
     assert f"baselines: 2 evaluations of 9 of {rows['after']} test rows" in out and "--baselines '[]'" in out
 
 
-def test_the_short_help_is_quick_and_says_the_true_defaults(task_yaml, capfd):
+def test_the_short_help_is_quick_and_prints_the_defaults(task_yaml, capfd):
     program = "import sys; from formtune.cli import main; main(['train', '--help']); sys.exit('torch' in sys.modules)"
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -174,9 +170,9 @@ def test_the_short_help_is_quick_and_says_the_true_defaults(task_yaml, capfd):
     with pytest.raises(SystemExit):
         main(["fit", "-c", task_yaml, "--print_config"])
     config = yaml.safe_load(capfd.readouterr().out)
-    told = {key: default for key, default, *_ in KEYS}
+    printed = {key: default for key, default, *_ in KEYS}
     defaults = yaml.safe_load((ROOT / "configs/reference.yaml").read_text())
-    for key, default in told.items():
+    for key, default in printed.items():
         node = defaults
         for part in key.split("."):
             if node is None:  # a class whose defaults are in its own signature

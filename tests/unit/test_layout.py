@@ -1,7 +1,8 @@
-"""The walls between the folders of the package, and the size of its files."""
+"""Which folder of the package may import which, and the size of its files."""
 
 import ast
 import collections
+import functools
 import os
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ def modules() -> dict[str, Path]:
     return {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
 
 
+@functools.cache
 def imports() -> dict[str, set[str]]:
     """For each module those of the package that it imports, anywhere in its text."""
     files = modules()
@@ -34,12 +36,12 @@ def imports() -> dict[str, set[str]]:
     for name, path in files.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
-                found = [alias.name for alias in node.names]
+                names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:
-                found = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             else:
                 continue
-            edges[name] |= {one for one in found if one in files and one != name}
+            edges[name] |= {one for one in names if one in files and one != name}
     return edges
 
 
@@ -62,18 +64,18 @@ def test_there_are_no_import_circles():
 
 
 def test_nothing_imports_the_entry_point():
-    users = [name for name, found in imports().items() if "formtune.cli" in found]
+    users = [name for name, imported in imports().items() if "formtune.cli" in imported]
     assert users == ["formtune.__main__"]
 
 
 def test_the_core_imports_neither_an_optional_folder_nor_a_command():
     beyond = {"audit", "sweep", "export", "deploy", "demo", "commands"}
-    for name, found in imports().items():
+    for name, imported in imports().items():
         if folder(name) in CORE:
-            assert not [one for one in found if folder(one) in beyond], name
+            assert not [one for one in imported if folder(one) in beyond], name
 
 
-def test_formats_know_no_torch_and_data_and_model_do_not_know_each_other():
+def test_formats_import_no_torch_and_data_and_model_do_not_import_each_other():
     for name, path in modules().items():
         text = path.read_text()
         if folder(name) == "formats":
@@ -85,11 +87,11 @@ def test_formats_know_no_torch_and_data_and_model_do_not_know_each_other():
         "model": {"data", "training"},
         "formats": {"base", "data", "model"},
     }
-    for name, found in imports().items():
-        assert not {folder(one) for one in found} & walls.get(folder(name), set()), name
+    for name, imported in imports().items():
+        assert not {folder(one) for one in imported} & walls.get(folder(name), set()), name
 
 
-def test_the_package_root_holds_the_entry_point_and_the_ground_alone():
+def test_the_package_root_holds_the_entry_point_errors_and_files_alone():
     assert {p.name for p in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "cli.py", "errors.py", "files.py"}
 
 
@@ -99,37 +101,38 @@ def test_no_two_files_have_the_same_name():
     assert not [name for name, count in names.items() if count > 1 and name not in optional]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("folder", OPTIONAL)
-def test_the_core_runs_the_demo_without_an_optional_folder(folder, tmp_path):
+def test_nothing_imports_an_optional_folder_that_can_be_deleted(folder):
+    deleted = [PACKAGE / name for name in (folder, *OPTIONAL[folder])]
+    files = modules()
+    gone = {name for name, path in files.items() if any(path.is_relative_to(one) for one in deleted)}
+    assert gone
+    for name, imported in imports().items():
+        optional = {"formtune.export"} if name == "formtune.commands.formtune_cli" else set()  # caught if it is missing
+        assert name in gone or not {one for one in imported & gone if one.rpartition(".")[0] not in optional}, name
+
+
+@pytest.mark.slow
+def test_the_core_runs_the_demo_without_the_optional_folders(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "src/formtune", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    for name in (folder, *OPTIONAL[folder]):
+    deleted = {name for folder, files in OPTIONAL.items() for name in (folder, *files)}
+    for name in deleted:
         path = tmp_path / "src/formtune" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     env = os.environ | {"PYTHONPATH": f"{tmp_path}/src", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-m"]
-    subprocess.run([*program, "formtune.demo.generator", "data/demo/"], cwd=tmp_path, env=env, check=True)
-    words = [
-        "--quick",
-        "--trainer.max_steps",
-        "2",
-        "--data.max_evaluation_rows",
-        "10",
-        "--trainer.precision",
-        "32-true",
-    ]
+    subprocess.run([sys.executable, "-m", "formtune.demo.generator", "data/demo/"], cwd=tmp_path, env=env, check=True)
+    program = [sys.executable, "-m", "formtune"]
+    flags = ["--quick", "--trainer.max_steps", "2", "--data.max_evaluation_rows", "10", "--trainer.precision",
+             "32-true"]  # fmt: skip
     done = subprocess.run(
-        [*program, "formtune", "train", "-c", "configs/demo.yaml", *words], cwd=tmp_path, env=env, capture_output=True,
-        text=True,
-    )  # fmt: skip
+        [*program, "train", "-c", "configs/demo.yaml", *flags], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert list(tmp_path.glob("logs/demo/*/adapter/adapter_model.safetensors"))
-    listed = subprocess.run(
-        [*program, "formtune", "--help"], cwd=tmp_path, env=env, capture_output=True, text=True
-    ).stdout
-    gone = [Path(name).stem for name in (folder, *OPTIONAL[folder]) if name.endswith(".py")]
-    assert not [name for name in gone if f"\n  {name.replace('_', '-')} " in listed]
+    help_text = subprocess.run([*program, "--help"], cwd=tmp_path, env=env, capture_output=True, text=True).stdout
+    gone = [Path(name).stem.replace("_", "-") for name in deleted if name.endswith(".py")]
+    assert "\n  train " in help_text and not [name for name in gone if f"\n  {name} " in help_text]
 
 
 def test_no_file_has_more_than_300_lines():

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from formtune.audit.drift import compare_inputs
-from formtune.base.row import Row, quantile
+from formtune.base.row import quantile
 from formtune.data.blockers import blockers
 from formtune.data.cleaning import Example
 from formtune.data.encoded import FEW_ROWS, Splits
 from formtune.data.preparation import load_splits, production_rows
 from formtune.data.settings import DataSettings
-from formtune.formats import Format
+from formtune.formats import Format, JsonSchema
 from formtune.formats.content import Words, leaves
 
 COMPLEX_FIELDS = 8  # from this many fields on, or with nesting, a format is complex
@@ -30,6 +31,8 @@ BINS = 40  # of a histogram at most
 OPENING = 3  # words of an opening, and openings that are listed of each source
 VARIETY = 50  # rows of a source whose variety is measured, at least
 GRAVEST = 5  # warnings of a kind that are printed
+SAMPLE = 4000  # inputs of each side that a classifier compares
+FEATURES = 12  # words named for each side
 QUANTILES = {"P50": 50, "P95": 95, "P99": 99, "max": 100}
 
 
@@ -37,12 +40,20 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
     """Prepare the rows, and describe them: the verdict, blockers and warnings with the remedy, and the evidence."""
     splits = load_splits(settings, from_cache=False)
     examples, format = splits.examples, settings.format
-    all_examples = [example for rows in examples.values() for example in rows]
+    all_examples = list(chain(*examples.values()))
     turns = {row.where: row.messages for row in splits.quarantine}
     turns |= {example.where: example.messages for example in all_examples}
     reasons, production = blockers(settings, splits), production_rows(settings)
-    labels, totals = _labels(examples, format)
-    sizes = {name: _sizes(rows) for name, rows in (splits.rows | {"production": production}).items() if rows}
+    labels, label_totals = _labels(examples, format)
+    sizes = {
+        name: {"prompt": [len(row.prompt_ids) for row in rows], "answer": [len(row.target_ids) for row in rows]}
+        for name, rows in (splits.rows | {"production": production}).items()
+        if rows
+    }
+    lengths = {
+        name: {side: {q: quantile(values, p) for q, p in QUANTILES.items()} for side, values in sides.items()}
+        for name, sides in sizes.items()
+    }
     findings: dict[str, Any] = {
         "verdict": "blocked" if reasons else "ready",
         "data": splits.key,
@@ -57,14 +68,19 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
         "own_system": splits.own_system,
         "shared_text": splits.shared,
         "mixtures": [asdict(mixture) for mixture in splits.mixtures],
-        "lengths": {name: _lengths(sides) for name, sides in sizes.items() if name != "production"},
+        "lengths": lengths,
         "histograms": {side: _histogram(sizes, side) for side in ("prompt", "answer") if "train" in sizes},
         "limit": settings.limit,
         "max_new_tokens": settings.max_new_tokens,
         "labels": labels,
-        "label_totals": totals,
+        "label_totals": label_totals,
         "sources": sources(examples["train"]),
         "ungrounded": ungrounded(all_examples, format),
+        "key_order": {
+            "rows": sum(_is_reordered(example, format) for example in examples["train"]),
+            "kept": [] if format.per_row else format.ordered_grammar(splits.orders)[1],
+            "fix": f"data.repair_answers: [{', '.join(dict.fromkeys([*settings.repair_answers, 'canonical']))}]",
+        },
         "suspects": _suspects(splits.suspects),
         "repeats": [
             {key: getattr(row, key) for key in ("split", "reason", "where", "other")} for row in splits.repeats
@@ -75,7 +91,7 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
     }
     if production:
         findings["production"] = {
-            "lengths": _lengths(sizes["production"]),
+            "lengths": lengths.pop("production"),
             "ignored": dict(settings.ignored["production"].most_common()),
             **compare_inputs([example.input for example in examples["train"]], [row.input for row in production]),
         }
@@ -102,6 +118,13 @@ def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[st
     return {path: {"share": len(invented) / counts[path], "rows": invented} for path, invented in rows.items()}
 
 
+def _is_reordered(example: Example, format: Format) -> bool:
+    """Whether an answer's keys come in another order than the schema's."""
+    own = format.of_row(example.schema)
+    plain = json.dumps(example.value, ensure_ascii=False, separators=(",", ":"))
+    return isinstance(own, JsonSchema) and own.write(example.value) != plain
+
+
 def sources(examples: Iterable[Example]) -> dict[str, dict[str, Any]]:
     """For each source its rows, the shares of distinct answers and openings, and the most frequent openings."""
     groups: dict[str, list[tuple[str, str]]] = {}
@@ -119,13 +142,38 @@ def sources(examples: Iterable[Example]) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _sizes(rows: Sequence[Row]) -> dict[str, list[int]]:
-    return {"prompt": [len(row.prompt_ids) for row in rows], "answer": [len(row.target_ids) for row in rows]}
+def compare_inputs(train: Sequence[str], production: Sequence[str]) -> dict[str, Any]:
+    """A classifier two-sample test (Lopez-Paz and Oquab, 2017).
 
+    `auc` is that of a logistic regression over words and word pairs, cross-validated: 0.5 if nothing tells the two
+    apart, 1.0 if everything does. `features` are the words and pairs most typical of each side.
+    """
+    # Slow to import, and needed only if production's inputs are given.
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import cross_val_predict
 
-def _lengths(sides: dict[str, list[int]]) -> dict[str, dict[str, int]]:
-    """P50, P95, P99 and maximum of prompt and answer in tokens."""
-    return {side: {name: quantile(sizes, q) for name, q in QUANTILES.items()} for side, sizes in sides.items()}
+    rng = random.Random(0)
+    ours, theirs = (rng.sample(list(texts), min(SAMPLE, len(texts))) for texts in (train, production))
+    texts, sides = ours + theirs, [0] * len(ours) + [1] * len(theirs)
+    folds = min(5, len(ours), len(theirs))
+    if folds < 2 or not any(map(str.split, texts)):
+        return {"auc": 0.5, "features": {"train": [], "production": []}}
+    # The weights of words do not depend on the sides, so they need no separate folds.
+    vectorizer = TfidfVectorizer(
+        ngram_range=(1, 2), sublinear_tf=True, max_features=50_000, token_pattern=r"(?u)\b\w+\b"
+    )
+    vectors = vectorizer.fit_transform(texts)
+    model = LogisticRegression(class_weight="balanced", max_iter=1000)
+    scores = cross_val_predict(model, vectors, sides, cv=folds, method="predict_proba")[:, 1]
+    order = model.fit(vectors, sides).coef_[0].argsort()
+    typical = {"train": order[:FEATURES], "production": order[::-1][:FEATURES]}
+    names = vectorizer.get_feature_names_out()
+    return {
+        "auc": max(0.5, float(roc_auc_score(sides, scores))),  # below 0.5 is chance
+        "features": {side: [str(names[i]) for i in best] for side, best in typical.items()},
+    }
 
 
 def _histogram(sizes: dict[str, dict[str, list[int]]], side: str) -> dict[str, Any]:
@@ -171,6 +219,7 @@ def _labels(examples: dict[str, list[Example]], format: Format) -> tuple[dict[st
 def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
     """What does not block training and should be looked at, one line each."""
     rows, suspects, production = findings["rows"]["train"]["used"], findings["suspects"], findings["production"]
+    order = findings["key_order"]
     is_complex = len(format.fields) >= COMPLEX_FIELDS or any("." in path for path in format.fields)
     if rows < FEW_ROWS:
         yield (
@@ -182,6 +231,18 @@ def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
             f"{rows:,} training rows: 2,000 to 5,000 are usual for a format with many or nested fields "
             f"({len(format.fields)} here); compare a run on half of them to see whether more would help"
         )
+    if order["rows"]:
+        yield (
+            f"{order['rows']:,} of {rows:,} training answers have keys in another order than the schema's; formtune's "
+            "constrained decoding allows it, but an engine that forces the schema's order (vLLM, llama.cpp, OpenAI's "
+            "response_format) makes the model leave out each key that it has passed; if you serve with one, train on "
+            f"that order: {order['fix']}"
+        )
+    if order["kept"]:
+        yield (
+            f"key order: constrained decoding allows one order at {', '.join(order['kept'][:GRAVEST])}, and training "
+            f"answers have several; train on one: {order['fix']}"
+        )
     if suspects:
         row, others = suspects[0]["where"], suspects[0]["others"]
         rest = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
@@ -189,32 +250,30 @@ def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
             f"{len(suspects):,} rows have nearly the same input as others and an answer whose difference it does not "
             f"show ({row} and {others[0]['where']}{rest}): is one of them wrong?"
         )
-    for split, number in Counter(row["split"] for row in findings["repeats"]).items():
+    for split in dict.fromkeys(row["split"] for row in findings["repeats"]):
         repeats = [row for row in findings["repeats"] if row["split"] == split]
         yield (
-            f"data.{split}: {number:,} rows repeat or nearly repeat another one of the file ({repeats[0]['where']} and "
-            f"{repeats[0]['other']}); they are used, so that its figures stay comparable"
+            f"data.{split}: {len(repeats):,} rows repeat or nearly repeat another one of the file "
+            f"({repeats[0]['where']} and {repeats[0]['other']}); they are used, so that its figures stay comparable"
         )
-    kinds: dict[str, list[tuple[int, str]]] = {"rare labels": [], "values that are not in their inputs": []}
-    rare_labels, invented = kinds.values()
+    rare_labels, invented = [], []  # each line after minus its number of labels or values: the gravest first
     for path, splits in findings["labels"].items():
-        total = sum(splits["train"].values())
-        if findings["label_totals"][path]["labels"] <= LABELS and (
-            rare := sorted(label for label, count in splits["train"].items() if count < RARE * total)
-        ):
-            few = f"fewer than {RARE:.0%} of the training rows"
-            rare_labels.append((-len(rare), f"{path}: {few} have {', '.join(rare[:8])}"))
+        least = RARE * sum(splits["train"].values())
+        rare = sorted(label for label, count in splits["train"].items() if count < least)
+        if rare and findings["label_totals"][path]["labels"] <= LABELS:
+            line = f"{path}: fewer than {RARE:.0%} of the training rows have {', '.join(rare[:8])}"
+            rare_labels.append((-len(rare), line))
     can_derive = "derived" in format.to_dict()["init_args"]
     derived = " If answers compute them, name the field in data.format.derived" if can_derive else ""
     for path, entry in findings["ungrounded"].items():
         first = entry["rows"][0]
-        text = (
+        line = (
             f"{path or 'the answer'}: {len(entry['rows']):,} values ({entry['share']:.0%}) are not in their inputs "
             f"({first['where']}: {str(first['value'])[:40]!r}): invented, or derived?{derived}"
         )
-        invented.append((-len(entry["rows"]), text))
-    for kind, entries in kinds.items():
-        lines = [text for _, text in sorted(entries)]  # the gravest first
+        invented.append((-len(entry["rows"]), line))
+    for kind, entries in (("rare labels", rare_labels), ("values that are not in their inputs", invented)):
+        lines = [line for _, line in sorted(entries)]
         yield from lines[:GRAVEST]
         if more := lines[GRAVEST:]:
             findings["more_warnings"][kind] = more

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from formtune.data.encoded import Splits
-from formtune.data.table import print_data, print_ignored
+from formtune.data.settings import DataSettings
+from formtune.data.table import print_data
 from formtune.evaluation.page import environment
 from formtune.files import write_json, write_lines, write_whole
 
@@ -33,11 +33,9 @@ def page(findings: dict[str, Any]) -> str:
     return template.render(audit=findings, reasons=reasons, shown=SHOWN)
 
 
-def print_audit(findings: dict[str, Any], splits: Splits, folder: Path) -> None:
+def print_audit(findings: dict[str, Any], settings: DataSettings, splits: Splits, folder: Path) -> None:
     """Print the data table, the blockers and warnings, and one line with the verdict."""
-    print_data(splits, folder)
-    if findings["production"]:
-        print_ignored(Counter(findings["production"]["ignored"]), "production")
+    print_data(settings, splits, folder)
     console = Console(highlight=False, soft_wrap=True)
     for kind, color in (("blockers", "red"), ("warnings", "yellow")):
         for line in findings[kind]:

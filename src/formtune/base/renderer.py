@@ -11,6 +11,8 @@ from itertools import takewhile
 from types import SimpleNamespace
 from typing import Any
 
+from tokenizers.decoders import DecodeStream
+
 from formtune.base.folder import check_base
 from formtune.base.row import SYSTEM_ROLES, Message, Row, UnfitRow, full_text, with_json_arguments
 from formtune.errors import UserError, first_line
@@ -31,11 +33,7 @@ class Renderer:
     decode to the answer exactly. A row that fails, or of which the template leaves out a turn, is an `UnfitRow`.
     The target is all that the template writes of the answer, tool calls included.
     Without a chat template, `system`, the turns and the answer are separated by blank lines and closed by EOS.
-
-    Args:
-        tokenizer: A fast Hugging Face tokenizer; its template is used as served, with thinking switched off.
-        date: Day that the template writes where it writes today's, as YYYY-MM-DD, so that a row has the same tokens on
-            every day; None leaves it to the clock.
+    Thinking is off. `date`, as YYYY-MM-DD, is what a template writes as today's; None leaves it to the clock.
     """
 
     def __init__(self, tokenizer: Any, date: str | None = None) -> None:
@@ -124,10 +122,9 @@ class Renderer:
         """
         for number, given in enumerate(rows):
             try:
-                row: Row | UnfitRow = self._row(number, *given)
+                yield self._row(number, *given)
             except UnfitRow as error:
-                row = error
-            yield row
+                yield error
 
     def _row(
         self, number: int, messages: list[Message], where: str, schema: str | None = None, tools: str | None = None
@@ -156,10 +153,6 @@ class Renderer:
         input = next(turn["content"] for turn in reversed(messages) if turn["role"] == "user")
         return Row(prompt_ids, target_ids, input, target, where, number, messages=messages, schema=schema, tools=tools)
 
-    def written(self, messages: list[Message], tools: str | None) -> str:
-        """The last answer as the template writes it; raises UnfitRow."""
-        return self._row(0, messages, "", None, tools).target or ""
-
     def _check_parts(self, turns: list[Message], tools: str | None) -> None:
         """Refuse a row if the template writes the same without its tools, calls or reasoning."""
         asks = turns[-1]["role"] != "assistant"
@@ -174,6 +167,11 @@ class Renderer:
         """Text of generated `ids` up to the first stop token, and whether there was one."""
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
         return self._decode(ids[:end]).removeprefix(self._lead), end is not None
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text that each token adds; of several tokens that make up one character, the last one adds it."""
+        stream = DecodeStream(skip_special_tokens=False)
+        return [stream.step(self.tokenizer.backend_tokenizer, token) or "" for token in ids]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

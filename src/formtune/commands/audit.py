@@ -1,12 +1,9 @@
 """`formtune audit`: writes and prints what it finds."""
 
-from __future__ import annotations
-
 from formtune.audit.findings import audit
 from formtune.audit.output import print_audit, write_report
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
-from formtune.data.table import print_notes
 from formtune.files import LOGS
 
 
@@ -16,6 +13,5 @@ def run(command: str, args: list[str]) -> int:
     findings, splits = audit(settings)
     folder = LOGS / config.task / "audit"
     write_report(findings, folder)
-    print_notes(settings.format)
-    print_audit(findings, splits, folder)
+    print_audit(findings, settings, splits, folder)
     return int(findings["verdict"] == "blocked")

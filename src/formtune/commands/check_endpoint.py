@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ import numpy as np
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from rich.console import Console
 
+from formtune.base.row import Row
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
 from formtune.data.blockers import check_rows
@@ -22,9 +24,12 @@ from formtune.data.progress import shown
 from formtune.deploy.endpoint import Endpoint
 from formtune.errors import UserError
 from formtune.evaluation.comparison import figures, figures_table
+from formtune.evaluation.confidence import UNKNOWN, confidence
 from formtune.evaluation.outcomes import Outcome, outcome, worst_first, write_outcomes
+from formtune.evaluation.selective import aurc, calibration_error, judged
 from formtune.files import LOGS, write_json
-from formtune.formats import KINDS
+from formtune.formats import KINDS, Format
+from formtune.formats.json_schema import JsonSchema
 
 WORST = 3  # answers that are printed
 
@@ -41,6 +46,8 @@ def run(command: str, args: list[str]) -> int:
     parser.add_argument("--at_once", type=PositiveInt, default=4, help="Requests at the same time")
     parser.add_argument("--min_exact", type=ClosedUnitInterval, default=0.0, help="Share of answers in a valid "
                         "format below which the exit code is 1")  # fmt: skip
+    parser.add_argument("--constrained", type=bool, default=False, help="Send the schema as response_format, for "
+                        "constrained decoding by the server")  # fmt: skip
     parser.add_argument("--run", type=str, default="endpoint", help="Name of the folder to write in logs/<task>/")
     config, settings = read_task(parser, args)
     folder = LOGS / config.task / config.run
@@ -53,11 +60,12 @@ def run(command: str, args: list[str]) -> int:
     rows = [replace(row, messages=settings.renderer.turns(row.messages)) for row in splits.rows["test"]]
     if config.rows and config.rows < len(rows):
         rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), config.rows))]
-    endpoint = Endpoint(config.url, config.served_model or config.task, settings.max_new_tokens)
-    endpoint.open(rows[0])
+    schemas = [_schema(settings.format, row) if config.constrained else None for row in rows]
+    endpoint = Endpoint(config.url, config.served_model or config.task, settings.max_new_tokens, settings.renderer)
+    endpoint.open(rows[0], schemas[0])
     started, pool = time.perf_counter(), ThreadPoolExecutor(config.at_once)
     try:
-        replies = list(shown(pool.map(endpoint.ask, rows), len(rows), "asking"))
+        replies = list(shown(pool.map(endpoint.ask, rows, schemas), len(rows), "asking"))
     finally:
         pool.shutdown(cancel_futures=True)
     seconds = time.perf_counter() - started
@@ -65,7 +73,9 @@ def run(command: str, args: list[str]) -> int:
     for row, reply in zip(rows, replies, strict=True):
         own = format.of_row(row.schema)
         verdict = own.check(reply.text, finished=reply.finished, target=row.target, input=row.context)
-        outcomes.append(outcome(row, reply.text, verdict, format))
+        sure = confidence(**reply.tokens, answer=reply.text, verdict=verdict, format=own) if reply.tokens else UNKNOWN
+        outcomes.append(outcome(row, reply.text, verdict, format, sure))
+    known = judged(outcomes)
     kinds = Counter(outcome.kind for outcome in outcomes)
     times = [reply.seconds for reply in replies]
     result = {
@@ -73,12 +83,15 @@ def run(command: str, args: list[str]) -> int:
         "model": endpoint.model,
         "data": splits.key,
         "rows": len(outcomes),
-        "prompts": "same tokens" if endpoint.gives_ids else "same number of tokens",
+        "prompts": "same tokens" if endpoint.ids else "same number of tokens",
         "figures": figures(outcomes),
         "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
+        "confidence": {"aurc": aurc(known), "calibration_error": calibration_error(known)} if known else None,
         "at_once": config.at_once,
         "latency_s": {f"P{percent}": float(np.percentile(times, percent)) for percent in (50, 95)},
         "requests_per_s": len(replies) / seconds,
+        "tokens_per_s": sum(reply.count for reply in replies) / seconds,
+        "constrained": config.constrained,
     }
     write_outcomes(folder / "outcomes" / "after.jsonl", outcomes)
     write_json(folder / "endpoint.json", result)
@@ -90,13 +103,26 @@ def run(command: str, args: list[str]) -> int:
     return int(exact < config.min_exact)
 
 
+def _schema(format: Format, row: Row) -> Any:
+    """The schema that a server is to keep, of the row or of the task."""
+    if not isinstance(format, JsonSchema):
+        raise UserError(f"--constrained: a server takes a JSON Schema, and data.format is {type(format).__name__}")
+    return json.loads(row.schema) if row.schema else format.schema
+
+
 def _show(result: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
     """One table, a line for each other figure, and the worst answers beside their targets."""
     runs = [{"name": result["model"], "figures": result["figures"]}]
     Console().print(figures_table(f"What is served, on {result['rows']:,} test rows", runs, [{}]))
     print(f"prompts: {result['prompts']} as formtune's in every row")
     print("kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in result["kinds"].items()))
+    sure = result["confidence"]
+    figures = sure and f"AURC {sure['aurc']:.4f}, expected calibration error {sure['calibration_error']:.1%}"
+    print(f"confidence: {figures or 'the server gives no log-probabilities'}")
     latency = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in result["latency_s"].items())
-    print(f"latency with {result['at_once']} at once: {latency}; {result['requests_per_s']:.2f} requests/s")
+    print(
+        f"latency with {result['at_once']} at once: {latency}; {result['requests_per_s']:.2f} requests/s, "
+        f"{result['tokens_per_s']:.0f} tokens/s"
+    )
     for bad in worst_first(outcomes)[:WORST]:
         print(f"{bad.where}: {bad.kind}: {bad.detail}\n  target {bad.target!r}\n  answer {bad.answer!r}")

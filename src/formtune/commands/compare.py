@@ -1,7 +1,5 @@
 """`formtune compare`: whether one run is better than another on the same test rows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from formtune.commands import COMMANDS
@@ -26,7 +24,6 @@ examples:
 
 
 def run(command: str, args: list[str]) -> int:
-    """Read, compare, print, and write JSON if `--out` asks for it."""
     usage = "formtune compare RUN RUN [RUN ...] [--out FILE.json]"
     parser = CommandParser(command, COMMANDS[command].description, usage, HELP)
     parser.add_argument("runs", metavar="RUN", nargs="*", help="Folder of a run, for its tuned model; FOLDER:NAME for "

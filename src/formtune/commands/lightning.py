@@ -1,7 +1,5 @@
 """`formtune train`, `fit`, `validate`, `test` and `predict`."""
 
-from __future__ import annotations
-
 import logging
 import os
 import threading
@@ -26,7 +24,6 @@ QUIET = (
 
 
 def run(command: str, args: list[str]) -> None:
-    """Run `train`, `fit`, `validate`, `test` or `predict`."""
     if {"-h", "--help"} & set(args):
         print(short_help(command, COMMANDS[command].description))
         return
@@ -59,9 +56,8 @@ def run(command: str, args: list[str]) -> None:
         if not any(words in str(error) for words in LOST):
             raise
         time.sleep(1)  # the process that failed prints its own message, and first
-        raise Fault(
-            "another process of this run ended or was killed; see its message, and continue with --resume"
-        ) from error
+        message = "another process of this run ended or was killed; see its message, and continue with --resume"
+        raise Fault(message) from error
     finally:
         threading.excepthook = threading.__excepthook__
         signals.restore()

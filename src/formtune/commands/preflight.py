@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from formtune.base.folder import context_length
-from formtune.base.row import quantile
+from formtune.base.row import Row, quantile
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
 from formtune.data.preparation import encode_inputs, production_rows
@@ -26,6 +26,7 @@ from formtune.export.trial import Trial, attempt
 from formtune.files import LOGS, write_json
 from formtune.model.lora import Lora
 
+RENDERED = 16  # prompts that llama.cpp must render as training does
 COLORS = {"ok": "green", "warning": "yellow", "fails": "red", "not tried": "yellow"}
 
 
@@ -40,8 +41,10 @@ def run(command: str, args: list[str]) -> int:
     config, settings = read_task(parser, args)
     targets, base = _targets(config.targets), config.model.base
     lora: Lora = parser.instantiate_classes(config).model.lora
-    plan, length = read_plan(base, lora, config.model.quantize), _input_tokens(settings, base)
-    checks = [*_rules(plan, targets), *_trials(base, lora, length, targets)]
+    plan, prompts = read_plan(base, lora, config.model.quantize), _prompts(settings)
+    length = min(quantile([len(row) for row in prompts], 95), (context_length(base) or 10**9) - 8)
+    rendered = [row for row in prompts if len(row) <= length][-RENDERED:] if "gguf" in targets else []
+    checks = [*_rules(plan, targets), *_trials(targets, base, lora, length, rendered)]
     if settings.renderer.note and "vllm" in targets:
         checks.append(_check("vllm", "chat template", "warning", settings.renderer.note))
     failed = [name for name in targets if any(it["target"] == name and it["verdict"] == "fails" for it in checks)]
@@ -64,14 +67,13 @@ def _targets(text: str) -> list[str]:
     return [name for name in TARGETS if name in names]
 
 
-def _input_tokens(settings: DataSettings, base: str) -> int:
-    """Tokens of production's inputs at P95; of the training rows' if the task names no production inputs."""
-    rows = production_rows(settings)
-    if not rows:
-        if settings.sources["train"] is None:
-            raise UserError("data.train: name a file to train on")
-        rows = encode_inputs(settings, settings.sources["train"], "train")
-    return min(quantile([len(row) for row in rows], 95), (context_length(base) or 10**9) - 8)
+def _prompts(settings: DataSettings) -> list[Row]:
+    """Production's inputs; the training rows' if the task names none."""
+    if rows := production_rows(settings):
+        return rows
+    if settings.sources["train"] is None:
+        raise UserError("data.train: name a file to train on")
+    return encode_inputs(settings, settings.sources["train"], "train")
 
 
 def _rules(plan: Plan, targets: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -84,13 +86,15 @@ def _rules(plan: Plan, targets: Sequence[str]) -> Iterator[dict[str, str]]:
             yield _check(target, "rules", "ok", "no rule applies")
 
 
-def _trials(base: str, lora: Lora, length: int, targets: Sequence[str]) -> Iterator[dict[str, str]]:
+def _trials(
+    targets: Sequence[str], base: str, lora: Lora, length: int, rendered: Sequence[Row]
+) -> Iterator[dict[str, str]]:
     """Try each target that begins with the merged model."""
     targets = [target for target in targets if target in MERGED]
     if not targets:
         return
     with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(base, lora, length, Path(folder))
+        trial = Trial(base, lora, length, Path(folder), rendered)
         merges, merged = attempt(trial.merged)
         for target in targets:
             if missing := lacking(target):

@@ -32,21 +32,19 @@ def _promote(parser: CommandParser, args: list[str]) -> None:
     config = parser.parse_args(args)
     if config.force and not config.reason:
         raise UserError("--force: say why with --reason; the history keeps both")
-    exported = config.run / config.kind
-    manifest = verify(exported)
-    outcomes = config.run / "outcomes" / ("after.jsonl" if config.kind == "adapter" else f"{config.kind}.jsonl")
-    version, name = f"{config.run.resolve().name}-{config.kind}", f"{registry.task_of(exported)}/{config.to}"
+    exported = registry.read_exported(config.run / config.kind)
+    version, name = f"{config.run.resolve().name}-{config.kind}", f"{exported.task}/{config.to}"
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(f"--to: {name!r}: use letters, digits, '.', '_' and '-', and begin with a letter or digit")
     with registry.locked(name) as deployment:
         if version == deployment.current:
             raise UserError(f"{name}: points to {version} already")
-        objections = weigh(deployment, manifest["format"], outcomes)
+        objections = weigh(deployment, exported.manifest["format"], exported.outcomes)
         if objections and not config.force:
             raise UserError(f"not promoted: {', and '.join(objections)}; or --force --reason '...'")
-        registry.store(exported, deployment.version_folder(version))
-        if outcomes.is_file():
-            write_outcomes(deployment.outcomes(version), read_outcomes(outcomes))
+        registry.store(exported.folder, deployment.version_folder(version))
+        if exported.outcomes.is_file():
+            write_outcomes(deployment.outcomes(version), read_outcomes(exported.outcomes))
         deployment.move("promote", version, config.reason, objections)
     _moved(deployment)
     for objection in objections:

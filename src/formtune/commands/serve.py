@@ -9,12 +9,12 @@ from formtune.base.folder import skeleton
 from formtune.base.renderer import Renderer
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
-from formtune.deploy.registry import full_name, read_deployment, task_of
+from formtune.deploy.registry import Exported, find_exported
 from formtune.deploy.server import HOST, serve
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import read_outcomes
 from formtune.export.rules import Plan, refuse
-from formtune.training.manifest import NAME, base_files, verify
+from formtune.training.manifest import base_files
 
 
 def run(command: str, args: list[str]) -> int:
@@ -22,47 +22,40 @@ def run(command: str, args: list[str]) -> int:
     parser = CommandParser(command, COMMANDS[command].description)
     parser.add_argument("what", metavar="RUN", help="Folder of a run, a deployment such as demo/production, or an "
                         "exported folder")  # fmt: skip
-    parser.add_argument("--as", dest="kind", default="adapter", help="Which of a run's exported folders (default: "
-                        "adapter)")  # fmt: skip
+    parser.add_argument("--as", dest="kind", help="Which of a run's exported folders (default: adapter, and with "
+                        "--engine llamacpp its GGUF file)")  # fmt: skip
     parser.add_argument("--port", type=int, default=8000, help="Port on this machine (default: 8000)")
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="vllm: print the "
-                        "command, for an environment that has it")  # fmt: skip
+    parser.add_argument("--engine", choices=("transformers", "llamacpp", "vllm"), help="vllm: print the command, for "
+                        "an environment that has it (default: llamacpp for GGUF, else transformers)")  # fmt: skip
     config = parser.parse_args(args)
-    exported, outcomes = find_exported(config.what, config.kind)
-    manifest = verify(exported)
-    base = manifest["base"]["path"] if manifest["kind"] == "adapter" else None
-    if base is not None and base_files(base) != manifest["base"]["files"]:
-        raise UserError(f"{base}: not the base that {exported} was trained on; its files differ")
-    if config.engine == "transformers":
-        rows = read_outcomes(outcomes) if outcomes.is_file() else []
-        return serve(exported, task_of(exported), base, config.port, rows[0].input if rows else "Hello")
+    files = sorted(Path(config.what).glob("gguf-*")) if config.engine == "llamacpp" else []
+    exported = find_exported(config.what, config.kind or (files[0].name if files else "adapter"))
+    trained_on, gguf = exported.manifest["base"], exported.kind == "gguf"
+    base = trained_on["path"] if exported.kind == "adapter" else None
+    if base is not None and base_files(base) != trained_on["files"]:
+        raise UserError(f"{base}: not the base that {exported.folder} was trained on; its files differ")
+    engine = config.engine or ("llamacpp" if gguf else "transformers")
+    if gguf != (engine == "llamacpp"):
+        remedy = "leave --engine out" if gguf else "formtune export RUN --as gguf makes one, then --as gguf-q8_0"
+        raise UserError(f"--engine {engine}: llama.cpp, and only llama.cpp, serves a GGUF file here; {remedy}")
+    if engine != "vllm":
+        rows = read_outcomes(exported.outcomes) if exported.outcomes.is_file() else []
+        return serve(exported, engine, base, config.port, rows[0].input if rows else "Hello")
     print(shlex.join(vllm_command(exported, base, config.port)))
-    if note := Renderer.load(str(exported.resolve())).note:
+    if note := Renderer.load(str(exported.folder.resolve())).note:
         print(f"# {note}")
     print(f"# check it: formtune check-endpoint http://{HOST}:{config.port}/v1 -c TASK.yaml")
     return 0
 
 
-def find_exported(name: str, kind: str) -> tuple[Path, Path]:
-    """The folder and the outcomes of an exported folder, a run (its export of this kind) or a deployment."""
-    for folder in (Path(name), Path(name, kind)):
-        if (folder / NAME).is_file():
-            return folder, folder.parent / "outcomes" / "after.jsonl"
-    if Path(name).is_dir():
-        raise UserError(f"{name}: neither an exported folder nor a run with {kind}/; formtune export makes one")
-    deployment = read_deployment(full_name(name))
-    version = str(deployment.current)
-    return deployment.version_folder(version), deployment.outcomes(version)
-
-
-def vllm_command(exported: Path, base: str | None, port: int) -> list[str]:
+def vllm_command(exported: Exported, base: str | None, port: int) -> list[str]:
     """vLLM's command for an adapter on its base, or for a merged model; refuses an adapter that vLLM cannot serve."""
-    folder, task = str(exported.resolve()), task_of(exported)
+    folder, task = str(exported.folder.resolve()), exported.task
     words = [folder, "--served-model-name", task]
     if base is not None:
         from peft import PeftConfig
 
-        plan = Plan(skeleton(base), PeftConfig.from_pretrained(str(exported)))
+        plan = Plan(skeleton(base), PeftConfig.from_pretrained(folder))
         refuse(plan, ["vllm"])
         template = f"{folder}/chat_template.jinja"
         words = [

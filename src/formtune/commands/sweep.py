@@ -1,15 +1,15 @@
 """`formtune sweep`: one `formtune train` for each point and seed, what they measured, and the point to take."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io
+import itertools
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
@@ -24,9 +24,8 @@ from formtune.configuration.parsing import CommandParser
 from formtune.configuration.yaml_file import config_paths
 from formtune.errors import UserError
 from formtune.files import LOGS, write_json, write_whole
-from formtune.sweep import grid
 from formtune.sweep.choice import METRICS, Measured, choose, measure
-from formtune.sweep.runs import Job, devices, run_all
+from formtune.sweep.runs import RANKS, Job, devices, grid, run_all, seed_numbers
 
 HELP = """\
 All other arguments are passed to `formtune train`, -c TASK.yaml first of all. A point is one value for each key.
@@ -48,12 +47,12 @@ def run(command: str, args: list[str]) -> int:
     usage = "%(prog)s -c TASK.yaml [--over KEY=VALUES ...] [--seeds SEEDS] [--key value ...]"
     parser = CommandParser(command, COMMANDS[command].description, usage, HELP)
     parser.add_argument("--over", action="append", metavar="KEY=VALUES", help="A key of the task and the values to "
-                        f"try; several make all combinations (default: {grid.RANKS})")  # fmt: skip
+                        f"try; several make all combinations (default: {RANKS})")  # fmt: skip
     # With fewer, a better rank cannot be told from a luckier seed.
     parser.add_argument("--seeds", default="0,1,2", help="Seeds that each point is trained with (default: %(default)s)")
     options, arguments = parser.parse_known_args(args)
-    points, seeds = grid.points(options.over or [grid.RANKS]), grid.seeds(options.seeds)
-    keys = list(points[0].values)
+    points, seeds = grid(options.over or [RANKS]), seed_numbers(options.seeds)
+    keys = [argument.partition("=")[0].removeprefix("--") for argument in points[0].arguments]
     given = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
     for key in given & RESERVED.union(keys) | RESERVED.intersection(keys):
         raise UserError(f"{key}: the sweep sets it; --over names the values to try, --seeds the seeds")
@@ -68,16 +67,21 @@ def run(command: str, args: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            day = _first_day(folder)
             if not (settings.get("data") or {}).get("date"):
-                arguments.append(f"--data.date={day}")
+                arguments.append(f"--data.date={_first_day(folder)}")
             # All points once before any of them twice: an interrupted sweep shows the most.
-            jobs = [_job(point, seed, folder, arguments) for seed in seeds for point in points]
+            jobs = []
+            for seed, point in itertools.product(seeds, points):
+                name = f"{point.name}-seed{seed}"
+                own = [f"--seed_everything={seed}", f"--run={folder.name}/{name}", "--resume"]
+                jobs.append(Job(point.name, folder / name, [*arguments, *point.arguments, *own]))
             same_rows = not any(key.startswith(CHANGES_ROWS) for key in keys)
             failed = _run(jobs, devices(settings.get("trainer") or {}), folder, same_rows)
-            finished = [(job.point, result) for job in jobs if (result := job.result())]
-            results = {point.name: [result for name, result in finished if name == point.name] for point in points}
-            measured = [measure(name, of_a_point) for name, of_a_point in results.items() if of_a_point]
+            results: dict[str, list[Any]] = {}
+            for job in jobs:
+                if result := job.result():
+                    results.setdefault(job.point, []).append(result)
+            measured = [measure(point.name, results[point.name]) for point in points if point.name in results]
             # A point that lost a seed would be judged by those that went well.
             complete = [point for point in measured if point.seeds == len(seeds)]
             taken, why = None, "Nothing is taken: no point has finished with every seed."
@@ -92,12 +96,6 @@ def run(command: str, args: list[str]) -> int:
         raise UserError(f"{folder}: this sweep is already running") from None
     _print(measured, len(seeds), taken, why, folder)
     return int(bool(failed))
-
-
-def _job(point: grid.Point, seed: int, folder: Path, arguments: Sequence[str]) -> Job:
-    name = f"{point.name}-seed{seed}"
-    own = [f"--seed_everything={seed}", f"--run={folder.name}/{name}", "--resume"]
-    return Job(point.name, folder / name, [*arguments, *point.arguments, *own])
 
 
 def _configuration(arguments: Sequence[str]) -> str:
@@ -144,7 +142,6 @@ def _run(jobs: Sequence[Job], on: Sequence[str | None], folder: Path, same_rows:
 
 
 def _print(measured: Sequence[Measured], seeds: int, taken: str | None, why: str, folder: Path) -> None:
-    """The table, which point is taken and why, and the files."""
     table = Table("point", title="Sweep (the choice never sees the test rows)", title_justify="left")
     for column in ("trainable\nparameters", "exact\nvalidation", "F1\nvalidation", "exact\ntest", "F1\ntest"):
         table.add_column(column, justify="right", no_wrap=True, style="dim" if "test" in column else None)

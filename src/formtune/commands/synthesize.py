@@ -4,8 +4,6 @@ A teacher is any server of OpenAI's chat completions, local ones included. It se
 existing rows, and writes new ones. The same command continues an interrupted file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json
@@ -39,52 +37,47 @@ PATIENCE = 12  # replies without a new row, one after the other, that end the ru
 RETRIES = 5  # of a request that fails because of the server or the network
 
 
-class Teacher:
-    """Asks a model at an endpoint for rows of a task, and shows it a few examples each time."""
+def _replies(config: Namespace, settings: DataSettings, examples: list[Example], first: int) -> Iterator[str]:
+    """The teacher's replies to request `first` and all later ones."""
+    try:
+        import openai
+    except ImportError:
+        raise UserError("formtune synthesize needs the extra: pip install -e '.[synthesize]'") from None
+    key = os.environ.get("OPENAI_API_KEY", "none")  # local servers take any
+    client = openai.OpenAI(base_url=config.endpoint, api_key=key, max_retries=RETRIES)
 
-    def __init__(self, config: Namespace, settings: DataSettings, examples: list[Example]) -> None:
+    def ask(number: int) -> str:
         try:
-            import openai
-        except ImportError:
-            raise UserError("formtune synthesize needs the extra: pip install -e '.[synthesize]'") from None
-        self._error = openai.APIError
-        key = os.environ.get("OPENAI_API_KEY", "none")  # local servers take any
-        self._client = openai.OpenAI(base_url=config.endpoint, api_key=key, max_retries=RETRIES)
-        self._config, self._settings, self._examples = config, settings, examples
-
-    def replies(self, first: int, at_once: int) -> Iterator[str]:
-        """The replies to request `first` and all later ones."""
-        with ThreadPoolExecutor(at_once) as pool:
-            for start in itertools.count(first, at_once):
-                yield from pool.map(self._ask, range(start, start + at_once))
-
-    def _ask(self, number: int) -> str:
-        try:
-            reply = self._client.chat.completions.create(
-                model=self._config.teacher, messages=[{"role": "user", "content": self._request(number)}],
-                temperature=self._config.temperature, seed=number,
+            reply = client.chat.completions.create(
+                model=config.teacher, messages=[{"role": "user", "content": _request(number, settings, examples)}],
+                temperature=config.temperature, seed=number,
             )  # fmt: skip
-        except self._error as error:
-            raise UserError(f"endpoint: {self._config.endpoint} gave no rows: {first_line(error)}") from None
+        except openai.APIError as error:
+            raise UserError(f"endpoint: {config.endpoint} gave no rows: {first_line(error)}") from None
         return (reply.choices[0].message.content or "") if reply.choices else ""
 
-    def _request(self, number: int) -> str:
-        """The text of a request; its number decides the rows that the teacher sees."""
-        system, format = self._settings.system, self._settings.format.to_dict()
-        examples = random.Random(number).sample(self._examples, min(EXAMPLES, len(self._examples)))
-        rows = (json.dumps({"prompt": e.input, "completion": e.target}, ensure_ascii=False) for e in examples)
-        return "\n\n".join(
-            [
-                "You write training data for a small language model. It gets an input and must answer in one fixed "
-                "format that a program reads.",
-                f"The model's instructions:\n{system}" if system else "",
-                f"The format that every answer must keep:\n{json.dumps(format['init_args'], ensure_ascii=False)}",
-                "Rows that exist:\n" + "\n".join(rows),
-                f"Write {ASKED} new rows in the same two keys, one JSON object a line and nothing else. Vary people, "
-                "places, subjects, length, tone and spelling as real inputs do; do not repeat the rows above. Put into "
-                "an answer only what its input says. The completion is a string, JSON answers too.",
-            ]
-        ).strip()
+    with ThreadPoolExecutor(config.at_once) as pool:
+        for start in itertools.count(first, config.at_once):
+            yield from pool.map(ask, range(start, start + config.at_once))
+
+
+def _request(number: int, settings: DataSettings, examples: list[Example]) -> str:
+    """The text of a request; its number decides the rows that the teacher sees."""
+    format = json.dumps(settings.format.to_dict()["init_args"], ensure_ascii=False)
+    sample = random.Random(number).sample(examples, min(EXAMPLES, len(examples)))
+    rows = (json.dumps({"prompt": e.input, "completion": e.target}, ensure_ascii=False) for e in sample)
+    return "\n\n".join(
+        [
+            "You write training data for a small language model. It gets an input and must answer in one fixed format "
+            "that a program reads.",
+            f"The model's instructions:\n{settings.system}" if settings.system else "",
+            f"The format that every answer must keep:\n{format}",
+            "Rows that exist:\n" + "\n".join(rows),
+            f"Write {ASKED} new rows in the same two keys, one JSON object a line and nothing else. Vary people, "
+            "places, subjects, length, tone and spelling as real inputs do; do not repeat the rows above. Put into an "
+            "answer only what its input says. The completion is a string, JSON answers too.",
+        ]
+    )
 
 
 def read_reply(reply: str) -> Iterator[dict[str, Any]]:
@@ -96,44 +89,29 @@ def read_reply(reply: str) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-class RowFilter:
-    """Accepts rows with a valid format and a new input, and counts the others by their reason."""
-
-    def __init__(self, settings: DataSettings, teacher: str, inputs: list[str]) -> None:
-        self._format, self._threshold, self._inputs = settings.format, settings.near_duplicates, inputs
-        self._source = {settings.columns.source or "source": teacher}
-        self.refused: Counter[str] = Counter()
-
-    def rows(self, replies: Iterable[str]) -> Iterator[dict[str, str]]:
-        """The accepted rows; ends after `PATIENCE` replies without one."""
-        without = 0
-        for reply in replies:
-            without += 1
-            for record in read_reply(reply):
-                row = self._row(record)
-                if isinstance(row, str):
-                    self.refused[row] += 1
-                else:
-                    without = 0
-                    yield row
-            if without == PATIENCE:
-                return
-
-    def _row(self, record: dict[str, Any]) -> dict[str, str] | str:
-        """The row to write, or why it is refused."""
-        prompt, completion = record.get("prompt"), record.get("completion")
-        if isinstance(completion, dict | list):  # a string was asked for; the content is the same
-            completion = self._format.write(completion)
-        if not isinstance(prompt, str) or not isinstance(completion, str) or not prompt.strip():
-            return "not a row"
-        verdict = self._format.check(completion)
-        if not verdict.exact:
-            return f"invalid format: {verdict.kind}"
-        key = _key(prompt)
-        if near(key, self._inputs, self._threshold):
-            return "near-duplicate"
-        self._inputs.append(key)
-        return {"prompt": prompt, "completion": completion, **self._source}
+def _new_rows(
+    replies: Iterable[str], settings: DataSettings, source: dict[str, str], inputs: list[str], refused: Counter[str]
+) -> Iterator[dict[str, str]]:
+    """Rows with a valid format and a new input, until `PATIENCE` replies have none; `refused` counts why others are."""
+    without = 0
+    for reply in replies:
+        without += 1
+        for record in read_reply(reply):
+            prompt, completion = record.get("prompt"), record.get("completion")
+            if isinstance(completion, dict | list):  # a string was asked for; the content is the same
+                completion = settings.format.write(completion)
+            if not isinstance(prompt, str) or not isinstance(completion, str) or not prompt.strip():
+                refused["not a row"] += 1
+            elif not (verdict := settings.format.check(completion)).exact:
+                refused[f"invalid format: {verdict.kind}"] += 1
+            elif near(key := _key(prompt), inputs, settings.near_duplicates):
+                refused["near-duplicate"] += 1
+            else:
+                without = 0
+                inputs.append(key)
+                yield {"prompt": prompt, "completion": completion, **source}
+        if without == PATIENCE:
+            return
 
 
 def near(text: str, texts: list[str], threshold: float) -> bool:
@@ -165,23 +143,23 @@ def run(command: str, args: list[str]) -> int:
     if not all(isinstance(row.get("prompt"), str) for row in rows):
         raise UserError(f"--out: {path} does not hold rows of formtune synthesize; choose another file")
     examples, _ = read_splits(settings)
-    # A synthetic row must not repeat one of validation or test either.
-    for example in itertools.chain(*examples.values()):
+    inputs = [_key(row["prompt"]) for row in rows]
+    for example in itertools.chain(*examples.values()):  # a new row must not repeat one of validation or test either
         example.messages = repair(example.messages, settings.clean)
-    inputs = [example.key for example in itertools.chain(*examples.values())] + [_key(row["prompt"]) for row in rows]
+        inputs.append(example.key)
     good = [example for example in examples["train"] if settings.format.check(example.target).exact]
     if not good:
         raise UserError("data.train: no row has a valid format, and the teacher must see some; fix them first")
-    teacher = Teacher(config, settings, good)
-    row_filter, missing = RowFilter(settings, config.teacher, inputs), max(config.rows - len(rows), 0)
+    missing, refused = max(config.rows - len(rows), 0), Counter[str]()
+    source = {settings.columns.source or "source": config.teacher}
     # Numbered from the rows that are there: a continued run sends other requests.
-    new = row_filter.rows(teacher.replies(len(rows), config.at_once))
+    new = _new_rows(_replies(config, settings, good, len(rows)), settings, source, inputs, refused)
     for row in shown(itertools.islice(new, missing), missing, f"asking {config.teacher}"):
         rows.append(row)
         write_lines(path, rows)
         missing -= 1
-    refused = ", ".join(f"{count:,} {reason}" for reason, count in row_filter.refused.most_common())
-    print(f"{path}: {len(rows):,} rows" + (f"; refused: {refused}" if refused else ""))
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in refused.most_common())
+    print(f"{path}: {len(rows):,} rows" + (f"; refused: {reasons}" if reasons else ""))
     if settings.columns.source is None:
         print("who wrote a row is read once the task names its column: data.columns.source: source")
     if missing:

@@ -16,11 +16,12 @@ from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.configuration.task import read_run
 from formtune.data.cleaning import repair
-from formtune.data.sources import own_schema
+from formtune.data.shapes import own_schema
 from formtune.errors import UserError
 from formtune.formats.schema import read_schema
 from formtune.model.length_buckets import LengthBuckets
 from formtune.model.lora import load_base
+from formtune.model.micro_batches import judge
 
 
 def run(command: str, args: list[str]) -> None:
@@ -53,17 +54,17 @@ def _answers(model: Any, settings: Any, prompt: str, schema: str | None) -> Tabl
     turns = [{"role": "user", "content": prompt}]
     if system := settings.system_of(schema):
         turns.insert(0, {"role": "system", "content": system})
-    [row] = settings.renderer.encode([(repair(turns, settings.clean), "the prompt")])
+    [row] = settings.renderer.encode([(repair(turns, settings.clean), "the prompt", schema)])
     if isinstance(row, Exception):
         raise UserError(f"the prompt cannot be rendered: {row}")
-    table = Table("model", "answer", "verdict", show_lines=True)
+    table = Table("model", "answer", "confidence", "verdict", show_lines=True)
     stop, limit = settings.renderer.stop_ids, min(settings.max_new_tokens, settings.limit - len(row))
     for name in ("base", "tuned"):
         with model.disable_adapter() if name == "base" else nullcontext():
             micro_batches = LengthBuckets(model)
-            [ids] = micro_batches.decode([row], micro_batches.split([row], 10**6), stop, [limit])
-        text, finished = settings.renderer.answer(ids)
-        verdict = settings.format.of_row(schema).check(text, finished=finished, input=row.context)
+            [decoded] = micro_batches.decode([row], micro_batches.split([row], 10**6), stop, [limit])
+        answer = judge(row, decoded, settings.renderer, settings.format)
+        verdict, confidence = answer.verdict, f"{answer.confidence.answer:.4f}"
         words = "valid format" if verdict.exact else f"{verdict.kind}: {verdict.detail}"
-        table.add_row(name, Text(text), Text(words, style="green" if verdict.exact else "red"))
+        table.add_row(name, Text(answer.text), confidence, Text(words, style="green" if verdict.exact else "red"))
     return table

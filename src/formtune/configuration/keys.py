@@ -1,7 +1,5 @@
 """The keys that matter most, what other tools call them, and the short help, printed without importing torch."""
 
-from __future__ import annotations
-
 # Key, default, meaning, and names in Lightning, transformers, TRL, PEFT, Axolotl, LLaMA-Factory, litgpt and torchtune;
 # a name with a dot is meant in its group alone. A test compares the defaults with the parser's.
 KEYS = (
@@ -57,15 +55,13 @@ KEYS = (
     ("overfitting.patience", "null", "validations in a row that find overfitting before training stops; null: never",
      "early_stopping early_stopping_patience patience"),
     ("seed_everything", "0", "seed of adapters, dropout and order", "seed random_seed"),
-)  # fmt: skip
-RUNS = (
     ("task", "the YAML's name", "folder in logs/", "project project_name"),
     ("run", "date and time", "folder in logs/<task>/", "output_dir out_dir save_dir log_dir run_name experiment_name"),
     ("resume", "false", "continue an interrupted run, with the same result as without the interruption",
      "resume_from_checkpoint resume_from"),
 )  # fmt: skip
 # What another tool's name means: the key, and its meaning.
-MEANT = {name: (key, meaning) for key, _, meaning, names in (*KEYS, *RUNS) for name in names.split()}
+MEANT = {name: (key, meaning) for key, _, meaning, names in KEYS for name in names.split()}
 USAGE = {
     "train": "formtune train -c TASK.yaml [--quick] [--key value ...]",
     "fit": "formtune fit -c TASK.yaml [--key value ...]",
@@ -76,9 +72,8 @@ USAGE = {
 
 
 def short_help(command: str, description: str) -> str:
-    """What `formtune COMMAND --help` prints."""
     lines = [f"usage: {USAGE[command]}", "", description, "", "the keys that matter most (default):"]
-    for key, default, meaning, _ in (*KEYS, *RUNS):
+    for key, default, meaning, _ in KEYS:
         name = f"--{key}" + (f" ({default})" if default else "")
         lines.append(f"  {name:<46} {meaning}")
     lines += ["", "--help-all lists every key, --print_config=comments prints them as YAML (configs/reference.yaml)."]

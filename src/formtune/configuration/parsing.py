@@ -1,7 +1,5 @@
 """Parsers whose mistakes are one line: the key, its `file:line`, and the key that may be meant."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import re
@@ -86,10 +84,10 @@ class CommandParser(OneLine, argparse.ArgumentParser):
     """Reads the options of a command that takes no task."""
 
     def __init__(self, command: str, description: str, usage: str | None = None, epilog: str | None = None) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(
-            prog=f"formtune {command}", usage=usage, description=description, epilog=epilog,
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+            f"formtune {command}", usage, description, epilog, formatter_class=formatter, allow_abbrev=False
+        )
 
 
 def did_you_mean(name: str, names: Collection[str]) -> str:
@@ -130,12 +128,12 @@ def _innermost(text: str) -> tuple[str, str]:
         if match := re.match(
             r'\s*(?:Parser key "([\w.]+)":|Problem with given class_path .*:\n|Type .* class:)\s*', text
         ):
-            keys += [match[1]] if match[1] else []
+            keys.append(match[1])
             text = text[match.end() :]
         elif match := re.search(r"^( *)- (Problem with .*(?:\n\1 +.*)*)", text, re.MULTILINE):  # one of several types
             text = match[2]
         else:
-            return ".".join(keys), text.strip()
+            return ".".join(filter(None, keys)), text.strip()
 
 
 def _reason(text: str, classes: Collection[str] = ()) -> str:
@@ -171,9 +169,7 @@ def _reason(text: str, classes: Collection[str] = ()) -> str:
 
 def _subclasses(hint: Any = None) -> Iterator[type]:
     """The classes that a value of this type can name."""
-    for part in get_args(hint):
-        yield from _subclasses(part)
     kinds: list[type] = hint.__subclasses__() if isinstance(hint, type) else []
-    for kind in kinds:
-        yield kind
-        yield from _subclasses(kind)
+    yield from kinds
+    for part in (*get_args(hint), *kinds):
+        yield from _subclasses(part)

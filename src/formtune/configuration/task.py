@@ -1,7 +1,5 @@
 """The part of a task's YAML that describes its rows, for commands that load no model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ from formtune.errors import UserError
 # Keys of a task that only training reads.
 TRAINING = {
     "seed_everything", "trainer", "checkpoint", "overfitting", "answer_table", "run", "resume", "baselines", "quick",
-    "baseline_rows", "answers", "ckpt_path", "model.lora", "model.optimizer", "model.scheduler", "model.max_grad_norm",
-    "model.tokens_per_micro_batch", "model.gradient_checkpointing", "model.compile", "model.quantize", "model.metrics",
-    "model.constrained", "model.format",
+    "baseline_rows", "answers", "min_confidence", "target_precision", "ckpt_path", "model.lora", "model.optimizer",
+    "model.scheduler", "model.max_grad_norm", "model.tokens_per_micro_batch", "model.gradient_checkpointing",
+    "model.compile", "model.quantize", "model.metrics", "model.constrained", "model.format",
 }  # fmt: skip
 BATCHES = ("rows_per_step", "max_evaluation_rows")  # keys of `data` that only the data module knows
 
@@ -33,10 +31,9 @@ class TaskFile(ActionConfigFile):
 
     def __call__(self, parser: Any, namespace: Any, path: Any, option_string: Any = None) -> None:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        keys = known_keys(parser)
-        model, data = content.get("model") or {}, content.get("data") or {}
+        keys, model, data = known_keys(parser), content.get("model") or {}, content.get("data") or {}
         for key in (*content, *(f"model.{key}" for key in model)):
-            if key not in keys and key not in TRAINING:
+            if key not in keys | TRAINING:
                 raise UserError(f"{line_of(key)}: unknown key {key}{did_you_mean(key, keys | TRAINING)}")
         needed = {
             "task": content.get("task") or namespace.get("task"),

@@ -1,7 +1,5 @@
 """Flags of the trainer that would waste a training; they are refused before anything slow begins."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Set
 from typing import Any
@@ -14,17 +12,20 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from formtune.configuration.parsing import did_you_mean
 from formtune.errors import UserError
 
-REFUSED_ZEROS = {
-    "limit_val_batches": "leaves nothing to judge the model by",
-    "limit_test_batches": "leaves nothing to judge the model by",
-    "max_steps": "leaves nothing to train",
-    "max_epochs": "leaves nothing to train",
-    "val_check_interval": "is not a number of steps; leave it out for every 100",
-}
-REPLACED = {  # flag: the values it may have, and what to set instead
+ALLOWED = {  # values that a flag may have, else why not and what to set instead
     "gradient_clip_val": ((None, 0), "set model.max_grad_norm instead"),
     "accumulate_grad_batches": ((1,), "a batch is a whole step here; set data.rows_per_step instead"),
 }
+REFUSED = {
+    "limit_val_batches": ((0,), "leaves nothing to judge the model by"),
+    "limit_test_batches": ((0,), "leaves nothing to judge the model by"),
+    "max_steps": ((0,), "leaves nothing to train"),
+    "max_epochs": ((0,), "leaves nothing to train"),
+    "val_check_interval": ((0,), "is not a number of steps; leave it out for every 100"),
+    # Adam's second moments and the adapters would be rounded away.
+    "precision": (("bf16-true", "bf16", "16-true", "16", 16), "would store the adapters in 16 bits; use bf16-mixed or "
+                  "16-mixed"),
+}  # fmt: skip
 # Parts of a strategy's name and start_method.
 REFUSED_STRATEGIES = dict.fromkeys(("spawn", "fork", "notebook"), "cannot hand back what it trained; use ddp")
 REFUSED_STRATEGIES |= dict.fromkeys(("fsdp", "deepspeed", "modelparallel"), "splits the adapters too; use fsdp or ddp")
@@ -33,22 +34,17 @@ REFUSED_STRATEGIES |= dict.fromkeys(("fsdp", "deepspeed", "modelparallel"), "spl
 def check_trainer(config: Namespace) -> None:
     """Refuse flags that make no sense here; the UserError names the flag, the reason and what to use instead."""
     trainer = config.trainer
-    for flag, reason in REFUSED_ZEROS.items():
-        if trainer[flag] == 0:
-            raise UserError(f"trainer.{flag}: 0 {reason}")
+    for flag, (values, reason) in REFUSED.items():
+        if trainer[flag] in values:
+            raise UserError(f"trainer.{flag}: {trainer[flag]} {reason}")
     for unit in ("steps", "epochs"):
         if 0 <= (trainer[f"max_{unit}"] or -1) < (trainer[f"min_{unit}"] or 0):
             raise UserError(f"trainer.min_{unit}: more than trainer.max_{unit}, {trainer[f'max_{unit}']}")
     if trainer.max_steps == -1 and trainer.max_epochs == -1 and not trainer.max_time:
         raise UserError("trainer.max_epochs: -1 never ends; set it, trainer.max_steps or trainer.max_time")
-    for flag, (values, remedy) in REPLACED.items():
-        if trainer[flag] not in values:
+    for flag, (allowed, remedy) in ALLOWED.items():
+        if trainer[flag] not in allowed:
             raise UserError(f"trainer.{flag}: {remedy}")
-    if str(trainer.precision) in ("bf16-true", "bf16", "16-true", "16"):
-        # Adam's second moments and the adapters would be rounded away.
-        raise UserError(
-            f"trainer.precision: {trainer.precision} would store the adapters in 16 bits; use bf16-mixed or 16-mixed"
-        )
     strategy = trainer.strategy
     if strategy == "fsdp" and (config.model.quantize or config.model.compile):
         raise UserError("trainer.strategy: fsdp takes neither model.quantize nor model.compile; use ddp with them")

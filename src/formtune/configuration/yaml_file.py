@@ -1,7 +1,5 @@
 """Checks YAML files before anything slow is imported, and notes the line of each key."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +12,6 @@ GROUPS = ("model", "model.lora", "data", "trainer", "checkpoint", "overfitting",
 
 
 def check_configs(args: list[str]) -> None:
-    """Check each YAML that a command line names.
-
-    Raises:
-        UserError: One is broken; names the file, the line and the reason.
-    """
     LINES.clear()
     for path in config_paths(args):
         check_yaml(path)
@@ -27,14 +20,13 @@ def check_configs(args: list[str]) -> None:
 
 
 def config_paths(args: list[str]) -> list[str]:
-    """The YAMLs that a command line names."""
     paths = []
     for option, value in zip(args, [*args[1:], ""], strict=True):
         name, equals, attached = option.partition("=")
         if name in ("-c", "--config"):
             paths.append(attached if equals else value)
-            if not paths[-1]:
-                raise UserError(f"{name}: name the YAML of a task")
+    if "" in paths:
+        raise UserError("-c: name the YAML of a task")
     return paths
 
 
@@ -46,11 +38,7 @@ def line_of(key: str) -> str:
 
 
 def check_yaml(path: str) -> None:
-    """Check that a file is a YAML mapping without duplicate keys, and note the lines of its keys.
-
-    Raises:
-        UserError: It is not; names the file, the line and the reason.
-    """
+    """Check that a file is a YAML mapping without duplicate keys, and note the lines of its keys."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         content = yaml.safe_load(text)
@@ -74,7 +62,6 @@ def _key(path: str) -> str:
 
 
 def _lines(node: yaml.Node | None, path: str = "") -> Iterator[tuple[str, int]]:
-    """The line of each dotted key."""
     if not isinstance(node, yaml.MappingNode):
         return
     names = set()

@@ -33,17 +33,22 @@ def check_rows(settings: DataSettings, splits: Splits) -> None:
 
 def blockers(settings: DataSettings, splits: Splits) -> list[str]:
     """Why the rows must not be trained on, each with the remedy; empty if they may."""
-    bad = list(_bad_rows(settings, splits)) if settings.bad_rows == "refuse" else []
-    empty = list(_empty_splits(settings, splits))
-    full = [] if empty else [*uneven_shares(splits, settings.shares), *_production_length(settings, splits)]
-    return [*bad, *empty, *full, *_synthetic(settings, splits)]
-
-
-def _bad_rows(settings: DataSettings, splits: Splits) -> Iterator[str]:
-    bad = [row for row in splits.quarantine if row.reason in BAD]
+    lines = []
+    bad = [row for row in splits.quarantine if row.reason in BAD] if settings.bad_rows == "refuse" else []
     drop = ", or set data.bad_rows: drop" if len(bad) < FEW * splits.read.total() else ""
     for rows in _kinds(bad):
-        yield f"{rows[0].where}: {rows[0].detail} ({len(rows):,} such rows); {_remedy(settings, rows)}{drop}"
+        lines.append(f"{rows[0].where}: {rows[0].detail} ({len(rows):,} such rows); {_remedy(settings, rows)}{drop}")
+    empty = list(_empty_splits(settings, splits))
+    lines += empty or [*uneven_shares(splits, settings.shares), *_production_length(settings, splits)]
+    origins = Counter(row.origin for row in splits.rows.get("train", ()) if row.origin)
+    total, by_models = origins.total(), origins.total() - origins["human"]
+    if by_models > settings.max_synthetic * total:
+        lines.append(
+            f"data.max_synthetic: by their column `{settings.columns.source}`, models wrote {by_models:,} of {total:,} "
+            f"training rows, more than {settings.max_synthetic:.0%}; add rows that people wrote, or raise it; if the "
+            "column says something else, set data.columns.source: null"
+        )
+    return lines
 
 
 def _kinds(rows: Sequence[Quarantined]) -> list[list[Quarantined]]:
@@ -65,10 +70,8 @@ def _remedy(settings: DataSettings, rows: Sequence[Quarantined]) -> str:
     if max(sizes) <= context:
         return f"set data.max_length: {max(sizes)} (the base's context is {context:,})"
     fitting = sum(size <= context for size in sizes)
-    take = f"take a base with a context of {max(sizes):,} tokens"
-    return (
-        f"set data.max_length: {context}, the base's context, for {fitting:,} of them, or {take}" if fitting else take
-    )
+    part = f"set data.max_length: {context}, the base's context, for {fitting:,} of them, or " if fitting else ""
+    return f"{part}take a base with a context of {max(sizes):,} tokens"
 
 
 def _empty_splits(settings: DataSettings, splits: Splits) -> Iterator[str]:
@@ -98,10 +101,8 @@ def uneven_shares(splits: Splits, shares: Mapping[str, float]) -> list[str]:
     total = sum(len(splits.rows[name]) for name in ("train", *shares))
     draws = min(splits.draws or total, total)
     actual = {name: len(splits.rows[name]) / total for name in shares}
-    if all(
-        abs(actual[name] - share) <= max(share / 2, DEVIATIONS * sqrt(share * (1 - share) / draws))
-        for name, share in shares.items()
-    ):
+    tolerated = {name: max(share / 2, DEVIATIONS * sqrt(share * (1 - share) / draws)) for name, share in shares.items()}
+    if all(abs(actual[name] - share) <= tolerated[name] for name, share in shares.items()):
         return []
     parts = ", ".join(f"{name} {actual[name]:.0%} where {share:.0%} was asked for" for name, share in shares.items())
     return [
@@ -119,15 +120,4 @@ def _production_length(settings: DataSettings, splits: Splits) -> Iterator[str]:
             f"data.max_length: production's inputs have {input_tokens} tokens at P95 and answers {answer_tokens} at "
             f"P99, together more than the limit of {settings.limit}; raise data.max_length or take a base with more "
             "context"
-        )
-
-
-def _synthetic(settings: DataSettings, splits: Splits) -> Iterator[str]:
-    origins = Counter(row.origin for row in splits.rows.get("train", ()) if row.origin)
-    known, by_models = origins.total(), origins.total() - origins["human"]
-    if by_models > settings.max_synthetic * known:
-        yield (
-            f"data.max_synthetic: by their column `{settings.columns.source}`, models wrote {by_models:,} of {known:,} "
-            f"training rows, more than {settings.max_synthetic:.0%}; add rows that people wrote, or raise it; if the "
-            "column says something else, set data.columns.source: null"
         )

@@ -1,8 +1,7 @@
 """Text that many inputs share, such as an instruction around every message: the near comparison leaves it out.
 
-* A **run** of at least 15 words that many inputs hold letter for letter, wherever it is.
-* Short **pieces**, such as "Message:", whose words nearly all inputs hold equally often and in the same order. They
-  count only where shared text is most of the text: elsewhere, frequent words ("play", "by") belong to the message.
+A run has at least 15 words, letter for letter as in many inputs. A piece, such as "Message:", is shorter: nearly all
+inputs hold its words equally often and in the same order. Where little is shared, such words belong to the message.
 """
 
 from __future__ import annotations
@@ -33,7 +32,11 @@ def split_shared(texts: Sequence[str], hashes: Sequence[float]) -> Iterator[tupl
     sample = [_words(texts[at]) for at in sorted(range(len(texts)), key=hashes.__getitem__)[:INPUTS]]
     windows = _frequent(map(_windows, sample), max(LEAST, SHARE * len(sample)))
     pieces = _short_pieces(sample, max(LEAST, NEARLY_ALL * len(sample)))
-    if median([_share(words, windows, pieces) for words in sample] or [0]) < MOST:
+    shares = []
+    for words in sample:
+        flags = zip(words, _in_runs(words, windows), _in_pieces(words, pieces), strict=True)
+        shares.append(sum(len(word) for word, run, piece in flags if run or piece) / max(sum(map(len, words)), 1))
+    if not shares or median(shares) < MOST:
         pieces = {}
     for text in texts:
         words = _words(text) if windows or pieces else []
@@ -83,9 +86,3 @@ def _in_runs(words: list[str], windows: dict[int, int]) -> list[bool]:
             start = at
         previous = count
     return in_run
-
-
-def _share(words: list[str], windows: dict[int, int], pieces: dict[str, int]) -> float:
-    """The share of a text's letters that are shared."""
-    flags = zip(words, _in_runs(words, windows), _in_pieces(words, pieces), strict=True)
-    return sum(len(word) for word, run, piece in flags if run or piece) / max(sum(map(len, words)), 1)

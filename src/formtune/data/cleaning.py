@@ -1,7 +1,4 @@
-"""Repairs inputs by named steps and judges answers: every row is kept, or quarantined with its reason.
-
-The same steps run in evaluation and prediction, so that training and production prepare texts alike.
-"""
+"""Repairs inputs by named steps, in training, evaluation and prediction alike, and judges answers by the format."""
 
 from __future__ import annotations
 
@@ -29,8 +26,6 @@ _INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff\u00ad
 # Punctuation that changes no meaning, unless there is a digit on both sides.
 _MARKS = re.compile(r"(?<!\d)[.,:;!?…\"'“”‘’()\[\]]|[.,:;!?…\"'“”‘’()\[\]](?!\d)")
 
-_CONVERSATION = ("user", "assistant", "tool")
-
 # In the order in which they run. Each is a function of the text alone.
 STEPS: dict[str, Callable[[str], str]] = {
     "encoding": lambda text: text if text.isascii() else ftfy.fix_encoding(text),
@@ -40,6 +35,19 @@ STEPS: dict[str, Callable[[str], str]] = {
     "spaces": lambda text: re.sub(r"[^\S\n]+", " ", text),
     "edges": str.strip,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A row that is not used."""
+
+    where: str
+    reason: str  # one word
+    detail: str  # what is wrong, in one line
+    messages: list[Message]  # repaired as far as they could be
+    other: str = ""  # place of the row that it repeats or contradicts
+    fix: str = ""  # the option that would make it usable, as `key: value`
+    split: str = ""
 
 
 @dataclass(slots=True)
@@ -63,18 +71,23 @@ class Example:
     @property
     def input(self) -> str:
         """The text of the user's turns."""
-        return "\n".join(self._contents("user"))
+        return "\n".join(turn["content"] for turn in self.messages[:-1] if turn["role"] == "user")
 
     @property
     def system(self) -> str:
         """The system prompt and the tools; equal inputs below different ones may rightly have different answers."""
-        return "\n".join([*self._contents(*SYSTEM_ROLES), *([self.tools] if self.tools else ())])
+        texts = [turn["content"] for turn in self.messages[:-1] if turn["role"] in SYSTEM_ROLES]
+        return "\n".join([*texts, *([self.tools] if self.tools else ())])
+
+    @property
+    def spoken(self) -> list[str]:
+        """The text of every turn but the system prompt."""
+        return [full_text(turn) for turn in self.messages[:-1] if turn["role"] not in SYSTEM_ROLES]
 
     @property
     def text(self) -> str:
         """The prompt with white space folded, and the schema: rows that share it are duplicates or conflicts."""
-        prompt = map(_single_spaced, [self.system, *self._contents(*_CONVERSATION)])
-        return "\x1e".join([*prompt, self.schema or ""])
+        return "\x1e".join([*map(_single_spaced, [self.system, *self.spoken]), self.schema or ""])
 
     @property
     def key(self) -> str:
@@ -89,13 +102,8 @@ class Example:
         """The same turn by turn."""
         return [_folded(_single_spaced(content)) for content in self.spoken]
 
-    @property
-    def spoken(self) -> list[str]:
-        """The text of every turn but the system prompt."""
-        return self._contents(*_CONVERSATION)
-
-    def _contents(self, *roles: str) -> list[str]:
-        return [full_text(message) for message in self.messages[:-1] if message["role"] in roles]
+    def quarantined(self, reason: str, detail: str, other: str = "", fix: str = "") -> Quarantined:
+        return Quarantined(self.where, reason, detail, self.messages, other, fix, self.split)
 
 
 def _single_spaced(text: str) -> str:
@@ -105,23 +113,6 @@ def _single_spaced(text: str) -> str:
 def _folded(text: str) -> str:
     folded = unicodedata.normalize("NFKC", text).casefold()
     return _single_spaced(_MARKS.sub(" ", folded)) or folded
-
-
-@dataclass(frozen=True, slots=True)
-class Quarantined:
-    """A row that is not used."""
-
-    where: str
-    reason: str  # one word
-    detail: str  # what is wrong, in one line
-    messages: list[Message]  # repaired as far as they could be
-    other: str = ""  # place of the row that it repeats or contradicts
-    fix: str = ""  # the option that would make it usable, as `key: value`
-    split: str = ""
-
-
-def quarantine(example: Example, reason: str, detail: str, other: str = "", fix: str = "") -> Quarantined:
-    return Quarantined(example.where, reason, detail, example.messages, other, fix, example.split)
 
 
 def repair(messages: Sequence[Message], steps: Iterable[str], repairs: Counter[str] | None = None) -> list[Message]:
@@ -154,10 +145,10 @@ def repair_answer(answer: str, format: Format, steps: Sequence[str], repairs: Co
             text = match[1]
         elif step == "canonical" and (verdict := format.check(text)).kind in ("ok", "layout"):
             text = format.write(verdict.value) or text
-        made += [step] if text != before else []
+        made += [f"answer {step}"] if text != before else []
     if not made or not format.check(text).exact:
         return answer
-    repairs.update(f"answer {step}" for step in made)
+    repairs.update(made)
     return text
 
 
@@ -173,27 +164,27 @@ def judge(
         try:
             own_format = format.of_row(example.schema)
         except UserError as error:
-            yield quarantine(example, "schema", str(error))
+            yield example.quarantined("schema", str(error))
             continue
-        messages = repair(example.messages, steps, repairs)
-        repaired = replace(example, messages=messages)
+        repaired = replace(example, messages=repair(example.messages, steps, repairs))
         if example.written is None:
-            messages[-1]["content"] = repair_answer(example.target, own_format, answer_steps, repairs)
+            answer = repair_answer(example.target, own_format, answer_steps, repairs)
+            repaired.messages[-1]["content"] = answer
         verdict = own_format.check(repaired.target)
         if verdict.kind == "empty" or not repaired.input.strip():
-            yield quarantine(repaired, "empty", "the input or the answer is empty")
+            yield repaired.quarantined("empty", "the input or the answer is empty")
         elif verdict.exact:
             repaired.value = verdict.value
             yield repaired
         else:
-            detail = f"{verdict.kind}: {verdict.detail}"
-            yield quarantine(repaired, "format", detail, fix=helpful_repair(repaired.target, own_format, answer_steps))
+            fix = helpful_repair(repaired.target, own_format, answer_steps)
+            yield repaired.quarantined("format", f"{verdict.kind}: {verdict.detail}", fix=fix)
 
 
 def helpful_repair(answer: str, format: Format, steps: Sequence[str]) -> str:
     """The `data.repair_answers` that would make an answer valid, "" if none does."""
     for more in (("edges",), ("fence",), ("canonical",), ("edges", "fence", "canonical")):
-        tried = list(dict.fromkeys([*steps, *more]))
-        if repair_answer(answer, format, tried, Counter()) != answer:
-            return f"data.repair_answers: [{', '.join(tried)}]"
+        steps_tried = list(dict.fromkeys([*steps, *more]))
+        if repair_answer(answer, format, steps_tried, Counter()) != answer:
+            return f"data.repair_answers: [{', '.join(steps_tried)}]"
     return ""

@@ -74,7 +74,7 @@ class FormatDataModule(L.LightningDataModule):
         self.prompt_rows: list[Row] = []
 
     def prepare_data(self) -> None:
-        """Prepare the splits and cache them; Lightning calls this on one process, before `setup` on all."""
+        """Prepare the splits and cache them on one process, before `setup` on all."""
         if self.trainer is None or self.trainer.state.fn != "predict":
             self.setup("fit")
 

@@ -1,18 +1,17 @@
 """Texts that are nearly the same: MinHash and LSH propose pairs, their exact Jaccard index decides.
 
 A text is the set of its shingles (runs of five characters). No reported pair is wrong; about one in 500 is missed.
-`bands` and `similar` work on any part of the texts, so that `distributed` can run them on several machines.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import rensa
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, triu
 from scipy.sparse.csgraph import connected_components
 
 from formtune.data.progress import shown
@@ -20,7 +19,7 @@ from formtune.data.progress import shown
 SHINGLE = 5  # characters
 PERMUTATIONS = 120  # numbers of a signature
 MISSED = 0.003  # of the pairs right at the threshold, at most
-TEXTS, PAIRS = 8192, 100_000  # processed at a time
+TEXTS, PAIRS = 8192, 100_000  # processed at once
 SEED = 1
 
 Indices = NDArray[np.int64]
@@ -52,16 +51,17 @@ def band_size(threshold: float) -> int:
 
 
 def bands(texts: Sequence[str], threshold: float) -> NDArray[np.uint64]:
-    """Keys of the texts, shape (texts, bands): texts that share one in the same band are candidates."""
+    """Marks of the texts, shape (texts, bands): texts that share a mark are candidates."""
     flat, offsets = shingles(texts)
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets.astype(np.uint64), PERMUTATIONS, SEED)
     size = band_size(threshold)
     signatures = np.array(matrix.to_rows(), np.uint64).reshape(len(texts), -1, size)
-    keys = np.zeros(signatures.shape[:2], np.uint64)
+    marks = np.zeros(signatures.shape[:2], np.uint64)
     for at in range(size):
-        keys = (keys ^ signatures[..., at]) * _ODD[at]
-        keys ^= keys >> np.uint64(32)
-    return keys
+        marks = (marks ^ signatures[..., at]) * _ODD[at]
+        marks ^= marks >> np.uint64(32)
+    # Equal numbers of different bands mean nothing, so a mark holds the number of its band.
+    return marks ^ (np.arange(marks.shape[1], dtype=np.uint64) << np.uint64(58))
 
 
 def similar(texts: Sequence[str], left: Indices, right: Indices) -> NDArray[np.float64]:
@@ -80,8 +80,14 @@ def similar(texts: Sequence[str], left: Indices, right: Indices) -> NDArray[np.f
 
 def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
     """All pairs of texts whose Jaccard index reaches the threshold."""
-    keys = [bands(texts[start : start + TEXTS], threshold) for start in range(0, len(texts), TEXTS)]
-    left, right = _candidates(np.concatenate(keys)) if keys else np.zeros((2, 0), np.int64)
+    marks = [bands(texts[start : start + TEXTS], threshold) for start in range(0, len(texts), TEXTS)]
+    if not marks:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
+    columns = np.unique(np.concatenate(marks), return_inverse=True)[1].ravel()
+    offsets = np.arange(len(texts) + 1) * len(marks[0][0])
+    holders = csr_array((np.ones(len(columns), np.bool_), columns, offsets))
+    candidates = triu(holders @ holders.T, 1, format="csr").sorted_indices().tocoo()
+    left, right = (indices.astype(np.int64) for indices in candidates.coords)
     index = np.zeros(len(left))
     for start in shown(range(0, len(left), PAIRS), -(-len(left) // PAIRS), "comparing"):
         part = slice(start, start + PAIRS)
@@ -90,19 +96,30 @@ def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
     return left[close], right[close], index[close]
 
 
-def _candidates(keys: NDArray[np.uint64]) -> tuple[Indices, Indices]:
-    """All pairs of indices i < j with an equal key in any band."""
-    pairs = []
-    for band in keys.T:
-        order = np.argsort(band, kind="stable")
-        ordered, places = band[order], np.arange(len(order))
-        for step in itertools.count(1):
-            places = places[places + step < len(order)]
-            places = places[ordered[places] == ordered[places + step]]
-            if not len(places):
-                break
-            pairs.append(order[places] * len(order) + order[places + step])
-    return np.divmod(np.unique(np.concatenate(pairs or [np.zeros(0, np.int64)])), len(keys))
+def near_pairs_on_ray(texts: Any, threshold: float) -> Pairs:
+    """`near_pairs` on several machines, by id, with the extra `scale`.
+
+    `texts` is a `ray.data.Dataset` with the columns `id` (integers) and `text` (each text once).
+    """
+
+    def explode(batch: dict[str, Any]) -> dict[str, Any]:
+        """One row for each mark of a text."""
+        marks = bands(batch["text"].tolist(), threshold)
+        repeated = np.repeat(np.arange(len(marks)), marks.shape[1])
+        return {"mark": marks.ravel().view(np.int64), "id": batch["id"][repeated], "text": batch["text"][repeated]}
+
+    def compare(group: dict[str, Any]) -> dict[str, Any]:
+        """The near pairs of texts with the same mark."""
+        order = np.argsort(group["id"], kind="stable")
+        ids = group["id"][order]
+        left, right = np.triu_indices(len(ids), 1)
+        index = similar(group["text"][order].tolist(), left, right) if len(left) else np.zeros(0)
+        close = index >= threshold
+        return {"left": ids[left[close]], "right": ids[right[close]], "index": index[close]}
+
+    pairs = texts.map_batches(explode).groupby("mark").map_groups(compare).to_pandas()
+    pairs = pairs.drop_duplicates(["left", "right"])
+    return tuple(pairs[name].to_numpy() for name in ("left", "right", "index"))  # type: ignore[return-value]
 
 
 def components(count: int, left: Indices, right: Indices) -> NDArray[np.int32]:

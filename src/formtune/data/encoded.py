@@ -12,16 +12,17 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from formtune.base.row import Row, quantile
+from formtune.base.row import Row
 from formtune.data.cleaning import Example, Quarantined
 from formtune.data.settings import DataSettings
 from formtune.data.styles import Mixture
 from formtune.files import own_code, read_entry, write_entry
+from formtune.formats.key_orders import Orders
 
 FEW_ROWS = 500  # below this, fine-tuning mostly learns the examples; the guide's lower bound
 CACHE = Path(".cache/encoded")  # in the working directory, like `logs`
 KEPT = 8  # entries of the cache; the least recently used are removed
-CACHED = ("rows", "read", "repairs", "quarantine", "mixtures", "draws", "shared", "key")
+CACHED = ("rows", "read", "repairs", "quarantine", "mixtures", "draws", "shared", "orders", "key")
 PACKAGES = ("tokenizers", "transformers", "jinja2", "regex", "jsonschema", "referencing", "ftfy", "rensa")
 
 
@@ -36,6 +37,7 @@ class Splits:
     mixtures: list[Mixture] = field(default_factory=list)
     draws: float = 0.0  # how many groups of one size would make shares vary as these groups of rows do; 0 if unknown
     shared: float = 0.0  # share of the inputs' text that many share and the near comparison left out
+    orders: Orders = field(default_factory=dict)  # of keys in training targets
     key: str = ""  # content hash of the rows
     ignored: Counter[str] = field(default_factory=Counter)  # rows that have a key which is not read, by its name
     notes: dict[str, str] = field(default_factory=dict)  # how rows were read, with the place of the first such row
@@ -44,6 +46,7 @@ class Splits:
     cached: Path | None = field(default=None, compare=False)  # the file they were read from
     # Empty if the rows were read from the cache:
     examples: dict[str, list[Example]] = field(default_factory=dict, compare=False)  # the conversation of each row
+    cluster: dict[str, float] = field(default_factory=dict, compare=False)  # a row's cluster in [0, 1), by its place
     suspects: list[tuple[Example, Example]] = field(default_factory=list, compare=False)  # see `selection`
     repeats: list[Quarantined] = field(default_factory=list, compare=False)  # used rows of given files, see `selection`
 
@@ -56,12 +59,6 @@ class Splits:
     def quarantined(self) -> str:
         """The same in words, the most frequent first; empty if no row was."""
         return ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
-
-    def lengths(self, split: str) -> list[int]:
-        """P50, P95 and maximum of the prompts and then of the answers, in tokens; zeros where there are no rows."""
-        rows = self.rows[split]
-        sides = [len(row.prompt_ids) for row in rows], [len(row.target_ids) for row in rows]
-        return [quantile(sizes, percent) for sizes in sides for percent in (50, 95, 100)]
 
 
 def content_hash(rows: Mapping[str, Sequence[Row]]) -> str:
@@ -102,12 +99,11 @@ def read_cache(path: Path) -> Splits | None:
     if (stored := read_entry(path)) is None:
         return None
     stored["rows"] = {name: [Row(*row) for row in rows] for name, rows in stored["rows"].items()}
-    stored["quarantine"] = [Quarantined(*row) for row in stored["quarantine"]]
-    stored["mixtures"] = [Mixture(*mixture) for mixture in stored["mixtures"]]
-    stored["read"], stored["repairs"] = Counter(stored["read"]), Counter(stored["repairs"])
+    records = {"quarantine": Quarantined, "mixtures": Mixture}
+    stored |= {name: [record(*values) for values in stored[name]] for name, record in records.items()}
+    stored |= {name: Counter(stored[name]) for name in ("read", "repairs")}
     return Splits(**stored, cached=path)
 
 
 def write_cache(path: Path, splits: Splits) -> None:
-    """Write the splits, or nothing if the folder cannot be written."""
     write_entry(path, {name: getattr(splits, name) for name in CACHED}, KEPT)

@@ -11,17 +11,18 @@ from dataclasses import replace
 from itertools import chain
 
 from formtune.base.row import SYSTEM_ROLES, Row, UnfitRow
-from formtune.data.cleaning import Example, helpful_repair, judge, quarantine, repair
+from formtune.data.cleaning import Example, Quarantined, helpful_repair, judge, repair
 from formtune.data.encoded import Splits, cache_path, content_hash, read_cache, write_cache
 from formtune.data.progress import shown
 from formtune.data.selection import select
 from formtune.data.settings import DataSettings
-from formtune.data.shapes import written
-from formtune.data.sources import Source, own_schema, read_records
+from formtune.data.shapes import own_schema, written
+from formtune.data.sources import Source, read_records
 from formtune.data.styles import mixtures
 from formtune.data.turns import kind
 from formtune.errors import UserError
-from formtune.formats import ToolCalls
+from formtune.formats import Format, ToolCalls
+from formtune.formats.key_orders import learn_orders
 
 
 def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
@@ -56,11 +57,11 @@ def read_splits(settings: DataSettings) -> tuple[dict[str, list[Example]], Count
         examples = {name: list(chain(*map(_answers, rows))) for name, rows in examples.items()}
     for example in chain(*examples.values()):
         if len(example.messages[-1]) > 2:  # more than text: only the template knows how it is written
-            try:
-                messages = repair(example.messages, settings.clean)
-                example.written = settings.renderer.written(messages, example.tools)
-            except UnfitRow as error:
-                raise UserError(f"{example.where}: {error}") from None
+            messages = repair(example.messages, settings.clean)
+            [row] = settings.renderer.encode([(messages, example.where, None, example.tools)])
+            if not isinstance(row, Row):
+                raise UserError(f"{example.where}: {row}")
+            example.written = row.target
     return examples, ignored
 
 
@@ -72,36 +73,35 @@ def read_examples(
     split: str = "",
 ) -> list[Example]:
     """The conversations of a source, with the task's system prompt; counts in `ignored` the rows with unread keys."""
-    examples = []
+    examples, columns, format = [], settings.columns, settings.format
     targets = "all" if with_target and settings.train_on == "all" else with_target
     for record, where in read_records(source):
         unread: set[str] = set()
-        messages = settings.columns.conversation(record, where, targets, unread)
-        tools = settings.columns.tools(record, where)
-        schema = None
-        if isinstance(settings.format, ToolCalls):
-            schema = tools
-        elif settings.format.per_row:
-            schema = own_schema(record.get(settings.columns.schema))
-            unread.discard(settings.columns.schema)
+        messages, tools = columns.conversation(record, where, targets, unread), columns.tools(record, where)
+        schema = tools if isinstance(format, ToolCalls) else None
+        if format.per_row and not isinstance(format, ToolCalls):
+            schema = own_schema(record.get(columns.schema))
+            unread.discard(columns.schema)
         if not isinstance(answer := messages[-1]["content"], str):
-            try:
-                format = settings.format.of_row(schema)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-            messages[-1]["content"], note = written(answer, format, where)
-            settings.columns.notes.setdefault(note, where)
+            messages[-1]["content"], note = written(answer, _of_row(format, schema, where), where)
+            columns.notes.setdefault(note, where)
         ignored.update(sorted(unread - {settings.group}))
         if (system := settings.system_of(schema)) and messages[0]["role"] not in SYSTEM_ROLES:
             messages.insert(0, {"role": "system", "content": system})
         group = record.get(settings.group) if settings.group else None
         if not isinstance(group, str | int | float | None):
-            raise UserError(
-                f"{where}: `{settings.group}` is {kind(group)}; data.group needs a column of texts or numbers"
-            )
-        origin, group = settings.columns.origin(record, where), "" if group is None else str(group)
+            remedy = "data.group needs a column of texts or numbers"
+            raise UserError(f"{where}: `{settings.group}` is {kind(group)}; {remedy}")
+        group, origin = "" if group is None else str(group), columns.origin(record, where)
         examples.append(Example(messages, where, origin, tools=tools, schema=schema, group=group, split=split))
     return examples
+
+
+def _of_row(format: Format, schema: str | None, where: str) -> Format:
+    try:
+        return format.of_row(schema)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _answers(row: Example) -> Iterator[Example]:
@@ -121,89 +121,79 @@ def _answers(row: Example) -> Iterator[Example]:
 
 def _prepare(settings: DataSettings, examples: Mapping[str, Sequence[Example]]) -> Splits:
     """Judge, select, keep the usual style, split and encode."""
-    splits = Splits()
-    judged: dict[str, list[Example]] = {}
+    valid: dict[str, list[Example]] = {}
+    invalid: list[Quarantined] = []
+    repairs: Counter[str] = Counter()
     for name, given in examples.items():
-        splits.read[name], judged[name] = len(given), []
-        rows = judge(given, settings.format, settings.clean, settings.repair_answers, splits.repairs)
-        for row in shown(rows, len(given), "judging"):
-            if isinstance(row, Example):
-                judged[name].append(row)
-            else:
-                splits.quarantine.append(row)
-    selection = select(judged, settings.near_duplicates, settings.format.sets, any(settings.shares.values()))
-    splits.quarantine += selection.quarantine
-    splits.shared, splits.suspects, splits.repeats = selection.shared, selection.suspects, selection.repeats
+        rows = judge(given, settings.format, settings.clean, settings.repair_answers, repairs)
+        judged = list(shown(rows, len(given), "judging"))
+        valid[name] = [row for row in judged if isinstance(row, Example)]
+        invalid += [row for row in judged if isinstance(row, Quarantined)]
+    splits = select(valid, settings.near_duplicates, settings.format.sets, any(settings.shares.values()))
+    splits.quarantine = invalid + splits.quarantine
+    splits.read, splits.repairs = Counter({name: len(given) for name, given in examples.items()}), repairs
     used: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
-    used |= _usual_style(settings, selection.kept, splits)
+    used |= _usual_style(settings, splits)
     test, validation = settings.shares.get("test", 0.0), settings.shares.get("validation", 0.0)
     train, used["train"] = used["train"], []
     sizes = Counter(example.group or example.where for example in train).values()
     splits.draws = sum(sizes) ** 2 / max(sum(size**2 for size in sizes), 1)
     for example in train:
-        at = selection.cluster[example.where]
+        at = splits.cluster[example.where]
         example.split = "test" if at < test else "validation" if at < test + validation else "train"
         used[example.split].append(example)
+    splits.examples = {}
     for name, members in used.items():
-        splits.examples[name], splits.rows[name] = _encode(settings, members, splits)
+        splits.examples[name], splits.rows[name] = [], []
+        for example, row in _encode(settings, members):
+            if not isinstance(row, Row):
+                splits.quarantine.append(example.quarantined("unfit", str(row)))
+            elif (size := len(row)) > (limit := settings.limit):
+                detail = f"{size} tokens, the limit is {limit}"
+                splits.quarantine.append(example.quarantined("too_long", detail, fix=f"data.max_length: {size}"))
+            elif (size := len(row.target_ids)) > (limit := settings.max_new_tokens):
+                detail = f"the answer has {size} tokens, model.max_new_tokens is {limit}"
+                splits.quarantine.append(example.quarantined("too_long", detail, fix=f"model.max_new_tokens: {size}"))
+            else:
+                splits.examples[name].append(example)
+                splits.rows[name].append(replace(row, origin=example.origin))
+    splits.orders = learn_orders(example.value for example in splits.examples["train"])
     splits.key = content_hash(splits.rows)
     return splits
 
 
-def _usual_style(
-    settings: DataSettings, examples: dict[str, list[Example]], splits: Splits
-) -> dict[str, list[Example]]:
+def _usual_style(settings: DataSettings, splits: Splits) -> dict[str, list[Example]]:
     """The rows without those that write something in another way than most."""
-    kept = list(chain(*examples.values()))
-    splits.mixtures = mixtures(kept, {e.schema: settings.format.of_row(e.schema).fields for e in kept})
+    all_examples = list(chain(*splits.examples.values()))
+    splits.mixtures = mixtures(all_examples, {e.schema: settings.format.of_row(e.schema).fields for e in all_examples})
     details: dict[str, str] = {}
     for mixture in splits.mixtures:
         usual = next(iter(mixture.forms))
         for form, places in mixture.minority.items():
             detail = f"{mixture.what} of {mixture.path or 'the answer'}: {form}, most rows have {usual}"
             details = dict.fromkeys(places, detail) | details
-    for example in chain(*examples.values()):
-        if detail := details.get(example.where, ""):
-            is_layout = detail.startswith(("layout", "escapes", "key order"))
-            fix = helpful_repair(example.target, settings.format, settings.repair_answers) if is_layout else ""
-            splits.quarantine.append(quarantine(example, "style", detail, fix=fix))
-    return {name: [e for e in rows if e.where not in details] for name, rows in examples.items()}
+    for example in (e for e in all_examples if e.where in details):
+        detail, fix = details[example.where], ""
+        if detail.startswith(("layout", "escapes", "key order")):
+            fix = helpful_repair(example.target, settings.format.of_row(example.schema), settings.repair_answers)
+        splits.quarantine.append(example.quarantined("style", detail, fix=fix))
+    return {name: [e for e in rows if e.where not in details] for name, rows in splits.examples.items()}
 
 
-def _encode(settings: DataSettings, examples: list[Example], splits: Splits) -> tuple[list[Example], list[Row]]:
-    """The examples that fit the tokenizer and the limits, and their rows."""
-    fitting, rows = [], []
+def _encode(settings: DataSettings, examples: Sequence[Example]) -> Iterator[tuple[Example, Row | UnfitRow]]:
     encoded = settings.renderer.encode([(e.messages, e.where, e.schema, e.tools) for e in examples])
-    for example, row in zip(examples, shown(encoded, len(examples), "encoding"), strict=True):
-        if not isinstance(row, Row):
-            splits.quarantine.append(quarantine(example, "unfit", str(row)))
-        elif (size := len(row)) > (limit := settings.limit):
-            detail, fix = f"{size} tokens, the limit is {limit}", f"data.max_length: {size}"
-            splits.quarantine.append(quarantine(example, "too_long", detail, fix=fix))
-        elif (size := len(row.target_ids)) > (limit := settings.max_new_tokens):
-            detail = f"the answer has {size} tokens, model.max_new_tokens is {limit}"
-            fix = f"model.max_new_tokens: {size}"
-            splits.quarantine.append(quarantine(example, "too_long", detail, fix=fix))
-        else:
-            fitting.append(example)
-            rows.append(replace(row, origin=example.origin))
-    return fitting, rows
+    return zip(examples, shown(encoded, len(examples), "encoding"), strict=True)
 
 
 def encode_inputs(settings: DataSettings, source: str | list[str] | Source, key: str) -> list[Row]:
     """Rows without answers, such as the prompts to predict; `key` is the option that names their source."""
     settings.ignored[key] = Counter()
     examples = read_examples(settings, source, settings.ignored[key], with_target=False)
-    repaired = [(repair(e.messages, settings.clean), e.where, e.schema, e.tools) for e in examples]
-    encoded = settings.renderer.encode(repaired)
     rows = []
-    for example, row in zip(examples, shown(encoded, len(examples), "encoding"), strict=True):
+    for example, row in _encode(settings, [replace(e, messages=repair(e.messages, settings.clean)) for e in examples]):
         if not isinstance(row, Row):
             raise UserError(f"{example.where}: {row}; fix or remove the prompt")
-        try:
-            settings.format.of_row(example.schema)
-        except UserError as error:
-            raise UserError(f"{example.where}: {error}") from None
+        _of_row(settings.format, example.schema, example.where)
         rows.append(row)
     if not rows:
         raise UserError(f"data.{key}: {source} holds no prompt")

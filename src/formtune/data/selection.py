@@ -1,38 +1,24 @@
-"""Chooses the rows to train on: one of each duplicate, none of a conflict, none of a leak (docs/data.md has the rules).
-
-Answers are only compared where equal inputs should have equal answers, see `_Row.comparable`.
-"""
+"""Chooses the rows to train on: one of each duplicate, none of a conflict, none of a leak (see docs/data.md)."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
 from formtune.data.boilerplate import split_shared
-from formtune.data.cleaning import Example, Quarantined, quarantine
+from formtune.data.cleaning import Example, Quarantined
 from formtune.data.duplicates import components, near_pairs
+from formtune.data.encoded import Splits
 from formtune.formats.content import Words, leaves, typed
 
 WORD = 5  # letters of the shortest word in which one letter counts as mistyped: "now" and "not" are two words
 OPENING = 10  # an input that is continued in more ways, or is in more groups, is a mere "hello" and joins nothing
-
-
-@dataclass(slots=True)
-class Selection:
-    """The rows to use, and the others."""
-
-    kept: dict[str, list[Example]]  # used rows of each split
-    quarantine: list[Quarantined] = field(default_factory=list)
-    cluster: dict[str, float] = field(default_factory=dict)  # by place of a used row, its cluster's number in [0, 1)
-    suspects: list[tuple[Example, Example]] = field(default_factory=list)
-    repeats: list[Quarantined] = field(default_factory=list)  # rows of given validation and test files; they are used
-    shared: float = 0.0  # share of the inputs' text that many of them share
 
 
 @dataclass(eq=False, slots=True)
@@ -47,24 +33,34 @@ class _Row:
 
     def comparable(self, other: _Row) -> bool:
         """Whether equal inputs of the two should have equal answers."""
-        mine, others = ((r.split, r.task, r.example.system, r.example.schema) for r in (self, other))
-        if mine != others:
+        a, b = ((row.split, row.task, row.example.system, row.example.schema) for row in (self, other))
+        if a != b:
             return False
         if len(self.example.messages) == len(other.example.messages):
             return True
         shorter, longer = sorted((self.example.turns, other.example.turns), key=len)
         return len(shorter) == len(longer) or longer[: len(shorter)] != shorter
 
+    def quarantined(self, reason: str, other: _Row, what: str = "") -> Quarantined:
+        where, same = other.example.where, "same" if self.input == other.input else "nearly the same"
+        detail = {
+            "conflict": f"{same} input as {where}, another answer",
+            "input": f"the input is also in {where}",
+            "group": f"another row of its group, {self.example.group[:40]!r}, is in {where}",
+            "cluster": f"the input is nearly the same as, or continues, that of {where}",
+        }.get(what or reason, f"{same} input as {where}, same answer")
+        return self.example.quarantined(reason, detail, where)
+
 
 def select(
-    splits: Mapping[str, Sequence[Example]], threshold: float, sets: frozenset[str] = frozenset(), cut: bool = True
-) -> Selection:
+    examples: Mapping[str, Sequence[Example]], threshold: float, sets: frozenset[str] = frozenset(), cut: bool = True
+) -> Splits:
     """Choose the rows to use; splits that come first own what they share with later ones.
 
     `threshold` is the Jaccard index of near-duplicates, 1 for none; `sets` are the paths of arrays without an order;
     `cut` says whether splits are then cut from train by cluster.
     """
-    keyed = [(example, split, example.key) for split, examples in splits.items() for example in examples]
+    keyed = [(example, split, example.key) for split, members in examples.items() for example in members]
     inputs = {key: number for number, key in enumerate(dict.fromkeys(key for *_, key in keyed))}
     hashes = [_unit_hash(key) for key in inputs]
     parts = [(key, "") for key in inputs] if threshold >= 1 else list(split_shared(list(inputs), hashes))
@@ -88,8 +84,8 @@ def select(
     for row in rows:
         row.cluster = clusters[groups.get(row.example.group, row.input)]
     conflicts, suspects = _conflicts(rows, near)
-    selection = Selection({split: [] for split in splits}, suspects=suspects)
-    selection.shared = 1 - sum(map(len, texts)) / max(sum(map(len, inputs)), 1)
+    splits = Splits(examples={split: [] for split in examples}, suspects=suspects)
+    splits.shared = 1 - sum(map(len, texts)) / max(sum(map(len, inputs)), 1)
     owners: dict[tuple[str, Any], _Row] = {}
     used: dict[int, list[_Row]] = defaultdict(list)
     for row in rows:
@@ -98,40 +94,28 @@ def select(
         # An opening can be in several clusters, each of which may be cut into another split.
         is_cut = cut and row.split == "train"
         leaks = [(what, o) for what, o in owned if o.split != row.split or (is_cut and o.cluster != row.cluster)]
-        twin = _twin(row, used, near)
-        repeat = twin and _quarantined(row, "duplicate" if twin.text == row.text else "near_duplicate", twin)
+        similar = (other for number in (row.input, *near.get(row.input, ())) for other in used.get(number, ()))
+        twin = next((other for other in similar if other.answer == row.answer and other.comparable(row)), None)
+        repeat = twin and row.quarantined("duplicate" if twin.text == row.text else "near_duplicate", twin)
         if pair := conflicts.get((row.split, row.text)):
             other = next(other for other in pair if other.answer != row.answer)
-            selection.quarantine.append(_quarantined(row, "conflict", other))
+            splits.quarantine.append(row.quarantined("conflict", other))
         elif repeat and row.split == "train":
-            selection.quarantine.append(repeat)
+            splits.quarantine.append(repeat)
         elif leaks:
             what, owner = leaks[0]
-            selection.quarantine.append(_quarantined(row, "leak", owner, what))
+            splits.quarantine.append(row.quarantined("leak", owner, what))
         else:
-            selection.repeats += [repeat] if repeat else []  # in a given test file, which stays comparable
+            splits.repeats += [repeat] if repeat else []  # in a given test file, which stays comparable
             for key in keys:
                 owners.setdefault(key, row)
             used[row.input].append(row)
-            selection.kept[row.split].append(row.example)
-    lowest: dict[int, float] = {}
-    for number, cluster in zip(hashes, clusters, strict=False):
-        lowest[cluster] = min(lowest.get(cluster, 1.0), number)
+            splits.examples[row.split].append(row.example)
+    lowest = {cluster: number for number, cluster in sorted(zip(hashes, clusters, strict=False), reverse=True)}
     # Not the lowest of a group's many inputs, which would be in the first split nearly always.
     lowest |= {clusters[groups[name]]: _unit_hash(name) for name in sorted(groups, reverse=True)}
-    selection.cluster = {row.example.where: lowest[row.cluster] for group in used.values() for row in group}
-    return selection
-
-
-def _quarantined(row: _Row, reason: str, other: _Row, what: str = "") -> Quarantined:
-    where, same = other.example.where, "same" if row.input == other.input else "nearly the same"
-    detail = {
-        "conflict": f"{same} input as {where}, another answer",
-        "input": f"the input is also in {where}",
-        "group": f"another row of its group, {row.example.group[:40]!r}, is in {where}",
-        "cluster": f"the input is nearly the same as, or continues, that of {where}",
-    }.get(what or reason, f"{same} input as {where}, same answer")
-    return quarantine(row.example, reason, detail, where)
+    splits.cluster = {row.example.where: lowest[row.cluster] for group in used.values() for row in group}
+    return splits
 
 
 def _continuations(rows: Sequence[_Row]) -> Iterator[tuple[int, int]]:
@@ -162,11 +146,12 @@ def _conflicts(
     suspects = []
     for number, group in groups.items():
         firsts: dict[tuple[str, int], _Row] = {}
-        neighbors = [groups[other] for other in near.get(number, ()) if other > number]
+        neighbors = [group, *(groups[other] for other in near.get(number, ()) if other > number)]
         for row in group:
-            pairs = [firsts.setdefault((row.split, row.text), row), _first(group, row)]
-            for other in (*pairs, *(_first(neighbor, row) for neighbor in neighbors)):
-                if not _differ(other, row):
+            # With the first of the same text, and of each input the first that the row can be compared with.
+            others = [next((other for other in neighbor if row.comparable(other)), row) for neighbor in neighbors]
+            for other in (firsts.setdefault((row.split, row.text), row), *others):
+                if other.answer == row.answer or (other.text != row.text and _explained(other.example, row.example)):
                     continue
                 if other.input == number or _mistyped(other.example.key, row.example.key):
                     for either in (other, row):
@@ -174,16 +159,6 @@ def _conflicts(
                 else:
                     suspects.append((row.example, other.example))
     return conflicts, suspects
-
-
-def _first(group: Sequence[_Row], row: _Row) -> _Row:
-    """The first of a group that the row can be compared with, the row itself if there is none."""
-    return next((other for other in group if row.comparable(other)), row)
-
-
-def _differ(a: _Row, b: _Row) -> bool:
-    """Whether two answers differ and the inputs do not show why."""
-    return a.answer != b.answer and not (a.text != b.text and _explained(a.example, b.example))
 
 
 def _mistyped(a: str, b: str) -> bool:
@@ -217,12 +192,6 @@ def _holds(text: str, value: Any) -> bool:
     if isinstance(value, str):
         return value in text
     return value is None or (not isinstance(value, bool) and Words(text).hold(value))
-
-
-def _twin(row: _Row, used: Mapping[int, list[_Row]], near: Mapping[int, list[int]]) -> _Row | None:
-    """A used row with the same answer and the same or nearly the same input."""
-    others = (other for number in (row.input, *near.get(row.input, ())) for other in used.get(number, ()))
-    return next((other for other in others if other.answer == row.answer and other.comparable(row)), None)
 
 
 def _unit_hash(key: str) -> float:

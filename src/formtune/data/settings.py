@@ -14,7 +14,8 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from formtune.base.folder import context_length
 from formtune.base.renderer import Renderer, today
 from formtune.data.cleaning import AnswerStep, Step
-from formtune.data.sources import Columns, Source
+from formtune.data.shapes import Columns
+from formtune.data.sources import Source
 from formtune.errors import UserError
 from formtune.formats import Format
 from formtune.formats.json_schema import PER_ROW

@@ -1,18 +1,21 @@
-"""Rows as other tools write them, recognized by their columns, and answers that are not text."""
+"""How a record becomes a conversation: by its columns, or by the shape in which another tool wrote it."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
-from formtune.data.turns import empty, kind
+from formtune.data.turns import REFUSED, empty, kind, parsed, read_tools, read_turns, unread
 from formtune.errors import UserError
 from formtune.formats import Format
 from formtune.formats.bounded import time_limit
 
 KINDS = {dict: "objects", list: "arrays", bool: "booleans", int: "numbers", float: "numbers"}
+ANSWERS = (str, *KINDS)
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles; the others have the names that are read anyway
 # Columns that a row must have, `?` for those that it may have: the input's, and the answer's last.
 SHAPES = {
@@ -22,9 +25,124 @@ SHAPES = {
     "questions on a text (context, question, answer)": ("context", "question", "answer"),
     "texts and labels (text, label)": ("text", "label"),
 }
+_FIELD = re.compile(r"\{([\w .-]+)\}")  # of a template over columns
 
 
-def recognize(record: dict[str, Any], where: str, with_target: bool) -> tuple[str, dict[str, str]] | None:
+class Columns:
+    """How a record becomes a conversation.
+
+    Args:
+        prompt: Column of the input, or a template such as `"Title: {title}\\n{body}"` over several columns.
+        completion: Column of the target.
+        messages: Column of chat turns; where a record has it, `prompt` and `completion` are not read.
+        system: Column of the row's own system prompt, in place of `data.system`; may be absent or empty.
+        source: Column that says who wrote the row: "human", or the name of the model that did; may be absent.
+        schema: Column of the row's own JSON Schema, an object or JSON text; read if `data.format` names none.
+    """
+
+    def __init__(
+        self,
+        prompt: str = "prompt",
+        completion: str = "completion",
+        messages: str = "messages",
+        system: str | None = "system",
+        source: str | None = None,
+        schema: str = "schema",
+    ) -> None:
+        self.prompt, self.completion, self.messages = prompt, completion, messages
+        self.source, self.schema = source, schema
+        self._in_prompt = re.findall(_FIELD, prompt) if "{" in prompt else [prompt]
+        self.system = None if system in (*self._in_prompt, completion) else system
+        self._is_default = (prompt, completion, messages) == ("prompt", "completion", "messages")
+        self.notes: dict[str, str] = {}  # what was recognized, each with the place of the first such row
+
+    def conversation(
+        self, record: dict[str, Any], where: str, with_target: bool | str, ignored: set[str] | None = None
+    ) -> list[dict[str, Any]]:
+        """The record's turns; the last one is the assistant's with a target, the user's without (see `read_turns`).
+
+        `ignored` collects the names of the keys that have a value and are not read. The last answer may be no text.
+        """
+        ignored = set() if ignored is None else ignored
+        # In tables, NaN is a value that is missing.
+        record = {name: None if kind(value) == "float" and value != value else value for name, value in record.items()}
+        own = {*self._in_prompt, self.completion}
+        is_other = self._is_default and all(record.get(name) is None for name in (*own, self.messages))
+        if is_other and (shape := _recognize(record, where, bool(with_target))):
+            columns = Columns(**shape[1], system=self.system, source=self.source, schema=self.schema)
+            columns.notes = self.notes
+            if "messages" not in shape[1]:  # else the note on turns says more
+                self.notes.setdefault(shape[0], where)
+            return columns.conversation(record, where, with_target, ignored)
+        is_chat = self.messages in record and (record[self.messages] is not None or self.prompt not in record)
+        column = self.messages if is_chat else self.prompt
+        ignored |= unread(record, {*([column] if is_chat else own), self.system, self.source, "tools"}, REFUSED, where)
+        if is_chat or _is_turns(record.get(column)):
+            turns = self._chat(record, column, where, with_target, ignored)
+        else:
+            turns = [{"role": "user", "content": self._prompt(record, where)}]
+            if with_target:
+                turns.append({"role": "assistant", "content": _read(record, self.completion, where, ANSWERS)})
+        if self.system is None or empty(record.get(self.system)):
+            return turns
+        remedy = "write the row's system prompt as a string, or set data.columns.system: null"
+        system = _read(record, self.system, where, remedy=remedy)
+        if turns[0]["role"] == "system":
+            raise UserError(
+                f"{where}: `{column}` and the column `{self.system}` both hold a system prompt; remove one, or "
+                "set data.columns.system: null"
+            )
+        return [{"role": "system", "content": system}, *turns]
+
+    def tools(self, record: dict[str, Any], where: str) -> str | None:
+        """The record's tools as JSON text, None where it has none or the prompt's template writes them."""
+        return None if "tools" in self._in_prompt else read_tools(record.get("tools"), "tools", where)
+
+    def origin(self, record: dict[str, Any], where: str) -> str:
+        """Who wrote a record, "" where it does not say."""
+        if self.source is None or record.get(self.source) is None:
+            return ""
+        remedy = "write `human` or the name of the model that wrote the row, or set data.columns.source: null"
+        name = _read(record, self.source, where, remedy=remedy)
+        return "human" if name.strip().casefold() == "human" else name
+
+    def _chat(
+        self, record: dict[str, Any], column: str, where: str, with_target: bool | str, ignored: set[str]
+    ) -> list[dict[str, Any]]:
+        turns, shape = record[column], f"{column} (role, content)"
+        if column != self.messages:
+            shape = f"TRL conversations ({column}, {self.completion})"
+            if with_target:
+                answer = _read(record, self.completion, where, ANSWERS)
+                turns = [*turns, *(answer if _is_turns(answer) else [{"role": "assistant", "content": answer}])]
+                column = f"{column}+{self.completion}"
+        if isinstance(turns, list) and (renamed := [*map(_from_sharegpt, turns)]) != turns:
+            turns, shape = renamed, f"ShareGPT {column} (from, value)"
+        if shape != "messages (role, content)":
+            self.notes.setdefault(shape, where)
+        return read_turns(turns, column, where, with_target, ignored)
+
+    def _prompt(self, record: dict[str, Any], where: str) -> str:
+        if "{" not in self.prompt:
+            return _read(record, self.prompt, where)
+        # A column may be null, but not all columns of the template.
+        null = [name for name in self._in_prompt if name in record and record[name] is None]
+        record = record | dict.fromkeys(null if len(null) < len(self._in_prompt) else (), "")
+        # Not str.format: it would look up attributes, and replace braces in the data.
+        return re.sub(_FIELD, lambda m: _read(record, m[1], where), self.prompt)
+
+
+def _read(record: dict[str, Any], column: str, where: str, types: tuple[type, ...] = (str,), remedy: str = "") -> Any:
+    """The value of a column, refused if it is of another type."""
+    if column not in record:
+        raise UserError(f"{where}: no column `{column}` among {', '.join(record)}; set data.columns")
+    if not isinstance(record[column], types):
+        remedy = remedy or "write it as a string, JSON answers too"
+        raise UserError(f"{where}: `{column}` is {kind(record[column])}, not text; {remedy}")
+    return record[column]
+
+
+def _recognize(record: dict[str, Any], where: str, with_target: bool) -> tuple[str, dict[str, str]] | None:
     """The shape of a row and the `data.columns` that read it, None if it has none; a UserError if it may have two."""
     needs = {shape: [name for name in names if name[-1] != "?"] for shape, names in SHAPES.items()}
     shapes = [shape for shape, names in needs.items() if set(names) <= record.keys()]
@@ -32,29 +150,25 @@ def recognize(record: dict[str, Any], where: str, with_target: bool) -> tuple[st
         shapes = shapes or [shape for shape, names in needs.items() if set(names[:-1] or names) <= record.keys()]
     if len(shapes) > 1:  # a table may have columns for which a row has no value
         shapes = [it for it in shapes if not any(empty(record.get(name)) for name in needs[it])] or shapes
-    readings = [(shape, _columns(shape, record)) for shape in shapes]
+    readings = []
+    for shape in shapes:
+        *inputs, answer = (name.rstrip("?") for name in SHAPES[shape])
+        if answer == "label" and not empty(record.get("label_text")):
+            answer = "label_text"
+        filled = [name for name in inputs if not empty(record.get(name))] or inputs[:1]
+        columns = {"prompt": "\n\n".join(f"{{{name}}}" for name in filled), "completion": answer}
+        readings.append((shape, columns if inputs else {"messages": answer}))
     if len(readings) > 1:
         one, other = (f"{shape}, data.columns: {columns}" for shape, columns in readings[:2])
         raise UserError(f"{where}: the row may be {one}, or {other}; set data.columns to what it is")
     return readings[0] if readings else None
 
 
-def _columns(shape: str, record: dict[str, Any]) -> dict[str, str]:
-    *inputs, answer = (name.rstrip("?") for name in SHAPES[shape])
-    if not inputs:
-        return {"messages": answer}
-    if answer == "label" and not empty(record.get("label_text")):
-        answer = "label_text"
-    filled = [name for name in inputs if not empty(record.get(name))] or inputs[:1]
-    return {"prompt": "\n\n".join(f"{{{name}}}" for name in filled), "completion": answer}
-
-
-def is_turns(value: Any) -> bool:
-    """Whether a value is a list of chat turns."""
+def _is_turns(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(it, dict) and "role" in it for it in value)
 
 
-def from_sharegpt(turn: Any) -> Any:
+def _from_sharegpt(turn: Any) -> Any:
     """A turn with `from` and `value` as one with `role` and `content`; any other as it is."""
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys() or {"role", "content"} & turn.keys():
         return turn
@@ -62,16 +176,24 @@ def from_sharegpt(turn: Any) -> Any:
     return {"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn["value"], **rest}
 
 
+def own_schema(value: Any) -> str | None:
+    """JSON text of a row's schema, always written alike; the text as it is if it is not JSON; None for an empty one."""
+    value = parsed(value)
+    if isinstance(value, str):
+        return value.strip() or None
+    return None if empty(value) else json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+
+
 def written(value: Any, format: Format, where: str) -> tuple[str, str]:
     """The text of an answer that is not text, as the format writes it, and a line that says what was done."""
-    done = f"answers were {KINDS.get(type(value), 'numbers')}, written in the format's form"
+    note = f"answers were {KINDS.get(type(value), 'numbers')}, written in the format's form"
     try:
         text = format.write(value)
         if text and "null" in text and not format.check(text).exact:
             with suppress(TimeoutError):
                 shorter = format.write(_without_nulls(value, format))
                 if shorter and format.check(shorter).exact:
-                    return shorter, done + " without the nulls that it refuses"
+                    return shorter, note + " without the nulls that it refuses"
     except (TypeError, ValueError) as error:  # such as a date in a Parquet file
         raise UserError(f"{where}: the answer is not JSON ({error}); write it as a string") from None
     if text is None and type(value) is int and format.check(str(value)).exact:
@@ -79,7 +201,7 @@ def written(value: Any, format: Format, where: str) -> tuple[str, str]:
     if text is None:
         remedy = "write it as a string, or set data.columns.completion to the column that holds its text"
         raise UserError(f"{where}: the answer is {kind(value)}, not text; {remedy}")
-    return text, done
+    return text, note
 
 
 @time_limit()

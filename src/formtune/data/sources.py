@@ -1,25 +1,42 @@
-"""Sources of rows, and how a record becomes a conversation."""
+"""Sources of rows: files, also compressed ones, data sets, and your own. Each row comes with its `file:line`.
+
+Text files are not read by a data-frame library: those guess types (ISO dates become timestamps) and lose line numbers.
+"""
 
 from __future__ import annotations
 
+import bz2
+import csv
+import functools
 import glob
+import gzip
+import io
 import json
+import lzma
 import os
 import re
+import sys
+import zlib
 from abc import ABC, abstractmethod
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from formtune.data.readers import ENDINGS, Records, reader_of, with_class_names
-from formtune.data.shapes import KINDS, from_sharegpt, is_turns, recognize
-from formtune.data.turns import REFUSED, empty, kind, read_tools, read_turns, unread
 from formtune.errors import UserError, first_line
 from formtune.formats.strict_json import loads_strict
 
+MAX_LINE_BYTES = 4 * 2**20  # a million tokens
+ENDINGS = ".jsonl, .json, .csv, .tsv or .parquet, each also with .gz, .bz2, .xz or .zst"
 SAVED = ("state.json", "dataset_dict.json")  # one of these is in a folder that `save_to_disk` wrote
-ANSWERS = (str, *KINDS)
-_FIELD = re.compile(r"\{([\w .-]+)\}")  # of a template over columns
+
+Records = Iterator[tuple[dict[str, Any], str]]  # each record with its place
+
+_DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what reading a damaged file raises
+_PLAIN = json.JSONDecoder(parse_int=len)  # finds ends only: int() would raise at thousands of digits
+# Of an array. White space is JSON's: `\s` would take more.
+_OPENING = re.compile(r"[ \t\r\n]*\[[ \t\r\n]*(?:][ \t\r\n]*\Z)?")
+_SEPARATOR = re.compile(r"[ \t\r\n]*(?:,[ \t\r\n]*(?=[^ \t\r\n])|][ \t\r\n]*\Z)")
 
 
 class Source(ABC):
@@ -56,8 +73,7 @@ class HuggingFace(Source):
             if self.split not in loaded:
                 raise UserError(f"{self.path}: no split {self.split!r}, only {', '.join(loaded)}; set `split`")
             loaded = loaded[self.split]
-        for number, record in enumerate(with_class_names(loaded, loaded.features.to_dict()), 1):
-            yield record, f"{self.path}[{self.split}]:{number}"
+        yield from _numbered(loaded, loaded.features.to_dict(), f"{self.path}[{self.split}]")
 
 
 def read_records(source: str | list[str] | Source) -> Records:
@@ -76,7 +92,7 @@ def _files(name: str) -> list[str]:
     if not is_folder and (path.exists() or not glob.has_magic(name)):
         return [name]
     paths = glob.glob(f"{glob.escape(name)}/*" if is_folder else name, recursive=True)  # noqa: PTH207
-    files = sorted(file for file in paths if Path(file).is_file() and (reader_of(file) or not is_folder))
+    files = sorted(file for file in paths if Path(file).is_file() and (_reader(file) or not is_folder))
     if not files and not is_folder:
         raise UserError(f"{name}: no file matches; name it as seen from {Path.cwd()}")
     return files or [name]
@@ -84,7 +100,7 @@ def _files(name: str) -> list[str]:
 
 def _read(source: str) -> Records:
     path = Path(source)
-    if reader := reader_of(source):
+    if reader := _reader(source):
         return reader(source)
     if path.is_file():
         raise UserError(f"{source}: unknown kind of file; use {ENDINGS}, a data set folder or hub id")
@@ -94,130 +110,134 @@ def _read(source: str) -> Records:
     raise UserError(f"{source}: no such file or folder")
 
 
-class Columns:
-    """How a record becomes a conversation.
-
-    Args:
-        prompt: Column of the input, or a template such as `"Title: {title}\\n{body}"` over several columns.
-        completion: Column of the target.
-        messages: Column of chat turns; where a record has it, `prompt` and `completion` are not read.
-        system: Column of the row's own system prompt, in place of `data.system`; may be absent or empty.
-        source: Column that says who wrote the row: "human", or the name of the model that did; may be absent.
-        schema: Column of the row's own JSON Schema, an object or JSON text; read if `data.format` names none.
-    """
-
-    def __init__(
-        self,
-        prompt: str = "prompt",
-        completion: str = "completion",
-        messages: str = "messages",
-        system: str | None = "system",
-        source: str | None = None,
-        schema: str = "schema",
-    ) -> None:
-        self.prompt, self.completion, self.messages = prompt, completion, messages
-        self.source, self.schema = source, schema
-        self._in_prompt = re.findall(_FIELD, prompt) if "{" in prompt else [prompt]
-        self.system = None if system in (*self._in_prompt, completion) else system
-        self._is_default = (prompt, completion, messages) == ("prompt", "completion", "messages")
-        self.notes: dict[str, str] = {}  # what was recognized, each with the place of the first such row
-
-    def origin(self, record: dict[str, Any], where: str) -> str:
-        """Who wrote a record, "" where it does not say."""
-        if self.source is None or record.get(self.source) is None:
-            return ""
-        remedy = "write `human` or the name of the model that wrote the row, or set data.columns.source: null"
-        name = _text(record, self.source, where, remedy)
-        return "human" if name.strip().casefold() == "human" else name
-
-    def conversation(
-        self, record: dict[str, Any], where: str, with_target: bool | str, ignored: set[str] | None = None
-    ) -> list[dict[str, Any]]:
-        """The record's turns; the last one is the assistant's with a target, the user's without (see `read_turns`).
-
-        `ignored` collects the names of the keys that have a value and are not read. The last answer may be no text.
-        """
-        ignored = set() if ignored is None else ignored
-        # In tables, NaN is a value that is missing.
-        record = {name: None if kind(value) == "float" and value != value else value for name, value in record.items()}
-        own = {*self._in_prompt, self.completion}
-        is_other = self._is_default and all(record.get(name) is None for name in (*own, self.messages))
-        if is_other and (shape := recognize(record, where, bool(with_target))):
-            columns = Columns(**shape[1], system=self.system, source=self.source, schema=self.schema)
-            columns.notes = self.notes
-            if columns.messages == self.messages:  # the note on turns says more
-                self.notes.setdefault(shape[0], where)
-            return columns.conversation(record, where, with_target, ignored)
-        is_chat = self.messages in record and (record[self.messages] is not None or self.prompt not in record)
-        column = self.messages if is_chat else self.prompt
-        content = [column] if is_chat else own
-        ignored |= unread(record, {*content, self.system, self.source, "tools"}, REFUSED, where)
-        if is_chat or is_turns(record.get(column)):
-            turns = self._chat(record, column, where, with_target, ignored)
-        else:
-            turns = [{"role": "user", "content": self._prompt(record, where)}]
-            if with_target:
-                turns.append({"role": "assistant", "content": _read_column(record, self.completion, where, ANSWERS)})
-        if self.system is None or empty(record.get(self.system)):
-            return turns
-        remedy = "write the row's system prompt as a string, or set data.columns.system: null"
-        system = _text(record, self.system, where, remedy)
-        if turns[0]["role"] == "system":
-            raise UserError(
-                f"{where}: `{column}` and the column `{self.system}` both hold a system prompt; remove one, or "
-                "set data.columns.system: null"
-            )
-        return [{"role": "system", "content": system}, *turns]
-
-    def tools(self, record: dict[str, Any], where: str) -> str | None:
-        """The record's tools as JSON text, None where it has none or the prompt's template writes them."""
-        return None if "tools" in self._in_prompt else read_tools(record.get("tools"), "tools", where)
-
-    def _chat(
-        self, record: dict[str, Any], column: str, where: str, with_target: bool | str, ignored: set[str]
-    ) -> list[dict[str, Any]]:
-        given, shape = record[column], f"{column} (role, content)"
-        if column != self.messages:
-            shape = f"TRL conversations ({column}, {self.completion})"
-            if with_target:
-                answer = _read_column(record, self.completion, where, ANSWERS)
-                given = [*given, *(answer if is_turns(answer) else [{"role": "assistant", "content": answer}])]
-                column = f"{column}+{self.completion}"
-        turns = [*map(from_sharegpt, given)] if isinstance(given, list) else given
-        if turns != given:
-            shape = f"ShareGPT {column} (from, value)"
-        if shape != "messages (role, content)":
-            self.notes.setdefault(shape, where)
-        return read_turns(turns, column, where, with_target, ignored)
-
-    def _prompt(self, record: dict[str, Any], where: str) -> str:
-        if "{" not in self.prompt:
-            return _text(record, self.prompt, where)
-        # A column may be null, but not all columns of the template.
-        null = [name for name in self._in_prompt if name in record and record[name] is None]
-        record = record | dict.fromkeys(null if len(null) < len(self._in_prompt) else (), "")
-        # Not str.format: it would look up attributes, and replace braces in the data.
-        return re.sub(_FIELD, lambda m: _text(record, m[1], where), self.prompt)
+def _reader(path: str) -> Callable[[str], Records] | None:
+    """The reader of a file by its ending, None if that is not known."""
+    name = Path(path.lower())
+    return _READERS.get(Path(name.stem).suffix if name.suffix in _COMPRESSED else name.suffix)
 
 
-def own_schema(value: Any) -> str | None:
-    """JSON text of a row's schema, always written alike; the text as it is if it is not JSON; None for an empty one."""
-    if isinstance(value, str):
+def _json_lines(path: str) -> Records:
+    for where, line in _lines(path):
+        if text := line.strip():
+            yield _record(text, where), where
+
+
+def _json(path: str) -> Records:
+    """One array of objects, or one object per line."""
+    text = "".join(line for _, line in _lines(path, sys.maxsize - 1))
+    if (opening := _OPENING.match(text)) is None:
+        yield from _json_lines(path)
+        return
+    at, line, counted, previous = opening.end(), 1, 0, 0
+    while at < len(text):
+        line, counted = line + text.count("\n", counted, at), at
+        # Each place is one row's: in a line where several rows begin, with the column.
+        where = f"{path}:{line}" if line != previous else f"{path}:{line}:{at - text.rfind(chr(10), 0, at)}"
+        previous = line
         try:
-            value = loads_strict(value.strip())
-        except ValueError:
-            return value.strip() or None
-    return None if empty(value) else json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+            end = _PLAIN.raw_decode(text, at)[1]
+            if (separator := _SEPARATOR.match(text, end)) is None:
+                raise json.JSONDecodeError("Expecting ',' or the array's end", text, end)
+        except (json.JSONDecodeError, RecursionError) as error:
+            place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else where
+            raise UserError(f"{place}: not valid JSON ({first_line(error)}); fix the file") from None
+        yield _record(text[at:end], where), where
+        at = separator.end()
 
 
-def _text(record: dict[str, Any], column: str, where: str, remedy: str = "") -> str:
-    return _read_column(record, column, where, (str,), remedy)
+def _record(text: str, where: str) -> dict[str, Any]:
+    try:
+        record = loads_strict(text, constants=True)
+    except ValueError as error:
+        if text[0] == "[" or text == "{":
+            remedy = "write each on its own line, or all as one array in a .json file"
+            raise UserError(f"{where}: expected one JSON object per line; {remedy}") from None
+        raise UserError(f"{where}: not valid JSON ({error}); fix or remove the row") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected one JSON object per line, found {json.dumps(record)[:40]}")
+    return record
 
 
-def _read_column(record: dict[str, Any], column: str, where: str, types: tuple[type, ...], remedy: str = "") -> Any:
-    if column not in record:
-        raise UserError(f"{where}: no column `{column}` among {', '.join(record)}; set data.columns")
-    if not isinstance(record[column], types):
-        remedy = remedy or "write it as a string, JSON answers too"
-        raise UserError(f"{where}: `{column}` is {kind(record[column])}, not text; {remedy}")
-    return record[column]
+def _csv(path: str, delimiters: str = ",;") -> Records:
+    """Cells below a header line, divided by the first of `delimiters` that divides the header; all are text."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    lines = (line for _, line in _lines(path))
+    header = next(lines, "")
+    unquoted = re.sub(r'"[^"]*("|$)', "", header)
+    delimiter = next((sign for sign in delimiters if sign in unquoted), delimiters[0])
+    reader = csv.DictReader(chain([header], lines), delimiter=delimiter, strict=True)
+    try:
+        for record in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in record or None in record.values():
+                raise UserError(f"{where}: the row does not have the header's {len(reader.fieldnames or ())} cells")
+            yield record, where
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not readable as CSV ({error})") from None
+
+
+def _parquet(path: str) -> Records:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with _open(path) as file:
+            table = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read()))
+        records = table.to_pylist()
+    except (pyarrow.ArrowException, ValueError, *_DAMAGED) as error:
+        raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
+    stored = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    return _numbered(records, stored.get("info", {}).get("features", {}), path)
+
+
+def _numbered(records: Iterable[dict[str, Any]], features: dict[str, Any], name: str) -> Records:
+    """Each record with its place; class labels by name, as the `features` of `datasets` give it."""
+    labels = {key: it["names"] for key, it in features.items() if isinstance(it, dict) and "names" in it}
+    names = {key: dict(enumerate(texts)) for key, texts in labels.items()}
+    for number, record in enumerate(records, 1):
+        yield record | {key: names[key].get(record[key]) for key in names.keys() & record.keys()}, f"{name}:{number}"
+
+
+def _zstd(path: str, mode: str) -> IO[bytes]:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(path, "zstd"))  # type: ignore[arg-type]
+
+
+_READERS: dict[str, Callable[[str], Records]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": functools.partial(_csv, delimiters="\t"),
+    ".parquet": _parquet,
+}
+_COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
+
+
+def _lines(path: str, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[str, str]]:
+    """Place and text of each line of a UTF-8 file, read line by line."""
+    with _open(path) as file:
+        for number in count(1):
+            where = f"{path}:{number}"
+            try:
+                line = file.readline(limit + 1)
+            except _DAMAGED as error:
+                raise UserError(f"{where}: not readable ({first_line(error)})") from None
+            if not line:
+                return
+            if len(line) > limit:
+                raise UserError(f"{where}: the line is longer than {limit >> 20} MiB; split the row")
+            try:
+                yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
+
+
+def _open(path: str) -> IO[bytes]:
+    try:
+        return _COMPRESSED.get(Path(path).suffix.lower(), io.open)(path, "rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: No such file; name it as seen from {Path.cwd()}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or first_line(error)}") from None

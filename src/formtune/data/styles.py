@@ -1,7 +1,4 @@
-"""Styles: the different ways in which answers write the same thing, field by field.
-
-A model trained on a mixture writes a mixture, so this module finds the less frequent styles and their rows.
-"""
+"""Styles: what answers write in several ways. A model trained on a mixture writes a mixture."""
 
 from __future__ import annotations
 
@@ -17,12 +14,13 @@ from formtune.data.cleaning import Example
 MOST = 0.8  # share of a field's values that must be dates (or numbers) for it to be a field of dates
 COPIED = 0.95  # share of a field's values that must be in their inputs for it to be a copied one
 ALWAYS = 0.95  # share of the objects that must have a key for its position to be a style
-FORMS = 50  # different values at most for a field whose case is compared: a category, not free text
+SPELLINGS = 50  # different values at most for a field whose case is compared: a category, not free text
 
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')  # in JSON
 _ESCAPE = re.compile(r'\\u[0-9a-fA-F]{4}|\\["\\/bfnrt]')
 
-Found = tuple[Any, Example]  # a value and the row it is in
+Entry = tuple[Any, Example]  # a value and the row it is in
+Forms = list[tuple[str, Example]]  # rows, each with the way in which it writes a thing
 
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
 _DATES = {
@@ -59,27 +57,21 @@ def mixtures(examples: Sequence[Example], fields: Mapping[str | None, Sequence[s
     `fields` are the dotted paths that each schema declares; in these, null and absent are two ways of saying nothing.
     """
     answers = [e for e in examples if isinstance(e.value, dict | list) and e.target[:1] in "{["]
+    layouts = [(form, e) for e in answers if (form := _layout(e.target))]
+    compared = [("", "layout", layouts), *(("", "escapes", forms) for forms in _escapes(answers))]
     same_schema: dict[str | None, list[Example]] = defaultdict(list)
     for example in examples:
         same_schema[example.schema].append(example)
-    result = [
-        _mixture("", "layout", [(form, e) for e in answers if (form := _layout(e.target))]),
-        *_escapes(answers),
-        *(m for schema, rows in same_schema.items() for m in _in_fields(rows, fields.get(schema, ()))),
-    ]
-    return [mixture for mixture in result if mixture is not None]
-
-
-def _in_fields(examples: Sequence[Example], fields: Sequence[str]) -> Iterator[Mixture | None]:
-    """The mixtures of each path."""
-    values: dict[str, list[Found]] = defaultdict(list)
-    for example in examples:
-        for path, value in _walk(example.value):
-            values[path].append((value, example))
-    objects = {path: [(v, e) for v, e in entries if isinstance(v, dict)] for path, entries in values.items()}
-    yield from (_key_order(path, entries) for path, entries in objects.items())
-    yield from (_empties(path, objects) for path in fields)
-    yield from (mixture for path, entries in values.items() for mixture in _values(path, entries))
+    for schema, rows in same_schema.items():
+        values: dict[str, list[Entry]] = defaultdict(list)
+        for example in rows:
+            for path, value in _walk(example.value):
+                values[path].append((value, example))
+        objects = {path: [(v, e) for v, e in entries if isinstance(v, dict)] for path, entries in values.items()}
+        compared += [(path, "key order", _key_orders(entries)) for path, entries in objects.items()]
+        compared += [(path, "empty", _empties(path, objects)) for path in fields.get(schema, ())]
+        compared += [(path, *ways) for path, entries in values.items() for ways in _values(entries)]
+    return [mixture for path, what, forms in compared if (mixture := _mixture(path, what, forms))]
 
 
 def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -94,7 +86,7 @@ def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _walk(inner, f"{path}.{key}" if path else key)
 
 
-def _mixture(path: str, what: str, forms: Sequence[tuple[str, Example]]) -> Mixture | None:
+def _mixture(path: str, what: str, forms: Forms) -> Mixture | None:
     """The mixture of the forms that examples use, None if all use the same."""
     counts = dict(Counter(form for form, _ in forms).most_common())
     minority: dict[str, list[str]] = defaultdict(list)
@@ -115,11 +107,11 @@ def _layout(text: str) -> str | None:
     return "without spaces" if re.search(r"[:,]", outside) else None
 
 
-def _escapes(answers: Sequence[Example]) -> Iterator[Mixture | None]:
+def _escapes(answers: Sequence[Example]) -> Iterator[Forms]:
     """Characters that some JSON answers write as they are and others escape; letters beyond ASCII count as one."""
     if not any("\\" in example.target for example in answers):
         return
-    forms: dict[str, list[tuple[str, Example]]] = defaultdict(list)
+    forms: dict[str, Forms] = defaultdict(list)
     for example in answers:
         written: dict[str, set[str]] = defaultdict(set)
         text = "".join(_STRING.findall(example.target))
@@ -130,12 +122,10 @@ def _escapes(answers: Sequence[Example]) -> Iterator[Mixture | None]:
             written[character].add(form if len(form) == 1 else form.lower())
         for character, ways in written.items():
             forms[character].append((" and ".join(sorted(ways)), example))
-    for pairs in forms.values():
-        yield _mixture("", "escapes", pairs)
+    yield from forms.values()
 
 
-def _key_order(path: str, objects: Sequence[Found]) -> Mixture | None:
-    """Objects with another order of keys than most."""
+def _key_orders(objects: Sequence[Entry]) -> Forms:
     counts = Counter(key for holder, _ in objects for key in holder)
     # Keys that only some objects have are data, in the order in which the input names them.
     always = {key for key, count in counts.items() if count >= ALWAYS * len(objects)}
@@ -145,10 +135,10 @@ def _key_order(path: str, objects: Sequence[Found]) -> Mixture | None:
     for keys, example in orders:
         form = next((f"{a} before {b}" for a, b in zip(keys, usual, strict=True) if a != b), "the usual order")
         forms.append((form, example))
-    return _mixture(path, "key order", forms)
+    return forms
 
 
-def _empties(path: str, objects: Mapping[str, Sequence[Found]]) -> Mixture | None:
+def _empties(path: str, objects: Mapping[str, Sequence[Entry]]) -> Forms:
     """A field for which some rows write null, some an empty text and some leave the key out."""
     parent, _, key = path.rpartition(".")
     holders = objects.get(parent, ())
@@ -160,27 +150,26 @@ def _empties(path: str, objects: Mapping[str, Sequence[Found]]) -> Mixture | Non
         # An object with keys that never come with this one is of another alternative, which may not have it.
         if form and (key in holder or holder.keys() <= beside):
             forms.append((form, example))
-    return _mixture(path, "empty", forms)
+    return forms
 
 
-def _values(path: str, entries: Sequence[Found]) -> Iterator[Mixture | None]:
+def _values(entries: Sequence[Entry]) -> Iterator[tuple[str, Forms]]:
     """Whole numbers with and without a point; texts that write dates, numbers or the same word in several ways."""
     whole = [(v, e) for v, e in entries if type(v) in (int, float) and v == v // 1]
-    yield _mixture(path, "number", [("5.0" if isinstance(v, float) else "5", e) for v, e in whole])
+    yield "number", [("5.0" if isinstance(v, float) else "5", e) for v, e in whole]
     texts = [(v, e) for v, e in entries if isinstance(v, str)]
     if sum(v in e.input for v, e in texts) >= COPIED * len(texts):
         return
     for what, patterns in (("date", _DATES), ("number", _NUMBERS)):
         forms = [(form, v, e) for v, e in texts if (form := _form(v, patterns))]
         if len(forms) >= MOST * len(texts):
-            yield _mixture(path, what, [(form, e) for form, v, e in forms if not _in_system(v, e)])
+            yield what, [(form, e) for form, v, e in forms if not _in_system(v, e)]
             return
-    spellings: dict[str, list[tuple[str, Example]]] = defaultdict(list)
+    spellings: dict[str, Forms] = defaultdict(list)
     for value, example in texts:
         spellings[value.casefold()].append((value, example))
-    if len(spellings) <= FORMS:
-        for same_word in spellings.values():
-            yield _mixture(path, "case", same_word)
+    if len(spellings) <= SPELLINGS:
+        yield from (("case", same_word) for same_word in spellings.values())
 
 
 def _in_system(text: str, example: Example) -> bool:

@@ -1,64 +1,49 @@
-"""The data table: rows per split, repairs, and quarantined rows."""
+"""The data table: rows per split, how they were read, repairs, and quarantined rows."""
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from formtune.base.row import quantile
 from formtune.data.encoded import Splits
-from formtune.formats import Format
+from formtune.data.settings import DataSettings
 
 NAMED = 20  # ignored columns named in the terminal
 
 
-def print_data(splits: Splits, folder: Path | None) -> None:
+def print_data(settings: DataSettings, splits: Splits | None, folder: Path | None) -> None:
     """Print rows per split with their lengths in tokens, and what was ignored, repaired and quarantined."""
-    table = Table("split", "rows", title="Data", title_justify="left")
-    for column in ("prompt P50", "P95", "max", "answer P50", "P95", "max"):
-        table.add_column(column, justify="right")
-    for name, rows in splits.rows.items():
-        table.add_row(name, f"{len(rows):,}", *(f"{n:,}" for n in splits.lengths(name)))
-    Console().print(table)
-    print_shapes(splits.notes)
-    if splits.own_system:
-        _print(f"rows with their own system prompt: {splits.own_system:,}")
-    if splits.note:
-        _print(splits.note)
-    print_ignored(splits.ignored)
-    if splits.cached:
-        _print(f"encoded rows read from {splits.cached}")
-    if splits.quarantined:
+    console, ignored = Console(), settings.ignored
+    lines = [*settings.format.notes]
+    lines += [f"{where.rpartition(':')[0]}: {text}" for text, where in settings.columns.notes.items()]
+    if splits is not None:
+        table = Table("split", "rows", title="Data", title_justify="left")
+        for column in ("prompt P50", "P95", "max", "answer P50", "P95", "max"):
+            table.add_column(column, justify="right")
+        for name, rows in splits.rows.items():
+            sides = [len(row.prompt_ids) for row in rows], [len(row.target_ids) for row in rows]
+            lengths = [quantile(sizes, percent) for sizes in sides for percent in (50, 95, 100)]
+            table.add_row(name, f"{len(rows):,}", *(f"{length:,}" for length in lengths))
+        console.print(table)
+        ignored = {"": splits.ignored} | ignored
+        shared = f"shared text: {splits.shared:.0%} of the input text is the same in many rows"
         listed = f" (each with its reason in {folder / 'quarantine.jsonl'})" if folder else ""
-        _print(f"quarantined: {splits.quarantined}{listed}")
-    if splits.shared:
-        share = f"{splits.shared:.0%} of the input text is the same in many rows"
-        _print(f"shared text: {share}; it was left out of the near-duplicate comparison")
-    if splits.repairs:
-        _print("inputs repaired: " + ", ".join(f"{count:,} {step}" for step, count in splits.repairs.most_common()))
-
-
-def print_notes(format: Format) -> None:
-    """Print how the format was read, such as what it leaves unchecked."""
-    for note in format.notes:
-        _print(note)
-
-
-def print_shapes(notes: dict[str, str]) -> None:
-    """Print which rows of other tools were recognized, each with the first file."""
-    for text, where in notes.items():
-        _print(f"{where.rpartition(':')[0]}: {text}")
-
-
-def print_ignored(counts: Counter[str], key: str = "") -> None:
-    """Print the columns that have values and are not read; `key` is the option that names the file."""
-    if counts:
+        repairs = ", ".join(f"{count:,} {step}" for step, count in splits.repairs.most_common())
+        facts = {
+            f"rows with their own system prompt: {splits.own_system:,}": splits.own_system,
+            splits.note: splits.note,
+            f"encoded rows read from {splits.cached}": splits.cached,
+            f"quarantined: {splits.quarantined}{listed}": splits.quarantined,
+            f"{shared}; it was left out of the near-duplicate comparison": splits.shared,
+            f"inputs repaired: {repairs}": repairs,
+        }
+        lines += [line for line, applies in facts.items() if applies]
+    for key, counts in ignored.items():
         columns = ", ".join(f"{name} ({count:,} rows)" for name, count in counts.most_common(NAMED))
-        _print(f"{f'data.{key}: ' if key else ''}ignored columns: {columns}")
-
-
-def _print(line: str) -> None:
-    Console().print(escape(line), highlight=False, soft_wrap=True)
+        lines += [f"{f'data.{key}: ' if key else ''}ignored columns: {columns}"] if columns else []
+    for line in lines:
+        console.print(escape(line), highlight=False, soft_wrap=True)

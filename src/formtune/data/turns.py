@@ -29,7 +29,6 @@ def read_turns(turns: Any, column: str, where: str, with_target: bool | str, ign
     """The turns in a row's column; without a target, an answer at the end is left out.
 
     With `with_target="all"` each answer is one; those of weight 0 get the key `weight`.
-    `ignored` collects the names of the keys that have a value and are not read.
     """
     if not isinstance(turns, list):
         raise UserError(f"{where}: `{column}` is {kind(turns)}; it must be a list of turns with `role` and `content`")
@@ -53,7 +52,7 @@ def read_tools(tools: Any, column: str, where: str) -> str | None:
     """A row's tools as the text of a JSON list, None if it has none."""
     if empty(tools):
         return None
-    tools = _parsed(tools)
+    tools = parsed(tools)
     names = [*map(tool_name, tools)] if isinstance(tools, list) else [None]
     if None in names or len(set(names)) < len(names):
         raise UserError(
@@ -82,7 +81,7 @@ def empty(value: Any) -> bool:
     return value is None or value == [] or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
 
 
-def _parsed(value: Any) -> Any:
+def parsed(value: Any) -> Any:
     """The value of a JSON text; other values and other texts as they are."""
     try:
         return loads_strict(value.strip()) if isinstance(value, str) else value
@@ -96,10 +95,9 @@ def kind(value: Any) -> str:
 
 def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[Message, set[str]]:
     """A turn, and the keys that are not read."""
-    if not isinstance(turn, dict):
-        raise UserError(f"{here} is {kind(turn)}; a turn is an object with `role` and `content`")
-    if "role" not in turn:
-        raise UserError(f"{here}: no key `role` among {', '.join(turn)}; a turn is an object with `role` and `content`")
+    if not isinstance(turn, dict) or "role" not in turn:
+        actual = f": no key `role` among {', '.join(turn)}" if isinstance(turn, dict) else f" is {kind(turn)}"
+        raise UserError(f"{here}{actual}; a turn is an object with `role` and `content`")
     if turn["role"] not in ROLES:
         raise UserError(f"{here}: the role {turn['role']!r} is not read; use {', '.join(ROLES)}")
     message = {key: turn[key] for key in _OWN_KEYS.get(turn["role"], ()) if not empty(turn.get(key))}
@@ -136,7 +134,7 @@ def _read_calls(calls: Any, here: str) -> list[dict[str, Any]]:
     read = []
     for number, call in enumerate(calls if isinstance(calls, list) else [calls]):
         name, function = tool_name(call), call.get("function", call) if isinstance(call, dict) else {}
-        arguments = _parsed(function.get("arguments")) if name else None
+        arguments = parsed(function.get("arguments")) if name else None
         if not isinstance(arguments, dict):
             raise UserError(
                 f'{here}[{number}]: write {{"type": "function", "function": {{"name": ..., "arguments": ...}}}}, the '

@@ -1,23 +1,26 @@
 """An OpenAI-compatible server, which must show that it renders the prompts that the model was trained on.
 
 A second BOS, thinking left on or another version of the template gives no error, only worse answers. So every reply's
-`usage.prompt_tokens` must equal formtune's own count; where the server has `/tokenize` (vLLM), so must every token.
+`usage.prompt_tokens` must equal formtune's own count; where the server has `/tokenize` (vLLM, llama.cpp), so must every
+token.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from formtune.base.row import Row, with_json_arguments
+from formtune.base.renderer import Renderer
+from formtune.base.row import Row
 from formtune.errors import UserError, first_line
+from formtune.export.llama_cpp import chat_prompt, prompt_fault
 
 TIMEOUT = 120  # seconds for an answer
+REFUSED = (400, 422)  # statuses with which a server may refuse to give log-probabilities
 RETRIES = 2  # of a request that fails because of the server or the network
 REMEDIES = {  # by HTTP status
     400: "--served_model names a model there",
@@ -40,12 +43,14 @@ class Reply:
     text: str
     finished: bool  # False if it was cut for length
     seconds: float  # from sending the request to having the whole answer
+    count: int  # tokens of the answer
+    tokens: dict[str, list[Any]] | None  # their texts and log-probabilities, None if the server does not give them
 
 
 class Endpoint:
     """A server and a model on it; the key, where one is needed, is read from OPENAI_API_KEY."""
 
-    def __init__(self, url: str, model: str, max_tokens: int) -> None:
+    def __init__(self, url: str, model: str, max_tokens: int, renderer: Renderer) -> None:
         try:
             import openai
         except ImportError:
@@ -53,27 +58,39 @@ class Endpoint:
         self._error = openai.APIError
         key = os.environ.get("OPENAI_API_KEY", "none")  # local servers take any
         self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
-        self.url, self.model, self.max_tokens = url, model, max_tokens
-        self.gives_ids = False  # whether the server shows the prompt's tokens
+        self.url, self.model, self.max_tokens, self._renderer = url, model, max_tokens, renderer
+        self.ids: Callable[[dict[str, Any]], list[int]] | None = None  # how the server shows a prompt's tokens
+        self._logprobs = True  # whether to ask for log-probabilities
 
-    def open(self, row: Row) -> None:
+    def open(self, row: Row, schema: Any = None) -> None:
         """Ask once, so that what is wrong for all rows is found first and loading the model is not timed."""
-        with contextlib.suppress(self._error, LookupError, TypeError):  # most servers have no such route
-            self.gives_ids = bool(self._ids(_prompt(row)))
-        self.ask(row)
+        for ids in (self._ids_of_vllm, self._ids_of_llama_cpp):
+            with contextlib.suppress(self._error, LookupError, TypeError):  # most servers have no such route
+                self.ids = self.ids or (ids if ids(chat_prompt(row)) else None)
+        self.ask(row, schema)
 
-    def ask(self, row: Row) -> Reply:
-        """The greedy answer to a row, if its prompt is the one that formtune renders."""
-        prompt, started = _prompt(row), time.perf_counter()
+    def ask(self, row: Row, schema: Any = None) -> Reply:
+        """The greedy answer to a row, by constrained decoding if there is a schema, once its prompt is proven."""
+        prompt, started = chat_prompt(row), time.perf_counter()
+        options: dict[str, Any] = dict(prompt)
+        if schema is not None:
+            form = {"name": "answer", "schema": schema, "strict": True}
+            options["response_format"] = {"type": "json_schema", "json_schema": form}
+        if self._logprobs:
+            options["logprobs"] = True
         try:
             completion: Any = self._client.chat.completions.create(
-                model=self.model, temperature=0, max_tokens=self.max_tokens, **prompt
+                model=self.model, temperature=0, max_tokens=self.max_tokens, **options
             )
             seconds = time.perf_counter() - started
             choice, count = completion.choices[0], getattr(completion.usage, "prompt_tokens", None)
-            ids = self._ids(prompt) if self.gives_ids else None
+            ids = self.ids(prompt) if self.ids else None
         except self._error as error:
-            remedy = REMEDIES.get(getattr(error, "status_code", None), "see the server's log")
+            status = getattr(error, "status_code", None)
+            if self._logprobs and status in REFUSED:
+                self._logprobs = False
+                return self.ask(row, schema)
+            remedy = REMEDIES.get(status, "see the server's log")
             reason = " ".join(first_line(part) for part in (error, error.__cause__) if part)
             raise UserError(f"{self.url}: {reason}; {remedy}") from None
         except (AttributeError, LookupError, TypeError):
@@ -83,41 +100,36 @@ class Endpoint:
             raise UserError(f"{row.where}: the server took the answer for reasoning; {REMEDY}")
         if not message.content and getattr(message, "tool_calls", None):
             raise UserError(f"{row.where}: the server parsed the answer as a tool call; start it without a tool parser")
-        _prove(row, count, ids)
-        return Reply(message.content or "", choice.finish_reason != "length", seconds)
+        _prove(row, count, ids, self._renderer)
+        content = getattr(getattr(choice, "logprobs", None), "content", None) or []
+        tokens = {"tokens": [token.token for token in content], "logprobs": [token.logprob for token in content]}
+        written = getattr(completion.usage, "completion_tokens", 0)
+        finished = choice.finish_reason != "length"
+        return Reply(message.content or "", finished, seconds, written, tokens if content else None)
 
-    def _ids(self, prompt: dict[str, Any]) -> list[int]:
-        """The prompt's tokens by the server's own account."""
-        reply: Any = self._client.post(
-            f"{self.url.rstrip('/').removesuffix('/v1')}/tokenize",
-            cast_to=object,
-            body={"model": self.model, **prompt, "add_generation_prompt": True},
-            options={"max_retries": 0},
-        )
-        return reply["tokens"]
+    def _ids_of_vllm(self, prompt: dict[str, Any]) -> list[int]:
+        return self._post("/tokenize", {"model": self.model, **prompt, "add_generation_prompt": True})["tokens"]
 
+    def _ids_of_llama_cpp(self, prompt: dict[str, Any]) -> list[int]:
+        text = self._post("/apply-template", prompt)["prompt"]
+        return self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
 
-def _prompt(row: Row) -> dict[str, Any]:
-    """What a request says of the prompt."""
-    prompt = {"messages": with_json_arguments(row.messages[:-1])}
-    # "none": the answer comes as it is, not parsed.
-    return prompt | ({"tools": json.loads(row.tools), "tool_choice": "none"} if row.tools else {})
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        url = f"{self.url.rstrip('/').removesuffix('/v1')}{path}"
+        return self._client.post(url, cast_to=object, body=body, options={"max_retries": 0})
 
 
-def _prove(row: Row, count: int | None, ids: list[int] | None) -> None:
+def _prove(row: Row, count: int | None, ids: list[int] | None, renderer: Renderer) -> None:
     """Check that the server's prompt is formtune's, by its token ids or at least by their number."""
-    if ids is not None:
-        pairs = enumerate(itertools.zip_longest(ids, row.prompt_ids))
-        first = next((i for i, (server, own) in pairs if server != own), None)
-        if first is None:
-            return
-        counts = f"the server's prompt has {len(ids):,} tokens and formtune's {len(row.prompt_ids):,}"
-        raise UserError(f"{row.where}: {counts}, differing from token {first} on; {REMEDY}")
-    if count is None:
+    if ids is None and count is None:
         raise UserError(
             f"{row.where}: the server does not say how many tokens the prompt has (usage.prompt_tokens), so nothing "
             "shows that it renders the prompt that the model was trained on; have it report usage"
         )
-    if count != len(row.prompt_ids):
+    if ids is not None:
+        fault = prompt_fault(row, ids, renderer)
+    else:
         counts = f"the server's prompt has {count:,} tokens and formtune's {len(row.prompt_ids):,}"
-        raise UserError(f"{row.where}: {counts}; {REMEDY}")
+        fault = None if count == len(row.prompt_ids) else counts
+    if fault:
+        raise UserError(f"{row.where}: {fault}; {REMEDY}")

@@ -103,6 +103,43 @@ def full_name(name: str) -> str:
     return matches[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An exported folder, verified: of a run, deployed, or named itself."""
+
+    folder: Path
+    outcomes: Path  # of the test rows
+    manifest: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return str(self.manifest["kind"])
+
+    @property
+    def task(self) -> str:
+        config = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+        return str(config.get("task") or self.folder.resolve().parent.parent.name)
+
+
+def read_exported(folder: Path) -> Exported:
+    """Verify a run's exported folder."""
+    answers = "after" if folder.name == "adapter" else folder.name
+    return Exported(folder, folder.parent / "outcomes" / f"{answers}.jsonl", verify(folder))
+
+
+def find_exported(name: str, kind: str) -> Exported:
+    """Verify a run's export of this kind, an exported folder, or what a deployment points to."""
+    for folder in (Path(name), Path(name, kind)):
+        if (folder / NAME).is_file():
+            return read_exported(folder)
+    if Path(name).is_dir():
+        raise UserError(f"{name}: neither an exported folder nor a run with {kind}/; formtune export makes one")
+    deployment = read_deployment(full_name(name))
+    version = str(deployment.current)
+    folder = deployment.version_folder(version)
+    return Exported(folder, deployment.outcomes(version), verify(folder))
+
+
 def store(exported: Path, target: Path) -> None:
     """Copy an exported folder to a version's folder, which appears only when it is whole and verified."""
     if target.exists():
@@ -115,9 +152,3 @@ def store(exported: Path, target: Path) -> None:
     shutil.copytree(exported, partial)
     verify(partial)
     partial.replace(target)
-
-
-def task_of(exported: Path) -> str:
-    """The task that a verified folder is for."""
-    config = yaml.safe_load((exported / "config.yaml").read_text(encoding="utf-8"))
-    return str(config.get("task") or exported.resolve().parent.parent.name)

@@ -17,50 +17,49 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from formtune.base.folder import base_folder
 from formtune.base.renderer import Renderer
-from formtune.data.settings import system_prompt
+from formtune.deploy.registry import Exported
 from formtune.errors import UserError
+from formtune.export.gguf import FILE
+from formtune.export.llama_cpp import HOST
+from formtune.export.usage import example
 from formtune.files import write_json
 
-HOST = "127.0.0.1"
-NEEDED = ("fastapi", "uvicorn", "openai")
+NEEDED = {"transformers": ("fastapi", "uvicorn", "openai"), "llamacpp": ("xllamacpp",)}
+EXTRAS = {"transformers": "serve", "llamacpp": "gguf"}
 DTYPES = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}  # of the base under an adapter, by the run's precision
 ENDING = 10  # seconds in which the server may end by itself
 
 
-def serve(exported: Path, task: str, base: str | None, port: int, text: str) -> int:
+def serve(exported: Exported, engine: str, base: str | None, port: int, text: str) -> int:
     """Start the server, print a request with `text`, and wait for the signal that ends it. `base` is an adapter's."""
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise UserError(f"formtune serve needs the extra ({', '.join(missing)} missing): pip install -e '.[serve]'")
+    if missing := [name for name in NEEDED[engine] if importlib.util.find_spec(name) is None]:
+        extra = f"pip install -e '.[{EXTRAS[engine]}]'"
+        raise UserError(f"--engine {engine} needs the extra ({', '.join(missing)} missing): {extra}")
     with socket.socket() as free:  # otherwise the server that is there already would seem to be this one
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
         try:
             free.bind((HOST, port))
         except OSError as error:
             raise UserError(f"--port: {HOST}:{port}: {error.strerror}; choose another") from None
-    config = yaml.safe_load((exported / "config.yaml").read_text(encoding="utf-8"))
-    dtype, quantization = "auto", []
-    if base is not None:
-        dtype = DTYPES.get(str(config.get("trainer", {}).get("precision")), "float32")
-        quantization = ["--quantization", "bnb-4bit"] if config["model"].get("quantize") else []
-    command = [
-        sys.executable, "-m", "transformers.cli.transformers", "serve", task, "--host", HOST, "--port", str(port),
-        "--dtype", dtype, *quantization, "--reasoning", "off",
-    ]  # fmt: skip
+    task = exported.task
+    command = (_llama_cpp if engine == "llamacpp" else _transformers)(exported.folder, task, base, port)
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         with tempfile.TemporaryDirectory(prefix="formtune-serve-") as folder:
-            link(exported, base, Path(folder, task))  # the path is the model's name for clients
+            if engine == "transformers":
+                link(exported.folder, base, Path(folder, task))  # the path is the model's name for clients
             environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
             process = subprocess.Popen(command, cwd=folder, env=environment)
             try:
                 _wait_until_loaded(process, port)
-                print(f"{exported} is served as {task}; end with Ctrl-C\n\n{_curl(exported, task, config, port, text)}")
+                data = shlex.quote(json.dumps(example(exported.folder, text) | {"model": task}, ensure_ascii=False))
+                print(f"{exported.folder} is served as {task}; end with Ctrl-C\n\ncurl http://{HOST}:{port}/v1/chat/"
+                      f"completions -H 'Content-Type: application/json' -d {data}")  # fmt: skip
                 sys.stdout.flush()
                 code = process.wait()
             finally:
@@ -70,6 +69,29 @@ def serve(exported: Path, task: str, base: str | None, port: int, text: str) -> 
     finally:
         signal.signal(signal.SIGTERM, handler)
     raise UserError(f"the server ended by itself with exit code {code}; its own lines above say why")
+
+
+def _transformers(exported: Path, task: str, base: str | None, port: int) -> list[str]:
+    config = yaml.safe_load((exported / "config.yaml").read_text(encoding="utf-8"))
+    dtype, quantization = "auto", []
+    if base is not None:
+        dtype = DTYPES.get(str(config.get("trainer", {}).get("precision")), "float32")
+        quantization = ["--quantization", "bnb-4bit"] if config["model"].get("quantize") else []
+    program = [sys.executable, "-m", "transformers.cli.transformers", "serve", task]
+    return [*program, "--host", HOST, "--port", str(port), "--dtype", dtype, *quantization, "--reasoning", "off"]
+
+
+def _llama_cpp(exported: Path, task: str, base: str | None, port: int) -> list[str]:
+    context = json.loads((exported / "request.json").read_text(encoding="utf-8"))["options"]["num_ctx"]
+    return [
+        sys.executable,
+        "-m",
+        "formtune.export.llama_cpp",
+        str(exported.resolve() / FILE),
+        str(context),
+        str(port),
+        task,
+    ]
 
 
 def link(exported: Path, base: str | None, folder: Path) -> None:
@@ -89,22 +111,6 @@ def link(exported: Path, base: str | None, folder: Path) -> None:
     greedy = {key: value for key, value in settings.items() if key not in ("temperature", "top_k", "top_p", "min_p")}
     generation.unlink(missing_ok=True)  # the link: the base's own file stays as it is
     write_json(generation, greedy | {"eos_token_id": list(renderer.stop_ids), "do_sample": False})
-
-
-def _curl(exported: Path, task: str, config: dict[str, Any], port: int, text: str) -> str:
-    """A request to paste into a shell, with the task's system prompt."""
-    format = json.loads((exported / "format.json").read_text(encoding="utf-8"))
-    system = system_prompt(config["data"].get("system"), format)
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages = Renderer.load(str(exported.resolve())).turns([*messages, {"role": "user", "content": text}])
-    body = {
-        "model": task,
-        "temperature": 0,
-        "max_tokens": config["model"].get("max_new_tokens", 256),
-        "messages": messages,
-    }
-    data = shlex.quote(json.dumps(body, ensure_ascii=False))
-    return f"curl http://{HOST}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d {data}"
 
 
 def _wait_until_loaded(process: subprocess.Popen[bytes], port: int) -> None:

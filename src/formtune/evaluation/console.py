@@ -51,6 +51,7 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
     lines = [
         f"{training['steps']} steps in {training['seconds']:.0f} s; {training['best_reason']}",
         f"diagnosis: {training['diagnosis']}",
+        f"next: {training['next']}",
         *(f"{what:>14}: {folder / name}" for what, name in files.items()),
         f"{'curves':>14}: make tensorboard",
     ]

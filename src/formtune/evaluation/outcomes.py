@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from formtune.base.row import Row
 from formtune.errors import UserError
+from formtune.evaluation.confidence import UNKNOWN, Confidence
 from formtune.files import write_lines
 from formtune.formats import KINDS, Format, Verdict
 
@@ -45,6 +46,8 @@ class Outcome:
     values: int  # values in the answer and values in the target
     fields: dict[str, bool]  # whether each field of the format is right
     schema: str | None = None  # JSON text of the row's own schema
+    confidence: float | None = None  # probability of the answer by the model's own account, None if unknown
+    field_confidences: dict[str, float] | None = None  # of each field's value; None for an invalid format
 
     @property
     def exact(self) -> bool:
@@ -57,7 +60,7 @@ class Outcome:
         return self.kind == "ok"
 
 
-def outcome(row: Row, answer: str, verdict: Verdict, format: Format) -> Outcome:
+def outcome(row: Row, answer: str, verdict: Verdict, format: Format, sure: Confidence = UNKNOWN) -> Outcome:
     """The outcome of a row that has a target."""
     content = verdict.content
     assert content is not None and row.target is not None, "an outcome needs a target"
@@ -66,6 +69,7 @@ def outcome(row: Row, answer: str, verdict: Verdict, format: Format) -> Outcome:
         answer=answer, kind=verdict.kind, detail=verdict.detail, loose=verdict.loose,
         matched=content.matched, values=content.predicted + content.expected,
         fields=dict(zip(format.of_row(row.schema).fields, content.fields, strict=True)), schema=row.schema,
+        confidence=sure.answer, field_confidences=sure.fields or None,
     )  # fmt: skip
 
 

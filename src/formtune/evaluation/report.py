@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from formtune import __version__
@@ -17,12 +18,14 @@ from formtune.evaluation.baselines import best_prompt
 from formtune.evaluation.comparison import figures
 from formtune.evaluation.outcomes import FIELD, VIEWS, Outcome, field_f1, paired, rate, worst_first
 from formtune.evaluation.page import environment
+from formtune.evaluation.selective import calibration, judged, risks
 from formtune.evaluation.slices import slices
 from formtune.evaluation.statistics import rate_difference, verdict, wilson
 from formtune.files import write_whole
 from formtune.formats import KINDS, Format
 
 SHOWN = 60  # failures in the gallery
+POINTS = 100  # of the risk-coverage curve
 LOSSES = {"train": "train_loss", "validation": "val_loss"}
 PACKAGES = ("torch", "lightning", "transformers", "peft", "tokenizers")
 
@@ -60,6 +63,7 @@ def page(run: Run) -> str:
         history=history,
         curves=_curves(history),
         kinds={VIEWS[view]: _kinds(run.outcomes[view]) for view in VIEWS if view in run.outcomes},
+        trust=_trust(run),
         slices=list(_slices(run)),
         gallery=list(gallery(run.outcomes["after"])),
         parity=_share(*run.result["counts"]["after"]["val/parity"]),
@@ -119,6 +123,7 @@ def _facts(run: Run) -> dict[str, Any]:
     better = any(_verdict(run, _compared(run)[0], name) == "better" for name in ("exact", "joint"))
     return {
         "run": run,
+        "hub": not Path(run.base).exists(),  # a folder's path would mean nothing elsewhere
         "result": run.result,
         "headline": headline(run),
         "better": better and right >= _majority(run) * rows,
@@ -166,6 +171,16 @@ def _curves(history: Sequence[dict[str, Any]]) -> list[tuple[str, float, dict[st
     }
     highest = max((value for values in losses.values() for value in values), default=1)
     return [("loss, nats per token", highest, losses), ("% of the validation rows", 100, rates)]
+
+
+def _trust(run: Run) -> dict[str, Any] | None:
+    """The summary of confidence, and the points of its plots; None if the run has none."""
+    if "confidence" not in run.result or not (rows := judged(run.outcomes["after"])):
+        return None
+    curve = risks(rows)
+    at = sorted({round(i) for i in np.linspace(1, len(rows), POINTS)})
+    risk = [(count / len(rows), float(curve[count - 1])) for count in at]
+    return run.result["confidence"] | {"risk": risk, "highest": max(curve) or 1.0, "bins": calibration(rows)}
 
 
 def _kinds(outcomes: Sequence[Outcome]) -> dict[str, float]:

@@ -22,16 +22,19 @@ from formtune.data.preparation import load_splits, production_rows
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, outcome, rate, read_outcomes, write_outcomes
 from formtune.export.fresh_process import call_fresh
-from formtune.export.measure import EXACT, QLORA, QUANTIZED, ROUNDED, Closeness, measure, merge
-from formtune.export.quantize import SCHEMES
+from formtune.export.llama_cpp import measure_gguf
+from formtune.export.measure import COMPARED, EXACT, QLORA, QUANTIZED, ROUNDED, Closeness, measure, merge
+from formtune.export.quantize import SCHEMES, folder_name
 from formtune.export.rules import Plan, refuse
+from formtune.export.usage import write_usage
 from formtune.files import write_json
 from formtune.formats import Format
 from formtune.model.lora import load_base
+from formtune.model.micro_batches import judge
 from formtune.training.manifest import CARD, NAME, base_files, verify, write_manifest
 
 JUDGED = ("format/exact", "joint/exact")
-COMPARED, CALIBRATION = 32, 128  # rows
+CALIBRATION = 128  # rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,24 +109,25 @@ def read_run(folder: Path) -> FinishedRun:
     )
 
 
-def export(run: FinishedRun, kind: str, max_loss: float) -> dict[str, Any]:
+def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict[str, Any]:
     """Make and measure one kind; its folder appears only if it loses at most `max_loss` of the rows. The figures."""
+    name = folder_name(kind, **options)
     if run.constrained and kind != "adapter":
         first = f"run formtune export {run.folder} first, which measures the adapter without it"
         raise UserError(f"--as {kind}: the run was judged under constrained decoding; {first}")
     with tempfile.TemporaryDirectory(prefix=".export-", dir=run.folder) as scratch:
-        folder = run.adapter if kind == "adapter" else _make(run, kind, Path(scratch))
+        folder = run.adapter if kind == "adapter" else _make(run, kind, Path(scratch), **options)
         figures, outcomes = measured(run, kind, folder)
-        write_outcomes(run.folder / "outcomes" / f"{kind}.jsonl", outcomes)
+        write_outcomes(run.folder / "outcomes" / f"{name}.jsonl", outcomes)
         refusal = _refusal(run, kind, figures, max_loss)
         # Of refused exports too, which have no manifest.
-        write_json(run.folder / "outcomes" / f"{kind}.json", figures | {"refused": refusal})
+        write_json(run.folder / "outcomes" / f"{name}.json", figures | {"refused": refusal})
         if refusal:
             raise UserError(f"--as {kind}: refused, {refusal}")
         packages = SCHEMES[kind].packages if kind in SCHEMES else ()
         write_manifest(folder, kind, run.base, run.data, figures, packages)
         if kind != "adapter":
-            folder.replace(run.folder / kind)
+            folder.replace(run.folder / name)
     return figures
 
 
@@ -132,18 +136,19 @@ def measured(run: FinishedRun, kind: str, folder: Path) -> tuple[dict[str, Any],
     adapter = {"folder": str(run.adapter), "base": run.base, "quantize": run.quantize}
     renderer = Renderer.load(run.base)
     closeness, answers, speed = call_fresh(
-        measure, f"{folder} does not load", model=adapter if kind == "adapter" else {"folder": str(folder)},
+        measure_gguf if kind == "gguf" else measure, f"{folder} does not load",
+        model=adapter if kind == "adapter" else {"folder": str(folder)},
         reference=adapter | {"dtype": torch.float32}, compared=run.compared, rows=run.test, limits=run.limits,
         stop=list(renderer.stop_ids), timed=run.timed,
     )  # fmt: skip
     outcomes = []
-    for row, ids in zip(run.test, answers, strict=True):
-        text, finished = renderer.answer(ids)
-        verdict = run.format.of_row(row.schema).check(text, finished=finished, target=row.target, input=row.context)
-        outcomes.append(outcome(row, text, verdict, run.format))
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    for row, decoded in zip(run.test, answers, strict=True):
+        answer = judge(row, decoded, renderer, run.format)
+        outcomes.append(outcome(row, answer.text, answer.verdict, run.format, answer.confidence))
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
     figures: dict[str, Any] = {"bytes": size, "tokens_per_second": speed, "closeness": asdict(closeness)}
     before = outcomes if run.constrained else run.outcomes
+    figures["same_answers"] = sum(a.answer == b.answer for a, b in zip(before, outcomes, strict=True))
     for name in JUDGED:
         right = operator.attrgetter(RATES[name])
         changes = Counter((right(a), right(b)) for a, b in zip(before, outcomes, strict=True))
@@ -168,7 +173,7 @@ def _refusal(run: FinishedRun, kind: str, figures: dict[str, Any], max_loss: flo
     return None
 
 
-def _make(run: FinishedRun, kind: str, scratch: Path) -> Path:
+def _make(run: FinishedRun, kind: str, scratch: Path, **options: Any) -> Path:
     """A folder of this kind: the adapter merged into the base, and quantized if the kind is a scheme."""
     from peft import PeftConfig, PeftModel
     from transformers import GenerationConfig
@@ -187,9 +192,11 @@ def _make(run: FinishedRun, kind: str, scratch: Path) -> Path:
         source, folder = folder, scratch / kind
         call_fresh(
             SCHEMES[kind].convert, f"{kind} cannot be made", source=str(source), target=str(folder),
-            rows=run.calibration,
+            rows=run.calibration, **options,
         )  # fmt: skip
         _copy_rest(run.adapter, folder)
+    if kind == "gguf":
+        write_usage(folder, run.base, run.test)
     return folder
 
 

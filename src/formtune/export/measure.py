@@ -20,9 +20,11 @@ from formtune.base.row import Row
 from formtune.errors import UserError, first_line
 from formtune.model.length_buckets import LengthBuckets
 from formtune.model.lora import load_base
+from formtune.model.micro_batches import Decoded
 
 POSITIONS = 64  # the last ones of each row: the answer, and the end of its prompt
 TOKENS = 16_384  # of one micro-batch, answers included
+COMPARED = 32  # rows
 TIMED, TRIES = 48, 5  # tokens of a timed answer, and how often it is timed
 
 
@@ -119,7 +121,7 @@ def measure(
     limits: list[int],  # tokens that the answer to each row may have
     stop: list[int],  # tokens that end an answer
     timed: list[int],  # a prompt, in token ids; if empty, nothing is timed
-) -> tuple[Closeness, list[list[int]], float]:
+) -> tuple[Closeness, list[Decoded], float]:
     """How close a model is to its reference on `compared`, its answers to the rows, and its tokens per second."""
     expected = last_logits(load(**reference), compared)
     loaded = load(**model)

@@ -9,6 +9,9 @@ from functools import partial
 from importlib.metadata import distributions
 from typing import Any
 
+from formtune.export.gguf import PACKAGE as CONVERTER_PACKAGE
+from formtune.export.gguf import to_gguf
+
 GROUPS = (128, 64, 32)  # inputs that share a scale in GPTQ and AWQ; all kernels of vLLM take these
 
 
@@ -16,17 +19,22 @@ GROUPS = (128, 64, 32)  # inputs that share a scale in GPTQ and AWQ; all kernels
 class Scheme:
     """A way to store a merged model. A new one is an entry in `SCHEMES` and a name in `training.manifest.KINDS`."""
 
-    convert: Callable[[str, str, list[list[int]]], None]  # from one folder to another, with rows to calibrate on
+    convert: Callable[..., None]  # from one folder to another, with rows to calibrate on
     packages: tuple[str, ...]  # that make and load it
     extra: str  # of `pip install`, with these packages
 
 
-def lacking(kind: str) -> str | None:
+def lacking(kind: str, converter: str | None = None) -> str | None:
     """The package that a kind needs and that is not installed, with the command that installs it."""
     for package in SCHEMES[kind].packages if kind in SCHEMES else ():
-        if not list(distributions(name=package)):
+        if not list(distributions(name=package)) and not (converter and package == CONVERTER_PACKAGE):
             return f"needs {package}: pip install -e '.[{SCHEMES[kind].extra}]'"
     return None
+
+
+def folder_name(kind: str, quant: str | None = None, **_: Any) -> str:
+    """That of an export's folder in its run: a model may be quantized to GGUF in several ways."""
+    return f"{kind}-{quant}" if quant else kind
 
 
 def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
@@ -47,30 +55,19 @@ def group_size(model: Any) -> int | None:
     return next((group for group in GROUPS if all(width % group == 0 for width in widths)), None)
 
 
-def _int8(source: str, target: str, rows: list[list[int]]) -> None:
-    from torchao.quantization import Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
-
-    _convert(source, target, TorchAoConfig(Int8WeightOnlyConfig()))
-
-
-def _nf4(source: str, target: str, rows: list[list[int]]) -> None:
+def _transformers(scheme: str, source: str, target: str, rows: list[list[int]]) -> None:
     import torch
-    from transformers import BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-    # Without double quantization a forward pass on a CPU with AVX512-BF16 repacks the weights in place, and saving
-    # after it writes another model (bitsandbytes 0.50).
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )  # fmt: skip
-    _convert(source, target, config)
+    if scheme == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
 
-
-def _convert(source: str, target: str, config: Any) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
+        config: Any = TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        # Without double quantization a forward pass on a CPU with AVX512-BF16 repacks the weights in place, and saving
+        # after it writes another model (bitsandbytes 0.50).
+        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     AutoModelForCausalLM.from_pretrained(
         source, quantization_config=config, device_map=device, trust_remote_code=False, use_safetensors=True
@@ -97,8 +94,9 @@ def _gptqmodel(scheme: str, source: str, target: str, rows: list[list[int]]) -> 
 
 
 SCHEMES = {
-    "int8": Scheme(_int8, ("torchao",), "quantize"),
-    "nf4": Scheme(_nf4, ("bitsandbytes",), "quantize"),
+    "int8": Scheme(partial(_transformers, "int8"), ("torchao",), "quantize"),
+    "nf4": Scheme(partial(_transformers, "nf4"), ("bitsandbytes",), "quantize"),
     "gptq": Scheme(partial(_gptqmodel, "gptq"), ("gptqmodel", "optimum"), "gptq"),
     "awq": Scheme(partial(_gptqmodel, "awq"), ("gptqmodel", "optimum"), "gptq"),
+    "gguf": Scheme(to_gguf, ("xllamacpp", CONVERTER_PACKAGE), "gguf"),
 }

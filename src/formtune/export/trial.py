@@ -6,7 +6,7 @@ What fails there depends on shapes, packages and the machine, not on what was le
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.errors import UserError, first_line
 from formtune.export.fresh_process import call_fresh
+from formtune.export.llama_cpp import measure_gguf
 from formtune.export.measure import EXACT, POSITIONS, Closeness, compare, last_logits, measure, merge
 from formtune.export.quantize import SCHEMES
 from formtune.model.lora import Lora, add_lora
@@ -31,11 +32,12 @@ ROUNDED = Closeness(relative_max=0.6)
 class Trial:
     """The task's adapter on a base of which only configuration and tokenizer are read."""
 
-    def __init__(self, base: str, lora: Lora, length: int, folder: Path) -> None:
+    def __init__(self, base: str, lora: Lora, length: int, folder: Path, prompts: Sequence[Row] = ()) -> None:
         from transformers import AutoConfig
 
         self.base, self.lora, self.folder = base, lora, folder
-        self.config = shrink(AutoConfig.from_pretrained(base, trust_remote_code=False))
+        self.prompts = prompts  # that llama.cpp must render; they need the whole vocabulary
+        self.config = shrink(AutoConfig.from_pretrained(base, trust_remote_code=False), bool(prompts))
         self.dtype = getattr(self.config, "dtype", None) or torch.float32
         vocabulary, draw = self.config.get_text_config().vocab_size, random.Random(0)
         self.rows = [[draw.randrange(vocabulary) for _ in range(length)] for _ in range(CALIBRATION)]
@@ -70,13 +72,17 @@ class Trial:
         """Quantize the merged model, load it in a fresh process and let it answer; what was measured, in words."""
         source, target = str(self.folder / "merged"), str(self.folder / scheme)
         call_fresh(SCHEMES[scheme].convert, f"{scheme} cannot be made", source=source, target=target, rows=self.rows)
+        Renderer.load(self.base).tokenizer.save_pretrained(target)
+        gguf = scheme == "gguf"
+        rows = self.prompts if gguf else [Row(self.rows[0], [], "", None, "")]
         closeness, *_ = call_fresh(
-            measure, f"{target} does not load", model={"folder": target},
+            measure_gguf if gguf else measure, f"{target} does not load", model={"folder": target},
             reference={"folder": source, "dtype": torch.float32}, compared=self.rows[:COMPARED],
-            rows=[Row(self.rows[0], [], "", None, "")], limits=[ANSWER], stop=[0], timed=[],
+            rows=rows, limits=[ANSWER] * len(rows), stop=[-1] if gguf else [0], timed=[],
         )  # fmt: skip
         measured = _checked("the quantized model", closeness, ROUNDED)
-        return f"{measured} in a fresh process, at {len(self.rows[0])} tokens"
+        proven = f"; llama.cpp renders {len(rows)} prompts as training does" if gguf else ""
+        return f"{measured} in a fresh process, at {len(rows[0])} tokens{proven}"
 
 
 def attempt(step: Callable[[], str]) -> tuple[bool, str]:
@@ -89,12 +95,14 @@ def attempt(step: Callable[[], str]) -> tuple[bool, str]:
         return False, f"{type(error).__name__}: {first_line(error)}"
 
 
-def shrink(config: Any) -> Any:
+def shrink(config: Any, whole_vocabulary: bool = False) -> Any:
     """The configuration with two layers, and a vocabulary that fits a small machine."""
     text = config.get_text_config()
     text.num_hidden_layers = min(LAYERS, text.num_hidden_layers)
     if kinds := getattr(text, "layer_types", None):
         text.layer_types = [kinds[0], kinds[-1]][: text.num_hidden_layers]
+    if whole_vocabulary:
+        return config
     # A large vocabulary would be nine tenths of the work. A width that does not divide evenly still does not.
     if text.vocab_size > 8192:
         text.vocab_size = 4096 + text.vocab_size % 4096

@@ -1,10 +1,7 @@
-"""A JSON Schema validator and regular expressions with bounds of time and memory, whatever the text.
+"""The validator of the `jsonschema` library and regular expressions, with bounds of time and memory for every text.
 
-The `jsonschema` library validates, but for the keywords that hand patterns to `re`, which has no timeout, that compare
-all pairs of items, or that follow references: alternatives that refer to each other can cost 2**depth.
+Replaced are keywords that hand patterns to `re`, compare all pairs of items, or follow references (up to 2**depth).
 """
-
-from __future__ import annotations
 
 import json
 import re
@@ -102,9 +99,8 @@ def _steps(pattern: str) -> int:
     sizes, last = [0], 0  # of the open groups, and of what comes before a repetition
     for token, count in re.findall(r"(\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d{1,9})[\d,]*\}|.)", pattern, re.S):
         if count:
-            more = last * max(int(count) - 1, 0)
-            last += more
-            sizes[-1] += more
+            sizes[-1] += last * max(int(count) - 1, 0)
+            last *= max(int(count), 1)
         elif token == "(":
             sizes.append(1)
         elif token == ")" and len(sizes) > 1:
@@ -118,7 +114,7 @@ def _steps(pattern: str) -> int:
 
 @lru_cache(maxsize=1000)
 def compile_ecma(pattern: str) -> Any:
-    """As `compile_pattern`, with ECMA-262's meaning: `$` is only the end, not before a last line feed."""
+    """As `compile_pattern`, with the meaning of ECMA-262: `$` is only the end, not before a last line feed."""
     return compile_pattern(_ECMA.sub(lambda match: _ENDS.get(match[0], match[0]), ecma(pattern)))
 
 
@@ -185,15 +181,8 @@ def bounded_validator(root: dict[str, Any], draft: str) -> Any:
         seconds_left()
         yield from validator.descend(value, resolve(reference))
 
-    keywords = {
-        "pattern": _pattern,
-        "patternProperties": _pattern_properties,
-        "additionalProperties": _additional,
-        "uniqueItems": _unique_items,
-        "$ref": follow,
-    }
-    checker = (
-        Draft4Validator if draft == "4" else Draft202012Validator
-    ).TYPE_CHECKER  # 1.0 is an integer since draft 6
+    keywords: dict[str, Any] = {"pattern": _pattern, "patternProperties": _pattern_properties, "$ref": follow}
+    keywords |= {"additionalProperties": _additional, "uniqueItems": _unique_items}
+    checker = Draft4Validator.TYPE_CHECKER if draft == "4" else None  # 1.0 is an integer since draft 6
     cls: Any = extend(Draft202012Validator, keywords, type_checker=checker)
     return cls(root, registry=referencing.Registry(), format_checker=FORMATS)

@@ -1,7 +1,5 @@
 """Compares two documents value by value, types included: 1, 1.0, true and "1" are four different values."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter
@@ -43,11 +41,10 @@ def compare(
     invented = [p for p in got if p not in expected]
     mismatched = [p for p in expected if p in got and _exact(got[p][0]) != _exact(expected[p][0])]
     equal = is_document and typed(value, sets) == typed(target, sets)
-    if different := [*omitted, *invented, *mismatched]:
-        path = different[0]
-        difference = f"{path or '$'}: {_show(got, path)} instead of {_show(expected, path)}"
-    else:
-        difference = "" if equal else "nulls, empty values or types differ" if is_document else "there is no document"
+    difference = "" if equal else "nulls, empty values or types differ" if is_document else "there is no document"
+    for path in [*omitted, *invented, *mismatched][:1]:
+        shown = (repr(values[path][0])[:60] if path in values else "nothing" for values in (got, expected))
+        difference = f"{path or '$'}: {' instead of '.join(shown)}"
     wrong = [value for value, path in (got[p] for p in (*invented, *mismatched)) if path not in derived]
     return Comparison(
         equal=equal,
@@ -105,10 +102,6 @@ def _at(value: Any, path: str) -> Any:
             return _MISSING
         value = value[key]
     return value
-
-
-def _show(values: dict[str, tuple[Any, str]], path: str) -> str:
-    return repr(values[path][0])[:60] if path in values else "nothing"
 
 
 class Words:

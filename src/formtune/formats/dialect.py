@@ -1,14 +1,10 @@
-"""Reads a JSON Schema of any draft from 4 as draft 2020-12, and finds everything wrong with it.
-
-What comes out holds only keywords that are checked, and refers to its parts by `$ref` and JSON pointer.
-"""
-
-from __future__ import annotations
+"""Reads a JSON Schema of any draft from 4 as draft 2020-12, and finds everything wrong with it."""
 
 import json
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import jsonschema
@@ -31,6 +27,7 @@ _SINGLES = {"items", "contains", "unevaluatedItems", "additionalItems", "additio
 _SINGLES |= {"unevaluatedProperties", "not", "if", "then", "else"}
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 _LIMITS = {"exclusiveMinimum": "minimum", "exclusiveMaximum": "maximum"}  # booleans in draft 4
+_LATER = {"prefixItems", "unevaluatedItems", "unevaluatedProperties", "dependentSchemas", "dependentRequired"}
 _NEEDS = {"then": "if", "else": "if", "minContains": "contains", "maxContains": "contains"}
 
 
@@ -71,7 +68,6 @@ KEYWORDS = {*_VALUES, *_SINGLES}
 
 
 def types(node: dict[str, Any]) -> list[str]:
-    """The types that a schema names."""
     names = node.get("type", [])
     return [names] if isinstance(names, str) else names
 
@@ -107,9 +103,9 @@ def _meant(key: str) -> str | None:
 
 
 class Reading:
-    """A schema as it is read: `root` in draft 2020-12, `problems`, and `notes` on how it was read.
+    """A schema, of which no object is at two places, as it is read.
 
-    No object may be at two places of the schema.
+    `root` is in draft 2020-12, with checked keywords only and `$ref` by JSON pointer; `notes` say how it was read.
     """
 
     def __init__(self, schema: dict[str, Any]) -> None:
@@ -122,9 +118,9 @@ class Reading:
         self.root: Any = {}
         self.draft = self._find_draft(schema)
         names = ("$schema", "$anchor", "$dynamicAnchor", "id" if self.draft == "4" else "$id")
-        nodes = schema_nodes(schema)
-        wrong = [(path, key) for path, node in nodes for key in names if not isinstance(node.get(key, ""), str)]
-        self.problems += [f"{path}.{key}: not a JSON Schema (expected a string)" for path, key in wrong]
+        nodes = list(schema_nodes(schema))
+        wrong = [f"{path}.{key}" for path, node in nodes for key in names if not isinstance(node.get(key, ""), str)]
+        self.problems += [f"{shown}: not a JSON Schema (expected a string)" for shown in wrong]
         if wrong:
             return
         self._keywords = {*_DRAFTS[self.draft].VALIDATORS, *_LIMITS, "$defs", "definitions"}
@@ -138,27 +134,29 @@ class Reading:
         self.root = self._read(schema, "", "$", registry.resolver(resource.id() or ""))
         for reference in self._references:  # it grows: what a reference leads to may hold more
             self._resolve(*reference)
-        parts = list(schema_nodes(self.root))
-        if {"patternProperties", "unevaluatedProperties"} <= {key for _, node in parts for key in node}:
+        nodes = list(schema_nodes(self.root))
+        if {"patternProperties", "unevaluatedProperties"} <= {key for _, node in nodes for key in node}:
             # The library would match these by `re`.
             self.problems.append("patternProperties with unevaluatedProperties is not read; use additionalProperties")
         if not self.problems:
-            self._find_loop(parts)
+            self._find_loop(nodes)
         if self._unchecked:
             self.notes.append(f"not checked: {', '.join(self._unchecked)}")
 
     def _find_draft(self, schema: dict[str, Any]) -> str:
-        uri, draft, keys = schema.get("$schema"), "2020-12", set[str]()
+        uri = schema.get("$schema")
         if match := re.fullmatch(r"https?://json-schema\.org/draft[-/]0?([\d-]+)/(?:hyper-)?schema#?", str(uri)):
             if match[1] in _DRAFTS:
                 return match[1]
-            known = ", ".join(_DRAFTS)
-            self.problems.append(f"$.$schema: draft {match[1]} is not read, only {known}; convert the schema")
-        for _, node in schema_nodes(schema):
-            keys |= node.keys() | ({"additionalItems"} if isinstance(node.get("items"), list) else set())
-            draft = "4" if any(isinstance(node.get(key), bool) for key in _LIMITS) else draft
-        later = {"prefixItems", "unevaluatedItems", "unevaluatedProperties", "dependentSchemas", "dependentRequired"}
-        if draft != "4" and keys & {"dependencies", "additionalItems"} and not keys & later:
+            self.problems.append(
+                f"$.$schema: draft {match[1]} is not read, only {', '.join(_DRAFTS)}; convert the schema"
+            )
+        nodes, draft = [node for _, node in schema_nodes(schema)], "2020-12"
+        keys = {key for node in nodes for key in node}
+        has_tuple = any(isinstance(node.get("items"), list) for node in nodes)
+        if any(isinstance(node.get(key), bool) for node in nodes for key in _LIMITS):
+            draft = "4"
+        elif (has_tuple or keys & {"dependencies", "additionalItems"}) and not keys & _LATER:
             draft = "7"
         if uri is not None or draft != "2020-12":
             unknown = "there is no $schema" if uri is None else f"$schema {uri!r:.150} is not a draft"
@@ -183,8 +181,9 @@ class Reading:
             here = f"{shown}.{key}"
             if not self._is_read(node, key, value, here):
                 continue
-            to = "prefixItems" if key == "items" and isinstance(value, list) and self.draft != "2020-12" else key
-            to = {"additionalItems": "items", "dependencies": "dependentSchemas"}.get(key, to)
+            to = {"additionalItems": "items", "dependencies": "dependentSchemas"}.get(key, key)
+            if key == "items" and isinstance(value, list) and self.draft != "2020-12":
+                to = "prefixItems"
             if key in _REFERENCES:
                 part: dict[str, Any] = {} if "$ref" in out else out
                 part["$ref"] = value
@@ -244,41 +243,34 @@ class Reading:
         """Point a reference to its place in `root`."""
         reference, problem, target = part["$ref"], "leads nowhere; fix it or add what it names", None
         try:
-            found = within.lookup(reference)
-            target = found.contents
+            resolved = within.lookup(reference)
+            target = resolved.contents
         except (Unresolvable, ValueError, TypeError) as error:
             if type(error) is Unresolvable:
                 problem = "leads out of the file; copy what it names into $defs and refer to it there"
-        if isinstance(target, dict | bool):
-            problem = ""
-            if key != "$ref" and self._dynamic.count(reference.partition("#")[2] or "True") > 1:
-                problem = "can mean more than one schema here; name the one by $ref"
-        if problem:
+        if key != "$ref" and self._dynamic.count(reference.partition("#")[2] or "True") > 1:
+            target, problem = None, "can mean more than one schema here; name the one by $ref"
+        if not isinstance(target, dict | bool):
             self.problems.append(f"{shown}: {key} {reference!r:.150} {problem}")
-        elif isinstance(target, bool) or id(target) not in self._places:  # not where schemas are looked for
+        elif id(target) in self._places:
+            part["$ref"] = f"#{self._places[id(target)]}"
+        else:  # not where schemas are looked for
             parts = self.root.setdefault("$defs", {})
             name = next(name for number in range(len(parts) + 1) if (name := f"_{number}") not in parts)
             part["$ref"], parts[name] = f"#/$defs/{name}", {}
-            parts[name] = self._read(target, f"/$defs/{name}", f"{shown}({reference})", found.resolver)
-        else:
-            part["$ref"] = f"#{self._places[id(target)]}"
+            parts[name] = self._read(target, f"/$defs/{name}", f"{shown}({reference})", resolved.resolver)
 
     def _find_loop(self, nodes: list[tuple[str, dict[str, Any]]]) -> None:
-        resolve, done = resolver(self.root), set[int]()
-
-        def has_loop(node: Any, above: frozenset[int]) -> bool:
-            if not isinstance(node, dict) or id(node) in done:
-                return False
-            applied = [resolve(node["$ref"])] if "$ref" in node else []
-            applied += [inner for key in node.keys() & {"allOf", "anyOf", "oneOf"} for inner in node[key]]
-            applied += [node[key] for key in node.keys() & {"not", "if", "then", "else"}]
-            applied += node.get("dependentSchemas", {}).values()
-            found = id(node) in above or any(has_loop(inner, above | {id(node)}) for inner in applied)
-            done.add(id(node))
-            return found
-
-        looping = (path for path, node in nodes if "$ref" in node and has_loop(node, frozenset()))
-        if path := next(looping, ""):
+        resolve, applied = resolver(self.root), dict[int, list[int]]()
+        for _, node in nodes:
+            inner = [resolve(node["$ref"])] if "$ref" in node else []
+            inner += [option for key in ("allOf", "anyOf", "oneOf") for option in node.get(key, ())]
+            inner += [node[key] for key in ("not", "if", "then", "else") if key in node]
+            applied[id(node)] = [*map(id, (*inner, *node.get("dependentSchemas", {}).values()))]
+        try:
+            TopologicalSorter(applied).prepare()
+        except CycleError as error:
+            path = next(path for path, node in nodes if id(node) in error.args[1] and "$ref" in node)
             self.problems.append(f"{path}: leads back to itself without end; put a property or items between")
 
 

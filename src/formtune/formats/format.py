@@ -1,7 +1,5 @@
 """The base class of formats, and the verdict that a format gives on a text."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from abc import ABC, abstractmethod
@@ -14,6 +12,7 @@ from typing import Any
 from formtune.errors import UserError
 from formtune.formats.bounded import CHECK_SECONDS, time_limit
 from formtune.formats.content import Comparison, compare
+from formtune.formats.key_orders import Orders
 
 MAX_CHARACTERS = 100_000  # longer texts are not read: a verdict must be cheap whatever a model writes
 MAX_FENCES = 8  # searched for a document
@@ -80,7 +79,7 @@ class Format(ABC):
     #: Whether each row has its own schema, which `of_row` needs.
     per_row: bool = False
 
-    def of_row(self, schema: str | None) -> Format:
+    def of_row(self, schema: str | None) -> "Format":
         """The format of one row, by the JSON text of its own schema; raises UserError if it cannot be read."""
         return self
 
@@ -103,6 +102,13 @@ class Format(ABC):
         """The plainest text of a document, None if the format has none."""
         return None
 
+    def value_spans(self, text: str) -> dict[str, tuple[int, int]]:
+        """Where values are in the text of a valid document, by their dotted paths.
+
+        A span includes the character after the value if that character shows that the value ends there.
+        """
+        return {}
+
     def grammar(self) -> str | None:
         """The format for constrained decoding, None if the format has no grammar.
 
@@ -110,6 +116,13 @@ class Format(ABC):
         less than the format, never more. Raises UserError if the format cannot be expressed.
         """
         return None
+
+    def ordered_grammar(self, orders: Orders | None) -> tuple[str | None, list[str]]:
+        """As `grammar`, with JSON keys in the orders that training targets use; None for any order.
+
+        The rules are None if those of `grammar` allow these orders. The list names the parts for which they do not.
+        """
+        return None, []
 
     def to_dict(self) -> dict[str, Any]:
         """The format as plain data, complete without other files: `class_path` and `init_args`."""
@@ -127,8 +140,7 @@ class Format(ABC):
     ) -> Verdict:
         """Judge an answer without its stop token; every text gets a verdict.
 
-        `finished` is False for an answer that was cut for length. `target` must be a document of the format. The input
-        tells made-up values from misread ones.
+        `finished` is False for an answer that was cut for length; the input tells made-up values from misread ones.
         """
         is_document, value, problems = self._read(text)
         content, is_loose = None, finished and is_document and all(p.kind == "extra_text" for p in problems)
@@ -150,8 +162,7 @@ class Format(ABC):
         """Whether the text holds a document, the document, and what is wrong."""
         if not text.strip():
             with suppress(SyntaxProblem):
-                # An empty text may be a document; white space is none.
-                if not text and not (judged := self._judge(text))[1]:
+                if not text and not (judged := self._judge(text))[1]:  # a document can be empty, and not white space
                     return True, *judged
             return False, None, [Problem("empty", "the answer is empty")]
         if len(text) > MAX_CHARACTERS:
@@ -185,8 +196,8 @@ class Format(ABC):
             if self.canonical and self.write(value) != text:
                 problems.append(Problem("layout", "key order or white space is not canonical"))
         except (TimeoutError, RecursionError):
-            detail = f"the check took more than {CHECK_SECONDS} s of processor time or recursed too deeply"
-            problems = [Problem("bad_value_form", detail)]
+            why = f"the check took more than {CHECK_SECONDS} s of processor time or recursed too deeply"
+            problems = [Problem("bad_value_form", why)]
         return value, problems
 
     def _parse(self, text: str) -> Any:

@@ -1,7 +1,7 @@
 """Formats as grammars: Lark rules in llguidance's dialect, of which `answer` is the whole text.
 
-A grammar may allow less than its format (keys come in the schema's order), never more: what cannot be expressed is
-refused in one line. llguidance itself refuses most of it; this file refuses what it would read in another sense.
+A grammar may allow less than its format, never more: what cannot be expressed is refused in one line.
+llguidance itself refuses most of it; this file refuses what it would read in another sense.
 """
 
 from __future__ import annotations
@@ -33,7 +33,12 @@ _FORMATS = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}[Tt]{_TIME}", "u
 
 
 def json_rules(schema: dict[str, Any], canonical: bool) -> str:
-    """The grammar of JSON that keeps a valid schema, without keys that the schema does not name.
+    """The grammar of JSON that keeps a valid schema, its keys in the schema's order."""
+    return f"answer: %json {json.dumps(closed(schema, canonical))}"
+
+
+def closed(schema: dict[str, Any], canonical: bool) -> dict[str, Any]:
+    """A valid schema as llguidance has to be given it, without keys that the schema does not name.
 
     White space is free unless the format is canonical. Numbers are the exception to "never more": where the format is
     canonical, 1.50 can still be written for 1.5.
@@ -59,7 +64,7 @@ def json_rules(schema: dict[str, Any], canonical: bool) -> str:
     options: dict[str, Any] = {"whitespace_flexible": not canonical}
     if canonical:
         options["json_allowed_escapes"] = 'nrbtf\\"'  # no \u000a for \n
-    return f"answer: %json {json.dumps(schema | {'x-guidance': options})}"
+    return schema | {"x-guidance": options}
 
 
 def _close(place: str, node: dict[str, Any], whole: bool) -> None:

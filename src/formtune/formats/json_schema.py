@@ -15,10 +15,11 @@ from jsonschema.exceptions import ValidationError
 from formtune.errors import UserError
 from formtune.formats.bounded import time_limit
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
-from formtune.formats.grammar import json_rules
+from formtune.formats.grammar import closed, json_rules
+from formtune.formats.key_orders import OrderedRules, Orders
 from formtune.formats.places import Places, is_array, is_label
 from formtune.formats.schema import make_validator, read_schema, unwrap
-from formtune.formats.strict_json import find_documents, loads_strict
+from formtune.formats.strict_json import find_documents, loads_strict, value_spans
 
 MAX_PROBLEMS = 20  # per text: more do not help a reader
 MAX_PATHS = 2000  # of a format: references can multiply without end
@@ -123,8 +124,17 @@ class JsonSchema(Format):
             value = self._places.ordered(value)
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
+    def value_spans(self, text: str) -> dict[str, tuple[int, int]]:
+        return dict(value_spans(text))
+
     def grammar(self) -> str:
         return json_rules(self._root, self.canonical)
+
+    def ordered_grammar(self, orders: Orders | None) -> tuple[str | None, list[str]]:
+        if self.canonical:  # the order is part of the format
+            return None, []
+        rules = OrderedRules(closed(self._root, canonical=False), orders)
+        return rules.text, rules.kept
 
 
 @functools.lru_cache(maxsize=KEPT)

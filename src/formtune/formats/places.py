@@ -5,8 +5,6 @@ dependentSchemas add to it. The fields are those of all parts. Keys come in the 
 bottom with one alternative of each union that the document keeps; llguidance writes them in the same order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice, product
 from typing import Any
@@ -34,10 +32,7 @@ class Places:
     def paths(
         self, nodes: Sequence[Any], path: str = "", above: frozenset[int] = frozenset(), in_array: bool = False
     ) -> Iterator[tuple[str, list[Part], bool]]:
-        """Every dotted path that may hold a value: its parts, and whether it is within an array.
-
-        A path can come more than once. One that leads back into itself ends where it does.
-        """
+        """Every dotted path that may hold a value, some twice: its parts, and whether it is within an array."""
         parts = self._parts(nodes)
         new = [part for part in parts if id(part) not in above]
         names: dict[str, list[Any]] = {}
@@ -56,14 +51,10 @@ class Places:
             yield from self.paths(items, path, inside, True)
 
     def ordered(self, value: Any) -> Any:
-        """The document with its keys in the schema's order, and then those that it does not name, sorted.
-
-        If several alternatives fit, an order that one of them gives stays.
-        """
+        """The document with its keys in an order of the schema, its own if possible, then the others, sorted."""
         return self._ordered(value, [self._root], {})[2]
 
     def _parts(self, nodes: Sequence[Any]) -> list[Part]:
-        """Everything that may hold where `nodes` do, each part once."""
         key = (*map(id, nodes),)
         if key in self._known:
             return self._known[key]
@@ -137,7 +128,6 @@ class Places:
 
 
 def is_array(part: Part) -> bool:
-    """Whether a part describes an array."""
     return "array" in types(part) or "items" in part or "prefixItems" in part
 
 

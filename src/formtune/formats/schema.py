@@ -1,7 +1,5 @@
 """Where a JSON Schema comes from: a file, a Pydantic class, or the request that it is part of."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re
@@ -45,23 +43,20 @@ def _class_schema(module: str, name: str) -> Any:
     place = f"data.format.schema: {module}:{name}"
     try:
         cls = getattr(importlib.import_module(module), name)
+        if not hasattr(cls, "model_json_schema"):
+            raise UserError(f"{place} is not a Pydantic model: name a subclass of pydantic.BaseModel")
+        return cls.model_json_schema()
+    except UserError:
+        raise
     except Exception as error:  # the module is the user's
         hint = "; pip install pydantic" if getattr(error, "name", "") == "pydantic" else ""
         raise UserError(f"{place}: {' '.join(f'{type(error).__name__}: {error}'.split())}{hint}") from None
-    if not hasattr(cls, "model_json_schema"):
-        raise UserError(f"{place} is not a Pydantic model: name a subclass of pydantic.BaseModel")
-    try:
-        return cls.model_json_schema()
-    except Exception as error:
-        raise UserError(f"{place} has no JSON Schema: {' '.join(str(error).split())}") from None
 
 
 def unwrap(schema: Any) -> tuple[Any, str]:
     """The schema within a request or tool, and the keys that lead to it; "" if it is a schema itself."""
     keys = []
-    while (
-        isinstance(schema, dict) and not schema.keys() & KEYWORDS - {"type", "id"} and schema.get("type") not in TYPES
-    ):
+    while isinstance(schema, dict) and not schema.keys() & KEYWORDS - {"type"} and schema.get("type") not in TYPES:
         inner = [key for key in _WRAPPERS if isinstance(schema.get(key), dict)]
         if len(inner) != 1:
             break
@@ -71,10 +66,7 @@ def unwrap(schema: Any) -> tuple[Any, str]:
 
 
 def make_validator(schema: Any, name: str) -> tuple[Any, list[str]]:
-    """The validator of a schema that can judge every text, complete and without network, and notes on the schema.
-
-    Messages call the schema by `name`.
-    """
+    """The validator of a schema that is complete and needs no network, and notes on how it was read."""
     if not isinstance(schema, dict):
         raise UserError(f"{name}: expected an object as schema, found {schema!r:.40}")
     reading = Reading(schema)

@@ -1,7 +1,5 @@
 """JSON by the standard: NaN, duplicate keys and lone surrogates, which Python's reader accepts, are errors."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -38,10 +36,7 @@ def loads_strict(text: str, constants: bool = False) -> Any:
 
 
 def find_documents(text: str, start: int, brackets: str) -> Iterator[tuple[int, int]]:
-    """Spans of the outermost JSON documents that begin with one of `brackets`.
-
-    A document that breaks off is skipped as far as it was read: a part of it is not a document.
-    """
+    """Spans of the outermost JSON documents that begin with one of `brackets`; part of a broken one is not one."""
     opening = re.compile(f"[{re.escape(brackets)}]")
     for _ in range(MAX_STARTS):
         if (match := opening.search(text, start)) is None:
@@ -56,6 +51,26 @@ def find_documents(text: str, start: int, brackets: str) -> Iterator[tuple[int, 
             return
         else:
             yield match.start(), start
+
+
+def value_spans(text: str, start: int = 0, path: str = "") -> Iterator[tuple[str, tuple[int, int]]]:
+    """The dotted path and the span in a valid text of the document and of each value outside of arrays.
+
+    The span of a number, null, true or false includes the next character, which shows that it ends there.
+    """
+    value, end = _STRICT.raw_decode(text, start)
+    yield path, (start, end + (text[start] not in '"{['))
+    at = start + 1
+    for key in value if isinstance(value, dict) else ():
+        _, at = _STRICT.raw_decode(text, _skip(text, at))
+        at = _skip(text, at)
+        yield from value_spans(text, at, f"{path}.{key}" if path else key)
+        _, at = _STRICT.raw_decode(text, at)
+
+
+def _skip(text: str, at: int) -> int:
+    """Where the next value or key begins."""
+    return next(i for i in range(at, len(text)) if text[i] not in " \t\n\r,:")
 
 
 def _depth(value: Any) -> int:

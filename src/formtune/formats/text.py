@@ -1,7 +1,5 @@
 """Formats for texts that are not JSON: a pattern, a label, tagged sections."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator
@@ -47,6 +45,11 @@ class Regex(Format):
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
         yield from super().documents(text)
         yield from _only_match(self._pattern, text)
+
+    def value_spans(self, text: str) -> dict[str, tuple[int, int]]:
+        match = self._pattern.fullmatch(text)
+        spans = ((name, *match.span(name)) for name in self.fields)
+        return {name: (start, end + 1) for name, start, end in spans if start >= 0}
 
     def grammar(self) -> str | None:
         check_pattern(self.pattern, "data.format.pattern")
@@ -96,8 +99,7 @@ class Tagged(Format):
     """
 
     def __init__(self, sections: list[str]) -> None:
-        names = [name for name in sections if regex.fullmatch(r"[A-Za-z_][\w-]*", name)]
-        if not names or len(set(names)) < len(sections):
+        if not sections or len({s for s in sections if regex.fullmatch(r"[A-Za-z_][\w-]*", s)}) < len(sections):
             raise UserError("data.format.sections: name at least one section; each once, letters, digits, _ and -")
         self.sections = sections
         self.fields = tuple(sections)
@@ -109,12 +111,9 @@ class Tagged(Format):
             tag = _TAG.match(text, at)
             if tag is None or (tag[1] and not at) or (tag[2] == "think" and "think" not in self.sections):
                 raise SyntaxProblem(f"text outside the sections: {text[at : at + 60]!r}")
-            name = tag[2]
-            end = text.find(f"</{name}>", tag.end())
-            if end < 0:
-                raise SyntaxProblem(f"<{name}> has no end")
-            if name in values:
-                raise SyntaxProblem(f"duplicate section <{name}>")
+            name, end = tag[2], text.find(f"</{tag[2]}>", tag.end())
+            if end < 0 or name in values:
+                raise SyntaxProblem(f"<{name}> has no end" if end < 0 else f"duplicate section <{name}>")
             values[name] = text[tag.end() : end]
             at = end + len(name) + 3
         return values
@@ -131,6 +130,14 @@ class Tagged(Format):
         start, end = text.find(f"<{self.sections[0]}>"), text.rfind(f"</{self.sections[-1]}>")
         if 0 <= start < end:
             yield start, end + len(self.sections[-1]) + 3
+
+    def value_spans(self, text: str) -> dict[str, tuple[int, int]]:
+        spans, end = {}, 0
+        for name in self.sections:
+            start = text.index(f"<{name}>", end) + len(name) + 2
+            end = text.index(f"</{name}>", start)
+            spans[name] = start, end + 1
+        return spans
 
     def grammar(self) -> str | None:
         sections = " /[ \\t\\r\\n]+/? ".join(f'"<{name}>" section{i}' for i, name in enumerate(self.sections))

@@ -1,7 +1,5 @@
 """Tool calls as chat templates write them, judged by the tools that each row defines."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import json
@@ -12,6 +10,7 @@ from typing import Any, Literal
 from formtune.errors import UserError
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
 from formtune.formats.json_schema import JsonSchema
+from formtune.formats.key_orders import Orders
 from formtune.formats.strict_json import loads_strict
 
 KEPT = 1000  # formats of rows
@@ -50,12 +49,12 @@ class ToolCalls(Format):
         self._calls, self.derived = JsonSchema(_CALLS), frozenset({"name"})
         self._tools: dict[str, JsonSchema] = {}  # the parameters of the row's tools
 
-    def of_row(self, schema: str | None) -> ToolCalls:
+    def of_row(self, schema: str | None) -> "ToolCalls":
         return _of_row(self, schema)
 
     def parse(self, text: str) -> Any:
-        call = _SYNTAXES[self.syntax][1]
-        matches, rest = call.findall(text), call.sub("", text)
+        pattern = _SYNTAXES[self.syntax][1]
+        matches, rest = pattern.findall(text), pattern.sub("", text)
         for name, (opening, _) in _SYNTAXES.items():
             if opening.search(rest) and (name == self.syntax or (self._tools and not matches)):
                 remedy = f"; set data.format.init_args.syntax: {name}" if name != self.syntax else ", without its end"
@@ -65,11 +64,11 @@ class ToolCalls(Format):
         if not matches:
             return text
         calls = loads_strict(matches[0]) if self.syntax == "mistral" else [*map(loads_strict, matches)]
-        for one in calls:
-            if isinstance(one, dict) and self.syntax == "mistral":
-                one.pop("id", None)  # made up
-            if isinstance(one, dict) and self.syntax == "llama" and "parameters" in one:
-                one["arguments"] = one.pop("parameters")
+        for call in calls:
+            if isinstance(call, dict) and self.syntax == "mistral":
+                call.pop("id", None)  # made up
+            if isinstance(call, dict) and self.syntax == "llama" and "parameters" in call:
+                call["arguments"] = call.pop("parameters")
         return calls
 
     def problems(self, value: Any) -> list[Problem]:
@@ -80,13 +79,12 @@ class ToolCalls(Format):
         if problems := self._calls.problems(value):
             return problems
         for number, call in enumerate(value):
-            if call["name"] in self._tools:
-                for problem in self._tools[call["name"]].problems(call["arguments"]):
-                    detail = problem.detail.removeprefix("$")
-                    problems.append(Problem(problem.kind, f"$[{number}].arguments{detail}"))
-            else:
+            if call["name"] not in self._tools:
                 names = ", ".join(map(repr, self._tools)) or "none"
                 problems.append(Problem("bad_value_form", f"$[{number}].name: {call['name']!r}; the tools are {names}"))
+                continue
+            for problem in self._tools[call["name"]].problems(call["arguments"]):
+                problems.append(Problem(problem.kind, f"$[{number}].arguments{problem.detail.removeprefix('$')}"))
         return problems
 
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
@@ -95,15 +93,20 @@ class ToolCalls(Format):
 
     def grammar(self) -> str:
         if self.syntax == "mistral" or self.tool_choice == "auto" or not self._tools:
-            raise UserError(
-                "model.constrained: ToolCalls has a grammar where every row has tools, syntax is hermes or llama and "
-                "tool_choice is required; decode without a grammar"
-            )
+            need = "every row has tools, syntax is hermes or llama and tool_choice is required"
+            raise UserError(f"model.constrained: ToolCalls has a grammar where {need}; decode without a grammar")
+        return self._rules([parameters.grammar() for parameters in self._tools.values()])
+
+    def ordered_grammar(self, orders: Orders | None) -> tuple[str | None, list[str]]:
+        pairs = [(tool.ordered_grammar(orders)[0], tool.grammar()) for tool in self._tools.values()]
+        return self._rules([ordered or own for ordered, own in pairs]), []
+
+    def _rules(self, arguments: list[str]) -> str:
         key, calls, rules = "parameters" if self.syntax == "llama" else "arguments", [], []
-        for number, (name, parameters) in enumerate(self._tools.items()):
+        for number, (name, grammar) in enumerate(zip(self._tools, arguments, strict=True)):
             opening = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": '
             calls.append(f'{json.dumps(opening, ensure_ascii=False)} arguments{number} "}}"')
-            rules.append(f"arguments{number}:" + parameters.grammar().removeprefix("answer:"))
+            rules.append(f"arguments{number}:" + grammar.removeprefix("answer:"))
         tagged = 'tagged ("\\n" tagged)*\ntagged: ( "<tool_call>" "\\n" call "\\n" "</tool_call>" )'
         answer = "call" if self.syntax == "llama" else tagged
         return "\n".join([f"answer: {answer}", f"call: {' | '.join(calls)}", *rules])
@@ -123,9 +126,8 @@ def _of_row(format: ToolCalls, schema: str | None) -> ToolCalls:
     for tool in json.loads(schema or "[]"):
         name, function = str(tool_name(tool)), tool.get("function", tool)
         try:
-            parameters = JsonSchema(function.get("parameters") or {"type": "object", "properties": {}})
+            own._tools[name] = JsonSchema(function.get("parameters") or {"type": "object", "properties": {}})
         except UserError as error:
             raise UserError(f"the parameters of {name}: {str(error).removeprefix('data.format.schema: ')}") from None
-        own._tools[name] = parameters
-        own.derived |= {f"arguments.{path}" for path in parameters.derived}
+        own.derived |= {f"arguments.{path}" for path in own._tools[name].derived}
     return own

@@ -1,20 +1,16 @@
 """Exact attention within packed sequences, computed only for pairs of tokens that attend to each other.
 
-On a CPU no mask is built. A token attends to the segments on its path, so its softmax is over several pieces of keys.
-Each piece is one call of a fused kernel: causal within a segment, full for the tokens that continue a segment. A piece
-also returns z_i = logsumexp(scores_i), and out = sum_i exp(z_i - z) out_i with z = logsumexp_i z_i. The backward pass
-gives each piece the merged `out` and `z`, from which the kernel recomputes the true probabilities (as ring attention
-does, arXiv:2310.01889).
+On a CPU no mask is built. A token attends to the segments on its path, so its softmax is over several pieces of keys,
+each one call of a fused kernel: causal within a segment, full for the tokens that continue a segment. A piece also
+returns z_i = logsumexp(scores_i), and out = sum_i exp(z_i - z) out_i with z = logsumexp_i z_i. From the merged `out`
+and `z` the backward kernel recomputes the true probabilities of a piece (as ring attention does, arXiv:2310.01889).
 
 On CUDA one FlexAttention kernel skips fully masked blocks (arXiv:2412.05496); other devices use SDPA with a mask.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +62,7 @@ def _attention(
 
 
 class PackedAttention:
-    """Attention of one packed sequence; with `keep`, `kept` is every layer's KV cache, for decoding."""
+    """Attention of one packed sequence (see `Attend`); with `keep`, `kept` is every layer's KV cache, for decoding."""
 
     def __init__(self, packed: Packed, keep: bool = False) -> None:
         self.packed, self.keep = packed, keep
@@ -76,13 +72,12 @@ class PackedAttention:
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
-        """See `Attend`; the batch is 1, and keys and values may have fewer heads than queries."""
         if self.keep:
             self.kept[layer] = (key, value)
         if window is not None and self.packed.longest <= window:
             window = None
         if window not in self._masks:
-            make = {"cpu": _pieces, "cuda": _block_mask}.get(query.device.type, _dense_mask)
+            make = _pieces if query.is_cpu else functools.partial(_mask, blocks=query.is_cuda)
             self._masks[window] = make(self.packed, window, query)
         mask = self._masks[window]
         if isinstance(mask, list):
@@ -92,8 +87,7 @@ class PackedAttention:
         return _flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Queries and the keys that they attend to in one kernel call."""
 
     queries: slice
@@ -114,7 +108,7 @@ def _pieces(packed: Packed, window: int | None, query: Tensor) -> list[Piece]:
         seen = (distance < window) & (distance >= 0)
         if seen.any():
             mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill(~seen, float("-inf"))
-            masked.append(Piece(piece.queries, piece.keys, piece.own, mask))
+            masked.append(piece._replace(mask=mask))
     return masked
 
 
@@ -168,22 +162,16 @@ class _Pieces(torch.autograd.Function):
         return *grads, None, None
 
 
-def _see(packed: Packed, window: int | None, query: Tensor) -> Callable[..., Tensor]:
-    """The function that tells whether token q attends to token k."""
+def _mask(packed: Packed, window: int | None, query: Tensor, blocks: bool) -> Any:
+    """The tokens that each token attends to, as FlexAttention's block mask or as a dense mask."""
     stops, positions = packed.stops().to(query.device), packed.positions[0].to(query.device)
 
     def see(batch: Any, head: Any, q: Tensor, k: Tensor) -> Tensor:
         seen = (k <= q) & (q < stops[k])
         return seen if window is None else seen & (positions[q] - positions[k] < window)
 
-    return see
-
-
-def _dense_mask(packed: Packed, window: int | None, query: Tensor) -> Tensor:
-    at = torch.arange(packed.ids.size(1), device=query.device)
-    return _see(packed, window, query)(0, 0, at[:, None], at[None])
-
-
-def _block_mask(packed: Packed, window: int | None, query: Tensor) -> Any:
     size = packed.ids.size(1)
-    return create_block_mask(_see(packed, window, query), None, None, size, size, device=query.device)
+    if blocks:
+        return create_block_mask(see, None, None, size, size, device=query.device)
+    at = torch.arange(size, device=query.device)
+    return see(0, 0, at[:, None], at[None])

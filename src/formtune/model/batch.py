@@ -1,17 +1,16 @@
 """What the collate function makes of rows, and what an evaluation returns for each."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from formtune.base.row import Row
 from formtune.errors import Fault
+from formtune.evaluation.confidence import UNKNOWN, Confidence
 from formtune.formats import Verdict
 
 
@@ -22,6 +21,7 @@ class Answer:
     row: Row
     text: str
     verdict: Verdict
+    confidence: Confidence = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +42,19 @@ class Batch:
     limits: Sequence[int] = ()  # for each row, how many tokens its answer may have
     decoding: Decoding = Decoding()
 
-    def to(self, device: Any, non_blocking: bool = False) -> Batch:
+    def to(self, device: Any, non_blocking: bool = False) -> Self:
         """The same batch with its tensors on a device; Lightning calls it."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> Self:
         """The same batch with its tensors in page-locked memory; the DataLoader calls it."""
         return self._each(Tensor.pin_memory)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         parts = []
         for part in self.micro_batches:
-            values = {field.name: getattr(part, field.name) for field in fields(part)}
-            tensors = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-            parts.append(replace(part, **tensors))
+            tensors = [field.name for field in fields(part) if isinstance(getattr(part, field.name), Tensor)]
+            parts.append(replace(part, **{name: change(getattr(part, name)) for name in tensors}))
         return replace(self, micro_batches=parts)
 
 

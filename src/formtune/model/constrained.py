@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.errors import UserError
 from formtune.formats import Format
+from formtune.formats.key_orders import Orders
+from formtune.model.loss import greedy, masked
 
 KEPT = 256  # compiled schemas of rows
 
@@ -23,11 +26,14 @@ KEPT = 256  # compiled schemas of rows
 class Grammar:
     """A format, compiled for the tokens of a model; if rows have their own schemas, each schema when it is needed.
 
+    JSON keys come in `orders`, those of the training targets. If these are not known, or if rows have their own
+    schemas, keys come in any order.
+
     Raises:
         UserError: llguidance is not installed, or the format has no grammar.
     """
 
-    def __init__(self, format: Format, renderer: Renderer) -> None:
+    def __init__(self, format: Format, renderer: Renderer, orders: Orders | None = None) -> None:
         try:
             from llguidance import LLExecutor
             from llguidance.hf import from_tokenizer
@@ -44,24 +50,34 @@ class Grammar:
         # A tag such as <tool_call> may be one token, which llguidance does not take for text.
         self._added_tokens = renderer.tokenizer.added_tokens_encoder
         self.executor = LLExecutor()
+        self._orders = None if format.per_row else orders
         self._format, self._compiled = format, functools.lru_cache(KEPT)(self._compile)
         if not format.per_row:
             self._compiled(None)
 
     def _compile(self, schema: str | None) -> Any:
-        from llguidance import LLMatcher
-
-        rules = self._format.of_row(schema).grammar()
+        own = self._format.of_row(schema)
+        rules = own.grammar()
         if rules is None:
             name = type(self._format).__name__
             raise UserError(f"model.constrained: {name} has no grammar; give it a `grammar` method")
+        matcher = self._matcher(rules)
+        if matcher.is_error():
+            raise UserError(f"model.constrained: the format cannot be put in a grammar ({_reason(matcher)})")
+        ordered, _ = own.ordered_grammar(self._orders)  # right only where llguidance takes the schema as it is
+        if ordered and (other := self._matcher(ordered)).is_error():
+            rank_zero_warn(f"constrained decoding keeps the schema's order of keys ({_reason(other)})")
+        elif ordered:
+            matcher = other
+        return matcher
+
+    def _matcher(self, rules: str) -> Any:
+        from llguidance import LLMatcher
+
         for token, number in self._added_tokens.items():
             rules = rules.replace(f" {json.dumps(token)} ", f" <[{number}]> ")
         text = f"start: {json.dumps(self._lead) if self._lead else ''} answer\n{rules}"
-        matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
-        if matcher.is_error():
-            raise UserError(f"model.constrained: the format cannot be put in a grammar ({_reason(matcher)})")
-        return matcher
+        return LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
 
     def matcher(self, row: Row) -> Any:
         """A matcher for the row's answer; raises a UserError with the row's place if its schema has no grammar."""
@@ -84,42 +100,51 @@ class Documents:
         accepted = matcher.try_consume_tokens(list(tokens[: len(tokens) - ended]))
         return accepted + (ended and accepted == len(tokens) - 1 and matcher.is_accepting())
 
-    def choose(self, rows: list[int], logits: Tensor) -> list[int]:
+    def bitmask(self, targets: Sequence[Sequence[int]], sizes: Sequence[int]) -> Tensor:
+        """The tokens allowed at each label of the targets, row after row; the answers are as empty as before.
+
+        What follows a token that the grammar refuses is not computed.
+        """
+        from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask_par
+
+        bitmask = allocate_token_bitmask(sum(sizes), self._grammar.vocabulary)  # 32 tokens per number
+        starts = [0, *itertools.accumulate(sizes)]
+        rows, at = list(range(len(sizes))), 0
+        while rows:
+            fill_next_token_bitmask_par(
+                self._grammar.executor, [(self._matchers[row], starts[row] + at) for row in rows], bitmask
+            )
+            # The last token of a target is the stop token, after which nothing follows.
+            rows = [row for row in rows if at + 1 < sizes[row] and self.write(row, targets[row][at : at + 1])]
+            at += 1
+        self.reset(range(len(sizes)))
+        return bitmask
+
+    def reset(self, rows: Iterable[int]) -> None:
+        """Begin these answers anew."""
+        for row in rows:
+            self._matchers[row].reset()
+
+    def choose(self, rows: list[int], logits: Tensor) -> tuple[list[int], list[float]]:
         """Add the most likely allowed token to each of `rows`, from logits of shape (rows, vocabulary).
 
-        If llguidance fails on an answer, it ends there with a stop token and the format judges it: one row must neither
-        end the run nor make other processes wait.
+        Returns the tokens and their log-probabilities, normalised over the allowed tokens. If llguidance fails on an
+        answer, it ends there with a stop token and the format judges it: one row must neither end the run nor make
+        other processes wait.
         """
         from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask_par
 
         matchers = [self._matchers[row] for row in rows]
-        size = min(self._grammar.vocabulary, logits.size(-1))
-        bitmask = allocate_token_bitmask(len(rows), self._grammar.vocabulary)  # 32 tokens per number
+        bitmask = allocate_token_bitmask(len(rows), self._grammar.vocabulary)
         fill_next_token_bitmask_par(self._grammar.executor, [(m, i) for i, m in enumerate(matchers)], bitmask)
-        bits = torch.arange(32, dtype=torch.int32, device=logits.device)
-        allowed = (bitmask.to(logits.device)[:, :, None] >> bits & 1).flatten(1)[:, :size].bool()
-        tokens = logits[:, :size].masked_fill(~allowed, float("-inf")).argmax(-1).tolist()
+        size = min(self._grammar.vocabulary, logits.size(-1))
+        tokens, logprobs = (values.tolist() for values in greedy(masked(logits[:, :size], bitmask)))
         for i, (matcher, token) in enumerate(zip(matchers, tokens, strict=True)):
             ended = token in self._grammar.stop
             if matcher.is_error() or not (ended or matcher.consume_token(token)):
                 rank_zero_warn(f"constrained decoding failed and ended an answer early: {_reason(matcher)}")
-                tokens[i] = min(self._grammar.stop)
-        return tokens
-
-    def processor(self, rows: list[int], width: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """A logits processor for `generate` that begins `rows` anew; their answers begin at column `width`."""
-        for row in rows:
-            self._matchers[row].reset()
-
-        def only_chosen(ids: Tensor, scores: Tensor) -> Tensor:
-            last = ids[:, -1].tolist()
-            alive = [i for i in range(len(rows)) if ids.size(1) == width or last[i] not in self._grammar.stop]
-            tokens = self.choose([rows[i] for i in alive], scores[alive])
-            chosen = torch.full_like(scores, float("-inf"))
-            chosen[alive, tokens] = 0.0
-            return chosen
-
-        return only_chosen
+                tokens[i], logprobs[i] = min(self._grammar.stop), -math.inf
+        return tokens, logprobs
 
 
 def _reason(matcher: Any) -> str:

@@ -1,11 +1,8 @@
 """`--trainer.strategy fsdp`: each rank keeps a shard of every frozen layer and gathers the layer to compute it.
 
-The trained parameters are small and stay whole on all ranks, as under DDP: checkpoints, clipping and the adapter are
-the same. PyTorch's `fully_shard` gathers a layer when all ranks call it, so all ranks need the same number of forward
-passes, though their micro-batches differ in number and their answers in length.
+The trained parameters stay whole on all ranks, as under DDP. `fully_shard` gathers a layer when all ranks call it, so
+all ranks need the same number of forward passes, though their micro-batches differ in number and answers in length.
 """
-
-from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -18,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from formtune.model.lora import decoder_layers
 from formtune.model.micro_batches import MicroBatches
 from formtune.model.ranks import highest
 
@@ -27,21 +25,17 @@ class ShardedBase(DDPStrategy):
 
     def shard(self, module: Any, model: Any) -> None:
         """Shard the layers of `model`, a causal language model with adapters, the same on all ranks."""
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
         decoder = model.get_base_model().get_decoder()
         # A separate group: DDP exchanges gradients while layers are gathered for the backward pass.
         mesh = DeviceMesh.from_group(dist.new_group(), self.root_device.type)
         trained = {p for p in decoder.parameters() if p.requires_grad}
-        for layer in decoder.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                fully_shard(layer, mesh=mesh, ignored_params=trained)
+        for layer in decoder_layers(decoder):
+            fully_shard(layer, mesh=mesh, ignored_params=trained)
         # As the root, it fetches the next layer while one computes.
         fully_shard(decoder, mesh=mesh, ignored_params=trained | {p for p in decoder.parameters() if _is_whole(p)})
         module._ddp_params_and_buffers_to_ignore = [n for n, p in module.named_parameters() if not _is_whole(p)]
 
     def highest_count(self, count: int) -> int:
-        """The highest count of all ranks."""
         assert self.lightning_module is not None
         return int(highest(self.lightning_module.trainer, count)[0])
 

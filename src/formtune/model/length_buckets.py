@@ -1,11 +1,8 @@
 """Micro-batches of padded rows of similar length, for any causal model."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from formtune.base.row import Row
 from formtune.model.constrained import Documents
-from formtune.model.loss import Predictions, predict
-from formtune.model.micro_batches import Answers, MicroBatches
+from formtune.model.loss import predict
+from formtune.model.micro_batches import Decoded, Forward, MicroBatches, add_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +46,7 @@ class LengthBuckets(MicroBatches):
         if group:
             yield _pad(rows, group)
 
-    def predictions(self, padded: Padded, keep: bool = False) -> tuple[Predictions, Any]:
+    def predictions(self, padded: Padded, keep: bool = False, bitmask: Tensor | None = None) -> Forward:
         predicting = padded.targets >= 0
         predicting[:, 0] = True  # also in a row without a target, whose answer starts there
         positions = (padded.seen.cumsum(1) - 1).clamp_min(0)
@@ -61,31 +58,42 @@ class LengthBuckets(MicroBatches):
             use_cache=False,
         ).logits[predicting.to(self.device)]
         targets = padded.targets[predicting].to(self.device)
-        return predict(nn.Identity(), logits, targets, logits.size(-1)), padded
+        return predict(nn.Identity(), logits, targets, logits.size(-1), bitmask), padded
 
     def _generate(
-        self, kept: Padded, unfinished: list[int], answers: Answers, limits: list[int], stop: Sequence[int],
+        self, kept: Padded, unfinished: list[int], answers: list[Decoded], limits: list[int], stop: Sequence[int],
         documents: Documents | None,
     ) -> None:  # fmt: skip
         from transformers import GenerationConfig
 
         width = kept.ids.size(1) - kept.targets.size(1) + 1
+        # From the prompt again: not every model's cache can be cut back to a mismatch.
+        for j in unfinished:
+            answers[j] = Decoded()
+        if documents:
+            documents.reset(unfinished)
+
+        def choose(ids: Tensor, scores: Tensor) -> Tensor:
+            """A logits processor that adds the next tokens to the answers of `group`, and leaves no others."""
+            last = ids[:, -1].tolist()
+            alive = [i for i in range(len(group)) if ids.size(1) == width or last[i] not in stop]
+            tokens = add_tokens(answers, [group[i] for i in alive], scores[alive], documents)
+            chosen = torch.full_like(scores, float("-inf"))
+            chosen[alive, tokens] = 0.0
+            return chosen
+
         # Rows near the end of the context have lower limits: decoded with the others they would exceed it.
         for limit in sorted({limits[j] for j in unfinished}):
             group = [j for j in unfinished if limits[j] == limit]
-            config = GenerationConfig(
-                do_sample=False, max_new_tokens=limit, eos_token_id=list(stop), pad_token_id=stop[0]
-            )
+            ends = {"eos_token_id": list(stop), "pad_token_id": stop[0]}
+            config = GenerationConfig(do_sample=False, max_new_tokens=limit, **ends)
             # From the prompt again: not every model's cache can be cut back to a mismatch.
-            generated = self.base.generate(
+            self.base.generate(
                 input_ids=kept.ids[group, :width].to(self.device),
                 attention_mask=kept.seen[group, :width].to(self.device),
                 generation_config=config,
-                logits_processor=documents and [documents.processor(group, width)],
+                logits_processor=[choose],
             )
-            for j, ids in zip(group, generated[:, width:].tolist(), strict=True):
-                end = next((i for i, token in enumerate(ids) if token in stop), len(ids) - 1)
-                answers[j] = ids[: end + 1]
 
 
 def _pad(rows: Sequence[Row], group: list[int]) -> Padded:

@@ -1,7 +1,5 @@
 """Load a frozen base model and add LoRA adapters."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,9 +55,9 @@ def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch
         raise UserError(f"model.base: {base} cannot be loaded ({first_line(error)})") from error
     model, info = loaded
     for name in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if info.get(name):  # transformers would continue with random numbers in these tensors
-            count, words, first = len(info[name]), name.replace("_", " "), min(info[name])
-            raise UserError(f"model.base: {base} is incomplete ({count} {words}, first {first})")
+        if keys := info.get(name):  # transformers would continue with random numbers in these tensors
+            words = name.replace("_", " ")
+            raise UserError(f"model.base: {base} is incomplete ({len(keys)} {words}, first {min(keys)})")
     if any(p.is_floating_point() and not torch.isfinite(p).all() for p in model.parameters()):
         raise UserError(f"model.base: {base} holds weights that are not finite numbers")
     # A base may ship sampling, penalties or forced tokens; `generate` would merge them into every call.
@@ -119,13 +117,10 @@ def add_lora(model: Any, lora: Lora, quantized: bool = False) -> Any:
     return tuned
 
 
-def compile_layers(model: nn.Module) -> None:
-    """Compile the decoder layers: their code is the same, while a whole model is recompiled for each kind of call."""
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.compile(dynamic=True)
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def check_adapters(expected: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
@@ -139,11 +134,9 @@ def check_adapters(expected: Mapping[str, Tensor], loaded: Mapping[str, Tensor])
 
 
 def target_names(model: nn.Module, targets: str | list[str]) -> str | list[str]:
-    """PEFT's `target_modules` for any architecture.
+    """PEFT's `target_modules`; `attention` means every linear layer in an attention module of any architecture.
 
-    `attention` means every linear layer inside an attention module: q, k, v, o where they are separate (Llama, Qwen,
-    Mistral, Gemma), or fused (qkv_proj, query_key_value, c_attn). A name that also occurs outside attention, such as
-    GPT-2's `c_proj`, is prefixed with its parent's name.
+    A name that also occurs outside attention, such as GPT-2's `c_proj`, is prefixed with its parent's name.
     """
     if targets == "all-linear":
         return targets
@@ -156,13 +149,10 @@ def target_names(model: nn.Module, targets: str | list[str]) -> str | list[str]:
                 names = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
                 raise UserError(f"model.lora.targets: no layer is called {name!r}; the linear ones are {names}")
         return targets
-    inside, outside = set(), set()
-    for path in linear:
-        parent, _, name = path.rpartition(".")
-        if "attention" in type(model.get_submodule(parent)).__name__.lower():
-            inside.add((parent.rpartition(".")[2], name))
-        else:
-            outside.add(name)
+    parents = {path: path.rpartition(".")[0] for path in linear}
+    inside = {path for path in linear if "attention" in type(model.get_submodule(parents[path])).__name__.lower()}
     if not inside:
         raise UserError("model.lora.targets: this model has no attention layers by that name; use all-linear or a list")
-    return sorted({f"{parent}.{name}" if name in outside else name for parent, name in inside})
+    outside = {path.rpartition(".")[2] for path in parents.keys() - inside}
+    pairs = ((path.rpartition(".")[2], ".".join(path.split(".")[-2:])) for path in inside)
+    return sorted({with_parent if name in outside else name for name, with_parent in pairs})

@@ -1,7 +1,5 @@
 """Next-token loss of the targets: logits are computed only where a label is predicted, and in chunks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,26 +18,47 @@ class Predictions:
     targets: Tensor  # the labels, -1 where there is none
     loss: Tensor  # sum of `nats`, with a gradient if gradients are enabled
     nats: Tensor  # negative log-likelihood of each label in float32, 0 where there is none
-    tokens: Tensor  # the most likely tokens; empty if gradients are enabled
+    tokens: Tensor  # the most likely tokens; empty if gradients are enabled, as the next two
+    chosen: Tensor  # the most likely tokens among those allowed
+    logprobs: Tensor  # their log-probabilities, normalised over the allowed tokens
 
 
-def predict(head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: int) -> Predictions:
-    """Predictions from the last hidden states of the tokens that predict labels, shape (labels, width).
+def predict(
+    head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: int, bitmask: Tensor | None = None
+) -> Predictions:
+    """Predictions from hidden states of shape (labels, width); `head`, which may be trained, makes them logits.
 
-    `head` gives `vocabulary` logits for each of them; it may have trained parameters.
+    `bitmask` has the tokens that are allowed at each label, 32 per number; None allows all.
     """
     size = max(1, LOGITS.get(hidden.device.type, 2**25) // vocabulary)
     if torch.is_grad_enabled():
         trained = [p for p in head.parameters() if p.requires_grad]
         loss, nats = _Loss.apply(hidden, targets, head, size, *trained)
-        return Predictions(targets, loss, nats, targets.new_empty(0))
+        return Predictions(targets, loss, nats, *[targets.new_empty(0)] * 3)
     chunks = []
-    for chunk, labels in zip(hidden.split(size), targets.split(size), strict=True):
+    for at, chunk in zip(range(0, len(hidden), size), hidden.split(size), strict=True):
         logits = head(chunk).float()
         tokens = logits.argmax(-1)
-        chunks.append((_nats_in_place(logits, labels)[0], tokens))
-    nats, tokens = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    return Predictions(targets, nats.sum(), nats, tokens)
+        chosen = None if bitmask is None else greedy(masked(logits, bitmask[at : at + size]))
+        nats, total = _nats_in_place(logits, targets[at : at + size])
+        chunks.append((nats, tokens, *(chosen or (tokens, -total.log().squeeze(-1)))))
+    nats, *rest = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return Predictions(targets, nats.sum(), nats, *rest)
+
+
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The most likely token for each row of logits, and its log-probability."""
+    tokens = logits.argmax(-1)
+    highest = logits.gather(-1, tokens.unsqueeze(-1)).float()
+    # The largest is subtracted first: a probability near 1 keeps its digits.
+    return tokens, -(logits.float() - highest).exp_().sum(-1).log()
+
+
+def masked(logits: Tensor, bitmask: Tensor) -> Tensor:
+    """The logits without those of tokens that the bitmask, shape (rows, numbers of 32 tokens), does not allow."""
+    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+    allowed = (bitmask.to(logits.device)[:, :, None] >> bits & 1).flatten(1)[:, : logits.size(-1)].bool()
+    return logits[:, : allowed.size(1)].masked_fill(~allowed, float("-inf"))
 
 
 class _Loss(torch.autograd.Function):

@@ -1,7 +1,5 @@
 """The LightningModule: one batch is one optimizer step; evaluation decodes greedily and checks each answer's format."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
@@ -20,28 +18,28 @@ from formtune.base.folder import context_length, skeleton
 from formtune.base.identity import check_identity, format_hash, identity
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
-from formtune.errors import UserError
+from formtune.errors import Fault, UserError
 from formtune.evaluation.metrics import LossMetrics
 from formtune.formats import Format
 from formtune.model.batch import Answer, Batch, Decoding, out_of_memory_named
 from formtune.model.constrained import Grammar
 from formtune.model.fsdp import ShardedBase, padded, uneven_counts, unsynced
-from formtune.model.lora import Lora, add_lora, check_adapters, compile_layers, load_base, lora_config
-from formtune.model.micro_batches import MicroBatches
-from formtune.model.optimization import CosineWithWarmup, GradientGuard, build_optimizer, check_optimizer
+from formtune.model.lora import Lora, add_lora, check_adapters, decoder_layers, load_base, lora_config
+from formtune.model.micro_batches import Decoded, MicroBatches, judge
+from formtune.model.optimization import CosineWithWarmup, build_optimizer, check_optimizer
 from formtune.model.scores import Scores
 from formtune.model.shared_prefixes import choose_micro_batches
 
 EVALUATION = 16  # an evaluation micro-batch has so many times the tokens of a training one, answers included
+SKIPPED = 20  # skipped steps in a row that abort a run; 16-mixed skips a few while it finds its scale
 PARITY = 2  # rows of each evaluation batch that are also decoded in full
 
 
 class FormatModule(L.LightningModule):
     """A causal language model with LoRA, trained on answers and evaluated by exact format compliance.
 
-    One batch holds the rows of one optimizer step. The step is computed in as many micro-batches as fit
-    `tokens_per_micro_batch`; the loss of each is divided by the target tokens of the whole step on all devices. So the
-    budget changes memory and nothing else, and every count of steps is a count of optimizer steps.
+    One batch is one optimizer step, computed in as many micro-batches as fit `tokens_per_micro_batch`. The loss of each
+    is divided by the target tokens of the whole step on all devices, so the budget changes memory and nothing else.
 
     Args:
         base: Folder or hub id of the base model.
@@ -57,8 +55,8 @@ class FormatModule(L.LightningModule):
         compile: Compile the layers with torch.compile: about a minute at the start, then each step is shorter.
         quantize: Load the frozen base in 4 bits (QLoRA, arXiv:2305.14314); needs the extra `qlora`.
         constrained: Use constrained decoding in every evaluation and in `predict`: only tokens that can still lead to a
-            valid format are chosen from. Training and losses stay the same. JSON keys come in the schema's order. Needs
-            the extra `constrained`.
+            valid format are chosen from. Training and losses stay the same. JSON keys come in the orders of
+            the training targets. Needs the extra `constrained`.
         metrics: Metrics of your own, each a `torchmetrics.Metric` whose `update` takes answers and targets, two lists
             of texts; shown as `own/` and the name of the class.
     """
@@ -92,7 +90,8 @@ class FormatModule(L.LightningModule):
         self.constrained = constrained
         self.model: Any = None
         self.scores = Scores(format, metrics)
-        self.guard = GradientGuard(max_grad_norm)
+        self.max_grad_norm = max_grad_norm or float("inf")
+        self.skipped = self.skipped_in_a_row = 0  # steps with a non-finite gradient
         self.logged = True  # whether the evaluation in progress goes to the logger
 
     def configure_model(self) -> None:
@@ -108,12 +107,15 @@ class FormatModule(L.LightningModule):
         base = load_base(self.base, dtype, self.quantize, torch.device("cpu") if sharded else strategy.root_device)
         if base.get_input_embeddings().num_embeddings < len(self.renderer.tokenizer):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.orders = getattr(getattr(datamodule, "splits", None), "orders", None)
         if self.constrained:
-            grammar, rows = self.grammar, getattr(self.trainer.datamodule, "rows", {})  # type: ignore[attr-defined]
+            grammar, rows = self.grammar, getattr(datamodule, "rows", {})
             for row in (*rows.get("validation", ()), *rows.get("test", ())):
                 grammar.matcher(row)  # refuses a format that has none before training
         processes = self.trainer.world_size
         self._identity = {"base": identity(self.base), "format": format_hash(self.format), "processes": processes}
+        self._identity["orders"] = self.orders
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(self.seed)  # the adapters begin alike, whatever drew random numbers before
@@ -121,13 +123,13 @@ class FormatModule(L.LightningModule):
         self._trained = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
         if isinstance(strategy, ShardedBase):
             strategy.shard(self, self.model)
-        if self.compile_layers:
-            compile_layers(self.model)
+        for layer in decoder_layers(self.model) if self.compile_layers else ():
+            layer.compile(dynamic=True)  # a whole model would be recompiled for each kind of call
 
     @functools.cached_property
     def grammar(self) -> Grammar:
         """The format, compiled for constrained decoding."""
-        return Grammar(self.format, self.renderer)
+        return Grammar(self.format, self.renderer, self.orders)
 
     @functools.cached_property
     def micro_batches(self) -> MicroBatches:
@@ -175,15 +177,27 @@ class FormatModule(L.LightningModule):
         optimizer.zero_grad(set_to_none=True)
         self.lr_schedulers().step()  # type: ignore[union-attr]
         figures = {"train/loss": strategy.reduce(nats, reduce_op="sum") / tokens, "train/learning_rate": rate}
-        if self.guard.skipped:
-            figures["train/skipped_steps"] = float(self.guard.skipped)
+        if self.skipped:
+            figures["train/skipped_steps"] = float(self.skipped)
         self.log_dict(figures, prog_bar=True, batch_size=1)
         # Lightning would write step 99 for what was measured after 100 steps.
         self.log("step", float(self.trainer.global_step), batch_size=1)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Clip the gradients, or drop them all if one is non-finite."""
         # Here and not in training_step: 16-mixed has just unscaled the gradients.
-        self.guard.check([p for p in self.parameters() if p.grad is not None], self.trainer.global_step)
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        if torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)):  # the same on all ranks
+            self.skipped_in_a_row = 0
+            return
+        for parameter in parameters:
+            parameter.grad = None  # then the optimizer leaves parameter and moments unchanged
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == SKIPPED:
+            raise Fault(
+                f"model.optimizer: {SKIPPED} steps in a row had a non-finite gradient (up to step {self.global_step}); "
+                "earlier checkpoints are kept; lower the learning rate or look at the rows with formtune audit"
+            )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> list[Answer]:  # type: ignore[override]
         """Loss and greedy answers of the rows from the same forward passes."""
@@ -191,38 +205,36 @@ class FormatModule(L.LightningModule):
         decoded = self._decode(batch, self.scores.losses)
         sample = sorted({len(rows) * i // PARITY for i in range(PARITY)}) if rows else []
         in_full = self._decode(self.collate([replace(rows[i], target_ids=[]) for i in sample], True, batch.decoding))
-        self.scores.losses.compare([answer == decoded[i] for i, answer in zip(sample, in_full, strict=True)])
-        answers = [self._check(row, ids) for row, ids in zip(rows, decoded, strict=True)]
+        self.scores.losses.compare([answer.ids == decoded[i].ids for i, answer in zip(sample, in_full, strict=True)])
+        answers = list(map(self._check, rows, decoded))
         self.scores.update(answers)
         return answers
 
     test_step = validation_step  # type: ignore[assignment]
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer]:
-        """Greedy answers to prompts, each with its verdict."""
-        return [self._check(row, ids) for row, ids in zip(batch.rows, self._decode(batch), strict=True)]
+        return list(map(self._check, batch.rows, self._decode(batch)))
 
     def on_validation_epoch_end(self) -> None:
-        values, self.counts = self.scores.compute(test=bool(self.trainer.testing))
+        values, self.counts = self.scores.compute()
         self.evaluation = {name: float(value) for name, value in values.items()}
         if self.logged:
             for name, value in values.items():
-                self.log(name, value, prog_bar=name in ("val/loss", "format/exact"), batch_size=1)
+                shown = f"test/{name.removeprefix('val/')}" if self.trainer.testing else name
+                self.log(shown, value, prog_bar=shown in ("val/loss", "format/exact"), batch_size=1)
             self.log("step", float(self.trainer.global_step), batch_size=1)
 
     on_test_epoch_end = on_validation_epoch_end
 
-    def _decode(self, batch: Batch, losses: LossMetrics | None = None) -> list[list[int]]:
-        """Token ids of the greedy answers, in the order of the rows; the targets' loss goes to `losses`."""
+    def _decode(self, batch: Batch, losses: LossMetrics | None = None) -> list[Decoded]:
+        """The greedy answers, in the order of the rows; the targets' loss goes to `losses`."""
         rows, micro_batches, limits, stop = batch.rows, batch.micro_batches, batch.limits, self.renderer.stop_ids
         grammar = self.grammar if self.constrained or batch.decoding.constrained else None
         with uneven_counts(self.trainer.strategy, self.micro_batches):
             return self.micro_batches.decode(rows, micro_batches, stop, limits, grammar, losses)
 
-    def _check(self, row: Row, ids: list[int]) -> Answer:
-        text, finished = self.renderer.answer(ids)
-        own = self.format.of_row(row.schema)
-        return Answer(row, text, own.check(text, finished=finished, target=row.target, input=row.context))
+    def _check(self, row: Row, decoded: Decoded) -> Answer:
+        return judge(row, decoded, self.renderer, self.format)
 
     @torch.no_grad()
     def teacher_forced_loss(self, rows: Sequence[Row]) -> Tensor:
@@ -236,15 +248,16 @@ class FormatModule(L.LightningModule):
         return losses.compute()["loss"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record the base, the format and the number of processes that the state belongs to."""
-        checkpoint["formtune"] = self._identity | {"skipped": [self.guard.skipped, self.guard.in_a_row]}
+        checkpoint["formtune"] = self._identity | {"skipped": [self.skipped, self.skipped_in_a_row]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the state of another base or format, though it may have the same shapes."""
-        saved, resumes = checkpoint.get("formtune"), self.trainer.state.fn == "fit"
+        saved: Any = checkpoint.get("formtune")
+        resumes = self.trainer.state.fn == "fit"
         check_identity(saved, self._identity, resumes)
+        self.orders = saved.get("orders")  # those that it was trained on, also where there are only prompts
+        self.__dict__.pop("grammar", None)
         if resumes:
-            self.guard.skipped, self.guard.in_a_row = saved["skipped"]  # type: ignore[index]
+            self.skipped, self.skipped_in_a_row = saved["skipped"]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The adapters alone, without the frozen base."""

@@ -1,9 +1,6 @@
-"""Optimizer, learning-rate schedule, and gradient clipping."""
-
-from __future__ import annotations
+"""Optimizer and learning-rate schedule."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from formtune.errors import Fault, UserError, first_line
-
-SKIPPED = 20  # skipped steps in a row that abort a run; 16-mixed skips a few while it finds its scale
+from formtune.errors import UserError, first_line
 
 
 class CosineWithWarmup(LRScheduler):
@@ -70,26 +65,3 @@ def check_optimizer(factory: OptimizerCallable) -> None:
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"model.optimizer: {name} is {value}, it must be a finite number")
-
-
-class GradientGuard:
-    """Clips gradients; skips and counts steps with a non-finite gradient."""
-
-    def __init__(self, max_norm: float) -> None:
-        self.max_norm = max_norm or float("inf")
-        self.skipped = self.in_a_row = 0
-
-    def check(self, parameters: Sequence[Parameter], step: int) -> None:
-        """Clip the gradients, or drop them all; too many skipped steps in a row are a fault."""
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
-        if torch.isfinite(norm):  # the same on all ranks, since gradients were exchanged
-            self.in_a_row = 0
-            return
-        for parameter in parameters:
-            parameter.grad = None  # then the optimizer leaves parameter and moments unchanged
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        if self.in_a_row == SKIPPED:
-            raise Fault(
-                f"model.optimizer: {SKIPPED} steps in a row had a non-finite gradient (up to step {step}); earlier "
-                "checkpoints are kept; lower the learning rate or look at the rows with formtune audit"
-            )

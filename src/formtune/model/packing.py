@@ -7,12 +7,9 @@ Three rows with two system prompts, P and Q; the first two rows' prompts share s
     segment    [P        stop -------->)   [Q   stop ->)
                        [s  stop ------>)
 
-A token attends to the earlier tokens of its own segment and to the segments that this one continues: exactly the tokens
-that it would attend to if its row were computed alone. Every row owns at least the token before its target, which
-predicts the first label, so no prediction is shared. Fewer tokens are computed; the step's loss is the same.
+A token attends to the earlier tokens of its own segment and to the segments that this one continues, as if its row were
+computed alone. Every row owns at least the token before its target, which predicts the first label.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -66,11 +63,7 @@ class Packed:
 
 
 def pack(rows: Sequence[Row], tokens: int, extra: int = 0) -> Iterator[Packed]:
-    """Lay rows out in packed sequences, similar rows together.
-
-    A sequence has at most `tokens` tokens, where each row counts `extra` more than it has. A row longer than that gets
-    a sequence of its own.
-    """
+    """Packed sequences of similar rows, of one row or at most `tokens` tokens, where a row counts `extra` more."""
     order = sorted(range(len(rows)), key=lambda i: rows[i].prompt_ids)
     # In sorted order, the prefix that two rows share is the shortest of those that neighbors between them share.
     common = [_shared(rows[a].prompt_ids, rows[b].prompt_ids) for a, b in pairwise(order)]
@@ -118,28 +111,26 @@ def _lay_out(rows: Sequence[Row], order: list[int], common: list[int]) -> Packed
         positions.extend(range(depth, depth + len(tokens)))
         return len(segments) - 1
 
-    # (first row, end, tokens laid out already), or a shared segment whose rows are all laid out.
-    todo: list[tuple[int, int, int] | int] = [(0, len(order), 0)]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, int):
-            segments[item][2] = len(ids)
-            continue
-        a, b, depth = item
+    def lay_out(a: int, b: int, depth: int) -> None:
+        """Rows [a, b) of the order, of which `depth` tokens are laid out already."""
         if b - a == 1:
             row = rows[order[a]]
             leaves.append(add((row.prompt_ids + row.target_ids)[depth : lengths[a]], depth))
             labels = row.target_ids or [-1]
-            predicting += range(len(ids) - len(labels), len(ids))
-            targets += labels
-            continue
-        shared = min(common[a : b - 1])
+            predicting.extend(range(len(ids) - len(labels), len(ids)))
+            targets.extend(labels)
+            return
+        shared, segment = min(common[a : b - 1]), None
         saved = (shared - depth) * (b - a - 1)
         if saved > GAIN * (sum(lengths[a:b]) - shared * (b - a)):
-            todo.append(add(rows[order[a]].prompt_ids[depth:shared], depth))
+            segment = add(rows[order[a]].prompt_ids[depth:shared], depth)
             depth = shared
-        cuts = [a, *(i + 1 for i in range(a, b - 1) if common[i] == shared), b]
-        todo += [(x, y, depth) for x, y in reversed(list(pairwise(cuts)))]
+        for x, y in pairwise([a, *(i + 1 for i in range(a, b - 1) if common[i] == shared), b]):
+            lay_out(x, y, depth)
+        if segment is not None:
+            segments[segment][2] = len(ids)
+
+    lay_out(0, len(order), 0)
     return Packed(
         rows=order,
         sizes=[max(len(rows[i].target_ids), 1) for i in order],

@@ -1,7 +1,5 @@
 """What the processes of a run exchange."""
 
-from __future__ import annotations
-
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -12,7 +10,6 @@ T = TypeVar("T")
 
 
 def highest(trainer: Any, *values: float) -> list[float]:
-    """Each value's maximum over all processes."""
     if trainer.world_size == 1:
         return [float(value) for value in values]
     tensor = torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device)

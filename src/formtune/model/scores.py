@@ -1,7 +1,5 @@
 """All metrics of an evaluation."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -31,16 +29,13 @@ class Scores(nn.Module):
         return names
 
     def update(self, answers: Sequence[Answer]) -> None:
-        """Add answers to rows that have a target."""
         self.verdicts.update([answer.verdict for answer in answers])
         self.own.update([answer.text for answer in answers], [answer.row.target or "" for answer in answers])
 
-    def compute(self, test: bool) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-        """Every figure by its logged name, and each rate's numerator and denominator, over all processes."""
+    def compute(self) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+        """Every figure by its name in validation, and each rate's numerator and denominator, over all processes."""
         values: dict[str, Any] = {f"val/{name}": value for name, value in self.losses.compute().items()}
         values |= self.verdicts.compute() | self.own.compute()
-        if test:
-            values = {f"test/{name.removeprefix('val/')}": value for name, value in values.items()}
         # compute() has undone its synchronization
         with self.verdicts.sync_context(), self.losses.sync_context():
             counts = self.verdicts.counts() | self.losses.counts()

@@ -1,12 +1,9 @@
 """LoRA layers with the same input, such as query, key and value, compute dropout and A together.
 
-PEFT's layers each draw a dropout mask, multiply by an A of a few rows (too thin a product for matrix units) and pass
-over the output three times. Here, layers that are given the same tensor share one mask m and one product
-h = (x * m) [A_1; A_2; ...]^T; each then adds alpha/r h_i B_i^T to its base layer's output in place. The dropout
-probability stays the same; the only difference is that q, k and v drop the same elements of x.
+PEFT's layers each draw a dropout mask and multiply by an A of a few rows, too thin for matrix units. Here, layers that
+are given the same tensor share one mask m and one product h = (x * m) [A_1; A_2; ...]^T; each adds alpha/r h_i B_i^T to
+its base layer's output in place. The only difference is that q, k and v drop the same elements of x.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -19,13 +16,13 @@ from torch import Tensor, nn
 class SharedInput:
     """x A^T of layers that are called one after the other with the same tensor."""
 
-    def __init__(self, layers: list[LoraLinear]) -> None:
+    def __init__(self, layers: list["LoraLinear"]) -> None:
         self.layers = layers
         self._input: Tensor | None = None
         self._waiting: dict[LoraLinear, Tensor] = {}
         self.scale = 1.0  # 1 / (1 - dropout), applied by `LoraLinear.forward`
 
-    def down(self, layer: LoraLinear, x: Tensor) -> Tensor:
+    def down(self, layer: "LoraLinear", x: Tensor) -> Tensor:
         """x A^T of one layer, shape (..., r), with dropout in training, to be multiplied by `scale`."""
         if self._input is not x or layer not in self._waiting:
             if layer is not self.layers[0]:
@@ -39,7 +36,7 @@ class SharedInput:
         self._input = x if self._waiting else None  # frees the activation as soon as possible
         return h
 
-    def _drop(self, layer: LoraLinear, x: Tensor) -> Tensor:
+    def _drop(self, layer: "LoraLinear", x: Tensor) -> Tensor:
         dropout = layer.lora_dropout["default"]
         share = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
         self.scale = 1.0

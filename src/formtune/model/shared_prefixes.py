@@ -1,7 +1,5 @@
 """Micro-batches in which rows share the prefixes of their prompts, for every model that allows it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,8 +13,8 @@ from formtune.model.attention import NAME, PackedAttention, register
 from formtune.model.constrained import Documents
 from formtune.model.decoding import CachedAttention
 from formtune.model.length_buckets import LengthBuckets
-from formtune.model.loss import Predictions, predict
-from formtune.model.micro_batches import Answers, MicroBatches, finished
+from formtune.model.loss import predict
+from formtune.model.micro_batches import Decoded, Forward, MicroBatches, add_tokens, finished
 from formtune.model.packing import Packed, pack
 
 
@@ -26,31 +24,28 @@ class SharedPrefixes(MicroBatches):
     def split(self, rows: Sequence[Row], tokens: int, extra: int = 0) -> Iterator[Packed]:
         return pack(rows, tokens, extra)
 
-    def predictions(self, packed: Packed, keep: bool = False) -> tuple[Predictions, Any]:
+    def predictions(self, packed: Packed, keep: bool = False, bitmask: Tensor | None = None) -> Forward:
         attention = PackedAttention(packed, keep)
         hidden = self._hidden(packed.ids, packed.positions, attention)[0, packed.predicting.to(self.device)]
         vocabulary = self.base.get_input_embeddings().num_embeddings
         head = self.base.get_output_embeddings()
-        return predict(head, hidden, packed.targets.to(self.device), vocabulary), attention
+        return predict(head, hidden, packed.targets.to(self.device), vocabulary, bitmask), attention
 
     def _generate(
-        self, kept: PackedAttention, unfinished: list[int], answers: Answers, limits: list[int],
+        self, kept: PackedAttention, unfinished: list[int], answers: list[Decoded], limits: list[int],
         stop: Sequence[int], documents: Documents | None,
     ) -> None:  # fmt: skip
         packed, paths = kept.packed, kept.packed.paths()
         # Index of the last token of each prompt, which predicts the first label.
         last = {j: paths[j][-1].end - packed.sizes[j] for j in unfinished}
         # Tokens of each leaf that stay in the cache: the target was fed beyond the first mismatch too.
-        own = [last[j] - paths[j][-1].start + len(answers[j]) for j in unfinished]
+        own = [last[j] - paths[j][-1].start + len(answers[j].ids) for j in unfinished]
         cache = CachedAttention(kept.kept, [paths[j] for j in unfinished], own)
         while unfinished:
-            ids = [answers[j][-1] if answers[j] else int(packed.ids[0, last[j]]) for j in unfinished]
-            logits = self._next(torch.tensor(ids)[:, None], cache)
-            tokens = documents.choose(unfinished, logits) if documents else logits.argmax(-1).tolist()
+            ids = [answers[j].ids[-1] if answers[j].ids else int(packed.ids[0, last[j]]) for j in unfinished]
+            add_tokens(answers, unfinished, self._next(torch.tensor(ids)[:, None], cache), documents)
             cache.advance()
-            for j, token in zip(unfinished, tokens, strict=True):
-                answers[j].append(token)
-            remaining = [i for i, j in enumerate(unfinished) if not finished(answers[j], limits[j], stop)]
+            remaining = [i for i, j in enumerate(unfinished) if not finished(answers[j].ids, limits[j], stop)]
             if 0 < len(remaining) < len(unfinished):
                 cache.select(remaining)
             unfinished = [unfinished[i] for i in remaining]

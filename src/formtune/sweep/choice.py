@@ -3,8 +3,6 @@
 Only validation rows count: a choice that has seen the test rows would flatter its test figures.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,15 +37,13 @@ class Measured:
 
 
 def measure(name: str, results: Sequence[dict[str, Any]]) -> Measured:
-    """Summarize the `metrics.json` of a point's runs, one a seed."""
-    training = [result["training"] for result in results]
-    best = [run["best"] for run in training]
+    best = [result["training"]["best"] for result in results]
     rows = best[0]["rows"]
     shares = {FORMAT: [b["exact"] / rows for b in best], CONTENT: [b["field_f1"] for b in best]}
     return Measured(
         name=name,
         seeds=len(results),
-        trainable_parameters=training[0]["trainable_parameters"],
+        trainable_parameters=results[0]["training"]["trainable_parameters"],
         rows=rows,
         loss=fmean(b["loss"] for b in best),
         validation={metric: estimate(values, rows) for metric, values in shares.items()},
@@ -64,7 +60,6 @@ def estimate(shares: Sequence[float], rows: int) -> Estimate:
 
 
 def choose(points: Sequence[Measured]) -> tuple[Measured, str]:
-    """The point to take, and why."""
     in_format = _equal_to_the_best(points, FORMAT)
     in_content = _equal_to_the_best(in_format, CONTENT)
 
@@ -72,17 +67,13 @@ def choose(points: Sequence[Measured]) -> tuple[Measured, str]:
         return (point.trainable_parameters, *(-point.validation[metric].mean for metric in METRICS), point.loss)
 
     taken = min(in_content, key=smallest)
-    valid = any(point.validation[FORMAT].mean for point in points)
-    nothing = "" if valid else "No point has an answer with a valid format, so train longer first. "
+    none_valid = not any(point.validation[FORMAT].mean for point in points)
+    nothing = "No point has an answer with a valid format, so train longer first. " if none_valid else ""
     return taken, (
         f"{nothing}{taken.name} is taken: none has fewer parameters ({taken.trainable_parameters:,}) of those "
-        f"within one standard error, or one row, of the best format/exact ({_names(in_format)}) and then of the best "
-        f"field F1 ({_names(in_content)})."
+        f"within one standard error, or one row, of the best format/exact ({', '.join(p.name for p in in_format)}) and "
+        f"then of the best field F1 ({', '.join(p.name for p in in_content)})."
     )
-
-
-def _names(points: Sequence[Measured]) -> str:
-    return ", ".join(point.name for point in points)
 
 
 def _equal_to_the_best(points: Sequence[Measured], metric: str) -> list[Measured]:

@@ -1,9 +1,10 @@
-"""Runs are separate processes of `formtune train`, so that one out of memory does not end the sweep."""
+"""The points of a grid, and their runs: separate processes, so that one out of memory does not end the sweep."""
 
-from __future__ import annotations
-
+import hashlib
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,23 +13,65 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from formtune.errors import UserError
+
+RANKS = "model.lora.r=8,16,32,64"
 TRAIN = [sys.executable, "-m", "formtune", "train"]
 PAUSE = 0.2  # seconds between two checks for processes that have ended
 
 
+class Point(NamedTuple):
+    """One value for each key of the grid; the name is short, distinct and fit for a folder: `r8-lr1e-4`."""
+
+    name: str
+    arguments: list[str]  # for `formtune train`
+
+
+def grid(over: Sequence[str]) -> list[Point]:
+    """The points: all combinations of `key=value,value,...`, the last key changing fastest."""
+    keys: dict[str, list[str]] = {}
+    for text in over:
+        key, _, values = text.partition("=")
+        if key in keys:
+            raise UserError(f"--over {key}: duplicate key; name all its values at once")
+        # Commas inside brackets belong to a value. Values stay text: `train` reads 1e-4 as a number, YAML does not.
+        keys[key] = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", values)]
+        if not re.fullmatch(r"\w+(\.\w+)*", key) or not all(keys[key]) or len(set(keys[key])) < max(2, len(keys[key])):
+            raise UserError(f"--over {text}: expected a key and two or more different values, as in --over {RANKS}")
+    last = [key.rpartition(".")[2] for key in keys]
+    short = {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
+    return [
+        Point(
+            "-".join(short[key] + _slug(value) for key, value in zip(keys, values, strict=True)),
+            [f"--{key}={value}" for key, value in zip(keys, values, strict=True)],
+        )
+        for values in itertools.product(*keys.values())
+    ]
+
+
+def seed_numbers(text: str) -> list[int]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise UserError(f"--seeds {text}: expected whole numbers from 0, as in --seeds 0,1,2")
+    return list(dict.fromkeys(map(int, text.split(","))))
+
+
+def _slug(value: str) -> str:
+    plain = re.sub(r"[^\w.+]+", "-", value).strip("-")[:40]
+    if plain != value:  # values that differ only in characters that a folder name cannot have need different names
+        plain += f"-{hashlib.sha256(value.encode()).hexdigest()[:4]}"
+    return plain if plain[:1].isdigit() else f"-{plain}"
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run."""
-
     point: str
     folder: Path
     arguments: list[str]
 
     @property
     def log(self) -> Path:
-        """What the run prints."""
         return self.folder / "output.log"
 
     def result(self) -> dict[str, Any] | None:

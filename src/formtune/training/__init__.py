@@ -1,7 +1,5 @@
 """The training pipeline, and the callbacks and files around a run."""
 
-from __future__ import annotations
-
 from typing import Any, TypeVar
 
 T = TypeVar("T")

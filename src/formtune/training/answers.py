@@ -1,7 +1,5 @@
 """What is done with the answers of an evaluation: a table in TensorBoard, outcomes of the test rows, a file."""
 
-from __future__ import annotations
-
 import re
 from operator import attrgetter
 from pathlib import Path
@@ -61,7 +59,9 @@ class Outcomes(Callback):
         self._numbered: list[tuple[int, Outcome]] = []
 
     def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
-        self._numbered += [(a.row.number, outcome(a.row, a.text, a.verdict, pl_module.format)) for a in outputs]
+        for a in outputs:
+            one = outcome(a.row, a.text, a.verdict, pl_module.format, a.confidence)
+            self._numbered.append((a.row.number, one))
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         numbered = sorted(gathered(trainer, self._numbered), key=lambda pair: pair[0])
@@ -69,11 +69,15 @@ class Outcomes(Callback):
 
 
 class AnswerFile(Callback):
-    """Writes predictions as JSON Lines; on several devices each further process appends its rank to the file's name."""
+    """Writes predictions as JSON Lines; on several devices each further process appends its rank to the file's name.
 
-    def __init__(self, path: str, untuned: str | None = None) -> None:
-        self.path, self._model = Path(path), {"model": untuned} if untuned else {}
+    With a minimum confidence there are two files: the answers that reach it, and the others, for a person to review.
+    """
+
+    def __init__(self, path: str, untuned: str | None = None, minimum: float | None = None) -> None:
+        self.path, self._model, self._minimum = Path(path), {"model": untuned} if untuned else {}, minimum
         self._answers: list[Answer] = []
+        self.written: dict[Path, int] = {}  # answers in each file
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after all the work
@@ -82,12 +86,25 @@ class AnswerFile(Callback):
         self._answers += outputs
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        rank = trainer.global_rank
-        records = (
+        rank = f".{trainer.global_rank}" if trainer.global_rank else ""
+        records: list[dict[str, Any]] = [
             {
                 "where": a.row.where, "prompt": a.row.input, "answer": a.text,
-                "compliant": a.verdict.exact, "kind": a.verdict.kind, "detail": a.verdict.detail, **self._model,
+                "compliant": a.verdict.exact, "kind": a.verdict.kind, "detail": a.verdict.detail,
+                "confidence": a.confidence.answer, "field_confidences": a.confidence.fields, **self._model,
             }
             for a in sorted(self._answers, key=lambda a: a.row.number)
-        )  # fmt: skip
-        write_lines(self.path.with_name(f"{self.path.name}.{rank}") if rank else self.path, records)
+        ]  # fmt: skip
+        parts = {self.path: records}
+        if self._minimum is not None:
+            names = [self.path.with_stem(f"{self.path.stem}.{name}") for name in ("review", "accepted")]
+            parts = {path: [] for path in names}
+            for record in records:
+                parts[names[record["compliant"] and record["confidence"] >= self._minimum]].append(record)
+        files = {path.with_name(path.name + rank): part for path, part in parts.items()}
+        if len(files) > 1:
+            for path in files:
+                path.unlink(missing_ok=True)  # after a kill between the two, no old file is beside a new one
+        for path, part in files.items():
+            write_lines(path, part)
+            self.written[path] = len(part)

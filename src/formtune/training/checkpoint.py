@@ -1,17 +1,22 @@
-"""The best checkpoint, those that can still become the best, and the newest ones to resume from."""
+"""Checkpoints: which are written and kept, written atomically, checked when read, found by their step."""
 
-from __future__ import annotations
-
+import io
+import re
 import time
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from formtune.errors import Fault, Stopped
+from formtune.errors import Fault, Stopped, UserError, first_line
+from formtune.files import write_whole
 from formtune.model.ranks import highest
-from formtune.training import callback, checkpoint_files
+from formtune.training import callback
 from formtune.training.signals import Signals
 from formtune.training.validations import Validations, best, contenders
 
@@ -33,7 +38,8 @@ class BestCheckpoint(ModelCheckpoint):
         self.seconds = 0.0  # of training, validations and the time before an interruption included
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self.dirpath = str(Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints")
+        self.folder = Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints"
+        self.dirpath = str(self.folder)
         self._validations, self._signals = callback(trainer, Validations), callback(trainer, Signals)
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,29 +81,117 @@ class BestCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         pass  # a step that failed is computed again from the last checkpoint
 
-    def _files(self) -> dict[int, Path]:
-        return checkpoint_files.steps(Path(str(self.dirpath)))
-
     def _save(self, trainer: Any) -> None:
         if trainer.fast_dev_run:
             return
-        folder = Path(str(self.dirpath))
-        if trainer.is_global_zero and not folder.parent.exists():
-            raise Fault(f"{folder}: No such file or directory: the run's folder was removed")
-        trainer.save_checkpoint(folder / f"step-{trainer.global_step}.ckpt")
+        if trainer.is_global_zero and not self.folder.parent.exists():
+            raise Fault(f"{self.folder}: No such file or directory: the run's folder was removed")
+        trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt")
         self._saved = time.monotonic()
         self._set_paths()
         if trainer.is_global_zero:
-            files = self._files()
+            files = steps(self.folder)
             for step in files.keys() - contenders(self._validations.history) - set(list(files)[-self.newest :]):
                 files[step].unlink(missing_ok=True)
 
     def _set_paths(self) -> None:
-        """Set the attributes of `ModelCheckpoint` that others read."""
-        files, chosen = self._files(), best(self._validations.history)
+        files, chosen = steps(self.folder), best(self._validations.history)
         self.best_model_path = str(files.get(chosen.step, "")) if chosen else ""
         self.last_model_path = str(list(files.values())[-1]) if files else ""
 
-    def _find_last_checkpoints(self, trainer: Any) -> set[str]:
-        """What Lightning's `ckpt_path="last"` chooses from."""
-        return {str(path) for path in self._files().values()}
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Lightning's checkpoint IO, atomic when writing and checked when reading."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, buffer.getvalue())
+        except OSError as error:
+            files, kept = [*steps(path.parent).values()], "nothing was saved before"
+            if files:
+                kept = f"{files[-1].name} is kept; free some space and rerun with --resume"
+            raise Fault(f"{path}: cannot be written ({error.strerror}); {kept}") from error
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        return read(Path(path))
+
+
+def steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a folder by their step, in order."""
+    matches = ((path, re.fullmatch(r"step-(\d+)\.ckpt", path.name)) for path in folder.glob("*"))
+    return dict(sorted((int(match[1]), path) for path, match in matches if match))
+
+
+def newest(folder: Path) -> Path | None:
+    """The intact checkpoint of the highest step; damaged ones above it are renamed to `*.damaged`."""
+    for path in reversed(steps(folder).values()):
+        try:
+            check(path)
+        except UserError:
+            path.replace(f"{path}.damaged")
+        else:
+            return path
+    return None
+
+
+def choose(asked: str | None, run: Path | None) -> Path | None:
+    """The intact checkpoint that `--ckpt_path` names, of a run's folder if there is one; None for the untuned base."""
+    if asked == "base" or (asked is None and run is None):
+        return None
+    if asked not in (None, "best", "last"):
+        path = Path(str(asked))
+    elif run is None:
+        raise UserError(f"ckpt_path: {asked} of which run? Give its configuration: -c logs/TASK/RUN/config.yaml")
+    else:
+        path = _of_run(run / "checkpoints", last=asked == "last")
+    read(path)
+    return path
+
+
+def _of_run(folder: Path, last: bool) -> Path:
+    files = steps(folder)
+    if not files:
+        raise UserError(f"ckpt_path: {folder} holds no checkpoint yet; --ckpt_path base measures the base")
+    latest = list(files.values())[-1]
+    if last:
+        return latest
+    validations = Validations()  # as the newest checkpoint holds them
+    validations.load_state_dict(read(latest)["callbacks"][validations.state_key])
+    chosen = best(validations.history)
+    if chosen is None or chosen.step not in files:
+        names = ", ".join(path.name for path in files.values())
+        raise UserError(
+            f"ckpt_path: {folder.parent} has no best checkpoint; take one of {folder} by --ckpt_path PATH ({names}), "
+            "or measure the untuned base by --ckpt_path base"
+        )
+    return files[chosen.step]
+
+
+def check(path: Path) -> None:
+    """Compare every record with its CRC-32, which torch.load does not; a UserError if a file is missing or damaged."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, not a checkpoint; name a run before the flags, or one of its .ckpt files")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip() is not None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a run's best checkpoint is named at its end") from None
+    except (OSError, zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, RuntimeError, EOFError):
+        damaged = True  # whatever zipfile raises for a file that is not a zip, cut off or overwritten
+    if damaged:
+        raise UserError(f"{path}: the file is damaged; take another checkpoint of its folder")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Load a checkpoint's tensors and plain types, never code; raise a UserError if it is not an intact checkpoint."""
+    check(path)
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["state_dict"]
+    except Exception as error:  # whatever a foreign archive or its pickle raises
+        raise UserError(f"{path}: not a checkpoint of formtune ({first_line(error)})") from None
+    return checkpoint

@@ -1,7 +1,5 @@
 """The evaluations of one `formtune train` on the test rows: baselines, tuned model, longer inputs, and their report."""
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from formtune.evaluation import baselines as prompting
 from formtune.evaluation.outcomes import VIEWS, Outcome, write_outcomes
 from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.evaluation.report import Run, write_run_report
+from formtune.evaluation.selective import summary
 from formtune.model import FormatModule
 from formtune.model.batch import Decoding
 from formtune.model.constrained import Grammar
@@ -24,16 +23,8 @@ from formtune.training import callback
 from formtune.training.answers import Outcomes
 
 Baseline = Literal["few_shot", "constrained"]
-Counts = dict[str, tuple[int, int]]
-
 TIMED_ROWS = 8  # decoded to estimate the time of the baselines
 LONGEST = 2  # times the longest target: what a baseline may decode
-
-
-def results(model: FormatModule) -> tuple[dict[str, float], Counts]:
-    """The last evaluation's figures by the names they have in validation, and the counts behind each rate."""
-    plain = {name.removeprefix("test/"): value for name, value in model.evaluation.items()}
-    return {name if "/" in name else f"val/{name}": value for name, value in plain.items()}, model.counts
 
 
 class Evaluator:
@@ -43,6 +34,7 @@ class Evaluator:
         self.trainer, self.model, self.datamodule, self.folder = trainer, model, datamodule, folder
         self.train_rows, self.test_rows = datamodule.rows["train"], datamodule.rows["test"]
         self.renderer, self.context = datamodule.settings.renderer, context_length(model.base) or 10**9
+        self._orders = datamodule.splits.orders if datamodule.splits else None
         self.outcomes: dict[str, list[Outcome]] = {}
         self._writes = trainer.is_global_zero and not trainer.fast_dev_run
         self._longest = max(len(row.target_ids) for row in self.test_rows)
@@ -69,7 +61,7 @@ class Evaluator:
         constrained = None
         if "constrained" in kinds and not self.model.constrained:  # else every evaluation is constrained
             try:
-                grammar = Grammar(format, self.renderer)
+                grammar = Grammar(format, self.renderer, self._orders)
                 for row in test:
                     grammar.matcher(row)
             except UserError as error:
@@ -85,12 +77,21 @@ class Evaluator:
         return result
 
     def tuned(self, result: dict[str, Any]) -> None:
-        """Add the figures of the tuned model, with constrained decoding too if the base was measured so."""
-        self._record("after", self._test(VIEWS["after"], self.test_rows, Decoding()), *results(self.model), result)
+        """Add the figures of the tuned model, with constrained decoding too if the base was measured so.
+
+        It answers the validation rows again: what the checkpoints hold of them are verdicts, not confidences.
+        """
+        decodings = {"after": Decoding()}
         if "before_constrained" in result:
-            decoding = Decoding(constrained=True, logged=False)
-            outcomes = self._test(VIEWS["after_constrained"], self.test_rows, decoding)
-            self._record("after_constrained", outcomes, *results(self.model), result)
+            decodings["after_constrained"] = Decoding(constrained=True, logged=False)
+        for name, decoding in decodings.items():
+            outcomes = self._test(VIEWS[name], self.test_rows, decoding)
+            self._record(name, outcomes, self.model.evaluation, self.model.counts, result)
+        rows = self.datamodule.rows["validation"]
+        validation = self._test("tuned, on the validation rows", rows, Decoding(logged=False))
+        if self._writes:
+            write_outcomes(self.folder / "outcomes" / "validation.jsonl", validation)
+            result["confidence"] = summary(validation, self.outcomes["after"])
 
     def probe(self) -> list[dict[str, Any]]:
         """Valid format on test rows that were made longer, up to production's P99 and beyond the training rows."""
@@ -110,7 +111,6 @@ class Evaluator:
         return probes
 
     def report(self, result: dict[str, Any]) -> None:
-        """Write the run's page and the adapter's card."""
         settings, splits = self.datamodule.settings, self.datamodule.splits
         production = production_rows(settings)
         assert splits is not None
@@ -131,7 +131,7 @@ class Evaluator:
 
     def _announce(self, sample: list[Row], evaluations: int) -> None:
         """Print how long the baselines will take, estimated from a few rows, and how to skip them."""
-        if self.trainer.fast_dev_run or len(sample) <= TIMED_ROWS or self._stored(self._key(sample, False)):
+        if self.trainer.fast_dev_run or len(sample) <= TIMED_ROWS or self._cached(sample, False)[1]:
             return
         started = time.monotonic()
         self._test(None, sample[:TIMED_ROWS], Decoding(max_new_tokens=self._limit, logged=False))
@@ -142,32 +142,29 @@ class Evaluator:
             f"{max(1, round(minutes))} min{skip}"
         )
 
-    def _key(self, rows: list[Row], constrained: bool) -> str:
+    def _cached(self, rows: list[Row], constrained: bool) -> tuple[str, dict[str, Any] | None]:
+        """The key of a baseline's measurement in the cache, and the measurement if it is there."""
         model, trainer = self.model, self.trainer
         settings = {
             "precision": trainer.precision,
             "quantize": model.quantize,
-            "constrained": model.constrained or constrained,
+            "constrained": self._orders if model.constrained or constrained else None,
             "max_new_tokens": self._limit,
             "batches": trainer.limit_test_batches,
         }
-        return prompting.baseline_key(model.base, rows, settings, model.format)
-
-    def _stored(self, key: str) -> dict[str, Any] | None:
+        key = prompting.baseline_key(model.base, rows, settings, model.format)
         # On several machines some might find it and others not, and these would wait for those without end.
-        return None if self.trainer.num_nodes > 1 or self.trainer.fast_dev_run else prompting.load_baseline(key)
+        return key, None if trainer.num_nodes > 1 or trainer.fast_dev_run else prompting.load_baseline(key)
 
     def _baseline(self, name: str, rows: list[Row], result: dict[str, Any], constrained: bool = False) -> list[Outcome]:
         """Outcomes of the base on the rows, from the cache if it has them; the figures go into `result`."""
-        key = self._key(rows, constrained)
-        stored = self._stored(key)
+        key, stored = self._cached(rows, constrained)
         if stored is None:
             # One point of the curves belongs to step 0: the base as it will be trained.
             outcomes = self._test(VIEWS[name], rows, Decoding(constrained, self._limit, logged=name == "before"))
-            values, counts = results(self.model)
             # Figures of a class whose code may change are computed anew each time.
-            values = {name: value for name, value in values.items() if not name.startswith("own/")}
-            stored = {"values": values, "counts": counts, "outcomes": outcomes}
+            values = {name: value for name, value in self.model.evaluation.items() if not name.startswith("own/")}
+            stored = {"values": values, "counts": self.model.counts, "outcomes": outcomes}
             if self._writes:
                 prompting.store_baseline(key, **stored)
         outcomes = stored["outcomes"]
@@ -182,8 +179,9 @@ class Evaluator:
         return callback(self.trainer, Outcomes).outcomes
 
     def _record(
-        self, name: str, outcomes: list[Outcome], values: dict[str, float], counts: Counts, result: dict[str, Any]
-    ) -> None:
+        self, name: str, outcomes: list[Outcome], values: dict[str, float], counts: dict[str, Any],
+        result: dict[str, Any],
+    ) -> None:  # fmt: skip
         self.outcomes[name], result[name], result["counts"][name] = outcomes, values, counts
         if self._writes:
             write_outcomes(self.folder / "outcomes" / f"{name}.jsonl", outcomes)

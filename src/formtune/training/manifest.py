@@ -1,9 +1,4 @@
-"""`manifest.json` of an exported folder: hashes of its files and of what it was made from.
-
-An adapter is right only with the base, chat template and format it was trained with; names do not tell these apart.
-"""
-
-from __future__ import annotations
+"""`manifest.json` of an exported folder: hashes of its files, and of the base, template and format it belongs to."""
 
 import hashlib
 import json
@@ -20,7 +15,7 @@ from formtune.files import write_json
 
 NAME = "manifest.json"
 CARD = "README.md"  # not listed: it is written later, and edited by people
-KINDS = ("adapter", "merged", "int8", "nf4", "gptq", "awq")
+KINDS = ("adapter", "merged", "int8", "nf4", "gptq", "awq", "gguf")
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
 # Files that decide a base's weights, shape and tokens; cards and pictures do not.
 _BASE_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
@@ -52,7 +47,6 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check a folder's manifest."""
     path = folder / NAME
     try:
         manifest: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -90,7 +84,6 @@ def base_files(base: str) -> dict[str, str]:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -29,13 +29,14 @@ class Diagnosis(NamedTuple):
 
     kind: Literal["too early", "learning", "memorising", "saturated", "not learning", "diverged"]
     text: str  # one line, with its figures
+    improving: tuple[str, ...] = ()  # what has improved recently
 
 
 def diagnose(history: Sequence[Validation]) -> Diagnosis:
     """Diagnose a run from its validations in the order of their steps, at least one."""
-    finite = [v for v in history if _finite(v)]
+    finite = [v for v in history if is_finite(v)]
     start, last = (finite or history)[0], history[-1]
-    if not _finite(last) or _counts(last.train_loss - start.train_loss, start.train_loss, FAR):
+    if not is_finite(last) or counts(last.train_loss - start.train_loss, start.train_loss, FAR):
         figures = f"train {last.train_loss:.4g}, validation {last.val_loss:.4g}, {start.train_loss:.4g} at the start"
         return Diagnosis("diverged", f"diverged: losses {figures}")
 
@@ -49,17 +50,17 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
     }
     recent = [name for name, at in gains.items() if at and len(finite) - 1 - at < LASTING]
     lowest = loss.index(min(loss))
-    above = all(_counts(value - loss[lowest], loss[lowest], CHANGE) for value in loss[-LASTING:])
+    above = all(counts(value - loss[lowest], loss[lowest], CHANGE) for value in loss[-LASTING:])
     rise = f"validation loss {_change(loss[lowest], loss[-1])} from its lowest"
     if recent:
         but = f", with the {rise}" if above else ""
         verb = "improves" if len(recent) == 1 else "improve"
-        return Diagnosis("learning", f"learning: {' and '.join(recent)} still {verb}{but}")
+        return Diagnosis("learning", f"learning: {' and '.join(recent)} still {verb}{but}", tuple(recent))
     if len(finite) <= LASTING:
         text = f"too early to tell: validation {len(finite)} of the {LASTING + 1} that it takes, nothing improved yet"
         return Diagnosis("too early", text)
     chosen = best(history)
-    if above and _counts(train[lowest] - train[-1], train[lowest], CHANGE):
+    if above and counts(train[lowest] - train[-1], train[lowest], CHANGE):
         at = gains["format/exact"]
         parts = [
             f"memorising since step {finite[lowest].step}: {rise} while train fell "
@@ -72,7 +73,7 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
         return Diagnosis("not learning", f"not learning: neither loss has fallen in {len(finite)} validations")
     at = max(gains.values())
     since = finite[at].step
-    fell = _counts(train[at] - train[-1], train[at], CHANGE)
+    fell = counts(train[at] - train[-1], train[at], CHANGE)
     but = f", while train fell {_change(train[at], train[-1])[1:]}" if fell else ""
     if chosen and chosen.step != since:
         but += f"; the best checkpoint is of step {chosen.step}, which can be chance"
@@ -85,16 +86,18 @@ def should_stop(history: Sequence[Validation], validations: int) -> bool:
     return all(end > 0 and diagnose(history[:end]).kind in ("memorising", "saturated") for end in ends)
 
 
-def _finite(v: Validation) -> bool:
+def is_finite(v: Validation) -> bool:
+    """Whether both losses are finite."""
     return math.isfinite(v.train_loss) and math.isfinite(v.val_loss)
 
 
-def _counts(change: float, value: float, share: float) -> bool:
+def counts(change: float, value: float, share: float) -> bool:
+    """Whether a change is more than a share of a value, and not too small to matter."""
     return change > max(share * value, FLOOR)
 
 
 def _last_fall(losses: Sequence[float]) -> int:
-    return _last_gain(losses, lambda best, new: _counts(best - new, best, GAIN))
+    return _last_gain(losses, lambda best, new: counts(best - new, best, GAIN))
 
 
 def _last_rise(scores: Sequence[T], rose: Callable[[T, T], bool], size: Callable[[T], float]) -> int:

@@ -1,7 +1,5 @@
 """The whole job of `formtune train`, in the order in which it runs."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,14 +9,15 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from formtune.data.datamodule import FormatDataModule
 from formtune.data.encoded import FEW_ROWS
-from formtune.data.table import print_data, print_ignored, print_notes, print_shapes
+from formtune.data.table import print_data
 from formtune.errors import UserError
 from formtune.files import write_json, write_whole
 from formtune.model import FormatModule
-from formtune.training import callback, checkpoint_files
-from formtune.training.checkpoint import BestCheckpoint
+from formtune.training import callback
+from formtune.training.checkpoint import BestCheckpoint, read
 from formtune.training.evaluator import Baseline, Evaluator
 from formtune.training.manifest import write_manifest
+from formtune.training.next_step import next_step
 from formtune.training.overfitting import diagnose
 from formtune.training.run_folder import RunFolder
 from formtune.training.validations import Validations, best, reason
@@ -38,11 +37,7 @@ def train(
 ) -> dict[str, Any] | None:
     """Measure the base, fit, test the best checkpoint, export the adapter and write the report.
 
-    Returns:
-        What `metrics.json` holds; None under `fast_dev_run`, which writes nothing.
-
-    Raises:
-        UserError: The rows must not be trained on, or no validation gave a finite loss.
+    Returns what `metrics.json` holds; None under `fast_dev_run`, which writes nothing.
     """
     writes = trainer.is_global_zero and not trainer.fast_dev_run
     if writes:
@@ -70,10 +65,10 @@ def train(
 
     # The best checkpoint and its adapter, which is safe before anything else can fail
     history, checkpoints = callback(trainer, Validations).history, callback(trainer, BestCheckpoint)
-    chosen = best(history)
+    chosen, advice = best(history), next_step(history, trainer, "train")
     if chosen is None:
-        raise UserError(f"{reason(history)}; lower model.optimizer.lr")
-    model.load_state_dict(checkpoint_files.read(Path(checkpoints.best_model_path))["state_dict"])
+        raise UserError(f"{reason(history)}; {advice}")
+    model.load_state_dict(read(Path(checkpoints.best_model_path))["state_dict"])
     data = datamodule.splits.key if datamodule.splits else None
     if writes and not (folder.path / "adapter").exists():
         export_adapter(model, folder.path / "adapter", folder.path / "config.yaml", data)
@@ -86,13 +81,14 @@ def train(
     result["training"] = {
         "steps": steps,
         "seconds": round(checkpoints.seconds, 1),
-        "skipped_steps": model.guard.skipped,
+        "skipped_steps": model.skipped,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "best_step": chosen.step,
         "best_reason": reason(history),
         "best": chosen.figures() | {"loss": chosen.val_loss},
         "history": [validation.figures() for validation in history],
         "diagnosis": diagnose(history).text,
+        "next": advice,
     }
     if writes:
         evaluator.report(result)
@@ -107,13 +103,7 @@ def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> N
     if not trainer.is_global_zero:
         return
     splits, settings = datamodule.splits, datamodule.settings
-    print_notes(settings.format)
-    if splits is not None:
-        print_data(splits, Path(trainer.default_root_dir) if trainer.loggers else None)
-    else:
-        print_shapes(settings.columns.notes)
-    for key, counts in settings.ignored.items():
-        print_ignored(counts, key)
+    print_data(settings, splits, Path(trainer.default_root_dir) if trainer.loggers else None)
     count = len(splits.rows.get("train", ())) if splits else 0
     if 0 < count < FEW_ROWS:
         print(f"few rows: {count} to train on, where {FEW_ROWS} are the least for a task; see formtune audit")
@@ -125,10 +115,7 @@ def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> N
 
 
 def export_adapter(module: FormatModule, folder: Path, config: Path, data: str | None) -> None:
-    """Write adapter, tokenizer with its chat template, format, configuration and manifest into a new folder.
-
-    PEFT alone loads it: `PeftModel.from_pretrained(base_model, folder)`. The folder appears only when it is complete.
-    """
+    """Write a folder that PEFT alone loads, with tokenizer, format, configuration and manifest; it appears complete."""
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     # False: PEFT would otherwise ask a hub whether the base's vocabulary was resized.

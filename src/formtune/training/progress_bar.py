@@ -1,12 +1,10 @@
-"""The progress bar: optimizer steps of the whole fit, and the rows of an evaluation."""
-
-from __future__ import annotations
+"""The progress bar: optimizer steps of the whole fit, and the rows of an evaluation; tokens per second."""
 
 import math
 import time
 from typing import Any
 
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import convert_inf
 
 
@@ -70,3 +68,21 @@ class StepsBar(TQDMProgressBar):
 
 def _rows(loader: Any, batches: int) -> int:
     return min(len(loader.dataset), batches * loader.batch_sampler.batch_size)
+
+
+class Throughput(Callback):
+    """Logs `train/tokens_per_second`: prompt and target tokens of all devices by the time of the optimizer steps."""
+
+    def __init__(self) -> None:
+        self._tokens, self._seconds = 0, 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._tokens += sum(map(len, batch.rows))
+        self._seconds += time.perf_counter() - self._started
+        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+            rate = self._tokens / self._seconds
+            pl_module.log("train/tokens_per_second", rate, prog_bar=True, batch_size=1, sync_dist=True, reduce_fx="sum")
+            self._tokens, self._seconds = 0, 0.0

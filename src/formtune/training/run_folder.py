@@ -1,7 +1,5 @@
 """The folder of one run: held by one process at a time, and resumed with the same configuration only."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +9,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from formtune.errors import UserError
+from formtune.evaluation.outcomes import read_outcomes
+from formtune.evaluation.selective import judged, threshold
 
 # Keys that change where a run is or how it is watched, and not what is trained.
 FREE = (
@@ -28,12 +28,10 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether a run has begun here."""
         return (self.path / "config.yaml").exists()
 
     @property
     def finished(self) -> bool:
-        """Whether it is finished."""
         return (self.path / "metrics.json").exists()
 
     @property
@@ -43,7 +41,7 @@ class RunFolder:
             date = self._config()["data"]["date"]
         except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
             return None
-        return None if date is None else str(date)
+        return date and str(date)
 
     def difference(self, config: str) -> str | None:
         """The first key, with both values, in which this run's configuration differs from another in YAML, or None."""
@@ -86,7 +84,10 @@ class RunFolder:
 
 def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], str]) -> str | None:
     """The name of the run to begin or to resume in a task's folder; None for a new run, which is named by the clock."""
-    folder = RunFolder(task / name) if name else _last(task) if resume else None
+    # Runs of a sweep do not count.
+    begun = [path for path in task.glob("*/config.yaml") if not (path.parent / ".sweep").exists()]
+    last = max(begun, key=lambda path: path.stat().st_mtime) if begun and resume else None
+    folder = RunFolder(task / name) if name else RunFolder(last.parent) if last else None
     if folder is None or not folder.begun or (folder.finished and not name):
         return name
     if not resume:
@@ -108,11 +109,26 @@ def measured_run(configs: Sequence[Path], named: Path | None) -> Path | None:
     return next((run for run in folders if RunFolder(run).begun and (run / "checkpoints").is_dir()), None)
 
 
-def _last(task: Path) -> RunFolder | None:
-    """The run of a task that began last; those of a sweep do not count."""
-    begun = [path for path in task.glob("*/config.yaml") if not (path.parent / ".sweep").exists()]
-    newest = max(begun, key=lambda path: path.stat().st_mtime, default=None)
-    return RunFolder(newest.parent) if newest else None
+def minimum_confidence(config: Any, run: Path | None) -> float:
+    """The confidence from which a run's answers to its validation rows reach `--target_precision`."""
+    target = config.target_precision
+    if config.min_confidence is not None or run is None or config.ckpt_path not in (None, "best"):
+        raise UserError(
+            "target_precision: it needs a finished run and its best checkpoint, and no min_confidence; name the run, "
+            "or give --min_confidence alone"
+        )
+    outcomes = read_outcomes(run / "outcomes" / "validation.jsonl")
+    constrained = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]["constrained"]
+    if constrained != config.model.constrained:
+        raise UserError(f"target_precision: {run} was measured with model.constrained: {str(constrained).lower()}")
+    rows = judged(outcomes)
+    minimum = threshold(rows, target)
+    if minimum is None:
+        raise UserError(
+            f"target_precision: no confidence gives {target} on the {len(rows):,} validation rows of {run}; take a "
+            "lower one, or validate on more rows"
+        )
+    return minimum
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,8 +3,6 @@
 A handler that saved or communicated by itself would meet an unfinished step, and processes that wait for others.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -37,7 +35,6 @@ class Signals(Callback):
                     self._before.setdefault(number, before)
 
     def restore(self) -> None:
-        """Restore the handlers that were there before."""
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before.clear()

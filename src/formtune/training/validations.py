@@ -1,7 +1,5 @@
 """What each validation measured, and which checkpoint is the best."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,12 +26,10 @@ class Validation:
 
     @property
     def exact(self) -> int:
-        """Number of rows with a valid format."""
         return self.valid.bit_count()
 
     @property
     def joint(self) -> int:
-        """Number of rows with a valid format and the right content."""
         return self.right.bit_count()
 
     @property
@@ -42,16 +38,12 @@ class Validation:
         return (-self.joint, -self.field_f1, self.val_loss, self.step)
 
     def figures(self) -> dict[str, Any]:
-        """The figures for `metrics.json`."""
         names = ("step", "train_loss", "val_loss", "exact", "joint", "rows", "field_f1")
         return {name: getattr(self, name) for name in names}
 
 
 def fewer(rows: int, others: int) -> bool:
-    """Whether `rows` are fewer than `others` by more than one standard error of the paired difference.
-
-    If b rows are in `others` alone, and c in `rows` alone, b - c is compared with sqrt(b + c).
-    """
+    """Whether `rows` are fewer than `others` by more than one standard error of the paired difference, sqrt(b + c)."""
     gap = others.bit_count() - rows.bit_count()
     return gap > 0 and gap**2 > (rows ^ others).bit_count()
 
@@ -59,9 +51,8 @@ def fewer(rows: int, others: int) -> bool:
 def best(history: Iterable[Validation]) -> Validation | None:
     """The best checkpoint, None if no validation gave finite figures.
 
-    The reference is the checkpoint with the most rows in valid format. Candidates are all that have not `fewer` than
-    the reference. Of the candidates, the one with the most right answers is the best; on a tie the one with the higher
-    field F1, then the lower loss, then the earlier step.
+    Candidates have not `fewer` rows in valid format than the one with the most. The best of them has the most right
+    answers; on a tie the higher field F1, then the lower loss, then the earlier step.
     """
     return min(_candidates(_measured(history))[1], key=lambda v: v.order, default=None)
 
@@ -69,9 +60,8 @@ def best(history: Iterable[Validation]) -> Validation | None:
 def contenders(history: Iterable[Validation]) -> set[int]:
     """Steps of the checkpoints that are the best now, or can be after later validations.
 
-    A later reference can rule out the best checkpoint, and then one that was behind becomes the best. A checkpoint A
-    cannot win any more if it is too far behind every possible reference, or if another one comes before it in the order
-    and is a candidate whenever A is. `tests/unit/training/test_checkpoints.py` has the proof.
+    A checkpoint cannot win any more if it is too far behind every possible reference, or if another one comes before it
+    in the order and is a candidate whenever it is. `tests/unit/training/test_checkpoints.py` has the proof.
     """
     measured = _measured(history)
     top = max((v.exact for v in measured), default=0)

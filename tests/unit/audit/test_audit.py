@@ -1,4 +1,4 @@
-"""The audit finds what was planted, blocks what training would refuse, and writes what a person can read."""
+"""The audit reports what was planted, blocks what training would refuse, and writes a page."""
 
 import json
 import os
@@ -18,8 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from conftest import SCHEMA, SHARED, WORDY, pair
-from formtune.audit.drift import compare_inputs
-from formtune.audit.findings import VARIETY, _histogram, audit, sources, ungrounded
+from formtune.audit.findings import VARIETY, _histogram, audit, compare_inputs, sources, ungrounded
 from formtune.audit.output import page
 from formtune.cli import main
 from formtune.data.blockers import uneven_shares
@@ -59,18 +58,18 @@ def read(folder):
     return json.loads((folder / "logs/t/audit/audit.json").read_text())
 
 
-def test_a_clean_task_is_ready_and_its_rows_are_those_that_training_finds(task, capsys):
+def test_a_clean_task_is_ready_and_training_prepares_the_same_rows(task, capsys):
     folder = task([pair(n) for n in range(60)])
     assert main(["audit", "-c", "t.yaml"]) == 0
-    found = read(folder)
-    assert found["verdict"] == "ready" and sum(rows["used"] for rows in found["rows"].values()) == 60
+    findings = read(folder)
+    assert findings["verdict"] == "ready" and sum(rows["used"] for rows in findings["rows"].values()) == 60
     assert len(list((folder / ".cache/encoded").glob("*.json"))) == 1
-    said = capsys.readouterr().out
-    assert said.splitlines()[-1].startswith("verdict: ready") and "below about 500" in said
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].startswith("verdict: ready") and "below about 500" in printed
     assert not list(folder.glob("logs/t/audit/*.part"))
     base = yaml.safe_load((folder / "t.yaml").read_text())["model"]["base"]
     prepared = DataSettings(JsonSchema("schema.json"), "train.jsonl", tokenizer=base, max_new_tokens=128)
-    assert load_splits(prepared).key == found["data"]
+    assert load_splits(prepared).key == findings["data"]
 
 
 @pytest.mark.parametrize(
@@ -98,18 +97,18 @@ def test_answers_are_repaired_only_if_that_is_asked_for_and_counted(task):
     folder = task([*(pair(n) for n in range(60)), fenced])
     assert main(["audit", "-c", "t.yaml"]) == 1
     assert main(["audit", "-c", "t.yaml", "--data.repair_answers", "[edges,fence,canonical]"]) == 0
-    found = read(folder)
-    assert found["repairs"] == {"answer fence": 1, "answer canonical": 1}
-    assert not found["quarantined"]
+    findings = read(folder)
+    assert findings["repairs"] == {"answer fence": 1, "answer canonical": 1}
+    assert not findings["quarantined"]
 
 
 def test_production_that_is_longer_than_the_limit_blocks(task, tmp_path):
     folder = task([pair(n) for n in range(60)], production="p.jsonl", max_length=200)
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"{n} " * 90}) + "\n" for n in range(20)))
     assert main(["audit", "-c", "t.yaml"]) == 1
-    found = read(folder)
-    assert "production's inputs have" in found["blockers"][0] and "raise data.max_length" in found["blockers"][0]
-    assert any("by their words" in line for line in found["warnings"])
+    findings = read(folder)
+    assert "production's inputs have" in findings["blockers"][0] and "raise data.max_length" in findings["blockers"][0]
+    assert any("by their words" in line for line in findings["warnings"])
 
 
 def test_synthetic_rows_are_counted_and_capped(task):
@@ -122,8 +121,8 @@ def test_synthetic_rows_are_counted_and_capped(task):
     assert main(["audit", "-c", "t.yaml", "--data.columns.source", "null"]) == 0
     assert set(read(folder)["sources"]) == {""}
     assert main(["audit", "-c", "t.yaml", "--data.max_synthetic", "0.8"]) == 0
-    found = read(folder)
-    assert set(found["sources"]) == {"human", "wise-1"}
+    findings = read(folder)
+    assert set(findings["sources"]) == {"human", "wise-1"}
 
 
 @pytest.mark.parametrize("values", [("email", "phone"), (0, 1), ("Human", "https://a.b/c")])
@@ -133,15 +132,15 @@ def test_a_source_column_of_another_meaning_is_not_read(task, values):
     assert read(folder)["ignored"] == {"source": 60}
 
 
-def test_what_is_ignored_is_said_on_the_first_screen(task, tmp_path, capsys):
+def test_ignored_columns_are_printed_and_written(task, tmp_path, capsys):
     folder = task([pair(n) | {"id": n + 1, "[bold]": "x" * (n < 7)} for n in range(60)], production="p.jsonl")
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(pair(n) | {"user": n}) + "\n" for n in range(20)))
     assert main(["audit", "-c", "t.yaml"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "ignored columns: id (60 rows), [bold] (7 rows)" in lines
     assert "data.production: ignored columns: user (20 rows)" in lines
-    found = read(folder)
-    assert found["ignored"] == {"id": 60, "[bold]": 7} and found["production"]["ignored"] == {"user": 20}
+    findings = read(folder)
+    assert findings["ignored"] == {"id": 60, "[bold]": 7} and findings["production"]["ignored"] == {"user": 20}
     text = (folder / "logs/t/audit/report.html").read_text()
     assert "<p>ignored columns: id (60 rows), [bold] (7)</p>" in text
     assert "<p>data.production: ignored columns: user (20 rows)</p>" in text
@@ -157,8 +156,8 @@ def test_a_mistake_is_one_line(task, capsys):
         (["audit"], "model.base"),
     ):
         assert main(words) == 2
-        said = capsys.readouterr().err
-        assert message in said and len(said.splitlines()) == 1
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
 
 
 def example(where, text, value, origin=""):
@@ -180,30 +179,30 @@ FORMAT = JsonSchema(
 )
 
 
-def test_values_that_do_not_stand_in_the_input_are_listed_but_for_derived_ones():
+def test_values_that_are_not_in_the_input_are_listed_except_derived_ones():
     rows = [
         example("1", "Anna wants 1,200 pieces", {"who": "anna", "n": 1200, "kind": "a", "on": "2026-01-02"}, "m"),
         example("2", "Anna wants 5", {"who": "Anne", "n": 5, "kind": "b"}, "m"),
         example("3", "Anna wants five", {"who": "Anna", "n": 5}),
     ]
-    found = ungrounded(rows, FORMAT)
-    assert {path: [row["where"] for row in entry["rows"]] for path, entry in found.items()} == {
+    findings = ungrounded(rows, FORMAT)
+    assert {path: [row["where"] for row in entry["rows"]] for path, entry in findings.items()} == {
         "who": ["2"],
         "n": ["3"],
     }
-    assert found["who"]["rows"][0] == {"where": "2", "value": "Anne", "source": "m"}
-    assert found["who"]["share"] == pytest.approx(1 / 3)
+    assert findings["who"]["rows"][0] == {"where": "2", "value": "Anne", "source": "m"}
+    assert findings["who"]["share"] == pytest.approx(1 / 3)
 
 
 def test_sources_are_compared_on_equally_many_rows_and_their_openings_are_counted():
     people = [example(str(n), f"Say {n % 40} {n % 40} times", {"who": str(n % 60)}, "human") for n in range(120)]
     model = [example(str(n), "Could you please, now", {"who": str(n % 2)}, "m") for n in range(60)]
     few = [example(str(n), f"a {n}", {}, "") for n in range(VARIETY - 1)]
-    found = sources([*model, *people, *few])
-    assert list(found) == ["human", "m", ""] and [entry["rows"] for entry in found.values()] == [120, 60, 49]
-    assert found["m"] == {"rows": 60, "distinct": [2 / 60, 1 / 60], "openings": {"could you please": 60}}
-    assert 0.5 < found["human"]["distinct"][0] < 1 and found["human"]["openings"]["say 0 0"] == 3
-    assert found[""]["distinct"] is None and len(found[""]["openings"]) == 3
+    findings = sources([*model, *people, *few])
+    assert list(findings) == ["human", "m", ""] and [entry["rows"] for entry in findings.values()] == [120, 60, 49]
+    assert findings["m"] == {"rows": 60, "distinct": [2 / 60, 1 / 60], "openings": {"could you please": 60}}
+    assert 0.5 < findings["human"]["distinct"][0] < 1 and findings["human"]["openings"]["say 0 0"] == 3
+    assert findings[""]["distinct"] is None and len(findings[""]["openings"]) == 3
     assert sources([]) == {}
 
 
@@ -220,8 +219,8 @@ def test_of_many_fields_the_five_gravest_warnings_of_a_kind_are_printed_and_all_
     main(["audit", "-c", "t.yaml", "--model.max_new_tokens", "300"])
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: f")]
     assert [line.split()[1:3] for line in printed] == [[f"f{n}:", str(n + 5)] for n in (7, 6, 5, 4, 3)]
-    found = read(folder)
-    [total] = [line for line in found["warnings"] if "more fields" in line]
+    findings = read(folder)
+    [total] = [line for line in findings["warnings"] if "more fields" in line]
     assert total == "values that are not in their inputs: 3 more fields, 8 in all; the report lists them"
     html = (folder / "logs/t/audit/report.html").read_text()
     assert [int(n) for n in re.findall(r'class="warning">f(\d): ', html)] == [*range(7, -1, -1)]
@@ -236,7 +235,7 @@ def test_lengths_are_counted_in_bins_of_equally_many_tokens():
     assert answer == {"edges": [5, 6], "shares": {"train": [1.0]}}
 
 
-def test_a_classifier_tells_what_differs_and_nothing_where_nothing_does():
+def test_a_classifier_names_the_words_that_differ():
     texts = [f"please send {n} boxes to street {n * 7 % 50}" for n in range(300)]
     same = compare_inputs(texts[:150], texts[150:])
     assert same["auc"] < 0.7
@@ -271,17 +270,17 @@ def demo(tmp_path_factory):
     before = Path.cwd()
     os.chdir(folder)  # the cache is the working directory's
     try:
-        found, splits = audit(DataSettings(format, tokenizer=str(DEMO / "base"), **(options | files)))
+        findings, splits = audit(DataSettings(format, tokenizer=str(DEMO / "base"), **(options | files)))
     finally:
         os.chdir(before)
-    return found, {f"{files['train']}:{n}": kind for n, kind in enumerate(planted(), 1)}, splits
+    return findings, {f"{files['train']}:{n}": kind for n, kind in enumerate(planted(), 1)}, splits
 
 
-def test_every_planted_defect_is_found_and_no_clean_row_is_lost(demo):
-    found, kinds, splits = demo
-    aside = {row["where"]: row["reason"] for row in found["quarantine"]}
-    table = Counter((kind, aside.get(where, "used")) for where, kind in kinds.items())
-    # A row and its copy are the same but for their place: whichever comes first is used. Of a contradiction both go.
+def test_every_planted_defect_is_detected_and_no_clean_row_is_lost(demo):
+    findings, kinds, splits = demo
+    reasons_by_place = {row["where"]: row["reason"] for row in findings["quarantine"]}
+    table = Counter((kind, reasons_by_place.get(where, "used")) for where, kind in kinds.items())
+    # A row and its copy differ only in their place: the first is used. Both rows of a contradiction are quarantined.
     for kind, reasons in {
         "leak": {"leak"},
         "contradiction": {"conflict"},
@@ -296,29 +295,29 @@ def test_every_planted_defect_is_found_and_no_clean_row_is_lost(demo):
         n for (kind, reason), n in table.items() if "duplicate" in kind and reason == "conflict"
     )
     assert splits.reasons["leak"] == 25
-    # 20 messages are torn; nothing else that is clean falls, but for the copies.
+    # 20 messages contradict others; nothing else that is clean is quarantined, but for the copies.
     lost = Counter(reason for (kind, reason), n in table.items() for _ in range(n) if kind == "" and reason != "used")
     assert set(lost) <= {"conflict", "duplicate", "near_duplicate"}
     assert lost["conflict"] == 20
     messages = {row.where: row.messages for row in splits.quarantine}
     assert all(
-        row["other_messages"] for row in found["quarantine"] if row["reason"] in ("conflict", "duplicate", "leak")
+        row["other_messages"] for row in findings["quarantine"] if row["reason"] in ("conflict", "duplicate", "leak")
     )
-    assert messages and found["repairs"]["html"] >= 30
-    used = [where for where in kinds if where not in aside]
-    assert len(used) == found["rows"]["train"]["used"]
+    assert messages and findings["repairs"]["html"] >= 30
+    used = [where for where in kinds if where not in reasons_by_place]
+    assert len(used) == findings["rows"]["train"]["used"]
 
 
-def test_the_demos_production_is_seen_to_be_longer(demo):
-    found, _, _ = demo
-    production, train = found["production"]["lengths"]["prompt"], found["lengths"]["train"]["prompt"]
+def test_the_demos_production_inputs_are_longer(demo):
+    findings, _, _ = demo
+    production, train = findings["production"]["lengths"]["prompt"], findings["lengths"]["train"]["prompt"]
     assert production["P95"] > 1.3 * train["P95"]
-    assert any("classifier" in line for line in found["warnings"])
-    assert not found["ungrounded"]
+    assert any("classifier" in line for line in findings["warnings"])
+    assert not findings["ungrounded"]
 
 
-def test_the_page_is_whole_in_itself_and_escapes_what_rows_hold(demo):
-    found, _, _ = demo
+def test_the_page_is_self_contained_and_escapes_the_texts_of_rows(demo):
+    findings, _, _ = demo
     strange = {
         "where": "f:1",
         "reason": "format",
@@ -327,40 +326,41 @@ def test_the_page_is_whole_in_itself_and_escapes_what_rows_hold(demo):
         "other_messages": None,
     }
     text = page(
-        found | {"quarantine": [*found["quarantine"], strange | {"messages": [{"role": "user", "content": "<b>&"}]}]}
+        findings
+        | {"quarantine": [*findings["quarantine"], strange | {"messages": [{"role": "user", "content": "<b>&"}]}]}
     )
-    seen = Page()
-    seen.feed(text)
-    assert not seen.outside and "url(http" not in text
-    assert not seen.tags["script"] and "&lt;script&gt;" in text
-    assert seen.tags["details"] >= 5
+    parsed = Page()
+    parsed.feed(text)
+    assert not parsed.outside and "url(http" not in text
+    assert not parsed.tags["script"] and "&lt;script&gt;" in text
+    assert parsed.tags["details"] >= 5
     assert len(text) < 3_000_000
 
 
 def test_the_page_draws_lengths_labels_and_quarantine_to_scale(demo):
-    found, _, _ = demo
-    text = page(found)
+    findings, _, _ = demo
+    text = page(findings)
     prompts, answers, *_ = text.split('<svg viewBox="0 0 360 150"')[1:]
-    production = found["production"]["lengths"]["prompt"]["P95"]
-    left, right = (found["histograms"]["prompt"]["edges"][at] for at in (0, -1))
+    production = findings["production"]["lengths"]["prompt"]["P95"]
+    left, right = (findings["histograms"]["prompt"]["edges"][at] for at in (0, -1))
     at = round(40 + 316 * (production - left) / (right - left), 1)
     assert f'<line class="curve2" x1="{at}" x2="{at}" y1="25" y2="130" stroke-dasharray="4"/>' in prompts
     assert (
         f">production P95 {production}</tspan>" in prompts and "limit 1,024 →" in prompts and "limit 256 →" in answers
     )
-    shares = found["histograms"]["answer"]["shares"]["train"]
+    shares = findings["histograms"]["answer"]["shares"]["train"]
     heights = [float(h) for h in re.findall(r'<rect class="curve1"[^>]*height="([\d.]+)"', answers.split("</svg>")[0])]
     assert heights == [round(105 * share / max(shares), 1) for share in shares if share]
-    most = max(found["quarantined"].values())
-    for reason, count in found["quarantined"].items():
+    most = max(findings["quarantined"].values())
+    for reason, count in findings["quarantined"].items():
         width = round(100 * count / most, 1)
         cells = rf'<td>{reason.replace("_", " ")}</td><td><svg class="bar" aria-hidden="true"><rect class="curve1" '
         assert re.search(rf'{cells}width="{width}%" height="100%"/></svg>\s*</td><td class="n">{count}</td>', text), (
             reason
         )
-    for label, count in found["labels"]["category"]["train"].items():
+    for label, count in findings["labels"]["category"]["train"].items():
         assert re.search(rf'<td>{label}</td>.*width="[\d.]+%".*\s*</td><td class="n">{count}</td>', text)
-    inside = page(found | {"limit": found["histograms"]["prompt"]["edges"][-1] + 100}).split("<svg")[1]
+    inside = page(findings | {"limit": findings["histograms"]["prompt"]["edges"][-1] + 100}).split("<svg")[1]
     assert '<line class="limit" x1="356.0" x2="356.0"' in inside and "→" not in inside
 
 
@@ -381,9 +381,9 @@ def test_a_killed_audit_leaves_nothing_half_written(tmp_path, base):
     process.wait()
     for path in tmp_path.glob("logs/task/audit/*.json"):
         json.loads(path.read_text())
-    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "verdict: ready" in done.stdout
+    process = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "verdict: ready" in process.stdout
 
 
 @hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -416,26 +416,31 @@ def test_no_row_is_ever_lost_whatever_the_bytes(tmp_path, base, lines):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real rows in ../shared")
-@pytest.mark.parametrize(("name", "copies", "torn", "leaks"), [("snips", 161, 0, 2), ("wnut17", 91, 11, 0)])
-def test_what_is_known_of_real_rows_is_found(tmp_path, monkeypatch, base, name, copies, torn, leaks):
+@pytest.mark.parametrize(("name", "copies", "conflicts", "leaks"), [("snips", 161, 0, 2), ("wnut17", 91, 11, 0)])
+def test_known_defects_of_real_rows_are_detected(tmp_path, monkeypatch, base, name, copies, conflicts, leaks):
     monkeypatch.chdir(tmp_path)
     paths = {file.stem: str(file) for file in (SHARED / "data" / name).glob("*.jsonl")}
     settings = DataSettings(JsonSchema({"type": "object"}), tokenizer=base, bad_rows="drop", **paths)
     splits = load_splits(settings, from_cache=False)
-    aside = {row.where: row.reason for row in splits.quarantine}
+    reasons_by_place = {row.where: row.reason for row in splits.quarantine}
     files = {split: [json.loads(line) for line in Path(path).read_text().splitlines()] for split, path in paths.items()}
-    seen, answers, repeated, found_leaks = set(), {}, [], []
+    seen, answers, repeated, leaked = set(), {}, [], []
     for number, row in enumerate(files["train"], 1):
         where, pair_ = f"{paths['train']}:{number}", (row["prompt"], row["completion"])
         repeated += [where] if pair_ in seen else []
         seen.add(pair_)
         answers.setdefault(row["prompt"], {}).setdefault(row["completion"], []).append(where)
-        found_leaks += [where] if any(row["prompt"] == r["prompt"] for r in files["validation"]) and not torn else []
-    assert len(repeated) == copies and all(where in aside for where in repeated)
-    several = [found for found in answers.values() if len(found) > 1]
-    assert len(several) == torn
-    assert all(aside[where] == "conflict" for found in several for places in found.values() for where in places)
-    assert len(found_leaks) >= leaks and all(aside[where] == "leak" for where in found_leaks)
+        leaked += [where] if any(row["prompt"] == r["prompt"] for r in files["validation"]) and not conflicts else []
+    assert len(repeated) == copies and all(where in reasons_by_place for where in repeated)
+    several = [by_answer for by_answer in answers.values() if len(by_answer) > 1]
+    assert len(several) == conflicts
+    assert all(
+        reasons_by_place[where] == "conflict"
+        for by_answer in several
+        for places in by_answer.values()
+        for where in places
+    )
+    assert len(leaked) >= leaks and all(reasons_by_place[where] == "leak" for where in leaked)
 
 
 def test_labels_are_counted_by_split(task):
@@ -456,10 +461,10 @@ def test_one_instruction_above_every_message_leaves_the_shares_as_asked_for(task
     ]
     folder = task(rows, max_length=1024)
     assert main(["audit", "-c", "t.yaml"]) == 0
-    found = read(folder)
-    used = {name: split["used"] for name, split in found["rows"].items()}
+    findings = read(folder)
+    used = {name: split["used"] for name, split in findings["rows"].items()}
     assert sum(used.values()) == 300 and 200 < used["train"] < 270 and min(used.values()) > 12
-    assert 0.8 < found["shared_text"] < 1
+    assert 0.8 < findings["shared_text"] < 1
     assert "of the input text is the same in many rows" in capsys.readouterr().out
     assert "of the input text is the same in many rows" in (folder / "logs/t/audit/report.html").read_text()
     task([pair(n, f"{n * n} {words[n % 12]} {n * 7919}") for n in range(60)])
@@ -513,7 +518,7 @@ def test_every_kind_of_bad_row_has_its_own_line_count_and_remedy(task):
     assert sum("take a base with a context of 834 tokens" in line for line in read(folder)["blockers"]) == 1
 
 
-def test_an_empty_split_is_a_line_that_says_which_and_why(task, capsys):
+def test_an_empty_split_is_one_line_with_the_reason(task, capsys):
     labels = {"class_path": "Labels", "init_args": {"labels": ["yes", "no"]}}
     rows = [{"prompt": f"row {n} about {n * n}", "completion": "yes" if n % 3 else "no"} for n in range(60)]
     folder = task([rows[n] for n in (0, 4, 5, 7, 8)], format=labels)  # their hashes put all of them into train

@@ -1,4 +1,4 @@
-"""Only the answer and its end of turn are supervised, for every tokenizer at hand."""
+"""Only the answer and its end of turn are supervised, with every tokenizer."""
 
 from datetime import datetime
 
@@ -93,7 +93,7 @@ WITHOUT_SYSTEM = {  # Gemma 1 and 2 refuse a system turn, others leave it out
     "refuses": "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE,
     "leaves out": TEMPLATE.replace("messages", "(messages | selectattr('role', 'in', ['user', 'assistant']))"),
 }
-LEFT_OUT = {  # template, system prompt, what the line says
+LEFT_OUT = {  # template, system prompt, part of the message
     "an earlier turn": (TEMPLATE.replace("messages", "messages[-2 if messages[-1].role == 'assistant' else -1:]"),
                         "Be exact.", "leaves out the user turn 'Be exact. first'"),
     "a user turn": (TEMPLATE.replace("messages", "(messages | rejectattr('role', 'eq', 'user'))"), "Be exact.",
@@ -147,17 +147,17 @@ def test_without_a_chat_template_a_prompt_is_the_system_prompt_and_the_input_bef
 
 @pytest.mark.parametrize("case", LEFT_OUT)
 def test_a_turn_that_the_template_leaves_out_makes_the_row_unfit(case):
-    template, system, says = LEFT_OUT[case]
+    template, system, expected = LEFT_OUT[case]
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     first = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "of all"}]
     turns = [conversation("yes", system)[0], *first, *conversation("yes")[1:]]
     [row, asked] = Renderer(tokenizer).encode([(turns, "f:1"), (turns[:-1], "f:2")])
-    assert isinstance(row, UnfitRow) and isinstance(asked, UnfitRow) and says in str(row)
+    assert isinstance(row, UnfitRow) and isinstance(asked, UnfitRow) and expected in str(row)
 
 
 @pytest.mark.parametrize("edit", ["trim", "lower", "replace('\n', ' ')", "folded"])
-def test_a_template_that_folds_or_trims_a_turn_leaves_nothing_out(edit):
+def test_a_template_may_fold_or_trim_a_turn(edit):
     tokenizer = byte_tokenizer()
     edited = TEMPLATE.replace("{{ m.content }}", CONTEXT.replace("EDIT", edit) + "{{ c }}")
     tokenizer.chat_template = FOLDED if edit == "folded" else edited
@@ -166,14 +166,16 @@ def test_a_template_that_folds_or_trims_a_turn_leaves_nothing_out(edit):
     assert isinstance(row, Row) and isinstance(short, Row), row
 
 
-def test_a_template_that_leaves_out_what_an_earlier_answer_thought_is_taken():
+def test_a_template_may_leave_out_the_thoughts_of_an_earlier_answer():
     messages = [*conversation("<think>well</think>first"), {"role": "user", "content": "q"}, *conversation("last")[2:]]
     [row] = Renderer.load(str(shared("tokenizers/qwen3"))).encode([(messages, "f:1")])
     assert isinstance(row, Row)
 
 
-@pytest.mark.parametrize("pattern, says", [("%d %b %Y", "25 Nov 2026"), ("%B %d, %Y %H:%M", "November 25, 2026 00:00")])
-def test_the_date_of_a_template_is_that_of_the_run(pattern, says):
+@pytest.mark.parametrize(
+    "pattern, expected", [("%d %b %Y", "25 Nov 2026"), ("%B %d, %Y %H:%M", "November 25, 2026 00:00")]
+)
+def test_the_date_of_a_template_is_that_of_the_run(pattern, expected):
     tokenizer = byte_tokenizer()
     # As Llama 3.2 has it.
     tokenizer.chat_template = (
@@ -182,7 +184,7 @@ def test_the_date_of_a_template_is_that_of_the_run(pattern, says):
     ).replace("PATTERN", pattern)
     renderer = Renderer(tokenizer, "2026-11-25")
     [row] = renderer.encode([(conversation("yes"), "f:1")])
-    assert f"Today is {says}\n" in renderer.tokenizer.decode(row.prompt_ids) and renderer.date == "2026-11-25"
+    assert f"Today is {expected}\n" in renderer.tokenizer.decode(row.prompt_ids) and renderer.date == "2026-11-25"
     plain = tokenizer.apply_chat_template(conversation("yes"), tokenize=False)  # what a server writes
     assert datetime.now().strftime(pattern.removesuffix(" %H:%M")) in plain
 
@@ -197,21 +199,21 @@ def test_a_mistyped_folder_is_not_looked_up_on_a_hub(base):
         check_base(base)
 
 
-def test_one_refused_conversation_among_many_is_the_only_one_refused():
+def test_a_refused_conversation_does_not_affect_the_others():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (
         "{% if messages[0].content == 'odd' %}{{ raise_exception('no odd ones') }}{% endif %}" + tokenizer.chat_template
     )
     rows = [(conversation(str(n), "odd" if n in (3, 12) else "even"), f"f:{n}") for n in range(20)]
-    coded = list(Renderer(tokenizer).encode(rows))
-    assert [n for n, row in enumerate(coded) if isinstance(row, UnfitRow)] == [3, 12]
-    assert str(coded[3]) == "the chat template refuses the conversation: no odd ones"
-    good = [row for row in coded if isinstance(row, Row)]
+    encoded = list(Renderer(tokenizer).encode(rows))
+    assert [n for n, row in enumerate(encoded) if isinstance(row, UnfitRow)] == [3, 12]
+    assert str(encoded[3]) == "the chat template refuses the conversation: no odd ones"
+    good = [row for row in encoded if isinstance(row, Row)]
     assert [row.number for row in good] == [n for n in range(20) if n not in (3, 12)]
     assert [row.target for row in good] == [str(row.number) for row in good]
 
 
-def test_a_tokenizer_shipped_with_truncation_and_padding_cuts_and_fills_nothing():
+def test_truncation_and_padding_of_a_tokenizer_are_switched_off():
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=500)

@@ -90,7 +90,7 @@ def test_earlier_calls_and_results_are_context(folder):
 
 
 @pytest.mark.parametrize(
-    ("messages", "tools", "says"),
+    ("messages", "tools", "expected"),
     [
         ([USER, {"role": "assistant", "content": "b"}], TOOLS, "leaves out `tools`; remove it, or take a base whose"),
         ([USER, calls("Paris")], None, "leaves out `tool_calls`"),
@@ -101,9 +101,9 @@ def test_earlier_calls_and_results_are_context(folder):
         ([USER], json.dumps([WEATHER | {"x": "<|im_end|>"}]), "holds <|im_end|>, which the tokenizer would read"),
     ],
 )
-def test_what_the_template_leaves_out_is_refused_by_name(messages, tools, says):
+def test_what_the_template_leaves_out_is_refused_by_name(messages, tools, expected):
     row, _ = encode(Renderer(byte_tokenizer()), messages, tools)
-    assert isinstance(row, UnfitRow) and says in str(row)
+    assert isinstance(row, UnfitRow) and expected in str(row)
 
 
 def test_reasoning_is_trained_where_the_template_writes_it_without_thinking_switched_on():

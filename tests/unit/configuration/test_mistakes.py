@@ -11,7 +11,7 @@ from formtune.configuration.parsing import did_you_mean
 
 ROOT = Path(__file__).resolve().parents[3]
 
-MINE = """
+BROKEN = """
 import nothing_here
 """
 CLASSES = """
@@ -30,7 +30,7 @@ class Other:
 def refused(write_project, capsys, monkeypatch):
     """A function that runs a command line in a small task's folder and returns its one error line."""
     folder = write_project({"max_steps": 2})
-    (folder / "broken.py").write_text(MINE)
+    (folder / "broken.py").write_text(BROKEN)
     (folder / "classes.py").write_text(CLASSES)
     monkeypatch.syspath_prepend(folder)
 
@@ -88,10 +88,10 @@ def test_no_key_of_another_meaning_is_named(refused, key):
 
 
 def test_a_mistyped_name_has_the_letters_of_the_right_one():
-    known = {"max_steps", "data.test", "trainer.max_epochs", "labels"}
-    assert did_you_mean("lables", known) == "; did you mean labels?"
-    assert did_you_mean("trainer.max_epoch", known) == "; did you mean trainer.max_epochs?"
-    assert did_you_mean("val_ste", known) == did_you_mean("data.tail", known) == ""
+    names = {"max_steps", "data.test", "trainer.max_epochs", "labels"}
+    assert did_you_mean("lables", names) == "; did you mean labels?"
+    assert did_you_mean("trainer.max_epoch", names) == "; did you mean trainer.max_epochs?"
+    assert did_you_mean("val_ste", names) == did_you_mean("data.tail", names) == ""
 
 
 VALUES = [
@@ -167,7 +167,7 @@ def test_a_class_that_cannot_be_used_is_one_line_with_key_reason_and_remedy(refu
     assert part in refused(*words)
 
 
-def test_a_folder_is_no_checkpoint(refused, tmp_path):
+def test_a_folder_is_not_a_checkpoint(refused, tmp_path):
     assert "a folder, not a checkpoint" in refused("--ckpt_path", str(tmp_path), command="test")
 
 
@@ -176,10 +176,10 @@ def test_audit_refuses_unknown_keys_as_training_does(refused):
     assert "unknown key model.lr; did you mean model.optimizer.lr" in refused(model={"lr": 1}, command="audit")
 
 
-def test_the_keys_that_only_training_reads_are_all_known():
+def test_the_keys_that_only_training_reads_are_complete():
     reference = yaml.safe_load((ROOT / "configs/reference.yaml").read_text())
-    known = task.TRAINING | {"model.base", "model.max_new_tokens", "model", "data", "task"}
-    assert {*reference, *(f"model.{key}" for key in reference["model"])} | {"model.format"} == known
+    all_keys = task.TRAINING | {"model.base", "model.max_new_tokens", "model", "data", "task"}
+    assert {*reference, *(f"model.{key}" for key in reference["model"])} | {"model.format"} == all_keys
 
 
 def test_a_run_is_named_by_its_last_configuration(write_project, capsys):
@@ -192,5 +192,5 @@ def test_a_run_is_named_by_its_last_configuration(write_project, capsys):
 
 
 def test_no_name_of_another_tool_is_a_key_itself():
-    own = {key for key, *_ in (*keys.KEYS, *keys.RUNS)}
+    own = {key for key, *_ in keys.KEYS}
     assert not own & set(keys.MEANT) and {key for key, _ in keys.MEANT.values()} <= own

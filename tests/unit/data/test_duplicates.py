@@ -1,4 +1,4 @@
-"""Near duplicates: what is found is what a comparison of every pair finds, and rows fall by the stated rules."""
+"""Near-duplicates are those that a comparison of every pair gives, and rows are quarantined by the documented rules."""
 
 import itertools
 import random
@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from conftest import WORDY
 from formtune.data.boilerplate import split_shared
 from formtune.data.cleaning import Example
-from formtune.data.duplicates import SHINGLE, band_size, components, near_pairs, shingles, similar
+from formtune.data.duplicates import (
+    SHINGLE,
+    band_size,
+    components,
+    near_pairs,
+    near_pairs_on_ray,
+    shingles,
+    similar,
+)
 from formtune.data.selection import _mistyped, select
 
 WORDS = [
@@ -59,7 +67,7 @@ def perturbed(number, seed):
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9])
-def test_near_all_pairs_are_found_each_once_and_no_other(threshold):
+def test_nearly_all_pairs_are_reported_each_once_and_no_other(threshold):
     texts = perturbed(500, seed=int(threshold * 10))
     sets = sets_of(texts)
     true = {}
@@ -68,11 +76,11 @@ def test_near_all_pairs_are_found_each_once_and_no_other(threshold):
         if index >= threshold:
             true[i, j] = index
     left, right, index = near_pairs(texts, threshold)
-    found = dict(zip(zip(left.tolist(), right.tolist(), strict=True), index.tolist(), strict=True))
-    assert len(found) == len(left) and len(true) > 50
-    assert not found.keys() - true.keys()
-    assert len(found) >= 0.99 * len(true)
-    assert all(abs(value - true[pair]) < 1e-9 for pair, value in found.items())
+    reported = dict(zip(zip(left.tolist(), right.tolist(), strict=True), index.tolist(), strict=True))
+    assert len(reported) == len(left) and len(true) > 50
+    assert not reported.keys() - true.keys()
+    assert len(reported) >= 0.99 * len(true)
+    assert all(abs(value - true[pair]) < 1e-9 for pair, value in reported.items())
 
 
 @given(st.lists(st.text(max_size=12), max_size=8))
@@ -108,11 +116,11 @@ def example(where, text, answer, system=None):
 
 def outcome(**splits):
     rows = {name: [example(f"{name}:{i}", *row) for i, row in enumerate(rows)] for name, rows in splits.items()}
-    done = select(rows, 0.8)
-    kept = {e.where: "" for examples in done.kept.values() for e in examples}
-    found = kept | {row.where: row.reason for row in done.quarantine}
-    assert len(found) == sum(map(len, rows.values()))
-    return found
+    selection = select(rows, 0.8)
+    reasons = {e.where: "" for examples in selection.examples.values() for e in examples}
+    reasons |= {row.where: row.reason for row in selection.quarantine}
+    assert len(reasons) == sum(map(len, rows.values()))
+    return reasons
 
 
 LONG = "I would like to book a table for {} people in the old harbour restaurant on Friday evening please"
@@ -168,15 +176,15 @@ def test_answers_that_differ_for_no_visible_reason_are_suspects():
         ("", "", True),
     ],
 )
-def test_a_mistyped_letter_is_told_from_another_word(a, b, same):
+def test_a_mistyped_letter_differs_from_another_word(a, b, same):
     assert _mistyped(a, b) is same and _mistyped(b, a) is same
 
 
-def test_what_is_kept_has_no_near_twin_and_what_falls_has_one():
+def test_a_row_is_a_near_duplicate_only_of_a_used_row():
     a = "one two three four five six seven eight nine ten eleven twelve"
     b = a.replace("one", "ONE1").replace("twelve", "twelve 12")
     c = b.replace("ten eleven", "tin elevin")
-    found = outcome(train=[(a, "x"), (b, "x"), (c, "x")])
+    reasons = outcome(train=[(a, "x"), (b, "x"), (c, "x")])
     near = {
         (i, j)
         for i, j, _ in zip(
@@ -184,16 +192,16 @@ def test_what_is_kept_has_no_near_twin_and_what_falls_has_one():
         )
     }
     assert (0, 2) not in near
-    assert found == {"train:0": "", "train:1": "near_duplicate" if (0, 1) in near else "", "train:2": ""}
+    assert reasons == {"train:0": "", "train:1": "near_duplicate" if (0, 1) in near else "", "train:2": ""}
 
 
 def test_a_cluster_belongs_to_the_split_that_comes_first():
-    found = outcome(
+    reasons = outcome(
         test=[("call Anna", "x")],
         validation=[("Call anna!", "y"), ("something else entirely", "z")],
         train=[("call anna", "x"), ("something else entirely", "z"), ("a third thing altogether", "z")],
     )
-    assert found == {
+    assert reasons == {
         "test:0": "",
         "validation:0": "leak",
         "validation:1": "",
@@ -203,7 +211,7 @@ def test_a_cluster_belongs_to_the_split_that_comes_first():
     }
 
 
-def test_rows_of_one_cluster_share_their_place_in_a_split_and_order_changes_no_place():
+def test_rows_of_one_cluster_have_one_number_whatever_the_order_of_the_rows():
     texts = [LONG.format(n) for n in range(40)] + [f"something else number {n * n} of {n}" for n in range(40)]
     rows = [example(text, text, n) for n, text in enumerate(texts)]
     places = [select({"train": order}, 0.8).cluster for order in (rows, rows[::-1])]
@@ -217,31 +225,31 @@ def test_rows_of_one_cluster_share_their_place_in_a_split_and_order_changes_no_p
         max_size=25,
     )
 )
-def test_no_row_is_lost_and_no_input_stands_in_two_splits(rows):
+def test_no_row_is_lost_and_no_input_is_in_two_splits(rows):
     splits = {name: [] for name in ("test", "validation", "train")}
     for number, (name, text, answer) in enumerate(rows):
         splits[name].append(example(str(number), text, answer))
-    done = select(splits, 0.8)
-    places = [e.where for kept in done.kept.values() for e in kept] + [row.where for row in done.quarantine]
+    selection = select(splits, 0.8)
+    places = [e.where for rows in selection.examples.values() for e in rows] + [
+        row.where for row in selection.quarantine
+    ]
     assert sorted(places) == sorted(str(n) for n in range(len(rows)))
-    keys = {name: {e.key for e in kept} for name, kept in done.kept.items()}
+    keys = {name: {e.key for e in rows} for name, rows in selection.examples.items()}
     assert all(not keys[a] & keys[b] for a, b in itertools.combinations(keys, 2))
 
 
-def test_on_an_engine_for_many_machines_the_same_functions_find_the_same_pairs():
+def test_ray_gives_the_same_pairs():
     ray = pytest.importorskip("ray", reason="needs the extra `scale`")
-    from formtune.data.distributed import near_pairs_on_ray
-
     texts = perturbed(400, seed=3)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        found = near_pairs_on_ray(ray.data.from_items([{"id": i, "text": t} for i, t in enumerate(texts)]), 0.8)
+        on_ray = near_pairs_on_ray(ray.data.from_items([{"id": i, "text": t} for i, t in enumerate(texts)]), 0.8)
     finally:
         ray.shutdown()
     here = near_pairs(texts, 0.8)
     pairs = [
         dict(zip(zip(*(p.tolist() for p in part[:2]), strict=True), part[2].tolist(), strict=True))
-        for part in (found, here)
+        for part in (on_ray, here)
     ]
     assert pairs[0] == pairs[1] and len(pairs[0]) > 100
 
@@ -286,22 +294,22 @@ def messages(number, seed=0):
 )
 def test_text_that_inputs_share_does_not_make_them_nearly_the_same(template):
     rows = [example(str(n), template(n, text), n % 3) for n, text in enumerate(messages(200))]
-    done = select({"train": rows}, 0.8)
-    assert len(done.kept["train"]) == 200 and not done.suspects
-    assert len(set(done.cluster.values())) > 190
-    assert done.shared > 0.3
-    assert 0.15 < sum(place < 0.3 for place in done.cluster.values()) / 200 < 0.45
+    selection = select({"train": rows}, 0.8)
+    assert len(selection.examples["train"]) == 200 and not selection.suspects
+    assert len(set(selection.cluster.values())) > 190
+    assert selection.shared > 0.3
+    assert 0.15 < sum(place < 0.3 for place in selection.cluster.values()) / 200 < 0.45
 
 
 def test_near_duplicates_below_a_shared_instruction_are_still_found():
     texts = messages(100)
     rows = [example(f"{n}", f"{ORDER}\nMessage: {text}", n) for n, text in enumerate(texts)]
     rows += [example(f"{n} again", f"{ORDER}\nMessage: {texts[n]} please", n) for n in range(50)]
-    rows += [example(f"{n} torn", f"{ORDER}\nMessage: {texts[n]}", -1) for n in range(50, 60)]
-    done = select({"train": rows}, 0.8)
-    found = {row.where: row.reason for row in done.quarantine}
-    torn = {f"{n}{more}": "conflict" for n in range(50, 60) for more in ("", " torn")}
-    assert found == {f"{n} again": "near_duplicate" for n in range(50)} | torn
+    rows += [example(f"{n} conflict", f"{ORDER}\nMessage: {texts[n]}", -1) for n in range(50, 60)]
+    selection = select({"train": rows}, 0.8)
+    reasons = {row.where: row.reason for row in selection.quarantine}
+    conflicts = {f"{n}{more}": "conflict" for n in range(50, 60) for more in ("", " conflict")}
+    assert reasons == {f"{n} again": "near_duplicate" for n in range(50)} | conflicts
 
 
 def test_the_same_message_below_two_instructions_is_one_cluster_and_neither_a_duplicate_nor_a_conflict():
@@ -312,22 +320,22 @@ def test_the_same_message_below_two_instructions_is_one_cluster_and_neither_a_du
             for n, text in enumerate(texts)
             for k, order in enumerate((ORDER, COUNT))
         ]
-        done = select({"train": below}, 0.8)
-        assert len(done.kept["train"]) == 120 and not done.suspects
-        assert all(done.cluster[f"{n} 0"] == done.cluster[f"{n} 1"] for n in range(60))
+        selection = select({"train": below}, 0.8)
+        assert len(selection.examples["train"]) == 120 and not selection.suspects
+        assert all(selection.cluster[f"{n} 0"] == selection.cluster[f"{n} 1"] for n in range(60))
         split = select({"test": below[::2], "train": below[1::2]}, 0.8)
-        assert {row.reason for row in split.quarantine} == {"leak"} and not split.kept["train"]
+        assert {row.reason for row in split.quarantine} == {"leak"} and not split.examples["train"]
 
 
 def test_an_input_that_is_nothing_but_shared_text_is_compared_by_all_of_it():
     rows = [example(f"{n}", f"{ORDER}\nMessage: {text}", n) for n, text in enumerate(messages(60))]
     rows += [example("order", ORDER, "x"), example("again", ORDER, "x"), example("count", COUNT, "y")]
-    done = select({"train": rows}, 0.8)
-    assert [(row.where, row.reason) for row in done.quarantine] == [("again", "duplicate")]
-    assert len(set(done.cluster.values())) == 62
+    selection = select({"train": rows}, 0.8)
+    assert [(row.where, row.reason) for row in selection.quarantine] == [("again", "duplicate")]
+    assert len(set(selection.cluster.values())) == 62
 
 
-def test_frequent_words_of_short_utterances_are_no_shared_text():
+def test_frequent_words_of_short_utterances_are_not_shared_text():
     dice = random.Random(4)
     texts = [f"play {dice.choice(WORDY)} {dice.choice(WORDY)} by {dice.choice(WORDY)} on {n}" for n in range(400)]
     names = [text.casefold() for text in texts]
@@ -342,23 +350,23 @@ def talk(where, turns, answer):
     return Example(messages, where, value=answer)
 
 
-def test_a_row_that_continues_another_is_of_its_cluster_and_nothing_else():
+def test_a_row_that_continues_another_is_in_its_cluster_and_not_a_duplicate():
     opening = "Good evening, I am looking for somewhere to eat Thai food in Oslo tonight, nothing too fancy if possible"
     turns = [opening, "find Oslo", "book it"]
     rows = [talk("a", [opening], "find Oslo"), talk("b", turns, "book"), talk("c", [*turns, "book", "thanks"], "book")]
-    done = select({"train": rows}, 0.8)
-    assert not done.suspects and not done.quarantine and len(set(done.cluster.values())) == 1
+    selection = select({"train": rows}, 0.8)
+    assert not selection.suspects and not selection.quarantine and len(set(selection.cluster.values())) == 1
     # Also where what is added is long, and in another split it is a leak.
     rows[1] = talk("b", [*turns[:2], "something else altogether, " * 20], "book")
     assert len(set(select({"train": rows}, 0.8).cluster.values())) == 1
-    found = select({"test": rows[:1], "train": rows[1:]}, 0.8).quarantine
-    assert [(row.where, row.reason) for row in found] == [("b", "leak"), ("c", "leak")]
+    quarantine = select({"test": rows[:1], "train": rows[1:]}, 0.8).quarantine
+    assert [(row.where, row.reason) for row in quarantine] == [("b", "leak"), ("c", "leak")]
     # Two ways on from the same turns are compared as ever.
     rows = [talk("a", turns, "x"), talk("b", [*turns[:2], "book it!"], "y")]
     assert {row.reason for row in select({"train": rows}, 0.8).quarantine} == {"conflict"}
 
 
-def test_conversations_that_merely_open_alike_are_no_cluster():
+def test_conversations_that_only_open_alike_are_not_a_cluster():
     rows = [talk("hello", ["hello"], "hello, how can I help")]
     rows += [talk(text, ["hello", "hello, how can I help", text], text) for text in messages(40)]
     assert len(set(select({"train": rows}, 0.8).cluster.values())) == 41

@@ -20,7 +20,7 @@ from formtune.model.packing import pack
 
 
 @pytest.fixture
-def splits(task, base, monkeypatch):
+def prepare(task, base, monkeypatch):
     """Prepares rows of the small task."""
     folder, write = task
     monkeypatch.chdir(folder)
@@ -52,79 +52,79 @@ def talk(n, turns=3, opening=None, **keys):
     return {"messages": messages} | keys
 
 
-def places(found):
+def places(splits):
     """The rows of each split by line and answer."""
-    return {name: [row.where.rpartition(":")[2] for row in rows] for name, rows in found.rows.items()}
+    return {name: [row.where.rpartition(":")[2] for row in rows] for name, rows in splits.rows.items()}
 
 
-def test_every_answer_is_a_row_and_all_of_a_conversation_are_in_one_split(splits):
+def test_every_answer_is_a_row_and_all_of_a_conversation_are_in_one_split(prepare):
     rows = [talk(n) for n in range(40)] + [{"prompt": "one turn", "completion": answer(1)}]
-    last, every = splits(rows), splits(rows, train_on="all")
+    last, every = prepare(rows), prepare(rows, train_on="all")
     assert sum(map(len, last.rows.values())) == 41 and not last.quarantine
     assert every.read["train"] == 121 == sum(map(len, every.rows.values())) and not every.quarantine
-    lines = {name: {place.partition(",")[0] for place in found} for name, found in places(every).items()}
+    lines = {name: {place.partition(",")[0] for place in members} for name, members in places(every).items()}
     assert not lines["train"] & lines["test"] and not lines["train"] & lines["validation"]
     assert not lines["validation"] & lines["test"] and sum(map(len, lines.values())) == 41
     assert 2 < len(lines["test"]) < 16 and 2 < len(lines["validation"]) < 16
-    found = {row.where.rpartition(":")[2]: row for rows in every.rows.values() for row in rows}
-    assert {"1, answer 1", "1, answer 2", "1, answer 3", "41"} <= found.keys()
-    row = found["1, answer 2"]
+    rows_by_place = {row.where.rpartition(":")[2]: row for rows in every.rows.values() for row in rows}
+    assert {"1, answer 1", "1, answer 2", "1, answer 3", "41"} <= rows_by_place.keys()
+    row = rows_by_place["1, answer 2"]
     assert row.target == answer(1) and row.input.endswith(WORDY[1]) and len(row.messages) == 4
     # The same conversations in another order are split in the same way.
-    again = splits(rows[::-1], train_on="all")
+    again = prepare(rows[::-1], train_on="all")
     assert {name: {r.input for r in rows} for name, rows in again.rows.items()} == {
         name: {r.input for r in rows} for name, rows in every.rows.items()
     }
 
 
-def test_conversations_that_open_alike_keep_their_rows_together_and_the_opening_is_used_once(splits):
+def test_conversations_that_open_alike_keep_their_rows_together_and_the_opening_is_used_once(prepare):
     rows = [talk(n, opening="hello") for n in range(60)]
     for row in rows:
         row["messages"][1]["content"] = answer(0, "how can I help?")
-    found = splits(rows, train_on="all")
-    assert found.reasons == {"duplicate": 59}
+    splits = prepare(rows, train_on="all")
+    assert splits.reasons == {"duplicate": 59}
     split_of = defaultdict(set)
-    for name, members in places(found).items():
+    for name, members in places(splits).items():
         for place in members:
             split_of[place.partition(",")[0]].add(name)
     assert len(split_of) == 60 and all(len(names) == 1 for names in split_of.values())
-    assert 20 < len(found.rows["train"]) < 110 and found.rows["test"] and found.rows["validation"]
+    assert 20 < len(splits.rows["train"]) < 110 and splits.rows["test"] and splits.rows["validation"]
 
 
-def test_test_files_are_read_in_the_same_way_and_a_shared_conversation_is_taken_from_train(splits):
+def test_test_files_are_read_in_the_same_way_and_a_shared_conversation_is_a_leak_in_train(prepare):
     rows = [talk(n) for n in range(20)]
-    found = splits(rows, train_on="all", test=[rows[0], talk(30)], validation=[talk(31)])
-    assert {name: len(members) for name, members in found.rows.items()} == {"test": 6, "validation": 3, "train": 57}
-    leaks = [row for row in found.quarantine if row.reason == "leak"]
-    assert len(leaks) == 3 == len(found.quarantine) and all(row.split == "train" for row in leaks)
+    splits = prepare(rows, train_on="all", test=[rows[0], talk(30)], validation=[talk(31)])
+    assert {name: len(members) for name, members in splits.rows.items()} == {"test": 6, "validation": 3, "train": 57}
+    leaks = [row for row in splits.quarantine if row.reason == "leak"]
+    assert len(leaks) == 3 == len(splits.quarantine) and all(row.split == "train" for row in leaks)
     assert leaks[1].where.endswith("train.jsonl:1, answer 2") and leaks[1].other.endswith("test.jsonl:1, answer 2")
 
 
-def test_a_weight_leaves_an_answer_out_and_a_bad_answer_is_that_answer_alone(splits):
+def test_weight_zero_excludes_one_answer_and_a_bad_answer_is_quarantined_alone(prepare):
     rows = [talk(n) for n in range(30)]
     rows[4]["messages"][1]["weight"] = 0
     rows[5]["messages"][5]["train"] = False
     rows[6]["messages"][3]["content"] = "prose"
-    found = splits(rows, train_on="all", bad_rows="drop")
-    lines = [place for members in places(found).values() for place in members]
+    splits = prepare(rows, train_on="all", bad_rows="drop")
+    lines = [place for members in places(splits).values() for place in members]
     assert len(lines) == 90 - 3 and not {"5, answer 1", "6, answer 3", "7, answer 2"} & set(lines)
-    assert [(row.reason, row.where.rpartition(":")[2]) for row in found.quarantine] == [("format", "7, answer 2")]
-    assert all(set(m) == {"role", "content"} for rows in found.rows.values() for row in rows for m in row.messages)
+    assert [(row.reason, row.where.rpartition(":")[2]) for row in splits.quarantine] == [("format", "7, answer 2")]
+    assert all(set(m) == {"role", "content"} for rows in splits.rows.values() for row in rows for m in row.messages)
     rows = [talk(1, turns=1)]
     rows[0]["messages"][1]["weight"] = 0
     with pytest.raises(UserError, match="train.jsonl:1: every answer has weight 0"):
-        splits(rows, train_on="all")
+        prepare(rows, train_on="all")
     rows[0]["messages"][1]["weight"] = 0.5
     with pytest.raises(UserError, match=r"train.jsonl:1: messages\[1\]: `weight` is 0.5"):
-        splits(rows, train_on="all")
+        prepare(rows, train_on="all")
 
 
-def test_the_answers_of_a_conversation_share_the_computation_of_their_context(splits):
-    found = splits([talk(n, turns=6) for n in range(30)], train_on="all")
+def test_the_answers_of_a_conversation_share_the_computation_of_their_context(prepare):
+    splits = prepare([talk(n, turns=6) for n in range(30)], train_on="all")
     rows = [
         row
-        for row in found.rows["train"]
-        if row.where.partition(",")[0] == found.rows["train"][0].where.partition(",")[0]
+        for row in splits.rows["train"]
+        if row.where.partition(",")[0] == splits.rows["train"][0].where.partition(",")[0]
     ]
     assert len(rows) == 6
     separate = sum(len(row) - 1 for row in rows)
@@ -135,7 +135,7 @@ def test_the_answers_of_a_conversation_share_the_computation_of_their_context(sp
     assert packed.ids.size(1) < 0.45 * separate
 
 
-def test_rows_of_a_group_are_in_one_split(splits):
+def test_rows_of_a_group_are_in_one_split(prepare):
     rows = [
         {
             "prompt": f"{WORDY[n % 16]} {n * 7919} {WORDY[n * 7 % 16]} of {n * n}",
@@ -148,31 +148,31 @@ def test_rows_of_a_group_are_in_one_split(splits):
         {"prompt": f"alone {n * n * 31} {WORDY[n]}", "completion": answer(n)} | ({"customer": None} if n % 2 else {})
         for n in range(16)
     ]
-    found = splits([*rows, *alone], group="customer")
-    assert not found.ignored and not found.quarantine
+    splits = prepare([*rows, *alone], group="customer")
+    assert not splits.ignored and not splits.quarantine
     split_of = defaultdict(set)
-    for name, members in places(found).items():
+    for name, members in places(splits).items():
         for place in members:
             line = int(place)
             split_of[(line - 1) % 40 if line <= 200 else f"alone {line}"].add(name)
     assert len(split_of) == 56 and all(len(names) == 1 for names in split_of.values())
     # A group of five rows is as likely in train as a row of its own.
-    assert 90 < len(found.rows["train"]) < 170
-    assert 40 < found.draws < 56
+    assert 90 < len(splits.rows["train"]) < 170
+    assert 40 < splits.draws < 56
 
 
-def test_a_group_in_two_given_files_is_taken_from_the_later_split(splits):
+def test_a_group_in_two_given_files_is_a_leak_in_the_later_split(prepare):
     def row(n, group):
         return {"prompt": f"{WORDY[n % 16]} {n * 7919}", "completion": answer(n), "doc": group}
 
-    found = splits(
+    splits = prepare(
         [row(1, "a"), row(2, "b"), row(3, None)],
         test=[row(4, "a"), row(5, None)],
         validation=[row(6, "c")],
         group="doc",
     )
-    assert {name: len(members) for name, members in found.rows.items()} == {"test": 2, "validation": 1, "train": 2}
-    [leak] = found.quarantine
+    assert {name: len(members) for name, members in splits.rows.items()} == {"test": 2, "validation": 1, "train": 2}
+    [leak] = splits.quarantine
     assert leak.reason == "leak" and leak.where.endswith("train.jsonl:1")
     assert leak.detail.startswith("another row of its group, 'a', is in ") and leak.other.endswith("test.jsonl:1")
 
@@ -184,19 +184,19 @@ def test_a_group_in_two_given_files_is_taken_from_the_later_split(splits):
         (["a"], "train.jsonl:1: `doc` is list; data.group needs"),
     ],
 )
-def test_a_column_that_groups_nothing_is_refused(splits, value, message):
+def test_an_empty_or_unusable_group_column_is_refused(prepare, value, message):
     with pytest.raises(UserError, match=message):
-        splits([{"prompt": "p", "completion": answer(1), "doc": value}], group="doc")
+        prepare([{"prompt": "p", "completion": answer(1), "doc": value}], group="doc")
 
 
-def test_what_many_groups_say_joins_none_of_them():
+def test_an_input_of_many_groups_joins_none_of_them():
     rows = [Example([{"role": "user", "content": text}, {"role": "assistant", "content": "x"}], f"{g} {text}", value=g, group=str(g))
             for g in range(20) for text in ("cancel my order", f"{WORDY[g % 16]} number {g * 7919}")]  # fmt: skip
     for row in rows[::2]:
         row.value = 0
-    done = select({"train": rows}, 0.8)
-    assert len(set(done.cluster.values())) == 20
-    assert [row.reason for row in done.quarantine] == ["duplicate"] * 19
+    selection = select({"train": rows}, 0.8)
+    assert len(set(selection.cluster.values())) == 20
+    assert [row.reason for row in selection.quarantine] == ["duplicate"] * 19
     # Below different system prompts it is no duplicate: where splits are cut it stays with its first group.
     for row in rows:
         row.messages.insert(0, {"role": "system", "content": f"You serve {row.group}."})
@@ -204,21 +204,23 @@ def test_what_many_groups_say_joins_none_of_them():
     assert not select({"train": rows}, 0.8, cut=False).quarantine
 
 
-def test_repeats_within_a_given_file_are_reported_and_used(splits):
+def test_repeats_within_a_given_file_are_reported_and_used(prepare):
     long = "I would like to book a table for many people in the old harbour restaurant on Friday evening please"
-    held = [{"prompt": text, "completion": answer(1)} for text in ("call Anna", "call Anna", long, long + " thanks")]
+    test_rows = [
+        {"prompt": text, "completion": answer(1)} for text in ("call Anna", "call Anna", long, long + " thanks")
+    ]
     rows = [{"prompt": f"{WORDY[n]} {n * 7919}", "completion": answer(n)} for n in range(16)]
-    found = splits([*rows, held[0], rows[3]], test=held)
-    assert [row.where.rpartition(":")[2] for row in found.rows["test"]] == ["1", "2", "3", "4"]
+    splits = prepare([*rows, test_rows[0], rows[3]], test=test_rows)
+    assert [row.where.rpartition(":")[2] for row in splits.rows["test"]] == ["1", "2", "3", "4"]
     repeats = [
-        (row.split, row.reason, row.where.rpartition("/")[2], row.other.rpartition("/")[2]) for row in found.repeats
+        (row.split, row.reason, row.where.rpartition("/")[2], row.other.rpartition("/")[2]) for row in splits.repeats
     ]
     assert repeats == [
         ("test", "duplicate", "test.jsonl:2", "test.jsonl:1"),
         ("test", "near_duplicate", "test.jsonl:4", "test.jsonl:3"),
     ]
     # In train they are quarantined, and so is what train shares with the test file.
-    assert [(row.reason, row.where.rpartition("/")[2]) for row in found.quarantine] == [
+    assert [(row.reason, row.where.rpartition("/")[2]) for row in splits.quarantine] == [
         ("leak", "train.jsonl:17"),
         ("duplicate", "train.jsonl:18"),
     ]
@@ -313,9 +315,9 @@ def test_an_empty_split_names_what_became_of_its_rows(task, base, monkeypatch):
     folder, write = task
     monkeypatch.chdir(folder)
     rows = [{"prompt": f"{WORDY[n % 16]} {n * 7919}", "completion": answer(n)} for n in range(40)]
-    held = [{"prompt": f"{row['prompt']} held out " + "and on " * 30, "completion": answer(1)} for row in rows[:3]]
+    test_rows = [{"prompt": f"{row['prompt']} held out " + "and on " * 30, "completion": answer(1)} for row in rows[:3]]
     settings = DataSettings(
-        JsonSchema("schema.json"), write("train.jsonl", [*rows, rows[0], rows[1]]), write("v.jsonl", held),
+        JsonSchema("schema.json"), write("train.jsonl", [*rows, rows[0], rows[1]]), write("v.jsonl", test_rows),
         tokenizer=base, bad_rows="drop", max_length=200,
     )  # fmt: skip
     [line] = blockers(settings, load_splits(settings, from_cache=False))
@@ -323,16 +325,16 @@ def test_an_empty_split_names_what_became_of_its_rows(task, base, monkeypatch):
     assert "v.jsonl:1: 261 tokens, " in line and line.endswith("; set data.max_length: 266 (the base's context is 512)")
     # Drawn from train and then too long: not "none was drawn".
     bad = [Quarantined("t:1", "too_long", "99 tokens, the limit is 9", [], fix="data.max_length: 99", split="test")]
-    found = Splits(rows={"train": [Row([], [], "", "", "")] * 9, "validation": [None], "test": []}, quarantine=bad)
+    splits = Splits(rows={"train": [Row([], [], "", "", "")] * 9, "validation": [None], "test": []}, quarantine=bad)
     settings = DataSettings(JsonSchema("schema.json"), "train.jsonl", tokenizer=base, bad_rows="drop", max_length=9)
-    [line] = blockers(settings, found)
+    [line] = blockers(settings, splits)
     assert line == (
         "data.test: no row is left to use (1 drawn from train; 1 too_long), such as t:1: 99 tokens, the limit is 9; set "
         "data.max_length: 99 (the base's context is 512)"
     )
 
 
-def test_shares_of_few_groups_may_be_further_from_what_was_asked_for():
+def test_with_few_groups_shares_may_deviate_more():
     rows = {"train": [None] * 400, "validation": [None] * 100, "test": [None] * 100}
     assert uneven_shares(Splits(rows=rows), {"validation": 0.1, "test": 0.1})
     assert not uneven_shares(Splits(rows=rows, draws=60.0), {"validation": 0.1, "test": 0.1})
@@ -340,8 +342,8 @@ def test_shares_of_few_groups_may_be_further_from_what_was_asked_for():
 
 def test_a_suspect_is_one_entry_with_all_that_it_differs_from():
     a, b, c, d, e = (Example([], where) for where in "abcde")
-    found = _suspects([(d, e), (b, a), (c, a), (a, d)])
-    assert [(row["where"], [other["where"] for other in row["others"]]) for row in found] == [
+    suspects = _suspects([(d, e), (b, a), (c, a), (a, d)])
+    assert [(row["where"], [other["where"] for other in row["others"]]) for row in suspects] == [
         ("a", ["b", "c", "d"]),
         ("d", ["e"]),
     ]

@@ -18,7 +18,7 @@ from formtune.data.encoded import cache_path, content_hash
 from formtune.data.preparation import load_splits, prompt_rows
 from formtune.data.selection import select
 from formtune.data.settings import DataSettings
-from formtune.data.sources import own_schema
+from formtune.data.shapes import own_schema
 from formtune.data.styles import mixtures
 from formtune.errors import UserError
 from formtune.evaluation.baselines import baseline_key, choose_shots, constant_answer, few_shot_rows, shots_by_schema
@@ -149,13 +149,13 @@ def test_each_answer_is_judged_repaired_and_quarantined_by_its_own_schema():
     rows += [example("q", ANSWERS[NUMBER], COLOR, "f:4"), example("q", '{"n":4}', None, "f:5")]
     rows += [example("q", '{"n":4}', "{oops", "f:6"), example("q", '```json\n{ "n": 4 }\n```', NUMBER, "f:7")]
     repairs = Counter()
-    done = list(judge(rows, PER_ROW, [], ["fence", "canonical"], repairs))
-    kept = [one for one in done if isinstance(one, Example)]
-    assert [(e.where, e.target, e.schema) for e in kept] == [
+    judged_rows = list(judge(rows, PER_ROW, [], ["fence", "canonical"], repairs))
+    valid = [row for row in judged_rows if isinstance(row, Example)]
+    assert [(e.where, e.target, e.schema) for e in valid] == [
         *((f"f:{n}", answer, schema) for n, (schema, answer) in enumerate(ANSWERS.items(), 1)),
         ("f:7", '{"n":4}', NUMBER),
     ]
-    quarantined = {one.where: (one.reason, one.detail) for one in done if isinstance(one, Quarantined)}
+    quarantined = {row.where: (row.reason, row.detail) for row in judged_rows if isinstance(row, Quarantined)}
     assert quarantined["f:4"] == ("format", "missing_key: $: 'color' is a required property")
     assert quarantined["f:5"][0] == quarantined["f:6"][0] == "schema"
     assert "has no schema" in quarantined["f:5"][1] and "not valid JSON" in quarantined["f:6"][1]
@@ -173,14 +173,14 @@ def test_rows_with_other_schemas_are_neither_conflicts_nor_duplicates():
         example("a third", ANSWERS[NUMBER], NUMBER, "f:6"),
         example("a third", '{"n":5}', NUMBER, "f:7"),
     ]
-    chosen = select({"train": rows}, 0.8)
-    assert [e.where for e in chosen.kept["train"]] == ["f:1", "f:2", "f:3", "f:4"]
-    assert [(q.where, q.reason) for q in chosen.quarantine] == [
+    selection = select({"train": rows}, 0.8)
+    assert [e.where for e in selection.examples["train"]] == ["f:1", "f:2", "f:3", "f:4"]
+    assert [(q.where, q.reason) for q in selection.quarantine] == [
         ("f:5", "duplicate"),
         ("f:6", "conflict"),
         ("f:7", "conflict"),
     ]
-    assert chosen.suspects == []
+    assert selection.suspects == []
 
 
 def test_styles_are_compared_within_a_schema_and_layouts_over_all():
@@ -206,15 +206,15 @@ def test_rows_are_read_with_their_schema_in_the_system_prompt(settings):
     rows = [record(n) for n in range(60)]
     rows[7] |= {"system": "Its own prompt."}
     rows[8] |= {"schema": json.dumps(rows[8]["schema"], indent=1)}
-    made = settings([row | {"id": 1} for row in rows], system="Keep {schema}.")
-    splits = load_splits(made)
+    prepared = settings([row | {"id": 1} for row in rows], system="Keep {schema}.")
+    splits = load_splits(prepared)
     assert splits.ignored == {"id": 60} and splits.own_system == 1 and not splits.quarantine
     for split in ("train", "validation", "test"):
         for row, e in zip(splits.rows[split], splits.examples[split], strict=True):
             n = int(row.where.rpartition(":")[2]) - 1
             assert row.schema == e.schema == list(ANSWERS)[n % 3]
             assert row.messages[0]["content"] == ("Its own prompt." if n == 7 else f"Keep {row.schema}.")
-    again = load_splits(made)
+    again = load_splits(prepared)
     assert again.cached and again.rows == splits.rows, "the cache keeps the schemas"
 
 
@@ -232,9 +232,9 @@ def test_rows_without_a_readable_schema_stop_training_with_file_and_line(setting
     rows = [record(n) for n in range(60)]
     del rows[4]["schema"]
     rows[5]["schema"] = {"type": "object", "propertys": {}}
-    found, splits = audit(settings(rows))
+    findings, splits = audit(settings(rows))
     assert splits.reasons == {"schema": 2} and sum(map(len, splits.rows.values())) == 58
-    [line] = found["blockers"]
+    [line] = findings["blockers"]
     assert "train.jsonl:5: the row has no schema" in line and line.endswith(
         "(2 such rows); fix them, or set data.bad_rows: drop"
     )
@@ -251,9 +251,9 @@ def test_the_column_of_the_schema_can_be_named(settings):
 
 def test_prompts_have_their_schema_and_one_without_is_refused(settings, task):
     prompts = [{"prompt": f"p {n}", "schema": schema} for n, schema in enumerate(ANSWERS)]
-    made = settings([record(0)], prompts=task[1]("prompts.jsonl", prompts), system="Keep {schema}.")
-    rows = prompt_rows(made)
-    assert [row.schema for row in rows] == list(ANSWERS) and made.ignored["prompts"] == {}
+    prepared = settings([record(0)], prompts=task[1]("prompts.jsonl", prompts), system="Keep {schema}.")
+    rows = prompt_rows(prepared)
+    assert [row.schema for row in rows] == list(ANSWERS) and prepared.ignored["prompts"] == {}
     assert [row.messages[0]["content"] for row in rows] == [f"Keep {schema}." for schema in ANSWERS]
     for bad, reason in ((None, "has no schema"), ("[]x", "not valid JSON"), ([3], "expected an object")):
         path = task[1]("bad.jsonl", [*prompts, {"prompt": "p", "schema": bad}])
@@ -262,8 +262,10 @@ def test_prompts_have_their_schema_and_one_without_is_refused(settings, task):
 
 
 def test_hashes_and_caches_tell_schemas_apart(settings, base):
-    made, open_object = settings([record(0)]), keys(n={"type": "integer"})
-    paths = {cache_path({"train": [example("q", ANSWERS[NUMBER], schema)]}, made) for schema in (NUMBER, open_object)}
+    prepared, open_object = settings([record(0)]), keys(n={"type": "integer"})
+    paths = {
+        cache_path({"train": [example("q", ANSWERS[NUMBER], schema)]}, prepared) for schema in (NUMBER, open_object)
+    }
     assert len(paths) == 2
     rows = [row(NUMBER), replace(row(NUMBER), schema=open_object), replace(row(NUMBER), schema=None)]
     assert len({content_hash({"train": [one]}) for one in rows}) == 3
@@ -337,18 +339,18 @@ def test_slices_take_the_labels_of_each_rows_schema():
 def test_few_shot_examples_have_the_schema_of_the_row_and_others_only_where_none_has():
     renderer = Renderer(byte_tokenizer())
     train = [row(schema, f"{schema}{n}", f"train {n}") for n in range(6) for schema in (NUMBER, COLOR)]
-    given = [(list(one.messages), f"t:{n}", one.schema) for n, one in enumerate(map(row, ANSWERS))]
-    test = [one for one in renderer.encode(given) if isinstance(one, Row)]
-    assert [one.schema for one in test] == list(ANSWERS)
+    conversations = [(list(shot.messages), f"t:{n}", shot.schema) for n, shot in enumerate(map(row, ANSWERS))]
+    test = [shot for shot in renderer.encode(conversations) if isinstance(shot, Row)]
+    assert [shot.schema for shot in test] == list(ANSWERS)
     shots = shots_by_schema(train, test, PER_ROW)
-    assert {one.schema for one in shots[NUMBER]} == {NUMBER} and {one.schema for one in shots[COLOR]} == {COLOR}
-    assert len(shots[LIST]) == len(shots[COLOR]) == 4 and {one.schema for one in shots[LIST]} <= {NUMBER, COLOR}
+    assert {shot.schema for shot in shots[NUMBER]} == {NUMBER} and {shot.schema for shot in shots[COLOR]} == {COLOR}
+    assert len(shots[LIST]) == len(shots[COLOR]) == 4 and {shot.schema for shot in shots[LIST]} <= {NUMBER, COLOR}
     longer, count = few_shot_rows(test, shots, renderer, 10**6)
-    assert count == 4 and [one.schema for one in longer] == list(ANSWERS)
-    for one in longer[:2]:
-        assert renderer.tokenizer.decode(one.prompt_ids).count(ANSWERS[one.schema]) == 4
+    assert count == 4 and [shot.schema for shot in longer] == list(ANSWERS)
+    for shot in longer[:2]:
+        assert renderer.tokenizer.decode(shot.prompt_ids).count(ANSWERS[shot.schema]) == 4
     fixed = JsonSchema(json.loads(NUMBER))
-    plain = [replace(one, schema=None) for one in train if one.schema == NUMBER]
+    plain = [replace(shot, schema=None) for shot in train if shot.schema == NUMBER]
     assert shots_by_schema(plain, plain[:2], fixed) == {None: choose_shots(plain, 4, fixed)}
 
 
@@ -365,10 +367,10 @@ def test_labels_and_invented_values_are_those_of_each_schema(settings):
     free = keys(color={"type": "string"})
     rows = [record(n, COLOR) for n in range(20)]
     rows += [{"prompt": f"item {n * 7919}", "completion": '{"color":"teal"}', "schema": free} for n in range(20)]
-    found, _ = audit(settings(rows))
-    assert set(found["labels"]) == {"color"} and set(found["labels"]["color"]["train"]) <= {"red", "blue"}
-    assert {entry["value"] for entry in found["ungrounded"]["color"]["rows"]} == {"teal"}
-    assert found["ungrounded"]["color"]["share"] == 1
+    findings, _ = audit(settings(rows))
+    assert set(findings["labels"]) == {"color"} and set(findings["labels"]["color"]["train"]) <= {"red", "blue"}
+    assert {entry["value"] for entry in findings["ungrounded"]["color"]["rows"]} == {"teal"}
+    assert findings["ungrounded"]["color"]["share"] == 1
 
 
 def test_each_answer_is_constrained_by_its_rows_schema():
@@ -385,7 +387,7 @@ def test_each_answer_is_constrained_by_its_rows_schema():
         for _ in range(60):
             alive = [i for i, ids in enumerate(written) if not ids or ids[-1] not in renderer.stop_ids]
             if alive:
-                for i, token in zip(alive, documents.choose(alive, torch.randn(len(alive), 259)), strict=True):
+                for i, token in zip(alive, documents.choose(alive, torch.randn(len(alive), 259))[0], strict=True):
                     written[i].append(token)
         for one, ids in zip(rows, written, strict=True):
             text, finished = renderer.answer(ids)

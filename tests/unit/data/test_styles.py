@@ -1,4 +1,4 @@
-"""What answers write in several ways is found with the rows that write it the rarer way, and nothing else is."""
+"""What answers write in several ways is reported with the rows of the rarer way."""
 
 import json
 
@@ -8,12 +8,12 @@ from formtune.data.cleaning import Example
 from formtune.data.styles import mixtures
 
 
-def found(answers, inputs=None, fields=()):
+def minorities(answers, inputs=None, fields=()):
     examples = []
     for n, answer in enumerate(answers):
         text = answer if isinstance(answer, str) else json.dumps(answer, separators=(",", ":"))
-        said = inputs[n] if inputs else f"input {n}"
-        turns = [{"role": "user", "content": said}, {"role": "assistant", "content": text}]
+        prompt = inputs[n] if inputs else f"input {n}"
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
         examples.append(Example(turns, str(n), value=json.loads(text)))
     return {(m.what, m.path): m.minority for m in mixtures(examples, {None: fields})}
 
@@ -42,7 +42,7 @@ def found(answers, inputs=None, fields=()):
     ],
 )
 def test_a_minority_is_named_with_its_rows(answers, what, path, minority):
-    assert found(answers, fields=["a", "o.a"])[what, path] == minority
+    assert minorities(answers, fields=["a", "o.a"])[what, path] == minority
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_a_minority_is_named_with_its_rows(answers, what, path, minority):
         (["{}", '{"a":1}'], None),
     ],
 )
-def test_what_is_no_style_is_left_alone(answers, inputs):
-    assert not found(answers, inputs, fields=["a"])
+def test_what_is_not_a_style_is_not_reported(answers, inputs):
+    assert not minorities(answers, inputs, fields=["a"])
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_what_is_no_style_is_left_alone(answers, inputs):
     ],
 )
 def test_escapes_beside_the_characters_themselves_are_a_mixture(answers, minority):
-    assert found(answers) == {("escapes", ""): minority}
+    assert minorities(answers) == {("escapes", ""): minority}
 
 
 @pytest.mark.parametrize(
@@ -92,11 +92,11 @@ def test_escapes_beside_the_characters_themselves_are_a_mixture(answers, minorit
         [r'{"a":"é\u2028"}', '{"a":"é"}'],
     ],
 )
-def test_escapes_that_json_asks_for_or_that_all_answers_use_are_none(answers):
-    assert not found(answers)
+def test_escapes_that_json_requires_or_that_all_answers_use_are_not_a_mixture(answers):
+    assert not minorities(answers)
 
 
-def spelled(rows):
+def minorities_below(rows):
     examples = []
     for n, (system, answer) in enumerate(rows):
         turns = [("system", system), ("user", f"input {n}"), ("assistant", json.dumps({"d": answer}))]
@@ -106,8 +106,12 @@ def spelled(rows):
 
 def test_a_spelling_that_the_rows_own_system_prompt_gives_is_not_a_mixture():
     upper, lower = 'one of ["Kitchen speaker", "TV"]', 'one of ["kitchen speaker", "TV"]'
-    kept = [(upper, "Kitchen speaker"), (lower, "kitchen speaker")] * 3
-    assert not spelled(kept)
+    rows = [(upper, "Kitchen speaker"), (lower, "kitchen speaker")] * 3
+    assert not minorities_below(rows)
     # Only the whole word counts, and one prompt for all rows does not excuse those that break it.
-    assert spelled([("Highlights:", "High"), *[("Highlights:", "high")] * 3]) == {("case", "d"): {"High": ["0"]}}
-    assert spelled([("low or high", "high")] * 3 + [("low or high", "High")]) == {("case", "d"): {"High": ["3"]}}
+    assert minorities_below([("Highlights:", "High"), *[("Highlights:", "high")] * 3]) == {
+        ("case", "d"): {"High": ["0"]}
+    }
+    assert minorities_below([("low or high", "high")] * 3 + [("low or high", "High")]) == {
+        ("case", "d"): {"High": ["3"]}
+    }

@@ -14,8 +14,8 @@ from conftest import SCHEMA, TEMPLATE, pair
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.cli import main
-from formtune.deploy.endpoint import _prompt
 from formtune.evaluation.outcomes import read_outcomes
+from formtune.export.llama_cpp import chat_prompt
 
 ROWS = 12
 
@@ -71,6 +71,31 @@ def test_served_answers_are_judged_as_a_runs_and_can_be_compared_with_it(check, 
     assert main(["compare", "logs/small/endpoint", "logs/small/endpoint"]) == 0
 
 
+def test_confidence_comes_from_log_probabilities_where_the_server_gives_them(check, capsys):
+    run, server = check
+    outcomes = Path("logs/small/endpoint/outcomes/after.jsonl")
+    assert run("--rows", "4") == 0 and all(body["logprobs"] for body in server.requests)
+    assert {one.confidence for one in read_outcomes(outcomes)} == {None}
+    assert "confidence: the server gives no log-probabilities" in capsys.readouterr().out
+    assert json.loads(Path("logs/small/endpoint/endpoint.json").read_text())["confidence"] is None
+
+    server.logprob, right = -0.1, server.say
+    server.say = lambda text: "It is " + right(text) if text == "number 203" else right(text)
+    assert run() == 0
+    sure = {one.kind: (one.confidence, one.field_confidences) for one in read_outcomes(outcomes)}
+    assert sure == {"ok": (0.740818, {"n": 0.818731, "s": 0.904837}), "extra_text": (0.0, None)}, (
+        "exp(-0.3), -0.2, -0.1"
+    )
+    figures = json.loads(Path("logs/small/endpoint/endpoint.json").read_text())["confidence"]
+    assert figures == {"aurc": pytest.approx(1 / 12 / 12), "calibration_error": pytest.approx(11 / 12 * (1 - 0.740818))}
+    assert "confidence: AURC 0.0069, expected calibration error 23.8%" in capsys.readouterr().out
+
+    server.refuses_logprobs = True
+    del server.requests[:]
+    assert run("--rows", "4") == 0 and {one.confidence for one in read_outcomes(outcomes)} == {None}
+    assert ["logprobs" in body for body in server.requests] == [True] + [False] * 5, "it is asked once"
+
+
 def test_too_few_answers_in_format_give_exit_code_1(check, capsys):
     run, server = check
     server.finish = "length"
@@ -103,7 +128,7 @@ def test_as_many_but_other_tokens_are_found_where_the_server_shows_them(check, c
     assert "same number of tokens" in capsys.readouterr().out
     server.tokenize = True
     assert run() == 2
-    assert "tokens and formtune's 49, differing from token " in capsys.readouterr().err
+    assert "tokens and formtune's 49: the system turn is left out or altered; serve" in capsys.readouterr().err
     server.system = None
     assert run() == 0 and "prompts: same tokens as formtune's in every row" in capsys.readouterr().out
 
@@ -191,7 +216,7 @@ def test_tools_and_calls_are_sent_as_openai_has_them():
     turns += [{"role": "tool", "tool_call_id": "c", "content": "1"}, {"role": "assistant", "content": "b"}]
     row = Row([], [], "q", "b", "f:1", messages=turns, tools='[{"name": "f"}]')
     text = call | {"function": {"name": "f", "arguments": '{"a": "é"}'}}
-    assert _prompt(row) == {
+    assert chat_prompt(row) == {
         "messages": [turns[0], turns[1] | {"tool_calls": [text]}, turns[2]],
         "tools": [{"name": "f"}],
         "tool_choice": "none",

@@ -19,6 +19,7 @@ import yaml
 from conftest import SCHEMA, byte_tokenizer, pair, tiny_model, write_run
 from formtune.cli import main
 from formtune.commands.serve import vllm_command
+from formtune.deploy.registry import read_exported
 from formtune.deploy.server import link
 from formtune.errors import UserError
 from formtune.training.manifest import write_manifest
@@ -86,18 +87,19 @@ def test_another_base_or_a_changed_adapter_is_not_served(run, capsys):
 
 
 def test_a_base_without_a_chat_template_is_not_served(run, tmp_path):
+    exported = read_exported(run / "adapter")
     (run / "adapter/chat_template.jinja").unlink()
     (tmp_path / "base/chat_template.jinja").unlink()
     with pytest.raises(UserError, match=r"has no chat template, .* followed by a blank line.* \(--engine vllm\)"):
         link(run / "adapter", "base", tmp_path / "linked")
-    assert "--chat-template" not in vllm_command(run / "adapter", str(tmp_path / "base"), 8000)
+    assert "--chat-template" not in vllm_command(exported, str(tmp_path / "base"), 8000)
 
 
 def test_missing_packages_and_a_port_in_use_are_said_in_one_line(run, capsys, monkeypatch):
-    monkeypatch.setattr("formtune.deploy.server.NEEDED", ("no_such_package",))
+    monkeypatch.setattr("formtune.deploy.server.NEEDED", {"transformers": ("no_such_package",)})
     assert main(["serve", str(run)]) == 2
     assert "(no_such_package missing): pip install -e '.[serve]'" in capsys.readouterr().err
-    monkeypatch.setattr("formtune.deploy.server.NEEDED", ())
+    monkeypatch.setattr("formtune.deploy.server.NEEDED", {"transformers": ()})
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -107,7 +109,7 @@ def test_missing_packages_and_a_port_in_use_are_said_in_one_line(run, capsys, mo
 
 
 def test_a_server_that_ends_by_itself_is_an_error(run, capsys, monkeypatch):
-    monkeypatch.setattr("formtune.deploy.server.NEEDED", ())
+    monkeypatch.setattr("formtune.deploy.server.NEEDED", {"transformers": ()})
     monkeypatch.setattr(sys, "executable", "false")
     assert main(["serve", str(run), "--port", "0"]) == 2
     assert "the server ended by itself with exit code 1" in capsys.readouterr().err

@@ -334,6 +334,12 @@ def test_the_card_has_the_evidence_and_the_metadata():
     text = card(run_of([outcome(n, "ok" if n < 2 else "syntax") for n in range(9)], [outcome(n) for n in range(9)]))
     head = yaml.safe_load(text.split("---")[1])
     assert head["base_model"] == "some/base" and head["library_name"] == "peft"
+    from huggingface_hub import ModelCard
+
+    results = {one.metric_type: one.metric_value for one in ModelCard(text).data.eval_results}
+    assert results["format/exact"] == 1 and results["joint/exact"] == 1
+    local = card(dataclasses.replace(run_of([outcome(0)], [outcome(0)]), base=str(Path(__file__).parent)))
+    assert "base_model" not in local and str(Path(__file__).parent) not in local and "BASE is the folder" in local
     assert "| format/exact | 22.2% (6.3% to 54.7%) | 100.0% (70.1% to 100.0%) |" in text
     assert "as in training: the tokenizer's chat template, with the system prompt" in text
     noted = card(dataclasses.replace(run_of([outcome(0)], [outcome(0)]), note="a prompt is plain"))
@@ -394,7 +400,8 @@ def test_fit_measures_the_prompted_base_first_and_only_once(task, base, monkeypa
     )
     assert main([*words, "--run", "two"]) == 0
     second = json.loads((folder / "logs/t/two/metrics.json").read_text())
-    assert len(asked) == 2 + len(second["probe"])  # the tuned model's, also constrained; the base's were stored
+    # The tuned model's: test rows, validation rows, test rows constrained; the base's were stored.
+    assert len(asked) == 3 + len(second["probe"])
     assert all(second[name] == first[name] for name in VIEWS)
 
     capsys.readouterr()

@@ -14,6 +14,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from command import fork_fresh_processes
 from conftest import SCHEMA, byte_tokenizer, pair, tiny_model
 from formtune.base.row import Row
 from formtune.cli import main
@@ -74,6 +75,12 @@ def run(trained, tmp_path, monkeypatch):
     return Path("logs/small/one")
 
 
+@pytest.fixture(autouse=True)
+def forked(request, monkeypatch):
+    if request.node.name != "test_a_model_that_does_not_load_is_one_line":
+        fork_fresh_processes(monkeypatch)
+
+
 def export(run, *words):
     return main(["export", str(run), *words])
 
@@ -117,15 +124,15 @@ def test_plain_peft_and_transformers_load_what_was_exported_where_there_is_no_fo
     assert done.returncode == 0, done.stderr
     base = AutoModelForCausalLM.from_pretrained("base")
     tuned = PeftModel.from_pretrained(base, run / "adapter").eval()
-    wanted = float(tuned(torch.tensor([[5, 6, 7]])).logits.double().sum())
-    assert float(done.stdout.splitlines()[-1]) == pytest.approx(wanted, rel=1e-3, abs=1e-3)
+    expected = float(tuned(torch.tensor([[5, 6, 7]])).logits.double().sum())
+    assert float(done.stdout.splitlines()[-1]) == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.slow
 def test_an_export_holds_its_figures_its_manifest_and_answers_that_compare_reads(run, capsys):
     assert export(run) == 0 and export(run, "--as", "merged") == 0
-    said = capsys.readouterr().out
-    assert "top-1 100.0%" in said and "tokens/s" in said
+    output = capsys.readouterr().out
+    assert "top-1 100.0%" in output and "tokens/s" in output
     result = json.loads((run / "metrics.json").read_text())
     for kind in ("adapter", "merged"):
         manifest = verify(run / kind)
@@ -203,8 +210,8 @@ def test_what_is_not_what_was_trained_or_cannot_be_merged_is_refused_in_one_line
     change(run)
     capsys.readouterr()
     assert export(run, "--as", "merged") == 2
-    said = capsys.readouterr().err
-    assert message in said and len([line for line in said.splitlines() if "error" in line]) == 1
+    output = capsys.readouterr().err
+    assert message in output and len([line for line in output.splitlines() if "error" in line]) == 1
     assert not (run / "merged").exists() and not list(run.glob(".export-*"))
 
 
@@ -217,10 +224,10 @@ def test_a_merge_that_went_wrong_is_refused_and_nothing_appears(run, monkeypatch
 
 @pytest.mark.slow
 def test_answers_that_lose_the_format_are_refused_with_their_number_and_kept_to_look_at(run, monkeypatch, capsys):
-    found = read_run(run)
-    good = [replace(one, kind="ok") for one in found.outcomes]
+    judged = read_run(run)
+    good = [replace(one, kind="ok") for one in judged.outcomes]
     (run / "outcomes/after.jsonl").write_text("".join(json.dumps(asdict(one)) + "\n" for one in good))
-    kept = sum(one.exact for one in found.outcomes)
+    kept = sum(one.exact for one in judged.outcomes)
     if kept == len(good):
         pytest.skip("the tiny model learnt the format")
     assert export(run, "--as", "merged") == 2
@@ -298,25 +305,25 @@ def four_bits(folder, double):
 
 
 @pytest.mark.slow
-def test_nf4_weights_that_a_forward_pass_repacked_before_they_were_saved_are_found(tmp_path):
+def test_nf4_weights_that_a_forward_pass_repacked_before_they_were_saved_are_refused(tmp_path):
     pytest.importorskip("bitsandbytes", reason="an optional package")
     if not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("bitsandbytes repacks only on a CPU with AVX512-BF16")
     confident(dtype=torch.bfloat16).save_pretrained(tmp_path / "whole")
-    found = []
+    measurements = []
     for repacked in (False, True):
         model = four_bits(tmp_path / "whole", double=False).eval()
         if repacked:
             last_logits(model, ROWS)
         model.save_pretrained(tmp_path / f"nf4-{repacked}")
         closeness, *_ = measured(tmp_path / f"nf4-{repacked}", tmp_path / "whole")
-        found.append(closeness)
-    right, wrong = found
-    assert QUANTIZED.broken_by(wrong) and trial.ROUNDED.broken_by(wrong), found
-    assert wrong.kl > 3 * right.kl and trial.ROUNDED.broken_by(right) is None, found
+        measurements.append(closeness)
+    right, wrong = measurements
+    assert QUANTIZED.broken_by(wrong) and trial.ROUNDED.broken_by(wrong), measurements
+    assert wrong.kl > 3 * right.kl and trial.ROUNDED.broken_by(right) is None, measurements
 
 
-def test_an_adapter_merged_into_a_base_of_4_bits_is_found(tmp_path):
+def test_an_adapter_merged_into_a_base_of_4_bits_is_refused(tmp_path):
     pytest.importorskip("bitsandbytes", reason="an optional package")
     from peft import LoraConfig, get_peft_model
 

@@ -1,4 +1,4 @@
-"""What is known to make another model without a word is found before it is trained, by a rule and by trying it."""
+"""What would silently make another model is refused before training, by a rule and by a trial."""
 
 import json
 from contextlib import nullcontext
@@ -10,6 +10,7 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from command import fork_fresh_processes
 from conftest import byte_tokenizer, pair, tiny_model
 from formtune.base.renderer import Renderer
 from formtune.cli import main
@@ -24,7 +25,7 @@ WIDE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 259}
 ROWS = [[(7 * i + 13 * j) % 250 for j in range(20)] for i in range(2)]
 
 
-def found(adapter, shape="llama", targets=TARGETS, **changes):
+def findings(adapter, shape="llama", targets=TARGETS, **changes):
     """Names of the rules that apply to an adapter on a model of the shape, by severity."""
     model = tiny_model(shape, **({"tie_word_embeddings": False} | (WIDE if shape == "llama" else {}) | changes))
     findings = check(Plan(model, adapter), targets)
@@ -35,8 +36,8 @@ def found(adapter, shape="llama", targets=TARGETS, **changes):
 
 
 def test_a_plain_adapter_on_a_plain_base_breaks_no_rule():
-    assert found(LoraConfig(r=16, target_modules=["q_proj", "v_proj"])) == {"error": [], "warning": []}
-    assert found(LoraConfig(r=16, target_modules="all-linear"), tie_word_embeddings=True)["error"] == []
+    assert findings(LoraConfig(r=16, target_modules=["q_proj", "v_proj"])) == {"error": [], "warning": []}
+    assert findings(LoraConfig(r=16, target_modules="all-linear"), tie_word_embeddings=True)["error"] == []
 
 
 @pytest.mark.parametrize(
@@ -55,9 +56,9 @@ def test_a_plain_adapter_on_a_plain_base_breaks_no_rule():
 )
 def test_a_rule_finds_what_fails(adapter, changes, name, targets):
     config = LoraConfig(**{"target_modules": ["q_proj", "v_proj"]} | adapter)
-    assert name in found(config, targets=[targets], **changes)["error"]
+    assert name in findings(config, targets=[targets], **changes)["error"]
     others = [target for target in TARGETS if not any(r.name == name and target in r.targets for r in RULES)]
-    assert name not in found(config, targets=others, **changes)["error"]
+    assert name not in findings(config, targets=others, **changes)["error"]
 
 
 @pytest.mark.parametrize(("width", "group"), [(256, 128), (64, 64), (96, 32), (48, None)])
@@ -67,8 +68,8 @@ def test_a_group_divides_the_inputs_of_every_layer(width, group):
 
 def test_conv1d_layers_cannot_be_calibrated():
     adapter = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
-    assert found(adapter, "gpt2", ["gptq"], n_embd=128)["error"] == ["Conv1D"]
-    assert found(adapter, "gpt2", ["merge", "int8"], n_embd=128)["error"] == []
+    assert findings(adapter, "gpt2", ["gptq"], n_embd=128)["error"] == ["Conv1D"]
+    assert findings(adapter, "gpt2", ["merge", "int8"], n_embd=128)["error"] == []
 
 
 def test_a_rank_above_vllms_default_names_the_flag():
@@ -124,13 +125,13 @@ def test_an_adapter_that_changed_its_base_answers_as_another_model_on_the_base_a
     for method, wrong in (("pissa", True), ("olora", True), (True, False)):
         model = perturbed(get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=method)))
         model.save_pretrained(tmp_path / str(method))
-        wanted = model(torch.tensor(ROWS)).logits
+        expected = model(torch.tensor(ROWS)).logits
         right = PeftModel.from_pretrained(tiny_model(), tmp_path / str(method))
-        torch.testing.assert_close(right(torch.tensor(ROWS)).logits, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(right(torch.tensor(ROWS)).logits, expected, rtol=1e-4, atol=1e-4)
         config = json.loads((tmp_path / str(method) / "adapter_config.json").read_text())
         (tmp_path / str(method) / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": True}))
         served = PeftModel.from_pretrained(tiny_model(), tmp_path / str(method))
-        assert ((served(torch.tensor(ROWS)).logits - wanted).abs().max() > 1e-3) == wrong
+        assert ((served(torch.tensor(ROWS)).logits - expected).abs().max() > 1e-3) == wrong
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "phi3", "gemma3_text", "gpt2", "gpt_neox"])
@@ -141,8 +142,8 @@ def test_the_trial_goes_through_on_every_family_with_two_layers_and_a_small_voca
     trial = Trial(str(tmp_path / "base"), Lora(r=4), 40, tmp_path)
     text = trial.config.get_text_config()
     assert (text.num_hidden_layers, text.vocab_size) == (2, 4096 + 10_003 % 4096) and text.tie_word_embeddings
-    went, said = attempt(trial.merged)
-    assert went, said
+    succeeded, message = attempt(trial.merged)
+    assert succeeded, message
     assert (tmp_path / "merged/model.safetensors").is_file()
 
 
@@ -153,14 +154,16 @@ def test_a_small_vocabulary_is_kept_and_a_wide_one_keeps_what_does_not_divide_ev
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", "nf4", "gptq", "awq"])
-def test_the_trial_quantizes_and_loads_again_in_a_fresh_process(scheme, tmp_path):
+def test_the_trial_quantizes_and_loads_again_in_a_fresh_process(scheme, tmp_path, monkeypatch):
     pytest.importorskip(SCHEMES[scheme].packages[0], reason="an optional package")
+    if scheme != "int8":
+        fork_fresh_processes(monkeypatch)
     tiny_model(**WIDE).config.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     trial = Trial(str(tmp_path / "base"), Lora(r=4), 40, tmp_path)
     assert attempt(trial.merged)[0]
-    went, said = attempt(lambda: trial.quantized(scheme))
-    assert went and "in a fresh process, at 40 tokens" in said, said
+    succeeded, message = attempt(lambda: trial.quantized(scheme))
+    assert succeeded and "in a fresh process, at 40 tokens" in message, message
 
 
 @pytest.fixture
@@ -222,8 +225,8 @@ def test_a_package_that_is_not_there_is_a_line_and_no_failure(project, monkeypat
 )
 def test_mistakes_are_one_line(project, capsys, words, message):
     assert main(["preflight", "-c", "small.yaml", *words]) == 2
-    said = capsys.readouterr().err
-    assert message in said and len(said.splitlines()) == 1
+    output = capsys.readouterr().err
+    assert message in output and len(output.splitlines()) == 1
 
 
 def test_fit_refuses_what_would_merge_into_another_model_and_warns_of_what_vllm_refuses(project, capsys):
@@ -244,6 +247,6 @@ def test_preflight_says_how_a_prompt_looks_that_chat_servers_cannot_render(proje
     Path("base/chat_template.jinja").unlink()
     Renderer.load.cache_clear()
     code, result = preflight("--for", "vllm")
-    [found] = [one for one in result["checks"] if one["check"] == "chat template"]
-    assert code == 0 and found["verdict"] == "warning"
-    assert found["detail"].startswith("the base has no chat template, so chat servers cannot take it; a prompt is the")
+    [check] = [one for one in result["checks"] if one["check"] == "chat template"]
+    assert code == 0 and check["verdict"] == "warning"
+    assert check["detail"].startswith("the base has no chat template, so chat servers cannot take it; a prompt is the")

@@ -191,7 +191,7 @@ DOCUMENTS = st.recursive(
 @SETTINGS
 @given(SCHEMAS | VALUES, st.lists(DOCUMENTS, max_size=4))
 def test_a_schema_is_refused_or_judges_as_the_reference_does(schema, documents):
-    begun = time.process_time()
+    started = time.process_time()
     try:
         format = JsonSchema(schema)  # type: ignore[arg-type]
     except UserError as error:
@@ -210,16 +210,16 @@ def test_a_schema_is_refused_or_judges_as_the_reference_does(schema, documents):
             assert verdict.exact == reference.is_valid(document), (schema, document, verdict)
         if verdict.exact:
             assert verdict.joint and loads_strict(format.write(document)) == document
-    assert time.process_time() - begun < 10
+    assert time.process_time() - started < 10
 
 
 PATTERNS = st.lists(st.sampled_from(["a", "b", "(", ")", "(?:", "(?P<x>", "[", "]", "^", "-", "*", "+", "?", "{", "}", "{2}", "{9999}", "{1,}", "|", "\\", "d", "\\p{L}", ".", "$", "(?i)", "(?x)", "#", "(?=", "(?<!", "é", "\n", "(?R)", "(?1)", "\\1", "(?V1)", "&&", "(?e)", "{e<=1}"]), max_size=10).map("".join)  # fmt: skip
 
 
-@SETTINGS
+@settings(SETTINGS, deadline=None)  # the processor time is checked below; a busy machine takes longer
 @given(PATTERNS | st.text(max_size=15), st.text(alphabet="ab1é\n", max_size=30))
 def test_a_pattern_is_refused_or_matches_in_time(pattern, text):
-    begun = time.process_time()
+    started = time.process_time()
     for make in (lambda: Regex(pattern), lambda: JsonSchema({"type": "string", "pattern": pattern})):
         try:
             format = make()
@@ -231,7 +231,7 @@ def test_a_pattern_is_refused_or_matches_in_time(pattern, text):
             assert verdict.kind in KINDS and "\n" not in verdict.detail
             if verdict.exact and isinstance(format, Regex):
                 assert format._pattern.fullmatch(answer)
-    assert time.process_time() - begun < 3
+    assert time.process_time() - started < 3
 
 
 @SETTINGS
@@ -272,7 +272,7 @@ def broken(draw):
 
 @SETTINGS
 @given(broken() | st.text(max_size=60), st.booleans())
-def test_every_text_gets_a_verdict_and_none_is_in_format_that_is_not(text, finished):
+def test_every_text_gets_a_verdict_and_no_invalid_text_is_valid(text, finished):
     for format in CONTRACTS:
         verdict = format.check(text, finished=finished, input=text)
         assert verdict.kind in KINDS and "\n" not in verdict.detail

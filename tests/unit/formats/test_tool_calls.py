@@ -90,16 +90,16 @@ def test_text_is_right_where_the_row_has_no_tools_or_the_choice_is_free():
 
 def test_content_is_compared_value_by_value():
     format = ToolCalls().of_row(TOOLS)
-    wanted, got = call("get_weather", city="Paris", unit="C"), call("get_weather", city="Rome", unit="C")
-    content = format.check(got, target=wanted, input="Paris").content
+    target, answer = call("get_weather", city="Paris", unit="C"), call("get_weather", city="Rome", unit="C")
+    content = format.check(answer, target=target, input="Paris").content
     assert (content.matched, content.expected, content.ungrounded) == (2, 3, True)
     assert content.difference == "[0].arguments.city: 'Rome' instead of 'Paris'"
     assert format.derived == {"name", "arguments.unit"}
-    content = format.check(call("now"), target=wanted, input="Paris").content
+    content = format.check(call("now"), target=target, input="Paris").content
     assert not content.ungrounded, "the name of a tool need not be in the input"
 
 
-def test_parameters_that_are_no_schema_are_refused_by_name():
+def test_parameters_that_are_not_a_schema_are_refused_by_name():
     tools = json.dumps([{"name": "f", "parameters": {"type": "dict"}}])
     with pytest.raises(UserError, match=r"the parameters of f: \$.type: not a JSON Schema"):
         ToolCalls().of_row(tools)

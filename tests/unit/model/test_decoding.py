@@ -40,7 +40,8 @@ def rows_of_every_kind(model, count=12):
 
 
 def answered(micro_batches, rows, limits, tokens=300):
-    return micro_batches.decode(rows, micro_batches.split(rows, tokens, ROOM), STOP, limits)
+    answers = micro_batches.decode(rows, micro_batches.split(rows, tokens, ROOM), STOP, limits)
+    return [answer.ids for answer in answers]
 
 
 def both(shape):
@@ -62,6 +63,28 @@ def test_answers_equal_those_of_a_naive_loop(shape):
     assert answered(shared, rows, limits, tokens=1) == expected
     model.set_attn_implementation("sdpa")
     assert answered(LengthBuckets(model), rows, limits) == expected
+
+
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+def test_every_way_of_decoding_gives_the_same_log_probabilities(shape):
+    model, rows, expected = both(shape)
+    logprobs = []
+    for one, answer in zip(rows, expected, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([one.prompt_ids + answer]), use_cache=False).logits[0].double()
+        each = logits.log_softmax(-1)[len(one.prompt_ids) - 1 : -1]
+        logprobs.append(each.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist())
+    shared, limits = choose_micro_batches(model), [ROOM] * len(rows)
+    free = [row(one.prompt_ids, []) for one in rows]
+    for implementation, way in (("formtune", shared), ("sdpa", LengthBuckets(model))):
+        if implementation == "sdpa":
+            model.set_attn_implementation("sdpa")
+        for given in (rows, free):
+            for tokens in (1, 300, 10**6):  # of a micro-batch
+                decoded = way.decode(given, way.split(given, tokens, ROOM), STOP, limits)
+                assert [answer.ids for answer in decoded] == expected
+                for answer, right in zip(decoded, logprobs, strict=True):
+                    assert answer.logprobs == pytest.approx(right, abs=2e-5)
 
 
 def test_a_row_that_predicts_its_target_is_never_decoded_and_others_only_from_the_first_mismatch(monkeypatch):

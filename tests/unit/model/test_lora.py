@@ -55,7 +55,7 @@ def test_adapters_that_share_their_input_compute_and_learn_what_those_of_peft_do
         assert (got - want).norm() <= (1e-5 if exact else 0.05) * want.norm() + (0 if exact else 1e-3)
 
 
-def test_dropout_drops_the_share_it_is_told_scales_up_the_rest_and_is_off_in_evaluation():
+def test_dropout_drops_its_share_scales_up_the_rest_and_is_off_in_evaluation():
     torch.manual_seed(0)
     model = add_lora(tiny_model(), Lora(r=4, dropout=0.05))
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
@@ -91,7 +91,7 @@ def test_query_key_and_value_drop_the_same_elements_and_each_step_others():
     assert not torch.equal(first[0], layers[0].shared.down(layers[0], x))
 
 
-def test_a_layer_that_turns_out_to_have_an_input_of_its_own_is_computed_on_its_own():
+def test_a_layer_with_another_input_is_computed_on_its_own():
     attention = add_lora(tiny_model(), Lora(r=4, dropout=0.0)).get_base_model().model.layers[0].self_attn
     q, k = attention.q_proj, attention.k_proj
     for _ in range(2):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from conftest import SHAPES, pair, shared, tiny_model
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
-from formtune.model.attention import PackedAttention, _block_mask, _dense_mask
+from formtune.model.attention import PackedAttention, _mask
 from formtune.model.length_buckets import LengthBuckets
 from formtune.model.lora import Lora, add_lora
 from formtune.model.packing import pack
@@ -166,10 +166,10 @@ def test_the_masks_of_other_devices_equal_the_pieces_of_a_cpu(window):
     size = packed.ids.size(1)
     query, key, value = (torch.randn(1, heads, size, 8) for heads in (4, 2, 2))
     pieces = PackedAttention(packed)(0, query, key, value, None, window)
-    mask = _dense_mask(packed, window, query)
+    mask = _mask(packed, window, query, blocks=False)
     dense = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
     torch.testing.assert_close(pieces, dense)
-    blocks = _block_mask(packed, window, query)
+    blocks = _mask(packed, window, query, blocks=True)
     at = torch.arange(size)
     assert torch.equal(blocks.mask_mod(0, 0, at[:, None], at[None]), mask)
 

@@ -21,10 +21,9 @@ from conftest import pair
 from formtune.cli import main
 from formtune.commands import sweep as command
 from formtune.errors import UserError
-from formtune.sweep import grid
 from formtune.sweep import runs as processes
 from formtune.sweep.choice import CONTENT, FORMAT, METRICS, Estimate, Measured, choose, estimate
-from formtune.sweep.runs import devices
+from formtune.sweep.runs import devices, grid
 
 ROWS = 200
 
@@ -49,7 +48,7 @@ def point(parameters, exact, field_f1, loss):
         ([measured(8, 0.94), measured(8, 0.945), measured(8, 0.93)], 1, (0, 1), (0, 1)),  # as small: better format
         ([measured(8, 0.94, 0.895), measured(8, 0.94, 0.9)], 1, (0, 1), (0, 1)),  # then field F1
         ([measured(8, 0.94, loss=0.2), measured(8, 0.94)], 1, (0, 1), (0, 1)),  # then the loss
-        ([measured(8, 0.94), measured(8, 0.94)], 0, (0, 1), (0, 1)),  # then the place
+        ([measured(8, 0.94), measured(8, 0.94)], 0, (0, 1), (0, 1)),  # then the order
         ([measured(8, 0.995, error=0), measured(16, 1.0, error=0)], 0, (0, 1), (0, 1)),  # one row never decides
         ([measured(8, 0.99, error=0), measured(16, 1.0, error=0)], 1, (1,), (1,)),  # two rows do
         ([measured(8, 0.90, error=0.2), measured(16, 0.95)], 1, (1,), (1,)),  # the best's error counts, not one's own
@@ -82,13 +81,13 @@ def test_the_choice_is_among_the_equals_the_smallest_of_them_and_the_same_in_any
 
 @given(st.lists(shares, min_size=1, max_size=5))
 def test_a_standard_error_is_that_of_the_seeds_and_of_the_rows_where_there_is_one_seed(figures):
-    found = estimate(figures, ROWS)
-    assert found.mean == pytest.approx(sum(figures) / len(figures)) and found.standard_error >= 0
+    result = estimate(figures, ROWS)
+    assert result.mean == pytest.approx(sum(figures) / len(figures)) and result.standard_error >= 0
     if len(figures) == 1:
-        assert found.standard_error**2 == pytest.approx(figures[0] * (1 - figures[0]) / ROWS)
+        assert result.standard_error**2 == pytest.approx(figures[0] * (1 - figures[0]) / ROWS)
     else:
-        squares = sum((figure - found.mean) ** 2 for figure in figures) / (len(figures) - 1) / len(figures)
-        assert found.standard_error**2 == pytest.approx(squares, abs=1e-12)
+        squares = sum((figure - result.mean) ** 2 for figure in figures) / (len(figures) - 1) / len(figures)
+        assert result.standard_error**2 == pytest.approx(squares, abs=1e-12)
 
 
 @pytest.mark.parametrize(("exact", "warned"), [(0.0, True), (0.005, False)])
@@ -97,40 +96,40 @@ def test_a_choice_among_points_that_never_keep_the_format_says_so(exact, warned)
     assert why.startswith("No point has an answer with a valid format, so train longer first. p8 is taken") == warned
 
 
-def test_a_grid_is_all_combinations_and_hands_on_the_values_as_they_are_written():
-    points = grid.points(["model.lora.r=8,16", "model.optimizer.lr=1e-4,2e-4"])
+def test_a_grid_is_all_combinations_with_the_values_as_they_are_written():
+    points = grid(["model.lora.r=8,16", "model.optimizer.lr=1e-4,2e-4"])
     assert [point.name for point in points] == ["r8-lr1e-4", "r8-lr2e-4", "r16-lr1e-4", "r16-lr2e-4"]
     assert points[1].arguments == ["--model.lora.r=8", "--model.optimizer.lr=2e-4"]
-    targets = grid.points(["model.lora.targets=attention, [q_proj, v_proj], [q_proj v_proj]"])
+    targets = grid(["model.lora.targets=attention, [q_proj, v_proj], [q_proj v_proj]"])
     assert targets[0].name == "targets-attention" and targets[1].arguments == ["--model.lora.targets=[q_proj, v_proj]"]
     assert len({point.name for point in targets}) == 3
-    assert [point.name[:4] for point in grid.points(["a.r=1,2", "b.r=3,4"])] == ["a.r1", "a.r1", "a.r2", "a.r2"]
+    assert [point.name[:4] for point in grid(["a.r=1,2", "b.r=3,4"])] == ["a.r1", "a.r1", "a.r2", "a.r2"]
 
 
 @given(st.lists(st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), min_size=1), min_size=2, unique=True))
 def test_no_two_values_share_a_folder_and_each_is_the_name_of_one(values):
     try:
-        names = [point.name for point in grid.points(["k=" + ",".join(values)])]
+        names = [point.name for point in grid(["k=" + ",".join(values)])]
     except UserError:
         return
     assert len(set(names)) == len(names) and all(re.fullmatch(r"[\w.+-]+", name) for name in names)
 
 
-# What stands in for `fit`: seconds of imports less, and each way in which a run can end.
-STAND_IN = f"""
+# A fast replacement of `train` that can end in each way in which a run can end.
+FAKE_TRAIN = f"""
 import json, os, sys, time
 from pathlib import Path
 given = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--") and "=" in word)
 folder = Path("logs", sys.argv[sys.argv.index("--task") + 1], given["run"])
 with open("ran.txt", "a") as file:
     print(folder.name, os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"], given.get("data.date"), file=file)
-mode, rank = os.environ.get("STAND_IN", ""), int(given["model.lora.r"])
+mode, rank = os.environ.get("FAKE_TRAIN", ""), int(given["model.lora.r"])
 if mode == "mistake":
     sys.exit(print("formtune: error: train.jsonl:3: no answer") or 2)
 (folder / "outcomes").mkdir(exist_ok=True)
 if rank == 8 and mode in ("breaks", "killed", "hangs"):
     if mode == "breaks":
-        raise MemoryError("no room")
+        raise MemoryError("out of memory")
     os.kill(os.getpid(), 9) if mode == "killed" else time.sleep(60)
 best = {{"step": 1, "exact": 150 + (rank > 2) * 40, "rows": {ROWS}, "field_f1": 0.9, "loss": 0.1}}
 training = {{"trainable_parameters": 100 * rank, "seconds": 2.0, "best": best}}
@@ -147,17 +146,17 @@ def project(write_project):
 
 
 @functools.cache
-def known(words, configuration=command._configuration):
-    """What `fit` makes of the words, parsed once for all tests: the task is the same in each."""
+def parsed(words, configuration=command._configuration):
+    """The configuration of a command line, parsed once for all tests: the task is the same in each."""
     return configuration(list(words))
 
 
 @pytest.fixture
-def stand_in(project, monkeypatch):
-    """The same with a stand-in for `fit`; the function gives the names of the runs so far."""
-    monkeypatch.setattr(command, "_configuration", lambda words: known(tuple(words)))
-    Path("stand_in.py").write_text(STAND_IN)
-    monkeypatch.setattr(processes, "TRAIN", [sys.executable, "stand_in.py"])
+def fake_train(project, monkeypatch):
+    """The same with a fake of `train`; the function returns the names of the runs so far."""
+    monkeypatch.setattr(command, "_configuration", lambda words: parsed(tuple(words)))
+    Path("fake_train.py").write_text(FAKE_TRAIN)
+    monkeypatch.setattr(processes, "TRAIN", [sys.executable, "fake_train.py"])
     monkeypatch.setattr(processes, "PAUSE", 0.01)
     return lambda: [line.split()[0] for line in Path("ran.txt").read_text().splitlines()]
 
@@ -207,48 +206,48 @@ def test_two_ranks_are_trained_from_the_command_line_to_a_configuration_that_tra
     assert (config["task"], config["model"]["lora"]["r"], config["data"]["rows_per_step"]) == ("small", 2, 8)
 
 
-def test_each_seed_trains_all_points_and_a_larger_grid_keeps_what_is_finished(stand_in):
+def test_each_seed_trains_all_points_and_a_larger_grid_keeps_what_is_finished(fake_train):
     assert sweep("--seeds", "0,1") == 0
-    assert stand_in() == [f"r{r}-seed{seed}" for seed in (0, 1) for r in (2, 4, 8)]
+    assert fake_train() == [f"r{r}-seed{seed}" for seed in (0, 1) for r in (2, 4, 8)]
     assert read()["taken"] == "r4"  # 2 is too small, 8 no better; on the test rows 8 is better
     assert yaml.safe_load((folder() / "config.yaml").read_text())["model"]["lora"]["r"] == 4
     assert sweep("--seeds", "0,2", over="model.lora.r=4,8,16") == 0
-    assert stand_in()[6:] == ["r16-seed0", "r4-seed2", "r8-seed2", "r16-seed2"]
+    assert fake_train()[6:] == ["r16-seed0", "r4-seed2", "r8-seed2", "r16-seed2"]
 
 
-@pytest.mark.parametrize(("mode", "why"), [("breaks", "MemoryError: no room"), ("killed", "ended by SIGKILL")])
-def test_a_run_that_fails_is_named_with_its_log_and_the_others_count(stand_in, monkeypatch, capfd, mode, why):
-    monkeypatch.setenv("STAND_IN", mode)
+@pytest.mark.parametrize(("mode", "why"), [("breaks", "MemoryError: out of memory"), ("killed", "ended by SIGKILL")])
+def test_a_run_that_fails_is_named_with_its_log_and_the_others_count(fake_train, monkeypatch, capfd, mode, why):
+    monkeypatch.setenv("FAKE_TRAIN", mode)
     assert sweep("--seeds", "0") == 1
     assert capfd.readouterr().err.strip() == f"r8-seed0 failed: {why} (see {folder()}/r8-seed0/output.log)"
     assert read()["taken"] == "r4" and "r8-seed0 failed" in read()["failed"][0] and len(read()["points"]) == 2
-    monkeypatch.setenv("STAND_IN", "")
-    assert sweep("--seeds", "0") == 0 and stand_in()[3:] == ["r8-seed0"] and not read()["failed"]
+    monkeypatch.setenv("FAKE_TRAIN", "")
+    assert sweep("--seeds", "0") == 0 and fake_train()[3:] == ["r8-seed0"] and not read()["failed"]
 
 
-def test_a_point_that_lost_a_seed_is_not_taken(stand_in, monkeypatch, capsys):
+def test_a_point_that_lost_a_seed_is_not_taken(fake_train, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     assert sweep("--seeds", "0", over="model.lora.r=8,16") == 0 and read()["taken"] == "r8"
-    monkeypatch.setenv("STAND_IN", "breaks")
+    monkeypatch.setenv("FAKE_TRAIN", "breaks")
     assert sweep("--seeds", "0,1", over="model.lora.r=8,16") == 1 and read()["taken"] == "r16"
     assert "r8 (1 of 2 seeds)" in capsys.readouterr().out
-    monkeypatch.setenv("STAND_IN", "mistake")
+    monkeypatch.setenv("FAKE_TRAIN", "mistake")
     assert sweep("--seeds", "0,4", over="model.lora.r=8,16") == 1
     assert read()["taken"] is None and "no point has finished" in read()["reason"]
     assert not (folder() / "config.yaml").exists()
 
 
-def test_a_mistake_that_every_run_has_is_printed_once(stand_in, monkeypatch, capfd):
-    monkeypatch.setenv("STAND_IN", "mistake")
+def test_a_mistake_that_every_run_has_is_printed_once(fake_train, monkeypatch, capfd):
+    monkeypatch.setenv("FAKE_TRAIN", "mistake")
     assert sweep() == 2
-    assert capfd.readouterr().err == "formtune: error: train.jsonl:3: no answer\n" and len(stand_in()) == 1
+    assert capfd.readouterr().err == "formtune: error: train.jsonl:3: no answer\n" and len(fake_train()) == 1
 
 
-def test_an_interruption_ends_the_run_at_once_and_keeps_the_others(stand_in, monkeypatch):
-    monkeypatch.setenv("STAND_IN", "hangs")
+def test_an_interruption_ends_the_run_at_once_and_keeps_the_others(fake_train, monkeypatch):
+    monkeypatch.setenv("FAKE_TRAIN", "hangs")
 
     def interrupt():
-        while not Path("ran.txt").exists() or len(stand_in()) < 3:
+        while not Path("ran.txt").exists() or len(fake_train()) < 3:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -259,11 +258,11 @@ def test_an_interruption_ends_the_run_at_once_and_keeps_the_others(stand_in, mon
     pid = int(Path("ran.txt").read_text().splitlines()[-1].split()[1])
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    monkeypatch.setenv("STAND_IN", "")
-    assert sweep("--seeds", "0") == 0 and stand_in()[3:] == ["r8-seed0"]
+    monkeypatch.setenv("FAKE_TRAIN", "")
+    assert sweep("--seeds", "0") == 0 and fake_train()[3:] == ["r8-seed0"]
 
 
-def test_each_gpu_takes_one_run_at_a_time(stand_in, monkeypatch):
+def test_each_gpu_takes_one_run_at_a_time(fake_train, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert sweep("--seeds", "0", "--trainer.accelerator", "auto") == 0
@@ -276,7 +275,7 @@ def test_each_gpu_takes_one_run_at_a_time(stand_in, monkeypatch):
     assert devices({}) == [None]
 
 
-def test_all_runs_of_a_sweep_write_the_date_of_its_first_day(stand_in, monkeypatch):
+def test_all_runs_of_a_sweep_write_the_date_of_its_first_day(fake_train, monkeypatch):
     def dates():
         return [line.split()[-1] for line in Path("ran.txt").read_text().splitlines()]
 
@@ -287,14 +286,14 @@ def test_all_runs_of_a_sweep_write_the_date_of_its_first_day(stand_in, monkeypat
     assert sweep("--seeds", "0", "--data.date=2020-01-01") == 0 and set(dates()[6:]) == {"2020-01-01"}
 
 
-def test_runs_from_before_a_change_of_the_rows_are_not_compared(stand_in, capfd):
+def test_runs_from_before_a_change_of_the_rows_are_not_compared(fake_train, capfd):
     assert sweep("--seeds", "0") == 0
     Path("train.jsonl").write_text(Path("train.jsonl").read_text() + json.dumps(pair(99)) + "\n")
     assert sweep("--seeds", "0,1") == 2
     assert "the rows changed after its first runs" in capfd.readouterr().err
 
 
-def test_other_settings_are_another_sweep_and_one_that_is_running_is_left_alone(stand_in, capfd):
+def test_other_settings_are_another_sweep_and_a_running_one_is_refused(fake_train, capfd):
     assert sweep("--seeds", "0") == 0
     lock = folder() / ".lock"
     assert sweep("--seeds", "0", "--trainer.max_steps", "3") == 0 and len(list(Path("logs/small").iterdir())) == 2
@@ -317,12 +316,12 @@ def test_other_settings_are_another_sweep_and_one_that_is_running_is_left_alone(
         (["--over", "model.lora.r=8,16", "--over", "model.lora.r=32,64"], "duplicate key"),
         (["--seeds", "0-2"], "expected whole numbers"),
         (["--over", "seed_everything=0,1"], "seed_everything: the sweep sets it"),
-        (["--run", "mine"], "run: the sweep sets it"),
+        (["--run", "r1"], "run: the sweep sets it"),
         (["--model.lora.r", "8"], "model.lora.r: the sweep sets it"),
         (["-c", "gone.yaml"], "gone.yaml: No such file"),
     ],
 )
-def test_a_mistake_gets_one_line_before_anything_runs(stand_in, capfd, arguments, message):
+def test_a_mistake_gets_one_line_before_anything_runs(fake_train, capfd, arguments, message):
     assert main(["sweep", "-c", "small.yaml", *arguments]) == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert line.startswith("formtune: error: ") and message in line

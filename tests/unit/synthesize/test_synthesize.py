@@ -14,12 +14,12 @@ from formtune.commands.synthesize import near, read_reply
 
 @pytest.fixture
 def serve():
-    """Starts a server whose reply to request n is `say(n)`."""
+    """Starts a server whose reply to request n is `reply(n)`."""
     servers = []
 
-    def make(say):
+    def make(reply):
         numbers = itertools.count(1)
-        servers.append(ChatServer(lambda _: say(next(numbers))))
+        servers.append(ChatServer(lambda _: reply(next(numbers))))
         return servers[-1]
 
     yield make
@@ -61,28 +61,28 @@ def good(number):
 def test_only_rows_in_a_valid_format_that_are_new_are_written_with_their_source(serve, task, capsys):
     folder, run = task
 
-    def say(number):
+    def reply(number):
         bad = [
             line("an answer in prose", "the number is 5"),
             line("a key too many", '{"n":1,"s":"a","x":1}'),
-            line(pair(3)["prompt"].upper(), '{"n":1,"s":"a"}'),  # stands in train
+            line(pair(3)["prompt"].upper(), '{"n":1,"s":"a"}'),  # is in train
             '{"prompt": "cut off", "comp',
             json.dumps({"prompt": 5}),
         ]
         return "Sure! Here are the rows:\n```json\n" + "\n".join([*bad, good(number)]) + "\n```"
 
-    server = serve(say)
+    server = serve(reply)
     server.failures = 2
     assert run(server) == 0
     rows = [json.loads(text) for text in (folder / "s.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and {row["source"] for row in rows} == {"wise-1"}
     assert all(set(json.loads(row["completion"])) == {"n", "s"} for row in rows)
-    said = capsys.readouterr().out
-    assert "6 rows; refused" in said and "data.columns.source: source" in said
-    assert "invalid format: syntax" in said and "invalid format: extra_key" in said
-    assert "near-duplicate" in said and "not a row" in said
-    asked = server.requests[0]["messages"][0]["content"]
-    assert "Number it." in asked and '"additionalProperties": false' in asked and pair(0)["prompt"][:4] in asked
+    output = capsys.readouterr().out
+    assert "6 rows; refused" in output and "data.columns.source: source" in output
+    assert "invalid format: syntax" in output and "invalid format: extra_key" in output
+    assert "near-duplicate" in output and "not a row" in output
+    request = server.requests[0]["messages"][0]["content"]
+    assert "Number it." in request and '"additionalProperties": false' in request and pair(0)["prompt"][:4] in request
 
 
 def test_the_teachers_name_goes_into_the_column_that_the_task_names(serve, task, capsys):
@@ -106,15 +106,15 @@ def test_an_interrupted_run_continues_where_it_stopped(serve, task):
     server = serve(good)
     assert run(server, rows=4) == 0
     whole = (folder / "s.jsonl").read_bytes()
-    asked = len(server.requests)
-    assert run(server, rows=4) == 0 and len(server.requests) == asked  # nothing left to do
+    requests = len(server.requests)
+    assert run(server, rows=4) == 0 and len(server.requests) == requests  # nothing left to do
     assert (folder / "s.jsonl").read_bytes() == whole
     assert run(server, rows=8) == 0
     rows = [json.loads(text)["prompt"] for text in (folder / "s.jsonl").read_text().splitlines()]
     assert len(set(rows)) == 8 and (folder / "s.jsonl").read_bytes().startswith(whole)
 
 
-def test_a_teacher_with_nothing_new_to_say_ends_the_run(serve, task, capsys):
+def test_a_teacher_without_new_rows_ends_the_run(serve, task, capsys):
     _, run = task
     assert run(serve(lambda n: good(1))) == 1
     assert "brought nothing new" in capsys.readouterr().out
@@ -124,29 +124,29 @@ def test_a_teacher_with_nothing_new_to_say_ends_the_run(serve, task, capsys):
 def test_an_endpoint_that_does_not_answer_is_named_in_one_line(task, capsys, monkeypatch, url):
     monkeypatch.setattr("formtune.commands.synthesize.RETRIES", 0)
 
-    class Nobody:
+    class NoServer:
         pass
 
-    Nobody.url = url
+    NoServer.url = url
     _, run = task
-    assert run(Nobody) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"formtune: error: endpoint: {url} gave no rows") and len(said.splitlines()) == 1
+    assert run(NoServer) == 2
+    output = capsys.readouterr().err
+    assert output.startswith(f"formtune: error: endpoint: {url} gave no rows") and len(output.splitlines()) == 1
 
 
 def test_a_file_of_something_else_is_not_touched(task, capsys):
     folder, run = task
     (folder / "s.jsonl").write_text('{"notes": "mine"}\n')
 
-    class Nobody:
+    class NoServer:
         url = "http://127.0.0.1:9/v1"
 
-    assert run(Nobody) == 2
+    assert run(NoServer) == 2
     assert "s.jsonl does not hold rows of formtune synthesize" in capsys.readouterr().err
     assert (folder / "s.jsonl").read_text() == '{"notes": "mine"}\n'
 
 
-def test_what_is_nearly_known_is_not_new():
+def test_a_near_duplicate_is_not_new():
     text = "i would like to book a table for five people in the old harbour tonight"
     inputs = ["a", text, "b"]
     assert near(text, inputs, 1.0) and near(text + " thanks", inputs, 0.8)

@@ -45,7 +45,7 @@ def test_two_rows_less_that_are_noise_do_not_beat_21_more_right_answers():
     )
 
 
-def test_two_rows_less_that_are_no_noise_lose_whatever_is_right():
+def test_two_rows_less_that_are_not_noise_lose_whatever_is_right():
     lost = measured(248, rows((2, 115)), 43, 0.749)  # none in its place: 2 > sqrt(2 + 0)
     assert best([EARLY, lost]) == EARLY
     assert reason([EARLY, lost]) == (
@@ -86,7 +86,7 @@ def test_a_later_reference_brings_back_what_was_behind():
     assert contenders([right, behind, later]) >= {2}
 
 
-def test_nan_is_never_best_and_no_number_at_all_is_no_best():
+def test_nan_is_never_best_and_without_finite_figures_there_is_no_best():
     nan = measured(1, first(119), 99, loss=math.nan)
     assert best([nan]) is None and contenders([nan]) == set() and best([]) is None
     assert reason([nan]) == "no best checkpoint: no validation gave a finite loss"
@@ -95,7 +95,7 @@ def test_nan_is_never_best_and_no_number_at_all_is_no_best():
     assert best([measured(1, 1, f1=math.nan), good]) == good
 
 
-def test_the_base_is_no_checkpoint_and_no_reference():
+def test_the_base_is_neither_a_checkpoint_nor_a_reference():
     base = measured(0, first(119), 119, 1.0, 0.0)
     assert best([base]) is None and best([base, EARLY, LATE]) == LATE
     assert "the most); lowest loss: step 125" in reason([base, EARLY, LATE])
@@ -196,12 +196,12 @@ def test_the_rows_are_in_the_order_of_the_file_whichever_process_has_them(monkey
         state=SimpleNamespace(fn="validate"),
     )  # fmt: skip
 
-    def recorded(mine, others):
+    def recorded(own, others):
         record = Validations()
-        for batch in mine:
+        for batch in own:
             record.on_validation_batch_end(trainer, None, batch, None, 0)
-        found = [(a.row.number, a.verdict.exact, a.verdict.joint) for a in others]
-        monkeypatch.setattr("formtune.training.validations.gathered", lambda _, part: found + part)
+        gathered = [(a.row.number, a.verdict.exact, a.verdict.joint) for a in others]
+        monkeypatch.setattr("formtune.training.validations.gathered", lambda _, part: gathered + part)
         record.on_validation_end(trainer, None)
         return record.history[0]
 
@@ -214,7 +214,7 @@ def test_the_rows_are_in_the_order_of_the_file_whichever_process_has_them(monkey
 @pytest.mark.slow
 def test_the_adapter_that_keeps_the_format_is_exported_and_not_the_one_of_the_lowest_loss(task, monkeypatch):
     """Every training answer is the same and no validation answer is like it. The longer the model learns it by heart,
-    the less likely it finds what is wanted, and the surer its answers are in format.
+    the less likely it answers right, and the more often its answers have a valid format.
     """
     folder, write = task
     monkeypatch.chdir(folder)
@@ -222,7 +222,11 @@ def test_the_adapter_that_keeps_the_format_is_exported_and_not_the_one_of_the_lo
     model.get_output_embeddings().weight.data *= 30  # random weights that are sure of something
     model.save_pretrained("base")
     byte_tokenizer().save_pretrained("base")
-    for name, text, count in (("train", lambda k: (1, "a"), 48), ("validation", wanted, 24), ("test", wanted, 24)):
+    for name, text, count in (
+        ("train", lambda k: (1, "a"), 48),
+        ("validation", right_answer, 24),
+        ("test", right_answer, 24),
+    ):
         answers = [json.dumps(dict(zip("ns", text(k), strict=True)), separators=(",", ":")) for k in range(count)]
         write(f"{name}.jsonl", [{"prompt": f"{name}{k * 7919}", "completion": a} for k, a in enumerate(answers)])
     words = ["train", "--model.base", "base", "--data.train", "train.jsonl", "--data.validation", "validation.jsonl"]
@@ -253,7 +257,7 @@ def test_the_adapter_that_keeps_the_format_is_exported_and_not_the_one_of_the_lo
     assert chosen["exact"] == max(one["exact"] for one in by_step.values()) > lowest["exact"]
     assert chosen["val_loss"] > lowest["val_loss"] and lowest["step"] < chosen["step"] < 120
 
-    # What stands in the folder says in format what that validation counted, by PEFT and plain `generate`.
+    # The exported adapter answers as that validation counted, by PEFT and plain `generate`.
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -267,12 +271,14 @@ def test_the_adapter_that_keeps_the_format_is_exported_and_not_the_one_of_the_lo
     for line in Path("validation.jsonl").read_text().splitlines():
         turn = [{"role": "user", "content": json.loads(line)["prompt"]}]
         ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-        said = tuned.generate(**ids, max_new_tokens=32, do_sample=False, pad_token_id=0)[0, ids["input_ids"].size(1) :]
-        *answer, last = said.tolist()
+        output = tuned.generate(**ids, max_new_tokens=32, do_sample=False, pad_token_id=0)[
+            0, ids["input_ids"].size(1) :
+        ]
+        *answer, last = output.tolist()
         verdicts += str(int(format.check(tokenizer.decode(answer), finished=last == tokenizer.eos_token_id).exact))
     [kept] = [v for v in checkpoint["callbacks"]["Validations"]["history"] if v["step"] == chosen["step"]]
     assert verdicts.count("1") == chosen["exact"] and int(verdicts, 2) == int(kept["valid"], 16)
 
 
-def wanted(k):
+def right_answer(k):
     return k * 37 % 100, "bcdefgh"[k % 7] * (k % 5)

@@ -10,12 +10,12 @@ from formtune.training.manifest import base_files, file_hash, read_manifest, ver
 
 @pytest.fixture
 def folder(tmp_path, base):
-    found = tmp_path / "adapter"
-    (found / "inner").mkdir(parents=True)
+    folder = tmp_path / "adapter"
+    (folder / "inner").mkdir(parents=True)
     for name in ("adapter_model.safetensors", "format.json", "config.yaml", "chat_template.jinja", "inner/a.json"):
-        (found / name).write_text(name)
-    write_manifest(found, "adapter", base, "abc")
-    return found
+        (folder / name).write_text(name)
+    write_manifest(folder, "adapter", base, "abc")
+    return folder
 
 
 def test_a_manifest_names_every_file_the_base_and_what_it_was_made_from(folder, base):

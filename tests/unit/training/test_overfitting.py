@@ -19,7 +19,7 @@ from formtune.data.datamodule import FormatDataModule
 from formtune.formats import JsonSchema
 from formtune.model import FormatModule, Lora
 from formtune.model.module import Answer
-from formtune.training import checkpoint_files
+from formtune.training import checkpoint
 from formtune.training.overfitting import LASTING, OverfittingWatch, diagnose, should_stop
 from formtune.training.validations import Validation, Validations
 
@@ -374,11 +374,8 @@ def test_two_processes_measure_the_same_as_one(project, monkeypatch):
     ]
     assert said[0] == said[1]
     rows = [
-        [
-            (v["rows"], v["valid"], v["right"])
-            for v in checkpoint_files.read(path)["callbacks"]["Validations"]["history"]
-        ]
-        for path in (checkpoint_files.newest(project / f"logs/small/on{n}/checkpoints") for n in (1, 2))
+        [(v["rows"], v["valid"], v["right"]) for v in checkpoint.read(path)["callbacks"]["Validations"]["history"]]
+        for path in (checkpoint.newest(project / f"logs/small/on{n}/checkpoints") for n in (1, 2))
     ]
     (count, valid, right), *others = rows[0]
     assert rows[0] == rows[1] and set(others) == {rows[0][0]}

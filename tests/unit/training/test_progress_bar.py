@@ -1,6 +1,7 @@
-"""In a terminal a fit draws one line: steps of the whole fit, rows, loss and the time left."""
+"""In a terminal a fit draws one line: steps of the whole fit, rows, loss and the time left; the log has the speed."""
 
 import re
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from formtune.training import progress_bar
-from formtune.training.progress_bar import StepsBar
+from formtune.training.progress_bar import StepsBar, Throughput
 
 SECONDS = {"step": 2.0, "validation": 30.0}
 
@@ -22,7 +23,7 @@ class Clock:
 
 
 class Model(L.LightningModule):
-    """Each step and each validation take a known time."""
+    """Each step and each validation take a fixed time."""
 
     def __init__(self, clock):
         super().__init__()
@@ -108,7 +109,7 @@ def test_validations_within_a_fit_count_rows_too_and_a_limit_lowers_the_total(dr
     assert any(line.startswith("Epoch 1: 4/6 steps, rows=32, ") for line in lines)  # 24 rows of an epoch
 
 
-def test_nothing_is_drawn_if_the_output_is_no_terminal(drawn):
+def test_nothing_is_drawn_if_the_output_is_not_a_terminal(drawn):
     assert drawn(refresh_rate=0) == drawn("test", refresh_rate=0) == []
 
 
@@ -125,3 +126,17 @@ def test_nothing_is_drawn_if_the_output_is_no_terminal(drawn):
 )  # fmt: skip
 def test_flags_of_the_trainer_are_taken_into_account(drawn, options, line):
     assert line in [shown.partition(" |")[0] for shown in drawn(**options)]
+
+
+def test_tokens_per_second_leave_out_evaluations(monkeypatch):
+    clock, logged = [0.0], []
+    monkeypatch.setattr(progress_bar.time, "perf_counter", lambda: clock[0])
+    module = SimpleNamespace(log=lambda name, value, **_: logged.append((name, value)))
+    callback, batch = Throughput(), SimpleNamespace(rows=[range(30), range(20)])
+    for step in (1, 2, 3, 4):
+        trainer = SimpleNamespace(global_step=step, log_every_n_steps=2)
+        callback.on_train_batch_start(trainer, module, batch, step)
+        clock[0] += 5.0
+        callback.on_train_batch_end(trainer, module, None, batch, step)
+        clock[0] += 1000.0  # of a validation
+    assert logged == [("train/tokens_per_second", 10.0)] * 2

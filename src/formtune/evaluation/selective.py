@@ -1,0 +1,108 @@
+"""Which answers to accept: risk and coverage, calibration, and the confidence from which answers reach a precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+
+from formtune.evaluation.outcomes import Outcome
+from formtune.evaluation.statistics import wilson
+
+TARGETS = (0.9, 0.95, 0.98, 0.99, 0.995)  # precisions of the report's table
+FIELD_TARGET = 0.99  # precision of the table of fields
+FIELDS = 20  # of that table
+BINS = 10  # of the calibration, equally wide
+
+Judged = Sequence[tuple[float, bool]]  # the confidence in each answer, and whether the answer is right
+
+
+def judged(outcomes: Sequence[Outcome], field: str | None = None) -> list[tuple[float, bool]]:
+    """The confidence in each answer, or in a field of it, and whether it is right; empty if no confidence is known."""
+    known = [o for o in outcomes if o.confidence is not None]
+    if field is None:
+        return [(o.confidence or 0.0, o.joint) for o in known]
+    return [((o.field_confidences or {}).get(field, 0.0), o.fields[field]) for o in known if field in o.fields]
+
+
+def risks(rows: Judged) -> np.ndarray:
+    """The share of wrong answers among the k most confident ones, for each k from 1 to all.
+
+    Answers of equal confidence are in no order: each of them counts as their mean.
+    """
+    confidence, right = np.array(rows, dtype=float).T
+    _, group = np.unique(-confidence, return_inverse=True)
+    wrong = np.bincount(group, 1 - right) / np.bincount(group)
+    return wrong[np.sort(group)].cumsum() / np.arange(1, len(group) + 1)
+
+
+def aurc(rows: Judged) -> float:
+    """Area under the risk-coverage curve (Geifman et al., 2019): the mean of `risks`."""
+    return float(risks(rows).mean())
+
+
+def calibration(rows: Judged) -> list[tuple[int, float, float]]:
+    """For each bin with rows, from low to high: their number, their mean confidence, and the share that is right."""
+    bins = [np.array(list(group), dtype=float) for _, group in groupby(sorted(rows, key=_bin), _bin)]
+    return [(len(part), float(part[:, 0].mean()), float(part[:, 1].mean())) for part in bins]
+
+
+def _bin(row: tuple[float, bool]) -> int:
+    return min(int(row[0] * BINS), BINS - 1)
+
+
+def calibration_error(rows: Judged) -> float:
+    """Expected calibration error (Guo et al., 2017): the mean distance of confidence and precision over the rows."""
+    return sum(count * abs(sure - right) for count, sure, right in calibration(rows)) / len(rows)
+
+
+def threshold(rows: Judged, target: float) -> float | None:
+    """The lowest confidence from which at least `target` of the answers are right; None if there is none.
+
+    One right and one wrong answer are added to those counted (Laplace's rule of succession): few answers, all of them
+    right, show no high precision. An answer of confidence 0, which has an invalid format, is never accepted.
+    """
+    lowest, count, right = None, 0, 0
+    for confidence, group in groupby(sorted(rows, reverse=True), itemgetter(0)):
+        verdicts = [is_right for _, is_right in group]
+        count, right = count + len(verdicts), right + sum(verdicts)
+        if confidence > 0 and right + 1 >= target * (count + 2) - 1e-9:
+            lowest = confidence
+    return lowest
+
+
+def accepted(rows: Judged, minimum: float) -> dict[str, Any]:
+    """What comes of accepting answers of at least this confidence: coverage, and precision with its interval."""
+    verdicts = [is_right for confidence, is_right in rows if confidence >= minimum]
+    count, right = len(verdicts), sum(verdicts)
+    figures = {"min_confidence": minimum, "accepted": count, "coverage": count / len(rows)}
+    return figures | {"precision": right / count if count else None, "interval": wilson(right, count)}
+
+
+def summary(validation: Sequence[Outcome], test: Sequence[Outcome]) -> dict[str, Any]:
+    """For `metrics.json` and the report: thresholds chosen on the validation rows, all else measured on the test rows.
+
+    `fields` are those with a wrong value, the worst first.
+    """
+    rows, chosen_on = judged(test), judged(validation)
+    names = dict.fromkeys(name for o in test for name in o.fields)
+    share = {name: float(np.mean([right for _, right in judged(test, name)])) for name in names}
+    worst = sorted((name for name in names if share[name] < 1), key=share.__getitem__)[:FIELDS]
+    return {
+        "aurc": aurc(rows),
+        "calibration_error": calibration_error(rows),
+        "validation_rows": len(chosen_on),
+        "accept": [_accept(chosen_on, rows, target) for target in TARGETS],
+        "fields": {
+            name: {"right": share[name], **_accept(judged(validation, name), judged(test, name), FIELD_TARGET)}
+            for name in worst
+        },
+    }
+
+
+def _accept(validation: Judged, test: Judged, target: float) -> dict[str, Any]:
+    minimum = threshold(validation, target)
+    return {"target": target, **({} if minimum is None else accepted(test, minimum))}

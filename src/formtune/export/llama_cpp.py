@@ -1,0 +1,165 @@
+"""llama.cpp's server, the proof that it renders the prompts of training, and what a GGUF file answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from formtune.base.renderer import Renderer
+from formtune.base.row import Row, with_json_arguments
+from formtune.errors import UserError
+from formtune.export.gguf import FILE
+from formtune.export.measure import COMPARED, POSITIONS, TIMED, TRIES, Closeness, compare, last_logits, load
+from formtune.model.micro_batches import Decoded
+
+HOST = "127.0.0.1"
+LIKELIEST = 20  # tokens of which the server gives the log-probability, at each place of an answer
+CHATML = "<|im_start|>"  # in the template that llama.cpp takes for a file without one
+
+
+class LlamaServer:
+    """The server of llama.cpp in this process; it listens until the process ends."""
+
+    def __init__(self, file: Path, context: int, port: int = 0, name: str = "") -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(file)
+        params.hostnames, params.port, params.n_ctx = [HOST], port, context
+        params.cpuparams.n_threads = torch.get_num_threads()  # more than are free wait for each other at every layer
+        params.enable_reasoning, params.default_template_kwargs = 0, {"enable_thinking": "false"}
+        params.verbosity = 0
+        if name:
+            params.model_alias = {name}
+        self._server = xllamacpp.Server(params)  # returns when the model is loaded
+        self.url = self._server.listening_address
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as reply:
+            return json.load(reply)
+
+    def tokens(self, text: str) -> list[int]:
+        """Those of a rendered prompt, with the BOS that the server adds."""
+        return self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+
+    def answer(self, prompt: list[int], tokens: int, **options: Any) -> Any:
+        """The greedy answer to a prompt in token ids."""
+        body = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "return_tokens": True}
+        return self.post("/completion", body | options)
+
+
+def chat_prompt(row: Row) -> dict[str, Any]:
+    """What a request for a chat completion says of a row's prompt."""
+    messages = with_json_arguments(row.messages if row.target is None else row.messages[:-1])
+    # "none": the answer comes as it is, not parsed.
+    return {"messages": messages} | ({"tools": json.loads(row.tools), "tool_choice": "none"} if row.tools else {})
+
+
+def prompt_fault(row: Row, ids: list[int], renderer: Renderer) -> str | None:
+    """In what a server's prompt differs from the one of training, in words; None if all tokens are the same."""
+    own = row.prompt_ids
+    if ids == own:
+        return None
+    decode = renderer.tokenizer.decode
+    text, text_trained = decode(ids), decode(own)
+    turns = [turn for turn in chat_prompt(row)["messages"] if turn["content"] not in text]
+    first = next(
+        (i for i, pair in enumerate(zip(ids, own, strict=False)) if pair[0] != pair[1]), min(len(ids), len(own))
+    )
+    if ids[1:] == own and ids[0] == renderer.tokenizer.bos_token_id:
+        fault = "a second BOS is in front"
+    elif own[1:] == ids and own[0] == renderer.tokenizer.bos_token_id:
+        fault = "its BOS is missing"
+    elif text == text_trained:
+        fault = f"the same text is other tokens from token {first} on: another tokenizer"
+    elif CHATML in text and CHATML not in text_trained:
+        fault = "it is rendered by a default chat template (ChatML), not by the base's"
+    elif turns:
+        trimmed = turns[0]["content"].strip() in text
+        fault = f"the {turns[0]['role']} turn is {'trimmed' if trimmed else 'left out or altered'}"
+    elif text.count("think") != text_trained.count("think"):
+        fault = "the switch that turns thinking off is lost"
+    else:
+        fault = f"another chat template, from token {first} on ({decode(ids[first:])[:40]!r})"
+    return f"the server's prompt has {len(ids):,} tokens and formtune's {len(own):,}: {fault}"
+
+
+def prove_prompts(server: LlamaServer, rows: Sequence[Row], renderer: Renderer) -> None:
+    """Raise a UserError if the server renders a row's prompt into other tokens than training did."""
+    for given in rows:
+        row = replace(given, messages=renderer.turns(given.messages))
+        if renderer.templated:
+            ids = server.tokens(server.post("/apply-template", chat_prompt(row))["prompt"])
+        else:
+            bos = row.prompt_ids[:1] == [renderer.tokenizer.bos_token_id]
+            ids = server.tokens(renderer.tokenizer.decode(row.prompt_ids[bos:]))
+        if fault := prompt_fault(row, ids, renderer):
+            raise UserError(f"{row.where}: {fault}")
+
+
+def measure_gguf(
+    model: dict[str, Any],
+    reference: dict[str, Any],
+    compared: list[list[int]],
+    rows: list[Row],
+    limits: list[int],
+    stop: list[int],
+    timed: list[int],
+) -> tuple[Closeness, list[Decoded], float]:
+    """As `measure`, of a GGUF file by llama.cpp, which must render every prompt as training did.
+
+    Its server tells the log-probabilities of what it writes, not of a given text: so the reference reads its answers.
+    """
+    folder, renderer = Path(model["folder"]), Renderer.load(model["folder"])
+    context = max([len(row.prompt_ids) + limit for row, limit in zip(rows, limits, strict=True)] + [len(timed) + TIMED])
+    server = LlamaServer(folder / FILE, context + 8)
+    prove_prompts(server, [row for row in rows if row.messages], renderer)
+    answers, read, likeliest = [], [], []
+    every = max(1, len(rows) // COMPARED)
+    for number, (row, limit) in enumerate(zip(rows, limits, strict=True)):
+        reply = server.answer(row.prompt_ids, limit, n_probs=LIKELIEST)
+        ids = reply["tokens"]
+        if any(token in stop for token in ids[:-1]):
+            raise UserError(f"{row.where}: llama.cpp does not end its answer at {renderer.tokenizer.decode(stop[:1])}")
+        places = reply["completion_probabilities"]
+        if number % every == 0 and ids:
+            read.append(row.prompt_ids + ids)
+            likeliest.append([place["top_logprobs"] for place in places[: len(ids)]])
+        ended = reply["stop_type"] == "eos" and ids[-1:] != stop[:1]
+        answers.append(Decoded([*ids, stop[0]] if ended else ids, [place["logprob"] for place in places]))
+    expected = last_logits(load(**reference), read)
+    pairs = [_side_by_side(logits, places) for logits, places in zip(expected, likeliest, strict=True)]
+    closeness = compare(*zip(*pairs, strict=True))
+    return closeness, answers, _tokens_per_second(server, timed) if timed else float("nan")
+
+
+def _side_by_side(logits: Tensor, places: list[list[dict[str, Any]]]) -> tuple[Tensor, Tensor]:
+    """Logits of the reference at each token of an answer, and those that differ only by what llama.cpp tells."""
+    count = min(len(places), POSITIONS - 1)
+    expected = logits[-1 - count : -1]
+    ids = torch.tensor([[token["id"] for token in place] for place in places[-count:]])
+    given = torch.tensor([[token["logprob"] for token in place] for place in places[-count:]])
+    return expected, expected.scatter(1, ids, given + expected.logsumexp(-1, keepdim=True))
+
+
+def _tokens_per_second(server: LlamaServer, prompt: list[int]) -> float:
+    """Of a single answer, prompt included; the best try, which other work slowed the least."""
+    times = [server.answer(prompt, TIMED, ignore_eos=True, cache_prompt=False)["timings"] for _ in range(TRIES)]
+    return TIMED / min(time["prompt_ms"] + time["predicted_ms"] for time in times) * 1000
+
+
+if __name__ == "__main__":  # formtune serve starts it: FILE CONTEXT PORT NAME
+    listening = LlamaServer(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    threading.Event().wait()

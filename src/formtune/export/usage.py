@@ -1,0 +1,78 @@
+"""What serves an exported folder elsewhere: a `Modelfile` for Ollama, and a card with commands to paste."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from formtune.base.folder import context_length
+from formtune.base.renderer import Renderer
+from formtune.base.row import Message, Row
+from formtune.data.settings import system_prompt
+from formtune.evaluation.page import environment
+from formtune.files import write_json, write_whole
+from formtune.training.manifest import CARD
+
+CONTEXT = 8192  # tokens that a server keeps at most: a longer context costs memory that few tasks need
+
+
+def example(folder: Path, text: str) -> dict[str, Any]:
+    """What an exported folder's configuration says of a request for a chat completion: model, messages, limit."""
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    format = json.loads((folder / "format.json").read_text(encoding="utf-8"))
+    system = system_prompt(config["data"].get("system"), format)
+    turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    turns = Renderer.load(str(folder.resolve())).turns([*turns, {"role": "user", "content": text}])
+    limit = config["model"].get("max_new_tokens", 256)
+    return {"model": config.get("task"), "temperature": 0, "max_tokens": limit, "messages": turns}
+
+
+def write_usage(folder: Path, base: str, rows: Sequence[Row]) -> None:
+    """Write a `Modelfile` and a request for Ollama, and a card with the commands that serve the file."""
+    renderer = Renderer.load(str(folder.resolve()))
+    request = example(folder, rows[0].input if rows else "Hello")
+    format = json.loads((folder / "format.json").read_text(encoding="utf-8"))
+    schema = format["init_args"].get("schema") if format["class_path"].endswith(".JsonSchema") else None
+    body = {"model": request["model"], "messages": request["messages"], "stream": False}
+    context = min(context_length(base) or CONTEXT, CONTEXT)
+    body["options"] = {"temperature": 0, "num_ctx": context}
+    write_json(folder / "request.json", body | ({"format": schema} if schema else {}))
+    facts = {
+        "request": request, "schema": schema, "context": context,
+        "template": go_template(renderer, rows), "stop": [renderer.tokenizer.decode([id]) for id in renderer.stop_ids],
+    }  # fmt: skip
+    for name, source in (("Modelfile", "Modelfile.jinja"), (CARD, "gguf.md.jinja")):
+        text = environment(autoescape=False).get_template(f"export/{source}").render(facts)
+        write_whole(folder / name, text)
+
+
+def go_template(renderer: Renderer, rows: Sequence[Row]) -> str | None:
+    """The chat template in Go's syntax, as Ollama reads it; None if that does not render the rows' prompts."""
+    texts = {role: f"formtune-{role}-turn" for role in ("system", "user", "assistant", "last")}
+    turns = [{"role": role.replace("last", "user"), "content": text} for role, text in texts.items()]
+    try:
+        whole, alone = (renderer._render(part, True) for part in (turns, turns[3:]))
+        system, after_system, answer, after_answer, end = re.split("|".join(texts.values()), whole)
+        first = alone.removesuffix(texts["last"] + end)
+    except ValueError:  # a turn is missing, or the template refuses this order
+        return None
+    for row in rows:
+        content = [turn["content"] for turn in renderer.turns(row.messages[:-1])]
+        text = system + content[0] + after_system + content[1] if len(content) == 2 else first + content[0]
+        if len(content) > 2 or text + end != renderer._render(renderer.turns(row.messages[:-1]), True, row.tools):
+            return None
+    if renderer.tokenizer("a")["input_ids"][:1] == [renderer.tokenizer.bos_token_id]:  # Ollama adds it as well
+        first, system = (text.removeprefix(renderer.tokenizer.bos_token) for text in (first, system))
+    pieces = (system, answer, first, after_system, after_answer, end)
+    system, answer, first, after_system, after_answer, end = (text.replace("{{", '{{ "{{" }}') for text in pieces)
+    return (
+        '{{ range $i, $_ := .Messages }}{{ if eq .Role "system" }}' + system + "{{ .Content }}"
+        '{{ else if eq .Role "assistant" }}' + answer + "{{ .Content }}{{ else }}{{ if eq $i 0 }}" + first
+        + "{{ else if eq $i 1 }}" + after_system + "{{ else }}" + after_answer + "{{ end }}{{ .Content }}"
+        "{{ end }}{{ end }}" + end
+    )  # fmt: skip

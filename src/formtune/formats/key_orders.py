@@ -1,0 +1,225 @@
+"""Key orders: those that training targets use, and a grammar of JSON that allows them.
+
+Objects whose targets agree on one order keep it. In others each key may come at any time, but once.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from graphlib import CycleError, TopologicalSorter
+from heapq import heappop, heappush
+from itertools import pairwise
+from typing import Any
+
+from formtune.formats.bounded import resolver
+from formtune.formats.dialect import KEYWORDS, schema_nodes, types
+
+# By the key that holds the objects, "" for the whole: how often a key comes right before another one.
+Orders = dict[str, dict[str, dict[str, int]]]
+Pairs = dict[tuple[Any, Any], int]
+
+MAX_KEYS = 64  # of an object in any order: llguidance's rules take one number of 64 bits
+
+_SPACE = r"/[\x20\x0A\x0D\x09]+/"  # exactly as llguidance writes it for %json, so that one lexer reads both
+_SCALARS = {"null", "string", "boolean", "integer"}
+
+
+def learn_orders(values: Iterable[Any]) -> Orders:
+    """The orders of keys that documents use."""
+    orders: Orders = {}
+    stack = [("", value) for value in values]
+    while stack:
+        holder, value = stack.pop()
+        if isinstance(value, list):
+            stack += [(holder, item) for item in value]
+        elif isinstance(value, dict):
+            stack += value.items()
+            keys, counts = list(value), orders.setdefault(holder, {})
+            for key, following in pairwise(keys):
+                after = counts.setdefault(key, {})
+                after[following] = after.get(following, 0) + 1
+    return orders
+
+
+class OrderedRules:
+    """Rules for a schema as `closed` gives it, with the keys of its objects in these orders; None allows any order.
+
+    `text` is None if the schema's own order is right. `kept` names the parts that keep one order although targets use
+    several. The rules allow no other values than the schema, if llguidance takes it as it is: that proves that the
+    alternatives of each `oneOf` exclude one another.
+    """
+
+    def __init__(self, root: dict[str, Any], orders: Orders | None) -> None:
+        self._root, self._resolve = root, resolver(root)
+        self._options = {"x-guidance": root["x-guidance"]}
+        self._names: dict[int, str] = {}  # of the rules, by schema
+        self._rules: dict[str, str] = {}
+        self._terminals: dict[str, str] = {}  # by key
+        self._free: set[int] = set()  # objects whose keys come in any order
+        self._paths = {id(node): path for path, node in schema_nodes(root)}
+        self.kept: list[str] = []
+        self.text: str | None = None
+        is_moved = self._arrange(orders)
+        if self._free and not self._starts_with_json(start := self._rule(root)):
+            self.text = self._lark(start)
+            return
+        self.kept = ["$"] if self._free else []
+        if is_moved:
+            self.text = f"answer: {self._json(root)}"
+
+    def _starts_with_json(self, name: str) -> bool:
+        """Whether an alternative of the whole is a %json, before which llguidance would allow white space."""
+        options = self._rules[name].split(" | ")
+        return any(o.startswith("%json") or (o in self._rules and self._starts_with_json(o)) for o in options)
+
+    def _lark(self, start: str) -> str:
+        lines = ["answer: %lark {", f"start: {start}", *(f"{name}: {body}" for name, body in self._rules.items())]
+        for key, name in self._terminals.items():
+            text = json.dumps(json.dumps(key, ensure_ascii=False), ensure_ascii=False)
+            lines.append(f'{name}: {text} SPACE? ":" SPACE?')
+        # llguidance skips no white space before a %json, so that the terminals before one hold it.
+        lines += ['OPEN: "[" SPACE?', 'COMMA: "," SPACE?', f"SPACE: {_SPACE}", f"%ignore {_SPACE}", "}"]
+        return "\n".join(lines)
+
+    def _arrange(self, orders: Orders | None) -> bool:
+        """Put each object's properties in the order that fits most targets; returns whether any was moved."""
+        objects: dict[int, tuple[dict[str, Any], Counter[tuple[Any, Any]]]] = {}
+        seen, stack = set[tuple[int, str]](), [(self._root, "")]
+        while stack:
+            node, holder = stack.pop()
+            if not isinstance(node, dict) or (id(node), holder) in seen:
+                continue
+            seen.add((id(node), holder))
+            stack += [(inner, holder) for inner in self._same_place(node)]
+            stack += [(inner, key) for key, inner in node.get("properties", {}).items()]
+            if len(node.get("properties", ())) > 1:
+                pairs = objects.setdefault(id(node), (node, Counter()))[1]
+                for key, following in (orders or {}).get(holder, {}).items():
+                    pairs.update({(key, other): count for other, count in following.items()})
+        is_moved = False
+        for number, (node, pairs) in objects.items():
+            keys, agrees = _arranged(list(node["properties"]), pairs)
+            if orders is None or not agrees:
+                self._free.add(number)
+            is_moved |= keys != list(node["properties"])
+            node["properties"] = {key: node["properties"][key] for key in keys}
+        return is_moved
+
+    def _same_place(self, node: dict[str, Any]) -> Iterator[Any]:
+        """The schemas that describe the same place as a schema, or items of it."""
+        yield from (part for key in ("anyOf", "oneOf", "allOf", "prefixItems") for part in node.get(key, ()))
+        yield node.get("items")
+        if "$ref" in node:
+            yield self._resolve(node["$ref"])
+
+    def _reaches_free(self, node: Any) -> bool:
+        seen, stack = set[int](), [node]
+        while stack:
+            node = stack.pop()
+            if isinstance(node, dict) and id(node) not in seen:
+                if id(node) in self._free:
+                    return True
+                seen.add(id(node))
+                stack += [*node.get("properties", {}).values(), *self._same_place(node)]
+        return False
+
+    def _rule(self, node: Any) -> str:
+        """The name of the rule for a schema."""
+        said = node.keys() & KEYWORDS - {"$defs", "definitions"} if isinstance(node, dict) else set()
+        if said == {"$ref"}:
+            return self._rule(self._resolve(node["$ref"]))
+        if id(node) not in self._names:
+            name = self._names[id(node)] = f"part{len(self._names)}"
+            self._rules[name] = ""  # in the order of the schema; what refers to itself finds the name
+            self._rules[name] = self._body(node, name, said)
+        return self._names[id(node)]
+
+    def _body(self, node: Any, name: str, said: set[str]) -> str:
+        if not self._reaches_free(node):
+            return self._json(node)
+        if said in ({"anyOf"}, {"oneOf"}):
+            return " | ".join(self._rule(option) for key in said for option in node[key])
+        kinds, body = {*types(node)}, ""
+        if kinds <= {"object", *_SCALARS} and said <= {"type", "properties", "required", "additionalProperties"}:
+            body = self._object(node, name)
+        elif kinds <= {"array", *_SCALARS} and said <= {"type", "items", "minItems", "maxItems"}:
+            body = self._array(node)
+        if not body:
+            self.kept.append(self._paths[id(node)])
+            return self._json(node)
+        others = sorted(kinds & _SCALARS)
+        return body + (f" | {self._json({'type': others})}" if others else "")
+
+    def _object(self, node: dict[str, Any], name: str) -> str:
+        """The rule of an object, "" if there is none; the bits of its parameter tell which keys are written."""
+        keys = [key for key, value in node["properties"].items() if value is not False]
+        required, is_free = {*node.get("required", ())}, id(node) in self._free
+        if len(keys) > MAX_KEYS or not required <= {*keys}:
+            return ""
+        if is_free:
+            keys.sort(key=lambda key: key not in required)
+        needed = f"is_ones([0:{len(required)}])" if is_free and required else "true"
+        items, size = [], len(keys)
+        for bit, key in enumerate(keys):
+            may_come = f"bit_clear({bit})" if is_free else f"and(is_zeros([{bit}:{size}]), {needed})"
+            terminal = self._terminals.setdefault(key, f"KEY{len(self._terminals)}")
+            value = self._rule(node["properties"][key])
+            items.append(f"{terminal} {value} {name}end::set_bit({bit}) %if {may_come}")
+            if key in required and not is_free:
+                needed = f"bit_set({bit})"  # the next keys come after this one
+        # A comma promises a key.
+        more = f"not(is_ones([0:{size}]))" if is_free else f"bit_clear({size - 1})"
+        self._rules[f"{name}key::_"] = "\n | ".join(items)
+        self._rules[f"{name}end::_"] = f'"" %if {needed}\n | COMMA {name}key::_ %if {more}'
+        return f'"{{" {name}key::0x0 "}}"' + ("" if required else ' | "{" "}"')
+
+    def _array(self, node: dict[str, Any]) -> str:
+        fewest, most = int(node.get("minItems", 0)), node.get("maxItems", "")
+        if most != "" and most < max(fewest, 1):
+            return ""
+        count = f"{max(fewest - 1, 0)},{most and int(most) - 1}"
+        item = self._rule(node["items"])
+        return f'OPEN {item} (COMMA {item}){{{count}}} "]"' + ("" if fewest else ' | OPEN "]"')
+
+    def _json(self, node: Any) -> str:
+        if isinstance(node, dict):
+            if node is not self._root and '"$ref"' in json.dumps(node):
+                node = _referring(node) | {"$defs": {"root": _referring(self._root)}}
+            node = node | self._options
+        return f"%json {json.dumps(node)}"
+
+
+def _referring(schema: dict[str, Any]) -> dict[str, Any]:
+    """A copy in which references lead to a root that is within `$defs`."""
+    schema = copy.deepcopy(schema)
+    for _, node in schema_nodes(schema):
+        node.pop("$id", None)
+        if "$ref" in node:
+            node["$ref"] = node["$ref"].replace("#", "#/$defs/root", 1)
+    return schema
+
+
+def _arranged(keys: list[str], pairs: Pairs) -> tuple[list[str], bool]:
+    """The keys in an order that keeps these pairs, or most of them, and whether it keeps all; else as they are."""
+    numbers = {key: number for number, key in enumerate(keys)}
+    pairs = {(numbers[a], numbers[b]): n for (a, b), n in pairs.items() if a in numbers and b in numbers}
+    most = [(a, b) for (a, b), count in pairs.items() if count > pairs.get((b, a), 0)]
+    for kept in ([*pairs], most):
+        sorter: TopologicalSorter[int] = TopologicalSorter(dict.fromkeys(range(len(keys)), ()))
+        for before, after in kept:
+            sorter.add(after, before)
+        with suppress(CycleError):
+            sorter.prepare()
+            order: list[int] = []
+            ready: list[int] = []  # the smallest first: keys without a pair stay near their place
+            while sorter.is_active():
+                for number in sorter.get_ready():
+                    heappush(ready, number)
+                order.append(heappop(ready))
+                sorter.done(order[-1])
+            return [keys[number] for number in order], len(kept) == len(pairs)
+    return keys, False

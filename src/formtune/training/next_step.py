@@ -1,0 +1,117 @@
+"""The next command after a run: what its diagnosis asks for, with the run's own configuration (docs/training.md)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import linear_regression
+from typing import Any
+
+from lightning.pytorch.callbacks import Timer
+
+from formtune.data.encoded import FEW_ROWS
+from formtune.training.overfitting import CHANGE, LASTING, counts, diagnose, is_finite
+from formtune.training.validations import Validation, best
+
+Step = tuple[str, dict[str, Any]]  # what to do, and the keys that change; none if the rows should
+MOST = 3  # times the steps: the last validations say nothing about a longer run
+LOWEST_RANK, HIGHEST_RANK = 4, 64
+# Shares
+FEW_WRONG = 0.01  # of the validation rows
+SPIKE = 0.1  # of the first training loss
+SLOW = 0.2  # of the first training loss; a useful learning rate takes off more
+GAP = 0.2  # of the validation loss
+ERRORS = {  # the first that still improves says how much longer to train
+    "joint/exact": lambda v: 1 - v.joint / v.rows,
+    "content/field_f1": lambda v: 1 - v.field_f1,
+    "format/exact": lambda v: 1 - v.exact / v.rows,
+    "validation loss": lambda v: v.val_loss,
+}
+
+
+def next_step(history: Sequence[Validation], trainer: Any, command: str) -> str:
+    """What to do after a run of `train` or `fit`, and the command that does it."""
+    chosen, folder = best(history), Path(trainer.default_root_dir)
+    if chosen and chosen.rows - chosen.joint <= FEW_WRONG * chosen.rows:
+        what = f"keep the best checkpoint, {chosen.joint} of {chosen.rows} validation rows are right"
+        words = ["export" if command == "train" else "test", str(folder)]
+    else:
+        what, keys = _change(history, chosen, trainer)
+        words = [command if keys else "audit", "-c", str(folder / "config.yaml")]
+        words += [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    return f"{what}: {shlex.join(['formtune', *words])}"
+
+
+def _change(history: Sequence[Validation], chosen: Validation | None, trainer: Any) -> Step:
+    kind, _, improving = diagnose(history)
+    measured = [v for v in history if is_finite(v)]
+    if kind == "diverged" or chosen is None:
+        return _rate(trainer, 0.1, "training diverged")
+    first, last = measured[0], measured[-1]
+    for old, new in itertools.pairwise(history):
+        if not is_finite(new) or counts(new.train_loss - old.train_loss, first.train_loss, SPIKE):
+            change = f"from {old.train_loss:.3g} to {new.train_loss:.3g}"
+            return _rate(trainer, 1 / 3, f"training loss rose {change} at step {new.step}")
+    fell = first.train_loss - last.train_loss
+    if kind == "not learning":
+        rose = counts(-fell, first.train_loss, CHANGE)
+        return _rate(trainer, 1 / 3 if rose else 10, f"training loss has {'risen' if rose else 'not fallen'}")
+    if kind == "learning" and len(measured) > LASTING and fell < SLOW * first.train_loss:
+        return _rate(trainer, 3, f"training loss fell by only {fell / first.train_loss:.0%}")
+    if kind in ("learning", "too early"):
+        return _longer([v for v in measured if v.step], improving, trainer)
+    rows, rank, epoch = (
+        len(trainer.datamodule.rows["train"]),
+        trainer.lightning_module.lora.r,
+        trainer.num_training_batches,
+    )
+    if kind == "memorising" and rows >= FEW_ROWS:
+        lowest = min(measured, key=lambda v: v.val_loss)
+        epochs = max(1, math.ceil(max(lowest.step, chosen.step) / epoch))
+        if epochs < math.ceil(trainer.global_step / epoch):
+            what = "train shorter, so that the learning rate has fallen where validation was best"
+            return what, _epochs(trainer, epochs)
+        if rank > LOWEST_RANK:
+            return "lower the rank, training is short already", {"model.lora.r": rank // 2}
+    losses = f"training loss {last.train_loss:.3g}, validation loss {last.val_loss:.3g}"
+    near = not counts(last.val_loss - last.train_loss, last.val_loss, GAP)
+    if kind == "saturated" and near and rank < HIGHEST_RANK:
+        return f"raise the rank, {losses}", {"model.lora.r": 2 * rank}
+    return f"add rows like those that the audit finds rare or missing, {losses} with {rows:,} rows", {}
+
+
+def _longer(trained: Sequence[Validation], improving: Sequence[str], trainer: Any) -> Step:
+    """Until the error halves, if it falls as a power of the steps, as it did in the last half of the validations."""
+    times, why, epoch = float(MOST), "too few validations to say how long", trainer.num_training_batches
+    name = next((name for name in ERRORS if name in improving), None)
+    late = trained[-max(LASTING, math.ceil(len(trained) / 2)) :]
+    if name and len(late) > 1:
+        errors = [max(ERRORS[name](v), 1e-6) for v in late]
+        power = -linear_regression([math.log(v.step) for v in late], [math.log(error) for error in errors]).slope
+        times = 2 ** (1 / power) if power > 1 / math.log2(MOST) else times
+        values = [f"{e:.3g}" if name == "validation loss" else f"{1 - e:.0%}" for e in (errors[0], errors[-1])]
+        why = f"{name} {values[0]} at step {late[0].step}, {values[1]} at step {late[-1].step}"
+        why += f" (format/exact {late[-1].exact / late[-1].rows:.0%})" if name != "format/exact" else ""
+    done, steps = trainer.global_step, round(times * trainer.global_step)
+    keys = _epochs(trainer, max(math.ceil(steps / epoch), done // epoch + 1))
+    return f"train longer, {why}", keys if steps >= epoch else keys | {
+        "trainer.max_epochs": 1,
+        "trainer.max_steps": steps,
+    }
+
+
+def _epochs(trainer: Any, number: int) -> dict[str, Any]:
+    keys: dict[str, Any] = {"trainer.max_epochs": number}
+    if trainer.max_steps > 0:
+        keys["trainer.max_steps"] = -1
+    if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # trainer.max_time
+        keys["trainer.max_time"] = "null"
+    return keys
+
+
+def _rate(trainer: Any, times: float, why: str) -> Step:
+    lr = times * trainer.optimizers[0].defaults["lr"]
+    return f"{'lower' if times < 1 else 'raise'} the learning rate, {why}", {"model.optimizer.lr": f"{lr:.1e}"}

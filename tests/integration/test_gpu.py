@@ -1,0 +1,90 @@
+"""On a CUDA device: the same losses as on the CPU, exact resume, valid answers. Run by `make test-gpu`."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from conftest import tiny_model
+from formtune.base.row import Row
+from formtune.cli import main
+from formtune.model.length_buckets import LengthBuckets
+from formtune.model.lora import Lora, add_lora
+from formtune.model.shared_prefixes import SharedPrefixes, choose_micro_batches
+from formtune.training.checkpoint import BestCheckpoint
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: make test-gpu")
+
+FIT = ("train", "-c", "small.yaml", "--baselines", "[]", "--seed_everything", "3")
+
+
+def losses_and_gradients(device, micro_batches_of, rows):
+    model = add_lora(tiny_model(hidden_size=64, intermediate_size=96), Lora(r=4, dropout=0.0)).to(device)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = (torch.randn(parameter.shape) * 0.1).to(device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    micro_batches = micro_batches_of(model)
+    loss, gradients = 0.0, [torch.zeros_like(p) for p in trained]
+    for group in micro_batches.split(rows, 200):
+        part = micro_batches.predictions(group)[0].loss
+        loss += float(part.detach())
+        for total, gradient in zip(gradients, torch.autograd.grad(part, trained), strict=True):
+            total += gradient
+    return loss, torch.cat([gradient.flatten().cpu() for gradient in gradients])
+
+
+def test_shared_prefixes_give_the_losses_and_gradients_of_the_cpu():
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count):
+        return torch.randint(3, 259, (count,), generator=generator).tolist()
+
+    prefix = ids(40)
+    rows = [Row(prefix + ids(9), ids(7), "", "", "f:1") for _ in range(12)]
+
+    def usual(model):
+        model.get_base_model().set_attn_implementation("sdpa")
+        return LengthBuckets(model)
+
+    expected = losses_and_gradients("cpu", usual, rows)
+    for micro_batches_of in (choose_micro_batches, usual):
+        loss, gradients = losses_and_gradients("cuda", micro_batches_of, rows)
+        assert abs(loss - expected[0]) <= 1e-4 * expected[0]
+        assert (gradients - expected[1]).norm() <= 1e-3 * expected[1].norm()
+    # FlexAttention has no kernel for heads of fewer than 16 numbers.
+    model = add_lora(tiny_model(hidden_size=64), Lora(r=4)).to("cuda")
+    assert isinstance(choose_micro_batches(model), SharedPrefixes)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_an_interrupted_run_resumes_bit_for_bit(write_project, monkeypatch, precision):
+    folder = write_project({"accelerator": "gpu", "devices": 1, "precision": precision, "max_epochs": 4})
+    assert main([*FIT, "--run", "whole"]) == 0
+
+    after_batch = BestCheckpoint.on_train_batch_end
+
+    def stop(self, trainer, *args):
+        if trainer.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return after_batch(self, trainer, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BestCheckpoint, "on_train_batch_end", stop)
+        assert main([*FIT, "--run", "stopped"]) == 143
+    assert main([*FIT, "--run", "stopped", "--resume"]) == 0
+    one, other = ((folder / f"logs/small/{run}/adapter/adapter_model.safetensors").read_bytes()
+                  for run in ("whole", "stopped"))  # fmt: skip
+    assert one == other
+
+
+def test_constrained_decoding_gives_valid_answers(write_project):
+    folder = write_project({"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed", "max_steps": 2})
+    assert main([*FIT, "--run", "one", "--model.constrained", "true", "--model.max_new_tokens", "64"]) == 0
+    kinds = [
+        json.loads(line)["kind"] for line in (folder / "logs/small/one/outcomes/after.jsonl").read_text().splitlines()
+    ]
+    assert kinds and set(kinds) <= {"ok", "content", "truncated"}

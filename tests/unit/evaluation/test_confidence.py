@@ -1,0 +1,291 @@
+"""Confidence is the probability of an answer's tokens; thresholds, risk, coverage and calibration by hand."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from conftest import SCHEMA, byte_tokenizer
+from formtune.base.renderer import Renderer
+from formtune.base.row import Row
+from formtune.errors import UserError
+from formtune.evaluation.confidence import Confidence, confidence
+from formtune.evaluation.outcomes import Outcome, read_outcomes, write_outcomes
+from formtune.evaluation.report import page
+from formtune.evaluation.selective import (
+    accepted,
+    aurc,
+    calibration,
+    calibration_error,
+    judged,
+    risks,
+    summary,
+    threshold,
+)
+from formtune.evaluation.statistics import wilson
+from formtune.formats import JsonSchema, Labels, Regex, Tagged
+from formtune.model.batch import Answer
+from formtune.training.answers import AnswerFile
+from formtune.training.run_folder import minimum_confidence
+
+HALF = math.log(0.5)
+
+
+def sure(format, text, tokens, halves=(), verdict=None):
+    """The confidence if the tokens at `halves` have probability one half, and all others 1."""
+    logprobs = [HALF if i in halves else 0.0 for i in range(len(tokens))]
+    return confidence(tokens, logprobs, text, verdict or format.check(text), format)
+
+
+def test_an_answers_confidence_is_the_product_over_all_its_tokens_and_a_fields_over_those_of_its_value():
+    format, text = JsonSchema(SCHEMA), '{"n":12,"s":"a"}'
+    tokens = ['{"', "n", '":', "1", "2", ',"', "s", '":"', "a", '"}', "<|end|>"]
+    assert sure(format, text, tokens) == Confidence(1.0, {"n": 1.0, "s": 1.0})
+    assert sure(format, text, tokens, [1]) == Confidence(0.5, {"n": 1.0, "s": 1.0}), "a key"
+    assert sure(format, text, tokens, [3, 4]) == Confidence(0.25, {"n": 0.25, "s": 1.0})
+    assert sure(format, text, tokens, [5]).fields == {"n": 0.5, "s": 1.0}, "it says that the number has no more digits"
+    assert sure(format, text, tokens, [7]).fields == {"n": 1.0, "s": 0.5}, "it begins the text"
+    assert sure(format, text, tokens, [9]).fields == {"n": 1.0, "s": 0.5}, "it ends the text"
+    assert sure(format, text, tokens, [10]) == Confidence(0.5, {"n": 1.0, "s": 1.0}), "the stop token"
+
+
+def test_an_answer_that_is_one_token_and_an_invalid_one():
+    format = Labels(["yes", "no"])
+    assert sure(format, "yes", ["yes", "<|end|>"], [0]) == Confidence(0.5)
+    assert sure(format, "yes", ["yes"], [0]) == Confidence(0.5), "a server may leave out the stop token"
+    assert sure(format, "maybe", ["maybe", "<|end|>"]) == Confidence(0.0)
+    assert sure(Labels(["", "a"]), "", ["<|end|>"], [0]) == Confidence(0.5)
+
+
+def test_a_field_that_the_answer_lacks_takes_the_tokens_of_the_object_around_it():
+    person = {"type": ["object", "null"], "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
+    format = JsonSchema({"type": "object", "properties": {"who": person, "x": {"type": "array"}}})
+    tokens = ['{"x"', ":", "[", "1", "]", ', "who" : ', "nu", "ll", " }", "<|end|>"]
+    assert sure(format, "".join(tokens[:-1]), tokens, [6]).fields == {"who.name": 0.5, "who.age": 0.5, "x": 1.0}
+    assert sure(format, "".join(tokens[:-1]), tokens, [3]).fields == {"who.name": 1.0, "who.age": 1.0, "x": 0.5}
+    tokens = ["{", '"x"', ":[]", "}", "<|end|>"]
+    assert sure(format, '{"x":[]}', tokens, [3]).fields == {"who.name": 0.5, "who.age": 0.5, "x": 1.0}
+
+
+def test_the_fields_of_other_formats_and_white_space_before_every_answer():
+    tokens = [" ", "<a>", "x", "</", "a>", "<b>", "y", "</b>", "<|end|>"]
+    assert sure(Tagged(["a", "b"]), "<a>x</a><b>y</b>", tokens, [3]).fields == {"a": 0.5, "b": 1.0}
+    assert sure(Tagged(["a", "b"]), "<a>x</a><b>y</b>", tokens, [6]).fields == {"a": 1.0, "b": 0.5}
+    format = Regex(r"(?P<day>\d+)(?:-(?P<month>\w+))?")
+    assert sure(format, "12-may", ["1", "2", "-", "may", "<|end|>"], [2]).fields == {"day": 0.5, "month": 1.0}
+    assert sure(format, "12-may", ["1", "2", "-", "may", "<|end|>"], [4]).fields == {"day": 1.0, "month": 0.5}
+    assert sure(format, "12", ["12", "<|end|>"], [1]).fields == {"day": 0.5, "month": 0.5}
+
+
+def test_the_tokens_of_one_character_belong_to_it():
+    renderer, format = Renderer(byte_tokenizer()), JsonSchema(SCHEMA)
+    text = '{"n":1,"s":"é€"}'
+    ids = [*renderer.tokenizer(text, add_special_tokens=False)["input_ids"], renderer.stop_ids[0]]
+    pieces = renderer.pieces(ids)
+    assert "".join(pieces).startswith(text) and "" in pieces
+    for byte in range(len(ids)):
+        fields = sure(format, text, pieces, [byte]).fields
+        assert fields["s"] == (0.5 if 11 <= byte <= 17 else 1.0), byte
+
+
+PAIRS = [(0.9, True), (0.8, False), (0.8, True), (0.6, True), (0.3, False)]
+
+
+def test_risk_and_coverage_by_hand_and_ties_in_no_order():
+    assert risks(PAIRS).tolist() == pytest.approx([0, 0.5 / 2, 1 / 3, 1 / 4, 2 / 5])
+    assert aurc(PAIRS) == pytest.approx((0 + 1 / 4 + 1 / 3 + 1 / 4 + 2 / 5) / 5)
+    assert risks(PAIRS[::-1]).tolist() == risks(PAIRS).tolist()
+    assert risks([(1.0, True), (1.0, False)] * 2).tolist() == [0.5] * 4
+
+
+def test_calibration_by_hand():
+    rows = [(1.0, True), (0.9, True), (0.9, False), (0.25, False), (0.0, False)]
+    expected = [(1, 0.0, 0.0), (1, 0.25, 0.0), (3, 2.8 / 3, 2 / 3)]
+    assert [pytest.approx(one) for one in calibration(rows)] == expected
+    assert calibration_error(rows) == pytest.approx((0 + 0.25 + 3 * (2.8 / 3 - 2 / 3)) / 5)
+
+
+def test_a_threshold_is_the_lowest_that_reaches_the_target_with_one_right_and_one_wrong_answer_more():
+    assert threshold(PAIRS, 0.6) == 0.6, "(3 + 1) / (4 + 2)"
+    assert threshold(PAIRS, 0.57) == 0.3, "(3 + 1) / (5 + 2), though 0.8 does not reach it"
+    assert threshold(PAIRS, 2 / 3) == 0.6 and threshold(PAIRS, 0.67) is None, "0.9 alone has (1 + 1) / (1 + 2)"
+    assert threshold(PAIRS, 0.5) == 0.3
+    right = [(0.5 + n / 1000, True) for n in range(98)]
+    assert threshold(right, 0.99) == 0.5 and threshold(right[1:], 0.99) is None and threshold(right, 1.0) is None
+    assert threshold([(0.0, False), (0.7, True), (0.7, True)], 0.1) == 0.7, "an invalid format is never accepted"
+    assert threshold([(0.7, True), (0.7, False), (0.7, True)], 0.75) is None, "a tie is accepted whole or not at all"
+    assert threshold([], 0.5) is None
+
+
+def test_what_is_accepted_has_its_coverage_and_interval():
+    figures = accepted(PAIRS, 0.8)
+    assert (figures["accepted"], figures["coverage"], figures["precision"]) == (3, 0.6, 2 / 3)
+    assert figures["interval"] == wilson(2, 3)
+    assert accepted(PAIRS, 0.95) == {
+        "min_confidence": 0.95, "accepted": 0, "coverage": 0.0, "precision": None, "interval": (0.0, 1.0),
+    }  # fmt: skip
+
+
+def outcome(number, sure, right=True, n=None):
+    kind = "ok" if right else "content" if sure else "syntax"
+    fields = {"n": n, "s": sure} if sure and n is not None else {"n": sure, "s": sure} if sure else None
+    return Outcome(
+        f"f:{number}",
+        "",
+        9,
+        f"i {number}",
+        "{}",
+        "{}",
+        kind,
+        "",
+        True,
+        1,
+        2,
+        {"n": right, "s": True},
+        None,
+        sure,
+        fields,
+    )
+
+
+def rows(wrong, count=200):
+    """Confidences from 0.8 up, of which the lowest `wrong` ones are wrong; one answer has an invalid format."""
+    return [outcome(n, round(0.8 + n / 1000, 6), n >= wrong, 0.9) for n in range(count)] + [outcome(count, 0.0, False)]
+
+
+def test_thresholds_come_from_the_validation_rows_and_all_else_from_the_test_rows(tmp_path):
+    write_outcomes(tmp_path / "v.jsonl", rows(10))
+    validation, test = read_outcomes(tmp_path / "v.jsonl"), rows(20)
+    assert validation == rows(10)
+    figures = summary(validation, test)
+    by_target = {one["target"]: one for one in figures["accept"]}
+    assert by_target[0.9]["min_confidence"] == 0.8 and by_target[0.9]["accepted"] == 200
+    assert by_target[0.9]["precision"] == 180 / 200 and by_target[0.9]["interval"] == wilson(180, 200)
+    # 191 of the upper 192 or more: (190 + 1) / (192 + 2) > 0.98, but 193 rows would have 3 wrong ones.
+    assert by_target[0.98]["min_confidence"] == 0.8 + 8 / 1000 and by_target[0.98]["precision"] == 180 / 192
+    assert by_target[0.995] == {"target": 0.995}, "199 right ones would be needed"
+    assert figures["fields"].keys() == {"n", "s"} - {"s"} and figures["fields"]["n"]["right"] == 180 / 201
+    assert figures["fields"]["n"] == {"right": 180 / 201, "target": 0.99}, "its confidences are all the same"
+    assert figures["validation_rows"] == 201 and figures["aurc"] == aurc(judged(test))
+    assert judged([dataclasses.replace(test[0], confidence=None)]) == []
+
+
+def test_the_page_shows_what_to_accept_and_nothing_where_no_confidence_is_known(monkeypatch):
+    from test_report import run_of
+
+    plain = run_of(rows(20), rows(20))
+    assert "Which answers to trust" not in page(plain)
+    plain.result["confidence"] = summary(rows(10), rows(20))
+    text = re.sub(r"\s+", " ", page(plain))
+    assert "chosen on 201 validation rows" in text
+    assert (
+        '<td class="n">98.0%</td><td class="n">0.808</td><td class="n">95.5%</td><td class="n">93.8% <small>89.4% to'
+        in text
+    )
+    assert "The validation rows show no confidence from which 99.5% are right." in text
+    assert '<td>n</td><td class="n">89.6%</td><td class="n" colspan="3">not reached on the' in text
+    assert "--target_precision 0.99</code>" in text
+    points = re.search(r'<polyline class="curve1" points="([^"]*)"', text)[1].split()
+    assert points[-1] == "356.0,25.0" and points[0].endswith(",130.0"), "all accepted; the most confident one is right"
+    assert text.count("<circle") == 3
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location("confidence_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_ranks_the_same_answers_by_each_definition():
+    benchmark = load(Path(__file__).resolve().parents[3] / "benchmarks/confidence.py")
+    format, text = JsonSchema(SCHEMA), '{"n":12,"s":"a"}'
+    pieces = ['{"', "n", '":', "1", "2", ',"', "s", '":"', "a", '"}', "<|end|>"]
+    assert benchmark.value_tokens(pieces, text, format) == [3, 4, 5, 7, 8, 9]
+    assert benchmark.value_tokens(["yes", "<|end|>"], "yes", Labels(["yes"])) == [0, 1]
+    sure = benchmark.definitions([HALF, 2 * HALF, 0.0, 0.0], [0, 3])
+    assert sure == pytest.approx({
+        "mean probability": 2.75 / 4, "minimum": 0.25, "mean log-probability": 3 * HALF / 4, "product": 0.125,
+        "value product": 0.5, "value minimum": 0.5,
+    })  # fmt: skip
+    better = benchmark.definitions([0.0, HALF / 9, 0.0], [0])
+    figures = benchmark.compared([(sure, False), (better, True), (None, False)])
+    assert figures["product"]["aurc"] == pytest.approx((0 + 1 / 2 + 2 / 3) / 3)
+    assert figures["random order"]["aurc"] == 2 / 3 and figures["a perfect order"]["aurc"] == figures["minimum"]["aurc"]
+
+
+def answers(path, minimum):
+    """A file of four predictions, one of an invalid format, that a trainer has finished."""
+    file, format = AnswerFile(str(path), None, minimum), JsonSchema(SCHEMA)
+    good = '{"n":1,"s":"a"}'
+    for number, (text, probability) in enumerate([(good, 0.99), ("no", 0.0), (good, 0.5), (good, 0.97)]):
+        row = Row([1], [], f"p {number}", None, f"f:{number}", number)
+        file._answers.append(Answer(row, text, format.check(text), Confidence(probability, {"n": probability})))
+    return file
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_predictions_are_split_by_their_confidence(tmp_path):
+    trainer = SimpleNamespace(global_rank=0)
+    for minimum, numbers in ((0.97, [0, 3]), (0.0, [0, 2, 3]), (1.0, [])):
+        file = answers(tmp_path / "out.jsonl", minimum)
+        file.on_predict_end(trainer, None)
+        good, rest = read(tmp_path / "out.accepted.jsonl"), read(tmp_path / "out.review.jsonl")
+        assert [one["where"] for one in good] == [f"f:{n}" for n in numbers]
+        assert [one["where"] for one in rest] == [f"f:{n}" for n in range(4) if n not in numbers]
+        assert not (tmp_path / "out.jsonl").exists()
+        assert file.written == {tmp_path / "out.review.jsonl": len(rest), tmp_path / "out.accepted.jsonl": len(good)}
+    assert rest[3]["confidence"] == 0.97 and rest[3]["field_confidences"] == {"n": 0.97}
+    answers(tmp_path / "out.jsonl", None).on_predict_end(SimpleNamespace(global_rank=1), None)
+    assert len(read(tmp_path / "out.jsonl.1")) == 4
+    answers(tmp_path / "out.jsonl", 0.97).on_predict_end(SimpleNamespace(global_rank=1), None)
+    assert len(read(tmp_path / "out.accepted.jsonl.1")) == 2
+
+
+def test_a_kill_between_the_two_files_leaves_no_old_one_beside_a_new_one(tmp_path, monkeypatch):
+    trainer = SimpleNamespace(global_rank=0)
+    answers(tmp_path / "out.jsonl", 0.0).on_predict_end(trainer, None)
+    from formtune.training import answers as module
+
+    write, calls = module.write_lines, []
+
+    def killed(path, lines):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(path)
+        write(path, lines)
+
+    monkeypatch.setattr(module, "write_lines", killed)
+    with pytest.raises(KeyboardInterrupt):
+        answers(tmp_path / "out.jsonl", 0.97).on_predict_end(trainer, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.review.jsonl"]
+    assert len(read(tmp_path / "out.review.jsonl")) == 2
+
+
+def test_a_target_precision_takes_the_threshold_of_the_runs_validation_rows(tmp_path):
+    def minimum(run=tmp_path, target=0.98, given=None, ckpt=None, constrained=False):
+        model = SimpleNamespace(constrained=constrained)
+        config = SimpleNamespace(target_precision=target, min_confidence=given, ckpt_path=ckpt, model=model)
+        return minimum_confidence(config, run)
+
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"constrained": False}}))
+    with pytest.raises(UserError, match=r"validation.jsonl: No such file or directory; a finished run has it"):
+        minimum()
+    write_outcomes(tmp_path / "outcomes/validation.jsonl", rows(10))
+    assert minimum() == minimum(ckpt="best") == 0.808 == threshold(judged(rows(10)), 0.98)
+    with pytest.raises(UserError, match=r"target_precision: no confidence gives 0.999 on the 201 validation rows of"):
+        minimum(target=0.999)
+    with pytest.raises(UserError, match=r"was measured with model.constrained: false"):
+        minimum(constrained=True)
+    for wrong in ({"run": None}, {"given": 0.9}, {"ckpt": "last"}, {"ckpt": "base"}):
+        with pytest.raises(UserError, match="it needs a finished run and its best checkpoint, and no min_confidence"):
+            minimum(**wrong)
