@@ -4,7 +4,7 @@ Fine-tuning is worth its trouble where a model understands the question and answ
 demo that runs on a laptop's CPU has to be like that too, only a thousand times smaller. It learns
 
 * the messages of ``generator.py`` (other seeds; every held-out message is excluded), answered in six styles, none of
-  which has the format's keys, team codes, severities, category paths, amounts in cents or ISO dates;
+  which has the format's topic paths, team codes, urgency numbers, amounts in cents or ISO dates;
 * the same messages over several turns, where the later answers take the layout of the first, so that examples in the
   prompt help it with the form;
 * exercises in copying, looking up, converting dates and amounts and writing JSON with made-up words and keys. They are
@@ -611,7 +611,7 @@ tags: [demo, lora, json]
 A language model of {parameters:.2f} million parameters ({layers} layers of width {width}, {heads} heads, vocabulary
 {vocabulary}, byte-level BPE of its own, context 1,024 tokens, ChatML-like template, bfloat16). It exists to be
 fine-tuned in minutes on a CPU. It understands the demo's support messages and copies from them, but it has never seen
-the format's conventions: team codes, severities, category paths, amounts in cents, ISO dates. So constrained decoding
+the format's conventions: topic paths, team codes, urgency numbers, amounts in cents, ISO dates. So constrained decoding
 alone gives valid tickets with wrong content.
 
 ## How it was made
@@ -634,7 +634,7 @@ Greedy answers to the demo's {count} test messages, with the demo's system promp
 |---|---|
 {styles}
 
-None of these has the format's keys.
+None of these has the keys of the format.
 
 Held-out conversations right in every token (teacher-forced, 48 each; for tickets without the first three tokens,
 which decide the style): {accuracy}.
@@ -647,7 +647,7 @@ training pipeline, and for nothing else.
 
 Licence: Apache-2.0, like the code that made it.
 """
-CPU_TOKENS_PER_SECOND = 4300  # on 2 cores, measured
+CPU_TOKENS_PER_SECOND = 4300  # on 2 cores, as measured for an earlier base of this size
 
 
 def parse(words=None):
@@ -686,7 +686,8 @@ def main():
         parameters=sum(p.numel() for p in model.parameters()) / 1e6, layers=LAYERS, width=WIDTH, heads=HEADS,
         vocabulary=VOCABULARY, steps=report["steps"], minutes=report["minutes"],
         command=f"--steps {options.steps} --tokens_per_step {options.tokens_per_step} --lr {options.lr}"
-                + f" --seed {options.seed} --device {options.device}",
+                + f" --seed {options.seed} --device {options.device} --workers {options.workers}"
+                + (f" --minutes {options.minutes}" if math.isfinite(options.minutes) else ""),
         hardware=f"one {torch.cuda.get_device_name()}" if cuda else f"{torch.get_num_threads()} CPU cores",
         estimate=estimate if cuda else "",
         tokens=report["tokens"] / 1e6, answer_tokens=report["answer_tokens"] / 1e6, count=len(answers),

@@ -3,7 +3,7 @@
     python -m formtune.demo.generator OUT_DIR
 
 It draws what a customer has to say, words it as a mail, and fills in the ticket by rules that no model can guess: names
-and numbers are copied, dates and amounts converted, team, severity and category follow from ``house`` in phrases.yaml.
+and numbers are copied, dates and amounts converted, topic, team and urgency are codes of the house (see phrases.yaml).
 About one row in six of ``train.jsonl`` is messy, as collected data is, and cleaning has to find it.
 ``production.jsonl`` has prompts only, and longer ones, so that the audit finds length drift.
 """
@@ -77,9 +77,9 @@ def message(rng, long=False):
 def ticket(rng, long=False):
     """Draw a message and fill in its ticket by the house rules. Return ``(message, answer)``."""
     text, facts = message(rng, long)
-    category, team, more = PHRASES["house"][facts["topic"]]
+    topic, team = PHRASES["house"][facts["topic"]]
     whole, _, cents = facts["amount"].partition(".")
-    answer = {"team": team, "severity": max(1, 4 - URGENCIES.index(facts["urgency"]) - more), "category": category,
+    answer = {"topic": topic, "team": team, "urgency": 4 - URGENCIES.index(facts["urgency"]),
               "customer": {"name": facts["name"], "city": facts["city"]}, "order_id": facts["order"],
               "items": facts["items"], "amount_cents": int(whole + (cents or "00")), "currency": facts["currency"],
               "date": "{}-{:02d}-{:02d}".format(*facts["date"])}
@@ -108,7 +108,7 @@ def tickets(seed, count, taken=(), long=False):
 
 def wrong_formats(answer, rng):
     """Return the same ticket in the wrong formats that people and models really write."""
-    lost = rng.choice(("amount_cents", "severity", "date"))
+    lost = rng.choice(("amount_cents", "urgency", "date"))
     without = {key: value for key, value in answer.items() if key != lost}
     return {
         "fenced": f"```json\n{json.dumps(answer, ensure_ascii=False, indent=2)}\n```",
@@ -137,8 +137,8 @@ def messy_train(test, taken):
     for message, answer in rng.sample(base, 50):
         rows.append((near_duplicate(message, rng), canonical(answer), "near-duplicate"))
     for message, answer in rng.sample(base, 20):  # the same message, another answer
-        other = rng.choice([value for value in (1, 2, 3, 4) if value != answer["severity"]])
-        rows.append((message, canonical(answer | {"severity": other}), "contradiction"))
+        other = rng.choice([value for value in (1, 2, 3, 4) if value != answer["urgency"]])
+        rows.append((message, canonical(answer | {"urgency": other}), "contradiction"))
     rows += [(message, canonical(answer), "leak") for message, answer in rng.sample(test, 25)]
     for number, (message, answer) in enumerate(islice(extra, 90)):  # seven wrong formats in turn
         name, text = list(wrong_formats(answer, rng).items())[number % 7]
