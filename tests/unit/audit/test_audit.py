@@ -358,7 +358,7 @@ def test_the_page_draws_lengths_labels_and_quarantine_to_scale(demo):
         assert re.search(rf'{cells}width="{width}%" height="100%"/></svg>\s*</td><td class="n">{count}</td>', text), (
             reason
         )
-    for label, count in findings["labels"]["category"]["train"].items():
+    for label, count in findings["labels"]["topic"]["train"].items():
         assert re.search(rf'<td>{label}</td>.*width="[\d.]+%".*\s*</td><td class="n">{count}</td>', text)
     inside = page(findings | {"limit": findings["histograms"]["prompt"]["edges"][-1] + 100}).split("<svg")[1]
     assert '<line class="limit" x1="356.0" x2="356.0"' in inside and "→" not in inside
