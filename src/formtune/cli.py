@@ -1,7 +1,5 @@
 """The entry point: command table, help, exit codes. Nothing imports it."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

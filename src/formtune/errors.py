@@ -1,7 +1,5 @@
 """Exceptions and their exit codes."""
 
-from __future__ import annotations
-
 import signal
 
 

@@ -1,7 +1,5 @@
 """Files that are written atomically, and are on the disk when the call returns."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Everything that an audit finds, as plain data; the rows are prepared by the code that prepares them for training."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """The audit's files, its HTML page, and its lines in the terminal."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

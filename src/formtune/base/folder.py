@@ -1,7 +1,5 @@
 """The base model's folder, refused if it leads elsewhere: to other files, pickles, another base or remote code."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re

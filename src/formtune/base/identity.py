@@ -1,7 +1,5 @@
 """Which base and format a checkpoint belongs to: a different base with the same shapes would load silently."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Any

@@ -1,7 +1,5 @@
 """One example in token ids, and the turns that it was rendered from."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """One file per command: parse, call the library, print."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

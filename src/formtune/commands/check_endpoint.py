@@ -1,7 +1,5 @@
 """`formtune check-endpoint`: send the test rows to a server; judge its answers as the model's were."""
 
-from __future__ import annotations
-
 import json
 import random
 import time

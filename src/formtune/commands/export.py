@@ -1,7 +1,5 @@
 """`formtune export`: help and mistakes on the command line do not import torch."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`formtune preflight`: whether what a task would train can go to production, before it is trained."""
 
-from __future__ import annotations
-
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """`formtune promote`, `rollback` and `deployments`: production changes on evidence, and back with a reason."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`formtune serve`: serve a run or a deployment on this machine, or print the command for vLLM."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

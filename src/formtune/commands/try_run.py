@@ -1,7 +1,5 @@
 """`formtune try`: type a prompt, and see the answers of base and tuned model side by side, each with its verdict."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any

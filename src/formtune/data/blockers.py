@@ -1,7 +1,5 @@
 """Why prepared rows must not be trained on: one line for each reason with its count, first place and remedy."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from math import sqrt

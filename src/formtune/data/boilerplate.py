@@ -4,8 +4,6 @@ A run has at least 15 words, letter for letter as in many inputs. A piece, such 
 inputs hold its words equally often and in the same order. Where little is shared, such words belong to the message.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Repairs inputs by named steps, in training, evaluation and prediction alike, and judges answers by the format."""
 
-from __future__ import annotations
-
 import html
 import re
 import unicodedata

@@ -1,7 +1,5 @@
 """The LightningDataModule: one batch is the rows of one optimizer step."""
 
-from __future__ import annotations
-
 import functools
 import os
 import random

@@ -3,8 +3,6 @@
 A text is the set of its shingles (runs of five characters). No reported pair is wrong; about one in 500 is missed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The rows of a run in token ids, what became of all the others, and their cache in `.cache/encoded`."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform

@@ -1,7 +1,5 @@
 """Files to cleaned, judged, split and encoded rows: no input is in two splits, and no row is cut."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

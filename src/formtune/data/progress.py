@@ -1,7 +1,5 @@
 """A progress bar over the rows."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """The YAML's `data` group: where a task's rows come from and how they are prepared."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re

@@ -1,7 +1,5 @@
 """How a record becomes a conversation: by its columns, or by the shape in which another tool wrote it."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

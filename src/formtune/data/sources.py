@@ -3,8 +3,6 @@
 Text files are not read by a data-frame library: those guess types (ISO dates become timestamps) and lose line numbers.
 """
 
-from __future__ import annotations
-
 import bz2
 import csv
 import functools

@@ -1,7 +1,5 @@
 """Styles: what answers write in several ways. A model trained on a mixture writes a mixture."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter, defaultdict

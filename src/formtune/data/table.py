@@ -1,7 +1,5 @@
 """The data table: rows per split, how they were read, repairs, and quarantined rows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from rich.console import Console

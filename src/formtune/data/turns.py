@@ -1,7 +1,5 @@
 """Chat turns as other tools write them. A key is read, refused by name, or noted as ignored; never silently dropped."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Set
 from typing import Any

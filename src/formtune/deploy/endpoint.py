@@ -5,8 +5,6 @@ A second BOS, thinking left on or another version of the template gives no error
 token.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

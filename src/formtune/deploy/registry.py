@@ -8,8 +8,6 @@
 The file changes in one rename: a kill at any moment leaves the old or the new state.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import json

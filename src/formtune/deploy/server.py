@@ -3,8 +3,6 @@
 An adapter is not merged for it: transformers loads a folder of links to the base's files and to the adapter's.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """What prompting alone reaches: the base on the test rows, plain and few-shot, measured before training."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter, defaultdict

@@ -1,7 +1,5 @@
 """`formtune compare`: whether one of several runs is better on the same test rows, or the rows cannot tell."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict

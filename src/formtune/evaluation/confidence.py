@@ -1,7 +1,5 @@
 """How sure a model is of an answer, and of each field in it, from the log-probabilities of the answer's tokens."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

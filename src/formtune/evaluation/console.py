@@ -1,7 +1,5 @@
 """The result of an evaluation or a whole run in the terminal."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

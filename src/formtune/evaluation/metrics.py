@@ -1,7 +1,5 @@
 """Metrics as sums and counts over all rows, so that the number of processes and uneven batches change nothing."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The outcome of each test row, kept on disk: every figure and comparison can be computed from it again."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence

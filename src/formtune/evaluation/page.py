@@ -1,7 +1,5 @@
 """What the HTML pages share: the template settings, and one style."""
 
-from __future__ import annotations
-
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 

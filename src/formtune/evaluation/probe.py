@@ -4,8 +4,6 @@ Only the format is checked: a model trained on short inputs often answers long o
 are often longer than expected.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from formtune.base.renderer import Renderer

@@ -1,7 +1,5 @@
 """A run's report as one self-contained page, and its adapter's model card: was it worth it, and where does it fail."""
 
-from __future__ import annotations
-
 import difflib
 import html
 import importlib.metadata

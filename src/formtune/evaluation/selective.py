@@ -1,7 +1,5 @@
 """Which answers to accept: risk and coverage, calibration, and the confidence from which answers reach a precision."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter

@@ -1,7 +1,5 @@
 """Where a model fails: the test rows by the length of their prompt, by who wrote them, by label."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

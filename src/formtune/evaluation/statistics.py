@@ -1,7 +1,5 @@
 """Intervals of the figures on the test rows, and paired tests of two runs on the same rows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

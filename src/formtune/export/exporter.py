@@ -1,7 +1,5 @@
 """Export a run's adapter as production loads it, if it still answers as the adapter did."""
 
-from __future__ import annotations
-
 import json
 import operator
 import shutil

@@ -1,7 +1,5 @@
 """Call a function in a fresh process: a model measured where it was quantized would hold what it was made from."""
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os

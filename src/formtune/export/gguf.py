@@ -1,7 +1,5 @@
 """A merged model as a GGUF file, by llama.cpp's own converter and quantizer, with what Ollama and a client need."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import runpy

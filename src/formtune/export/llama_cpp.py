@@ -1,7 +1,5 @@
 """llama.cpp's server, the proof that it renders the prompts of training, and what a GGUF file answers."""
 
-from __future__ import annotations
-
 import json
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Convert a merged model's folder into another. Called in a fresh process: the packages never reach training."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Each rule was seen to hold with the versions that it names (docs/deployment.md).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 

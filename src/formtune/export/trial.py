@@ -3,8 +3,6 @@
 What fails there depends on shapes, packages and the machine, not on what was learned.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path

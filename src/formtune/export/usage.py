@@ -1,7 +1,5 @@
 """What serves an exported folder elsewhere: a `Modelfile` for Ollama, and a card with commands to paste."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

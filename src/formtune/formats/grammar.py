@@ -4,8 +4,6 @@ A grammar may allow less than its format, never more: what cannot be expressed i
 llguidance itself refuses most of it; this file refuses what it would read in another sense.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import math

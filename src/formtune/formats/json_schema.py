@@ -1,7 +1,5 @@
 """JSON that keeps a JSON Schema, judged by the `jsonschema` library and read strictly."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import json

@@ -3,8 +3,6 @@
 Objects whose targets agree on one order keep it. In others each key may come at any time, but once.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """Constrained greedy decoding: each step takes the most likely token among those that llguidance's grammar allows."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

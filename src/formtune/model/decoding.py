@@ -1,7 +1,5 @@
 """Attention of generated tokens to the KV cache of a teacher-forced pass, shared prefixes included."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The next command after a run: what its diagnosis asks for, with the run's own configuration (docs/training.md)."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import shlex

@@ -1,7 +1,5 @@
 """Diagnose during a run whether it still learns or memorises, and stop a run that has nothing left to learn."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
