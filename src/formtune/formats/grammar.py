@@ -13,6 +13,7 @@ from typing import Any
 from formtune.errors import UserError
 from formtune.formats.bounded import ecma
 from formtune.formats.dialect import schema_nodes, types
+from formtune.formats.key_orders import WHITE_SPACE
 
 # Escapes and sets are read as one; the rest is what the `regex` package and Rust's take for different things.
 _TOKEN = re.compile(
@@ -38,7 +39,7 @@ def json_rules(schema: dict[str, Any], canonical: bool) -> str:
 def closed(schema: dict[str, Any], canonical: bool) -> dict[str, Any]:
     """A valid schema as llguidance has to be given it, without keys that the schema does not name.
 
-    White space is free unless the format is canonical. Numbers are the exception to "never more": where the format is
+    White space is bounded; a canonical format has none. Numbers are the exception to "never more": where the format is
     canonical, 1.50 can still be written for 1.5.
     """
     schema = copy.deepcopy(schema)
@@ -59,9 +60,9 @@ def closed(schema: dict[str, Any], canonical: bool) -> dict[str, Any]:
             node.setdefault("allOf", []).append({"pattern": f"^{_FORMATS[node.pop('format')]}$"})
         if "number" in types(node) and not node.keys() & {"minimum", "exclusiveMinimum"}:
             node["minimum"] = -1e18  # without any bound llguidance also writes 1e999, which is not finite
-    options: dict[str, Any] = {"whitespace_flexible": not canonical}
+    options: dict[str, Any] = {"whitespace_pattern": WHITE_SPACE}
     if canonical:
-        options["json_allowed_escapes"] = 'nrbtf\\"'  # no \u000a for \n
+        options = {"whitespace_flexible": False, "json_allowed_escapes": 'nrbtf\\"'}  # no \u000a for \n
     return schema | {"x-guidance": options}
 
 

@@ -22,7 +22,8 @@ Pairs = dict[tuple[Any, Any], int]
 
 MAX_KEYS = 64  # of an object in any order: llguidance's rules take one number of 64 bits
 
-_SPACE = r"/[\x20\x0A\x0D\x09]+/"  # exactly as llguidance writes it for %json, so that one lexer reads both
+# Enough to indent; a model that prefers to write white space must not do it without end.
+WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 _SCALARS = {"null", "string", "boolean", "integer"}
 
 
@@ -80,7 +81,7 @@ class OrderedRules:
             text = json.dumps(json.dumps(key, ensure_ascii=False), ensure_ascii=False)
             lines.append(f'{name}: {text} SPACE? ":" SPACE?')
         # llguidance skips no white space before a %json, so that the terminals before one hold it.
-        lines += ['OPEN: "[" SPACE?', 'COMMA: "," SPACE?', f"SPACE: {_SPACE}", f"%ignore {_SPACE}", "}"]
+        lines += ['OPEN: "[" SPACE?', 'COMMA: "," SPACE?', f"SPACE: /{WHITE_SPACE}/", f"%ignore /{WHITE_SPACE}/", "}"]
         return "\n".join(lines)
 
     def _arrange(self, orders: Orders | None) -> bool:

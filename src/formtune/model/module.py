@@ -21,6 +21,7 @@ from formtune.base.row import Row
 from formtune.errors import Fault, UserError
 from formtune.evaluation.metrics import LossMetrics
 from formtune.formats import Format
+from formtune.formats.key_orders import Orders
 from formtune.model.batch import Answer, Batch, Decoding, out_of_memory_named
 from formtune.model.constrained import Grammar
 from formtune.model.fsdp import ShardedBase, padded, uneven_counts, unsynced
@@ -88,6 +89,7 @@ class FormatModule(L.LightningModule):
         self.max_new_tokens, self.tokens_per_micro_batch = max_new_tokens, tokens_per_micro_batch
         self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile
         self.constrained = constrained
+        self.orders: Orders | None = None  # of keys, for constrained decoding; None allows any
         self.model: Any = None
         self.scores = Scores(format, metrics)
         self.max_grad_norm = max_grad_norm or float("inf")
@@ -108,7 +110,8 @@ class FormatModule(L.LightningModule):
         if base.get_input_embeddings().num_embeddings < len(self.renderer.tokenizer):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.orders = getattr(getattr(datamodule, "splits", None), "orders", None)
+        splits = getattr(datamodule, "splits", None)
+        self.orders = splits.orders if splits else self.orders
         if self.constrained:
             grammar, rows = self.grammar, getattr(datamodule, "rows", {})
             for row in (*rows.get("validation", ()), *rows.get("test", ())):

@@ -34,7 +34,7 @@ class Evaluator:
         self.trainer, self.model, self.datamodule, self.folder = trainer, model, datamodule, folder
         self.train_rows, self.test_rows = datamodule.rows["train"], datamodule.rows["test"]
         self.renderer, self.context = datamodule.settings.renderer, context_length(model.base) or 10**9
-        self._orders = datamodule.splits.orders if datamodule.splits else None
+        self._orders = model.orders = datamodule.splits.orders if datamodule.splits else None
         self.outcomes: dict[str, list[Outcome]] = {}
         self._writes = trainer.is_global_zero and not trainer.fast_dev_run
         self._longest = max(len(row.target_ids) for row in self.test_rows)
