@@ -279,6 +279,8 @@ def _checks() -> list[Any]:
     """Checks before training that an optional folder brings: what could not be merged or served is refused now."""
     try:
         from formtune.export.rules import before_training
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if "formtune.export" not in str(error.name):
+            raise  # a package is missing, not the folder
         return []
     return [lambda model: before_training(model.base, model.lora)]
