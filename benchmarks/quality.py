@@ -24,7 +24,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-VALIDATION_ROWS = 150  # each is decoded at every validation
 STRINGS = {"type": "array", "items": {"type": "string"}}
 # Held-out files, and the text before the keys in the system prompt.
 TASKS = {
@@ -65,24 +64,24 @@ def closed(properties: dict[str, Any], required: list[str] | None = None) -> dic
     }
 
 
-def prepare(task: str, data: Path, base: str, rows: int, test_rows: int | None, out: Path) -> Path:
+def prepare(task: str, arguments: argparse.Namespace, out: Path) -> Path:
     """Write rows, schema and configuration of a task into `out`; returns the configuration's path."""
-    source, out = data / task, out.resolve()
+    source, count = arguments.data / task, arguments.validation_rows
     out.mkdir(parents=True, exist_ok=True)
     test, words = TASKS[task]
     schema, keys = {"snips": snips, "wnut17": wnut17}[task](source)
     lines = sorted(set((source / "train.jsonl").read_text(encoding="utf-8").splitlines()))
     random.Random(0).shuffle(lines)
     parts = {
-        "validation": lines[:VALIDATION_ROWS],
-        "train": lines[VALIDATION_ROWS:][:rows],
-        "test": (source / test).read_text(encoding="utf-8").splitlines()[:test_rows],
+        "validation": lines[:count],
+        "train": lines[count:][: arguments.rows],
+        "test": (source / test).read_text(encoding="utf-8").splitlines()[: arguments.test_rows],
     }
     for name, part in parts.items():
         (out / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
     (out / "schema.json").write_text(json.dumps(schema, indent=1), encoding="utf-8")
     config = {
-        "model": {"base": base, "max_new_tokens": 128},
+        "model": {"base": arguments.base, "max_new_tokens": 128},
         "data": {name: str(out / f"{name}.jsonl") for name in parts}
         | {
             "bad_rows": "drop",
@@ -162,12 +161,13 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=4800, help="training rows at most")
+    parser.add_argument("--validation_rows", type=int, default=150, help="decoded at every validation")
     parser.add_argument("--test_rows", type=int, help="test rows at most (default: all)")
     arguments, options = parser.parse_known_args()
     out = arguments.out.resolve()
     lines = []
     for task in arguments.task:
-        config = prepare(task, arguments.data, arguments.base, arguments.rows, arguments.test_rows, out / task)
+        config = prepare(task, arguments, out / task)
         lines += [f"## {task}\n", f"| | seed | rows | {' | '.join(COLUMNS.values())} | minutes | peak GiB |"]
         lines.append("|---|---|---|" + "---:|" * (len(COLUMNS) + 2))
         for number, seed in enumerate(arguments.seed):

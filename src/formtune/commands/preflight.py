@@ -41,7 +41,8 @@ def run(command: str, args: list[str]) -> int:
     lora: Lora = parser.instantiate_classes(config).model.lora
     plan, prompts = read_plan(base, lora, config.model.quantize), _prompts(settings)
     length = min(quantile([len(row) for row in prompts], 95), (context_length(base) or 10**9) - 8)
-    rendered = [row for row in prompts if len(row) <= length][-RENDERED:] if "gguf" in targets else []
+    short = sorted((row for row in prompts if len(row) <= length), key=len, reverse=True)
+    rendered = short[:RENDERED] if "gguf" in targets else []
     checks = [*_rules(plan, targets), *_trials(targets, base, lora, length, rendered)]
     if settings.renderer.note and "vllm" in targets:
         checks.append(_check("vllm", "chat template", "warning", settings.renderer.note))

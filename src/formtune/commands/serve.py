@@ -27,6 +27,8 @@ def run(command: str, args: list[str]) -> int:
                         "an environment that has it (default: llamacpp for GGUF, else transformers)")  # fmt: skip
     config = parser.parse_args(args)
     files = sorted(Path(config.what).glob("gguf-*")) if config.engine == "llamacpp" else []
+    if len(files) > 1 and config.kind is None:
+        raise UserError(f"--as: name one of {', '.join(file.name for file in files)}")
     exported = find_exported(config.what, config.kind or (files[0].name if files else "adapter"))
     trained_on, gguf = exported.manifest["base"], exported.kind == "gguf"
     base = trained_on["path"] if exported.kind == "adapter" else None

@@ -31,7 +31,7 @@ KEYS = (
     ("data.test", "0.1", "the same for the final test, or a share of train", "test_file test_data test_size"),
     ("data.system", "null", "system prompt; {schema} in it is replaced by the JSON Schema", "system_prompt "
      "system_message default_system"),
-    ("data.format", "", "JsonSchema, Regex, Labels, Tagged, or a class of yours", ""),
+    ("data.format", "", "JsonSchema, ToolCalls, Regex, Labels, Tagged, or a class of yours", ""),
     ("data.columns.prompt", "prompt", "column of the input, or a template such as 'Title: {title}'", "data.text "
      "dataset_text_field text_column"),
     ("data.columns.completion", "completion", "column of the target", "data.label label_column"),

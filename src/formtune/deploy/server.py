@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 
 import yaml
@@ -23,7 +22,7 @@ from formtune.base.renderer import Renderer
 from formtune.deploy.registry import Exported
 from formtune.errors import UserError
 from formtune.export.gguf import FILE
-from formtune.export.llama_cpp import HOST
+from formtune.export.llama_cpp import HOST, LOCAL
 from formtune.export.usage import example
 from formtune.files import write_json
 
@@ -115,7 +114,7 @@ def _wait_until_loaded(process: subprocess.Popen[bytes], port: int) -> None:
     """Wait until the server listens, which it does once the model is loaded, or has ended."""
     while process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=5):
+            with LOCAL.open(f"http://{HOST}:{port}/health", timeout=5):
                 return
         except OSError:
             time.sleep(0.2)

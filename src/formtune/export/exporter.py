@@ -20,6 +20,7 @@ from formtune.data.preparation import load_splits, production_rows
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, outcome, rate, read_outcomes, write_outcomes
 from formtune.export.fresh_process import call_fresh
+from formtune.export.gguf import PACKAGE
 from formtune.export.llama_cpp import measure_gguf
 from formtune.export.measure import COMPARED, EXACT, QLORA, QUANTIZED, ROUNDED, Closeness, measure, merge
 from formtune.export.quantize import SCHEMES, folder_name
@@ -123,6 +124,8 @@ def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict
         if refusal:
             raise UserError(f"--as {kind}: refused, {refusal}")
         packages = SCHEMES[kind].packages if kind in SCHEMES else ()
+        if options.get("converter"):  # its script ran, not the package's
+            packages = tuple(package for package in packages if package != PACKAGE)
         write_manifest(folder, kind, run.base, run.data, figures, packages)
         if kind != "adapter":
             folder.replace(run.folder / name)

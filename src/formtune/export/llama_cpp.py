@@ -20,6 +20,7 @@ from formtune.export.measure import COMPARED, POSITIONS, TIMED, TRIES, Closeness
 from formtune.model.micro_batches import Decoded
 
 HOST = "127.0.0.1"
+LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # requests to this machine go through no proxy
 LIKELIEST = 20  # tokens of which the server gives the log-probability, at each place of an answer
 CHATML = "<|im_start|>"  # in the template that llama.cpp takes for a file without one
 
@@ -45,7 +46,7 @@ class LlamaServer:
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request) as reply:
+        with LOCAL.open(request) as reply:
             return json.load(reply)
 
     def tokens(self, text: str) -> list[int]:
@@ -89,6 +90,8 @@ def prompt_fault(row: Row, ids: list[int], renderer: Renderer) -> str | None:
         fault = f"the {turns[0]['role']} turn is {'trimmed' if trimmed else 'left out or altered'}"
     elif text.count("think") != text_trained.count("think"):
         fault = "the switch that turns thinking off is lost"
+    elif "strftime_now" in str(renderer.tokenizer.chat_template):
+        fault = "the template writes today's date, and training froze another day (data.date)"
     else:
         fault = f"another chat template, from token {first} on ({decode(ids[first:])[:40]!r})"
     return f"the server's prompt has {len(ids):,} tokens and formtune's {len(own):,}: {fault}"

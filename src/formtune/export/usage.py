@@ -16,7 +16,7 @@ from formtune.evaluation.page import environment
 from formtune.files import write_json, write_whole
 from formtune.training.manifest import CARD
 
-CONTEXT = 8192  # tokens that a server keeps at most: a longer context costs memory that few tasks need
+CONTEXT = 8192  # tokens that a server keeps, or as many as the test rows need: a longer context costs memory
 
 
 def example(folder: Path, text: str) -> dict[str, Any]:
@@ -37,7 +37,8 @@ def write_usage(folder: Path, base: str, rows: Sequence[Row]) -> None:
     format = json.loads((folder / "format.json").read_text(encoding="utf-8"))
     schema = format["init_args"].get("schema") if format["class_path"].endswith(".JsonSchema") else None
     body = {"model": request["model"], "messages": request["messages"], "stream": False}
-    context = min(context_length(base) or CONTEXT, CONTEXT)
+    needed = max((len(row.prompt_ids) for row in rows), default=0) + request["max_tokens"]
+    context = min(context_length(base) or 10**9, max(CONTEXT, needed))
     body["options"] = {"temperature": 0, "num_ctx": context}
     write_json(folder / "request.json", body | ({"format": schema} if schema else {}))
     facts = {

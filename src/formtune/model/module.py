@@ -56,8 +56,8 @@ class FormatModule(L.LightningModule):
         compile: Compile the layers with torch.compile: about a minute at the start, then each step is shorter.
         quantize: Load the frozen base in 4 bits (QLoRA, arXiv:2305.14314); needs the extra `qlora`.
         constrained: Use constrained decoding in every evaluation and in `predict`: only tokens that can still lead to a
-            valid format are chosen from. Training and losses stay the same. JSON keys come in the orders of
-            the training targets. Needs the extra `constrained`.
+            valid format are chosen from. Training and losses stay the same. JSON keys come in the order of the
+            training targets, or in any if these differ. Needs the extra `constrained`.
         metrics: Metrics of your own, each a `torchmetrics.Metric` whose `update` takes answers and targets, two lists
             of texts; shown as `own/` and the name of the class.
     """
