@@ -17,8 +17,10 @@ from formtune.data.cleaning import Example
 from formtune.data.encoded import FEW_ROWS, Splits
 from formtune.data.preparation import load_splits, production_rows
 from formtune.data.settings import DataSettings
+from formtune.errors import UserError
 from formtune.formats import Format, JsonSchema
 from formtune.formats.content import Words, leaves
+from formtune.formats.key_orders import Orders
 
 COMPLEX_FIELDS = 8  # from this many fields on, or with nesting, a format is complex
 COMPLEX_ROWS = 2000  # needed for a complex format
@@ -75,8 +77,7 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
         "sources": sources(examples["train"]),
         "ungrounded": ungrounded(all_examples, format),
         "key_order": {
-            "rows": sum(_is_reordered(example, format) for example in examples["train"]),
-            "kept": [] if format.per_row else format.ordered_grammar(splits.orders)[1],
+            **_key_order(examples["train"], format, splits.orders),
             "fix": f"data.repair_answers: [{', '.join(dict.fromkeys([*settings.repair_answers, 'canonical']))}]",
         },
         "suspects": _suspects(splits.suspects),
@@ -114,6 +115,19 @@ def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[st
             if not words.hold(value) and not (context := context or Words(example.text)).hold(value):
                 rows.setdefault(path, []).append({"where": example.where, "value": value, "source": example.origin})
     return {path: {"share": len(invented) / counts[path], "rows": invented} for path, invented in rows.items()}
+
+
+def _key_order(examples: Sequence[Example], format: Format, orders: Orders) -> dict[str, Any]:
+    """Answers whose keys come in another order than the schema's, and parts that keep one order in a grammar."""
+    kept: list[str] = []
+    if not format.per_row:
+        try:
+            if format.grammar() is None:
+                return {"rows": 0, "kept": []}
+            kept = format.ordered_grammar(orders)[1]
+        except UserError:  # no grammar, so that no order is forced
+            return {"rows": 0, "kept": []}
+    return {"rows": sum(_is_reordered(example, format) for example in examples), "kept": kept}
 
 
 def _is_reordered(example: Example, format: Format) -> bool:

@@ -170,8 +170,16 @@ class Renderer:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text that each token adds; of several tokens that make up one character, the last one adds it."""
+        backend, pieces = self.tokenizer.backend_tokenizer, []
         stream = DecodeStream(skip_special_tokens=False)
-        return [stream.step(self.tokenizer.backend_tokenizer, token) or "" for token in ids]
+        for token in ids:
+            try:
+                piece = stream.step(backend, token)
+            except Exception:  # bytes that are not UTF-8 break the stream (vllm-project/vllm#17448)
+                stream = DecodeStream(skip_special_tokens=False)
+                piece = stream.step(backend, token)
+            pieces.append(piece or "")
+        return pieces
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -16,6 +16,7 @@ from formtune.data.progress import shown
 
 SHINGLE = 5  # characters
 PERMUTATIONS = 120  # numbers of a signature
+BLOCK = 2000  # texts of a group, compared with all others at a time
 MISSED = 0.003  # of the pairs right at the threshold, at most
 TEXTS, PAIRS = 8192, 100_000  # processed at once
 SEED = 1
@@ -110,10 +111,14 @@ def near_pairs_on_ray(texts: Any, threshold: float) -> Pairs:
         """The near pairs of texts with the same mark."""
         order = np.argsort(group["id"], kind="stable")
         ids = group["id"][order]
-        left, right = np.triu_indices(len(ids), 1)
-        index = similar(group["text"][order].tolist(), left, right) if len(left) else np.zeros(0)
-        close = index >= threshold
-        return {"left": ids[left[close]], "right": ids[right[close]], "index": index[close]}
+        texts, parts = group["text"][order].tolist(), []
+        for first in range(0, len(ids), BLOCK):  # all pairs of a large group do not fit into memory at once
+            rows = np.arange(first, min(first + BLOCK, len(ids)))
+            left, right = np.nonzero(rows[:, None] < np.arange(len(ids)))
+            index = similar(texts, left := left + first, right) if len(left) else np.zeros(0)
+            close = index >= threshold
+            parts.append((ids[left[close]], ids[right[close]], index[close]))
+        return dict(zip(("left", "right", "index"), map(np.concatenate, zip(*parts, strict=True)), strict=True))
 
     pairs = texts.map_batches(explode).groupby("mark").map_groups(compare).to_pandas()
     pairs = pairs.drop_duplicates(["left", "right"])

@@ -181,10 +181,10 @@ def _parquet(path: str) -> Records:
     try:
         with _open(path) as file:
             table = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read()))
+        stored = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
         records = table.to_pylist()
     except (pyarrow.ArrowException, ValueError, *_DAMAGED) as error:
         raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
-    stored = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     return _numbered(records, stored.get("info", {}).get("features", {}), path)
 
 

@@ -20,6 +20,7 @@ from formtune.formats.dialect import KEYWORDS, schema_nodes, types
 Orders = dict[str, dict[str, dict[str, int]]]
 Pairs = dict[tuple[Any, Any], int]
 
+MAX_NAMES = 1000  # keys below one holder: more are data, not names
 MAX_KEYS = 64  # of an object in any order: llguidance's rules take one number of 64 bits
 
 # Enough to indent; a model that prefers to write white space must not do it without end.
@@ -41,7 +42,7 @@ def learn_orders(values: Iterable[Any]) -> Orders:
             for key, following in pairwise(keys):
                 after = counts.setdefault(key, {})
                 after[following] = after.get(following, 0) + 1
-    return orders
+    return {holder: counts for holder, counts in orders.items() if len(counts) <= MAX_NAMES}
 
 
 class OrderedRules:
@@ -76,7 +77,12 @@ class OrderedRules:
         return any(o.startswith("%json") or (o in self._rules and self._starts_with_json(o)) for o in options)
 
     def _lark(self, start: str) -> str:
-        lines = ["answer: %lark {", f"start: {start}", *(f"{name}: {body}" for name, body in self._rules.items())]
+        lines = [
+            "answer: %lark {",
+            '%llguidance {"ignore_once": true}',
+            f"start: {start}",
+            *(f"{name}: {body}" for name, body in self._rules.items()),
+        ]
         for key, name in self._terminals.items():
             text = json.dumps(json.dumps(key, ensure_ascii=False), ensure_ascii=False)
             lines.append(f'{name}: {text} SPACE? ":" SPACE?')

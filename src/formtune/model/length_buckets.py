@@ -87,7 +87,6 @@ class LengthBuckets(MicroBatches):
             group = [j for j in unfinished if limits[j] == limit]
             ends = {"eos_token_id": list(stop), "pad_token_id": stop[0]}
             config = GenerationConfig(do_sample=False, max_new_tokens=limit, **ends)
-            # From the prompt again: not every model's cache can be cut back to a mismatch.
             self.base.generate(
                 input_ids=kept.ids[group, :width].to(self.device),
                 attention_mask=kept.seen[group, :width].to(self.device),

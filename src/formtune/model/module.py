@@ -257,7 +257,7 @@ class FormatModule(L.LightningModule):
         saved: Any = checkpoint.get("formtune")
         resumes = self.trainer.state.fn == "fit"
         check_identity(saved, self._identity, resumes)
-        self.orders = saved.get("orders")  # those that it was trained on, also where there are only prompts
+        self.orders = saved.get("orders", self.orders)  # those that it was trained on, also for prompts alone
         self.__dict__.pop("grammar", None)
         if resumes:
             self.skipped, self.skipped_in_a_row = saved["skipped"]

@@ -108,3 +108,4 @@ class AnswerFile(Callback):
         for path, part in files.items():
             write_lines(path, part)
             self.written[path] = len(part)
+        self.written = dict(gathered(trainer, list(self.written.items())))  # of all processes

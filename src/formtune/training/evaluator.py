@@ -148,7 +148,7 @@ class Evaluator:
         settings = {
             "precision": trainer.precision,
             "quantize": model.quantize,
-            "constrained": self._orders if model.constrained or constrained else None,
+            "constrained": [self._orders] if model.constrained or constrained else None,
             "max_new_tokens": self._limit,
             "batches": trainer.limit_test_batches,
         }

@@ -93,7 +93,8 @@ def _longer(trained: Sequence[Validation], improving: Sequence[str], trainer: An
         values = [f"{e:.3g}" if name == "validation loss" else f"{1 - e:.0%}" for e in (errors[0], errors[-1])]
         why = f"{name} {values[0]} at step {late[0].step}, {values[1]} at step {late[-1].step}"
         why += f" (format/exact {late[-1].exact / late[-1].rows:.0%})" if name != "format/exact" else ""
-    done, steps = trainer.global_step, round(times * trainer.global_step)
+    done = trainer.global_step
+    steps = max(round(times * done), done + 1)
     keys = _epochs(trainer, max(math.ceil(steps / epoch), done // epoch + 1))
     return f"train longer, {why}", keys if steps >= epoch else keys | {
         "trainer.max_epochs": 1,

@@ -117,7 +117,10 @@ def minimum_confidence(config: Any, run: Path | None) -> float:
             "target_precision: it needs a finished run and its best checkpoint, and no min_confidence; name the run, "
             "or give --min_confidence alone"
         )
-    outcomes = read_outcomes(run / "outcomes" / "validation.jsonl")
+    path = run / "outcomes" / "validation.jsonl"
+    if not path.is_file():
+        raise UserError(f"target_precision: {path} is missing; a run of formtune train has it")
+    outcomes = read_outcomes(path)
     constrained = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]["constrained"]
     if constrained != config.model.constrained:
         raise UserError(f"target_precision: {run} was measured with model.constrained: {str(constrained).lower()}")

@@ -72,6 +72,19 @@ def test_a_clean_task_is_ready_and_training_prepares_the_same_rows(task, capsys)
     assert load_splits(prepared).key == findings["data"]
 
 
+def test_a_schema_without_a_grammar_is_audited_and_forces_no_order(task):
+    folder = task([{"prompt": f"number {n}", "completion": json.dumps({"s": f"x{n}", "n": n})} for n in range(60)])
+    (folder / "schema.json").write_text(
+        json.dumps({"type": "object", "additionalProperties": {"type": ["string", "integer"]}})
+    )
+    assert main(["audit", "-c", "t.yaml"]) == 0
+    assert read(folder)["key_order"]["rows"] == 0
+    (folder / "schema.json").write_text(json.dumps(SCHEMA))
+    assert main(["audit", "-c", "t.yaml"]) == 0
+    findings = read(folder)
+    assert findings["key_order"]["rows"] == findings["rows"]["train"]["used"] > 50
+
+
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [

@@ -74,6 +74,15 @@ def test_where_targets_differ_every_order_is_allowed_and_required_keys_still_are
         assert not takes(grammar, text), text
 
 
+@pytest.mark.parametrize("targets", [[{"a": 1, "b": 2}], [{"a": 1, "b": 2}, {"b": 2, "a": 1}]])
+def test_white_space_is_bounded_everywhere(targets):
+    grammar = grammar_for(keys("ab"), *targets)
+    assert takes(grammar, '{\n  "a": 1,\n  "b": 2\n}')
+    pieces = ["{", '"a":', "1,", '"b":', "2", "}"]
+    for at in range(1, len(pieces)):
+        assert not takes(grammar, "".join(pieces[:at]) + " " * 60 + "".join(pieces[at:]))
+
+
 def test_a_schema_that_refers_to_itself_allows_every_order_at_every_depth():
     node = keys("v", "v", kids={"type": "array", "items": {"$ref": "#/$defs/node"}})
     schema = {"$defs": {"node": node}, "$ref": "#/$defs/node"}
