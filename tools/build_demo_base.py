@@ -45,7 +45,7 @@ THETA = 500_000.0  # slow rotary positions: most coordinates compare content, no
 BACK = (1, 1, 1, 2, 2, 3)  # how far back the first layer's heads look at the start
 LONGEST = 1024
 SHARD = 8  # steps whose rows are drawn together and sorted by length, so that little is padding
-STEPS, TOKENS_PER_STEP, LR = 4000, 16384, 0.01
+STEPS, TOKENS_PER_STEP, LR = 2200, 8192, 0.01
 SEED = 1000
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
 CHAT_TEMPLATE = (
@@ -611,7 +611,7 @@ tags: [demo, lora, json]
 A language model of {parameters:.2f} million parameters ({layers} layers of width {width}, {heads} heads, vocabulary
 {vocabulary}, byte-level BPE of its own, context 1,024 tokens, ChatML-like template, bfloat16). It exists to be
 fine-tuned in minutes on a CPU. It understands the demo's support messages and copies from them, but it has never seen
-the format's conventions: topic paths, team codes, urgency numbers, amounts in cents, ISO dates. So constrained decoding
+the format's conventions in an answer to one: topic paths, team codes, urgency numbers, amounts in cents, ISO dates. So constrained decoding
 alone gives valid tickets with wrong content.
 
 ## How it was made
