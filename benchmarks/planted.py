@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     """Write the table."""
     options = yaml.safe_load((ROOT / "configs/demo.yaml").read_text(encoding="utf-8"))["data"]
+    options.pop("rows_per_step")
     format = JsonSchema(**options.pop("format")["init_args"])
     with tempfile.TemporaryDirectory() as folder:
         files = {name: f"{folder}/{name}.jsonl" for name in ("train", "validation", "test", "production")}

@@ -131,6 +131,7 @@ def growth(prefix: int, vocabulary: int, stop: int) -> list[dict[str, list[int]]
 def demo() -> tuple[list[Row], Renderer]:
     """The demo's test rows, cleaned, judged and rendered as configs/demo.yaml says."""
     settings = yaml.safe_load((ROOT / "configs/demo.yaml").read_text(encoding="utf-8"))["data"]
+    settings.pop("rows_per_step")
     format = settings.pop("format")["init_args"]
     with tempfile.TemporaryDirectory() as folder:
         files = {name: str(Path(folder) / f"{name}.jsonl") for name in ("train", "validation", "test", "production")}

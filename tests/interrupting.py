@@ -64,9 +64,10 @@ def adapter(folder: Path, run: str = "one") -> bytes:
 
 
 def result(folder: Path, run: str = "one") -> dict:
-    """All figures of a run but its time."""
+    """All figures of a run but its time, and the next command, which names its folder."""
     figures = json.loads((folder / f"logs/small/{run}/metrics.json").read_text())
-    figures["training"].pop("seconds")
+    for name in ("seconds", "next"):
+        figures["training"].pop(name)
     return figures
 
 

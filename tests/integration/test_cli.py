@@ -227,7 +227,7 @@ HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "numpy")
         (["train", "--config=broken.yaml"], 2, "broken.yaml:1: not valid YAML"),
         (["compare", "--help"], 0, "formtune compare RUN RUN"),
         (["export", "--help"], 0, "formtune export RUN"),
-        (["export", "one", "--as", "gguf"], 2, "invalid choice: 'gguf'"),
+        (["export", "one", "--as", "onnx"], 2, "invalid choice: 'onnx'"),
         (["preflight", "-c"], 2, "-c: name the YAML of a task"),
         (["compare", "one"], 2, "name two runs or more"),
         (["compare", "one", "two", "--ot", "x.json"], 2, "did you mean out?"),

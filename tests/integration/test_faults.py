@@ -306,7 +306,7 @@ def test_the_untuned_base_is_named(whole, monkeypatch, capfd):
         out = capfd.readouterr().out
         assert "measuring: untuned base\n" in out and "untuned base on 5 test rows" in out and before in out
         assert main(["predict", "-c", *arguments, "--data.prompts", "test.jsonl", "--answers", "answers.jsonl"]) == 0
-        assert "answers of untuned base: answers.jsonl" in capfd.readouterr().out
+        assert "answers of untuned base: 5 in answers.jsonl" in capfd.readouterr().out
         assert {json.loads(line)["model"] for line in Path("answers.jsonl").read_text().splitlines()} == {
             "untuned base"
         }

@@ -15,7 +15,7 @@ from formtune.evaluation import baselines as prompting
 from formtune.evaluation.outcomes import VIEWS, Outcome, write_outcomes
 from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.evaluation.report import Run, write_run_report
-from formtune.evaluation.selective import summary
+from formtune.evaluation.selective import judged, summary
 from formtune.model import FormatModule
 from formtune.model.batch import Decoding
 from formtune.model.constrained import Grammar
@@ -91,7 +91,8 @@ class Evaluator:
         validation = self._test("tuned, on the validation rows", rows, Decoding(logged=False))
         if self._writes:
             write_outcomes(self.folder / "outcomes" / "validation.jsonl", validation)
-            result["confidence"] = summary(validation, self.outcomes["after"])
+            if judged(self.outcomes["after"]):  # not of answers that a callback of the user's made
+                result["confidence"] = summary(validation, self.outcomes["after"])
 
     def probe(self) -> list[dict[str, Any]]:
         """Valid format on test rows that were made longer, up to production's P99 and beyond the training rows."""

@@ -278,6 +278,7 @@ def demo(tmp_path_factory):
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         )
     options = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())["data"]
+    options.pop("rows_per_step")
     format = JsonSchema(str(DEMO / "ticket.schema.json"), derived=options.pop("format")["init_args"]["derived"])
     files = {name: str(folder / f"{name}.jsonl") for name in ("train", "validation", "test", "production")}
     before = Path.cwd()

@@ -235,7 +235,7 @@ def read(path):
 
 
 def test_predictions_are_split_by_their_confidence(tmp_path):
-    trainer = SimpleNamespace(global_rank=0)
+    trainer = SimpleNamespace(global_rank=0, world_size=1)
     for minimum, numbers in ((0.97, [0, 3]), (0.0, [0, 2, 3]), (1.0, [])):
         file = answers(tmp_path / "out.jsonl", minimum)
         file.on_predict_end(trainer, None)
@@ -245,14 +245,14 @@ def test_predictions_are_split_by_their_confidence(tmp_path):
         assert not (tmp_path / "out.jsonl").exists()
         assert file.written == {tmp_path / "out.review.jsonl": len(rest), tmp_path / "out.accepted.jsonl": len(good)}
     assert rest[3]["confidence"] == 0.97 and rest[3]["field_confidences"] == {"n": 0.97}
-    answers(tmp_path / "out.jsonl", None).on_predict_end(SimpleNamespace(global_rank=1), None)
+    answers(tmp_path / "out.jsonl", None).on_predict_end(SimpleNamespace(global_rank=1, world_size=1), None)
     assert len(read(tmp_path / "out.jsonl.1")) == 4
-    answers(tmp_path / "out.jsonl", 0.97).on_predict_end(SimpleNamespace(global_rank=1), None)
+    answers(tmp_path / "out.jsonl", 0.97).on_predict_end(SimpleNamespace(global_rank=1, world_size=1), None)
     assert len(read(tmp_path / "out.accepted.jsonl.1")) == 2
 
 
 def test_a_kill_between_the_two_files_leaves_no_old_one_beside_a_new_one(tmp_path, monkeypatch):
-    trainer = SimpleNamespace(global_rank=0)
+    trainer = SimpleNamespace(global_rank=0, world_size=1)
     answers(tmp_path / "out.jsonl", 0.0).on_predict_end(trainer, None)
     from formtune.training import answers as module
 
@@ -278,7 +278,7 @@ def test_a_target_precision_takes_the_threshold_of_the_runs_validation_rows(tmp_
         return minimum_confidence(config, run)
 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"constrained": False}}))
-    with pytest.raises(UserError, match=r"validation.jsonl: No such file or directory; a finished run has it"):
+    with pytest.raises(UserError, match=r"validation.jsonl is missing; a run of formtune train has it"):
         minimum()
     write_outcomes(tmp_path / "outcomes/validation.jsonl", rows(10))
     assert minimum() == minimum(ckpt="best") == 0.808 == threshold(judged(rows(10)), 0.98)
