@@ -147,6 +147,11 @@ class OrderedRules:
         if not self._reaches_free(node):
             return self._json(node)
         if said in ({"anyOf"}, {"oneOf"}):
+            for option in (option for key in said for option in node[key]):
+                while isinstance(option, dict) and "$ref" in option:
+                    option = self._resolve(option["$ref"])
+                if isinstance(option, dict) and option.get("properties"):
+                    self._free.add(id(option))  # as a %json, its keys would be other tokens than those of a rule
             return " | ".join(self._rule(option) for key in said for option in node[key])
         kinds, body = {*types(node)}, ""
         if kinds <= {"object", *_SCALARS} and said <= {"type", "properties", "required", "additionalProperties"}:
