@@ -122,8 +122,6 @@ def _key_order(examples: Sequence[Example], format: Format, orders: Orders) -> d
     kept: list[str] = []
     if not format.per_row:
         try:
-            if format.grammar() is None:
-                return {"rows": 0, "kept": []}
             kept = format.ordered_grammar(orders)[1]
         except UserError:  # no grammar, so that no order is forced
             return {"rows": 0, "kept": []}

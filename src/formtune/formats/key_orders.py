@@ -59,6 +59,7 @@ class OrderedRules:
         self._names: dict[int, str] = {}  # of the rules, by schema
         self._rules: dict[str, str] = {}
         self._terminals: dict[str, str] = {}  # by key
+        self._objects: set[int] = set()
         self._free: set[int] = set()  # objects whose keys come in any order
         self._paths = {id(node): path for path, node in schema_nodes(root)}
         self.kept: list[str] = []
@@ -101,6 +102,8 @@ class OrderedRules:
             seen.add((id(node), holder))
             stack += [(inner, holder) for inner in self._same_place(node)]
             stack += [(inner, key) for key, inner in node.get("properties", {}).items()]
+            if node.get("properties"):
+                self._objects.add(id(node))
             if len(node.get("properties", ())) > 1:
                 pairs = objects.setdefault(id(node), (node, Counter()))[1]
                 for key, following in (orders or {}).get(holder, {}).items():
@@ -121,12 +124,13 @@ class OrderedRules:
         if "$ref" in node:
             yield self._resolve(node["$ref"])
 
-    def _reaches_free(self, node: Any) -> bool:
+    def _reaches(self, node: Any, objects: set[int]) -> bool:
+        """Whether a schema is one of these objects or holds one."""
         seen, stack = set[int](), [node]
         while stack:
             node = stack.pop()
             if isinstance(node, dict) and id(node) not in seen:
-                if id(node) in self._free:
+                if id(node) in objects:
                     return True
                 seen.add(id(node))
                 stack += [*node.get("properties", {}).values(), *self._same_place(node)]
@@ -144,14 +148,10 @@ class OrderedRules:
         return self._names[id(node)]
 
     def _body(self, node: Any, name: str, said: set[str]) -> str:
-        if not self._reaches_free(node):
+        # Every object is a rule: in a union, the keys of a %json would be other tokens than those of a rule.
+        if not self._reaches(node, self._objects):
             return self._json(node)
         if said in ({"anyOf"}, {"oneOf"}):
-            for option in (option for key in said for option in node[key]):
-                while isinstance(option, dict) and "$ref" in option:
-                    option = self._resolve(option["$ref"])
-                if isinstance(option, dict) and option.get("properties"):
-                    self._free.add(id(option))  # as a %json, its keys would be other tokens than those of a rule
             return " | ".join(self._rule(option) for key in said for option in node[key])
         kinds, body = {*types(node)}, ""
         if kinds <= {"object", *_SCALARS} and said <= {"type", "properties", "required", "additionalProperties"}:
@@ -159,7 +159,8 @@ class OrderedRules:
         elif kinds <= {"array", *_SCALARS} and said <= {"type", "items", "minItems", "maxItems"}:
             body = self._array(node)
         if not body:
-            self.kept.append(self._paths[id(node)])
+            if self._reaches(node, self._free):
+                self.kept.append(self._paths[id(node)])
             return self._json(node)
         others = sorted(kinds & _SCALARS)
         return body + (f" | {self._json({'type': others})}" if others else "")
