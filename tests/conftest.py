@@ -1,5 +1,6 @@
 """Tiny models and tokenizers made on the spot: every test runs without a network and in seconds."""
 
+import contextlib
 import json
 import os
 import runpy
@@ -66,6 +67,14 @@ def tiny_model(shape: str = "llama", seed: int = 0, **changes):
     sizes = {"vocab_size": 259, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 2}
     config = AutoConfig.for_model(shape, **(sizes | SHAPES[shape] | changes))
     return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture(autouse=True)
+def record_case(request, record_property):
+    """Records the number and the title that a test has in the fault matrix, for docs/benchmarks/faults.md."""
+    for mark in request.node.iter_markers("case"):
+        record_property("case", mark.args[0])
+        record_property("title", mark.args[1])
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +163,30 @@ def write_project(task, base, monkeypatch):
         return folder
 
     return written
+
+
+def train_small(folder: Path, epochs: int, **data) -> Path:
+    """Train the task of numbers on the base in `folder`; returns the folder."""
+    from formtune.cli import main
+
+    with contextlib.chdir(folder):
+        Path("schema.json").write_text(json.dumps(SCHEMA))
+        Path("train.jsonl").write_text("".join(json.dumps(pair(n)) + "\n" for n in range(60)))
+        format = {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}}
+        config = {
+            "model": {"base": "base", "max_new_tokens": 24, "lora": {"r": 8, "targets": "all-linear"}},
+            "data": {"train": "train.jsonl", "format": format} | data,
+            "trainer": {
+                "max_epochs": epochs,
+                "accelerator": "cpu",
+                "precision": "32-true",
+                "enable_progress_bar": False,
+            },
+        }
+        Path("small.yaml").write_text(yaml.safe_dump(config))
+        words = ["--run", "one", "--model.optimizer.lr", "0.02", "--baselines", "[]"]
+        assert main(["train", "-c", "small.yaml", *words]) == 0
+    return folder
 
 
 def shared(path: str) -> Path:

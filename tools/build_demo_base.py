@@ -609,7 +609,7 @@ tags: [demo, lora, json]
 # formtune demo base
 
 A language model of {parameters:.2f} million parameters ({layers} layers of width {width}, {heads} heads, vocabulary
-{vocabulary}, byte-level BPE of its own, context 1,024 tokens, ChatML-like template, bfloat16). It exists to be
+{vocabulary}, its own byte-level BPE, context 1,024 tokens, ChatML-like template, bfloat16). It exists to be
 fine-tuned in minutes on a CPU. It understands the demo's support messages and copies from them, but it has never seen
 the format's conventions in an answer to one: topic paths, team codes, urgency numbers, amounts in cents, ISO dates. So
 constrained decoding alone gives valid tickets with wrong content.

@@ -43,13 +43,6 @@ from interrupting import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _record(request, record_property):
-    for mark in request.node.iter_markers("case"):
-        record_property("case", mark.args[0])
-        record_property("title", mark.args[1])
-
-
 @pytest.fixture
 def work(tmp_path, base, monkeypatch):
     """The working directory of a small task with dropout."""

@@ -14,13 +14,6 @@ from conftest import byte_tokenizer, tiny_model
 from interrupting import FIT, ROWS, TwoProcesses, assert_same, result, signalled, start, write_task
 
 
-@pytest.fixture(autouse=True)
-def record_case(request, record_property):
-    for mark in request.node.iter_markers("case"):
-        record_property("case", mark.args[0])
-        record_property("title", mark.args[1])
-
-
 @pytest.fixture
 def work(tmp_path, base):
     write_task(tmp_path, base)

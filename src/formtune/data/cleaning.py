@@ -59,7 +59,7 @@ class Example:
     tools: str | None = None  # JSON list of the tools that its prompt defines
     written: str | None = None  # the answer as the chat template writes it, if that is more than the last turn's text
     schema: str | None = None  # JSON text of the row's own schema, or of its tools
-    group: str = ""  # rows of one group are never in two splits; "" for a row of its own
+    group: str = ""  # rows of one group are never in two splits; "" for a group of one
     split: str = ""
 
     @property

@@ -43,7 +43,7 @@ class DataSettings:
         tokenizer: Model folder or hub id of the tokenizer (follows `model.base`).
         system: System prompt for rows that have none; `{schema}` in it is replaced by the format's JSON Schema.
         columns: Which columns hold the conversation; known shapes, such as ShareGPT's, are recognized without it.
-        train_on: The last answer of a conversation, or all: each is then a row of its own, in every split.
+        train_on: The last answer of a conversation, or all: each is then a separate row, in every split.
         group: Column whose rows with the same value, such as a dialogue's or a customer's, are never in two splits.
         clean: Repairs to run on inputs, here and in `predict`.
         repair_answers: Repairs to run on answers, made only if the answer then has a valid format.
@@ -102,7 +102,7 @@ class DataSettings:
         self.ignored: dict[str, Counter[str]] = {}  # columns of `prompts` and `production` that were not read
 
     def system_of(self, schema: str | None) -> str | None:
-        """The system prompt of a row with this schema of its own."""
+        """The system prompt of a row that has this schema."""
         return self.system.replace("{schema}", schema) if self.system and schema is not None else self.system
 
     @functools.cached_property

@@ -54,7 +54,7 @@ class FormatMetrics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Rates and field F1 between 0 and 1 (NaN without rows); `fail/*` as counts that sum to the rows."""
-        # F1 without any value is 0, not NaN: the model has found nothing.
+        # F1 without any value is 0, not NaN: no value of the targets is right.
         none = 0.0 if self.sums[0] else torch.nan
         rates = {name: torch.tensor(k / n if n else none) for name, (k, n) in self.counts().items()}
         failures = self.sums[-len(KINDS) :].float()

@@ -128,8 +128,8 @@ class Reading:
         self._specification = specification_with(_DRAFTS[self.draft].META_SCHEMA["$schema"])
         resource = self._specification.create_resource(schema)
         registry = Registry().with_resource(resource.id() or "", resource)
-        found = re.findall(r'"(?:\$?id|\$anchor|\$dynamicAnchor)": "', json.dumps(schema))
-        if len(found) > (resource.id() is not None):  # it takes time
+        identifiers = re.findall(r'"(?:\$?id|\$anchor|\$dynamicAnchor)": "', json.dumps(schema))
+        if len(identifiers) > (resource.id() is not None):  # it takes time
             registry = registry.crawl()
         self.root = self._read(schema, "", "$", registry.resolver(resource.id() or ""))
         for reference in self._references:  # it grows: what a reference leads to may hold more

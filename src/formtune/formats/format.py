@@ -1,5 +1,6 @@
 """The base class of formats, and the verdict that a format gives on a text."""
 
+import functools
 import inspect
 import re
 from abc import ABC, abstractmethod
@@ -81,6 +82,10 @@ class Format(ABC):
 
     def of_row(self, schema: str | None) -> "Format":
         """The format of one row, by the JSON text of its own schema; raises UserError if it cannot be read."""
+        return _of_row(self, schema) if self.per_row else self
+
+    def with_schema(self, schema: str | None) -> "Format":
+        """The format with a row's schema, if `per_row`; see `of_row`, which keeps it."""
         return self
 
     @abstractmethod
@@ -220,3 +225,8 @@ def answer_start(text: str) -> int:
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
     inner = text[start:end]
     return start + len(inner) - len(inner.lstrip()), max(start, end - len(inner) + len(inner.rstrip()))
+
+
+@functools.lru_cache(maxsize=1000)
+def _of_row(format: Format, schema: str | None) -> Format:
+    return format.with_schema(schema)

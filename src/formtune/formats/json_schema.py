@@ -1,7 +1,6 @@
 """JSON that keeps a JSON Schema, judged by the `jsonschema` library and read strictly."""
 
 import copy
-import functools
 import json
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,7 +21,6 @@ from formtune.formats.strict_json import find_documents, loads_strict, value_spa
 MAX_PROBLEMS = 20  # per text: more do not help a reader
 MAX_PATHS = 2000  # of a format: references can multiply without end
 PER_ROW = "per row"  # as a schema: each row has its own
-KEPT = 1000  # formats of rows
 
 _KINDS = {
     "required": "missing_key",
@@ -101,8 +99,16 @@ class JsonSchema(Format):
         self._brackets = {"object": "{", "array": "["}.get(str(self._root.get("type")), "{[")
         return parts, is_cut
 
-    def of_row(self, schema: str | None) -> Format:
-        return _of_row(self, schema) if self.per_row else self
+    def with_schema(self, schema: str | None) -> Format:
+        if schema is None:
+            remedy = "write it into the column that data.columns.schema names, or set data.format.init_args.schema"
+            raise UserError(f"the row has no schema; {remedy}")
+        own, name = copy.copy(self), "the row's schema"
+        try:
+            own._adopt(loads_strict(schema), name)
+        except ValueError as error:
+            raise UserError(f"{name}: not valid JSON ({error})") from None
+        return own
 
     def parse(self, text: str) -> Any:
         if text != text.strip(" \t\n\r"):
@@ -133,19 +139,6 @@ class JsonSchema(Format):
             return None, []
         rules = OrderedRules(closed(self._root, canonical=False), orders)
         return rules.text, rules.kept
-
-
-@functools.lru_cache(maxsize=KEPT)
-def _of_row(format: JsonSchema, schema: str | None) -> JsonSchema:
-    if schema is None:
-        remedy = "write it into the column that data.columns.schema names, or set data.format.init_args.schema"
-        raise UserError(f"the row has no schema; {remedy}")
-    own, name = copy.copy(format), "the row's schema"
-    try:
-        own._adopt(loads_strict(schema), name)
-    except ValueError as error:
-        raise UserError(f"{name}: not valid JSON ({error})") from None
-    return own
 
 
 def _problem(error: ValidationError) -> Problem:

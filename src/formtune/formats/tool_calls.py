@@ -1,7 +1,6 @@
 """Tool calls as chat templates write them, judged by the tools that each row defines."""
 
 import copy
-import functools
 import json
 import re
 from collections.abc import Iterator
@@ -12,8 +11,6 @@ from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
 from formtune.formats.json_schema import JsonSchema
 from formtune.formats.key_orders import Orders
 from formtune.formats.strict_json import loads_strict
-
-KEPT = 1000  # formats of rows
 
 _SYNTAXES = {  # how calls begin, and the JSON of a call (of all of them in mistral)
     "hermes": (re.compile(r"</?tool_call>"), re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.S)),
@@ -49,8 +46,19 @@ class ToolCalls(Format):
         self._calls, self.derived = JsonSchema(_CALLS), frozenset({"name"})
         self._tools: dict[str, JsonSchema] = {}  # the parameters of the row's tools
 
-    def of_row(self, schema: str | None) -> "ToolCalls":
-        return _of_row(self, schema)
+    def with_schema(self, schema: str | None) -> "ToolCalls":
+        own = copy.copy(self)
+        own._tools = {}
+        for tool in json.loads(schema or "[]"):
+            name, function = str(tool_name(tool)), tool.get("function", tool)
+            try:
+                own._tools[name] = JsonSchema(function.get("parameters") or {"type": "object", "properties": {}})
+            except UserError as error:
+                raise UserError(
+                    f"the parameters of {name}: {str(error).removeprefix('data.format.schema: ')}"
+                ) from None
+            own.derived |= {f"arguments.{path}" for path in own._tools[name].derived}
+        return own
 
     def parse(self, text: str) -> Any:
         pattern = _SYNTAXES[self.syntax][1]
@@ -117,17 +125,3 @@ def tool_name(tool: Any) -> str | None:
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     return name if isinstance(name, str) and name else None
-
-
-@functools.lru_cache(maxsize=KEPT)
-def _of_row(format: ToolCalls, schema: str | None) -> ToolCalls:
-    own = copy.copy(format)
-    own._tools = {}
-    for tool in json.loads(schema or "[]"):
-        name, function = str(tool_name(tool)), tool.get("function", tool)
-        try:
-            own._tools[name] = JsonSchema(function.get("parameters") or {"type": "object", "properties": {}})
-        except UserError as error:
-            raise UserError(f"the parameters of {name}: {str(error).removeprefix('data.format.schema: ')}") from None
-        own.derived |= {f"arguments.{path}" for path in own._tools[name].derived}
-    return own

@@ -112,7 +112,8 @@ def judge(row: Row, decoded: Decoded, renderer: Renderer, format: Format) -> Ans
     text, finished = renderer.answer(decoded.ids)
     own = format.of_row(row.schema)
     verdict = own.check(text, finished=finished, target=row.target, input=row.context)
-    sure = confidence(renderer.pieces(decoded.ids), decoded.logprobs, text, verdict, own)
+    pieces = renderer.pieces(decoded.ids) if verdict.exact else ()  # an invalid format has confidence 0
+    sure = confidence(pieces, decoded.logprobs, text, verdict, own)
     return Answer(row, text, verdict, sure)
 
 

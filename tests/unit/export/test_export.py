@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from command import fork_fresh_processes
-from conftest import SCHEMA, byte_tokenizer, pair, tiny_model
+from conftest import byte_tokenizer, pair, tiny_model, train_small
 from formtune.base.row import Row
 from formtune.cli import main
 from formtune.errors import UserError
@@ -46,25 +46,9 @@ ROWS = [[(7 * i + 13 * j) % 250 for j in range(20)] for i in range(2)]
 def trained(tmp_path_factory):
     """The folder of a task that was trained once."""
     folder = tmp_path_factory.mktemp("task")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        tiny_model(**WIDE, tie_word_embeddings=True).save_pretrained("base")
-        byte_tokenizer().save_pretrained("base")
-        Path("schema.json").write_text(json.dumps(SCHEMA))
-        Path("train.jsonl").write_text("".join(json.dumps(pair(n)) + "\n" for n in range(60)))
-        format = {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}}
-        config = {
-            "model": {"base": "base", "max_new_tokens": 24, "lora": {"r": 8, "targets": "all-linear"}},
-            "data": {"train": "train.jsonl", "format": format},
-            "trainer": {"max_epochs": 4, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
-        }
-        Path("small.yaml").write_text(yaml.safe_dump(config))
-        words = ["--run", "one", "--model.optimizer.lr", "0.02", "--baselines", "[]"]
-        assert main(["train", "-c", "small.yaml", *words]) == 0
-    finally:
-        os.chdir(before)
-    return folder
+    tiny_model(**WIDE, tie_word_embeddings=True).save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    return train_small(folder, epochs=4)
 
 
 @pytest.fixture

@@ -1,16 +1,14 @@
 """A GGUF file answers as the adapter did, from prompts that have the tokens of training; what differs is named."""
 
 import json
-import os
 import re
 import shutil
 import stat
 from pathlib import Path
 
 import pytest
-import yaml
 
-from conftest import SCHEMA, TEMPLATE, byte_tokenizer, pair
+from conftest import SCHEMA, TEMPLATE, byte_tokenizer, train_small
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.cli import main
@@ -176,24 +174,8 @@ def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
 def trained(tmp_path_factory):
     """The folder of a task that was trained once, on the demo's base."""
     folder = tmp_path_factory.mktemp("task")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        shutil.copytree(DEMO, "base")
-        Path("schema.json").write_text(json.dumps(SCHEMA))
-        Path("train.jsonl").write_text("".join(json.dumps(pair(n)) + "\n" for n in range(60)))
-        format = {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}}
-        config = {
-            "model": {"base": "base", "max_new_tokens": 24, "lora": {"r": 8, "targets": "all-linear"}},
-            "data": {"train": "train.jsonl", "format": format, "system": "Number it."},
-            "trainer": {"max_epochs": 6, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
-        }
-        Path("small.yaml").write_text(yaml.safe_dump(config))
-        words = ["--run", "one", "--model.optimizer.lr", "0.02", "--baselines", "[]"]
-        assert main(["train", "-c", "small.yaml", *words]) == 0
-    finally:
-        os.chdir(before)
-    return folder
+    shutil.copytree(DEMO, folder / "base")
+    return train_small(folder, epochs=6, system="Number it.")
 
 
 @pytest.mark.slow
