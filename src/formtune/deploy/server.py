@@ -78,7 +78,16 @@ def _transformers(exported: Path, task: str, base: str | None, port: int) -> lis
     return [*program, "--host", HOST, "--port", str(port), "--dtype", dtype, *quantization, "--reasoning", "off"]
 
 
+def _templated(exported: Path, remedy: str) -> Renderer:
+    """The renderer of a folder with a chat template: for one without, a server would take a template from elsewhere."""
+    renderer = Renderer.load(str(exported.resolve()))
+    if not renderer.templated:
+        raise UserError(f"{exported}: {renderer.note}; {remedy}")
+    return renderer
+
+
 def _llama_cpp(exported: Path, task: str, base: str | None, port: int) -> list[str]:
+    _templated(exported, "run llama-server and ask its /completion")  # its default would be ChatML
     context = json.loads((exported / "request.json").read_text(encoding="utf-8"))["options"]["num_ctx"]
     return [
         sys.executable,
@@ -93,9 +102,7 @@ def _llama_cpp(exported: Path, task: str, base: str | None, port: int) -> list[s
 
 def link(exported: Path, base: str | None, folder: Path) -> None:
     """A folder that loads as a model: links to the exported files, and to the base's if they are an adapter."""
-    renderer = Renderer.load(str(exported.resolve()))
-    if not renderer.templated:
-        raise UserError(f"{exported}: {renderer.note}; serve it by an engine with completions (--engine vllm)")
+    renderer = _templated(exported, "serve it by an engine with completions (--engine vllm)")
     folder.mkdir(parents=True)
     for part in [exported] if base is None else [base_folder(base), exported]:
         for path in part.iterdir():

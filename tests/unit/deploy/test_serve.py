@@ -20,7 +20,7 @@ from conftest import SCHEMA, byte_tokenizer, pair, tiny_model, write_run
 from formtune.cli import main
 from formtune.commands.serve import vllm_command
 from formtune.deploy.registry import read_exported
-from formtune.deploy.server import link
+from formtune.deploy.server import _llama_cpp, link
 from formtune.errors import UserError
 from formtune.training.manifest import write_manifest
 
@@ -92,6 +92,8 @@ def test_a_base_without_a_chat_template_is_not_served(run, tmp_path):
     (tmp_path / "base/chat_template.jinja").unlink()
     with pytest.raises(UserError, match=r"has no chat template, .* followed by a blank line.* \(--engine vllm\)"):
         link(run / "adapter", "base", tmp_path / "linked")
+    with pytest.raises(UserError, match=r"has no chat template, .* run llama-server and ask its /completion"):
+        _llama_cpp(run / "adapter", "small", None, 8000)
     assert "--chat-template" not in vllm_command(exported, str(tmp_path / "base"), 8000)
 
 
