@@ -30,7 +30,7 @@ def _promote(parser: CommandParser, args: list[str]) -> None:
     config = parser.parse_args(args)
     if config.force and not config.reason:
         raise UserError("--force: say why with --reason; the history keeps both")
-    exported = registry.read_exported(config.run / config.kind)
+    exported = registry.Exported(config.run / config.kind)
     version, name = f"{config.run.resolve().name}-{config.kind}", f"{exported.task}/{config.to}"
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(f"--to: {name!r}: use letters, digits, '.', '_' and '-', and begin with a letter or digit")

@@ -30,27 +30,26 @@ def run(command: str, args: list[str]) -> int:
     if len(files) > 1 and config.kind is None:
         raise UserError(f"--as: name one of {', '.join(file.name for file in files)}")
     exported = find_exported(config.what, config.kind or (files[0].name if files else "adapter"))
-    trained_on, gguf = exported.manifest["base"], exported.kind == "gguf"
-    base = trained_on["path"] if exported.kind == "adapter" else None
-    if base is not None and base_files(base) != trained_on["files"]:
-        raise UserError(f"{base}: not the base that {exported.folder} was trained on; its files differ")
+    if exported.base is not None and base_files(exported.base) != exported.manifest["base"]["files"]:
+        raise UserError(f"{exported.base}: not the base that {exported.folder} was trained on; its files differ")
+    gguf = exported.kind == "gguf"
     engine = config.engine or ("llamacpp" if gguf else "transformers")
     if gguf != (engine == "llamacpp"):
         remedy = "leave --engine out" if gguf else "formtune export RUN --as gguf makes one, then --as gguf-q8_0"
         raise UserError(f"--engine {engine}: llama.cpp, and only llama.cpp, serves a GGUF file here; {remedy}")
     if engine != "vllm":
         rows = read_outcomes(exported.outcomes) if exported.outcomes.is_file() else []
-        return serve(exported, engine, base, config.port, rows[0].input if rows else "Hello")
-    print(shlex.join(vllm_command(exported, base, config.port)))
+        return serve(exported, engine, config.port, rows[0].input if rows else "Hello")
+    print(shlex.join(vllm_command(exported, config.port)))
     if note := Renderer.load(str(exported.folder.resolve())).note:
         print(f"# {note}")
     print(f"# check it: formtune check-endpoint http://{HOST}:{config.port}/v1 -c TASK.yaml")
     return 0
 
 
-def vllm_command(exported: Exported, base: str | None, port: int) -> list[str]:
+def vllm_command(exported: Exported, port: int) -> list[str]:
     """vLLM's command for an adapter on its base, or for a merged model; refuses an adapter that vLLM cannot serve."""
-    folder, task = str(exported.folder.resolve()), exported.task
+    base, folder, task = exported.base, str(exported.folder.resolve()), exported.task
     words = [folder, "--served-model-name", task]
     if base is not None:
         from peft import PeftConfig

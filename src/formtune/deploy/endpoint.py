@@ -70,40 +70,53 @@ class Endpoint:
     def ask(self, row: Row, schema: Any = None) -> Reply:
         """The greedy answer to a row, by constrained decoding if there is a schema, once its prompt is proven."""
         prompt, started = chat_prompt(row), time.perf_counter()
-        options: dict[str, Any] = dict(prompt)
+        options: dict[str, Any] = prompt | ({"logprobs": True} if self._logprobs else {})
         if schema is not None:
             form = {"name": "answer", "schema": schema, "strict": True}
             options["response_format"] = {"type": "json_schema", "json_schema": form}
-        if self._logprobs:
-            options["logprobs"] = True
         try:
             completion: Any = self._client.chat.completions.create(
                 model=self.model, temperature=0, max_tokens=self.max_tokens, **options
             )
             seconds = time.perf_counter() - started
-            choice, count = completion.choices[0], getattr(completion.usage, "prompt_tokens", None)
+            choice, usage = completion.choices[0], completion.usage
             ids = self.ids(prompt) if self.ids else None
         except self._error as error:
             status = getattr(error, "status_code", None)
             if self._logprobs and status in REFUSED:
                 self._logprobs = False
                 return self.ask(row, schema)
-            remedy = REMEDIES.get(status, "see the server's log")
             reason = " ".join(first_line(part) for part in (error, error.__cause__) if part)
+            remedy = REMEDIES.get(status, "see the server's log")
             raise UserError(f"{self.url}: {reason}; {remedy}") from None
         except (AttributeError, LookupError, TypeError):
             raise UserError(f"{self.url}: the reply is not a chat completion; such a URL usually ends in /v1") from None
-        message = choice.message
-        if not message.content and any(getattr(message, name, None) for name in ("reasoning_content", "reasoning")):
-            raise UserError(f"{row.where}: the server took the answer for reasoning; {REMEDY}")
-        if not message.content and getattr(message, "tool_calls", None):
-            raise UserError(f"{row.where}: the server parsed the answer as a tool call; start it without a tool parser")
-        _prove(row, count, ids, self._renderer)
-        content = getattr(getattr(choice, "logprobs", None), "content", None) or []
+        if fault := self._fault(row, choice.message, getattr(usage, "prompt_tokens", None), ids):
+            raise UserError(f"{row.where}: {fault}")
+        content = getattr(choice.logprobs, "content", None) or []
         tokens = {"tokens": [token.token for token in content], "logprobs": [token.logprob for token in content]}
-        written = getattr(completion.usage, "completion_tokens", 0)
-        finished = choice.finish_reason != "length"
-        return Reply(message.content or "", finished, seconds, written, tokens if content else None)
+        return Reply(
+            choice.message.content or "", choice.finish_reason != "length", seconds,
+            getattr(usage, "completion_tokens", 0), tokens if content else None,
+        )  # fmt: skip
+
+    def _fault(self, row: Row, message: Any, count: int | None, ids: list[int] | None) -> str | None:
+        """Why a reply says nothing of the model: it is not the answer, or its prompt is not proven to be formtune's."""
+        own = len(row.prompt_ids)
+        if not message.content and any(getattr(message, name, None) for name in ("reasoning_content", "reasoning")):
+            return f"the server took the answer for reasoning; {REMEDY}"
+        if not message.content and message.tool_calls:
+            return "the server parsed the answer as a tool call; start it without a tool parser"
+        if ids is not None:
+            fault = prompt_fault(row, ids, self._renderer)
+            return fault and f"{fault}; {REMEDY}"
+        if count is None:
+            return (
+                "the server does not say how many tokens the prompt has (usage.prompt_tokens), so nothing shows that "
+                "it renders the prompt that the model was trained on; have it report usage"
+            )
+        counts = f"the server's prompt has {count:,} tokens and formtune's {own:,}"
+        return None if count == own else f"{counts}; {REMEDY}"
 
     def _ids_of_vllm(self, prompt: dict[str, Any]) -> list[int]:
         return self._post("/tokenize", {"model": self.model, **prompt, "add_generation_prompt": True})["tokens"]
@@ -115,19 +128,3 @@ class Endpoint:
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         url = f"{self.url.rstrip('/').removesuffix('/v1')}{path}"
         return self._client.post(url, cast_to=object, body=body, options={"max_retries": 0})
-
-
-def _prove(row: Row, count: int | None, ids: list[int] | None, renderer: Renderer) -> None:
-    """Check that the server's prompt is formtune's, by its token ids or at least by their number."""
-    if ids is None and count is None:
-        raise UserError(
-            f"{row.where}: the server does not say how many tokens the prompt has (usage.prompt_tokens), so nothing "
-            "shows that it renders the prompt that the model was trained on; have it report usage"
-        )
-    if ids is not None:
-        fault = prompt_fault(row, ids, renderer)
-    else:
-        counts = f"the server's prompt has {count:,} tokens and formtune's {len(row.prompt_ids):,}"
-        fault = None if count == len(row.prompt_ids) else counts
-    if fault:
-        raise UserError(f"{row.where}: {fault}; {REMEDY}")

@@ -101,41 +101,29 @@ def full_name(name: str) -> str:
     return matches[0]
 
 
-@dataclass(frozen=True, slots=True)
 class Exported:
     """An exported folder, verified: of a run, deployed, or named itself."""
 
-    folder: Path
-    outcomes: Path  # of the test rows
-    manifest: dict[str, Any]
-
-    @property
-    def kind(self) -> str:
-        return str(self.manifest["kind"])
-
-    @property
-    def task(self) -> str:
-        config = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
-        return str(config.get("task") or self.folder.resolve().parent.parent.name)
-
-
-def read_exported(folder: Path) -> Exported:
-    """Verify a run's exported folder."""
-    answers = "after" if folder.name == "adapter" else folder.name
-    return Exported(folder, folder.parent / "outcomes" / f"{answers}.jsonl", verify(folder))
+    def __init__(self, folder: Path, outcomes: Path | None = None) -> None:
+        self.folder, self.manifest = folder, verify(folder)
+        self.config: Any = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        self.task = str(self.config.get("task") or folder.resolve().parent.parent.name)
+        self.kind = self.manifest["kind"]
+        self.base = self.manifest["base"]["path"] if self.kind == "adapter" else None  # that it needs
+        answers = "after" if folder.name == "adapter" else folder.name
+        self.outcomes = outcomes or folder.parent / "outcomes" / f"{answers}.jsonl"  # of the test rows
 
 
 def find_exported(name: str, kind: str) -> Exported:
     """Verify a run's export of this kind, an exported folder, or what a deployment points to."""
     for folder in (Path(name), Path(name, kind)):
         if (folder / NAME).is_file():
-            return read_exported(folder)
+            return Exported(folder)
     if Path(name).is_dir():
         raise UserError(f"{name}: neither an exported folder nor a run with {kind}/; formtune export makes one")
     deployment = read_deployment(full_name(name))
     version = str(deployment.current)
-    folder = deployment.version_folder(version)
-    return Exported(folder, deployment.outcomes(version), verify(folder))
+    return Exported(deployment.version_folder(version), deployment.outcomes(version))
 
 
 def store(exported: Path, target: Path) -> None:

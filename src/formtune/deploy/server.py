@@ -3,7 +3,7 @@
 An adapter is not merged for it: transformers loads a folder of links to the base's files and to the adapter's.
 """
 
-import importlib.util
+import contextlib
 import json
 import os
 import shlex
@@ -13,9 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
-
-import yaml
 
 from formtune.base.folder import base_folder
 from formtune.base.renderer import Renderer
@@ -26,89 +26,71 @@ from formtune.export.llama_cpp import HOST, LOCAL
 from formtune.export.usage import example
 from formtune.files import write_json
 
-NEEDED = {"transformers": ("fastapi", "uvicorn", "openai"), "llamacpp": ("xllamacpp",)}
-EXTRAS = {"transformers": "serve", "llamacpp": "gguf"}
+# The extra that brings a server, its packages, and what to do without a chat template: it would take another one.
+ENGINES = {
+    "transformers": ("serve", ("fastapi", "uvicorn", "openai"), "serve it by --engine vllm, which has completions"),
+    "llamacpp": ("gguf", ("xllamacpp",), "run llama-server and ask its /completion"),
+}
 DTYPES = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}  # of the base under an adapter, by the run's precision
 ENDING = 10  # seconds in which the server may end by itself
 
 
-def serve(exported: Exported, engine: str, base: str | None, port: int, text: str) -> int:
-    """Start the server, print a request with `text`, and wait for the signal that ends it. `base` is an adapter's."""
-    if missing := [name for name in NEEDED[engine] if importlib.util.find_spec(name) is None]:
-        extra = f"pip install -e '.[{EXTRAS[engine]}]'"
-        raise UserError(f"--engine {engine} needs the extra ({', '.join(missing)} missing): {extra}")
+def serve(exported: Exported, engine: str, port: int, text: str) -> int:
+    """Start the server, print a request with `text`, and wait for the signal that ends it."""
+    extra, packages, untemplated = ENGINES[engine]
+    if missing := [name for name in packages if find_spec(name) is None]:
+        install = f"pip install -e '.[{extra}]'"
+        raise UserError(f"--engine {engine} needs the extra ({', '.join(missing)} missing): {install}")
+    folder, task, renderer = exported.folder, exported.task, Renderer.load(str(exported.folder.resolve()))
+    if not renderer.templated:
+        raise UserError(f"{folder}: {renderer.note}; {untemplated}")
     with socket.socket() as free:  # otherwise the server that is there already would seem to be this one
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
         try:
             free.bind((HOST, port))
         except OSError as error:
             raise UserError(f"--port: {HOST}:{port}: {error.strerror}; choose another") from None
-    task = exported.task
-    command = (_llama_cpp if engine == "llamacpp" else _transformers)(exported.folder, task, base, port)
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
-        with tempfile.TemporaryDirectory(prefix="formtune-serve-") as folder:
+        with tempfile.TemporaryDirectory(prefix="formtune-serve-") as links:
             if engine == "transformers":
-                link(exported.folder, base, Path(folder, task))  # the path is the model's name for clients
-            environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-            process = subprocess.Popen(command, cwd=folder, env=environment)
+                link(exported, renderer, Path(links, task))  # the path is the model's name for clients
+            process = subprocess.Popen(_command(exported, engine, port), cwd=links, env=environment)
             try:
                 _wait_until_loaded(process, port)
-                data = shlex.quote(json.dumps(example(exported.folder, text) | {"model": task}, ensure_ascii=False))
-                print(f"{exported.folder} is served as {task}; end with Ctrl-C\n\ncurl http://{HOST}:{port}/v1/chat/"
-                      f"completions -H 'Content-Type: application/json' -d {data}")  # fmt: skip
-                sys.stdout.flush()
+                data = shlex.quote(json.dumps(example(folder, text) | {"model": task}, ensure_ascii=False))
+                print(f"{folder} is served as {task}; end with Ctrl-C\n\ncurl http://{HOST}:{port}/v1/chat/"
+                      f"completions -H 'Content-Type: application/json' -d {data}", flush=True)  # fmt: skip
                 code = process.wait()
             finally:
                 _end(process)
     except KeyboardInterrupt:
         return 0
-    finally:
-        signal.signal(signal.SIGTERM, handler)
     raise UserError(f"the server ended by itself with exit code {code}; its own lines above say why")
 
 
-def _transformers(exported: Path, task: str, base: str | None, port: int) -> list[str]:
-    config = yaml.safe_load((exported / "config.yaml").read_text(encoding="utf-8"))
+def _command(exported: Exported, engine: str, port: int) -> list[str]:
+    if engine == "llamacpp":
+        request = json.loads((exported.folder / "request.json").read_text(encoding="utf-8"))
+        file, context = exported.folder.resolve() / FILE, request["options"]["num_ctx"]
+        return [sys.executable, "-m", "formtune.export.llama_cpp", str(file), str(context), str(port), exported.task]
     dtype, quantization = "auto", []
-    if base is not None:
-        dtype = DTYPES.get(str(config.get("trainer", {}).get("precision")), "float32")
-        quantization = ["--quantization", "bnb-4bit"] if config["model"].get("quantize") else []
-    program = [sys.executable, "-m", "transformers.cli.transformers", "serve", task]
-    return [*program, "--host", HOST, "--port", str(port), "--dtype", dtype, *quantization, "--reasoning", "off"]
+    if exported.base is not None:
+        dtype = DTYPES.get(str(exported.config.get("trainer", {}).get("precision")), "float32")
+        quantization = ["--quantization", "bnb-4bit"] if exported.config["model"].get("quantize") else []
+    words = ["--host", HOST, "--port", str(port), "--dtype", dtype, *quantization, "--reasoning", "off"]
+    return [sys.executable, "-m", "transformers.cli.transformers", "serve", exported.task, *words]
 
 
-def _templated(exported: Path, remedy: str) -> Renderer:
-    """The renderer of a folder with a chat template: for one without, a server would take a template from elsewhere."""
-    renderer = Renderer.load(str(exported.resolve()))
-    if not renderer.templated:
-        raise UserError(f"{exported}: {renderer.note}; {remedy}")
-    return renderer
-
-
-def _llama_cpp(exported: Path, task: str, base: str | None, port: int) -> list[str]:
-    _templated(exported, "run llama-server and ask its /completion")  # its default would be ChatML
-    context = json.loads((exported / "request.json").read_text(encoding="utf-8"))["options"]["num_ctx"]
-    return [
-        sys.executable,
-        "-m",
-        "formtune.export.llama_cpp",
-        str(exported.resolve() / FILE),
-        str(context),
-        str(port),
-        task,
-    ]
-
-
-def link(exported: Path, base: str | None, folder: Path) -> None:
+def link(exported: Exported, renderer: Renderer, folder: Path) -> None:
     """A folder that loads as a model: links to the exported files, and to the base's if they are an adapter."""
-    renderer = _templated(exported, "serve it by an engine with completions (--engine vllm)")
     folder.mkdir(parents=True)
-    for part in [exported] if base is None else [base_folder(base), exported]:
-        for path in part.iterdir():
-            target = folder / path.name
-            target.unlink(missing_ok=True)  # the adapter's own tokenizer and template replace the base's
-            target.symlink_to(path.resolve())
+    parts = [exported.folder] if exported.base is None else [base_folder(exported.base), exported.folder]
+    for path in chain(*(part.iterdir() for part in parts)):
+        target = folder / path.name
+        target.unlink(missing_ok=True)  # the adapter's own tokenizer and template replace the base's
+        target.symlink_to(path.resolve())
     # Servers stop at the tokens named here: those that end an answer in training must be among them.
     generation = folder / "generation_config.json"
     settings = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
@@ -120,11 +102,9 @@ def link(exported: Path, base: str | None, folder: Path) -> None:
 def _wait_until_loaded(process: subprocess.Popen[bytes], port: int) -> None:
     """Wait until the server listens, which it does once the model is loaded, or has ended."""
     while process.poll() is None:
-        try:
-            with LOCAL.open(f"http://{HOST}:{port}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
+        with contextlib.suppress(OSError), LOCAL.open(f"http://{HOST}:{port}/health", timeout=5):
+            return
+        time.sleep(0.2)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

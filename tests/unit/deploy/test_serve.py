@@ -17,11 +17,10 @@ import torch
 import yaml
 
 from conftest import SCHEMA, byte_tokenizer, pair, tiny_model, write_run
+from formtune.base.renderer import Renderer
 from formtune.cli import main
-from formtune.commands.serve import vllm_command
-from formtune.deploy.registry import read_exported
-from formtune.deploy.server import _llama_cpp, link
-from formtune.errors import UserError
+from formtune.deploy.registry import Exported
+from formtune.deploy.server import ENGINES, link
 from formtune.training.manifest import write_manifest
 
 SOURCE = Path(__file__).resolve().parents[3] / "src"
@@ -37,22 +36,26 @@ def run(tmp_path, monkeypatch):
     return write_run(Path("logs/small/r4"), str(tmp_path / "base"), [("it's number 5", True)])
 
 
+def linked(exported, folder):
+    link(Exported(exported), Renderer.load(str(exported.resolve())), folder)
+    return folder
+
+
 def test_a_folder_of_links_answers_as_the_adapter_on_its_base_and_ends_as_in_training(run, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     (tmp_path / "base/generation_config.json").write_text('{"eos_token_id": 0, "temperature": 0.6, "do_sample": true}')
-    folder = tmp_path / "linked"
-    link(run / "adapter", "base", folder)
+    folder = linked(run / "adapter", tmp_path / "linked")
     assert all(path.is_symlink() for path in folder.iterdir() if path.name != "generation_config.json")
     assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [2], "do_sample": False}
     assert "0.6" in (tmp_path / "base/generation_config.json").read_text(), "the base's own is left as it is"
     ids = torch.arange(3, 40)[None]
     base = AutoModelForCausalLM.from_pretrained("base")
     plain = base(ids).logits
-    wanted = PeftModel.from_pretrained(base, run / "adapter")(ids).logits
-    found = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
-    assert torch.allclose(found, wanted, atol=1e-5) and not torch.allclose(found, plain, atol=1e-3)
+    expected = PeftModel.from_pretrained(base, run / "adapter")(ids).logits
+    logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    assert torch.allclose(logits, expected, atol=1e-5) and not torch.allclose(logits, plain, atol=1e-3)
     assert AutoTokenizer.from_pretrained(folder).chat_template
 
 
@@ -65,11 +68,10 @@ def test_a_merged_model_is_served_by_itself(run, tmp_path, capsys):
     merged.save_pretrained(run / "merged")
     write_manifest(run / "merged", "merged", str(tmp_path / "base"), None)
     shutil.rmtree("base")
-    link(run / "merged", None, tmp_path / "linked")
     ids = torch.arange(3, 40)[None]
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "linked")
-    assert torch.equal(found(ids).logits, merged(ids).logits)
-    assert found.generation_config.eos_token_id == [2]
+    loaded = AutoModelForCausalLM.from_pretrained(linked(run / "merged", tmp_path / "linked"))
+    assert torch.equal(loaded(ids).logits, merged(ids).logits)
+    assert loaded.generation_config.eos_token_id == [2]
     assert main(["serve", str(run), "--as", "merged", "--engine", "vllm"]) == 0
     words = shlex.split(capsys.readouterr().out.splitlines()[0])
     assert words[:5] == ["vllm", "serve", str((run / "merged").resolve()), "--served-model-name", "small"]
@@ -86,22 +88,28 @@ def test_another_base_or_a_changed_adapter_is_not_served(run, capsys):
     assert main(["serve", str(run)]) == 2 and "changed since it was exported" in capsys.readouterr().err
 
 
-def test_a_base_without_a_chat_template_is_not_served(run, tmp_path):
-    exported = read_exported(run / "adapter")
-    (run / "adapter/chat_template.jinja").unlink()
-    (tmp_path / "base/chat_template.jinja").unlink()
-    with pytest.raises(UserError, match=r"has no chat template, .* followed by a blank line.* \(--engine vllm\)"):
-        link(run / "adapter", "base", tmp_path / "linked")
-    with pytest.raises(UserError, match=r"has no chat template, .* run llama-server and ask its /completion"):
-        _llama_cpp(run / "adapter", "small", None, 8000)
-    assert "--chat-template" not in vllm_command(exported, str(tmp_path / "base"), 8000)
+def test_a_base_without_a_chat_template_is_served_by_no_chat_server(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("formtune.deploy.server.find_spec", lambda name: name)
+    for folder in (run / "adapter", tmp_path / "base"):
+        (folder / "chat_template.jinja").unlink()
+    base = str(tmp_path / "base")
+    for kind, engine, remedy in (
+        ("adapter", "transformers", "serve it by --engine vllm, which has completions"),
+        ("gguf", "llamacpp", "run llama-server and ask its /completion"),
+    ):
+        write_manifest(run / "adapter", kind, base, None)
+        assert main(["serve", str(run), "--engine", engine, "--as", "adapter"]) == 2
+        line = capsys.readouterr().err
+        assert "has no chat template" in line and "followed by a blank line" in line and remedy in line
+    write_manifest(run / "adapter", "adapter", base, None)
+    assert main(["serve", str(run), "--engine", "vllm"]) == 0 and "--chat-template " not in capsys.readouterr().out
 
 
 def test_missing_packages_and_a_port_in_use_are_said_in_one_line(run, capsys, monkeypatch):
-    monkeypatch.setattr("formtune.deploy.server.NEEDED", {"transformers": ("no_such_package",)})
+    monkeypatch.setitem(ENGINES, "transformers", ("serve", ("no_such_package",), ""))
     assert main(["serve", str(run)]) == 2
     assert "(no_such_package missing): pip install -e '.[serve]'" in capsys.readouterr().err
-    monkeypatch.setattr("formtune.deploy.server.NEEDED", {"transformers": ()})
+    monkeypatch.setitem(ENGINES, "transformers", ("serve", (), ""))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -111,7 +119,7 @@ def test_missing_packages_and_a_port_in_use_are_said_in_one_line(run, capsys, mo
 
 
 def test_a_server_that_ends_by_itself_is_an_error(run, capsys, monkeypatch):
-    monkeypatch.setattr("formtune.deploy.server.NEEDED", {"transformers": ()})
+    monkeypatch.setitem(ENGINES, "transformers", ("serve", (), ""))
     monkeypatch.setattr(sys, "executable", "false")
     assert main(["serve", str(run), "--port", "0"]) == 2
     assert "the server ended by itself with exit code 1" in capsys.readouterr().err
