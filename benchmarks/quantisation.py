@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from formtune.errors import UserError
-from formtune.export.exporter import JUDGED, export, read_run
+from formtune.export.exporter import JUDGED, FinishedRun, export
 from formtune.export.quantize import folder_name, lacking
 from formtune.training.manifest import KINDS
 
@@ -29,7 +29,7 @@ COLUMNS = ("kind", *JUDGED, "weights", "tokens/s", "KL", "top-1")
 def table(run: Path) -> str:
     """The rows of all kinds, in Markdown."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    finished = read_run(run)
+    finished = FinishedRun(run)
     for kind, options in [*((kind, {}) for kind in KINDS if kind != "gguf"), *(("gguf", {"quant": q}) for q in QUANTS)]:
         reason, name = lacking(kind), folder_name(kind, **options)
         if reason is None and (kind == "adapter" or not (run / name).exists()):

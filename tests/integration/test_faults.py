@@ -264,9 +264,9 @@ def test_a_run_whose_template_writes_the_date_keeps_that_of_its_first_day(work, 
     assert main(["train", "-c", "small.yaml", "--run", "new", "--trainer.max_steps", "1"]) == 0
     assert yaml.safe_load(Path("logs/small/new/config.yaml").read_text())["data"]["date"] == "2026-12-01"
     # What judges the adapter again, whenever it does, sees the rows of the run.
-    from formtune.export.exporter import read_run
+    from formtune.export.exporter import FinishedRun
 
-    assert len(read_run(Path("logs/small/one")).test) == 5
+    assert len(FinishedRun(Path("logs/small/one")).test) == 5
 
 
 def test_a_run_without_a_date_in_its_template_records_none(whole):

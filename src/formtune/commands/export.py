@@ -52,10 +52,10 @@ def run(command: str, args: list[str]) -> int:
     if config.kind != "adapter" and target.exists():
         raise UserError(f"{target}: already there; remove it to export again")
     # Several seconds: torch, transformers.
-    from formtune.export.exporter import JUDGED, export, read_run
+    from formtune.export.exporter import JUDGED, FinishedRun, export
     from formtune.export.measure import Closeness
 
-    figures = export(read_run(config.run), config.kind, config.max_loss, **options)
+    figures = export(FinishedRun(config.run), config.kind, config.max_loss, **options)
     print(f"{name}: {target}, {figures['bytes'] / 1e6:,.1f} MB of weights")
     print(f"{figures['tokens_per_second']:,.0f} tokens/s of a single answer to an input as long as production's at P95")
     print(f"from the adapter in float32: {Closeness(**figures['closeness'])}")

@@ -5,7 +5,7 @@ import operator
 import shutil
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +13,8 @@ import torch
 
 from formtune.base.folder import context_length
 from formtune.base.renderer import Renderer
-from formtune.base.row import Row, quantile
-from formtune.configuration.task import read_task, task_parser
-from formtune.configuration.yaml_file import check_yaml
+from formtune.base.row import quantile
+from formtune.configuration.task import read_run, task_parser
 from formtune.data.preparation import load_splits, production_rows
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, outcome, rate, read_outcomes, write_outcomes
@@ -27,7 +26,6 @@ from formtune.export.quantize import SCHEMES, folder_name
 from formtune.export.rules import Plan, refuse
 from formtune.export.usage import write_usage
 from formtune.files import write_json
-from formtune.formats import Format
 from formtune.model.lora import load_base
 from formtune.model.micro_batches import judge
 from formtune.training.manifest import CARD, NAME, base_files, verify, write_manifest
@@ -36,76 +34,47 @@ JUDGED = ("format/exact", "joint/exact")
 CALIBRATION = 128  # rows
 
 
-@dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """What an export needs of a run."""
+    """What an export needs of a run, whose adapter, base, format and rows must be the ones that it was judged with."""
 
-    folder: Path
-    adapter: Path  # its folder
-    base: str
-    dtype: torch.dtype  # that the base is stored in
-    quantize: str | None  # how training quantized the base
-    format: Format
-    data: str | None  # hash of the rows
-    test: list[Row]
-    limits: list[int]  # tokens that the answer to each test row may have
-    outcomes: list[Outcome]  # of the test rows
-    constrained: bool  # whether these outcomes come from constrained decoding
-    timed: list[int]  # token ids of a prompt as long as production's at P95
-    compared: list[list[int]]  # that prompt and test rows of all lengths
-    calibration: list[list[int]]  # token ids of training rows
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoConfig
 
-
-def read_run(folder: Path) -> FinishedRun:
-    """Read a run, and check that adapter, base, format and rows are the ones that it was judged with."""
-    from transformers import AutoConfig
-
-    config = folder / "config.yaml"
-    if not config.is_file():
-        raise UserError(f"{config}: No such file; name the folder of a finished run, such as logs/demo/RUN")
-    check_yaml(str(config))
-    parser = task_parser("export")
-    parser.add_argument("--model.quantize", type=Literal["4bit"] | None)
-    parser.add_argument("--model.constrained", type=bool, default=False)
-    task, settings = read_task(parser, ["-c", str(config)])
-    manifest, base = verify(folder / "adapter"), task.model.base
-    trained_on, now = manifest["base"]["files"], base_files(base)
-    if changed := sorted(name for name in trained_on | now if trained_on.get(name) != now.get(name)):
-        raise UserError(f"model.base: {changed[0]} of {base} is not the one that the adapter was trained on")
-    if json.loads((folder / "adapter/format.json").read_text(encoding="utf-8")) != settings.format.to_dict():
-        raise UserError(f"{config}: the format is not the one that judged the run; train again")
-    # An export is judged without constrained decoding, and so must be what it is compared with.
-    unconstrained = folder / "outcomes" / "adapter.jsonl"
-    constrained = task.model.constrained and not unconstrained.is_file()
-    path = unconstrained if task.model.constrained and not constrained else folder / "outcomes" / "after.jsonl"
-    outcomes = read_outcomes(path)
-    # Compared by content: the hash of the run's rows changes with every version of formtune.
-    splits = load_splits(settings)
-    test = splits.rows["test"][: len(outcomes)]
-    judged = [(outcome.input, outcome.target, outcome.schema, outcome.prompt_tokens) for outcome in outcomes]
-    if [(row.input, row.target, row.schema, len(row.prompt_ids)) for row in test] != judged:
-        raise UserError(f"{path}: {config} makes other test rows or prompts than these; train again")
-    context = context_length(base) or 10**9
-    prompts = [row.prompt_ids for row in production_rows(settings) or test]
-    p95 = quantile([len(ids) for ids in prompts], 95)
-    timed = next(ids for ids in prompts if len(ids) == p95)
-    of_all_lengths = sorted(test, key=len)[:: max(1, len(test) // COMPARED)][:COMPARED]
-    return FinishedRun(
-        folder=folder,
-        adapter=folder / "adapter",
-        base=base,
-        dtype=getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "dtype", None) or torch.float32,
-        quantize=task.model.quantize,
-        format=settings.format,
-        data=manifest["data"],
-        test=test,
-        limits=[min(task.model.max_new_tokens, context - len(row.prompt_ids)) for row in test],
-        outcomes=outcomes,
-        constrained=constrained,
-        timed=timed,
-        compared=[timed, *(row.prompt_ids + row.target_ids for row in of_all_lengths)],
-        calibration=[row.prompt_ids + row.target_ids for row in splits.rows["train"][:CALIBRATION]],
-    )
+        parser = task_parser("export")
+        parser.add_argument("--model.quantize", type=Literal["4bit"] | None)
+        parser.add_argument("--model.constrained", type=bool, default=False)
+        task, settings = read_run(folder, parser)
+        self.folder, self.adapter, self.base = folder, folder / "adapter", task.model.base
+        self.quantize, self.format = task.model.quantize, settings.format
+        manifest = verify(self.adapter)
+        self.data = manifest["data"]
+        trained_on, now = manifest["base"]["files"], base_files(self.base)
+        if changed := sorted(name for name in trained_on | now if trained_on.get(name) != now.get(name)):
+            raise UserError(f"model.base: {changed[0]} of {self.base} is not the one that the adapter was trained on")
+        if json.loads((self.adapter / "format.json").read_text(encoding="utf-8")) != self.format.to_dict():
+            raise UserError(f"{folder / 'config.yaml'}: the format is not the one that judged the run; train again")
+        # An export is judged without constrained decoding, and so must be what it is compared with.
+        unconstrained = folder / "outcomes" / "adapter.jsonl"
+        self.constrained = task.model.constrained and not unconstrained.is_file()
+        is_measured = task.model.constrained and not self.constrained
+        path = unconstrained if is_measured else folder / "outcomes" / "after.jsonl"
+        self.outcomes = read_outcomes(path)  # of the test rows
+        # Compared by content: the hash of the run's rows changes with every version of formtune.
+        splits = load_splits(settings)
+        self.test = splits.rows["test"][: len(self.outcomes)]
+        judged = [(outcome.input, outcome.target, outcome.schema, outcome.prompt_tokens) for outcome in self.outcomes]
+        if [(row.input, row.target, row.schema, len(row.prompt_ids)) for row in self.test] != judged:
+            raise UserError(f"{path}: {folder / 'config.yaml'} makes other test rows or prompts; train again")
+        config = AutoConfig.from_pretrained(self.base, trust_remote_code=False)
+        self.dtype = getattr(config, "dtype", None) or torch.float32  # that the base is stored in
+        context = context_length(self.base) or 10**9
+        self.limits = [min(task.model.max_new_tokens, context - len(row.prompt_ids)) for row in self.test]
+        prompts = [row.prompt_ids for row in production_rows(settings) or self.test]
+        p95 = quantile([len(ids) for ids in prompts], 95)
+        self.timed = next(ids for ids in prompts if len(ids) == p95)
+        of_all_lengths = sorted(self.test, key=len)[:: max(1, len(self.test) // COMPARED)][:COMPARED]
+        self.compared = [self.timed, *(row.prompt_ids + row.target_ids for row in of_all_lengths)]
+        self.calibration = [row.prompt_ids + row.target_ids for row in splits.rows["train"][:CALIBRATION]]
 
 
 def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict[str, Any]:
@@ -146,10 +115,13 @@ def measured(run: FinishedRun, kind: str, folder: Path) -> tuple[dict[str, Any],
     for row, decoded in zip(run.test, answers, strict=True):
         answer = judge(row, decoded, renderer, run.format)
         outcomes.append(outcome(row, answer.text, answer.verdict, run.format, answer.confidence))
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
-    figures: dict[str, Any] = {"bytes": size, "tokens_per_second": speed, "closeness": asdict(closeness)}
     before = outcomes if run.constrained else run.outcomes
-    figures["same_answers"] = sum(a.answer == b.answer for a, b in zip(before, outcomes, strict=True))
+    figures: dict[str, Any] = {
+        "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")),
+        "tokens_per_second": speed,
+        "closeness": asdict(closeness),
+        "same_answers": sum(a.answer == b.answer for a, b in zip(before, outcomes, strict=True)),
+    }
     for name in JUDGED:
         right = operator.attrgetter(RATES[name])
         changes = Counter((right(a), right(b)) for a, b in zip(before, outcomes, strict=True))
@@ -168,9 +140,8 @@ def _refusal(run: FinishedRun, kind: str, figures: dict[str, Any], max_loss: flo
         right, rows, gained, lost = figures[name].values()
         # One row may always be lost: rounding costs one too, and of a hundred rows or fewer a share is less than one.
         if lost - gained > max(1, max_loss * rows):
-            return (
-                f"{name} falls from {right + lost - gained} to {right} of {rows} rows, more than --max_loss {max_loss}"
-            )
+            before = right + lost - gained
+            return f"{name} falls from {before} to {right} of {rows} rows, more than --max_loss {max_loss}"
     return None
 
 
@@ -188,21 +159,16 @@ def _make(run: FinishedRun, kind: str, scratch: Path, **options: Any) -> Path:
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stop, pad_token_id=stop[0])
     folder = scratch / "merged"
     model.save_pretrained(folder)
-    _copy_rest(run.adapter, folder)
+    # Tokenizer, chat template, format and configuration
+    rest = {"ignore": shutil.ignore_patterns("adapter_*", NAME, CARD), "dirs_exist_ok": True}
+    shutil.copytree(run.adapter, folder, **rest)
     if kind != "merged":
         source, folder = folder, scratch / kind
         call_fresh(
             SCHEMES[kind].convert, f"{kind} cannot be made", source=str(source), target=str(folder),
             rows=run.calibration, **options,
         )  # fmt: skip
-        _copy_rest(run.adapter, folder)
+        shutil.copytree(run.adapter, folder, **rest)
     if kind == "gguf":
         write_usage(folder, run.base, run.test)
     return folder
-
-
-def _copy_rest(adapter: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template, format and configuration from the adapter's folder."""
-    for path in adapter.iterdir():
-        if not path.name.startswith("adapter_") and path.name not in (NAME, CARD):
-            shutil.copyfile(path, folder / path.name)

@@ -22,7 +22,7 @@ from formtune.errors import UserError
 from formtune.export import exporter as exporting
 from formtune.export import measure as measure_module
 from formtune.export import trial
-from formtune.export.exporter import read_run
+from formtune.export.exporter import FinishedRun
 from formtune.export.fresh_process import call_fresh
 from formtune.export.measure import (
     EXACT,
@@ -182,7 +182,7 @@ def _append(path):
         (_append("base/config.json"), "config.json of base is not the one that the adapter was trained on"),
         (lambda run: Path("train.jsonl").write_text(json.dumps(pair(1)) + "\n"), "makes other test rows"),
         (lambda run: (run / "outcomes/after.jsonl").unlink(), "after.jsonl: No such file"),
-        (lambda run: (run / "config.yaml").unlink(), "name the folder of a finished run"),
+        (lambda run: (run / "config.yaml").unlink(), "name the folder of a run"),
         (lambda run: (run / "adapter/manifest.json").unlink(), "manifest.json: No such file"),
         (_rewritten_adapter(layer_replication=[[0, 2], [1, 2]]), "the merged model is another one than the adapter"),
         (_rewritten_adapter(lora_bias=True), "the adapter cannot be merged: Impossible to merge"),
@@ -208,7 +208,7 @@ def test_a_merge_that_went_wrong_is_refused_and_nothing_appears(run, monkeypatch
 
 @pytest.mark.slow
 def test_answers_that_lose_the_format_are_refused_with_their_number_and_kept_to_look_at(run, monkeypatch, capsys):
-    judged = read_run(run)
+    judged = FinishedRun(run)
     good = [replace(one, kind="ok") for one in judged.outcomes]
     (run / "outcomes/after.jsonl").write_text("".join(json.dumps(asdict(one)) + "\n" for one in good))
     kept = sum(one.exact for one in judged.outcomes)
@@ -225,7 +225,7 @@ def test_a_run_judged_under_constrained_decoding_is_measured_without_before_anyt
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"]["constrained"] = True
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    after = read_run(run).outcomes
+    after = FinishedRun(run).outcomes
     kept = [json.dumps(asdict(replace(one, kind="ok"))) + "\n" for one in after]
     (run / "outcomes/after.jsonl").write_text("".join(kept))
     assert export(run, "--as", "merged") == 2
@@ -330,6 +330,8 @@ def test_an_adapter_trained_on_4_bits_is_merged_into_the_whole_base(run, monkeyp
         return real(base, dtype, quantize, device)
 
     monkeypatch.setattr(exporting, "load_base", watched)
-    folder = exporting._make(replace(read_run(run), quantize="4bit"), "merged", run)
+    finished = FinishedRun(run)
+    finished.quantize = "4bit"
+    folder = exporting._make(finished, "merged", run)
     assert asked == [(torch.float32, None)]
     assert load(str(folder)).dtype == torch.float32
