@@ -47,18 +47,18 @@ def _replies(config: Namespace, settings: DataSettings, examples: list[Example],
     client = openai.OpenAI(base_url=config.endpoint, api_key=key, max_retries=RETRIES)
 
     def ask(number: int) -> str:
-        try:
-            reply = client.chat.completions.create(
-                model=config.teacher, messages=[{"role": "user", "content": _request(number, settings, examples)}],
-                temperature=config.temperature, seed=number,
-            )  # fmt: skip
-        except openai.APIError as error:
-            raise UserError(f"endpoint: {config.endpoint} gave no rows: {first_line(error)}") from None
+        messages: Any = [{"role": "user", "content": _request(number, settings, examples)}]
+        reply = client.chat.completions.create(
+            model=config.teacher, messages=messages, temperature=config.temperature, seed=number
+        )
         return (reply.choices[0].message.content or "") if reply.choices else ""
 
     with ThreadPoolExecutor(config.at_once) as pool:
         for start in itertools.count(first, config.at_once):
-            yield from pool.map(ask, range(start, start + config.at_once))
+            try:
+                yield from pool.map(ask, range(start, start + config.at_once))
+            except openai.APIError as error:
+                raise UserError(f"endpoint: {config.endpoint} gave no rows: {first_line(error)}") from None
 
 
 def _request(number: int, settings: DataSettings, examples: list[Example]) -> str:

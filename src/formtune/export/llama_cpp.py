@@ -68,32 +68,27 @@ def chat_prompt(row: Row) -> dict[str, Any]:
 
 def prompt_fault(row: Row, ids: list[int], renderer: Renderer) -> str | None:
     """In what a server's prompt differs from the one of training, in words; None if all tokens are the same."""
-    own = row.prompt_ids
+    own, decode, bos = row.prompt_ids, renderer.tokenizer.decode, [renderer.tokenizer.bos_token_id]
     if ids == own:
         return None
-    decode = renderer.tokenizer.decode
     text, text_trained = decode(ids), decode(own)
-    turns = [turn for turn in chat_prompt(row)["messages"] if turn["content"] not in text]
-    first = next(
-        (i for i, pair in enumerate(zip(ids, own, strict=False)) if pair[0] != pair[1]), min(len(ids), len(own))
-    )
-    if ids[1:] == own and ids[0] == renderer.tokenizer.bos_token_id:
-        fault = "a second BOS is in front"
-    elif own[1:] == ids and own[0] == renderer.tokenizer.bos_token_id:
-        fault = "its BOS is missing"
-    elif text == text_trained:
-        fault = f"the same text is other tokens from token {first} on: another tokenizer"
-    elif CHATML in text and CHATML not in text_trained:
-        fault = "it is rendered by a default chat template (ChatML), not by the base's"
-    elif turns:
-        trimmed = turns[0]["content"].strip() in text
-        fault = f"the {turns[0]['role']} turn is {'trimmed' if trimmed else 'left out or altered'}"
-    elif text.count("think") != text_trained.count("think"):
-        fault = "the switch that turns thinking off is lost"
-    elif "strftime_now" in str(renderer.tokenizer.chat_template):
-        fault = "the template writes today's date, and training froze another day (data.date)"
-    else:
-        fault = f"another chat template, from token {first} on ({decode(ids[first:])[:40]!r})"
+    pairs = zip(ids, own, strict=False)
+    first = next((i for i, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(ids), len(own)))
+    turn = next((turn for turn in chat_prompt(row)["messages"] if turn["content"] not in text), None)
+    change = "trimmed" if turn and turn["content"].strip() in text else "left out or altered"
+    faults = (  # the first that applies
+        (ids == bos + own, "a second BOS is in front"),
+        (own == bos + ids, "its BOS is missing"),
+        (text == text_trained, f"the same text is other tokens from token {first} on: another tokenizer"),
+        (CHATML in text and CHATML not in text_trained,
+         "it is rendered by a default chat template (ChatML), not by the base's"),
+        (turn, f"the {turn and turn['role']} turn is {change}"),
+        (text.count("think") != text_trained.count("think"), "the switch that turns thinking off is lost"),
+        ("strftime_now" in str(renderer.tokenizer.chat_template),
+         "the template writes today's date, and training froze another day (data.date)"),
+        (True, f"another chat template, from token {first} on ({decode(ids[first:])[:40]!r})"),
+    )  # fmt: skip
+    fault = next(words for applies, words in faults if applies)
     return f"the server's prompt has {len(ids):,} tokens and formtune's {len(own):,}: {fault}"
 
 
@@ -102,11 +97,11 @@ def prove_prompts(server: LlamaServer, rows: Sequence[Row], renderer: Renderer) 
     for given in rows:
         row = replace(given, messages=renderer.turns(given.messages))
         if renderer.templated:
-            ids = server.tokens(server.post("/apply-template", chat_prompt(row))["prompt"])
+            text = server.post("/apply-template", chat_prompt(row))["prompt"]
         else:
             bos = row.prompt_ids[:1] == [renderer.tokenizer.bos_token_id]
-            ids = server.tokens(renderer.tokenizer.decode(row.prompt_ids[bos:]))
-        if fault := prompt_fault(row, ids, renderer):
+            text = renderer.tokenizer.decode(row.prompt_ids[bos:])
+        if fault := prompt_fault(row, server.tokens(text), renderer):
             raise UserError(f"{row.where}: {fault}")
 
 

@@ -56,9 +56,7 @@ class Rule(NamedTuple):
     targets: Sequence[str]
     versions: str
     applies: Callable[[Plan], Any]
-    what: str  # may name `p`, the plan, and `a`, the adapter's configuration
-    reason: str
-    remedy: str
+    line: str  # what, why and the remedy; may name `p`, the plan, and `a`, the adapter's configuration
 
 
 def before_training(base: str, lora: Lora) -> list[str]:
@@ -73,9 +71,9 @@ def before_training(base: str, lora: Lora) -> list[str]:
 
 
 def check(plan: Plan, targets: Sequence[str]) -> list[tuple[Rule, str]]:
-    """The rules that apply, each with all that it says in one line; errors first."""
+    """The rules that apply, each with its line; errors first."""
     return [
-        (rule, f"{rule.what.format(p=plan, a=plan.adapter)} {rule.reason}; {rule.remedy}")
+        (rule, rule.line.format(p=plan, a=plan.adapter))
         for rule in RULES
         if set(rule.targets) & set(targets) and rule.applies(plan)
     ]
@@ -95,43 +93,40 @@ def read_plan(base: str, lora: Lora, quantize: str | None = None) -> Plan:
 
 
 _PEFT, _VLLM, _GPTQMODEL = "peft 0.21.2", "vllm 0.33.0", "gptqmodel 7.6.0"
-_OTHER = "take int8 or nf4, or another base"
-_SERVE_MERGED = "serve the merged model (--as merged)"
 
 # fmt: off
 RULES = (
     Rule("tied embeddings", "error", MERGED, _PEFT, lambda p: p.tied_targets,
-         "model.lora.targets: LoRA on {p.tied_targets[0]}, whose weights this base shares between input and output,",
-         "silently merges into another model", "leave it out of model.lora.targets"),
+         "model.lora.targets: LoRA on {p.tied_targets[0]}, whose weights this base shares between input and output, "
+         "silently merges into another model; leave it out of model.lora.targets"),
     Rule("quantized base", "error", MERGED, _PEFT, lambda p: p.quantized,
-         "model.base: weights quantized by {p.quantized}", "cannot be merged into",
-         "take the base that it was made from"),
+         "model.base: weights quantized by {p.quantized} cannot be merged into; take the base that it was made from"),
     Rule("initialization", "error", VLLM, _VLLM, lambda p: p.adapter.init_lora_weights in ("pissa", "olora"),
-         "model.lora.initialization: {a.init_lora_weights}",
-         "changes the base's weights; a server that adds BA to the original base silently answers as another model",
-         f"take true, gaussian or orthogonal, or {_SERVE_MERGED}"),
+         "model.lora.initialization: {a.init_lora_weights} changes the base's weights; a server that adds BA to the "
+         "original base silently answers as another model; take true, gaussian or orthogonal, or serve the merged "
+         "model (--as merged)"),
     Rule("rank", "error", VLLM, _VLLM, lambda p: not p.vllm_rank,
-         "model.lora.r: rank {a.r}", "is more than vLLM takes", f"take 512 at most, or {_SERVE_MERGED}"),
+         "model.lora.r: rank {a.r} is more than vLLM takes; take 512 at most, or serve the merged model (--as merged)"),
     Rule("DoRA", "error", VLLM, _VLLM, lambda p: p.adapter.use_dora,
-         "model.lora.dora", "is not supported by vLLM", f"set model.lora.dora: false, or {_SERVE_MERGED}"),
+         "model.lora.dora is not supported by vLLM; set model.lora.dora: false, or serve the merged model (--as "
+         "merged)"),
     Rule("modules_to_save", "error", VLLM, _VLLM, lambda p: p.adapter.modules_to_save,
-         "model.lora.modules_to_save: {a.modules_to_save}", "is refused by vLLM", _SERVE_MERGED),
+         "model.lora.modules_to_save: {a.modules_to_save} is refused by vLLM; serve the merged model (--as merged)"),
     Rule("Conv1D", "error", CALIBRATED, _GPTQMODEL, lambda p: p.conv1d,
-         "a base with Conv1D layers (GPT-2)", "is saved and cannot be loaded again", _OTHER),
+         "a base with Conv1D layers (GPT-2) is saved and cannot be loaded again; take int8 or nf4, or another base"),
     Rule("group size", "error", CALIBRATED, _GPTQMODEL, lambda p: p.off_group,
-         "{p.off_group}", f"has inputs that are not a multiple of {GROUPS[-1]}: it is quantized and saved silently, "
-         "and fails at the first input", _OTHER),
+         f"{{p.off_group}} has inputs that are not a multiple of {GROUPS[-1]}: it is quantized and saved silently, and "
+         "fails at the first input; take int8 or nf4, or another base"),
     Rule("output width", "error", CALIBRATED, _GPTQMODEL, lambda p: p.off_width,
-         "{p.off_width}", "has outputs that are not a multiple of 16: it is quantized and saved silently, and fails "
-         "when it is loaded", _OTHER),
+         "{p.off_width} has outputs that are not a multiple of 16: it is quantized and saved silently, and fails when "
+         "it is loaded; take int8 or nf4, or another base"),
     Rule("kernels", "warning", CALIBRATED, _VLLM, lambda p: p.off_kernels,
-         "{p.off_kernels}", "does not fit vLLM's fast kernels (128 in, 64 out, on each GPU of several)",
-         "expect the slow ones"),
+         "{p.off_kernels} does not fit vLLM's fast kernels (128 in, 64 out, on each GPU of several); expect the slow "
+         "ones"),
     Rule("4-bit training", "warning", MERGED, "bitsandbytes 0.50.2", lambda p: p.qlora,
-         "model.quantize: an adapter of a 4-bit base", "must be merged into the full-precision base, and tested there",
+         "model.quantize: an adapter of a 4-bit base must be merged into the full-precision base, and tested there; "
          "formtune export does so"),
     Rule("rank flag", "warning", VLLM, _VLLM, lambda p: (p.vllm_rank or 0) > 16,
-         "rank {a.r}: start vLLM with --max-lora-rank {p.vllm_rank}, it", "takes 16 by default",
-         "or choose a lower rank"),
+         "rank {a.r}: start vLLM with --max-lora-rank {p.vllm_rank}, it takes 16 by default; or choose a lower rank"),
 )
 # fmt: on

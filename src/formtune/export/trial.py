@@ -3,8 +3,9 @@
 What fails there depends on shapes, packages and the machine, not on what was learned.
 """
 
+import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,24 @@ class Trial:
     def __init__(self, base: str, lora: Lora, length: int, folder: Path, prompts: Sequence[Row] = ()) -> None:
         from transformers import AutoConfig
 
-        self.base, self.lora, self.folder = base, lora, folder
+        self.lora, self.folder, self.tokenizer = lora, folder, Renderer.load(base).tokenizer
         self.prompts = prompts  # that llama.cpp must render; they need the whole vocabulary
         self.config = shrink(AutoConfig.from_pretrained(base, trust_remote_code=False), bool(prompts))
-        self.dtype = getattr(self.config, "dtype", None) or torch.float32
+        self.dtype = getattr(self.config, "dtype", None) or torch.float32  # saving makes it a text
         vocabulary, draw = self.config.get_text_config().vocab_size, random.Random(0)
         self.rows = [[draw.randrange(vocabulary) for _ in range(length)] for _ in range(CALIBRATION)]
 
+    def attempt(self, target: str) -> tuple[str, str]:
+        """Whether merging and, for a scheme, quantizing is `ok` or `fails`, and what was measured or went wrong."""
+        try:
+            measured = self.merged  # every scheme begins with it
+            return "ok", measured if target == "merge" else self._quantized(target)
+        except UserError as error:
+            return "fails", str(error)
+        except Exception as error:  # whatever a library raises here it would raise after training
+            return "fails", f"{type(error).__name__}: {first_line(error)}"
+
+    @functools.cached_property
     def merged(self) -> str:
         """Save, load and merge the adapter; what was measured, in words."""
         from peft import PeftModel
@@ -58,19 +70,18 @@ class Trial:
                     parameter += NOISE * torch.randn_like(parameter)
         tuned.save_pretrained(self.folder / "adapter", save_embedding_layers=False)
         logits = last_logits(tuned, rows)
-        del tuned, base
         base = AutoModelForCausalLM.from_pretrained(self.folder / "base", dtype=torch.float32)
         merged = merge(PeftModel.from_pretrained(base, self.folder / "adapter").eval(), rows)
         measured = _checked("the merged model", compare(logits, last_logits(merged, rows)), EXACT)
         merged.to(self.dtype).save_pretrained(self.folder / "merged")
-        Renderer.load(self.base).tokenizer.save_pretrained(self.folder / "merged")  # GPTQModel opens it
+        self.tokenizer.save_pretrained(self.folder / "merged")  # GPTQModel opens it
         return f"{measured} after saving, loading and merging in float32"
 
-    def quantized(self, scheme: str) -> str:
+    def _quantized(self, scheme: str) -> str:
         """Quantize the merged model, load it in a fresh process and let it answer; what was measured, in words."""
         source, target = str(self.folder / "merged"), str(self.folder / scheme)
         call_fresh(SCHEMES[scheme].convert, f"{scheme} cannot be made", source=source, target=target, rows=self.rows)
-        Renderer.load(self.base).tokenizer.save_pretrained(target)
+        self.tokenizer.save_pretrained(target)
         gguf = scheme == "gguf"
         rows = self.prompts if gguf else [Row(self.rows[0], [], "", None, "")]
         closeness, *_ = call_fresh(
@@ -81,16 +92,6 @@ class Trial:
         measured = _checked("the quantized model", closeness, ROUNDED)
         proven = f"; llama.cpp renders {len(rows)} prompts as training does" if gguf else ""
         return f"{measured} in a fresh process, at {len(rows[0])} tokens{proven}"
-
-
-def attempt(step: Callable[[], str]) -> tuple[bool, str]:
-    """Whether a step succeeds, and what it says."""
-    try:
-        return True, step()
-    except UserError as error:
-        return False, str(error)
-    except Exception as error:  # whatever a library raises here it would raise after training
-        return False, f"{type(error).__name__}: {first_line(error)}"
 
 
 def shrink(config: Any, whole_vocabulary: bool = False) -> Any:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,12 @@ class Point(NamedTuple):
     """One value for each key of the grid; the name is short, distinct and fit for a folder: `r8-lr1e-4`."""
 
     name: str
-    arguments: list[str]  # for `formtune train`
+    values: dict[str, str]
+
+    @property
+    def arguments(self) -> list[str]:
+        """For `formtune train`."""
+        return [f"--{key}={value}" for key, value in self.values.items()]
 
 
 def grid(over: Sequence[str]) -> list[Point]:
@@ -42,13 +46,8 @@ def grid(over: Sequence[str]) -> list[Point]:
             raise UserError(f"--over {text}: expected a key and two or more different values, as in --over {RANKS}")
     last = [key.rpartition(".")[2] for key in keys]
     short = {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
-    return [
-        Point(
-            "-".join(short[key] + _slug(value) for key, value in zip(keys, values, strict=True)),
-            [f"--{key}={value}" for key, value in zip(keys, values, strict=True)],
-        )
-        for values in itertools.product(*keys.values())
-    ]
+    combinations = [dict(zip(keys, values, strict=True)) for values in itertools.product(*keys.values())]
+    return [Point("-".join(short[key] + _slug(value) for key, value in each.items()), each) for each in combinations]
 
 
 def seed_numbers(text: str) -> list[int]:
@@ -64,8 +63,9 @@ def _slug(value: str) -> str:
     return plain if plain[:1].isdigit() else f"-{plain}"
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
+    """One run: a point trained with one seed."""
+
     point: str
     folder: Path
     arguments: list[str]
@@ -92,15 +92,14 @@ def devices(trainer: dict[str, Any]) -> list[str | None]:
 
     Runs whose trainer asks for several devices follow one another.
     """
-    on_gpu = trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
-    if not on_gpu or str(trainer.get("devices", "auto")) not in ("auto", "1"):
-        return [None]
     import torch
 
-    count = torch.cuda.device_count()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = named.split(",")[:count] if named else [str(i) for i in range(count)]
-    return [*gpus] if count > 1 else [None]
+    one_gpu = trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda") and str(trainer.get("devices", "auto")) in (
+        "auto", "1",
+    )  # fmt: skip
+    count = torch.cuda.device_count() if one_gpu else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return [*visible.split(",")[:count]] if count > 1 else [None]
 
 
 def run_all(jobs: Sequence[Job], on: Sequence[str | None]) -> Generator[tuple[Job, int], None, None]:
@@ -115,7 +114,14 @@ def run_all(jobs: Sequence[Job], on: Sequence[str | None]) -> Generator[tuple[Jo
         while waiting or running:
             while waiting and free:
                 job, device = waiting.popleft(), free.pop(0)
-                running[_start(job, device)] = (job, device)
+                job.folder.mkdir(parents=True, exist_ok=True)
+                visible = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+                with job.log.open("wb") as log:
+                    process = subprocess.Popen(
+                        [*TRAIN, *job.arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                        env=os.environ | visible, start_new_session=True,
+                    )  # fmt: skip
+                running[process] = (job, device)
             time.sleep(PAUSE)
             for process in [process for process in running if process.poll() is not None]:
                 job, device = running.pop(process)
@@ -125,13 +131,3 @@ def run_all(jobs: Sequence[Job], on: Sequence[str | None]) -> Generator[tuple[Jo
         for process in running:
             os.killpg(process.pid, signal.SIGKILL)  # with its own processes; a resumed run loses seconds
             process.wait()
-
-
-def _start(job: Job, device: str | None) -> subprocess.Popen[bytes]:
-    job.folder.mkdir(parents=True, exist_ok=True)
-    visible = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
-    with job.log.open("wb") as log:
-        return subprocess.Popen(
-            [*TRAIN, *job.arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            env=os.environ | visible, start_new_session=True,
-        )  # fmt: skip

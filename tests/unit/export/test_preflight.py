@@ -18,7 +18,7 @@ from formtune.errors import UserError
 from formtune.export.measure import merge
 from formtune.export.quantize import SCHEMES, group_size
 from formtune.export.rules import RULES, TARGETS, Plan, check
-from formtune.export.trial import Trial, attempt, shrink
+from formtune.export.trial import Trial, shrink
 from formtune.model.lora import Lora, lora_config
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 259}
@@ -142,8 +142,8 @@ def test_the_trial_goes_through_on_every_family_with_two_layers_and_a_small_voca
     trial = Trial(str(tmp_path / "base"), Lora(r=4), 40, tmp_path)
     text = trial.config.get_text_config()
     assert (text.num_hidden_layers, text.vocab_size) == (2, 4096 + 10_003 % 4096) and text.tie_word_embeddings
-    succeeded, message = attempt(trial.merged)
-    assert succeeded, message
+    verdict, detail = trial.attempt("merge")
+    assert verdict == "ok", detail
     assert (tmp_path / "merged/model.safetensors").is_file()
 
 
@@ -161,9 +161,8 @@ def test_the_trial_quantizes_and_loads_again_in_a_fresh_process(scheme, tmp_path
     tiny_model(**WIDE).config.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     trial = Trial(str(tmp_path / "base"), Lora(r=4), 40, tmp_path)
-    assert attempt(trial.merged)[0]
-    succeeded, message = attempt(lambda: trial.quantized(scheme))
-    assert succeeded and "in a fresh process, at 40 tokens" in message, message
+    verdict, detail = trial.attempt(scheme)
+    assert verdict == "ok" and "in a fresh process, at 40 tokens" in detail, detail
 
 
 @pytest.fixture
@@ -192,11 +191,11 @@ def preflight(*words):
 def test_preflight_says_what_fails_in_its_exit_code_and_in_json(project, capsys):
     code, result = preflight()
     assert code == 0 and result["failed"] == [] and result["targets"] == ["merge", "vllm"]
-    assert [one["verdict"] for one in result["checks"]] == ["ok"] * 3
+    assert [it["verdict"] for it in result["checks"]] == ["ok"] * 3
     assert "verdict: no objection to merge, vllm" in capsys.readouterr().out
     code, result = preflight("--model.lora.targets", '["lm_head"]', "--model.lora.dora", "true")
     assert code == 1 and result["failed"] == ["merge", "vllm"]
-    fails = {(one["target"], one["check"]) for one in result["checks"] if one["verdict"] == "fails"}
+    fails = {(it["target"], it["check"]) for it in result["checks"] if it["verdict"] == "fails"}
     assert fails == {("merge", "tied embeddings"), ("merge", "trial"), ("vllm", "DoRA")}
     assert preflight("--for", "vllm", "--model.lora.targets", '["lm_head"]')[0] == 0
     assert preflight("--for", "gptq")[0] == 1  # 32 wide, 48 between
@@ -209,7 +208,7 @@ def test_a_package_that_is_not_there_is_a_line_and_no_failure(project, monkeypat
     monkeypatch.setitem(quantize.SCHEMES, "int8", scheme)
     code, result = preflight("--for", "int8")
     assert code == 0 and quantize.lacking("int8") == "needs no-such-package: pip install -e '.[quantize]'"
-    assert [one["verdict"] for one in result["checks"]] == ["ok", "not tried"]
+    assert [it["verdict"] for it in result["checks"]] == ["ok", "not tried"]
     assert "by the rules alone for int8" in " ".join(capsys.readouterr().out.split())
 
 
@@ -247,6 +246,6 @@ def test_preflight_says_how_a_prompt_looks_that_chat_servers_cannot_render(proje
     Path("base/chat_template.jinja").unlink()
     Renderer.load.cache_clear()
     code, result = preflight("--for", "vllm")
-    [check] = [one for one in result["checks"] if one["check"] == "chat template"]
+    [check] = [it for it in result["checks"] if it["check"] == "chat template"]
     assert code == 0 and check["verdict"] == "warning"
     assert check["detail"].startswith("the base has no chat template, so chat servers cannot take it; a prompt is the")
