@@ -60,6 +60,7 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
         "blockers": reasons,
         "warnings": [],
         "more_warnings": {},
+        "weights": splits.weights,
         "rows": {name: {"read": splits.read.get(name), "used": len(rows)} for name, rows in examples.items()},
         "repairs": dict(splits.repairs.most_common()),
         "quarantined": dict(splits.reasons.most_common()),

@@ -38,7 +38,7 @@ def blockers(settings: DataSettings, splits: Splits) -> list[str]:
         lines.append(f"{rows[0].where}: {rows[0].detail} ({len(rows):,} such rows); {_remedy(settings, rows)}{drop}")
     empty = list(_empty_splits(settings, splits))
     lines += empty or [*uneven_shares(splits, settings.shares), *_production_length(settings, splits)]
-    origins = Counter(row.origin for row in splits.rows.get("train", ()) if row.origin)
+    origins = Counter(row.origin for row in splits.training if row.origin)
     total, by_models = origins.total(), origins.total() - origins["human"]
     if by_models > settings.max_synthetic * total:
         lines.append(

@@ -61,6 +61,7 @@ class Example:
     schema: str | None = None  # JSON text of the row's own schema, or of its tools
     group: str = ""  # rows of one group are never in two splits; "" for a group of one
     split: str = ""
+    entry: str = ""  # of `data.train`, that names its file
 
     @property
     def target(self) -> str:

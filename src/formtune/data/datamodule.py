@@ -85,7 +85,7 @@ class FormatDataModule(L.LightningDataModule):
             if self.trainer is not None and self.trainer.loggers and self.trainer.is_global_zero:
                 write_lines(Path(self.trainer.default_root_dir) / "quarantine.jsonl", map(asdict, splits.quarantine))
             check_rows(self.settings, splits)
-            self.splits, self.rows = splits, dict(splits.rows)
+            self.splits, self.rows = splits, splits.rows | {"train": splits.training}
             if self.max_evaluation_rows is not None:
                 for name in ("validation", "test"):
                     self.rows[name] = _sample(splits.rows[name], self.max_evaluation_rows)

@@ -41,6 +41,8 @@ class Splits:
     notes: dict[str, str] = field(default_factory=dict)  # how rows were read, with the place of the first such row
     own_system: int = 0  # rows with their own system prompt
     note: str = ""  # how prompts are rendered, where a chat server does not render them so
+    training: list[Row] = field(default_factory=list)  # the rows of train, each as often as an epoch has it
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)  # of the entries of `data.train`, and counts
     cached: Path | None = field(default=None, compare=False)  # the file they were read from
     # Empty if the rows were read from the cache:
     examples: dict[str, list[Example]] = field(default_factory=dict, compare=False)  # the conversation of each row

@@ -15,9 +15,10 @@ from formtune.data.progress import shown
 from formtune.data.selection import select
 from formtune.data.settings import DataSettings
 from formtune.data.shapes import own_schema, written
-from formtune.data.sources import Source, read_records
+from formtune.data.sources import Source, entries, read_records
 from formtune.data.styles import mixtures
 from formtune.data.turns import kind
+from formtune.data.weights import weighted
 from formtune.errors import UserError
 from formtune.formats import Format, ToolCalls
 from formtune.formats.key_orders import learn_orders
@@ -32,7 +33,10 @@ def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
         splits = _prepare(settings, examples)
         if path:
             write_cache(path, splits)
-    splits.ignored, splits.notes = ignored, settings.columns.notes
+    splits.ignored, splits.notes, splits.training = ignored, settings.columns.notes, splits.rows["train"]
+    if settings.weights:
+        entry_of = {example.where: example.entry for example in examples["train"]}
+        splits.training, splits.weights = weighted(splits.training, entry_of, settings.weights)
     splits.own_system = sum(
         e.messages[0]["role"] in SYSTEM_ROLES and e.messages[0]["content"] not in ("", settings.system_of(e.schema))
         for e in chain(*examples.values())
@@ -73,7 +77,8 @@ def read_examples(
     """The conversations of a source, with the task's system prompt; counts in `ignored` the rows with unread keys."""
     examples, columns, format = [], settings.columns, settings.format
     targets = "all" if with_target and settings.train_on == "all" else with_target
-    for record, where in read_records(source):
+    files = {source: ""} if isinstance(source, Source) else entries(source)
+    for entry, record, where in ((entry, *record) for file, entry in files.items() for record in read_records(file)):
         unread: set[str] = set()
         messages, tools = columns.conversation(record, where, targets, unread), columns.tools(record, where)
         schema = tools if isinstance(format, ToolCalls) else None
@@ -91,7 +96,8 @@ def read_examples(
             remedy = "data.group needs a column of texts or numbers"
             raise UserError(f"{where}: `{settings.group}` is {kind(group)}; {remedy}")
         group, origin = "" if group is None else str(group), columns.origin(record, where)
-        examples.append(Example(messages, where, origin, tools=tools, schema=schema, group=group, split=split))
+        row = Example(messages, where, origin, tools=tools, schema=schema, group=group, split=split, entry=entry)
+        examples.append(row)
     return examples
 
 

@@ -14,6 +14,7 @@ from formtune.base.renderer import Renderer, today
 from formtune.data.cleaning import AnswerStep, Step
 from formtune.data.shapes import Columns
 from formtune.data.sources import Source
+from formtune.data.weights import read_weights
 from formtune.errors import UserError
 from formtune.formats import Format
 from formtune.formats.json_schema import PER_ROW
@@ -35,7 +36,7 @@ class DataSettings:
     Args:
         format: The format that every answer must have, training targets included.
         train: File (.jsonl, .json, .csv, .tsv, .parquet, also compressed), folder or glob of such files, or a list of
-            these; a data set folder, hub id, or a Source.
+            these, each alone or as `{path: FILE, weight: 2.5}`; a data set folder, hub id, or a Source.
         validation: The same for validation, or the share of train's inputs to split off.
         test: The same for the final test, or the share of train's inputs to split off.
         prompts: Inputs for `predict`: the same kinds as train, no answers needed.
@@ -59,7 +60,7 @@ class DataSettings:
     def __init__(
         self,
         format: Format,
-        train: list[str] | str | Source | None = None,
+        train: list[str | dict[str, Any]] | str | Source | None = None,
         validation: ClosedUnitInterval | list[str] | str | Source = 0.1,
         test: ClosedUnitInterval | list[str] | str | Source = 0.1,
         prompts: list[str] | str | Source | None = None,
@@ -79,7 +80,8 @@ class DataSettings:
         date: str | None = None,
     ) -> None:
         # In this order a split owns what it shares with a later one.
-        self.sources: dict[str, Any] = {"test": test, "validation": validation, "train": train}
+        files, self.weights = read_weights(train)
+        self.sources: dict[str, Any] = {"test": test, "validation": validation, "train": files}
         shares = {"validation": validation, "test": test}
         self.shares = {name: share for name, share in shares.items() if isinstance(share, float)}
         if sum(self.shares.values()) >= 1:

@@ -78,8 +78,16 @@ def read_records(source: str | list[str] | Source) -> Records:
     """Yield the records of a source; a path is read by its ending, or as a Hugging Face data set."""
     if isinstance(source, Source):
         return source.records()
-    names = [source] if isinstance(source, str) else source
-    return chain.from_iterable(map(_read, dict.fromkeys(path for name in names for path in _files(name))))
+    return chain.from_iterable(map(_read, entries(source)))
+
+
+def entries(source: str | list[str]) -> dict[str, str]:
+    """Each file of a source, once, with the first name in the list that leads to it."""
+    files: dict[str, str] = {}
+    for name in [source] if isinstance(source, str) else source:
+        for path in _files(name):
+            files.setdefault(path, name)
+    return files
 
 
 def _files(name: str) -> list[str]:

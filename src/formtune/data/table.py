@@ -40,6 +40,8 @@ def print_data(settings: DataSettings, splits: Splits | None, folder: Path | Non
             f"inputs repaired: {repairs}": repairs,
         }
         lines += [line for line, applies in facts.items() if applies]
+        for name, it in splits.weights.items():
+            lines.append(f"{name}: {it['rows']:,} training rows, weight {it['weight']:g}: {it['used']:,} in an epoch")
     for key, counts in ignored.items():
         columns = ", ".join(f"{name} ({count:,} rows)" for name, count in counts.most_common(NAMED))
         lines += [f"{f'data.{key}: ' if key else ''}ignored columns: {columns}"] if columns else []

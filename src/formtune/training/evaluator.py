@@ -32,7 +32,9 @@ class Evaluator:
 
     def __init__(self, trainer: Any, model: FormatModule, datamodule: FormatDataModule, folder: Path) -> None:
         self.trainer, self.model, self.datamodule, self.folder = trainer, model, datamodule, folder
-        self.train_rows, self.test_rows = datamodule.rows["train"], datamodule.rows["test"]
+        # Each row once, whatever its weight: no example is twice in a prompt.
+        self.train_rows = list({id(row): row for row in datamodule.rows["train"]}.values())
+        self.test_rows = datamodule.rows["test"]
         self.renderer, self.context = datamodule.settings.renderer, context_length(model.base) or 10**9
         self._orders = model.orders = datamodule.splits.orders if datamodule.splits else None
         self.outcomes: dict[str, list[Outcome]] = {}

@@ -79,6 +79,7 @@ def train(
     result["rows"] = result["counts"]["after"]["format/exact"][1]
     result["data"] = data  # as in audit.json
     result["training"] = {
+        "weights": datamodule.splits.weights if datamodule.splits else {},
         "steps": steps,
         "seconds": round(checkpoints.seconds, 1),
         "skipped_steps": model.skipped,

@@ -1,0 +1,57 @@
+"""Weights of the files in `data.train`: how often a training row is used, once splits and duplicates are settled."""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from formtune.base.row import Row
+from formtune.errors import UserError
+
+MOST = 1000  # times that a row may be used in an epoch
+
+
+def read_weights(train: Any) -> tuple[Any, dict[str, float]]:
+    """The source that `data.train` names, and the weight of each of its entries; {} if none has a weight."""
+    if not isinstance(train, list) or all(isinstance(entry, str) for entry in train):
+        return train, {}
+    weights: dict[str, float] = {}
+    for given in train:
+        entry = {"path": given} if isinstance(given, str) else given
+        path, weight = entry.get("path"), entry.get("weight", 1)
+        if unknown := sorted(entry.keys() - {"path", "weight"}):
+            raise UserError(f"data.train: unknown key {unknown[0]}; an entry is {{path: FILE, weight: NUMBER}}")
+        if not isinstance(path, str):
+            raise UserError("data.train: an entry has no path; an entry is {path: FILE, weight: NUMBER}")
+        if path in weights:
+            raise UserError(f"data.train: {path} is named twice; name it once, with one weight")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MOST:
+            raise UserError(f"data.train: weight {weight} of {path} is not a number above 0 and up to {MOST}")
+        weights[path] = float(weight)
+    return list(weights), weights
+
+
+def weighted(
+    rows: Sequence[Row], entry_of: Mapping[str, str], weights: Mapping[str, float]
+) -> tuple[list[Row], dict[str, dict[str, float]]]:
+    """Each row as often as the weight of its entry says, and counts by entry; `entry_of` is by a row's place.
+
+    All rows are used as often as the integer part says, and as large a share of them as the fraction says once more.
+    These are drawn once, so that every epoch and a resumed run have the same rows.
+    """
+    places: dict[str, list[int]] = {name: [] for name in weights}
+    for at, row in enumerate(rows):
+        places[entry_of[row.where]].append(at)
+    times, counts = [0] * len(rows), {}
+    for name, members in places.items():
+        whole, fraction = divmod(weights[name], 1)
+        drawn = set(random.Random(0).sample(members, round(fraction * len(members))))
+        for at in members:
+            times[at] = int(whole) + (at in drawn)
+        used = int(whole) * len(members) + len(drawn)
+        if members and not used:
+            raise UserError(
+                f"data.train: weight {weights[name]:g} of {name} leaves none of its {len(members)} rows; raise it, or "
+                "leave the file out"
+            )
+        counts[name] = {"weight": weights[name], "rows": len(members), "used": used}
+    return [row for row, count in zip(rows, times, strict=True) for _ in range(count)], counts
