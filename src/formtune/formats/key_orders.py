@@ -23,8 +23,8 @@ Pairs = dict[tuple[Any, Any], int]
 MAX_NAMES = 1000  # keys below one holder: more are data, not names
 MAX_KEYS = 64  # of an object in any order: llguidance's rules take one number of 64 bits
 
-# Enough to indent; a model that prefers to write white space must not do it without end.
-WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
+# Enough to indent; a model that prefers to write white space must not fill its answer with it.
+WHITE_SPACE = r"([\x20\x09]{1,2}|\x0D?\x0A[\x20\x09]{0,20})"
 _SCALARS = {"null", "string", "boolean", "integer"}
 
 
