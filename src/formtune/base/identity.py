@@ -1,4 +1,4 @@
-"""Which base and format a checkpoint belongs to: a different base with the same shapes would load silently."""
+"""Which base, template and format a checkpoint belongs to: another base with the same shapes would load silently."""
 
 import hashlib
 import json
@@ -31,12 +31,19 @@ def format_hash(format: Format) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def template_hash(tokenizer: Any) -> str:
+    """A hash of the chat template that a tokenizer renders with."""
+    return hashlib.blake2b(str(tokenizer.chat_template).encode(), digest_size=16).hexdigest()
+
+
 def check_identity(recorded: Any, current: dict[str, Any], resumes: bool) -> None:
-    """Refuse a checkpoint of another base; to resume from it, also one of another format or number of processes."""
+    """Refuse a checkpoint of another base or template; to resume, also of another format or number of processes."""
     if not isinstance(recorded, dict):
         raise UserError("ckpt_path: the checkpoint was not written by this version of formtune")
     if recorded["base"] != current["base"]:
         raise UserError("model.base: the checkpoint was trained on another base")
+    if recorded["template"] != current["template"]:
+        raise UserError("model.chat_template: the checkpoint was trained with another chat template; name its file")
     if resumes and recorded["format"] != current["format"]:
         raise UserError("data.format: the format has changed since this run began; begin a new run")
     if resumes and recorded["processes"] != current["processes"]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from itertools import takewhile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,19 @@ def today() -> str:
     return datetime.now().date().isoformat()
 
 
+def read_template(path: str | None) -> str | None:
+    """The text of the chat template in a file, None without one."""
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"model.chat_template: {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    if not text.strip():
+        raise UserError(f"model.chat_template: {path} is empty; without the key, the base's own template is used")
+    return text
+
+
 class Renderer:
     """Renders with a tokenizer's own chat template and proves the mask of every row.
 
@@ -34,12 +48,17 @@ class Renderer:
     The target is all that the template writes of the answer, tool calls included.
     Without a chat template, `system`, the turns and the answer are separated by blank lines and closed by EOS.
     Thinking is off. `date`, as YYYY-MM-DD, is what a template writes as today's; None leaves it to the clock.
+    `template` is the text of a chat template that replaces the tokenizer's.
     """
 
-    def __init__(self, tokenizer: Any, date: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, date: str | None = None, template: str | None = None) -> None:
         if not tokenizer.is_fast:
             raise UserError("model.base: the tokenizer has no tokenizer.json, so its offsets cannot be checked")
         self.tokenizer = tokenizer
+        self.replaced = template not in (None, tokenizer.chat_template)  # whether a server of the base has another one
+        if template is not None:
+            tokenizer.chat_template = template
+        self._key = "model.base" if template is None else "model.chat_template"
         self.templated = bool(tokenizer.chat_template)
         # By its text: a template may write the date in some conversations only, such as those without a system prompt.
         self.date = date if "strftime_now" in str(tokenizer.chat_template) else None
@@ -66,14 +85,14 @@ class Renderer:
             prompt_ids = self._tokenize(prompt).ids
             target_ids = self._target(turns, None, prompt, prompt_ids)[1]
         except UnfitRow as error:
-            raise UserError(f"model.base: the chat template cannot be supervised: {error}") from None
+            raise UserError(f"{self._key}: the chat template cannot be supervised: {error}") from None
         self._lead = self._decode(target_ids[:-1]).removesuffix("b")
         if self._lead.strip():
-            raise UserError(f"model.base: the chat template writes {self._lead!r} before every answer")
+            raise UserError(f"{self._key}: the chat template writes {self._lead!r} before every answer")
         self.stop_ids = tuple(dict.fromkeys([target_ids[-1], *self.stop_ids]))
         bos = self.tokenizer.bos_token_id
         if bos is not None and prompt_ids[:2] == [bos, bos]:
-            raise UserError("model.base: the chat template begins with more than one BOS token")
+            raise UserError(f"{self._key}: the chat template begins with more than one BOS token")
         systems = [{"role": role, "content": "formtune"} for role in SYSTEM_ROLES]
         taken = ["formtune" in (self._try([system, turns[0]], True) or "") for system in systems]
         self._lacking = SYSTEM_ROLES if not taken[0] else () if taken[1] else SYSTEM_ROLES[1:]
@@ -86,10 +105,16 @@ class Renderer:
                 "the base has no chat template, so chat servers cannot take it; a prompt is the system prompt, if any, "
                 f"and the input, each followed by a blank line, and {self.tokenizer.eos_token} ends the answer"
             )
-        if "system" not in self._lacking:
-            return ""
-        place = "in front of the first user turn, with a blank line between"
-        return f"the chat template has no system role: the system prompt is {place}; send it so to a server"
+        notes = []
+        if self.replaced:
+            notes.append(
+                "model.chat_template renders the prompts, and the base has another template or none: a server that "
+                "loads the base needs the exported chat_template.jinja (vLLM: --chat-template)"
+            )
+        if "system" in self._lacking:
+            place = "in front of the first user turn, with a blank line between"
+            notes.append(f"the chat template has no system role: the system prompt is {place}; send it so to a server")
+        return "; ".join(notes)
 
     def turns(self, messages: Sequence[Message]) -> list[Message]:
         """The turns for the template; if it has no system role, that text is in front of the first user turn."""
@@ -103,13 +128,13 @@ class Renderer:
 
     @classmethod
     @functools.lru_cache(maxsize=4)
-    def load(cls, base: str, date: str | None = None) -> Renderer:
+    def load(cls, base: str, date: str | None = None, template: str | None = None) -> Renderer:
         """Load the tokenizer of a model folder or hub id."""
         from transformers import AutoTokenizer
 
         check_base(base)
         try:
-            return cls(AutoTokenizer.from_pretrained(base, trust_remote_code=False), date)
+            return cls(AutoTokenizer.from_pretrained(base, trust_remote_code=False), date, template)
         except UserError:
             raise
         except Exception as error:  # a damaged file can raise anything

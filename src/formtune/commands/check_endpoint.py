@@ -53,6 +53,8 @@ def run(command: str, args: list[str]) -> int:
         raise UserError(f"--run: {folder} holds a training run; choose another name")
     if not settings.renderer.templated:
         raise UserError(f"check-endpoint asks for chat completions, and {settings.renderer.note}")
+    if settings.renderer.replaced:
+        print(f"warning: {settings.renderer.note}", flush=True)
     splits = load_splits(settings)
     check_rows(settings, splits)
     rows = [replace(row, messages=settings.renderer.turns(row.messages)) for row in splits.rows["test"]]

@@ -120,6 +120,7 @@ class FormtuneCLI(LightningCLI):
                             "(the default with a run); last, its newest one; base, the untuned base (the default "
                             "without a run); or a checkpoint's file")  # fmt: skip
         parser.link_arguments("model.base", "data.tokenizer")
+        parser.link_arguments("model.chat_template", "data.chat_template")
         parser.link_arguments("model.max_new_tokens", "data.max_new_tokens")
         parser.link_arguments("data.format", "model.format")
 

@@ -57,7 +57,8 @@ def run(command: str, args: list[str]) -> int:
     length = min(quantile([len(row) for row in prompts], 95), (context_length(base) or 10**9) - 8)
     short = sorted((row for row in prompts if len(row) <= length), key=len, reverse=True)
     with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(base, lora, length, Path(folder), short[:RENDERED] if "gguf" in targets else ())
+        rendered = short[:RENDERED] if "gguf" in targets else ()
+        trial = Trial(base, lora, length, Path(folder), rendered, settings.template)
         checks = list(_checks(targets, plan, trial))
     if settings.renderer.note and "vllm" in targets:
         checks.append(Check("vllm", "chat template", "warning", settings.renderer.note))

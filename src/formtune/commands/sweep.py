@@ -39,7 +39,8 @@ examples:
   formtune train -c logs/demo/SWEEP/config.yaml
 """
 RESERVED = {"run", "resume", "seed_everything", "print_config"}  # keys that the sweep sets
-CHANGES_ROWS = ("data.", "model.base", "model.max_new_tokens")  # keys on which the encoded rows depend
+# Keys on which the encoded rows depend
+CHANGES_ROWS = ("data.", "model.base", "model.chat_template", "model.max_new_tokens")
 
 
 def run(command: str, args: list[str]) -> int:

@@ -5,6 +5,8 @@
 KEYS = (
     ("model.base", "", "folder or hub id of the base model", "model.name model.path model.id model_name model_id "
      "model_name_or_path pretrained_model_name_or_path base_model model_path checkpoint_dir"),
+    ("model.chat_template", "null", "file of a Jinja chat template, in place of the base's own", "chat_template "
+     "chat_template_path chat_template_jinja"),
     ("model.lora.r", "16", "rank of the adapters; `formtune sweep` chooses it by evidence", "rank lora_r lora_rank"),
     ("model.lora.alpha", "null", "scale of the adapters; null: twice the rank", "lora_alpha alpha"),
     ("model.lora.dropout", "0.05", "dropout before the adapters", "lora_dropout"),

@@ -49,9 +49,11 @@ def task_parser(command: str, description: str = "") -> TaskParser:
     parser.add_argument("-c", "--config", action=TaskFile, help="YAML of the task; what only training needs is skipped")
     parser.add_argument("--task", type=str | None, help="Name of the task's folder in logs/ (default: the YAML's)")
     parser.add_argument("--model.base", type=str, required=True, help="Folder or hub id of the base: its tokenizer")
+    parser.add_argument("--model.chat_template", type=str | None, help="File of a chat template in place of its own")
     parser.add_argument("--model.max_new_tokens", type=int, default=256, help="Tokens that an answer may have")
     parser.add_class_arguments(DataSettings, "data")
     parser.link_arguments("model.base", "data.tokenizer")
+    parser.link_arguments("model.chat_template", "data.chat_template")
     parser.link_arguments("model.max_new_tokens", "data.max_new_tokens")
     return parser
 
@@ -69,4 +71,8 @@ def read_run(folder: Path, parser: TaskParser | None = None) -> tuple[Namespace,
     if not config.is_file():
         raise UserError(f"{config}: No such file; name the folder of a run, such as logs/demo/RUN")
     check_yaml(str(config))
-    return read_task(parser or task_parser(""), ["-c", str(config)])
+    task, settings = read_task(parser or task_parser(""), ["-c", str(config)])
+    saved = folder / "adapter" / "chat_template.jinja"
+    if settings.template is not None and saved.is_file() and saved.read_text(encoding="utf-8") != settings.template:
+        raise UserError(f"model.chat_template: {task.model.chat_template} has changed since training, see {saved}")
+    return task, settings

@@ -41,7 +41,7 @@ def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
         e.messages[0]["role"] in SYSTEM_ROLES and e.messages[0]["content"] not in ("", settings.system_of(e.schema))
         for e in chain(*examples.values())
     )
-    if settings.system or splits.own_system or not settings.renderer.templated:
+    if settings.system or splits.own_system or settings.renderer.replaced or not settings.renderer.templated:
         splits.note = settings.renderer.note
     return splits
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from formtune.base.folder import context_length
-from formtune.base.renderer import Renderer, today
+from formtune.base.renderer import Renderer, read_template, today
 from formtune.data.cleaning import AnswerStep, Step
 from formtune.data.shapes import Columns
 from formtune.data.sources import Source
@@ -42,6 +42,7 @@ class DataSettings:
         prompts: Inputs for `predict`: the same kinds as train, no answers needed.
         production: Inputs as production sends them, the same kinds; the rows are compared with these.
         tokenizer: Model folder or hub id of the tokenizer (follows `model.base`).
+        chat_template: File of a chat template that replaces the tokenizer's (follows `model.chat_template`).
         system: System prompt for rows that have none; `{schema}` in it is replaced by the format's JSON Schema.
         columns: Which columns hold the conversation; known shapes, such as ShareGPT's, are recognized without it.
         train_on: The last answer of a conversation, or all: each is then a separate row, in every split.
@@ -66,6 +67,7 @@ class DataSettings:
         prompts: list[str] | str | Source | None = None,
         production: list[str] | str | Source | None = None,
         tokenizer: str = "",
+        chat_template: str | None = None,
         system: str | None = None,
         columns: Columns | None = None,
         train_on: Literal["last", "all"] = "last",
@@ -93,7 +95,7 @@ class DataSettings:
                 )
         self.format, self.prompts, self.production, self.base = format, prompts, production, tokenizer
         self.system, self.columns = system_prompt(system, format.to_dict()), columns or Columns()
-        self.train_on, self.group = train_on, group
+        self.template, self.train_on, self.group = read_template(chat_template), train_on, group
         self.clean, self.repair_answers, self.near_duplicates = clean, repair_answers, near_duplicates
         self.bad_rows, self.max_synthetic = bad_rows, max_synthetic
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
@@ -110,7 +112,7 @@ class DataSettings:
     @functools.cached_property
     def renderer(self) -> Renderer:
         """Turns conversations into token ids, on the day of the run."""
-        return Renderer.load(self.base, self._date)
+        return Renderer.load(self.base, self._date, self.template)
 
     @property
     def date(self) -> str | None:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 
 from formtune.base.folder import context_length
-from formtune.base.renderer import Renderer
 from formtune.base.row import quantile
 from formtune.configuration.task import read_run, task_parser
 from formtune.data.preparation import load_splits, production_rows
@@ -45,7 +44,7 @@ class FinishedRun:
         parser.add_argument("--model.constrained", type=bool, default=False)
         task, settings = read_run(folder, parser)
         self.folder, self.adapter, self.base = folder, folder / "adapter", task.model.base
-        self.quantize, self.format = task.model.quantize, settings.format
+        self.quantize, self.format, self.renderer = task.model.quantize, settings.format, settings.renderer
         manifest = verify(self.adapter)
         self.data = manifest["data"]
         trained_on, now = manifest["base"]["files"], base_files(self.base)
@@ -104,7 +103,7 @@ def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict
 def measured(run: FinishedRun, kind: str, folder: Path) -> tuple[dict[str, Any], list[Outcome]]:
     """The figures of a folder of this kind, measured in a fresh process, and the outcomes of the test rows."""
     adapter = {"folder": str(run.adapter), "base": run.base, "quantize": run.quantize}
-    renderer = Renderer.load(run.base)
+    renderer = run.renderer
     closeness, answers, speed = call_fresh(
         measure_gguf if kind == "gguf" else measure, f"{folder} does not load",
         model=adapter if kind == "adapter" else {"folder": str(folder)},
@@ -155,7 +154,7 @@ def _make(run: FinishedRun, kind: str, scratch: Path, **options: Any) -> Path:
     refuse(Plan(base, PeftConfig.from_pretrained(str(run.adapter))), ["merge" if kind == "merged" else kind])
     model = merge(PeftModel.from_pretrained(base, run.adapter).eval(), run.compared).to(run.dtype)
     # As it was judged: greedy, to the end of the turn, without the sampling or penalties that a base may ship.
-    stop = list(Renderer.load(run.base).stop_ids)
+    stop = list(run.renderer.stop_ids)
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stop, pad_token_id=stop[0])
     folder = scratch / "merged"
     model.save_pretrained(folder)

@@ -31,10 +31,12 @@ ROUNDED = Closeness(relative_max=0.6)
 class Trial:
     """The task's adapter on a base of which only configuration and tokenizer are read."""
 
-    def __init__(self, base: str, lora: Lora, length: int, folder: Path, prompts: Sequence[Row] = ()) -> None:
+    def __init__(
+        self, base: str, lora: Lora, length: int, folder: Path, prompts: Sequence[Row] = (), template: str | None = None
+    ) -> None:
         from transformers import AutoConfig
 
-        self.lora, self.folder, self.tokenizer = lora, folder, Renderer.load(base).tokenizer
+        self.lora, self.folder, self.tokenizer = lora, folder, Renderer.load(base, template=template).tokenizer
         self.prompts = prompts  # that llama.cpp must render; they need the whole vocabulary
         self.config = shrink(AutoConfig.from_pretrained(base, trust_remote_code=False), bool(prompts))
         self.dtype = getattr(self.config, "dtype", None) or torch.float32  # saving makes it a text

@@ -15,8 +15,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from formtune.base.folder import context_length, skeleton
-from formtune.base.identity import check_identity, format_hash, identity
-from formtune.base.renderer import Renderer
+from formtune.base.identity import check_identity, format_hash, identity, template_hash
+from formtune.base.renderer import Renderer, read_template
 from formtune.base.row import Row
 from formtune.errors import Fault, UserError
 from formtune.evaluation.metrics import LossMetrics
@@ -45,6 +45,7 @@ class FormatModule(L.LightningModule):
     Args:
         base: Folder or hub id of the base model.
         format: The format that answers must have (follows `data.format`).
+        chat_template: File of a Jinja chat template that replaces the base's own.
         lora: The adapters.
         optimizer: Optimizer of the adapters; `--model.optimizer.lr 1e-4` sets the peak learning rate.
         scheduler: Learning-rate schedule, stepped after each optimizer step.
@@ -66,6 +67,7 @@ class FormatModule(L.LightningModule):
         self,
         base: str,
         format: Format,
+        chat_template: str | None = None,
         lora: Lora = Lora(),
         # No weight decay: adapters start at zero and need no pull towards it.
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-4, weight_decay=0.0, fused=True),
@@ -85,6 +87,7 @@ class FormatModule(L.LightningModule):
         # No save_hyperparameters(): on resume the checkpoint's values would silently override YAML and flags.
         self.automatic_optimization = False  # the number of micro-batches differs from step to step
         self.base, self.format, self.lora, self.quantize = base, format, lora, quantize
+        self.template = read_template(chat_template)
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
         self.max_new_tokens, self.tokens_per_micro_batch = max_new_tokens, tokens_per_micro_batch
         self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile
@@ -101,7 +104,7 @@ class FormatModule(L.LightningModule):
         if self.model is not None:
             return
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self.renderer = Renderer.load(self.base)
+        self.renderer = Renderer.load(self.base, template=self.template)
         self.context = context_length(self.base) or 10**9
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.trainer.precision, torch.float32)
         strategy = self.trainer.strategy
@@ -118,7 +121,7 @@ class FormatModule(L.LightningModule):
                 grammar.matcher(row)  # refuses a format that has none before training
         processes = self.trainer.world_size
         self._identity = {"base": identity(self.base), "format": format_hash(self.format), "processes": processes}
-        self._identity["orders"] = self.orders
+        self._identity |= {"template": template_hash(self.renderer.tokenizer), "orders": self.orders}
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(self.seed)  # the adapters begin alike, whatever drew random numbers before

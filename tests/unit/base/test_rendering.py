@@ -6,7 +6,7 @@ import pytest
 
 from conftest import TEMPLATE, byte_tokenizer, shared
 from formtune.base.folder import check_base
-from formtune.base.renderer import Renderer
+from formtune.base.renderer import Renderer, read_template
 from formtune.base.row import Row, UnfitRow
 from formtune.errors import UserError
 
@@ -80,6 +80,56 @@ def test_a_template_that_cannot_be_supervised_is_refused(template, message):
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=message):
         Renderer(tokenizer)
+
+
+OTHER_TURNS = (  # <pad> ends a turn
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}<pad>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.mark.parametrize("own", [TEMPLATE, None])
+def test_a_template_of_ones_own_replaces_the_tokenizers_or_gives_it_one(own):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = own
+    renderer = Renderer(tokenizer, template=OTHER_TURNS)
+    [row] = renderer.encode([(conversation("yes", "Be exact."), "f:1")])
+    ids = tokenizer("[system] Be exact.<pad>[user] héllo  wörld\nsecond line<pad>[assistant] ")["input_ids"]
+    assert row.prompt_ids == ids
+    assert row.target_ids == [*tokenizer("yes")["input_ids"], 0] and renderer.stop_ids == (0, 2)
+    assert renderer.answer([*row.target_ids, 5]) == ("yes", True)
+    assert renderer.templated and renderer.replaced
+    assert renderer.note.startswith("model.chat_template renders the prompts, and the base has another template")
+    assert "{{ m.content }}<pad>" in tokenizer.chat_template, "it is saved with the adapter"
+
+
+def test_the_bases_own_template_given_by_its_file_needs_no_warning(tmp_path):
+    (tmp_path / "same.jinja").write_text(TEMPLATE)
+    renderer = Renderer(byte_tokenizer(), template=read_template(str(tmp_path / "same.jinja")))
+    assert not renderer.replaced and renderer.note == ""
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("", "FILE is empty; without the key, the base's own template is used"),
+        (None, "FILE: No such file or directory"),
+        ("{% for m in messages %}", "the chat template cannot be supervised: the chat template refuses the conversa"),
+        ("{{ messages[0].content }}", "the chat template cannot be supervised: the chat template alters the answer"),
+        (
+            "{% for m in messages %}{{ m.content }} {% endfor %}",
+            "the chat template cannot be supervised: the chat temp",
+        ),
+        (TEMPLATE.replace("assistant", "assistant:"), "the chat template cannot be supervised: the prompt is not a"),
+    ],
+)
+def test_a_bad_template_of_ones_own_is_one_line_with_its_key(template, message, tmp_path):
+    file = tmp_path / "own.jinja"
+    if template is not None:
+        file.write_text(template)
+    with pytest.raises(UserError) as error:
+        Renderer(byte_tokenizer(), template=read_template(str(file)))
+    assert str(error.value).replace(str(file), "FILE").startswith(f"model.chat_template: {message}")
 
 
 FOLDED = (  # Gemma 3: the system prompt in front of the first user turn

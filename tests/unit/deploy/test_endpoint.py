@@ -210,6 +210,19 @@ def test_a_request_holds_what_the_renderer_renders(check, base, capsys):
     assert "asks for chat completions, and the base has no chat template" in capsys.readouterr().err
 
 
+def test_a_template_that_a_server_of_the_base_lacks_is_announced_and_its_prompts_are_proven(check, base, capsys):
+    run, server = check
+    Path("own.jinja").write_text(TEMPLATE.replace("<|im_start|>{{ m.role }}", "<|im_start|>turn of {{ m.role }}")
+                                 .replace("<|im_start|>assistant", "<|im_start|>turn of assistant"))  # fmt: skip
+    assert run("--model.chat_template", "own.jinja") == 2
+    out, error = capsys.readouterr()
+    assert "warning: model.chat_template renders the prompts, and the base has another template" in out
+    assert "tokens and formtune's" in error and "serve the tokenizer and the chat template" in error
+    server.tokenizer = AutoTokenizer.from_pretrained(base)
+    server.tokenizer.chat_template = Path("own.jinja").read_text()
+    assert run("--model.chat_template", "own.jinja") == 0
+
+
 def test_tools_and_calls_are_sent_as_openai_has_them():
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"a": "é"}}}
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
