@@ -19,7 +19,7 @@ from formtune.configuration.task import read_task, task_parser
 from formtune.data.blockers import check_rows
 from formtune.data.preparation import load_splits
 from formtune.data.progress import shown
-from formtune.deploy.endpoint import Endpoint
+from formtune.deploy.endpoint import Endpoint, Reply
 from formtune.errors import UserError
 from formtune.evaluation.comparison import figures, figures_table
 from formtune.evaluation.confidence import UNKNOWN, confidence
@@ -60,7 +60,12 @@ def run(command: str, args: list[str]) -> int:
     rows = [replace(row, messages=settings.renderer.turns(row.messages)) for row in splits.rows["test"]]
     if config.rows and config.rows < len(rows):
         rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), config.rows))]
-    schemas = [_schema(settings.format, row) if config.constrained else None for row in rows]
+    schemas: list[Any] = [None] * len(rows)
+    if config.constrained:
+        if not isinstance(settings.format, JsonSchema):
+            kind = type(settings.format).__name__
+            raise UserError(f"--constrained: a server takes a JSON Schema, and data.format is {kind}")
+        schemas = [json.loads(row.schema) if row.schema else settings.format.schema for row in rows]
     endpoint = Endpoint(config.url, config.served_model or config.task, settings.max_new_tokens, settings.renderer)
     endpoint.open(rows[0], schemas[0])
     started, pool = time.perf_counter(), ThreadPoolExecutor(config.at_once)
@@ -69,13 +74,8 @@ def run(command: str, args: list[str]) -> int:
     finally:
         pool.shutdown(cancel_futures=True)
     seconds = time.perf_counter() - started
-    format, outcomes = settings.format, []
-    for row, reply in zip(rows, replies, strict=True):
-        own = format.of_row(row.schema)
-        verdict = own.check(reply.text, finished=reply.finished, target=row.target, input=row.context)
-        sure = confidence(**reply.tokens, answer=reply.text, verdict=verdict, format=own) if reply.tokens else UNKNOWN
-        outcomes.append(outcome(row, reply.text, verdict, format, sure))
-    known = judged(outcomes)
+    outcomes = [_judge(row, reply, settings.format) for row, reply in zip(rows, replies, strict=True)]
+    sure = judged(outcomes)
     kinds = Counter(outcome.kind for outcome in outcomes)
     times = [reply.seconds for reply in replies]
     result = {
@@ -86,7 +86,7 @@ def run(command: str, args: list[str]) -> int:
         "prompts": "same tokens" if endpoint.ids else "same number of tokens",
         "figures": figures(outcomes),
         "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
-        "confidence": {"aurc": aurc(known), "calibration_error": calibration_error(known)} if known else None,
+        "confidence": {"aurc": aurc(sure), "calibration_error": calibration_error(sure)} if sure else None,
         "at_once": config.at_once,
         "latency_s": {f"P{percent}": float(np.percentile(times, percent)) for percent in (50, 95)},
         "requests_per_s": len(replies) / seconds,
@@ -103,11 +103,11 @@ def run(command: str, args: list[str]) -> int:
     return int(exact < config.min_exact)
 
 
-def _schema(format: Format, row: Row) -> Any:
-    """The schema that a server is to keep, of the row or of the task."""
-    if not isinstance(format, JsonSchema):
-        raise UserError(f"--constrained: a server takes a JSON Schema, and data.format is {type(format).__name__}")
-    return json.loads(row.schema) if row.schema else format.schema
+def _judge(row: Row, reply: Reply, format: Format) -> Outcome:
+    own = format.of_row(row.schema)
+    verdict = own.check(reply.text, finished=reply.finished, target=row.target, input=row.context)
+    sure = confidence(**reply.tokens, answer=reply.text, verdict=verdict, format=own) if reply.tokens else UNKNOWN
+    return outcome(row, reply.text, verdict, format, sure)
 
 
 def _show(result: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
@@ -116,13 +116,12 @@ def _show(result: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
     Console().print(figures_table(f"What is served, on {result['rows']:,} test rows", runs, [{}]))
     print(f"prompts: {result['prompts']} as formtune's in every row")
     print("kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in result["kinds"].items()))
-    sure = result["confidence"]
-    figures = sure and f"AURC {sure['aurc']:.4f}, expected calibration error {sure['calibration_error']:.1%}"
-    print(f"confidence: {figures or 'the server gives no log-probabilities'}")
+    confidence = "the server gives no log-probabilities"
+    if sure := result["confidence"]:
+        confidence = f"AURC {sure['aurc']:.4f}, expected calibration error {sure['calibration_error']:.1%}"
+    print(f"confidence: {confidence}")
     latency = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in result["latency_s"].items())
-    print(
-        f"latency with {result['at_once']} at once: {latency}; {result['requests_per_s']:.2f} requests/s, "
-        f"{result['tokens_per_s']:.0f} tokens/s"
-    )
+    speed = f"{result['requests_per_s']:.2f} requests/s, {result['tokens_per_s']:.0f} tokens/s"
+    print(f"latency with {result['at_once']} at once: {latency}; {speed}")
     for bad in worst_first(outcomes)[:WORST]:
         print(f"{bad.where}: {bad.kind}: {bad.detail}\n  target {bad.target!r}\n  answer {bad.answer!r}")

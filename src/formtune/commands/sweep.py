@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
@@ -26,6 +25,7 @@ from formtune.errors import UserError
 from formtune.files import LOGS, write_json, write_whole
 from formtune.sweep.choice import METRICS, Measured, choose, measure
 from formtune.sweep.runs import RANKS, Job, devices, grid, run_all, seed_numbers
+from formtune.training.run_folder import RunFolder
 
 HELP = """\
 All other arguments are passed to `formtune train`, -c TASK.yaml first of all. A point is one value for each key.
@@ -53,7 +53,7 @@ def run(command: str, args: list[str]) -> int:
     parser.add_argument("--seeds", default="0,1,2", help="Seeds that each point is trained with (default: %(default)s)")
     options, arguments = parser.parse_known_args(args)
     points, seeds = grid(options.over or [RANKS]), seed_numbers(options.seeds)
-    keys = [argument.partition("=")[0].removeprefix("--") for argument in points[0].arguments]
+    keys = [*points[0].values]
     given = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
     for key in given & RESERVED.union(keys) | RESERVED.intersection(keys):
         raise UserError(f"{key}: the sweep sets it; --over names the values to try, --seeds the seeds")
@@ -69,7 +69,9 @@ def run(command: str, args: list[str]) -> int:
     try:
         with FileLock(folder / ".lock", timeout=0):
             if not (settings.get("data") or {}).get("date"):
-                arguments.append(f"--data.date={_first_day(folder)}")
+                # Chat templates may write the date, and all runs must see the same rows.
+                begun = (RunFolder(path.parent).date for path in folder.glob("*/config.yaml"))
+                arguments.append(f"--data.date={next(filter(None, begun), today())}")
             # All points once before any of them twice: an interrupted sweep shows the most.
             jobs = []
             for seed, point in itertools.product(seeds, points):
@@ -78,11 +80,10 @@ def run(command: str, args: list[str]) -> int:
                 jobs.append(Job(point.name, folder / name, [*arguments, *point.arguments, *own]))
             same_rows = not any(key.startswith(CHANGES_ROWS) for key in keys)
             failed = _run(jobs, devices(settings.get("trainer") or {}), folder, same_rows)
-            results: dict[str, list[Any]] = {}
-            for job in jobs:
-                if result := job.result():
-                    results.setdefault(job.point, []).append(result)
-            measured = [measure(point.name, results[point.name]) for point in points if point.name in results]
+            measured = []
+            for point in points:
+                if results := [result for job in jobs if job.point == point.name and (result := job.result())]:
+                    measured.append(measure(point.name, results))
             # A point that lost a seed would be judged by those that went well.
             complete = [point for point in measured if point.seeds == len(seeds)]
             taken, why = None, "Nothing is taken: no point has finished with every seed."
@@ -107,18 +108,9 @@ def _configuration(arguments: Sequence[str]) -> str:
     return out.getvalue()
 
 
-def _first_day(folder: Path) -> str:
-    """The day on which the sweep began: chat templates may write the date, and all runs must see the same rows."""
-    mark = folder / ".sweep"
-    if not mark.exists():
-        write_whole(mark, today())
-    return mark.read_text(encoding="utf-8")
-
-
 def _run(jobs: Sequence[Job], on: Sequence[str | None], folder: Path, same_rows: bool) -> list[str]:
     """Run what is not finished; a line for each run that failed."""
-    results = [result for job in jobs if (result := job.result())]
-    failed: list[str] = []
+    results, failed = [result for job in jobs if (result := job.result())], list[str]()
     print(f"{len(jobs)} runs in {folder}, {len(results)} of them already finished", flush=True)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` has it ignored
@@ -135,10 +127,10 @@ def _run(jobs: Sequence[Job], on: Sequence[str | None], folder: Path, same_rows:
             results.append(result)
             if same_rows and len({each["data"] for each in results}) > 1:
                 raise UserError(f"{folder}: the rows changed after its first runs; delete it to begin again")
-            best = result["training"]["best"]
-            figures = f"format/exact {best['exact'] / best['rows']:.1%}, field F1 {best['field_f1']:.1%}"
-            print(f"{job.folder.name}: {figures} on validation, {result['training']['seconds']:.0f} s "
-                  f"({len(results) + len(failed)}/{len(jobs)})", flush=True)  # fmt: skip
+            best, seconds = result["training"]["best"], result["training"]["seconds"]
+            figures = f"format/exact {best['exact'] / best['rows']:.1%}, field F1 {best['field_f1']:.1%} on validation"
+            ended_runs = f"{len(results) + len(failed)}/{len(jobs)}"
+            print(f"{job.folder.name}: {figures}, {seconds:.0f} s ({ended_runs})", flush=True)
     return failed
 
 

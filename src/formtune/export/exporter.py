@@ -169,5 +169,5 @@ def _make(run: FinishedRun, kind: str, scratch: Path, **options: Any) -> Path:
         )  # fmt: skip
         shutil.copytree(run.adapter, folder, **rest)
     if kind == "gguf":
-        write_usage(folder, run.base, run.test)
+        write_usage(folder, run.base, run.format, run.test)
     return folder

@@ -14,6 +14,7 @@ from formtune.base.row import Message, Row
 from formtune.data.settings import system_prompt
 from formtune.evaluation.page import environment
 from formtune.files import write_json, write_whole
+from formtune.formats import Format, JsonSchema
 from formtune.training.manifest import CARD
 
 CONTEXT = 8192  # tokens that a server keeps, or as many as the test rows need: a longer context costs memory
@@ -30,17 +31,16 @@ def example(folder: Path, text: str) -> dict[str, Any]:
     return {"model": config.get("task"), "temperature": 0, "max_tokens": limit, "messages": turns}
 
 
-def write_usage(folder: Path, base: str, rows: Sequence[Row]) -> None:
+def write_usage(folder: Path, base: str, format: Format, rows: Sequence[Row]) -> None:
     """Write a `Modelfile` and a request for Ollama, and a card with the commands that serve the file."""
     renderer = Renderer.load(str(folder.resolve()))
-    request = example(folder, rows[0].input if rows else "Hello")
-    format = json.loads((folder / "format.json").read_text(encoding="utf-8"))
-    schema = format["init_args"].get("schema") if format["class_path"].endswith(".JsonSchema") else None
-    body = {"model": request["model"], "messages": request["messages"], "stream": False}
-    needed = max((len(row.prompt_ids) for row in rows), default=0) + request["max_tokens"]
+    request = example(folder, rows[0].input)
+    schema = format.schema if isinstance(format, JsonSchema) and not format.per_row else None
+    needed = max(len(row.prompt_ids) for row in rows) + request["max_tokens"]
     context = min(context_length(base) or 10**9, max(CONTEXT, needed))
-    body["options"] = {"temperature": 0, "num_ctx": context}
-    write_json(folder / "request.json", body | ({"format": schema} if schema else {}))
+    body = {"model": request["model"], "messages": request["messages"], "stream": False}
+    body |= {"options": {"temperature": 0, "num_ctx": context}} | ({"format": schema} if schema else {})
+    write_json(folder / "request.json", body)
     facts = {
         "request": request, "schema": schema, "context": context,
         "template": go_template(renderer, rows), "stop": [renderer.tokenizer.decode([id]) for id in renderer.stop_ids],

@@ -85,7 +85,7 @@ class RunFolder:
 def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], str]) -> str | None:
     """The name of the run to begin or to resume in a task's folder; None for a new run, which is named by the clock."""
     # Runs of a sweep do not count.
-    begun = [path for path in task.glob("*/config.yaml") if not (path.parent / ".sweep").exists()]
+    begun = [path for path in task.glob("*/config.yaml") if not (path.parent / "sweep.json").exists()]
     last = max(begun, key=lambda path: path.stat().st_mtime) if begun and resume else None
     folder = RunFolder(task / name) if name else RunFolder(last.parent) if last else None
     if folder is None or not folder.begun or (folder.finished and not name):

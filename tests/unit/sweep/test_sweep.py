@@ -135,6 +135,7 @@ best = {{"step": 1, "exact": 150 + (rank > 2) * 40, "rows": {ROWS}, "field_f1": 
 training = {{"trainable_parameters": 100 * rank, "seconds": 2.0, "best": best}}
 after = {{"format/exact": rank / 10, "content/field_f1": 0.9}}
 data = Path("train.jsonl").read_text()
+(folder / "config.yaml").write_text(json.dumps({{"data": {{"date": given.get("data.date")}}}}))
 (folder / "metrics.json").write_text(json.dumps({{"after": after, "rows": 100, "data": data, "training": training}}))
 """
 
