@@ -27,8 +27,8 @@ $(INSTALLED): requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-$(DEMO): src/formtune/demo/generator.py | $(INSTALLED)
-	$(BIN)/python -m formtune.demo.generator $(dir $@)
+$(DEMO): tools/demo_rows.py tools/demo_phrases.yaml | $(INSTALLED)
+	$(BIN)/python tools/demo_rows.py $(dir $@)
 
 train: $(INSTALLED) $(DEMO) ## The whole job on the demo, or on CONFIG=... ARGS=...; continues an interrupted run
 	$(BIN)/formtune train -c $(CONFIG) $(ARGS) --resume

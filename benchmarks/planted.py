@@ -8,6 +8,7 @@ The demo's training rows are messy on purpose, and its generator says what it di
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -16,8 +17,10 @@ import yaml
 
 from formtune.data.preparation import load_splits
 from formtune.data.settings import DataSettings
-from formtune.demo.generator import datasets, planted
 from formtune.formats import JsonSchema
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+from demo_rows import datasets, planted
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -179,7 +179,7 @@ class Bench:
         """The demo's run: its adapter is what validation is timed with."""
         data = self.work / "data/demo"
         shutil.rmtree(self.adapter.parent, ignore_errors=True)  # of an interrupted run
-        self._must("-m", "formtune.demo.generator", str(data))
+        self._must(str(ROOT / "tools/demo_rows.py"), str(data))
         base, schema = ROOT / "src/formtune/demo/base", ROOT / "src/formtune/demo/ticket.schema.json"
         command = ["-m", "formtune", "fit", "-c", str(ROOT / "configs/demo.yaml"), "--run", "bench"]
         command += ["--model.base", str(base), "--data.format.init_args.schema", str(schema)]

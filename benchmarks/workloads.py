@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -38,8 +39,10 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.data.preparation import load_splits
 from formtune.data.settings import DataSettings
-from formtune.demo.generator import datasets
 from formtune.formats import JsonSchema
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+from demo_rows import datasets
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "src/formtune/demo"

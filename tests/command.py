@@ -63,9 +63,9 @@ def formtune(folder: Path, *args: str, seconds: float = 60, given: Callable[[], 
 
 def fork_fresh_processes(monkeypatch) -> None:
     """The fresh processes of an export are forked from one that holds no model, instead of spawned."""
-    from formtune.export import fresh_process
+    from formtune.export import measure
 
-    monkeypatch.setattr(fresh_process, "multiprocessing", SimpleNamespace(get_context=lambda _: PROCESSES))
+    monkeypatch.setattr(measure, "multiprocessing", SimpleNamespace(get_context=lambda _: PROCESSES))
 
 
 def _contents(folder: Path) -> dict[str, tuple[int, int]]:

@@ -5,12 +5,11 @@ import random
 from pathlib import Path
 
 import build_demo_base as build_base
+import demo_rows as generator
 import jsonschema
 import pytest
 
-from formtune.demo import generator
-
-DEMO = Path(generator.__file__).parent
+DEMO = Path(__file__).parents[2] / "src/formtune/demo"
 BASE = DEMO / "base"
 SCHEMA = json.loads((DEMO / "ticket.schema.json").read_text(encoding="utf-8"))
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA, format_checker=jsonschema.FormatChecker())
@@ -30,7 +29,7 @@ def tokenizer():
 
 def test_two_runs_write_equal_bytes(tmp_path, monkeypatch):
     for folder in ("one", "two"):
-        monkeypatch.setattr("sys.argv", ["generator", str(tmp_path / folder)])
+        monkeypatch.setattr("sys.argv", ["demo_rows.py", str(tmp_path / folder)])
         generator.main()
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == ["production.jsonl", "test.jsonl", "train.jsonl", "validation.jsonl"]

@@ -121,7 +121,7 @@ def test_the_core_runs_the_demo_without_the_optional_folders(tmp_path):
         path = tmp_path / "src/formtune" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     env = os.environ | {"PYTHONPATH": f"{tmp_path}/src", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "formtune.demo.generator", "data/demo/"], cwd=tmp_path, env=env, check=True)
+    subprocess.run([sys.executable, ROOT / "tools/demo_rows.py", "data/demo/"], cwd=tmp_path, env=env, check=True)
     program = [sys.executable, "-m", "formtune"]
     flags = ["--quick", "--trainer.max_steps", "2", "--data.max_evaluation_rows", "10", "--trainer.precision",
              "32-true"]  # fmt: skip

@@ -126,14 +126,11 @@ def _key_order(examples: Sequence[Example], format: Format, orders: Orders) -> d
             kept = format.ordered_grammar(orders)[1]
         except UserError:  # no grammar, so that no order is forced
             return {"rows": 0, "kept": []}
-    return {"rows": sum(_is_reordered(example, format) for example in examples), "kept": kept}
-
-
-def _is_reordered(example: Example, format: Format) -> bool:
-    """Whether an answer's keys come in another order than the schema's."""
-    own = format.of_row(example.schema)
-    plain = json.dumps(example.value, ensure_ascii=False, separators=(",", ":"))
-    return isinstance(own, JsonSchema) and own.write(example.value) != plain
+    reordered = 0
+    for example in examples:
+        own, plain = format.of_row(example.schema), json.dumps(example.value, ensure_ascii=False, separators=(",", ":"))
+        reordered += isinstance(own, JsonSchema) and own.write(example.value) != plain
+    return {"rows": reordered, "kept": kept}
 
 
 def sources(examples: Iterable[Example]) -> dict[str, dict[str, Any]]:
@@ -267,13 +264,13 @@ def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
             f"data.{split}: {len(repeats):,} rows repeat or nearly repeat another one of the file "
             f"({repeats[0]['where']} and {repeats[0]['other']}); they are used, so that its figures stay comparable"
         )
-    rare_labels, invented = [], []  # each line after minus its number of labels or values: the gravest first
+    by_kind: dict[str, list[tuple[int, str]]] = {"rare labels": [], "values that are not in their inputs": []}
     for path, splits in findings["labels"].items():
         least = RARE * sum(splits["train"].values())
         rare = sorted(label for label, count in splits["train"].items() if count < least)
         if rare and findings["label_totals"][path]["labels"] <= LABELS:
             line = f"{path}: fewer than {RARE:.0%} of the training rows have {', '.join(rare[:8])}"
-            rare_labels.append((-len(rare), line))
+            by_kind["rare labels"].append((-len(rare), line))
     can_derive = "derived" in format.to_dict()["init_args"]
     derived = " If answers compute them, name the field in data.format.derived" if can_derive else ""
     for path, entry in findings["ungrounded"].items():
@@ -282,9 +279,9 @@ def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
             f"{path or 'the answer'}: {len(entry['rows']):,} values ({entry['share']:.0%}) are not in their inputs "
             f"({first['where']}: {str(first['value'])[:40]!r}): invented, or derived?{derived}"
         )
-        invented.append((-len(entry["rows"]), line))
-    for kind, entries in (("rare labels", rare_labels), ("values that are not in their inputs", invented)):
-        lines = [line for _, line in sorted(entries)]
+        by_kind["values that are not in their inputs"].append((-len(entry["rows"]), line))
+    for kind, entries in by_kind.items():
+        lines = [line for _, line in sorted(entries)]  # those of the most labels or values first
         yield from lines[:GRAVEST]
         if more := lines[GRAVEST:]:
             findings["more_warnings"][kind] = more

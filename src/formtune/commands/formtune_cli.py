@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,8 @@ class FormtuneCLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The command that is called alone: a parser takes about 0.1 seconds to build."""
-        skipped = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "ckpt_path"}
-        skipped |= {"weights_only", "verbose", "return_predictions"}
-        return {self.words[0]: skipped}
+        loaders = {"datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
+        return {self.words[0]: loaders | {"model", "ckpt_path", "weights_only", "verbose", "return_predictions"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
@@ -159,9 +159,9 @@ class FormtuneCLI(LightningCLI):
         config.trainer.default_root_dir = str(self.folder.path)
         config.data.date = config.data.date or self.folder.date or today()  # the day on which the run began
         self.checkpoint = newest(self.folder.path / "checkpoints")
-        words = ["formtune", *self.words, *([] if "--run" in self.words else ["--run", config.run])]
-        words += [] if "--resume" in self.words else ["--resume"]
-        self.signals.remedy = f"continue with: {shlex.join(words)}"
+        options = {"--run": ["--run", config.run], "--resume": ["--resume"]}
+        words = [word for name, option in options.items() if name not in self.words for word in option]
+        self.signals.remedy = f"continue with: {shlex.join(['formtune', *self.words, *words])}"
 
     def _choose_weights(self, config: Namespace, files: list[Path]) -> None:
         """The weights to measure, a checkpoint or the untuned base, and the date of their run."""
@@ -278,10 +278,8 @@ class FormtuneCLI(LightningCLI):
 
 def _checks() -> list[Any]:
     """Checks before training that an optional folder brings: what could not be merged or served is refused now."""
-    try:
-        from formtune.export.rules import before_training
-    except ModuleNotFoundError as error:
-        if "formtune.export" not in str(error.name):
-            raise  # a package is missing, not the folder
+    if find_spec("formtune.export") is None:
         return []
+    from formtune.export.rules import before_training
+
     return [lambda model: before_training(model.base, model.lora)]

@@ -82,7 +82,7 @@ def _deployments(parser: CommandParser, args: list[str]) -> None:
     if not registry.names():
         print("nothing is deployed yet; formtune promote RUN --to production deploys a run")
     for name in registry.names():
-        deployment = registry.read_deployment(name)
+        deployment = registry.Deployment(name)
         print(f"{name}: {deployment.current}")
         for move in reversed(deployment.history):
             forced = " (forced)" if move["overruled"] else ""

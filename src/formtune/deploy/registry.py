@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,20 @@ from formtune.training.manifest import NAME, file_hash, verify
 DEPLOYMENTS = Path("deployments")
 
 
-@dataclass(slots=True)
 class Deployment:
-    """A name such as `demo/production`, and its moves, the oldest first."""
+    """A name such as `demo/production`, and its moves, the oldest first; none if there is no file."""
 
-    name: str
-    history: list[dict[str, Any]]  # each as `move` writes it
+    def __init__(self, name: str) -> None:
+        self.name, self._path, self.history = name, DEPLOYMENTS / f"{name}.json", list[dict[str, Any]]()
+        try:
+            if self._path.is_file():
+                record: Any = json.loads(self._path.read_text(encoding="utf-8"))
+                self.history = record["history"]
+                if record["current"] != self.current:
+                    raise ValueError
+        except (ValueError, LookupError, TypeError):
+            path, remedy = self._path, "take it from a backup, or remove it and promote again"
+            raise UserError(f"{path}: not a deployment; {remedy}") from None
 
     @property
     def current(self) -> str | None:
@@ -46,10 +53,10 @@ class Deployment:
         return next(move["replaced"] for move in promotions if move["version"] == self.current)
 
     def version_folder(self, version: str) -> Path:
-        return (DEPLOYMENTS / self.name).with_name("versions") / version
+        return self._path.with_name("versions") / version
 
     def outcomes(self, version: str) -> Path:
-        return (DEPLOYMENTS / self.name).with_name("outcomes") / f"{version}.jsonl"
+        return self._path.with_name("outcomes") / f"{version}.jsonl"
 
     def move(self, action: str, version: str, reason: str | None, overruled: Sequence[str] = ()) -> None:
         """Point to a version whose folder is there and verified."""
@@ -57,7 +64,7 @@ class Deployment:
         by = os.environ.get("USER") or os.environ.get("USERNAME", "unknown")
         move = {"action": action, "version": version, "replaced": self.current, "at": at, "by": by, "reason": reason}
         self.history.append(move | {"overruled": list(overruled)})
-        write_json(DEPLOYMENTS / f"{self.name}.json", {"current": version, "history": self.history})
+        write_json(self._path, {"current": version, "history": self.history})
 
 
 @contextlib.contextmanager
@@ -67,23 +74,9 @@ def locked(name: str) -> Iterator[Deployment]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
-            yield read_deployment(name)
+            yield Deployment(name)
     except OSError as error:
         raise UserError(f"{folder}: {first_line(error)}; {name} points to what it pointed to before") from None
-
-
-def read_deployment(name: str) -> Deployment:
-    """The deployment of this name; without history if there is no file."""
-    path = DEPLOYMENTS / f"{name}.json"
-    if not path.is_file():
-        return Deployment(name, [])
-    try:
-        record: Any = json.loads(path.read_text(encoding="utf-8"))
-        if record["current"] != record["history"][-1]["version"]:
-            raise ValueError
-        return Deployment(name, record["history"])
-    except (ValueError, LookupError, TypeError):
-        raise UserError(f"{path}: not a deployment; take it from a backup, or remove it and promote again") from None
 
 
 def names() -> list[str]:
@@ -121,7 +114,7 @@ def find_exported(name: str, kind: str) -> Exported:
             return Exported(folder)
     if Path(name).is_dir():
         raise UserError(f"{name}: neither an exported folder nor a run with {kind}/; formtune export makes one")
-    deployment = read_deployment(full_name(name))
+    deployment = Deployment(full_name(name))
     version = str(deployment.current)
     return Exported(deployment.version_folder(version), deployment.outcomes(version))
 

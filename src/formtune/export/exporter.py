@@ -17,10 +17,9 @@ from formtune.configuration.task import read_run, task_parser
 from formtune.data.preparation import load_splits, production_rows
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, outcome, rate, read_outcomes, write_outcomes
-from formtune.export.fresh_process import call_fresh
 from formtune.export.gguf import PACKAGE
 from formtune.export.llama_cpp import measure_gguf
-from formtune.export.measure import COMPARED, EXACT, QLORA, QUANTIZED, ROUNDED, Closeness, measure, merge
+from formtune.export.measure import COMPARED, EXACT, QLORA, QUANTIZED, ROUNDED, Closeness, call_fresh, measure, merge
 from formtune.export.quantize import SCHEMES, folder_name
 from formtune.export.rules import Plan, refuse
 from formtune.export.usage import write_usage

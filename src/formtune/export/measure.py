@@ -5,9 +5,14 @@ Models are loaded by plain transformers and PEFT, as production will load them.
 
 from __future__ import annotations
 
+import logging
 import math
+import multiprocessing
+import os
 import timeit
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -138,3 +143,25 @@ def _tokens_per_second(model: Any, prompt: list[int]) -> float:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
     answer = partial(model.generate, **inputs, min_new_tokens=TIMED, max_new_tokens=TIMED)
     return TIMED / min(timeit.repeat(answer, repeat=TRIES, number=1))
+
+
+def call_fresh(function: Callable[..., Any], failure: str, **arguments: Any) -> Any:
+    """What a module's function returns in a fresh process; `failure` begins the message if it raises.
+
+    A model that was measured where it was quantized would hold what it was made from.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _quiet_and_offline) as pool:
+        try:
+            return pool.submit(function, **arguments).result()
+        except BrokenProcessPool:
+            raise UserError(f"{failure}: its process was killed, usually because memory ran out") from None
+        except Exception as error:
+            raise UserError(f"{failure}: {first_line(error)}") from None
+
+
+def _quiet_and_offline() -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # every file is on this disk already
+    logging.disable(logging.WARNING)
+    null = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(null, descriptor)

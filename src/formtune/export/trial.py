@@ -14,9 +14,8 @@ import torch
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.errors import UserError, first_line
-from formtune.export.fresh_process import call_fresh
 from formtune.export.llama_cpp import measure_gguf
-from formtune.export.measure import EXACT, POSITIONS, Closeness, compare, last_logits, measure, merge
+from formtune.export.measure import EXACT, POSITIONS, Closeness, call_fresh, compare, last_logits, measure, merge
 from formtune.export.quantize import SCHEMES
 from formtune.model.lora import Lora, add_lora
 

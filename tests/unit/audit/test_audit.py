@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from demo_rows import datasets, planted
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -26,7 +27,6 @@ from formtune.data.cleaning import Example
 from formtune.data.encoded import Splits
 from formtune.data.preparation import load_splits
 from formtune.data.settings import DataSettings
-from formtune.demo.generator import datasets, planted
 from formtune.errors import UserError
 from formtune.formats import JsonSchema, Labels
 

@@ -15,7 +15,7 @@ from conftest import write_run
 from formtune.cli import main
 from formtune.commands import promote as command
 from formtune.deploy import registry
-from formtune.deploy.registry import read_deployment
+from formtune.deploy.registry import Deployment
 from formtune.training.manifest import verify
 
 ROWS = 40
@@ -51,7 +51,7 @@ def rollback(*more):
 
 
 def current():
-    return read_deployment("small/production").current
+    return Deployment("small/production").current
 
 
 def test_a_run_that_is_not_worse_is_promoted_and_nothing_depends_on_logs_then(logs, capsys):
@@ -61,7 +61,7 @@ def test_a_run_that_is_not_worse_is_promoted_and_nothing_depends_on_logs_then(lo
     assert "small/production: equal-adapter (before: good-adapter)" in said
     assert "good-adapter.jsonl: format/exact cannot tell with 40 rows" in said
     shutil.rmtree(logs)
-    deployment = read_deployment("small/production")
+    deployment = Deployment("small/production")
     assert verify(deployment.version_folder("equal-adapter"))["kind"] == "adapter"
     first, second = deployment.history
     assert (first["reason"], second["reason"], first["by"] != "", second["overruled"]) == ("first", None, True, [])
@@ -77,9 +77,9 @@ def test_a_worse_run_is_refused_unless_forced_with_a_reason_which_is_recorded(lo
         in capsys.readouterr().err
     )
     assert promote("bad", "--force") == 2 and "--reason" in capsys.readouterr().err
-    assert [move["version"] for move in read_deployment("small/production").history] == ["good-adapter"]
+    assert [move["version"] for move in Deployment("small/production").history] == ["good-adapter"]
     assert promote("bad", "--force", "--reason", "the old one leaks") == 0
-    last = read_deployment("small/production").history[-1]
+    last = Deployment("small/production").history[-1]
     assert last["reason"] == "the old one leaks" and "joint/exact is worse" in last["overruled"][1]
     assert main(["deployments"]) == 0
     said = capsys.readouterr().out
@@ -167,10 +167,10 @@ def test_a_process_killed_at_any_moment_leaves_the_old_or_the_new_pointer(logs, 
         time.sleep(dice.uniform(0.02, 0.12))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        deployment = read_deployment("small/production")
+        deployment = Deployment("small/production")
         assert deployment.current in ("good-adapter", "equal-adapter")
         verify(deployment.version_folder("good-adapter"))
-    promoted = len(read_deployment("small/production").history)
+    promoted = len(Deployment("small/production").history)
     assert promoted > 10, "the processes did something before they were killed"
     rollback()
     assert promote("good2") == 0  # no lock is left behind
@@ -181,7 +181,7 @@ def test_promotions_at_the_same_time_come_one_after_the_other(logs, monkeypatch)
     monkeypatch.setattr(registry, "store", lambda *args: (time.sleep(0.05), stored(*args)))
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(promote, ("good", "equal", "good2"))) == [0, 0, 0]
-    assert {move["version"] for move in read_deployment("small/production").history} == {
+    assert {move["version"] for move in Deployment("small/production").history} == {
         "good-adapter", "equal-adapter", "good2-adapter",
     }  # fmt: skip
 

@@ -23,12 +23,12 @@ from formtune.export import exporter as exporting
 from formtune.export import measure as measure_module
 from formtune.export import trial
 from formtune.export.exporter import FinishedRun
-from formtune.export.fresh_process import call_fresh
 from formtune.export.measure import (
     EXACT,
     QUANTIZED,
     ROUNDED,
     Closeness,
+    call_fresh,
     compare,
     last_logits,
     load,

@@ -1,9 +1,9 @@
 """Write the demo's data set: support messages and the JSON tickets that they should become.
 
-    python -m formtune.demo.generator OUT_DIR
+    python tools/demo_rows.py OUT_DIR
 
 It draws what a customer has to say, words it as a mail, and fills in the ticket by rules that no model can guess: names
-and numbers are copied, dates and amounts converted, topic, team and urgency are codes of the house (see phrases.yaml).
+and numbers are copied, dates and amounts converted, topic, team and urgency are codes (see demo_phrases.yaml).
 About one row in six of ``train.jsonl`` is messy, as collected data is, and cleaning has to find it.
 ``production.jsonl`` has prompts only, and longer ones, so that the audit finds length drift.
 """
@@ -21,7 +21,7 @@ from formtune.files import write_lines
 SYSTEM = "Turn the support message into a ticket and answer with one JSON object only."
 
 SEEDS = {"train": 11, "validation": 12, "test": 13, "production": 14}  # the demo's base was built with others
-PHRASES = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8"))
+PHRASES = yaml.safe_load(Path(__file__).with_name("demo_phrases.yaml").read_text(encoding="utf-8"))
 WORDS = {key: PHRASES[key].split() for key in ("months", "first_names", "cities", "adjectives", "nouns")}
 SURNAME_PARTS = [part.split() for part in PHRASES["surname_parts"]]
 TOPICS, URGENCIES = list(PHRASES["problems"]), list(PHRASES["urgency"])
