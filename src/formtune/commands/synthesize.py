@@ -1,8 +1,4 @@
-"""`formtune synthesize`: rows from a teacher model, each checked against the format before it is written.
-
-A teacher is any server of OpenAI's chat completions, local ones included. It sees the task, the format and a few
-existing rows, and writes new ones. The same command continues an interrupted file.
-"""
+"""`formtune synthesize`: rows from a teacher model, each checked before it is written; the file is continued."""
 
 import contextlib
 import itertools

@@ -1,9 +1,5 @@
-"""An OpenAI-compatible server, which must show that it renders the prompts that the model was trained on.
-
-A second BOS, thinking left on or another version of the template gives no error, only worse answers. So every reply's
-`usage.prompt_tokens` must equal formtune's own count; where the server has `/tokenize` (vLLM, llama.cpp), so must every
-token.
-"""
+"""An OpenAI-compatible server, which must show that it renders the prompts that the model was trained on: a second BOS,
+thinking left on or another template gives no error, only worse answers."""
 
 import contextlib
 import os

@@ -1,7 +1,4 @@
-"""Serve an exported folder by `transformers serve` or llama.cpp, so that it answers as the evaluation did.
-
-An adapter is not merged for it: transformers loads a folder of links to the base's files and to the adapter's.
-"""
+"""Serve an exported folder by `transformers serve` or llama.cpp, so that it answers as the evaluation did."""
 
 import contextlib
 import json

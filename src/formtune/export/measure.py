@@ -1,7 +1,5 @@
-"""Compare a model with the one that it should equal, logit by logit, let it answer, and time it.
-
-Models are loaded by plain transformers and PEFT, as production will load them.
-"""
+"""Compare a model with the one that it should equal, logit by logit, let it answer, and time it, all in a fresh process
+with plain transformers and PEFT, as production will load it."""
 
 from __future__ import annotations
 

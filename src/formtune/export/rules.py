@@ -1,7 +1,5 @@
 """What is known to fail on the way to production, often silently, found before training from shapes and names alone.
-
-Each rule was seen to hold with the versions that it names (docs/deployment.md).
-"""
+Each rule was seen to hold with the versions that it names (docs/deployment.md)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple

@@ -1,7 +1,5 @@
-"""Try the whole way to production before training, on two layers of the base's width with random weights.
-
-What fails there depends on shapes, packages and the machine, not on what was learned.
-"""
+"""Try the whole way to production before training, on two layers of the base's width with random weights: what fails
+there depends on shapes, packages and the machine, not on what was learned."""
 
 import functools
 import random

@@ -1,7 +1,5 @@
-"""The point of a grid to take: the smallest within one standard error of the best (Breiman et al. 1984).
-
-Only validation rows count: a choice that has seen the test rows would flatter its test figures.
-"""
+"""The point of a grid to take: the smallest within one standard error of the best (Breiman et al. 1984), which only
+validation rows decide: a choice that has seen the test rows would flatter its test figures."""
 
 import math
 from collections.abc import Sequence
