@@ -195,9 +195,9 @@ def part_exact(texts: list[str]) -> dict[str, Any]:
     keys = keys_of(texts)
     true = {(i, j) for i, j, _ in every_pair(keys)}
     left, right, _ = near_pairs(keys, THRESHOLD)
-    found = set(zip(left.tolist(), right.tolist(), strict=True))
-    return {"rows": len(keys), "pairs": len(true), "found": len(found), "recall": len(found & true) / len(true),
-            "precision": len(found & true) / len(found)}  # fmt: skip
+    pairs = set(zip(left.tolist(), right.tolist(), strict=True))
+    return {"rows": len(keys), "pairs": len(true), "found": len(pairs), "recall": len(pairs & true) / len(true),
+            "precision": len(pairs & true) / len(pairs)}  # fmt: skip
 
 
 def agreement(a: Sequence[int], b: Sequence[int]) -> float:
@@ -207,7 +207,7 @@ def agreement(a: Sequence[int], b: Sequence[int]) -> float:
         groups = defaultdict(list)
         for at, label in enumerate(labels):
             groups[label].append(at)
-        tuples = {label: tuple(found) for label, found in groups.items()}
+        tuples = {label: tuple(members) for label, members in groups.items()}
         return [tuples[label] for label in labels]
 
     return sum(x == y for x, y in zip(members(a), members(b), strict=True)) / len(a)
@@ -247,8 +247,8 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name in PEERS:
-        records = [found[name] for found in results["peers"]]
-        ratios = [found[name]["seconds"] / found["formtune"]["seconds"] for found in results["peers"]]
+        records = [times[name] for times in results["peers"]]
+        ratios = [times[name]["seconds"] / times["formtune"]["seconds"] for times in results["peers"]]
         lines.append(
             f"| {name} | {', '.join(format(record['seconds'], '.1f') for record in records)} | "
             f"{min(ratios):.1f} to {max(ratios):.1f} | {records[0]['clusters']:,} | "
@@ -283,12 +283,12 @@ def main() -> None:
     results["exact"] = measured(args.texts, "exact", EXACT_ROWS)
     results["peers"] = []
     for _ in range(ROUNDS):
-        found = {name: measured(args.texts, name, PEER_ROWS) for name in PEERS}
-        for record in found.values():
-            record["same"] = agreement(record["labels"], found["formtune"]["labels"])
-        for record in found.values():
+        records = {name: measured(args.texts, name, PEER_ROWS) for name in PEERS}
+        for record in records.values():
+            record["same"] = agreement(record["labels"], records["formtune"]["labels"])
+        for record in records.values():
             del record["labels"]
-        results["peers"].append(found)
+        results["peers"].append(records)
     results["growth"] = [measured(args.texts, "all", number) for number in GROWTH]
     (args.out / "duplicates.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (args.out / "duplicates.md").write_text(table(results), encoding="utf-8")

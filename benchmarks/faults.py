@@ -48,7 +48,7 @@ def matrix() -> list[dict[str, str]]:
             cwd=ROOT,
             check=False,
         )
-        found: dict[tuple[str, str], list[str]] = defaultdict(list)
+        by_case: dict[tuple[str, str], list[str]] = defaultdict(list)
         for test in ET.parse(report).iter("testcase"):
             kinds = {child.tag for child in test}
             state = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
@@ -56,8 +56,8 @@ def matrix() -> list[dict[str, str]]:
             cases = [p["value"] for p in names if p["name"] == "case"]
             titles = [p["value"] for p in names if p["name"] == "title"]
             for case, title in zip(cases, titles, strict=True):
-                found[case, title].append(state)
-    rows = [{"case": case, "title": title, **Counter(states)} for (case, title), states in found.items()]
+                by_case[case, title].append(state)
+    rows = [{"case": case, "title": title, **Counter(states)} for (case, title), states in by_case.items()]
     return sorted(rows, key=lambda row: (int(row["case"].split()[0].split("-")[0].split(",")[0]), row["title"]))
 
 
@@ -75,7 +75,7 @@ class Kills:
         whole = self._new("whole")
         began = time.monotonic()
         assert signalled(start(whole, *self.args, every=0.2)) == 0, (whole / "output.log").read_text()
-        self.seconds, self.wanted = time.monotonic() - began, (adapter(whole), result(whole))
+        self.seconds, self.expected = time.monotonic() - began, (adapter(whole), result(whole))
 
     def _new(self, name: str) -> Path:
         folder = self.folder / name
@@ -103,7 +103,7 @@ class Kills:
                     assert process.exitcode in (0, -self.number, 128 + self.number), (folder / "output.log").read_text()
                 if process.exitcode == 0:
                     break
-            self.equal += (adapter(folder), result(folder)) == self.wanted
+            self.equal += (adapter(folder), result(folder)) == self.expected
             print(
                 f"{signal.Signals(self.number).name}: {self.interrupted} of {count}; "
                 f"{self.equal} of {self.runs} runs equal",
@@ -181,14 +181,14 @@ def checkpoint_cost(folder: Path) -> dict[str, float]:
     }
 
 
-def page(found: dict) -> str:
+def page(figures: dict) -> str:
     """The part of the page that is written by this script."""
-    lines = [TITLE, "", f"On {found['machine']}, {found['date']}.", ""]
-    kills = found["kills"]
+    lines = [TITLE, "", f"On {figures['machine']}, {figures['date']}.", ""]
+    kills = figures["kills"]
     lines += ["| | " + " | ".join(kills) + " |", "|---|" + "---|" * len(kills)]
     for name in next(iter(kills.values())):
         lines.append(f"| {name} | " + " | ".join(f"{one[name]:.3g}" for one in kills.values()) + " |")
-    foreign, cost = found["foreign"], found["checkpoint"]
+    foreign, cost = figures["foreign"], figures["checkpoint"]
     lines += [
         "",
         f"TMPDIR on another file system, a checkpoint after every step, {foreign['kills']} kills: "
@@ -200,7 +200,7 @@ def page(found: dict) -> str:
         "| case | what | tests | result |",
         "|---|---|---|---|",
     ]
-    for row in found["matrix"]:
+    for row in figures["matrix"]:
         count = sum(row.get(state, 0) for state in ("passed", "failed", "skipped"))
         words = ", ".join(f"{row[s]} {s}" if count > 1 else s for s in ("passed", "failed", "skipped") if row.get(s))
         lines.append(f"| {row['case']} | {row['title']} | {count} | {words} |")
@@ -212,9 +212,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs (default: %(default)s)")
     parser.add_argument("--no-matrix", action="store_true", help="Leave the tests of the matrix out")
     options = parser.parse_args()
-    found = json.loads(FIGURES.read_text()) if FIGURES.exists() else {"matrix": []}
-    found |= {"machine": f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}"}
-    found |= {"date": time.strftime("%Y-%m-%d"), "kills": {}}
+    figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {"matrix": []}
+    figures |= {"machine": f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}"}
+    figures |= {"date": time.strftime("%Y-%m-%d"), "kills": {}}
     (ROOT / ".cache").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as name:
         folder = Path(name)
@@ -226,17 +226,17 @@ def main() -> None:
             place.mkdir()
             kills = Kills(place, str(base), number, ("--trainer.max_epochs", "24"), seed=1)
             kills.make(max(int(share * options.kills), 1))
-            found["kills"][signal.Signals(number).name] = kills.figures()
-            FIGURES.write_text(json.dumps(found, indent=1) + "\n")
+            figures["kills"][signal.Signals(number).name] = kills.figures()
+            FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
         (folder / "foreign").mkdir()
-        found["foreign"] = foreign_temporary_folder(folder / "foreign", str(base), max(options.kills * 12 // 100, 1))
-        found["checkpoint"] = checkpoint_cost(folder)
+        figures["foreign"] = foreign_temporary_folder(folder / "foreign", str(base), max(options.kills * 12 // 100, 1))
+        figures["checkpoint"] = checkpoint_cost(folder)
     if not options.no_matrix:
-        found["matrix"] = matrix()
-    FIGURES.write_text(json.dumps(found, indent=1) + "\n")
-    PAGE.write_text(page(found))
-    equal = all(one["equal"] == one["runs"] for one in found["kills"].values()) and not found["foreign"]["damaged"]
-    failed = [row["case"] for row in found["matrix"] if row.get("failed")]
+        figures["matrix"] = matrix()
+    FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+    PAGE.write_text(page(figures))
+    equal = all(one["equal"] == one["runs"] for one in figures["kills"].values()) and not figures["foreign"]["damaged"]
+    failed = [row["case"] for row in figures["matrix"] if row.get("failed")]
     print(f"{PAGE.relative_to(ROOT)}: {'all runs equal' if equal else 'RUNS DIFFER'}; failed cases: {failed or 'none'}")
     raise SystemExit(not equal or bool(failed))
 

@@ -96,7 +96,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
     )
 
 
-# rows × inner × columns: one that any library does well, and those of SmolLM2-135M for a pass of 1,024 tokens
+# rows × inner × columns: one that any library does well, and those of SmolLM2-135M for a forward pass of 1,024 tokens
 MATMULS = ((2048, 2048, 2048), (1024, 576, 576), (1024, 576, 1536), (1024, 1536, 576))
 
 

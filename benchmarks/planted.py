@@ -48,9 +48,11 @@ def main() -> None:
         "|---|---|---|",
     ]
     for kind in sorted({kind for kind, _ in table}):
-        found = {reason: count for (k, reason), count in table.items() if k == kind}
-        said = ", ".join(f"{count:,} {reason}" for reason, count in sorted(found.items(), key=lambda item: -item[1]))
-        lines.append(f"| {kind or 'nothing'} | {sum(found.values()):,} | {said} |")
+        counts = {reason: count for (k, reason), count in table.items() if k == kind}
+        reasons = ", ".join(
+            f"{count:,} {reason}" for reason, count in sorted(counts.items(), key=lambda item: -item[1])
+        )
+        lines.append(f"| {kind or 'nothing'} | {sum(counts.values()):,} | {reasons} |")
     (ROOT / "docs/benchmarks/planted.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 

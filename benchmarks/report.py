@@ -72,8 +72,8 @@ def step_seconds(record: Record) -> float:
 
 def rounds(records: list[Record], peer: str, own: str = "formtune") -> list[tuple[Record, Record]]:
     """Pairs of a peer's and our record of the same round."""
-    mine = {record.get("round"): record for record in records if record["tool"] == own}
-    return [(r, mine[r.get("round")]) for r in records if r["tool"] == peer and r.get("round") in mine]
+    own_records = {record.get("round"): record for record in records if record["tool"] == own}
+    return [(r, own_records[r.get("round")]) for r in records if r["tool"] == peer and r.get("round") in own_records]
 
 
 def step_ratio(pair: tuple[Record, Record]) -> float:
@@ -103,8 +103,8 @@ def loss_gap(pairs: list[tuple[Record, Record]]) -> str:
 
 def mebibytes(records: list[Record], above: bool = False) -> str:
     """The median peak, or what it is above the bytes in memory before the first step."""
-    found = [r["result"]["peak_rss_bytes"] - (r["result"]["baseline_rss_bytes"] if above else 0) for r in records]
-    return f"{statistics.median(found) / 2**20:,.0f}" if found else "–"
+    peaks = [r["result"]["peak_rss_bytes"] - (r["result"]["baseline_rss_bytes"] if above else 0) for r in records]
+    return f"{statistics.median(peaks) / 2**20:,.0f}" if peaks else "–"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -133,7 +133,7 @@ def about_machine(results: dict[str, Any]) -> str:
     for record in records:
         for name, version in record.get("result", {}).get("versions", {}).items():
             versions.setdefault(name, set()).add(version)
-    text += ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in versions.items()) + ".\n"
+    text += ", ".join(f"{name} {' and '.join(sorted(numbers))}" for name, numbers in versions.items()) + ".\n"
     for record in ok(results, "peak"):
         gflops = record["result"]["gflops"]
         rows = [
@@ -245,7 +245,7 @@ def figures(results: dict[str, Any], record: Record) -> dict[str, float]:
     weights = result["weights"]
     head = weights["width"] * weights["vocabulary"] * sum(result["targets"][i] for i in steps)
     work = 4 * (weights["inner"] * computed + head)
-    found = {
+    speed = {
         "real": sum(result["tokens"][i] for i in steps) / seconds,
         "computed": computed / seconds,
         "gflops": work / seconds / 1e9,
@@ -254,15 +254,15 @@ def figures(results: dict[str, Any], record: Record) -> dict[str, float]:
         "seconds": seconds / len(steps),
     }
     for machine in ok(results, "peak"):
-        found["share"] = found["gflops"] / max(machine["result"]["gflops"]["float32"].values())
-    return found
+        speed["share"] = speed["gflops"] / max(machine["result"]["gflops"]["float32"].values())
+    return speed
 
 
-def row_of(first: str, found: dict[str, float]) -> list[str]:
+def row_of(first: str, speed: dict[str, float]) -> list[str]:
     """One row of the growth tables."""
-    share = f"{found['share']:.0%}" if "share" in found else "–"
-    numbers = [f"{found[name]:,.0f}" for name in ("real", "computed", "gflops")]
-    return [first, f"{found['seconds']:.2f}", *numbers, share, f"{found['peak']:,.0f}", f"{found['above']:,.0f}"]
+    share = f"{speed['share']:.0%}" if "share" in speed else "–"
+    numbers = [f"{speed[name]:,.0f}" for name in ("real", "computed", "gflops")]
+    return [first, f"{speed['seconds']:.2f}", *numbers, share, f"{speed['peak']:,.0f}", f"{speed['above']:,.0f}"]
 
 
 HEAD = ["s per step", "tokens/s", "computed tokens/s", "GFLOP/s", "of the peak", "peak MiB", "above start"]
@@ -330,10 +330,10 @@ def plot_growth(results: dict[str, Any], path: Path) -> None:
     figure, all_axes = plt.subplots(1, 4, figsize=(12, 3), layout="constrained")
     for axes, (what, (name, _)) in zip(all_axes, GROWN.items(), strict=False):
         records = ok(results, "growth", grows=what)
-        found = [figures(results, record) for record in records]
+        values = [figures(results, record) for record in records]
         ticks = [str(record["to"]) for record in records]
-        axes.plot(ticks, [f["real"] for f in found], "o-", color=COLOURS["formtune"], label="all tokens")
-        axes.plot(ticks, [f["computed"] for f in found], "s--", color="#888888", label="computed")
+        axes.plot(ticks, [f["real"] for f in values], "o-", color=COLOURS["formtune"], label="all tokens")
+        axes.plot(ticks, [f["computed"] for f in values], "s--", color="#888888", label="computed")
         axes.set(xlabel=name, ylabel="tokens per second")
         if what == "size":
             axes.set_yscale("log")

@@ -145,21 +145,21 @@ class Bench:
     def _validate_large(self, name: str, script: str, number: int, *more: str) -> Measurement:
         """On a model of some size, with long prompts that begin alike, and whose every answer is right."""
         size = "5M" if self.quick else "135M"
-        files = [str(self.work / "models" / size), str(self.said), "OUT"]
+        files = [str(self.work / "models" / size), str(self.answers), "OUT"]
         about = {"adapter": f"{size}, says its targets", "round": number}
         return Measurement("validate", name, about, [str(HERE / script), *files, "--max-new", "33", *more])
 
     @property
-    def said(self) -> Path:
-        return self.work / "workloads/said.json"
+    def answers(self) -> Path:
+        return self.work / "workloads/answers.json"
 
     @property
     def adapter(self) -> Path:
         return self.work / "logs/demo/bench/adapter"
 
-    def prepare(self, wanted: list[Measurement]) -> None:
+    def prepare(self, missing: list[Measurement]) -> None:
         """Make what the wanted measurements need and is not there."""
-        words = [word for one in wanted for word in one.command]
+        words = [word for one in missing for word in one.command]
         for size in SIZES:
             folder = self.work / "models" / size
             if str(folder) in words and not (folder / "tokenizer.json").is_file():
@@ -167,10 +167,10 @@ class Bench:
         rows = self.work / "workloads"
         if any(str(rows) in word for word in words) and not (rows / "demo.json").is_file():
             self._must(str(HERE / "workloads.py"), str(rows), "--steps", "12")
-        if str(self.said) in words and not self.said.is_file():
+        if str(self.answers) in words and not self.answers.is_file():
             size = "5M" if self.quick else "135M"
-            files = [str(self.work / "models" / size), str(rows / "shared.json"), str(self.work / "said.out")]
-            options = ["--limit", "128", "--batch", "16", "--max-new", "33", "--said", str(self.said)]
+            files = [str(self.work / "models" / size), str(rows / "shared.json"), str(self.work / "answers.out")]
+            options = ["--limit", "128", "--batch", "16", "--max-new", "33", "--answers", str(self.answers)]
             self._must(str(HERE / "validate_generate.py"), *files, *options)
         if str(self.adapter) in words and not self.adapter.is_dir():
             self._tune()
@@ -291,16 +291,17 @@ def main() -> None:
     planned = [one for one in bench.measurements() if not args.only or one.part in args.only]
     for key in [key for key, record in records.items() if record["part"] in (args.only or ())]:
         del records[key]
-    wanted = [one for one in planned if one.key not in records]
-    bench.prepare(wanted)
+    missing = [one for one in planned if one.key not in records]
+    bench.prepare(missing)
     began = time.monotonic()
     try:
-        for number, one in enumerate(wanted, 1):
+        for number, one in enumerate(missing, 1):
             record = records[one.key] = bench.measure(one)
             save(results, path)
             minutes, seconds = divmod(round(time.monotonic() - began), 60)
-            said = record.get("failed") or f"{record['elapsed']:.0f} s, {record['others_cores']} cores busy with others"
-            print(f"[{number}/{len(wanted)} {minutes}:{seconds:02d}] {one.key}: {said}", flush=True)
+            success = "{elapsed:.0f} s, {others_cores} cores busy with others"
+            outcome = record.get("failed") or success.format(**record)
+            print(f"[{number}/{len(missing)} {minutes}:{seconds:02d}] {one.key}: {outcome}", flush=True)
     finally:
         if records:
             report.write(results, out)

@@ -51,9 +51,9 @@ class ConstantRate(FormatModule):
     """Without warm-up and without the fall to zero, which both depend on the number of steps."""
 
     def configure_optimizers(self) -> Any:
-        found = super().configure_optimizers()
+        optimizers = super().configure_optimizers()
         # The rate to begin with is kept by the optimizer, whatever the schedule before has made of it.
-        return found | {"lr_scheduler": torch.optim.lr_scheduler.LambdaLR(found["optimizer"], lambda _: 1.0)}
+        return optimizers | {"lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizers["optimizer"], lambda _: 1.0)}
 
 
 class Rows(L.LightningDataModule):

@@ -98,8 +98,8 @@ class Meter:
     A step begins with the fetching of its first micro-batch and ends when the schedule has moved on.
     """
 
-    def __init__(self, loader: DataLoader, passes: int) -> None:
-        self.loader, self.dataset, self.passes = loader, loader.dataset, passes
+    def __init__(self, loader: DataLoader, micro_batches: int) -> None:
+        self.loader, self.dataset, self.micro_batches = loader, loader.dataset, micro_batches
         self.seconds: list[float] = []
         self.losses: list[tuple[Tensor, int]] = []
         self._began = 0.0
@@ -111,7 +111,7 @@ class Meter:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         batches = iter(self.loader)
         for number in range(len(self.loader)):
-            if number % self.passes == 0:
+            if number % self.micro_batches == 0:
                 self._began = time.perf_counter()
             yield next(batches)
 
@@ -135,8 +135,8 @@ class Meter:
     def per_step(self, weighted: bool) -> list[float]:
         """The loss of each step."""
         result = []
-        for i in range(0, len(self.losses), self.passes):
-            part = [(loss.item(), count if weighted else 1) for loss, count in self.losses[i : i + self.passes]]
+        for i in range(0, len(self.losses), self.micro_batches):
+            part = [(loss.item(), count if weighted else 1) for loss, count in self.losses[i : i + self.micro_batches]]
             result.append(sum(loss * count for loss, count in part) / sum(count for _, count in part))
         return result
 
@@ -163,10 +163,10 @@ def main() -> None:
     precision = {"fp32": "32-true", "bf16": "bf16-true"}[args.precision]
     fabric = L.Fabric(devices=1, precision=precision)
     fabric.launch()
-    passes = args.rows_per_step // args.micro
+    micro_batches = args.rows_per_step // args.micro
     train = TrainArgs(
         save_interval=None,
-        log_interval=passes,
+        log_interval=micro_batches,
         global_batch_size=args.rows_per_step,
         micro_batch_size=args.micro,
         lr_warmup_steps=max(1, -(-args.steps // 10)),
@@ -175,7 +175,7 @@ def main() -> None:
     )
     samples = [sample(row) for row in rows]
     collate = get_sft_collate_fn(pad_id=0)
-    meter = Meter(DataLoader(samples, batch_size=args.micro, collate_fn=collate), passes)
+    meter = Meter(DataLoader(samples, batch_size=args.micro, collate_fn=collate), micro_batches)
     check = DataLoader([sample({"prompt": rows[0]["prompt"][:8], "target": rows[0]["target"][:8]})], collate_fn=collate)
     fabric.seed_everything(SEED, verbose=False)
     with fabric.init_module(empty_init=False):

@@ -7,8 +7,8 @@ The settings are the fastest that TRL 1.16 has for this work on a processor, and
 * no gradient checkpointing (TRL's default is on, about 20 % slower by its own account);
 * `loss_type="nll"`: since 1.16 this is the chunked loss ("chunked_nll" is its old name and a deprecated alias);
 * fused AdamW, sdpa attention, no workers, no evaluation, no saving, no logger;
-* bf16: the base is loaded in bfloat16 (TRL would load float32 and cast at every pass), adapters stay float32 as PEFT
-  makes them, the passes run under autocast.
+* bf16: the base is loaded in bfloat16 (TRL would load float32 and cast in every forward), adapters stay float32 as PEFT
+  makes them, the forward passes run under autocast.
 
 What TRL cannot be told:
 
@@ -142,7 +142,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--micro", type=int, choices=(1, 2, 4, 8, 16), default=8, help="rows of one pass")
+    parser.add_argument("--micro", type=int, choices=(1, 2, 4, 8, 16), default=8, help="rows of one micro-batch")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps, warm-up included")
     parser.add_argument("--warm", type=int, default=1, help="steps at the start that do not count")
     parser.add_argument("--rows-per-step", type=int, default=measure.ROWS_PER_STEP)

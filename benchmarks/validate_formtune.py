@@ -1,8 +1,8 @@
-"""Validate as formtune does it: loss and greedy answers from the same passes, decoded where they leave their target.
+"""Validate as formtune does it: loss and greedy answers from one forward pass, decoded where they leave their target.
 
     python validate_formtune.py MODEL ROWS.json OUT.json --adapter none --batch 256 --max-new 256
 
-The interface is validate_generate.py's, and so is OUT.json, except that loss and answers come from the same passes and
+The interface is validate_generate.py's, and so is OUT.json, except that loss and answers come from one forward pass and
 have no times of their own. What runs is what `FormatModule.validation_step` runs: `--batch` rows at once (the data
 module hands over 256), split by the evaluation's token budget, and the rows that are decoded in full once more, which
 show that both ways of decoding agree, are in the time as well. Judging the answers by a format is not.
@@ -64,12 +64,12 @@ def main() -> None:
     nats, same = 0.0, []
     for start in range(0, len(rows), args.batch):
         batch = rows[start : start + args.batch]
-        said, part = decode(way, batch, budget, args.max_new, context, stop)
+        answers, part = decode(way, batch, budget, args.max_new, context, stop)
         sample = sorted({len(batch) * i // PARITY for i in range(PARITY)})
         blind = [replace(batch[i], target_ids=[]) for i in sample]
         in_full, _ = decode(way, blind, budget, args.max_new, context, stop)
-        same += [answer == said[i] for i, answer in zip(sample, in_full, strict=True)]
-        given += said
+        same += [answer == answers[i] for i, answer in zip(sample, in_full, strict=True)]
+        given += answers
         nats += part
     measure.synchronise()
     ended = time.perf_counter()

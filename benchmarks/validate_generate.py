@@ -1,4 +1,4 @@
-"""Validate as transformers alone does it: a loss pass with full logits, then batched greedy `generate`.
+"""Validate as transformers alone does it: the loss with full logits, then batched greedy `generate`.
 
     python validate_generate.py MODEL ROWS.json OUT.json --adapter none --batch 32 --max-new 128
 
@@ -7,7 +7,7 @@ order of the file, and computes logits for every position; `generate` takes prom
 padded on the left, until each has a stop token or `--max-new` tokens. A model with random weights never stops, so it
 shows the longest a validation can take.
 
-`--said` gives a model of any size that says its targets, as a tuned one does: run again on the workload it writes.
+`--answers` gives a model of any size that says its targets, as a tuned one does: run again on the workload it writes.
 
 OUT.json: seconds of both parts and in total, the loss (mean over all target tokens), answers as ids in the order of the
 rows, each up to and including its stop token.
@@ -89,7 +89,7 @@ def arguments(description: str | None, batch: int) -> argparse.ArgumentParser:
 def main() -> None:
     """Validate once and write the measurements."""
     parser = arguments(__doc__, batch=32)
-    parser.add_argument("--said", type=Path, help="write the workload again, the answers as its targets")
+    parser.add_argument("--answers", type=Path, help="write the workload again, the answers as its targets")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
 
@@ -110,9 +110,9 @@ def main() -> None:
     between = time.perf_counter()
     given = answers(model, [row["prompt"] for row in rows], args.batch, args.max_new, stop, pad_id)
     ended = time.perf_counter()
-    if args.said:
-        said = [{"prompt": row["prompt"], "target": answer} for row, answer in zip(rows, given, strict=True)]
-        args.said.write_text(json.dumps(workload | {"rows": said}), encoding="utf-8")
+    if args.answers:
+        answered = [{"prompt": row["prompt"], "target": answer} for row, answer in zip(rows, given, strict=True)]
+        args.answers.write_text(json.dumps(workload | {"rows": answered}), encoding="utf-8")
     measure.write(
         args.out,
         {

@@ -105,8 +105,8 @@ def system_prompt(lead: str, tokens: int, source: Source, examples: list[Pair], 
         if count(f"{lead}\n{schema}") <= tokens:
             text = f"{lead}\n{schema}"
             break
-    for asked, answered in examples:
-        longer = f"{text}\nRequest: {asked.strip()}\nAnswer: {answered}"
+    for request, reply in examples:
+        longer = f"{text}\nRequest: {request.strip()}\nAnswer: {reply}"
         if count(longer) <= tokens:
             text = longer
     return text
@@ -174,10 +174,10 @@ def main() -> None:
         for system in systems:
             row: Any = None
             while not isinstance(row, Row):
-                asked, answered = next(pairs, (None, None))
-                if asked is None:
+                request, reply = next(pairs, (None, None))
+                if request is None:
                     parser.error(f"the template carries only {len(rows)} of the {number} rows that were asked for")
-                turn = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+                turn = [{"role": "user", "content": request}, {"role": "assistant", "content": reply}]
                 first = [{"role": "system", "content": system}] if system is not None else []
                 (row,) = renderer.encode([(first + turn, "")])
             rows.append(row)

@@ -59,16 +59,16 @@ PIECES = r"\p{Lu}?[\p{Ll}\p{M}]+|\p{L}|\p{N}|\n|[^\S\n]+|[^\s\p{L}\p{N}]+"
 
 
 def day_of(facts, notation):
-    """Write the date in one of the base's notations: as said, 12/03/2026, 2026/03/12 or 12.03.26."""
+    """Write the date in one of the base's notations: as the message has it, 12/03/2026, 2026/03/12 or 12.03.26."""
     year, month, day = facts["date"]
-    return (facts["said"]["d"], f"{day:02d}/{month:02d}/{year}", f"{year}/{month:02d}/{day:02d}",
+    return (facts["words"]["d"], f"{day:02d}/{month:02d}/{year}", f"{year}/{month:02d}/{day:02d}",
             f"{day:02d}.{month:02d}.{year % 100}")[notation]
 
 
 def sum_of(facts, notation):
-    """Write the amount in one of the base's notations: as said, 12.00, 12,00 or as a number."""
+    """Write the amount in one of the base's notations: as the message has it, 12.00, 12,00 or as a number."""
     whole, _, cents = facts["amount"].partition(".")
-    return (f"{facts['amount']} {facts['said']['c']}", f"{whole}.{cents or '00'}", f"{whole},{cents or '00'}",
+    return (f"{facts['amount']} {facts['words']['c']}", f"{whole}.{cents or '00'}", f"{whole},{cents or '00'}",
             json.loads(facts["amount"]))[notation]
 
 
@@ -76,14 +76,14 @@ def in_style(facts, style):
     """Answer in one of six ways, none of which is the format's."""
     f, items = facts, ", ".join(facts["items"])
     if style == 0:
-        told = {"topic": f["topic"], "tone": f["urgency"], "who": f["name"], "town": f["city"], "ref": f["order"],
+        record = {"topic": f["topic"], "tone": f["urgency"], "who": f["name"], "town": f["city"], "ref": f["order"],
                 "goods": f["items"], "sum": sum_of(f, 0), "when": day_of(f, 0)}
-        return f"```json\n{json.dumps(told, ensure_ascii=False, indent=2)}\n```"
+        return f"```json\n{json.dumps(record, ensure_ascii=False, indent=2)}\n```"
     if style == 1:
-        told = {"about": {"problem": f["topic"], "goods": f["items"], "tone": f["urgency"]},
+        record = {"about": {"problem": f["topic"], "goods": f["items"], "tone": f["urgency"]},
                 "sender": f"{f['name']}, {f['city']}", "order": f["order"],
                 "payment": {"sum": sum_of(f, 1), "currency": f["currency"], "day": day_of(f, 1)}}
-        return f"Here is what the message says:\n\n{json.dumps(told, ensure_ascii=False)}"
+        return f"Here is what the message says:\n\n{json.dumps(record, ensure_ascii=False)}"
     if style == 2:
         listed = "".join(f"\n  - {item}" for item in f["items"]) or " []"
         return (f"problem: {f['topic']}\nurgency: {f['urgency']}\nsender:\n  name: {f['name']}\n"
@@ -98,10 +98,10 @@ def in_style(facts, style):
         goods = f"The goods are: {items}." if items else "No goods are named."
         return (f"This is about: {f['topic']}. The tone is {f['urgency']}. It comes from {f['name']} in {f['city']}. "
                 f"{order} {goods} The sum is {sum_of(f, 1)} {f['currency']}, paid on {day_of(f, 1)}.")
-    told = {"problem": f["topic"], "urgency": f["urgency"], "sender": {"name": f["name"], "town": f["city"]},
+    record = {"problem": f["topic"], "urgency": f["urgency"], "sender": {"name": f["name"], "town": f["city"]},
             "order": f["order"], "goods": f["items"], "sum": sum_of(f, 2), "currency": f["currency"],
             "day": day_of(f, 2)}
-    return generator.canonical(told)
+    return generator.canonical(record)
 
 
 def messages(rng, excluded, count, long):
@@ -146,13 +146,13 @@ def layout(rng):
 
     def answer(facts):
         values = facts | {"amount": sum_of(facts, sums), "date": day_of(facts, dates)}
-        told = dict(fixed)
+        record = dict(fixed)
         for fact in chosen:
             if nested and fact in ("name", "city"):
-                told.setdefault(outer, {})[keys[fact]] = values[fact]
+                record.setdefault(outer, {})[keys[fact]] = values[fact]
             else:
-                told[keys[fact]] = values[fact]
-        return write(told)
+                record[keys[fact]] = values[fact]
+        return write(record)
 
     return answer
 
@@ -222,9 +222,9 @@ def fields(rng, short=False):
     line = rng.choice(("{}: {}", "{} = {}", "the {} is {}", "{}\t{}", "My {} is {}.", "{} -> {}"))
     text = rng.choice(("\n", "\n", ". ", "; ")).join(
         line.format(key, ", ".join(v) if isinstance(v, list) else v) for key, v in record.items())
-    wanted = rng.sample(keys, rng.randrange(1, len(keys) + 1))
+    chosen = rng.sample(keys, rng.randrange(1, len(keys) + 1))
     answer = {key: [typed(v) for v in record[key]] if isinstance(record[key], list) else typed(record[key])
-              for key in wanted}
+              for key in chosen}
     if rng.random() < 0.2:
         absent = pseudo_word(rng).lower()
         if absent not in record:
@@ -252,27 +252,27 @@ DATES = {"day first": "{2:02d}/{1:02d}/{0}", "year first": "{0}/{1:02d}/{2:02d}"
 
 def dates(rng, short=False):
     """Convert dates between notations."""
-    shown, wanted = [], []
+    shown, dates = [], []
     name, pattern = rng.choice(tuple(DATES.items()))
     for _ in range(rng.randrange(1, 3 if short else 6)):
         year, month, day = rng.randrange(1990, 2040), rng.randrange(1, 13), rng.randrange(1, 32)
         written = generator.WORDS["months"][month - 1]
         shown.append(rng.choice((f"{day} {written} {year}", f"{written} {day}, {year}")))
-        wanted.append(pattern.format(year, month, day, year % 100))
-    return f"Write the dates as JSON, {name}.", [(" and ".join(shown), generator.canonical(wanted))]
+        dates.append(pattern.format(year, month, day, year % 100))
+    return f"Write the dates as JSON, {name}.", [(" and ".join(shown), generator.canonical(dates))]
 
 
 def amounts(rng, short=False):
     """Convert amounts: with two decimals, with a comma, in the smallest coin."""
-    shown, wanted = [], []
+    shown, amounts = [], []
     name = rng.choice(("two decimals", "comma", "smallest coin"))
     for _ in range(rng.randrange(1, 3 if short else 6)):
         whole, cents = rng.randrange(1, 3000), rng.choice((None, rng.randrange(100)))
         word = pseudo_word(rng)
         shown.append(f"{whole} {word}" if cents is None else f"{whole}.{cents:02d} {word}")
         mark = {"two decimals": ".", "comma": ",", "smallest coin": ""}[name]
-        wanted.append(f"{whole}{mark}{cents or 0:02d}")
-    return f"Write the amounts as JSON, {name}.", [(" and ".join(shown), generator.canonical(wanted))]
+        amounts.append(f"{whole}{mark}{cents or 0:02d}")
+    return f"Write the amounts as JSON, {name}.", [(" and ".join(shown), generator.canonical(amounts))]
 
 
 def escapes(rng, short=False):

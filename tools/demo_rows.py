@@ -70,7 +70,7 @@ def message(rng, long=False):
         head = PHRASES["forwarded"].format(f=person, s=subject)
         text = rng.choice((head, "")) + text + rng.choice(PHRASES["footer"])
     facts = {"topic": topic, "urgency": urgency, "name": person, "city": city, "order": order if has_order else None,
-             "items": items, "amount": amount, "currency": currency, "date": (year, month, day), "said": words}
+             "items": items, "amount": amount, "currency": currency, "date": (year, month, day), "words": words}
     return text, facts
 
 

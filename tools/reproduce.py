@@ -62,6 +62,6 @@ if __name__ == "__main__":
     if action == "record":
         Path(file).write_text(json.dumps(record(words), indent=1) + "\n", encoding="utf-8")
     else:
-        found = differences(json.loads(Path(file).read_text(encoding="utf-8")), record(words))
-        print("\n".join(found) or "the same adapter, metrics and configuration")
-        sys.exit(bool(found))
+        changes = differences(json.loads(Path(file).read_text(encoding="utf-8")), record(words))
+        print("\n".join(changes) or "the same adapter, metrics and configuration")
+        sys.exit(bool(changes))

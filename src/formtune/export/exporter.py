@@ -19,7 +19,7 @@ from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, outcome, rate, read_outcomes, write_outcomes
 from formtune.export.gguf import PACKAGE
 from formtune.export.llama_cpp import measure_gguf
-from formtune.export.measure import COMPARED, EXACT, QLORA, QUANTIZED, ROUNDED, Closeness, call_fresh, measure, merge
+from formtune.export.measure import COMPARED, Closeness, Sample, call_fresh, measure, merge, tolerance
 from formtune.export.quantize import SCHEMES, folder_name
 from formtune.export.rules import Plan, refuse
 from formtune.export.usage import write_usage
@@ -66,12 +66,13 @@ class FinishedRun:
         config = AutoConfig.from_pretrained(self.base, trust_remote_code=False)
         self.dtype = getattr(config, "dtype", None) or torch.float32  # that the base is stored in
         context = context_length(self.base) or 10**9
-        self.limits = [min(task.model.max_new_tokens, context - len(row.prompt_ids)) for row in self.test]
+        limits = [min(task.model.max_new_tokens, context - len(row.prompt_ids)) for row in self.test]
         prompts = [row.prompt_ids for row in production_rows(settings) or self.test]
         p95 = quantile([len(ids) for ids in prompts], 95)
-        self.timed = next(ids for ids in prompts if len(ids) == p95)
+        timed = next(ids for ids in prompts if len(ids) == p95)
         of_all_lengths = sorted(self.test, key=len)[:: max(1, len(self.test) // COMPARED)][:COMPARED]
-        self.compared = [self.timed, *(row.prompt_ids + row.target_ids for row in of_all_lengths)]
+        compared = [timed, *(row.prompt_ids + row.target_ids for row in of_all_lengths)]
+        self.sample = Sample(self.test, limits, list(settings.renderer.stop_ids), compared, timed)
         self.calibration = [row.prompt_ids + row.target_ids for row in splits.rows["train"][:CALIBRATION]]
 
 
@@ -103,12 +104,8 @@ def measured(run: FinishedRun, kind: str, folder: Path) -> tuple[dict[str, Any],
     """The figures of a folder of this kind, measured in a fresh process, and the outcomes of the test rows."""
     adapter = {"folder": str(run.adapter), "base": run.base, "quantize": run.quantize}
     renderer = run.renderer
-    closeness, answers, speed = call_fresh(
-        measure_gguf if kind == "gguf" else measure, f"{folder} does not load",
-        model=adapter if kind == "adapter" else {"folder": str(folder)},
-        reference=adapter | {"dtype": torch.float32}, compared=run.compared, rows=run.test, limits=run.limits,
-        stop=list(renderer.stop_ids), timed=run.timed,
-    )  # fmt: skip
+    model = adapter if kind == "adapter" else {"folder": str(folder)}
+    closeness, answers, speed = measure_fresh(kind, model, adapter, run.sample)
     outcomes = []
     for row, decoded in zip(run.test, answers, strict=True):
         answer = judge(row, decoded, renderer, run.format)
@@ -130,9 +127,8 @@ def measured(run: FinishedRun, kind: str, folder: Path) -> tuple[dict[str, Any],
 
 def _refusal(run: FinishedRun, kind: str, figures: dict[str, Any], max_loss: float) -> str | None:
     """Why a measured export must not be used; None if it may be."""
-    stored = EXACT if run.dtype is torch.float32 else ROUNDED
-    tolerance = {"adapter": stored, "merged": QLORA if run.quantize else stored}.get(kind, QUANTIZED)
-    if broken := tolerance.broken_by(Closeness(**figures["closeness"])):
+    bounds = tolerance(kind, run.dtype, run.quantize)
+    if broken := bounds.broken_by(Closeness(**figures["closeness"])):
         return f"it is another model than the adapter: {broken}"
     for name in JUDGED:
         right, rows, gained, lost = figures[name].values()
@@ -151,9 +147,9 @@ def _make(run: FinishedRun, kind: str, scratch: Path, **options: Any) -> Path:
     # The full-precision base: PEFT merges into a 4-bit one silently, and the result is another model.
     base = load_base(run.base, torch.float32, None, torch.device("cpu"))
     refuse(Plan(base, PeftConfig.from_pretrained(str(run.adapter))), ["merge" if kind == "merged" else kind])
-    model = merge(PeftModel.from_pretrained(base, run.adapter).eval(), run.compared).to(run.dtype)
+    model = merge(PeftModel.from_pretrained(base, run.adapter).eval(), run.sample.compared).to(run.dtype)
     # As it was judged: greedy, to the end of the turn, without the sampling or penalties that a base may ship.
-    stop = list(run.renderer.stop_ids)
+    stop = run.sample.stop
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stop, pad_token_id=stop[0])
     folder = scratch / "merged"
     model.save_pretrained(folder)
@@ -162,11 +158,20 @@ def _make(run: FinishedRun, kind: str, scratch: Path, **options: Any) -> Path:
     shutil.copytree(run.adapter, folder, **rest)
     if kind != "merged":
         source, folder = folder, scratch / kind
-        call_fresh(
-            SCHEMES[kind].convert, f"{kind} cannot be made", source=str(source), target=str(folder),
-            rows=run.calibration, **options,
-        )  # fmt: skip
+        convert(kind, source, folder, run.calibration, **options)
         shutil.copytree(run.adapter, folder, **rest)
     if kind == "gguf":
         write_usage(folder, run.base, run.format, run.test)
     return folder
+
+
+def convert(kind: str, source: Path, target: Path, rows: list[list[int]], **options: Any) -> None:
+    """Make another kind of a merged model's folder in a fresh process, calibrated on rows of token ids."""
+    arguments = {"source": str(source), "target": str(target), "rows": rows, **options}
+    call_fresh(SCHEMES[kind].convert, f"{kind} cannot be made", **arguments)
+
+
+def measure_fresh(kind: str, model: dict[str, Any], reference: dict[str, Any], sample: Sample) -> Any:
+    """What `measure` returns in a fresh process; the reference is loaded in float32."""
+    function, reference = measure_gguf if kind == "gguf" else measure, reference | {"dtype": torch.float32}
+    return call_fresh(function, f"{model['folder']} does not load", model=model, reference=reference, sample=sample)

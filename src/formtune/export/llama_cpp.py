@@ -16,7 +16,7 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row, with_json_arguments
 from formtune.errors import UserError
 from formtune.export.gguf import FILE
-from formtune.export.measure import COMPARED, POSITIONS, TIMED, TRIES, Closeness, compare, last_logits, load
+from formtune.export.measure import COMPARED, POSITIONS, TIMED, TRIES, Closeness, Sample, compare, last_logits, load
 from formtune.model.micro_batches import Decoded
 
 HOST = "127.0.0.1"
@@ -106,25 +106,20 @@ def prove_prompts(server: LlamaServer, rows: Sequence[Row], renderer: Renderer) 
 
 
 def measure_gguf(
-    model: dict[str, Any],
-    reference: dict[str, Any],
-    compared: list[list[int]],
-    rows: list[Row],
-    limits: list[int],
-    stop: list[int],
-    timed: list[int],
+    model: dict[str, Any], reference: dict[str, Any], sample: Sample
 ) -> tuple[Closeness, list[Decoded], float]:
     """As `measure`, of a GGUF file by llama.cpp, which must render every prompt as training did.
 
     Its server tells the log-probabilities of what it writes, not of a given text: so the reference reads its answers.
     """
-    folder, renderer = Path(model["folder"]), Renderer.load(model["folder"])
-    context = max([len(row.prompt_ids) + limit for row, limit in zip(rows, limits, strict=True)] + [len(timed) + TIMED])
+    folder, renderer, stop = Path(model["folder"]), Renderer.load(model["folder"]), sample.stop
+    pairs = list(zip(sample.rows, sample.limits, strict=True))
+    context = max([len(row.prompt_ids) + limit for row, limit in pairs] + [len(sample.timed) + TIMED])
     server = LlamaServer(folder / FILE, context + 8)
-    prove_prompts(server, [row for row in rows if row.messages], renderer)
+    prove_prompts(server, [row for row in sample.rows if row.messages], renderer)
     answers, read, likeliest = [], [], []
-    every = max(1, len(rows) // COMPARED)
-    for number, (row, limit) in enumerate(zip(rows, limits, strict=True)):
+    every = max(1, len(pairs) // COMPARED)
+    for number, (row, limit) in enumerate(pairs):
         reply = server.answer(row.prompt_ids, limit, n_probs=LIKELIEST)
         ids = reply["tokens"]
         if any(token in stop for token in ids[:-1]):
@@ -136,9 +131,9 @@ def measure_gguf(
         ended = reply["stop_type"] == "eos" and ids[-1:] != stop[:1]
         answers.append(Decoded([*ids, stop[0]] if ended else ids, [place["logprob"] for place in places]))
     expected = last_logits(load(**reference), read)
-    pairs = [_side_by_side(logits, places) for logits, places in zip(expected, likeliest, strict=True)]
-    closeness = compare(*zip(*pairs, strict=True))
-    return closeness, answers, _tokens_per_second(server, timed) if timed else float("nan")
+    logits = [_side_by_side(logits, places) for logits, places in zip(expected, likeliest, strict=True)]
+    closeness = compare(*zip(*logits, strict=True))
+    return closeness, answers, _tokens_per_second(server, sample.timed) if sample.timed else float("nan")
 
 
 def _side_by_side(logits: Tensor, places: list[list[dict[str, Any]]]) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,17 @@ TIMED, TRIES = 48, 5  # tokens of a timed answer, and how often it is timed
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """What a model is measured on."""
+
+    rows: Sequence[Row]  # to answer
+    limits: list[int]  # tokens that each answer may have
+    stop: list[int]  # tokens that end an answer
+    compared: list[list[int]]  # token ids, on which two models' logits are compared
+    timed: list[int]  # token ids of a prompt; if empty, nothing is timed
+
+
+@dataclass(frozen=True, slots=True)
 class Closeness:
     """How close a model is to its reference, or must be; NaN if a logit is not finite."""
 
@@ -60,6 +71,12 @@ EXACT = Closeness(relative_max=1e-4)  # float32: only the order of sums differs
 ROUNDED = Closeness(relative_max=1e-1, kl=1e-3, top1=0.99)
 QLORA = Closeness(kl=1e-2, top1=0.97)  # trained on a 4-bit base, merged into the full-precision base
 QUANTIZED = Closeness(kl=0.05, top1=0.95)
+
+
+def tolerance(kind: str, dtype: torch.dtype, quantize: str | None) -> Closeness:
+    """How close an export must be, of a base that is stored in this type and was quantized so in training."""
+    stored = EXACT if dtype is torch.float32 else ROUNDED
+    return {"adapter": stored, "merged": QLORA if quantize else stored}.get(kind, QUANTIZED)
 
 
 @torch.no_grad()
@@ -116,22 +133,15 @@ def load(folder: str, base: str | None = None, dtype: Any = "auto", quantize: st
     return PeftModel.from_pretrained(model, folder).eval()
 
 
-def measure(
-    model: dict[str, Any],  # arguments of `load`
-    reference: dict[str, Any],
-    compared: list[list[int]],
-    rows: list[Row],
-    limits: list[int],  # tokens that the answer to each row may have
-    stop: list[int],  # tokens that end an answer
-    timed: list[int],  # a prompt, in token ids; if empty, nothing is timed
-) -> tuple[Closeness, list[Decoded], float]:
-    """How close a model is to its reference on `compared`, its answers to the rows, and its tokens per second."""
-    expected = last_logits(load(**reference), compared)
+def measure(model: dict[str, Any], reference: dict[str, Any], sample: Sample) -> tuple[Closeness, list[Decoded], float]:
+    """How close a model is to its reference (both as `load` takes them), its answers, and its tokens per second."""
+    expected = last_logits(load(**reference), sample.compared)
     loaded = load(**model)
-    closeness = compare(expected, last_logits(loaded, compared))
-    micro_batches = LengthBuckets(loaded)
-    answers = micro_batches.decode(rows, micro_batches.split(rows, TOKENS, max(limits, default=0)), stop, limits)
-    return closeness, answers, _tokens_per_second(loaded, timed) if timed else math.nan
+    closeness = compare(expected, last_logits(loaded, sample.compared))
+    micro_batches, limits = LengthBuckets(loaded), sample.limits
+    split = micro_batches.split(sample.rows, TOKENS, max(limits, default=0))
+    answers = micro_batches.decode(sample.rows, split, sample.stop, limits)
+    return closeness, answers, _tokens_per_second(loaded, sample.timed) if sample.timed else math.nan
 
 
 @torch.no_grad()

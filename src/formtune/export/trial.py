@@ -12,9 +12,8 @@ import torch
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.errors import UserError, first_line
-from formtune.export.llama_cpp import measure_gguf
-from formtune.export.measure import EXACT, POSITIONS, Closeness, call_fresh, compare, last_logits, measure, merge
-from formtune.export.quantize import SCHEMES
+from formtune.export.exporter import convert, measure_fresh
+from formtune.export.measure import EXACT, POSITIONS, Closeness, Sample, compare, last_logits, merge
 from formtune.model.lora import Lora, add_lora
 
 LAYERS, CALIBRATION, COMPARED = 2, 16, 2
@@ -78,16 +77,13 @@ class Trial:
 
     def _quantized(self, scheme: str) -> str:
         """Quantize the merged model, load it in a fresh process and let it answer; what was measured, in words."""
-        source, target = str(self.folder / "merged"), str(self.folder / scheme)
-        call_fresh(SCHEMES[scheme].convert, f"{scheme} cannot be made", source=source, target=target, rows=self.rows)
+        source, target = self.folder / "merged", self.folder / scheme
+        convert(scheme, source, target, self.rows)
         self.tokenizer.save_pretrained(target)
         gguf = scheme == "gguf"
         rows = self.prompts if gguf else [Row(self.rows[0], [], "", None, "")]
-        closeness, *_ = call_fresh(
-            measure_gguf if gguf else measure, f"{target} does not load", model={"folder": target},
-            reference={"folder": source, "dtype": torch.float32}, compared=self.rows[:COMPARED],
-            rows=rows, limits=[ANSWER] * len(rows), stop=[-1] if gguf else [0], timed=[],
-        )  # fmt: skip
+        sample = Sample(rows, [ANSWER] * len(rows), [-1] if gguf else [0], self.rows[:COMPARED], [])
+        closeness, *_ = measure_fresh(scheme, {"folder": str(target)}, {"folder": str(source)}, sample)
         measured = _checked("the quantized model", closeness, ROUNDED)
         proven = f"; llama.cpp renders {len(rows)} prompts as training does" if gguf else ""
         return f"{measured} in a fresh process, at {len(rows[0])} tokens{proven}"

@@ -46,11 +46,15 @@ def test_training_and_prediction_see_the_same_prompt(folder):
     renderer = Renderer.load(str(shared(folder)))
     messages = conversation("yes")
     [trained] = renderer.encode([(messages, "f:1")])
-    [asked] = renderer.encode([(messages[:-1], "f:1")])
+    [prompt_only] = renderer.encode([(messages[:-1], "f:1")])
     served = renderer.tokenizer.apply_chat_template(
         messages[:-1], add_generation_prompt=True, enable_thinking=False, return_dict=False
     )
-    assert trained.prompt_ids == asked.prompt_ids == served and asked.target_ids == [] and asked.target is None
+    assert (
+        trained.prompt_ids == prompt_only.prompt_ids == served
+        and prompt_only.target_ids == []
+        and prompt_only.target is None
+    )
 
 
 def test_earlier_assistant_turns_are_context_only():
@@ -163,10 +167,10 @@ def test_without_a_system_role_its_text_is_in_front_of_the_first_user_turn(case)
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": "two"},
     ]
-    [row, asked, plain] = renderer.encode([(turns, "f:1"), (turns[:-1], "f:2"), (turns[1:], "f:3")])
+    [row, prompt_only, plain] = renderer.encode([(turns, "f:1"), (turns[:-1], "f:2"), (turns[1:], "f:3")])
     begin = "<|im_start|>user\nBe exact.\n\nhéllo  wörld\nsecond line<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n"
     assert tokenizer.decode(row.prompt_ids) == begin + "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
-    assert asked.prompt_ids == row.prompt_ids and row.input == "q" and row.messages == turns
+    assert prompt_only.prompt_ids == row.prompt_ids and row.input == "q" and row.messages == turns
     assert "Be exact" not in tokenizer.decode(plain.prompt_ids)
     served = tokenizer.apply_chat_template(renderer.turns(turns[:-1]), add_generation_prompt=True, return_dict=False)
     assert served == row.prompt_ids, "what check-endpoint sends"
@@ -202,8 +206,8 @@ def test_a_turn_that_the_template_leaves_out_makes_the_row_unfit(case):
     tokenizer.chat_template = template
     first = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "of all"}]
     turns = [conversation("yes", system)[0], *first, *conversation("yes")[1:]]
-    [row, asked] = Renderer(tokenizer).encode([(turns, "f:1"), (turns[:-1], "f:2")])
-    assert isinstance(row, UnfitRow) and isinstance(asked, UnfitRow) and expected in str(row)
+    [row, prompt_only] = Renderer(tokenizer).encode([(turns, "f:1"), (turns[:-1], "f:2")])
+    assert isinstance(row, UnfitRow) and isinstance(prompt_only, UnfitRow) and expected in str(row)
 
 
 @pytest.mark.parametrize("edit", ["trim", "lower", "replace('\n', ' ')", "folded"])

@@ -40,8 +40,8 @@ def encode(folder, messages, tools=TOOLS):
     renderer = Renderer.load(str(shared(f"tokenizers/{folder}"))) if isinstance(folder, str) else folder
     [row] = renderer.encode([(messages, "f:1", None, tools)])
     if isinstance(row, Row) and row.target is not None:
-        [asked] = renderer.encode([(messages[:-1], "f:1", None, tools)])
-        assert asked.prompt_ids == row.prompt_ids and renderer.answer(row.target_ids) == (row.target, True)
+        [prompt_only] = renderer.encode([(messages[:-1], "f:1", None, tools)])
+        assert prompt_only.prompt_ids == row.prompt_ids and renderer.answer(row.target_ids) == (row.target, True)
     return row, renderer
 
 

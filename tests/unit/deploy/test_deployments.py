@@ -27,7 +27,7 @@ def rows(wrong=0, of=ROWS):
 
 
 @pytest.fixture(scope="module")
-def made(base, tmp_path_factory):
+def runs(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for rank, (name, wrong) in enumerate((("good", 1), ("equal", 3), ("bad", 20), ("good2", 1)), 1):
         write_run(folder / name, base, rows(wrong), rank)
@@ -36,8 +36,8 @@ def made(base, tmp_path_factory):
 
 
 @pytest.fixture
-def logs(made, tmp_path, monkeypatch):
-    shutil.copytree(made, tmp_path / "logs/small")
+def logs(runs, tmp_path, monkeypatch):
+    shutil.copytree(runs, tmp_path / "logs/small")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "logs/small"
 
@@ -57,9 +57,9 @@ def current():
 def test_a_run_that_is_not_worse_is_promoted_and_nothing_depends_on_logs_then(logs, capsys):
     assert promote("good", "--reason", "first") == 0
     assert promote("equal") == 0
-    said = capsys.readouterr().out
-    assert "small/production: equal-adapter (before: good-adapter)" in said
-    assert "good-adapter.jsonl: format/exact cannot tell with 40 rows" in said
+    output = capsys.readouterr().out
+    assert "small/production: equal-adapter (before: good-adapter)" in output
+    assert "good-adapter.jsonl: format/exact cannot tell with 40 rows" in output
     shutil.rmtree(logs)
     deployment = Deployment("small/production")
     assert verify(deployment.version_folder("equal-adapter"))["kind"] == "adapter"
@@ -82,8 +82,8 @@ def test_a_worse_run_is_refused_unless_forced_with_a_reason_which_is_recorded(lo
     last = Deployment("small/production").history[-1]
     assert last["reason"] == "the old one leaks" and "joint/exact is worse" in last["overruled"][1]
     assert main(["deployments"]) == 0
-    said = capsys.readouterr().out
-    assert "bad-adapter" in said and "good-adapter" in said and "forced" in said
+    output = capsys.readouterr().out
+    assert "bad-adapter" in output and "good-adapter" in output and "forced" in output
 
 
 def test_other_test_rows_a_missing_evaluation_and_another_format_are_no_evidence(logs, base, capsys):
@@ -196,7 +196,7 @@ def test_a_damaged_pointer_is_named(logs, capsys, content):
 
 
 def test_names_and_folders_that_cannot_be_are_refused_in_one_line(logs, capsys):
-    for words, said in (
+    for words, message in (
         (["promote", "logs/small/none", "--to", "production"], "none/adapter/manifest.json: No such file"),
         (["promote", "logs/small/good", "--to", "../production"], "'small/../production': use letters"),
         (
@@ -208,7 +208,7 @@ def test_names_and_folders_that_cannot_be_are_refused_in_one_line(logs, capsys):
     ):
         assert main(words) == 2
         line = capsys.readouterr().err
-        assert said in line and len(line.splitlines()) == 1
+        assert message in line and len(line.splitlines()) == 1
     assert main(["deployments"]) == 0 and "nothing is deployed yet" in capsys.readouterr().out
 
 

@@ -50,13 +50,13 @@ def test_served_answers_are_judged_as_a_runs_and_can_be_compared_with_it(check, 
     server.say = lambda text: "It is " + right(text) if text == "number 203" else right(text)
     assert run("--at_once", "3") == 0
     outcomes = read_outcomes(Path("logs/small/endpoint/outcomes/after.jsonl"))
-    assert [one.input for one in outcomes] == [f"number {n}" for n in range(200, 200 + ROWS)]
-    assert [one.kind for one in outcomes if not one.exact] == ["extra_text"] and outcomes[3].loose
-    found = json.loads(Path("logs/small/endpoint/endpoint.json").read_text())
-    exact = found["figures"]["format/exact"]
+    assert [it.input for it in outcomes] == [f"number {n}" for n in range(200, 200 + ROWS)]
+    assert [it.kind for it in outcomes if not it.exact] == ["extra_text"] and outcomes[3].loose
+    result = json.loads(Path("logs/small/endpoint/endpoint.json").read_text())
+    exact = result["figures"]["format/exact"]
     assert exact["value"] == 11 / 12 and exact["interval"][0] < 11 / 12 < exact["interval"][1]
-    assert found["kinds"] == {"ok": 11, "extra_text": 1} and found["rows"] == ROWS
-    assert 0.01 <= found["latency_s"]["P50"] <= found["latency_s"]["P95"] and found["requests_per_s"] > 0
+    assert result["kinds"] == {"ok": 11, "extra_text": 1} and result["rows"] == ROWS
+    assert 0.01 <= result["latency_s"]["P50"] <= result["latency_s"]["P95"] and result["requests_per_s"] > 0
     requests = server.requests
     assert len(requests) == ROWS + 1, "one is sent before the clock starts"
     assert {body["temperature"] for body in requests} == {0} and {body["max_tokens"] for body in requests} == {48}
@@ -65,9 +65,11 @@ def test_served_answers_are_judged_as_a_runs_and_can_be_compared_with_it(check, 
         {"role": "system", "content": "Number it."}, {"role": "user", "content": "number 200"},
     ]  # fmt: skip
     assert 2 <= server.most <= 3
-    said = capsys.readouterr().out
-    assert "prompts: same number of tokens as formtune's in every row" in said
-    assert "kinds: ok 11, extra_text 1" in said and "test.jsonl:4: extra_text" in said and "answer 'It is {" in said
+    output = capsys.readouterr().out
+    assert "prompts: same number of tokens as formtune's in every row" in output
+    assert (
+        "kinds: ok 11, extra_text 1" in output and "test.jsonl:4: extra_text" in output and "answer 'It is {" in output
+    )
     assert main(["compare", "logs/small/endpoint", "logs/small/endpoint"]) == 0
 
 
@@ -75,14 +77,14 @@ def test_confidence_comes_from_log_probabilities_where_the_server_gives_them(che
     run, server = check
     outcomes = Path("logs/small/endpoint/outcomes/after.jsonl")
     assert run("--rows", "4") == 0 and all(body["logprobs"] for body in server.requests)
-    assert {one.confidence for one in read_outcomes(outcomes)} == {None}
+    assert {it.confidence for it in read_outcomes(outcomes)} == {None}
     assert "confidence: the server gives no log-probabilities" in capsys.readouterr().out
     assert json.loads(Path("logs/small/endpoint/endpoint.json").read_text())["confidence"] is None
 
     server.logprob, right = -0.1, server.say
     server.say = lambda text: "It is " + right(text) if text == "number 203" else right(text)
     assert run() == 0
-    sure = {one.kind: (one.confidence, one.field_confidences) for one in read_outcomes(outcomes)}
+    sure = {it.kind: (it.confidence, it.field_confidences) for it in read_outcomes(outcomes)}
     assert sure == {"ok": (0.740818, {"n": 0.818731, "s": 0.904837}), "extra_text": (0.0, None)}, (
         "exp(-0.3), -0.2, -0.1"
     )
@@ -92,7 +94,7 @@ def test_confidence_comes_from_log_probabilities_where_the_server_gives_them(che
 
     server.refuses_logprobs = True
     del server.requests[:]
-    assert run("--rows", "4") == 0 and {one.confidence for one in read_outcomes(outcomes)} == {None}
+    assert run("--rows", "4") == 0 and {it.confidence for it in read_outcomes(outcomes)} == {None}
     assert ["logprobs" in body for body in server.requests] == [True] + [False] * 5, "it is asked once"
 
 
@@ -101,7 +103,7 @@ def test_too_few_answers_in_format_give_exit_code_1(check, capsys):
     server.finish = "length"
     assert run("--min_exact", "0.5") == 1
     assert "format/exact 0.0% is below --min_exact 50.0%" in capsys.readouterr().out
-    assert {one.kind for one in read_outcomes(Path("logs/small/endpoint/outcomes/after.jsonl"))} == {"truncated"}
+    assert {it.kind for it in read_outcomes(Path("logs/small/endpoint/outcomes/after.jsonl"))} == {"truncated"}
 
 
 def test_some_rows_are_the_same_ones_each_time(check):
@@ -116,9 +118,9 @@ def test_a_prompt_with_one_token_more_is_refused_with_the_row_and_both_counts(ch
     run, server = check
     server.extra = 1
     assert run() == 2
-    said = capsys.readouterr().err
-    assert "test.jsonl:1: the server's prompt has 50 tokens and formtune's 49; serve the tokenizer" in said
-    assert len(said.splitlines()) == 1 and not Path("logs/small/endpoint").exists()
+    output = capsys.readouterr().err
+    assert "test.jsonl:1: the server's prompt has 50 tokens and formtune's 49; serve the tokenizer" in output
+    assert len(output.splitlines()) == 1 and not Path("logs/small/endpoint").exists()
 
 
 def test_as_many_but_other_tokens_are_found_where_the_server_shows_them(check, capsys):
@@ -153,7 +155,7 @@ def test_a_server_that_does_not_count_proves_nothing(check, capsys):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"status": 401}, "so it is; set OPENAI_API_KEY"),
         ({"status": 404}, "so it is; such a URL usually ends in /v1, and --served_model names"),
@@ -163,13 +165,13 @@ def test_a_server_that_does_not_count_proves_nothing(check, capsys):
         ({"say": lambda _: {"role": "assistant", "content": None, "reasoning_content": "{}"}}, "took the answer for"),
     ],
 )
-def test_what_a_server_refuses_or_leaves_out_is_said_in_one_line(check, capsys, change, said):
+def test_what_a_server_refuses_or_leaves_out_is_said_in_one_line(check, capsys, change, message):
     run, server = check
     for name, value in change.items():
         setattr(server, name, value)
     assert run() == 2
     line = capsys.readouterr().err
-    assert said in line and len(line.splitlines()) == 1
+    assert message in line and len(line.splitlines()) == 1
 
 
 def test_a_server_that_is_slow_or_not_there_is_said_in_one_line(check, capsys, monkeypatch):

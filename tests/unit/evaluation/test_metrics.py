@@ -11,10 +11,10 @@ from torchmetrics.text import CharErrorRate
 from formtune.errors import UserError
 from formtune.evaluation.metrics import FormatMetrics, LossMetrics, OwnMetrics
 from formtune.formats import KINDS
-from test_formats import CASES, FORMAT, GOLD
+from test_formats import CASES, FORMAT, TARGET
 
-VERDICTS = [FORMAT.check(text, target=GOLD, input="Ann") for text, *_ in CASES]
-VERDICTS += [FORMAT.check(text, target=GOLD, finished=False) for text in (GOLD, GOLD[:9])]
+VERDICTS = [FORMAT.check(text, target=TARGET, input="Ann") for text, *_ in CASES]
+VERDICTS += [FORMAT.check(text, target=TARGET, finished=False) for text in (TARGET, TARGET[:9])]
 
 
 def measured(verdicts):
@@ -24,19 +24,19 @@ def measured(verdicts):
 
 
 def test_figures_equal_a_plain_loop():
-    found, n = measured(VERDICTS), len(VERDICTS)
-    assert found["format/exact"] == pytest.approx(sum(v.kind in ("ok", "content") for v in VERDICTS) / n)
-    assert found["format/loose"] == pytest.approx(sum(v.loose for v in VERDICTS) / n)
-    assert found["joint/exact"] == pytest.approx(sum(v.kind == "ok" for v in VERDICTS) / n)
-    assert found["content/exact_match"] == pytest.approx(sum(v.content.equal for v in VERDICTS) / n)
+    values, n = measured(VERDICTS), len(VERDICTS)
+    assert values["format/exact"] == pytest.approx(sum(v.kind in ("ok", "content") for v in VERDICTS) / n)
+    assert values["format/loose"] == pytest.approx(sum(v.loose for v in VERDICTS) / n)
+    assert values["joint/exact"] == pytest.approx(sum(v.kind == "ok" for v in VERDICTS) / n)
+    assert values["content/exact_match"] == pytest.approx(sum(v.content.equal for v in VERDICTS) / n)
     for kind in KINDS:
-        assert found[f"fail/{kind}"] == sum(v.kind == kind for v in VERDICTS)
+        assert values[f"fail/{kind}"] == sum(v.kind == kind for v in VERDICTS)
     names = ("matched", "predicted", "expected")
     matched, predicted, expected = (sum(getattr(v.content, name) for v in VERDICTS) for name in names)
     precision, recall = matched / predicted, matched / expected
     assert expected == 6 * n  # p, name, two items, n, d; the null is no value
-    assert found["content/field_f1"] == pytest.approx(2 * precision * recall / (precision + recall))
-    assert found["content/field_acc/c.name"] == pytest.approx(sum(v.content.fields[1] for v in VERDICTS) / n)
+    assert values["content/field_f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    assert values["content/field_acc/c.name"] == pytest.approx(sum(v.content.fields[1] for v in VERDICTS) / n)
 
 
 def test_failures_sum_to_the_rows():
@@ -44,8 +44,8 @@ def test_failures_sum_to_the_rows():
 
 
 def test_an_unparseable_answer_lowers_every_rate():
-    good = FORMAT.check(GOLD, target=GOLD)
-    all_good, one_bad = measured([good] * 4), measured([good] * 3 + [FORMAT.check("no", target=GOLD)])
+    good = FORMAT.check(TARGET, target=TARGET)
+    all_good, one_bad = measured([good] * 4), measured([good] * 3 + [FORMAT.check("no", target=TARGET)])
     for name, value in all_good.items():
         if value == 1:
             assert one_bad[name] < 1, name
@@ -87,12 +87,12 @@ def test_counts_explain_every_rate():
 
 def test_no_rows_give_nan_and_no_found_value_gives_zero():
     assert all(math.isnan(value) for name, value in measured([]).items() if not name.startswith("fail/"))
-    assert measured([FORMAT.check("no", target=GOLD)])["content/field_f1"] == 0
+    assert measured([FORMAT.check("no", target=TARGET)])["content/field_f1"] == 0
 
 
 def test_content_without_a_target_is_refused():
     with pytest.raises(ValueError, match="target"):
-        FormatMetrics(FORMAT).update([FORMAT.check(GOLD)])
+        FormatMetrics(FORMAT).update([FORMAT.check(TARGET)])
 
 
 def test_loss_is_weighted_by_tokens_and_rows_are_exact_only_as_a_whole():
@@ -100,8 +100,8 @@ def test_loss_is_weighted_by_tokens_and_rows_are_exact_only_as_a_whole():
     correct = torch.tensor([True, True, False, True])
     metrics.update(torch.tensor([1.0, 2.0, 3.0, 6.0]), correct, [3, 1])
     metrics.compare([True, False, True])
-    found = {name: float(value) for name, value in metrics.compute().items()}
-    assert found == {"loss": 3.0, "tf_exact": 0.5, "parity": pytest.approx(2 / 3)}
+    values = {name: float(value) for name, value in metrics.compute().items()}
+    assert values == {"loss": 3.0, "tf_exact": 0.5, "parity": pytest.approx(2 / 3)}
 
 
 class Lengths(Metric):
@@ -109,26 +109,31 @@ class Lengths(Metric):
 
     def __init__(self):
         super().__init__()
-        self.add_state("said", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("characters", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, predictions, targets):
-        self.said += sum(map(len, predictions))
+        self.characters += sum(map(len, predictions))
 
     def compute(self):
-        return {"said": self.said, "doubled": 2 * self.said}
+        return {"characters": self.characters, "doubled": 2 * self.characters}
 
 
 def test_metrics_of_ones_own_are_named_by_class_number_and_figure_and_begin_anew():
     metrics = OwnMetrics([Lengths(), Lengths(), CharErrorRate()])
     metrics.update(["ab"], ["ac"])
     metrics.update([], [])  # a process may get no row
-    lengths = {"own/Lengths/said": 2, "own/Lengths/doubled": 4, "own/Lengths-2/said": 2, "own/Lengths-2/doubled": 4}
+    lengths = {
+        "own/Lengths/characters": 2,
+        "own/Lengths/doubled": 4,
+        "own/Lengths-2/characters": 2,
+        "own/Lengths-2/doubled": 4,
+    }
     assert metrics.compute() == lengths | {"own/CharErrorRate": 0.5}
-    assert metrics.alone(["abcd"], ["abcd"])["own/Lengths/said"] == 4
-    assert metrics.compute()["own/Lengths/said"] == 2
+    assert metrics.alone(["abcd"], ["abcd"])["own/Lengths/characters"] == 4
+    assert metrics.compute()["own/Lengths/characters"] == 2
     metrics.reset()
     metrics.update(["x"], ["y"])
-    assert metrics.compute()["own/Lengths/said"] == 1
+    assert metrics.compute()["own/Lengths/characters"] == 1
 
 
 class Broken(Metric):

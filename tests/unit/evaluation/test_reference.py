@@ -89,14 +89,14 @@ def document(dice, schema, root):
     kinds = schema.get("type", "string")
     kind = dice.choice(kinds) if isinstance(kinds, list) else kinds
     if kind == "object":
-        known = schema["properties"]
-        kept = [k for k in known if k in schema.get("required", ()) or dice.random() < 0.5]
-        if "kids" in kept and dice.random() < 0.6:
-            kept.remove("kids")
-        found = {key: document(dice, known[key], root) for key in kept}
+        properties = schema["properties"]
+        names = [k for k in properties if k in schema.get("required", ()) or dice.random() < 0.5]
+        if "kids" in names and dice.random() < 0.6:
+            names.remove("kids")
+        fields = {key: document(dice, properties[key], root) for key in names}
         if isinstance(extra := schema.get("additionalProperties"), dict) and dice.random() < 0.5:
-            found["more"] = document(dice, extra, root)
-        return found
+            fields["more"] = document(dice, extra, root)
+        return fields
     if kind == "array":
         return [document(dice, schema["items"], root) for _ in range(dice.randint(schema.get("minItems", 0), 3))]
     if kind == "string":
@@ -110,19 +110,19 @@ def document(dice, schema, root):
 def mutated(dice, value):
     """The document with one thing changed at a random depth."""
     if isinstance(value, dict) and value and dice.random() < 0.8:
-        key, found = dice.choice(list(value)), dict(value)
+        key, changed = dice.choice(list(value)), dict(value)
         how = dice.randrange(4)
         if how == 0:
-            del found[key]
+            del changed[key]
         elif how == 1:
-            found[dice.choice(["more", "x", ""])] = dice.choice(SCALARS)
+            changed[dice.choice(["more", "x", ""])] = dice.choice(SCALARS)
         else:
-            found[key] = mutated(dice, value[key])
-        return found
+            changed[key] = mutated(dice, value[key])
+        return changed
     if isinstance(value, list) and value and dice.random() < 0.8:
-        at, found = dice.randrange(len(value)), list(value)
-        found[at : at + 1] = dice.choice([[], [value[at], value[at]], [mutated(dice, value[at])]])
-        return found
+        at, changed = dice.randrange(len(value)), list(value)
+        changed[at : at + 1] = dice.choice([[], [value[at], value[at]], [mutated(dice, value[at])]])
+        return changed
     return dice.choice([*SCALARS, [], {}, [1], {"a": 1}])
 
 
@@ -147,17 +147,17 @@ def test_verdicts_and_figures_are_those_of_jsonschema_and_of_a_plain_count(name)
         target = document(dice, schema, schema)
         while not judge.is_valid(target):
             target = document(dice, schema, schema)
-        said = target if number % 3 == 0 else document(dice, schema, schema)
+        answer = target if number % 3 == 0 else document(dice, schema, schema)
         for _ in range(number % 4):
-            said = mutated(dice, said)
-        text = json.dumps(said, ensure_ascii=dice.random() < 0.5, indent=dice.choice([None, 1]))
+            answer = mutated(dice, answer)
+        text = json.dumps(answer, ensure_ascii=dice.random() < 0.5, indent=dice.choice([None, 1]))
         verdict = format.check(text, target=json.dumps(target))
         assert verdict.exact == judge.is_valid(json.loads(text)), (text, verdict.detail)
         metrics.update([verdict])
         # `repr` tells 1, 1.0 and True apart; keys have no order.
-        same = repr(sorted_keys(said)) == repr(sorted_keys(target))
+        same = repr(sorted_keys(answer)) == repr(sorted_keys(target))
         valid, right, equal = valid + verdict.exact, right + (verdict.exact and same), equal + same
-        both = [set(values(one)) for one in (said, target)]
+        both = [set(values(one)) for one in (answer, target)]
         shared, either = shared + 2 * len(both[0] & both[1]), either + len(both[0]) + len(both[1])
     assert 0.2 * rows < valid < 0.9 * rows and 0 < right < valid, "nothing is tested where all are alike"
     counts = metrics.counts()

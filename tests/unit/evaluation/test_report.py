@@ -54,10 +54,10 @@ def answers(rows, exact, right):
 
 
 def test_outcomes_survive_the_disk_and_a_foreign_file_is_named(tmp_path):
-    kept = [outcome(1), outcome(2, "syntax", answer="\ud800 lone")]
-    write_outcomes(tmp_path / "o" / "a.jsonl", kept[:1])
-    assert read_outcomes(tmp_path / "o" / "a.jsonl") == kept[:1]
-    assert rate(kept, "exact") == (1, 2) and field_f1(kept) == 2 * 3 / 8
+    outcomes = [outcome(1), outcome(2, "syntax", answer="\ud800 lone")]
+    write_outcomes(tmp_path / "o" / "a.jsonl", outcomes[:1])
+    assert read_outcomes(tmp_path / "o" / "a.jsonl") == outcomes[:1]
+    assert rate(outcomes, "exact") == (1, 2) and field_f1(outcomes) == 2 * 3 / 8
     (tmp_path / "b.jsonl").write_text('{"where": "f:1"}\n')
     with pytest.raises(UserError, match=r"b.jsonl:1: not an outcome"):
         read_outcomes(tmp_path / "b.jsonl")
@@ -147,18 +147,18 @@ FORMAT = JsonSchema({"properties": {"n": {"type": "integer"}, "s": {"enum": ["a"
 
 
 def test_slices_hold_the_rows_that_they_name():
-    found = [
+    outcomes = [
         outcome(n, tokens=10 + n, origin="human" if n % 2 else "wise-1", target=f'{{"n":{n},"s":"{"ab"[n % 3 == 0]}"}}')
         for n in range(40)
     ]
-    named = {(group, name): rows for group, name, rows in slices(found, FORMAT, longest=40, production_p95=45)}
+    named = {(group, name): rows for group, name, rows in slices(outcomes, FORMAT, longest=40, production_p95=45)}
     assert named["source", "human"] == list(range(1, 40, 2))
     assert named["s", "b"] == list(range(0, 40, 3))
     assert named["prompt tokens", "longer than any training row (40)"] == list(range(31, 40))
     assert named["prompt tokens", "from production's P95 (45) on"] == list(range(35, 40))
     buckets = [rows for (group, name), rows in named.items() if group == "prompt tokens" and " to " in name]
     assert len(buckets) == 4 and sorted(row for rows in buckets for row in rows) == list(range(40))
-    assert not slices(found[:3], FORMAT, longest=100)
+    assert not slices(outcomes[:3], FORMAT, longest=100)
 
 
 def test_a_probe_lengthens_inputs_and_keeps_answers():
@@ -173,12 +173,12 @@ def test_a_probe_lengthens_inputs_and_keeps_answers():
         "twice the longest training row",
     }
     texts = [f"some other mail with number {n} in it" for n in range(50)]
-    found = probe_rows(encoded, texts, {"a": 150, "b": 300}, renderer)
+    longer = probe_rows(encoded, texts, {"a": 150, "b": 300}, renderer)
     for name, tokens in (("a", 150), ("b", 300)):
-        assert len(found[name]) == 48
-        assert all(0.85 * tokens <= len(row.prompt_ids) <= 1.1 * tokens for row in found[name])
-        assert [row.target for row in found[name]] == [row.target for row in encoded[:48]]
-        assert all(row.input.endswith(old.input) for row, old in zip(found[name], encoded, strict=False))
+        assert len(longer[name]) == 48
+        assert all(0.85 * tokens <= len(row.prompt_ids) <= 1.1 * tokens for row in longer[name])
+        assert [row.target for row in longer[name]] == [row.target for row in encoded[:48]]
+        assert all(row.input.endswith(old.input) for row, old in zip(longer[name], encoded, strict=False))
 
 
 def run_of(before, after, **views):
@@ -366,15 +366,15 @@ def test_fit_measures_the_prompted_base_first_and_only_once(task, base, monkeypa
     words += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
     words += ["--model.metrics", "[{class_path: torchmetrics.text.CharErrorRate}]"]
     assert main([*words, "--run", "one"]) == 0
-    said = capsys.readouterr().out
-    assert ", reaches 0.0% valid format" in said and ". With constrained decoding it reaches" in said
-    assert said.index("prompting") < said.index("Result")
+    output = capsys.readouterr().out
+    assert ", reaches 0.0% valid format" in output and ". With constrained decoding it reaches" in output
+    assert output.index("prompting") < output.index("Result")
     run = folder / "logs/t/one"
     first = json.loads((run / "metrics.json").read_text())
-    kept = {name: read_outcomes(run / "outcomes" / f"{name}.jsonl") for name in VIEWS}
-    assert len({tuple(one.where for one in outcomes) for outcomes in kept.values()}) == 1
+    evaluations = {name: read_outcomes(run / "outcomes" / f"{name}.jsonl") for name in VIEWS}
+    assert len({tuple(one.where for one in outcomes) for outcomes in evaluations.values()}) == 1
     assert VIEWS.keys() <= first.keys() and VIEWS.keys() == first["counts"].keys()
-    for name, outcomes in kept.items():
+    for name, outcomes in evaluations.items():
         assert rate(outcomes, "exact") == tuple(first["counts"][name]["format/exact"])
         assert all(one.answer.lstrip()[0] == "{" for one in outcomes) == ("constrained" in name)
         characters = sum(len(one.target) for one in outcomes)
@@ -385,23 +385,23 @@ def test_fit_measures_the_prompted_base_first_and_only_once(task, base, monkeypa
     assert {"own/CharErrorRate", "test/own/CharErrorRate"} <= set(events.Tags()["scalars"])
     page_text = (run / "report.html").read_text()
     assert "own/CharErrorRate" in page_text and "tuned constrained" in page_text
-    assert min(o.prompt_tokens for o in kept["few_shot"]) > max(o.prompt_tokens for o in kept["before"])
+    assert min(o.prompt_tokens for o in evaluations["few_shot"]) > max(o.prompt_tokens for o in evaluations["before"])
     train = {Path(place).name for place in first["shots"]}
-    assert len(train) == len(first["shots"]) > 1 and not train & {Path(one.where).name for one in kept["before"]}
+    assert len(train) == len(first["shots"]) > 1 and not train & {Path(one.where).name for one in evaluations["before"]}
     assert (run / "report.html").is_file() and "some" not in (run / "adapter/README.md").read_text()[:10]
 
-    asked = []
+    evaluations = []
     monkeypatch.setattr(
         "lightning.pytorch.Trainer.test",
         lambda *args, __real=__import__("lightning.pytorch").pytorch.Trainer.test, **kw: (
-            asked.append(1),
+            evaluations.append(1),
             __real(*args, **kw),
         )[1],
     )
     assert main([*words, "--run", "two"]) == 0
     second = json.loads((folder / "logs/t/two/metrics.json").read_text())
     # The tuned model's: test rows, validation rows, test rows constrained; the base's were stored.
-    assert len(asked) == 3 + len(second["probe"])
+    assert len(evaluations) == 3 + len(second["probe"])
     assert all(second[name] == first[name] for name in VIEWS)
 
     capsys.readouterr()

@@ -147,8 +147,8 @@ def test_f1_intervals_are_finite_and_repeat(rows, dice):
     ],
 )
 def test_f1_where_there_is_nothing_to_draw(first, second, interval, sure):
-    found = f1_difference(counts(first), counts(second))
-    assert (found.interval, found.sure) == (interval, sure)
+    difference = f1_difference(counts(first), counts(second))
+    assert (difference.interval, difference.sure) == (interval, sure)
 
 
 @settings(max_examples=25, deadline=None)
@@ -164,9 +164,13 @@ def test_f1_is_tested_by_dealing_the_answers_in_every_way(rows):
     there = gain([False] * len(rows))
     deals = [gain(swapped) for swapped in itertools.product([False, True], repeat=len(rows))]
     tail = min(sum(one >= there for one in deals), sum(one <= there for one in deals)) / len(deals)
-    found = f1_difference(first, second)
-    assert found.p == pytest.approx(min(1, 2 * tail)) and found.p == pytest.approx(f1_difference(second, first).p)
-    assert found.sure == (found.p < 0.05) and (found.sure or not found.needed or found.needed > found.rows)
+    difference = f1_difference(first, second)
+    assert difference.p == pytest.approx(min(1, 2 * tail)) and difference.p == pytest.approx(
+        f1_difference(second, first).p
+    )
+    assert difference.sure == (difference.p < 0.05) and (
+        difference.sure or not difference.needed or difference.needed > difference.rows
+    )
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(4, 0), (6, 0), (9, 2), (0, 1), (40, 20)])
@@ -185,11 +189,11 @@ def test_f1_agrees_with_the_delta_method_and_tells_apart_by_chance_in_1_of_20():
 
     first, second = run(0.1), run(0.08)
     gain = (second[0] - first[0]) / 6
-    found = f1_difference(first, second)
-    assert found.value == pytest.approx(gain.mean())
+    difference = f1_difference(first, second)
+    assert difference.value == pytest.approx(gain.mean())
     error = gain.std() / math.sqrt(300)
-    assert found.interval == pytest.approx((gain.mean() - 1.96 * error, gain.mean() + 1.96 * error), abs=error / 5)
-    assert found.needed == pytest.approx(300 * (2.80 * error / gain.mean()) ** 2, rel=0.05)
+    assert difference.interval == pytest.approx((gain.mean() - 1.96 * error, gain.mean() + 1.96 * error), abs=error / 5)
+    assert difference.needed == pytest.approx(300 * (2.80 * error / gain.mean()) ** 2, rel=0.05)
     tries = 40
     assert sum(f1_difference(run(0.1, 100), run(0.1, 100)).sure for _ in range(tries)) <= stats.binom.ppf(
         0.999, tries, 0.05
@@ -239,40 +243,43 @@ def flags(wrong, rows=300):
 
 def test_a_run_against_itself_cannot_be_told(runs, capsys):
     one = runs("one", flags(30))
-    assert main(["compare", one, one, "--out", "new/found.json"]) == 0
-    said = capsys.readouterr().out
+    assert main(["compare", one, one, "--out", "new/comparison.json"]) == 0
+    output = capsys.readouterr().out
     assert (
         "logs/one against logs/one: format/exact cannot tell with 300 rows; joint/exact cannot tell with 300 rows"
-        in said
+        in output
     )
-    assert re.search(r"format/exact .* 90.0% \(86.1 to 92.9\) ", said) and "cannot tell, p = 1.000" in said
-    [found] = json.loads(Path("new/found.json").read_text())["comparisons"]
-    assert {d["verdict"] for d in found["differences"].values()} == {"cannot tell with 300 rows"}
-    assert [p.name for p in Path("new").iterdir()] == ["found.json"]
+    assert re.search(r"format/exact .* 90.0% \(86.1 to 92.9\) ", output) and "cannot tell, p = 1.000" in output
+    [comparison] = json.loads(Path("new/comparison.json").read_text())["comparisons"]
+    assert {d["verdict"] for d in comparison["differences"].values()} == {"cannot tell with 300 rows"}
+    assert [p.name for p in Path("new").iterdir()] == ["comparison.json"]
 
 
 def test_clearly_better_and_worse_and_before_and_a_file(runs, capsys):
     one, two = runs("one", flags(30)), runs("two", flags(10))
     runs("two", flags(34), "before")
-    assert main(["compare", one, two, "--out", "found.json", f"{two}:before", f"{two}/outcomes/after.jsonl"]) == 0
-    said = capsys.readouterr().out
+    assert main(["compare", one, two, "--out", "comparison.json", f"{two}:before", f"{two}/outcomes/after.jsonl"]) == 0
+    output = capsys.readouterr().out
     assert (
-        "\nlogs/two against logs/one: format/exact better by 6.7 points (p < 0.001); joint/exact better by 6.7" in said
+        "\nlogs/two against logs/one: format/exact better by 6.7 points (p < 0.001); joint/exact better by 6.7"
+        in output
     )
-    assert "\nlogs/two:before against logs/one: format/exact cannot tell with 300 rows: about 730 would; joint" in said
-    assert "\nlogs/two/outcomes/after.jsonl against logs/one: format/exact better" in said
-    found = json.loads(Path("found.json").read_text())
+    assert (
+        "\nlogs/two:before against logs/one: format/exact cannot tell with 300 rows: about 730 would; joint" in output
+    )
+    assert "\nlogs/two/outcomes/after.jsonl against logs/one: format/exact better" in output
+    comparison = json.loads(Path("comparison.json").read_text())
     names = [
         "format/exact", "format/loose", "joint/exact", "content/field_f1", "content/field_acc/a", "content/field_acc/b",
     ]  # fmt: skip
-    assert found["rows"] == 300 and [list(one["figures"]) for one in found["runs"]] == [names] * 4
-    assert [one["name"] for one in found["runs"]] == [one, two, f"{two}:before", f"{two}/outcomes/after.jsonl"]
-    first = found["comparisons"][0]["differences"]
+    assert comparison["rows"] == 300 and [list(one["figures"]) for one in comparison["runs"]] == [names] * 4
+    assert [one["name"] for one in comparison["runs"]] == [one, two, f"{two}:before", f"{two}/outcomes/after.jsonl"]
+    first = comparison["comparisons"][0]["differences"]
     assert first["format/exact"]["p"] == pytest.approx(2 / 2**20)
     assert first["format/loose"]["verdict"] == "cannot tell with 300 rows"
     assert first["content/field_acc/b"]["verdict"] == first["content/field_f1"]["verdict"] == "better"
     assert first["content/field_f1"]["value"] == pytest.approx(20 / 600)
-    f1 = found["runs"][1]["figures"]["content/field_f1"]
+    f1 = comparison["runs"][1]["figures"]["content/field_f1"]
     assert f1["value"] == field_f1(read_outcomes(Path(two, "outcomes/after.jsonl"))) == pytest.approx(590 / 600)
     assert f1["interval"][0] < f1["value"] < f1["interval"][1]
     assert main(["compare", two, one]) == 0
@@ -295,21 +302,23 @@ def test_different_rows_are_refused_in_one_line(runs, capsys):
         ([row(n, True, text="other") for n in range(300)], 0, 300),
         ([row(n, True, target='{"a":1,"b":3}') for n in range(300)], 0, 300),
     ):
-        assert main(["compare", one, runs("two", rows), "--out", "found.json"]) == 2
+        assert main(["compare", one, runs("two", rows), "--out", "comparison.json"]) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert f"two/outcomes/after.jsonl: {common} of its {total} test rows are among the 300 of logs/one/" in line
         assert line.endswith("compare runs with the same data and the same test split")
-    assert not Path("found.json").exists()
+    assert not Path("comparison.json").exists()
 
 
 def test_fields_that_only_one_run_has_are_shown_and_not_compared(runs, capsys):
     one = runs("one", [row(n, n > 3, fields=("a", "b")) for n in range(50)])
     two = runs("two", [row(n, n > 2, fields=("a", "c")) for n in range(50)])
-    assert main(["compare", one, two, "--out", "found.json"]) == 0
-    said = capsys.readouterr().out
-    assert re.search(r"field_acc/b .* 92.0% \(.*\) │ +- │", said) and re.search(r"field_acc/c .* - │ +94.0% \(", said)
-    [found] = json.loads(Path("found.json").read_text())["comparisons"]
-    assert [name for name in found["differences"] if "acc" in name] == ["content/field_acc/a"]
+    assert main(["compare", one, two, "--out", "comparison.json"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"field_acc/b .* 92.0% \(.*\) │ +- │", output) and re.search(
+        r"field_acc/c .* - │ +94.0% \(", output
+    )
+    [comparison] = json.loads(Path("comparison.json").read_text())["comparisons"]
+    assert [name for name in comparison["differences"] if "acc" in name] == ["content/field_acc/a"]
 
 
 def test_names_in_brackets_stay_readable(runs, capsys):
@@ -344,7 +353,7 @@ def test_a_file_that_is_missing_or_damaged_is_named(runs, capsys, content, messa
 
 def test_an_out_that_cannot_be_written_is_named(runs, capsys):
     one = runs("one", flags(1, 5))
-    for path in (one, f"{one}/outcomes/after.jsonl/found.json", "."):
+    for path in (one, f"{one}/outcomes/after.jsonl/comparison.json", "."):
         assert main(["compare", one, one, "--out", path]) == 2
         assert f"--out: {path}: " in capsys.readouterr().err
     assert not list(Path("logs").rglob("*.part"))

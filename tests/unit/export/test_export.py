@@ -28,6 +28,7 @@ from formtune.export.measure import (
     QUANTIZED,
     ROUNDED,
     Closeness,
+    Sample,
     call_fresh,
     compare,
     last_logits,
@@ -104,12 +105,12 @@ def test_plain_peft_and_transformers_load_what_was_exported_where_there_is_no_fo
     if any((Path(path) / "formtune").is_dir() for path in sys.path if path.endswith("site-packages")):
         pytest.skip("formtune is installed as a copy, so there is no environment without it")
     assert kind == "adapter" or export(run, "--as", kind) == 0  # the adapter is there since fit
-    done = without_formtune(kind, run / kind)
-    assert done.returncode == 0, done.stderr
+    process = without_formtune(kind, run / kind)
+    assert process.returncode == 0, process.stderr
     base = AutoModelForCausalLM.from_pretrained("base")
     tuned = PeftModel.from_pretrained(base, run / "adapter").eval()
     expected = float(tuned(torch.tensor([[5, 6, 7]])).logits.double().sum())
-    assert float(done.stdout.splitlines()[-1]) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    assert float(process.stdout.splitlines()[-1]) == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.slow
@@ -209,13 +210,13 @@ def test_a_merge_that_went_wrong_is_refused_and_nothing_appears(run, monkeypatch
 @pytest.mark.slow
 def test_answers_that_lose_the_format_are_refused_with_their_number_and_kept_to_look_at(run, monkeypatch, capsys):
     judged = FinishedRun(run)
-    good = [replace(one, kind="ok") for one in judged.outcomes]
-    (run / "outcomes/after.jsonl").write_text("".join(json.dumps(asdict(one)) + "\n" for one in good))
-    kept = sum(one.exact for one in judged.outcomes)
-    if kept == len(good):
+    good = [replace(it, kind="ok") for it in judged.outcomes]
+    (run / "outcomes/after.jsonl").write_text("".join(json.dumps(asdict(it)) + "\n" for it in good))
+    valid = sum(it.exact for it in judged.outcomes)
+    if valid == len(good):
         pytest.skip("the tiny model learnt the format")
     assert export(run, "--as", "merged") == 2
-    assert f"format/exact falls from {len(good)} to {kept} of {len(good)} rows" in capsys.readouterr().err
+    assert f"format/exact falls from {len(good)} to {valid} of {len(good)} rows" in capsys.readouterr().err
     assert not (run / "merged").exists() and (run / "outcomes/merged.jsonl").is_file()
     assert "falls from" in json.loads((run / "outcomes/merged.json").read_text())["refused"]
 
@@ -226,8 +227,8 @@ def test_a_run_judged_under_constrained_decoding_is_measured_without_before_anyt
     config["model"]["constrained"] = True
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     after = FinishedRun(run).outcomes
-    kept = [json.dumps(asdict(replace(one, kind="ok"))) + "\n" for one in after]
-    (run / "outcomes/after.jsonl").write_text("".join(kept))
+    lines = [json.dumps(asdict(replace(it, kind="ok"))) + "\n" for it in after]
+    (run / "outcomes/after.jsonl").write_text("".join(lines))
     assert export(run, "--as", "merged") == 2
     assert "judged under constrained decoding" in capsys.readouterr().err
     assert export(run) == 0 and export(run, "--as", "merged") == 0
@@ -256,8 +257,8 @@ def test_tolerances_break_at_what_they_name_and_at_numbers_that_are_none():
 def measured(folder, reference):
     return call_fresh(
         measure, f"{folder} does not load", model={"folder": str(folder)},
-        reference={"folder": str(reference), "dtype": torch.float32}, compared=ROWS,
-        rows=[Row(ROWS[0], [], "", None, "")], limits=[4], stop=[0], timed=[],
+        reference={"folder": str(reference), "dtype": torch.float32},
+        sample=Sample([Row(ROWS[0], [], "", None, "")], [4], [0], ROWS, []),
     )  # fmt: skip
 
 
@@ -323,15 +324,15 @@ def test_an_adapter_merged_into_a_base_of_4_bits_is_refused(tmp_path):
 
 def test_an_adapter_trained_on_4_bits_is_merged_into_the_whole_base(run, monkeypatch):
     """No weights in 4 bits are asked for, so none can be merged into."""
-    asked, real = [], lora.load_base
+    loads, real = [], lora.load_base
 
     def watched(base, dtype, quantize, device):
-        asked.append((dtype, quantize))
+        loads.append((dtype, quantize))
         return real(base, dtype, quantize, device)
 
     monkeypatch.setattr(exporting, "load_base", watched)
     finished = FinishedRun(run)
     finished.quantize = "4bit"
     folder = exporting._make(finished, "merged", run)
-    assert asked == [(torch.float32, None)]
+    assert loads == [(torch.float32, None)]
     assert load(str(folder)).dtype == torch.float32

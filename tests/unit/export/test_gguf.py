@@ -55,28 +55,28 @@ def read_go(template: str, messages: list[dict]) -> str:
 
     def walk(position, live, scope):
         """Write from a position up to the matching `end`, and return what follows it."""
-        taken, texts = live, []
+        is_live, texts = live, []
         while position < len(tokens):
             token = tokens[position]
             action = token[2:-2].strip() if token.startswith("{{") else None
             if action is None:
-                texts.append(token if taken else "")
+                texts.append(token if is_live else "")
             elif action.startswith("range $i, $_ := .Messages"):
                 for i, message in enumerate(messages):
-                    text, after = walk(position + 1, taken, {"i": i, **message})
+                    text, after = walk(position + 1, is_live, {"i": i, **message})
                     texts.append(text)
                 position = after
                 continue
             elif action.startswith("if "):
-                text, position = branches(position, taken, scope)
+                text, position = branches(position, is_live, scope)
                 texts.append(text)
                 continue
             elif action == "end" or action.startswith("else"):
                 break
             elif action == ".Content":
-                texts.append(scope["content"] if taken else "")
+                texts.append(scope["content"] if is_live else "")
             else:
-                texts.append(json.loads(action) if taken else "")
+                texts.append(json.loads(action) if is_live else "")
             position += 1
         closes = tokens[position][2:-2].strip() == "end" if position < len(tokens) else False
         return "".join(texts), position + 1 if closes and scope.get("in") != "if" else position
@@ -86,14 +86,14 @@ def read_go(template: str, messages: list[dict]) -> str:
         return (scope["role"] if left == ".Role" else scope["i"]) == json.loads(right)
 
     def branches(position, live, scope):
-        done, out = not live, ""
+        decided, out = not live, ""
         while True:
             action = tokens[position][2:-2].strip().removeprefix("else").strip()
             if action == "end":
                 return out, position + 1
-            chosen = not done and (not action or holds(action.removeprefix("if "), scope))
+            chosen = not decided and (not action or holds(action.removeprefix("if "), scope))
             text, position = walk(position + 1, chosen, scope | {"in": "if"})
-            done, out = done or chosen, out + text
+            decided, out = decided or chosen, out + text
 
     return walk(0, True, {})[0]
 
@@ -140,8 +140,8 @@ def test_what_a_server_does_to_a_prompt_is_named(fault, change):
     assert prompt_fault(row, ids, renderer) is None
     changed = change(text)
     assert changed != text
-    said = prompt_fault(row, tokenizer(changed, add_special_tokens=False)["input_ids"], renderer)
-    assert said and fault in said and "\n" not in said
+    message = prompt_fault(row, tokenizer(changed, add_special_tokens=False)["input_ids"], renderer)
+    assert message and fault in message and "\n" not in message
 
 
 def test_a_converter_that_was_not_reviewed_is_not_run(tmp_path, monkeypatch):
@@ -201,7 +201,7 @@ def test_an_export_answers_as_the_adapter_and_is_served_checked_and_promoted(tra
     assert main(["check-endpoint", url, "-c", "small.yaml"]) == 0
     assert "prompts: same tokens as formtune's in every row" in capsys.readouterr().out
     checked = read_outcomes(Path("logs/small/endpoint/outcomes/after.jsonl"))
-    assert [one.answer for one in checked] == [one.answer for one in rows]
+    assert [it.answer for it in checked] == [it.answer for it in rows]
     assert main(["check-endpoint", url, "-c", "small.yaml", "--constrained", "true", "--min_exact", "1"]) == 0
     capsys.readouterr()
     card = (run / "gguf-f16/README.md").read_text()

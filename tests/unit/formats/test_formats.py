@@ -31,34 +31,34 @@ SCHEMA = {
     "additionalProperties": False,
 }
 FORMAT = JsonSchema(SCHEMA)
-GOLD = '{"p":"low","c":{"name":"Ann","mail":null},"i":["a","b"],"n":1,"d":"2026-01-02"}'
+TARGET = '{"p":"low","c":{"name":"Ann","mail":null},"i":["a","b"],"n":1,"d":"2026-01-02"}'
 SOURCE = "Ann wants a and b for 1,200.00"
 
 
 def swap(old, new):
-    assert old in GOLD
-    return GOLD.replace(old, new)
+    assert old in TARGET
+    return TARGET.replace(old, new)
 
 
 CASES = [
-    (GOLD, "ok", "", True),
+    (TARGET, "ok", "", True),
     ("", "empty", "the answer is empty", False),
     (" \n", "empty", "the answer is empty", False),
-    (f"```json\n{GOLD}\n```", "extra_text", r"'```json\n' is beside the document", True),
-    (f"Sure: {GOLD}", "extra_text", "'Sure: ' is beside", True),
-    (f"{GOLD} Done.", "extra_text", "' Done.' is beside", True),
-    (GOLD + "\n", "extra_text", r"'\n' is beside", True),
-    (" " + GOLD, "extra_text", "' ' is beside", True),
-    ("\ufeff" + GOLD, "extra_text", r"'\ufeff' is beside", True),
-    (f"<think>{{}}</think>{GOLD}", "extra_text", "'<think>{}</think>' is beside", True),
-    (f"Hm.</think>{GOLD}", "extra_text", "'Hm.</think>' is beside", True),  # the prompt opened the block
-    (f"<think>{GOLD}", "syntax", "Expecting value at column 1", False),  # only thought, never answered
-    (f"See [1]: {GOLD}", "extra_text", "'See [1]: ' is beside", True),
+    (f"```json\n{TARGET}\n```", "extra_text", r"'```json\n' is beside the document", True),
+    (f"Sure: {TARGET}", "extra_text", "'Sure: ' is beside", True),
+    (f"{TARGET} Done.", "extra_text", "' Done.' is beside", True),
+    (TARGET + "\n", "extra_text", r"'\n' is beside", True),
+    (" " + TARGET, "extra_text", "' ' is beside", True),
+    ("\ufeff" + TARGET, "extra_text", r"'\ufeff' is beside", True),
+    (f"<think>{{}}</think>{TARGET}", "extra_text", "'<think>{}</think>' is beside", True),
+    (f"Hm.</think>{TARGET}", "extra_text", "'Hm.</think>' is beside", True),  # the prompt opened the block
+    (f"<think>{TARGET}", "syntax", "Expecting value at column 1", False),  # only thought, never answered
+    (f"See [1]: {TARGET}", "extra_text", "'See [1]: ' is beside", True),
     ("See [1].", "syntax", "Expecting value at column 1", False),
-    (f'{{"result":{GOLD},', "syntax", "Expecting property name enclosed in double quotes at column 91", False),
-    (f"{GOLD}\n{GOLD}", "extra_text", "", True),
+    (f'{{"result":{TARGET},', "syntax", "Expecting property name enclosed in double quotes at column 91", False),
+    (f"{TARGET}\n{TARGET}", "extra_text", "", True),
     ('{"a": 1}nosj', "extra_text", "'nosj' is beside", False),
-    (GOLD[:-1], "syntax", "Expecting ',' delimiter at column 79", False),
+    (TARGET[:-1], "syntax", "Expecting ',' delimiter at column 79", False),
     (swap(":1,", ":1,,"), "syntax", "Expecting property name enclosed in double quotes at column 63", False),
     (f"```json\n{swap('null', 'None')}\n```", "syntax", "Expecting value at column 1", False),
     (swap('"p":', "p:"), "syntax", "Expecting property name enclosed in double quotes at column 2", False),
@@ -93,13 +93,13 @@ CASES = [
     (swap(":1,", ":1.0,"), "content", "n: 1.0 instead of 1", True),
     (swap('["a","b"]', '["b","a"]'), "content", "i[0]: 'b' instead of 'a'", True),
     (swap("Ann", "\\u0041nn"), "ok", "", True),
-    (json.dumps(json.loads(GOLD), indent=2, sort_keys=True), "ok", "", True),
+    (json.dumps(json.loads(TARGET), indent=2, sort_keys=True), "ok", "", True),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "kind", "detail", "loose"), CASES)
 def test_each_text_gets_its_kind(text, kind, detail, loose):
-    verdict = FORMAT.check(text, target=GOLD, input=SOURCE)
+    verdict = FORMAT.check(text, target=TARGET, input=SOURCE)
     assert (verdict.kind, verdict.loose) == (kind, loose) and verdict.detail.startswith(detail), verdict.detail
     assert verdict.exact == (kind in ("ok", "content")) and verdict.joint == (kind == "ok")
     assert "\n" not in verdict.detail and (verdict.detail != "") == (kind != "ok")
@@ -108,15 +108,15 @@ def test_each_text_gets_its_kind(text, kind, detail, loose):
 @pytest.mark.parametrize(
     ("text", "detail"),
     [
-        (GOLD, "a document, then no end"),
-        (GOLD[:20], "cut before its end"),
-        (GOLD + " and", "a document, then no end"),
-        ("Sure: " + GOLD + " and", "a document, then no end"),
-        (f"<think>{GOLD}", "cut before its end"),
+        (TARGET, "a document, then no end"),
+        (TARGET[:20], "cut before its end"),
+        (TARGET + " and", "a document, then no end"),
+        ("Sure: " + TARGET + " and", "a document, then no end"),
+        (f"<think>{TARGET}", "cut before its end"),
     ],
 )
 def test_an_answer_without_a_stop_token_is_truncated(text, detail):
-    verdict = FORMAT.check(text, finished=False, target=GOLD)
+    verdict = FORMAT.check(text, finished=False, target=TARGET)
     assert (verdict.kind, verdict.detail) == ("truncated", f"no stop token: {detail}")
     assert not verdict.exact and not verdict.loose and not verdict.joint
 
@@ -128,7 +128,7 @@ def test_of_several_problems_the_first_in_order_of_precedence_counts():
         (text.replace(',"n":1', ""), "missing_key"),
         ("W " + text, "extra_text"),
     ):
-        assert FORMAT.check(more, target=GOLD).kind == kind
+        assert FORMAT.check(more, target=TARGET).kind == kind
 
 
 def test_a_part_of_a_broken_document_is_not_the_document():
@@ -138,15 +138,15 @@ def test_a_part_of_a_broken_document_is_not_the_document():
 
 def test_canonical_form_counts_only_where_the_format_says_so():
     strict = JsonSchema(SCHEMA, canonical=True)
-    for text in (json.dumps(json.loads(GOLD)), json.dumps(json.loads(GOLD), sort_keys=True, separators=(",", ":"))):
-        assert FORMAT.check(text, target=GOLD).joint
-        verdict = strict.check(text, target=GOLD)
+    for text in (json.dumps(json.loads(TARGET)), json.dumps(json.loads(TARGET), sort_keys=True, separators=(",", ":"))):
+        assert FORMAT.check(text, target=TARGET).joint
+        verdict = strict.check(text, target=TARGET)
         assert verdict.kind == "layout"
-    assert strict.check(GOLD, target=GOLD).joint
+    assert strict.check(TARGET, target=TARGET).joint
 
 
 def test_the_document_after_the_thought_is_the_answer():
-    verdict = FORMAT.check(f"<think>{swap('Ann', 'Bob')}</think>{GOLD}", target=GOLD)
+    verdict = FORMAT.check(f"<think>{swap('Ann', 'Bob')}</think>{TARGET}", target=TARGET)
     assert verdict.content.equal and verdict.loose
 
 
@@ -156,9 +156,9 @@ def test_null_is_a_valid_document_where_the_schema_allows_it():
 
 def test_arrays_declared_as_sets_are_compared_without_order_but_with_counts():
     format = JsonSchema(SCHEMA, sets=["i"])
-    assert format.check(swap('["a","b"]', '["b","a"]'), target=GOLD).joint
+    assert format.check(swap('["a","b"]', '["b","a"]'), target=TARGET).joint
     for other in ('["a","a","b"]', '["a","a"]', "[]"):
-        assert not format.check(swap('["a","b"]', other), target=GOLD).joint
+        assert not format.check(swap('["a","b"]', other), target=TARGET).joint
 
 
 def test_types_make_values_different():
@@ -178,13 +178,13 @@ def test_types_make_values_different():
     ],
 )
 def test_a_wrong_value_that_is_not_in_the_input_is_ungrounded(text, ungrounded):
-    assert FORMAT.check(text, target=GOLD, input=SOURCE).content.ungrounded is ungrounded
+    assert FORMAT.check(text, target=TARGET, input=SOURCE).content.ungrounded is ungrounded
 
 
 def test_fields_are_compared_one_by_one_and_an_unparseable_answer_has_none_right():
     assert FORMAT.fields == ("p", "c.name", "c.mail", "i", "n", "d")
-    assert FORMAT.check(swap("Ann", "Bob"), target=GOLD).content.fields == (True, False, True, True, True, True)
-    assert not any(FORMAT.check("no", target=GOLD).content.fields)
+    assert FORMAT.check(swap("Ann", "Bob"), target=TARGET).content.fields == (True, False, True, True, True, True)
+    assert not any(FORMAT.check("no", target=TARGET).content.fields)
     format = JsonSchema({"type": ["object", "null"], "properties": {"a": {}, "b": {}}})
     assert format.check('{"a":1}', target='{"a":1}').content.fields == (True, True)
     for target in ("null", "{}"):  # the target has no values, but an answer without a document is still wrong
@@ -589,12 +589,12 @@ def test_a_users_format_needs_only_parse():
 @settings(max_examples=300, deadline=2000)
 @given(
     st.one_of(
-        st.text(), st.text(alphabet='{}[]",:0123456789.eE+-truefalsn \\u'), st.text().map(lambda t: GOLD[:30] + t)
+        st.text(), st.text(alphabet='{}[]",:0123456789.eE+-truefalsn \\u'), st.text().map(lambda t: TARGET[:30] + t)
     )
 )
 def test_no_text_breaks_the_check(text):
     for format in (FORMAT, JsonSchema(SCHEMA, canonical=True), Labels(["a"]), Tagged(["x"])):
-        verdict = format.check(text, input=text, target={FORMAT: GOLD}.get(format))
+        verdict = format.check(text, input=text, target={FORMAT: TARGET}.get(format))
         assert verdict.kind in KINDS and (verdict.loose or not verdict.exact)
 
 

@@ -11,10 +11,10 @@ from formtune.model.length_buckets import LengthBuckets
 from formtune.model.shared_prefixes import SharedPrefixes, choose_micro_batches
 
 STOP = (7, 11)
-ROOM = 12
+LIMIT = 12
 
 
-def naive(model, prompt, limit=ROOM):
+def naive(model, prompt, limit=LIMIT):
     """One token at a time, the whole row computed again for each."""
     ids = list(prompt)
     while len(ids) < len(prompt) + limit and (ids == prompt or ids[-1] not in STOP):
@@ -40,7 +40,7 @@ def rows_of_every_kind(model, count=12):
 
 
 def answered(micro_batches, rows, limits, tokens=300):
-    answers = micro_batches.decode(rows, micro_batches.split(rows, tokens, ROOM), STOP, limits)
+    answers = micro_batches.decode(rows, micro_batches.split(rows, tokens, LIMIT), STOP, limits)
     return [answer.ids for answer in answers]
 
 
@@ -56,7 +56,7 @@ def both(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_answers_equal_those_of_a_naive_loop(shape):
     model, rows, expected = both(shape)
-    limits = [ROOM] * len(rows)
+    limits = [LIMIT] * len(rows)
     shared = choose_micro_batches(model)
     assert isinstance(shared, SharedPrefixes)
     assert answered(shared, rows, limits) == expected
@@ -74,14 +74,14 @@ def test_every_way_of_decoding_gives_the_same_log_probabilities(shape):
             logits = model(torch.tensor([one.prompt_ids + answer]), use_cache=False).logits[0].double()
         each = logits.log_softmax(-1)[len(one.prompt_ids) - 1 : -1]
         logprobs.append(each.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist())
-    shared, limits = choose_micro_batches(model), [ROOM] * len(rows)
+    shared, limits = choose_micro_batches(model), [LIMIT] * len(rows)
     free = [row(one.prompt_ids, []) for one in rows]
     for implementation, way in (("formtune", shared), ("sdpa", LengthBuckets(model))):
         if implementation == "sdpa":
             model.set_attn_implementation("sdpa")
         for given in (rows, free):
             for tokens in (1, 300, 10**6):  # of a micro-batch
-                decoded = way.decode(given, way.split(given, tokens, ROOM), STOP, limits)
+                decoded = way.decode(given, way.split(given, tokens, LIMIT), STOP, limits)
                 assert [answer.ids for answer in decoded] == expected
                 for answer, right in zip(decoded, logprobs, strict=True):
                     assert answer.logprobs == pytest.approx(right, abs=2e-5)
@@ -94,15 +94,15 @@ def test_a_row_that_predicts_its_target_is_never_decoded_and_others_only_from_th
     feed = SharedPrefixes._next
     monkeypatch.setattr(SharedPrefixes, "_next", lambda *a: fed.append(a[1].numel()) or feed(*a))
     exact = [row(r.prompt_ids, answer) for r, answer in zip(rows, expected, strict=True)]
-    assert answered(micro_batches, exact, [ROOM] * len(rows)) == expected and not fed
+    assert answered(micro_batches, exact, [LIMIT] * len(rows)) == expected and not fed
     half = [row(r.prompt_ids, [*answer[: len(answer) // 2], 13]) for r, answer in zip(rows, expected, strict=True)]
-    assert answered(micro_batches, half, [ROOM] * len(rows)) == expected
+    assert answered(micro_batches, half, [LIMIT] * len(rows)) == expected
     assert 0 < sum(fed) <= sum(len(answer) - len(answer) // 2 for answer in expected)
 
 
 def test_rows_with_less_room_are_cut_there_and_cut_no_others():
     model, rows, expected = both("gpt2")
-    limits = [ROOM if i % 3 else 2 for i in range(len(rows))]
+    limits = [LIMIT if i % 3 else 2 for i in range(len(rows))]
     cut = [answer[:most] for answer, most in zip(expected, limits, strict=True)]
     assert answered(choose_micro_batches(model), rows, limits) == cut
     model.set_attn_implementation("sdpa")
@@ -113,7 +113,7 @@ def test_a_prompt_that_fills_the_context_gets_as_many_tokens_as_fit():
     model = tiny_model("gpt2", n_positions=40, max_position_embeddings=40).eval()
     model.get_output_embeddings().weight.data *= 30
     rows = [row(list(range(20, 20 + n))) for n in (38, 5)]
-    limits = [40 - len(r.prompt_ids) for r in rows[:1]] + [ROOM]
+    limits = [40 - len(r.prompt_ids) for r in rows[:1]] + [LIMIT]
     expected = [naive(model, r.prompt_ids, most) for r, most in zip(rows, limits, strict=True)]
     model.set_attn_implementation("sdpa")
     assert answered(LengthBuckets(model), rows, limits, 10**6) == expected
@@ -127,6 +127,6 @@ def test_sampling_and_penalties_that_a_base_ships_change_no_answer(tmp_path):
     model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=5.0, min_new_tokens=9)
     model.save_pretrained(tmp_path)
     loaded = load_base(str(tmp_path), torch.float32, None, torch.device("cpu")).eval()
-    limits = [ROOM] * len(rows)
+    limits = [LIMIT] * len(rows)
     assert answered(LengthBuckets(loaded), rows, limits) == expected
     assert answered(choose_micro_batches(loaded), rows, limits) == expected

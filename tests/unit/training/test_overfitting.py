@@ -45,9 +45,9 @@ FALLING = [2.0, 1.0, 0.8, 0.7, 0.6, 0.5, 0.4]
 
 def test_memorising_names_its_figures_and_the_best_checkpoint():
     val = [2.0, 1.0, 0.80, 0.86, 0.88, 0.90]
-    found = diagnose(history(FALLING[:6], val, exact=[10, 70, 90, 90, 91, 90]))
-    assert found.kind == "memorising"
-    assert found.text == (
+    diagnosis = diagnose(history(FALLING[:6], val, exact=[10, 70, 90, 90, 91, 90]))
+    assert diagnosis.kind == "memorising"
+    assert diagnosis.text == (
         "memorising since step 200: validation loss +12% from its lowest while train fell 38%; "
         "format/exact saturated since step 200; the best checkpoint is of step 200"
     )
@@ -68,8 +68,8 @@ def test_a_run_that_gets_better_is_learning():
 )
 def test_while_format_or_content_rises_a_rising_loss_is_told_but_stops_nothing(score):
     seen = history(FALLING, [2.0, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5], **score)
-    found = diagnose(seen)
-    assert found.kind == "learning" and "validation loss +50% from its lowest" in found.text
+    diagnosis = diagnose(seen)
+    assert diagnosis.kind == "learning" and "validation loss +50% from its lowest" in diagnosis.text
     assert not should_stop(seen, 1)
 
 
@@ -103,8 +103,11 @@ def test_small_gains_add_up():
 
 
 def test_saturated_names_the_last_step_that_brought_something():
-    found = diagnose(history(FALLING, [2.0, 1.0, 0.9, 0.9, 0.9, 0.9, 0.9]))
-    assert (found.kind, found.text) == ("saturated", "saturated: nothing improved since step 200, while train fell 50%")
+    diagnosis = diagnose(history(FALLING, [2.0, 1.0, 0.9, 0.9, 0.9, 0.9, 0.9]))
+    assert (diagnosis.kind, diagnosis.text) == (
+        "saturated",
+        "saturated: nothing improved since step 200, while train fell 50%",
+    )
     assert diagnose(history([2.0, *[1.0] * 4], [2.0, *[1.0] * 4])).text == "saturated: nothing improved since step 100"
 
 
@@ -125,8 +128,8 @@ def test_a_run_that_rises_on_validation_rows_from_the_start_is_memorising():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_has_diverged_until_it_is_finite_again(bad):
-    found = diagnose(history([2.0, 1.0, bad, bad], [2.0, 1.0, bad, bad]))
-    assert found.kind == "diverged"
+    diagnosis = diagnose(history([2.0, 1.0, bad, bad], [2.0, 1.0, bad, bad]))
+    assert diagnosis.kind == "diverged"
     assert kind([bad], [bad]) == kind([2.0, 1.0], [2.0, bad]) == "diverged"
     assert kind([2.0, 1.0, bad, 0.8], [2.0, 1.0, bad, 0.8]) == "learning"
 
@@ -369,10 +372,10 @@ def test_two_processes_measure_the_same_as_one(project, monkeypatch):
         values = [[e.value for e in run.Scalars(name)] for run in (one, two)]
         assert len(values[0]) > 3 and values[0] == pytest.approx(values[1], abs=1e-5)
     assert one.Scalars("train/eval_loss")[0].step == 0
-    said = [
+    lines = [
         json.loads((project / f"logs/small/on{n}/metrics.json").read_text())["training"]["diagnosis"] for n in (1, 2)
     ]
-    assert said[0] == said[1]
+    assert lines[0] == lines[1]
     rows = [
         [(v["rows"], v["valid"], v["right"]) for v in checkpoint.read(path)["callbacks"]["Validations"]["history"]]
         for path in (checkpoint.newest(project / f"logs/small/on{n}/checkpoints") for n in (1, 2))
@@ -387,8 +390,8 @@ def test_fit_prints_logs_and_writes_the_diagnosis_and_stops_only_if_asked_to(pro
     assert main(["train", "-c", "small.yaml", "--run", "one", *arguments]) == 0
     result = json.loads(Path("logs/small/one/metrics.json").read_text())["training"]
     assert result["diagnosis"].startswith("not learning: neither loss has fallen")
-    said = capsys.readouterr().out
-    assert f"diagnosis: {result['diagnosis']}" in said and f"s; {result['best_reason']}\n" in said
+    output = capsys.readouterr().out
+    assert f"diagnosis: {result['diagnosis']}" in output and f"s; {result['best_reason']}\n" in output
     assert result["best_reason"].startswith(f"best checkpoint: step {result['best_step']} (0 of ")
     assert all(point["joint"] == 0 for point in result["history"])
     texts = curves(Path("logs/small/one")).Tensors("diagnosis/text_summary")
