@@ -189,6 +189,20 @@ def train_small(folder: Path, epochs: int, **data) -> Path:
     return folder
 
 
+def write_splits(base: str, max_new_tokens: int, train_rows: int = 20, test_rows: int = 12) -> None:
+    """Write the task of numbers into the working directory, with a file and a name of its own for each split."""
+    for name, start, rows in (("train", 0, train_rows), ("validation", 100, train_rows), ("test", 200, test_rows)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(pair(n)) + "\n" for n in range(start, start + rows)))
+    Path("schema.json").write_text(json.dumps(SCHEMA))
+    data = {name: f"{name}.jsonl" for name in ("train", "validation", "test")} | {
+        "system": "Number it.",
+        "near_duplicates": 1,
+        "format": {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}},
+    }
+    config = {"model": {"base": base, "max_new_tokens": max_new_tokens}, "data": data}
+    Path("small.yaml").write_text(yaml.safe_dump(config))
+
+
 def shared(path: str) -> Path:
     """A file of the development data beside the project; skips the test where it is absent."""
     if not (SHARED / path).exists():

@@ -120,17 +120,17 @@ def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[st
 
 def _key_order(examples: Sequence[Example], format: Format, orders: Orders) -> dict[str, Any]:
     """Answers whose keys come in another order than the schema's, and parts that keep one order in a grammar."""
-    kept: list[str] = []
+    in_one_order: list[str] = []
     if not format.per_row:
         try:
-            kept = format.ordered_grammar(orders)[1]
+            in_one_order = format.ordered_grammar(orders)[1]
         except UserError:  # no grammar, so that no order is forced
             return {"rows": 0, "kept": []}
     reordered = 0
     for example in examples:
         own, plain = format.of_row(example.schema), json.dumps(example.value, ensure_ascii=False, separators=(",", ":"))
         reordered += isinstance(own, JsonSchema) and own.write(example.value) != plain
-    return {"rows": reordered, "kept": kept}
+    return {"rows": reordered, "kept": in_one_order}
 
 
 def sources(examples: Iterable[Example]) -> dict[str, dict[str, Any]]:
@@ -163,9 +163,9 @@ def compare_inputs(train: Sequence[str], production: Sequence[str]) -> dict[str,
     from sklearn.model_selection import cross_val_predict
 
     rng = random.Random(0)
-    ours, theirs = (rng.sample(list(texts), min(SAMPLE, len(texts))) for texts in (train, production))
-    texts, sides = ours + theirs, [0] * len(ours) + [1] * len(theirs)
-    folds = min(5, len(ours), len(theirs))
+    train_texts, production_texts = (rng.sample(list(texts), min(SAMPLE, len(texts))) for texts in (train, production))
+    texts, sides = train_texts + production_texts, [0] * len(train_texts) + [1] * len(production_texts)
+    folds = min(5, len(train_texts), len(production_texts))
     if folds < 2 or not any(map(str.split, texts)):
         return {"auc": 0.5, "features": {"train": [], "production": []}}
     # The weights of words do not depend on the sides, so they need no separate folds.

@@ -75,9 +75,9 @@ def run(command: str, args: list[str]) -> int:
         pool.shutdown(cancel_futures=True)
     seconds = time.perf_counter() - started
     outcomes = [_judge(row, reply, settings.format) for row, reply in zip(rows, replies, strict=True)]
-    sure = judged(outcomes)
+    rated = judged(outcomes)
     kinds = Counter(outcome.kind for outcome in outcomes)
-    times = [reply.seconds for reply in replies]
+    latencies = [reply.seconds for reply in replies]
     result = {
         "endpoint": endpoint.url,
         "model": endpoint.model,
@@ -86,9 +86,9 @@ def run(command: str, args: list[str]) -> int:
         "prompts": "same tokens" if endpoint.ids else "same number of tokens",
         "figures": figures(outcomes),
         "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
-        "confidence": {"aurc": aurc(sure), "calibration_error": calibration_error(sure)} if sure else None,
+        "confidence": {"aurc": aurc(rated), "calibration_error": calibration_error(rated)} if rated else None,
         "at_once": config.at_once,
-        "latency_s": {f"P{percent}": float(np.percentile(times, percent)) for percent in (50, 95)},
+        "latency_s": {f"P{percent}": float(np.percentile(latencies, percent)) for percent in (50, 95)},
         "requests_per_s": len(replies) / seconds,
         "tokens_per_s": sum(reply.count for reply in replies) / seconds,
         "constrained": config.constrained,
@@ -123,5 +123,5 @@ def _show(result: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
     latency = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in result["latency_s"].items())
     speed = f"{result['requests_per_s']:.2f} requests/s, {result['tokens_per_s']:.0f} tokens/s"
     print(f"latency with {result['at_once']} at once: {latency}; {speed}")
-    for bad in worst_first(outcomes)[:WORST]:
-        print(f"{bad.where}: {bad.kind}: {bad.detail}\n  target {bad.target!r}\n  answer {bad.answer!r}")
+    for failed in worst_first(outcomes)[:WORST]:
+        print(f"{failed.where}: {failed.kind}: {failed.detail}\n  target {failed.target!r}\n  answer {failed.answer!r}")

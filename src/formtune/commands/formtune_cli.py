@@ -5,7 +5,6 @@ import re
 import shlex
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +277,7 @@ class FormtuneCLI(LightningCLI):
 
 def _checks() -> list[Any]:
     """Checks before training that an optional folder brings: what could not be merged or served is refused now."""
-    if find_spec("formtune.export") is None:
+    if not Path(__file__).parents[1].joinpath("export/rules.py").is_file():
         return []
     from formtune.export.rules import before_training
 

@@ -54,8 +54,8 @@ def run(command: str, args: list[str]) -> int:
     options, arguments = parser.parse_known_args(args)
     points, seeds = grid(options.over or [RANKS]), seed_numbers(options.seeds)
     keys = [*points[0].values]
-    given = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
-    for key in given & RESERVED.union(keys) | RESERVED.intersection(keys):
+    keys_given = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
+    for key in keys_given & RESERVED.union(keys) | RESERVED.intersection(keys):
         raise UserError(f"{key}: the sweep sets it; --over names the values to try, --seeds the seeds")
     configuration = _configuration(arguments)
     settings = yaml.safe_load(configuration)
@@ -76,8 +76,8 @@ def run(command: str, args: list[str]) -> int:
             jobs = []
             for seed, point in itertools.product(seeds, points):
                 name = f"{point.name}-seed{seed}"
-                own = [f"--seed_everything={seed}", f"--run={folder.name}/{name}", "--resume"]
-                jobs.append(Job(point.name, folder / name, [*arguments, *point.arguments, *own]))
+                of_run = [f"--seed_everything={seed}", f"--run={folder.name}/{name}", "--resume"]
+                jobs.append(Job(point.name, folder / name, [*arguments, *point.arguments, *of_run]))
             same_rows = not any(key.startswith(CHANGES_ROWS) for key in keys)
             failed = _run(jobs, devices(settings.get("trainer") or {}), folder, same_rows)
             measured = []

@@ -112,8 +112,8 @@ def _new_rows(
 
 def near(text: str, texts: list[str], threshold: float) -> bool:
     """Whether a text is nearly one of the others; it is compared with all, which is fast beside a teacher's reply."""
-    right = np.arange(1, len(texts) + 1)
-    return bool((similar([text, *texts], np.zeros_like(right), right) >= threshold).any())
+    others = np.arange(1, len(texts) + 1)
+    return bool((similar([text, *texts], np.zeros_like(others), others) >= threshold).any())
 
 
 def _key(prompt: str) -> str:
@@ -143,13 +143,13 @@ def run(command: str, args: list[str]) -> int:
     for example in itertools.chain(*examples.values()):  # a new row must not repeat one of validation or test either
         example.messages = repair(example.messages, settings.clean)
         inputs.append(example.key)
-    good = [example for example in examples["train"] if settings.format.check(example.target).exact]
-    if not good:
+    valid = [example for example in examples["train"] if settings.format.check(example.target).exact]
+    if not valid:
         raise UserError("data.train: no row has a valid format, and the teacher must see some; fix them first")
     missing, refused = max(config.rows - len(rows), 0), Counter[str]()
     source = {settings.columns.source or "source": config.teacher}
     # Numbered from the rows that are there: a continued run sends other requests.
-    new = _new_rows(_replies(config, settings, good, len(rows)), settings, source, inputs, refused)
+    new = _new_rows(_replies(config, settings, valid, len(rows)), settings, source, inputs, refused)
     for row in shown(itertools.islice(new, missing), missing, f"asking {config.teacher}"):
         rows.append(row)
         write_lines(path, rows)

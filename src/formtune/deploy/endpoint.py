@@ -68,8 +68,8 @@ class Endpoint:
         prompt, started = chat_prompt(row), time.perf_counter()
         options: dict[str, Any] = prompt | ({"logprobs": True} if self._logprobs else {})
         if schema is not None:
-            form = {"name": "answer", "schema": schema, "strict": True}
-            options["response_format"] = {"type": "json_schema", "json_schema": form}
+            json_schema = {"name": "answer", "schema": schema, "strict": True}
+            options["response_format"] = {"type": "json_schema", "json_schema": json_schema}
         try:
             completion: Any = self._client.chat.completions.create(
                 model=self.model, temperature=0, max_tokens=self.max_tokens, **options

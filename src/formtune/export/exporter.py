@@ -17,10 +17,9 @@ from formtune.configuration.task import read_run, task_parser
 from formtune.data.preparation import load_splits, production_rows
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, outcome, rate, read_outcomes, write_outcomes
-from formtune.export.gguf import PACKAGE
 from formtune.export.llama_cpp import measure_gguf
 from formtune.export.measure import COMPARED, Closeness, Sample, call_fresh, measure, merge, tolerance
-from formtune.export.quantize import SCHEMES, folder_name
+from formtune.export.quantize import SCHEMES, folder_name, packages
 from formtune.export.rules import Plan, refuse
 from formtune.export.usage import write_usage
 from formtune.files import write_json
@@ -52,10 +51,10 @@ class FinishedRun:
         if json.loads((self.adapter / "format.json").read_text(encoding="utf-8")) != self.format.to_dict():
             raise UserError(f"{folder / 'config.yaml'}: the format is not the one that judged the run; train again")
         # An export is judged without constrained decoding, and so must be what it is compared with.
-        unconstrained = folder / "outcomes" / "adapter.jsonl"
-        self.constrained = task.model.constrained and not unconstrained.is_file()
-        is_measured = task.model.constrained and not self.constrained
-        path = unconstrained if is_measured else folder / "outcomes" / "after.jsonl"
+        path = folder / "outcomes" / "adapter.jsonl"
+        self.constrained = task.model.constrained and not path.is_file()
+        if self.constrained or not task.model.constrained:
+            path = path.with_name("after.jsonl")
         self.outcomes = read_outcomes(path)  # of the test rows
         # Compared by content: the hash of the run's rows changes with every version of formtune.
         splits = load_splits(settings)
@@ -80,8 +79,8 @@ def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict
     """Make and measure one kind; its folder appears only if it loses at most `max_loss` of the rows. The figures."""
     name = folder_name(kind, **options)
     if run.constrained and kind != "adapter":
-        first = f"run formtune export {run.folder} first, which measures the adapter without it"
-        raise UserError(f"--as {kind}: the run was judged under constrained decoding; {first}")
+        remedy = f"run formtune export {run.folder} first, which measures the adapter without it"
+        raise UserError(f"--as {kind}: the run was judged under constrained decoding; {remedy}")
     with tempfile.TemporaryDirectory(prefix=".export-", dir=run.folder) as scratch:
         folder = run.adapter if kind == "adapter" else _make(run, kind, Path(scratch), **options)
         figures, outcomes = measured(run, kind, folder)
@@ -91,10 +90,7 @@ def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict
         write_json(run.folder / "outcomes" / f"{name}.json", figures | {"refused": refusal})
         if refusal:
             raise UserError(f"--as {kind}: refused, {refusal}")
-        packages = SCHEMES[kind].packages if kind in SCHEMES else ()
-        if options.get("converter"):  # its script ran, not the package's
-            packages = tuple(package for package in packages if package != PACKAGE)
-        write_manifest(folder, kind, run.base, run.data, figures, packages)
+        write_manifest(folder, kind, run.base, run.data, figures, packages(kind, options.get("converter")))
         if kind != "adapter":
             folder.replace(run.folder / name)
     return figures
@@ -154,12 +150,12 @@ def _make(run: FinishedRun, kind: str, scratch: Path, **options: Any) -> Path:
     folder = scratch / "merged"
     model.save_pretrained(folder)
     # Tokenizer, chat template, format and configuration
-    rest = {"ignore": shutil.ignore_patterns("adapter_*", NAME, CARD), "dirs_exist_ok": True}
-    shutil.copytree(run.adapter, folder, **rest)
+    copying = {"ignore": shutil.ignore_patterns("adapter_*", NAME, CARD), "dirs_exist_ok": True}
+    shutil.copytree(run.adapter, folder, **copying)
     if kind != "merged":
         source, folder = folder, scratch / kind
         convert(kind, source, folder, run.calibration, **options)
-        shutil.copytree(run.adapter, folder, **rest)
+        shutil.copytree(run.adapter, folder, **copying)
     if kind == "gguf":
         write_usage(folder, run.base, run.format, run.test)
     return folder

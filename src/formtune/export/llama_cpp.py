@@ -88,7 +88,7 @@ def prompt_fault(row: Row, ids: list[int], renderer: Renderer) -> str | None:
          "the template writes today's date, and training froze another day (data.date)"),
         (True, f"another chat template, from token {first} on ({decode(ids[first:])[:40]!r})"),
     )  # fmt: skip
-    fault = next(words for applies, words in faults if applies)
+    fault = next(fault for applies, fault in faults if applies)
     return f"the server's prompt has {len(ids):,} tokens and formtune's {len(own):,}: {fault}"
 
 
@@ -117,7 +117,7 @@ def measure_gguf(
     context = max([len(row.prompt_ids) + limit for row, limit in pairs] + [len(sample.timed) + TIMED])
     server = LlamaServer(folder / FILE, context + 8)
     prove_prompts(server, [row for row in sample.rows if row.messages], renderer)
-    answers, read, likeliest = [], [], []
+    answers, sequences, likeliest = [], [], []
     every = max(1, len(pairs) // COMPARED)
     for number, (row, limit) in enumerate(pairs):
         reply = server.answer(row.prompt_ids, limit, n_probs=LIKELIEST)
@@ -126,11 +126,11 @@ def measure_gguf(
             raise UserError(f"{row.where}: llama.cpp does not end its answer at {renderer.tokenizer.decode(stop[:1])}")
         places = reply["completion_probabilities"]
         if number % every == 0 and ids:
-            read.append(row.prompt_ids + ids)
+            sequences.append(row.prompt_ids + ids)
             likeliest.append([place["top_logprobs"] for place in places[: len(ids)]])
         ended = reply["stop_type"] == "eos" and ids[-1:] != stop[:1]
         answers.append(Decoded([*ids, stop[0]] if ended else ids, [place["logprob"] for place in places]))
-    expected = last_logits(load(**reference), read)
+    expected = last_logits(load(**reference), sequences)
     logits = [_side_by_side(logits, places) for logits, places in zip(expected, likeliest, strict=True)]
     closeness = compare(*zip(*logits, strict=True))
     return closeness, answers, _tokens_per_second(server, sample.timed) if sample.timed else float("nan")

@@ -2,10 +2,9 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import distributions
-from typing import Any
+from typing import Any, NamedTuple
 
 from formtune.export.gguf import PACKAGE as CONVERTER_PACKAGE
 from formtune.export.gguf import to_gguf
@@ -13,8 +12,7 @@ from formtune.export.gguf import to_gguf
 GROUPS = (128, 64, 32)  # inputs that share a scale in GPTQ and AWQ; all kernels of vLLM take these
 
 
-@dataclass(frozen=True, slots=True)
-class Scheme:
+class Scheme(NamedTuple):
     """A way to store a merged model. A new one is an entry in `SCHEMES` and a name in `training.manifest.KINDS`."""
 
     convert: Callable[..., None]  # from one folder to another, with rows to calibrate on
@@ -22,12 +20,16 @@ class Scheme:
     extra: str  # of `pip install`, with these packages
 
 
+def packages(kind: str, converter: str | None = None) -> tuple[str, ...]:
+    """Those that make and load a kind; without that of the converter if llama.cpp's own script is named."""
+    unused = CONVERTER_PACKAGE if converter else None
+    return tuple(name for name in (SCHEMES[kind].packages if kind in SCHEMES else ()) if name != unused)
+
+
 def lacking(kind: str, converter: str | None = None) -> str | None:
     """The package that a kind needs and that is not installed, with the command that installs it."""
-    for package in SCHEMES[kind].packages if kind in SCHEMES else ():
-        if not list(distributions(name=package)) and not (converter and package == CONVERTER_PACKAGE):
-            return f"needs {package}: pip install -e '.[{SCHEMES[kind].extra}]'"
-    return None
+    missing = (name for name in packages(kind, converter) if not list(distributions(name=name)))
+    return next((f"needs {name}: pip install -e '.[{SCHEMES[kind].extra}]'" for name in missing), None)
 
 
 def folder_name(kind: str, quant: str | None = None, **_: Any) -> str:
@@ -39,12 +41,9 @@ def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of each linear layer but the output embeddings, which no scheme quantizes."""
     from torch import nn
 
-    head, layers = model.get_output_embeddings(), model.named_modules()
-    return {
-        path: (layer.in_features, layer.out_features)
-        for path, layer in layers
-        if isinstance(layer, nn.Linear) and layer is not head
-    }
+    head = model.get_output_embeddings()
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    return {path: (layer.in_features, layer.out_features) for path, layer in layers.items() if layer is not head}
 
 
 def group_size(model: Any) -> int | None:
@@ -81,9 +80,9 @@ def _gptqmodel(scheme: str, source: str, target: str, rows: list[list[int]]) -> 
 
     from formtune.base.folder import skeleton
 
-    method, form = (METHOD.GPTQ, FORMAT.GPTQ) if scheme == "gptq" else (METHOD.AWQ, FORMAT.GEMM)
+    method, layout = (METHOD.GPTQ, FORMAT.GPTQ) if scheme == "gptq" else (METHOD.AWQ, FORMAT.GEMM)
     group = group_size(skeleton(source))
-    config = QuantizeConfig(bits=4, group_size=group, method=method, format=form, offload_to_disk=False)
+    config = QuantizeConfig(bits=4, group_size=group, method=method, format=layout, offload_to_disk=False)
     model = GPTQModel.load(source, config)
     # The default AWQ backend needs a GPU.
     backend = BACKEND.AUTO if torch.cuda.is_available() or scheme == "gptq" else BACKEND.AWQ_TORCH

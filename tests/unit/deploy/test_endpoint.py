@@ -6,11 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 from transformers import AutoTokenizer
 
 from chat_server import ChatServer
-from conftest import SCHEMA, TEMPLATE, pair
+from conftest import TEMPLATE, pair, write_splits
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.cli import main
@@ -25,16 +24,7 @@ def check(tmp_path, monkeypatch, base):
     """A task, a server that answers it rightly, and a function that checks that server."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("formtune.deploy.endpoint.RETRIES", 0)
-    for name, start in (("train", 0), ("validation", 100), ("test", 200)):
-        rows = (pair(n) for n in range(start, start + (ROWS if name == "test" else 20)))
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    Path("schema.json").write_text(json.dumps(SCHEMA))
-    data = {name: f"{name}.jsonl" for name in ("train", "validation", "test")} | {
-        "system": "Number it.",
-        "near_duplicates": 1,
-        "format": {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}},
-    }
-    Path("small.yaml").write_text(yaml.safe_dump({"model": {"base": base, "max_new_tokens": 48}, "data": data}))
+    write_splits(base, 48, test_rows=ROWS)
     server = ChatServer(lambda text: pair(int(text.split()[1]))["completion"], AutoTokenizer.from_pretrained(base))
 
     def run(*more, url=None):

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
-from conftest import SCHEMA, byte_tokenizer, pair, tiny_model, write_run
+from conftest import byte_tokenizer, tiny_model, write_run, write_splits
 from formtune.base.renderer import Renderer
 from formtune.cli import main
 from formtune.deploy.registry import Exported
@@ -155,15 +154,7 @@ def test_what_vllm_cannot_serve_is_refused(run, capsys):
 def test_a_deployment_is_served_answers_the_printed_request_passes_the_check_and_ends_on_a_signal(
     run, tmp_path, capsys
 ):
-    for name, start in (("train", 0), ("validation", 100), ("test", 200)):
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(pair(n)) + "\n" for n in range(start, start + 6)))
-    Path("schema.json").write_text(json.dumps(SCHEMA))
-    data = {name: f"{name}.jsonl" for name in ("train", "validation", "test")} | {
-        "system": "Number it.",
-        "near_duplicates": 1,
-        "format": {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}},
-    }
-    Path("small.yaml").write_text(yaml.safe_dump({"model": {"base": "base", "max_new_tokens": 24}, "data": data}))
+    write_splits("base", 24, train_rows=6, test_rows=6)
     assert main(["promote", str(run), "--to", "production"]) == 0
     shutil.rmtree("logs")
     with socket.socket() as free:

@@ -149,7 +149,7 @@ def test_a_quantized_export_is_loaded_in_a_fresh_process_and_judged(run, kind, p
 def test_a_package_that_is_not_there_is_one_line_with_the_command(run, monkeypatch, capsys):
     from formtune.export import quantize
 
-    scheme = replace(quantize.SCHEMES["int8"], packages=("no-such-package",))
+    scheme = quantize.SCHEMES["int8"]._replace(packages=("no-such-package",))
     monkeypatch.setitem(quantize.SCHEMES, "int8", scheme)
     assert export(run, "--as", "int8") == 2
     assert "needs no-such-package: pip install -e '.[quantize]'" in capsys.readouterr().err

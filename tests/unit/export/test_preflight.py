@@ -2,16 +2,14 @@
 
 import json
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from command import fork_fresh_processes
-from conftest import byte_tokenizer, pair, tiny_model
+from conftest import byte_tokenizer, tiny_model
 from formtune.base.renderer import Renderer
 from formtune.cli import main
 from formtune.errors import UserError
@@ -166,20 +164,11 @@ def test_the_trial_quantizes_and_loads_again_in_a_fresh_process(scheme, tmp_path
 
 
 @pytest.fixture
-def project(task, monkeypatch, tmp_path):
-    folder, write = task
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("FORMTUNE_RUN", raising=False)
+def project(write_project, base):
+    folder = write_project({}, lora={"r": 4})
     tiny_model(tie_word_embeddings=True).save_pretrained("base")
     byte_tokenizer().save_pretrained("base")
-    write("train.jsonl", [pair(n) for n in range(60)])
-    format = {"class_path": "JsonSchema", "init_args": {"schema": "schema.json"}}
-    config = {
-        "model": {"base": "base", "max_new_tokens": 24, "lora": {"r": 4}},
-        "data": {"train": "train.jsonl", "format": format},
-        "trainer": {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
-    }
-    Path("small.yaml").write_text(yaml.safe_dump(config))
+    Path("small.yaml").write_text(Path("small.yaml").read_text().replace(base, "base"))
     return folder
 
 
@@ -204,7 +193,7 @@ def test_preflight_says_what_fails_in_its_exit_code_and_in_json(project, capsys)
 def test_a_package_that_is_not_there_is_a_line_and_no_failure(project, monkeypatch, capsys):
     from formtune.export import quantize
 
-    scheme = replace(quantize.SCHEMES["int8"], packages=("no-such-package",))
+    scheme = quantize.SCHEMES["int8"]._replace(packages=("no-such-package",))
     monkeypatch.setitem(quantize.SCHEMES, "int8", scheme)
     code, result = preflight("--for", "int8")
     assert code == 0 and quantize.lacking("int8") == "needs no-such-package: pip install -e '.[quantize]'"
