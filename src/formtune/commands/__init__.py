@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """What can follow `formtune`."""
-
     module: str  # file in this folder; its `run(command, args)` runs the command
     description: str
 

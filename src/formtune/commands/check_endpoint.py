@@ -111,7 +111,6 @@ def _judge(row: Row, reply: Reply, format: Format) -> Outcome:
 
 
 def _show(result: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
-    """One table, a line for each other figure, and the worst answers beside their targets."""
     runs = [{"name": result["model"], "figures": result["figures"]}]
     Console().print(figures_table(f"What is served, on {result['rows']:,} test rows", runs, [{}]))
     print(f"prompts: {result['prompts']} as formtune's in every row")

@@ -23,7 +23,6 @@ rows; gguf: merged, as a file for llama.cpp and Ollama, in RUN/gguf-QUANT.
 
 
 def run(command: str, args: list[str]) -> int:
-    """Export, and print what was measured."""
     warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by its result
     parser = CommandParser(
         command, COMMANDS[command].description, "formtune export RUN [--as KIND] [--max_loss SHARE]", HELP

@@ -145,7 +145,6 @@ class FormtuneCLI(LightningCLI):
             self._choose_weights(config, files)
 
     def _choose_run(self, config: Namespace) -> None:
-        """The folder to train in, and the checkpoint to continue from."""
         if config.ckpt_path:
             raise UserError(f"ckpt_path: {self.subcommand} continues a run with --resume")
         launched = os.environ.get("FORMTUNE_RUN")  # by Lightning, with the command line and environment of rank 0
@@ -261,7 +260,6 @@ class FormtuneCLI(LightningCLI):
         rank_zero_only(print)(f"answers of {self.measured}: {files}")
 
     def _record(self) -> str:
-        """The configuration as YAML, with the date that the chat template writes."""
         config = self.config[self.subcommand]
         config.data.date = self.datamodule.settings.date
         return self._dump(config)

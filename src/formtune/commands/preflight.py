@@ -27,8 +27,6 @@ COLORS = {"ok": "green", "warning": "yellow", "fails": "red", "not tried": "yell
 
 
 class Check(NamedTuple):
-    """What was found for one target."""
-
     target: str
     check: str
     verdict: str

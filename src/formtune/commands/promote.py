@@ -13,14 +13,12 @@ from formtune.training.manifest import read_manifest, verify
 
 
 def run(command: str, args: list[str]) -> int:
-    """Run `promote`, `rollback` or `deployments`."""
     functions = {"promote": _promote, "rollback": _rollback, "deployments": _deployments}
     functions[command](CommandParser(command, COMMANDS[command].description), args)
     return 0
 
 
 def _promote(parser: CommandParser, args: list[str]) -> None:
-    """Compare with what is current, copy, verify, and point to it."""
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a run")
     parser.add_argument("--to", metavar="NAME", required=True, help="Name that points to it, such as production")
     parser.add_argument("--as", dest="kind", metavar="KIND", default="adapter", help="Which of the run's exported "
@@ -50,7 +48,6 @@ def _promote(parser: CommandParser, args: list[str]) -> None:
 
 
 def _rollback(parser: CommandParser, args: list[str]) -> None:
-    """Point to an earlier version again, once it is verified."""
     parser.add_argument("name", metavar="NAME", help="Such as demo/production, or production if only one task has "
                         "it")  # fmt: skip
     parser.add_argument("--to", metavar="VERSION", help="Which version (default: the one before the current)")
@@ -77,7 +74,6 @@ def _moved(deployment: registry.Deployment) -> None:
 
 
 def _deployments(parser: CommandParser, args: list[str]) -> None:
-    """Print what every name points to, and its history."""
     parser.parse_args(args)
     if not registry.names():
         print("nothing is deployed yet; formtune promote RUN --to production deploys a run")

@@ -109,7 +109,6 @@ def _configuration(arguments: Sequence[str]) -> str:
 
 
 def _run(jobs: Sequence[Job], on: Sequence[str | None], folder: Path, same_rows: bool) -> list[str]:
-    """Run what is not finished; a line for each run that failed."""
     results, failed = [result for job in jobs if (result := job.result())], list[str]()
     print(f"{len(jobs)} runs in {folder}, {len(results)} of them already finished", flush=True)
     for number in (signal.SIGTERM, signal.SIGHUP):

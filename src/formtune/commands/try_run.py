@@ -48,7 +48,6 @@ def run(command: str, args: list[str]) -> None:
 
 
 def _answers(model: Any, settings: Any, prompt: str, schema: str | None) -> Table:
-    """A row for each model: its answer and its verdict."""
     turns = [{"role": "user", "content": prompt}]
     if system := settings.system_of(schema):
         turns.insert(0, {"role": "system", "content": system})

@@ -1,1 +1,1 @@
-"""The demo: a made-up ticket task, its messy data set, and a tiny base that knows the messages but no conventions."""
+"""The demo: a made-up ticket task, and a tiny base that knows its messages but no conventions."""

@@ -32,8 +32,6 @@ REMEDY = (
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A server's answer to a row."""
-
     text: str
     finished: bool  # False if it was cut for length
     seconds: float  # from sending the request to having the whole answer

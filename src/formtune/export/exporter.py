@@ -150,12 +150,12 @@ def _make(run: FinishedRun, kind: str, scratch: Path, **options: Any) -> Path:
     folder = scratch / "merged"
     model.save_pretrained(folder)
     # Tokenizer, chat template, format and configuration
-    copying = {"ignore": shutil.ignore_patterns("adapter_*", NAME, CARD), "dirs_exist_ok": True}
-    shutil.copytree(run.adapter, folder, **copying)
+    ignored = shutil.ignore_patterns("adapter_*", NAME, CARD)
+    shutil.copytree(run.adapter, folder, ignore=ignored, dirs_exist_ok=True)
     if kind != "merged":
         source, folder = folder, scratch / kind
         convert(kind, source, folder, run.calibration, **options)
-        shutil.copytree(run.adapter, folder, **copying)
+        shutil.copytree(run.adapter, folder, ignore=ignored, dirs_exist_ok=True)
     if kind == "gguf":
         write_usage(folder, run.base, run.format, run.test)
     return folder

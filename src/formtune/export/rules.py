@@ -47,8 +47,6 @@ def _first_misfit(layers: dict[str, tuple[int, int]], inputs: int, outputs: int)
 
 
 class Rule(NamedTuple):
-    """A known failure."""
-
     name: str
     severity: Literal["error", "warning"]
     targets: Sequence[str]
@@ -85,7 +83,6 @@ def refuse(plan: Plan, targets: Sequence[str]) -> None:
 
 
 def read_plan(base: str, lora: Lora, quantize: str | None = None) -> Plan:
-    """The plan of a task that is not trained yet."""
     model = skeleton(base)
     return Plan(model, lora_config(model, lora), bool(quantize))
 

@@ -51,7 +51,6 @@ class Trial:
 
     @functools.cached_property
     def merged(self) -> str:
-        """Save, load and merge the adapter; what was measured, in words."""
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging

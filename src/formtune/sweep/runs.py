@@ -29,7 +29,6 @@ class Point(NamedTuple):
 
     @property
     def arguments(self) -> list[str]:
-        """For `formtune train`."""
         return [f"--{key}={value}" for key, value in self.values.items()]
 
 
