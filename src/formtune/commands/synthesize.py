@@ -1,4 +1,4 @@
-"""`formtune synthesize`: rows from a teacher model, each checked before it is written; the file is continued."""
+"""`formtune synthesize`: rows from a teacher model, each checked against the format before it is written."""
 
 import contextlib
 import itertools

@@ -155,7 +155,7 @@ def test_a_server_that_does_not_count_proves_nothing(check, capsys):
         ({"say": lambda _: {"role": "assistant", "content": None, "reasoning_content": "{}"}}, "took the answer for"),
     ],
 )
-def test_what_a_server_refuses_or_leaves_out_is_said_in_one_line(check, capsys, change, message):
+def test_what_a_server_refuses_or_leaves_out_is_one_line(check, capsys, change, message):
     run, server = check
     for name, value in change.items():
         setattr(server, name, value)
@@ -164,7 +164,7 @@ def test_what_a_server_refuses_or_leaves_out_is_said_in_one_line(check, capsys, 
     assert message in line and len(line.splitlines()) == 1
 
 
-def test_a_server_that_is_slow_or_not_there_is_said_in_one_line(check, capsys, monkeypatch):
+def test_a_server_that_is_slow_or_not_there_is_one_line(check, capsys, monkeypatch):
     run, server = check
     assert run(url="http://127.0.0.1:9/v1") == 2
     assert (

@@ -104,7 +104,7 @@ def test_a_base_without_a_chat_template_is_served_by_no_chat_server(run, tmp_pat
     assert main(["serve", str(run), "--engine", "vllm"]) == 0 and "--chat-template " not in capsys.readouterr().out
 
 
-def test_missing_packages_and_a_port_in_use_are_said_in_one_line(run, capsys, monkeypatch):
+def test_missing_packages_and_a_port_in_use_are_one_line(run, capsys, monkeypatch):
     monkeypatch.setitem(ENGINES, "transformers", ("serve", ("no_such_package",), ""))
     assert main(["serve", str(run)]) == 2
     assert "(no_such_package missing): pip install -e '.[serve]'" in capsys.readouterr().err

@@ -65,7 +65,7 @@ def test_two_shards_equal_one_set():
     assert {name: float(value) for name, value in one.compute().items()} == measured(VERDICTS)
 
 
-def test_processes_get_the_figures_and_counts_of_the_whole_and_go_on_with_their_own():
+def test_processes_get_the_figures_and_counts_of_the_whole_and_continue_with_their_own():
     ranks = [FormatMetrics(FORMAT), FormatMetrics(FORMAT)]
     ranks[0].update(VERDICTS[:7])
     ranks[1].update(VERDICTS[7:])
@@ -85,7 +85,7 @@ def test_counts_explain_every_rate():
         assert float(metrics.compute()[name]) == pytest.approx(k / n)
 
 
-def test_no_rows_give_nan_and_no_found_value_gives_zero():
+def test_no_rows_give_nan_and_no_value_gives_zero():
     assert all(math.isnan(value) for name, value in measured([]).items() if not name.startswith("fail/"))
     assert measured([FORMAT.check("no", target=TARGET)])["content/field_f1"] == 0
 

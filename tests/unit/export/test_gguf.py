@@ -151,7 +151,7 @@ def test_a_converter_that_was_not_reviewed_is_not_run(tmp_path, monkeypatch):
         gguf.run_converter(None, ["x"])
 
 
-def test_what_is_missing_for_a_quantization_is_said_before_anything_is_made(tmp_path, monkeypatch, capsys):
+def test_what_is_missing_for_a_quantization_is_reported_before_anything_is_made(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("formtune.commands.export.lacking", lambda *_: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["export", "logs/a/b", "--as", "gguf", "--quant", "q4_k_m"]) == 2
