@@ -145,7 +145,7 @@ def foreign_temporary_folder(folder: Path, base: str, count: int) -> dict[str, i
         for path in checkpoint.steps(folder / "logs/small/one/checkpoints").values():
             looked += 1
             try:
-                checkpoint.check(path)
+                checkpoint.read(path)
             except UserError:
                 damaged += 1
     return {"kills": count, "files": looked, "damaged": damaged}
@@ -157,7 +157,7 @@ def checkpoint_cost(folder: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     from formtune.model.lora import Lora, add_lora
-    from formtune.training.checkpoint import CheckpointFiles, check
+    from formtune.training.checkpoint import CheckpointFiles, read
 
     model = add_lora(AutoModelForCausalLM.from_pretrained(ROOT / "src/formtune/demo/base"), Lora())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -172,7 +172,7 @@ def checkpoint_cost(folder: Path) -> dict[str, float]:
         CheckpointFiles().save_checkpoint(state, path)
         times.append(time.perf_counter() - began)
         began = time.perf_counter()
-        check(path)
+        read(path)
         checks.append(time.perf_counter() - began)
     return {
         "bytes": path.stat().st_size,

@@ -35,7 +35,7 @@ def decode(
     limits = [min(max_new, context - len(row.prompt_ids)) for row in rows]
     losses = LossMetrics()
     answers = way.decode(rows, way.split(rows, budget, max(limits)), stop, limits, losses=losses.to(way.device))
-    return [answer.ids for answer in answers], float(losses.nats)
+    return [answer.ids for answer in answers], losses.compute()["val/loss"][0]
 
 
 def main() -> None:

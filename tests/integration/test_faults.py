@@ -548,7 +548,7 @@ def test_a_loss_that_is_always_nan_names_no_best(work, monkeypatch, capfd):
     from formtune.evaluation.metrics import LossMetrics
 
     compute = LossMetrics.compute
-    monkeypatch.setattr(LossMetrics, "compute", lambda self: compute(self) | {"loss": torch.tensor(float("nan"))})
+    monkeypatch.setattr(LossMetrics, "compute", lambda self: compute(self) | {"val/loss": (float("nan"), 1)})
     assert main([*FIT]) == 2
     one_line(capfd, "no best checkpoint", "model.optimizer.lr")
     assert not (work / "logs/small/one/adapter").exists()

@@ -61,7 +61,7 @@ def _answers(model: Any, settings: Any, prompt: str, schema: str | None) -> Tabl
             micro_batches = LengthBuckets(model)
             [decoded] = micro_batches.decode([row], micro_batches.split([row], 10**6), stop, [limit])
         answer = judge(row, decoded, settings.renderer, settings.format)
-        verdict, confidence = answer.verdict, f"{answer.confidence.answer:.4f}"
+        verdict, confidence = answer.verdict, f"{answer.confidence:.4f}"
         detail = "valid format" if verdict.exact else f"{verdict.kind}: {verdict.detail}"
         table.add_row(name, Text(answer.text), confidence, Text(detail, style="green" if verdict.exact else "red"))
     return table

@@ -12,11 +12,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from formtune.configuration.parsing import did_you_mean
 from formtune.errors import UserError
 
-ALLOWED = {  # values that a flag may have, else why not and what to set instead
-    "gradient_clip_val": ((None, 0), "set model.max_grad_norm instead"),
-    "accumulate_grad_batches": ((1,), "a batch is a whole step here; set data.rows_per_step instead"),
-}
-REFUSED = {
+REFUSED = {  # values that a flag cannot have, and why
     "limit_val_batches": ((0,), "leaves nothing to judge the model by"),
     "limit_test_batches": ((0,), "leaves nothing to judge the model by"),
     "max_steps": ((0,), "leaves nothing to train"),
@@ -42,9 +38,10 @@ def check_trainer(config: Namespace) -> None:
             raise UserError(f"trainer.min_{unit}: more than trainer.max_{unit}, {trainer[f'max_{unit}']}")
     if trainer.max_steps == -1 and trainer.max_epochs == -1 and not trainer.max_time:
         raise UserError("trainer.max_epochs: -1 never ends; set it, trainer.max_steps or trainer.max_time")
-    for flag, (allowed, remedy) in ALLOWED.items():
-        if trainer[flag] not in allowed:
-            raise UserError(f"trainer.{flag}: {remedy}")
+    if trainer.gradient_clip_val:
+        raise UserError("trainer.gradient_clip_val: set model.max_grad_norm instead")
+    if trainer.accumulate_grad_batches != 1:
+        raise UserError("trainer.accumulate_grad_batches: a batch is a whole step here; set data.rows_per_step instead")
     strategy = trainer.strategy
     if strategy == "fsdp" and (config.model.quantize or config.model.compile):
         raise UserError("trainer.strategy: fsdp takes neither model.quantize nor model.compile; use ddp with them")
@@ -62,15 +59,16 @@ def check_callbacks(trainer: Any, names: Set[str]) -> None:
     for callback in trainer.callbacks:
         kind, monitor = type(callback).__name__, getattr(callback, "monitor", None)
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-            raise UserError(
-                f"trainer.callbacks: {kind} averages weights after the best checkpoint was chosen, "
-                "so what is tested and exported would not be what was validated; leave it out"
-            )
-        if kind in ("LearningRateMonitor", "DeviceStatsMonitor") and not trainer.loggers:
-            raise UserError(f"trainer.callbacks: {kind} needs a logger; leave trainer.logger: false out")
-        if monitor is not None and monitor not in names:
+            fault = "averages weights after the best checkpoint was chosen, and would export what was not validated; "
+            fault += "leave it out"
+        elif kind in ("LearningRateMonitor", "DeviceStatsMonitor") and not trainer.loggers:
+            fault = "needs a logger; leave trainer.logger: false out"
+        elif monitor is not None and monitor not in names:
             remedy = did_you_mean(monitor, names) or "; monitor val/loss, for example"
-            raise UserError(f"trainer.callbacks: {kind} monitors {monitor}, which no validation measures{remedy}")
+            fault = f"monitors {monitor}, which no validation measures{remedy}"
+        else:
+            continue
+        raise UserError(f"trainer.callbacks: {kind} {fault}")
 
 
 def default_precision(accelerator: Any) -> str:

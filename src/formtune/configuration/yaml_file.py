@@ -62,12 +62,8 @@ def _key(path: str) -> str:
 
 
 def _lines(node: yaml.Node | None, path: str = "") -> Iterator[tuple[str, int]]:
-    if not isinstance(node, yaml.MappingNode):
-        return
     names = set()
-    for key, value in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            continue
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         name = f"{path}{key.value}"
         if name in names:
             raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)

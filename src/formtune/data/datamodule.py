@@ -94,7 +94,7 @@ class FormatDataModule(L.LightningDataModule):
         rows: Any = self.rows["train"]
         order = Order(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0)), self._rows_seen)
         steps = BatchSampler(order, self.rows_per_step, drop_last=False)
-        return StepLoader(rows, batch_sampler=steps, collate_fn=self._collate, pin_memory=torch.cuda.is_available())
+        return StepLoader(rows, batch_sampler=steps, collate_fn=self._collate)
 
     def _rows_seen(self) -> int:
         return self.rows_per_step * self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0
@@ -124,7 +124,7 @@ class FormatDataModule(L.LightningDataModule):
     def evaluation_loader(self, rows: Sequence[Row], decoding: Any = None) -> DataLoader:
         """Batches of any rows for `trainer.test`; `decoding` as the model takes it, None for its own settings."""
         collate = functools.partial(self._collate, evaluation=True, decoding=decoding)
-        return DataLoader(rows, batch_size=EVALUATION_ROWS, collate_fn=collate, pin_memory=torch.cuda.is_available())  # type: ignore[arg-type]
+        return DataLoader(rows, batch_size=EVALUATION_ROWS, collate_fn=collate)  # type: ignore[arg-type]
 
     def training_sample(self) -> list[Row]:
         """This process's share of a fixed sample of training rows, as many as validation sees."""

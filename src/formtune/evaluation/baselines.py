@@ -13,7 +13,7 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import SYSTEM_ROLES, Row
 from formtune.evaluation.outcomes import Outcome, field_f1, paired, rate
 from formtune.evaluation.statistics import wilson
-from formtune.files import own_code, read_entry, write_entry
+from formtune.files import own_code
 from formtune.formats import Format
 from formtune.formats.content import leaves
 
@@ -26,16 +26,16 @@ KEPT = 24  # measurements in it
 def choose_shots(train: Sequence[Row], count: int, format: Format) -> list[Row]:
     """Training rows for the prompt: first those with a new label, then others, in the order of a hash of the input."""
     ordered = sorted(train, key=lambda row: hashlib.sha256(row.input.encode("utf-8", "surrogatepass")).digest())
-    new: list[Row] = []
-    others: list[Row] = []
     shown: set[tuple[str, str]] = set()
+    nothing_new = []
     for row in ordered:
         own = format.of_row(row.schema)
         values = leaves(own.check(row.target or "").value)
         labels = {(path, str(value)) for _, (value, path) in values if path in own.derived}
-        (new if labels - shown else others).append(row)
+        nothing_new.append(labels <= shown)
         shown |= labels
-    return [*new, *others][:count]
+    order = sorted(range(len(ordered)), key=nothing_new.__getitem__)
+    return [ordered[i] for i in order[:count]]
 
 
 def shots_by_schema(train: Sequence[Row], test: Sequence[Row], format: Format) -> dict[str | None, list[Row]]:
@@ -65,27 +65,15 @@ def few_shot_rows(
     return [], 0
 
 
-def baseline_key(base: str, rows: Sequence[Row], settings: dict[str, Any], format: Format) -> str:
-    """A hash of all that decides the answers of a base: its identity, the rows' ids, the settings, the code."""
+def cache_entry(base: str, rows: Sequence[Row], settings: dict[str, Any], format: Format) -> Path:
+    """The cache entry of a baseline, named by a hash of all that decides its answers, the code included."""
     inputs = [identity(base), settings, format.to_dict()]
     hashed = hashlib.blake2b(json.dumps(inputs, default=str).encode(), digest_size=16)
     for path in own_code("base", "model", "formats", "evaluation"):
         hashed.update(path.read_bytes())
     for row in rows:
         hashed.update(json.dumps([row.prompt_ids, row.target_ids, row.where, row.schema]).encode())
-    return hashed.hexdigest()
-
-
-def load_baseline(key: str) -> dict[str, Any] | None:
-    """The cached measurement with its `values`, `counts` and `outcomes`, or None."""
-    if (stored := read_entry(FOLDER / f"{key}.json")) is None:
-        return None
-    return stored | {"outcomes": [Outcome(*values) for values in stored["outcomes"]]}
-
-
-def store_baseline(key: str, values: dict[str, float], counts: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
-    """Cache a measurement."""
-    write_entry(FOLDER / f"{key}.json", {"values": values, "counts": counts, "outcomes": list(outcomes)}, KEPT)
+    return FOLDER / f"{hashed.hexdigest()}.json"
 
 
 def best_prompt(baselines: Mapping[str, Sequence[Outcome]]) -> str:
@@ -102,15 +90,12 @@ def constant_answer(train: Sequence[Row], test: Sequence[Row], format: Format) -
 
 
 def prompting_verdict(prompts: Mapping[str, Sequence[Outcome]], constrained: Sequence[Outcome] | None = None) -> str:
-    """What prompting and constrained decoding reach, and what is left for fine-tuning to win.
-
-    Right answers are counted beside valid formats: constrained decoding gives the format and not the content.
-    """
+    """What prompting and constrained decoding reach, and what is left for fine-tuning to win."""
     name = best_prompt(prompts)
     text = f"prompting, {name}, reaches {_reached(prompts[name], 'prompting')}"
-    if constrained is None:
-        return text
-    return f"{text}. With constrained decoding it reaches {_reached(constrained, 'constrained decoding')}"
+    if constrained is not None:
+        text += f". With constrained decoding it reaches {_reached(constrained, 'constrained decoding')}"
+    return text
 
 
 def _reached(outcomes: Sequence[Outcome], by: str) -> str:
@@ -121,8 +106,8 @@ def _reached(outcomes: Sequence[Outcome], by: str) -> str:
         parts.append(f"{count / rows:.1%} {what} ({low:.1%} to {high:.1%})")
         left.append(f"{100 * (1 - count / rows):.1f}")
     cut = sum(outcome.kind == "truncated" for outcome in outcomes)
-    reached = " and ".join(parts) + (f", {cut:,} of {rows:,} answers cut for length" if cut else "")
-    enough = f", so {by} may be enough" if count / rows >= ENOUGH else ""
     return (
-        f"{reached}: fine-tuning has at most {left[0]} points of format and {left[1]} of right answers to win{enough}"
-    )
+        " and ".join(parts) + (f", {cut:,} of {rows:,} answers cut for length" if cut else "")
+        + f": fine-tuning has at most {left[0]} points of format and {left[1]} of right answers to win"
+        + (f", so {by} may be enough" if count / rows >= ENOUGH else "")
+    )  # fmt: skip

@@ -19,7 +19,6 @@ FIELDS = 20  # most frequent fields of rows with their own schemas
 F1 = "content/field_f1"
 IN_WORDS = ("format/exact", "joint/exact")  # figures in the sentence below the table
 
-
 Run = tuple[str, list[Outcome]]  # as named on the command line, and its test rows in the same order for all runs
 
 
@@ -56,29 +55,25 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
 
 def print_comparison(comparison: dict[str, Any]) -> None:
     """Print what `compare` returns: one table, and one sentence for each run after the first."""
-    pairs = comparison["comparisons"]
-    console = Console()
-    title = f"Comparison on {comparison['rows']:,} test rows"
-    console.print(figures_table(title, comparison["runs"], [{}, *(pair["differences"] for pair in pairs)]))
+    pairs, title = comparison["comparisons"], f"Comparison on {comparison['rows']:,} test rows"
+    Console().print(figures_table(title, comparison["runs"], [{}, *(pair["differences"] for pair in pairs)]))
     for pair in pairs:
         parts = []
         for name in IN_WORDS:
             difference = pair["differences"][name]
             size = f" by {100 * abs(difference['value']):.1f} points ({_p(difference)})" if difference["sure"] else ""
             parts.append(f"{name} {difference['verdict']}{size}")
-        line = f"{pair['run']} against {pair['against']}: {'; '.join(parts)}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print(f"{pair['run']} against {pair['against']}: {'; '.join(parts)}")
 
 
 def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Every rate and field F1, each as `value` and `interval`."""
-    result = {}
-    for name, rows in _by_row(outcomes).items():
-        if name == F1:
-            result[name] = {"value": field_f1(outcomes), "interval": f1_interval(rows)}
-        else:
-            result[name] = {"value": sum(rows) / len(rows), "interval": wilson(sum(rows), len(rows))}
-    return result
+    by_row = _by_row(outcomes)
+    f1 = {"value": field_f1(outcomes), "interval": f1_interval(by_row[F1])}
+    return {
+        name: f1 if name == F1 else {"value": sum(rows) / len(rows), "interval": wilson(sum(rows), len(rows))}
+        for name, rows in by_row.items()
+    }
 
 
 def figures_table(title: str, runs: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> Table:
@@ -114,11 +109,12 @@ def _by_row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def _differences(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, Any]:
     before, after = _by_row(first), _by_row(second)
-    differences = {}
-    for name in (name for name in before if name in after):
-        difference = (f1_difference if name == F1 else rate_difference)(before[name], after[name])
-        differences[name] = {"verdict": verdict(difference), **asdict(difference)}
-    return differences
+    differences = {
+        name: (f1_difference if name == F1 else rate_difference)(before[name], after[name])
+        for name in before
+        if name in after
+    }
+    return {name: {"verdict": verdict(difference), **asdict(difference)} for name, difference in differences.items()}
 
 
 def _cell(figure: dict[str, Any] | None, difference: dict[str, Any] | None) -> str:

@@ -59,6 +59,6 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
 def _cell(name: str, value: float, count: Any) -> str:
     if name.startswith("fail/"):
         return f"{value:,.0f}"
-    if not count or name == "content/field_f1":
-        return f"{value:.4f}" if name == "val/loss" or name.startswith("own/") else f"{value:.1%}"
-    return f"{value:.1%} ({count[0]:,}/{count[1]:,})"
+    if name == "val/loss" or name.startswith("own/"):
+        return f"{value:.4f}"
+    return f"{value:.1%}" + (f" ({count[0]:,}/{count[1]:,})" if count and name != "content/field_f1" else "")

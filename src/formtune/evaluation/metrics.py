@@ -1,15 +1,17 @@
 """Metrics as sums and counts over all rows, so that the number of processes and uneven batches change nothing."""
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from formtune.errors import UserError, first_line
+from formtune.evaluation.outcomes import Answer
 from formtune.formats import KINDS, Format, Verdict
 
 EXACT = torch.float32 if torch.backends.mps.is_available() else torch.double  # Apple GPUs have no float64
@@ -18,19 +20,37 @@ _RATES = (
     "content/invented_rate", "content/omitted_rate", "content/ungrounded_rate",
 )  # fmt: skip
 
+Counts = dict[str, tuple[float, int]]  # numerator and denominator of each figure
 
-class FormatMetrics(Metric):
-    """Rates of format and content, accuracies of fields (one of all with a schema per row), and failures by kind."""
+
+class _Sums(Metric):
+    """Numerators and denominators of figures, in one tensor: one exchange between processes."""
 
     full_state_update = False
     sums: Tensor
 
-    def __init__(self, format: Format) -> None:
+    def __init__(self, *names: str) -> None:
         super().__init__()
-        self._rates = (*_RATES, *(f"content/field_acc/{field}" for field in format.fields))
-        self._per_row, self._fields = format.per_row, len(format.fields)
-        # One vector means one exchange between processes: rows, terms of F1, right fields and all, rates, failures.
-        self.add_state("sums", torch.zeros(5 + len(self._rates) + len(KINDS), dtype=torch.long), dist_reduce_fx="sum")
+        self._names = names
+        self.add_state("sums", torch.zeros(len(names), 2, dtype=EXACT), dist_reduce_fx="sum")
+
+    def _add(self, counts: Mapping[str, tuple[float, float]]) -> None:
+        pairs = [counts.get(name, (0, 0)) for name in self._names]
+        # Not in place: Lightning tests in inference mode and validates outside it, on the same states.
+        self.sums = self.sums + torch.tensor(pairs, dtype=EXACT, device=self.sums.device)
+
+    def compute(self) -> Counts:
+        pairs = zip(self._names, self.sums.tolist(), strict=True)
+        return {name: (int(count) if count.is_integer() else count, int(whole)) for name, (count, whole) in pairs}
+
+
+class FormatMetrics(_Sums):
+    """Rates of format and content, accuracies of fields (one of all with a schema per row), and failures by kind."""
+
+    def __init__(self, format: Format) -> None:
+        self._accuracies = [f"content/field_acc/{field}" for field in format.fields]
+        accuracies = ["content/field_acc"] if format.per_row else self._accuracies
+        super().__init__(*_RATES, "content/field_f1", *accuracies, *(f"fail/{kind}" for kind in KINDS))
 
     def update(self, verdicts: Sequence[Verdict]) -> None:
         """Count verdicts on answers to rows that have a target."""
@@ -38,34 +58,46 @@ class FormatMetrics(Metric):
             content = verdict.content
             if content is None:
                 raise ValueError("content can only be measured against a target: check(..., target=...)")
-            row = [1, 2 * content.matched, content.predicted + content.expected]
-            row += [sum(content.fields), len(content.fields), verdict.exact, verdict.loose, verdict.joint]
-            row += [content.equal, content.invented, content.omitted, content.ungrounded]
-            row += [*content.fields[: self._fields], *(verdict.kind == kind for kind in KINDS)]
-            # Not in place: Lightning tests in inference mode and validates outside it, on the same states.
-            self.sums = self.sums + torch.tensor(row, dtype=torch.long, device=self.sums.device)
-
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """Numerator and denominator of each rate and of field F1."""
-        rows, both, either, right, fields, *sums = self.sums.tolist()
-        rates = {name: (count, rows) for name, count in zip(self._rates, sums, strict=False)}
-        accuracy = {"content/field_acc": (right, fields)} if self._per_row else {}
-        return rates | {"content/field_f1": (both, either)} | accuracy
-
-    def compute(self) -> dict[str, Tensor]:
-        """Rates and field F1 between 0 and 1 (NaN without rows); `fail/*` as counts that sum to the rows."""
-        # F1 without any value is 0, not NaN: no value of the targets is right.
-        none = 0.0 if self.sums[0] else torch.nan
-        rates = {name: torch.tensor(k / n if n else none) for name, (k, n) in self.counts().items()}
-        failures = self.sums[-len(KINDS) :].float()
-        return rates | {f"fail/{kind}": count for kind, count in zip(KINDS, failures, strict=True)}
+            rates = (
+                verdict.exact, verdict.loose, verdict.joint, content.equal, content.invented, content.omitted,
+                content.ungrounded, *content.fields[: len(self._accuracies)], *(verdict.kind == kind for kind in KINDS),
+            )  # fmt: skip
+            names = (*_RATES, *self._accuracies, *(f"fail/{kind}" for kind in KINDS))
+            self._add(
+                {name: (rate, 1) for name, rate in zip(names, rates, strict=True)}
+                | {"content/field_f1": (2 * content.matched, content.predicted + content.expected)}
+                | {"content/field_acc": (sum(content.fields), len(content.fields))}
+            )
 
 
-class OwnMetrics(torch.nn.ModuleDict):
-    """The user's own metrics on texts, such as those of torchmetrics.
+class LossMetrics(_Sums):
+    """Loss of the targets under teacher forcing, and how often it predicts the whole target."""
 
-    Each is called `own/` and its class, and the figure's name if `compute` returns several.
-    """
+    def __init__(self) -> None:
+        super().__init__("val/loss", "val/tf_exact", "val/parity")
+
+    def update(self, nats: Tensor, correct: Tensor, sizes: list[int]) -> None:
+        """Add rows of these sizes: each target token's negative log-likelihood, and if it is the most likely."""
+        exact = torch.stack([row.all() for row in correct.split(sizes)]).sum()
+        loss = float(nats.to(EXACT).sum())
+        self._add({"val/loss": (loss, nats.numel()), "val/tf_exact": (int(exact), len(sizes))})
+
+    def compare(self, same: list[bool]) -> None:
+        """Record whether full generation agrees with the answers read from the teacher-forced pass."""
+        self._add({"val/parity": (sum(same), len(same))})
+
+
+def ratios(counts: Counts) -> dict[str, float]:
+    """Each figure: a number of answers for `fail/*`, else a ratio, NaN without rows; 0 if no answer has a value."""
+    none = 0.0 if counts.get("format/exact", (0, 0))[1] else math.nan
+    return {
+        name: float(count) if name.startswith("fail/") else count / whole if whole else none
+        for name, (count, whole) in counts.items()
+    }
+
+
+class OwnMetrics(nn.ModuleDict):
+    """The user's own metrics on texts: `own/` and the class, and the figure's name if `compute` returns several."""
 
     def __init__(self, metrics: Sequence[Metric]) -> None:
         super().__init__()
@@ -119,38 +151,27 @@ def _call(name: str, what: str, method: Any, *arguments: Any) -> Any:
             ) from error
 
 
-class LossMetrics(Metric):
-    """Loss of the targets under teacher forcing, and how often it predicts the whole target."""
+class Scores(nn.Module):
+    """All metrics of an evaluation: verdicts, losses and the user's own."""
 
-    full_state_update = False
-    nats: Tensor
-    sums: Tensor
-
-    def __init__(self) -> None:
+    def __init__(self, format: Format, metrics: Sequence[Metric]) -> None:
         super().__init__()
-        self.add_state("nats", torch.zeros((), dtype=EXACT), dist_reduce_fx="sum")
-        # Tokens, rows, rows predicted exactly; answers that were decoded in full, and that were the same.
-        self.add_state("sums", torch.zeros(5, dtype=torch.long), dist_reduce_fx="sum")
+        self.verdicts, self.losses, self.own = FormatMetrics(format), LossMetrics(), OwnMetrics(metrics)
 
-    def update(self, nats: Tensor, correct: Tensor, sizes: list[int]) -> None:
-        """Add rows of these sizes: each target token's negative log-likelihood, and if it is the most likely."""
-        exact = torch.stack([row.all() for row in correct.split(sizes)]).sum()
-        self.nats = self.nats + nats.to(self.nats.dtype).sum()
-        self._add(nats.numel(), len(sizes), exact, 0, 0)
+    @property
+    def names(self) -> set[str]:
+        """Names of all figures of a validation but the user's own, for checks before the run."""
+        # By their classes: called on the metrics, torchmetrics would keep the result.
+        return {*LossMetrics.compute(self.losses), *FormatMetrics.compute(self.verdicts)}
 
-    def compare(self, same: list[bool]) -> None:
-        """Record whether full generation agrees with the answers read from the teacher-forced pass."""
-        self._add(0, 0, 0, len(same), sum(same))
+    def update(self, answers: Sequence[Answer]) -> None:
+        self.verdicts.update([answer.verdict for answer in answers])
+        self.own.update([answer.text for answer in answers], [answer.row.target or "" for answer in answers])
 
-    def _add(self, *counts: int | Tensor) -> None:
-        self.sums = self.sums + torch.stack([torch.as_tensor(count, device=self.sums.device) for count in counts])
-
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """Numerator and denominator of the rates."""
-        _, rows, exact, compared, same = self.sums.tolist()
-        return {"val/tf_exact": (exact, rows), "val/parity": (same, compared)}
-
-    def compute(self) -> dict[str, Tensor]:
-        """`loss` in nats per token; `tf_exact` and `parity` as rates of rows."""
-        tokens, rows, exact, compared, same = self.sums
-        return {"loss": self.nats / tokens, "tf_exact": exact / rows, "parity": same / compared}
+    def compute(self) -> tuple[dict[str, float], Counts]:
+        """Every figure, and its counts unless it is the user's own, over all processes; then begin anew."""
+        counts = self.losses.compute() | self.verdicts.compute()
+        figures = ratios(counts) | self.own.compute()
+        for metrics in (self.losses, self.verdicts, self.own):
+            metrics.reset()
+        return figures, counts

@@ -2,15 +2,16 @@
 
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from operator import attrgetter
 from pathlib import Path
 from typing import TypeVar
 
 from formtune.base.row import Row
 from formtune.errors import UserError
-from formtune.evaluation.confidence import UNKNOWN, Confidence
 from formtune.files import write_lines
 from formtune.formats import KINDS, Format, Verdict
 
@@ -24,12 +25,25 @@ VIEWS = {  # the evaluations of the test rows, and how they are displayed
 RATES = {"format/exact": "exact", "format/loose": "loose", "joint/exact": "joint"}  # attributes of `Outcome`
 FIELD = "content/field_acc/"  # before a field's name
 
+DIGITS = 6  # of a probability
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """The model's answer to a row, and the format's verdict on it."""
+
+    row: Row
+    text: str
+    verdict: Verdict
+    confidence: float | None = None  # as in `Outcome`
+    field_confidences: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
-    """A row, the model's answer, and the verdict on it."""
+    """An answer to a test row, as it is kept on disk."""
 
     where: str  # file:line of the row
     origin: str  # author of the row: "human", the name of a model, or ""
@@ -58,17 +72,45 @@ class Outcome:
         return self.kind == "ok"
 
 
-def outcome(row: Row, answer: str, verdict: Verdict, format: Format, sure: Confidence = UNKNOWN) -> Outcome:
+def outcome(answer: Answer, format: Format) -> Outcome:
     """The outcome of a row that has a target."""
-    content = verdict.content
+    row, verdict, content = answer.row, answer.verdict, answer.verdict.content
     assert content is not None and row.target is not None, "an outcome needs a target"
     return Outcome(
         where=row.where, origin=row.origin, prompt_tokens=len(row.prompt_ids), input=row.input, target=row.target,
-        answer=answer, kind=verdict.kind, detail=verdict.detail, loose=verdict.loose,
+        answer=answer.text, kind=verdict.kind, detail=verdict.detail, loose=verdict.loose,
         matched=content.matched, values=content.predicted + content.expected,
         fields=dict(zip(format.of_row(row.schema).fields, content.fields, strict=True)), schema=row.schema,
-        confidence=sure.answer, field_confidences=sure.fields or None,
+        confidence=answer.confidence, field_confidences=answer.field_confidences or None,
     )  # fmt: skip
+
+
+def confidence(
+    tokens: Sequence[str], logprobs: Sequence[float], answer: str, verdict: Verdict, format: Format
+) -> tuple[float, dict[str, float]]:
+    """The probability of an answer by the model's own account, and of the value of each field.
+
+    They are products over `tokens`, the texts of the answer's tokens. An invalid format has confidence 0.
+    """
+    if not verdict.exact:
+        return 0.0, {}
+    spans = format.value_spans(answer) if format.fields else {}
+    begin = "".join(tokens).find(answer)  # after white space that the template puts before every answer
+    ends = list(accumulate(map(len, tokens), initial=-begin))
+    fields = {}
+    for name in format.fields if begin >= 0 else ():
+        path = name  # of a field that the answer lacks: of the nearest object around it
+        while path and path not in spans:
+            path = path.rpartition(".")[0]
+        start, end = spans.get(path, (0, len(answer) + 1))
+        # A token that is part of a character has no text: it belongs to the character that is completed later.
+        inside = (p for p, a, b in zip(logprobs, ends, ends[1:], strict=False) if a < end and max(b, a + 1) > start)
+        fields[name] = _product(inside)
+    return _product(logprobs), fields
+
+
+def _product(logprobs: Iterable[float]) -> float:
+    return round(math.exp(math.fsum(logprobs)), DIGITS)
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
@@ -82,12 +124,12 @@ def read_outcomes(path: Path) -> list[Outcome]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}; a finished run has it") from None
-    outcomes = []
-    for number, line in enumerate(io.StringIO(text), 1):  # not splitlines: an answer may hold other line separators
-        try:
+    outcomes: list[Outcome] = []
+    try:
+        for line in io.StringIO(text):  # not splitlines: an answer may hold other line separators
             outcomes.append(Outcome(**json.loads(line)))
-        except (ValueError, TypeError):
-            raise UserError(f"{path}:{number}: not an outcome of a test row") from None
+    except (ValueError, TypeError):
+        raise UserError(f"{path}:{len(outcomes) + 1}: not an outcome of a test row") from None
     return outcomes
 
 

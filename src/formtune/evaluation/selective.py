@@ -27,10 +27,8 @@ def judged(outcomes: Sequence[Outcome], field: str | None = None) -> list[tuple[
 
 
 def risks(rows: Judged) -> np.ndarray:
-    """The share of wrong answers among the k most confident ones, for each k from 1 to all.
-
-    Answers of equal confidence are in no order: each of them counts as their mean.
-    """
+    """The share of wrong answers among the k most confident ones, for each k from 1 to all."""
+    # Answers of equal confidence are in no order: each of them counts as their mean.
     confidence, right = np.array(rows, dtype=float).T
     _, group = np.unique(-confidence, return_inverse=True)
     wrong = np.bincount(group, 1 - right) / np.bincount(group)
@@ -44,12 +42,10 @@ def aurc(rows: Judged) -> float:
 
 def calibration(rows: Judged) -> list[tuple[int, float, float]]:
     """For each bin with rows, from low to high: their number, their mean confidence, and the share that is right."""
-    bins = [np.array(list(group), dtype=float) for _, group in groupby(sorted(rows, key=_bin), _bin)]
-    return [(len(part), float(part[:, 0].mean()), float(part[:, 1].mean())) for part in bins]
-
-
-def _bin(row: tuple[float, bool]) -> int:
-    return min(int(row[0] * BINS), BINS - 1)
+    table = np.array(sorted(rows), dtype=float)
+    starts = np.searchsorted(table[:, 0] * BINS, np.arange(1, BINS))  # the last bin includes 1
+    bins = [part for part in np.split(table, starts) if len(part)]
+    return [(len(part), *map(float, part.mean(axis=0))) for part in bins]  # type: ignore[misc]
 
 
 def calibration_error(rows: Judged) -> float:
@@ -60,8 +56,8 @@ def calibration_error(rows: Judged) -> float:
 def threshold(rows: Judged, target: float) -> float | None:
     """The lowest confidence from which at least `target` of the answers are right; None if there is none.
 
-    One right and one wrong answer are added to those counted (Laplace's rule of succession): few answers, all of them
-    right, show no high precision. An answer of confidence 0, which has an invalid format, is never accepted.
+    One right and one wrong answer are added to those counted (Laplace's rule of succession). Confidence 0 means an
+    invalid format and is never accepted.
     """
     lowest, count, right = None, 0, 0
     for confidence, group in groupby(sorted(rows, reverse=True), itemgetter(0)):
@@ -81,21 +77,18 @@ def accepted(rows: Judged, minimum: float) -> dict[str, Any]:
 
 
 def summary(validation: Sequence[Outcome], test: Sequence[Outcome]) -> dict[str, Any]:
-    """For `metrics.json` and the report: thresholds chosen on the validation rows, all else measured on the test rows.
-
-    `fields` are those with a wrong value, the worst first.
-    """
+    """For `metrics.json`: thresholds chosen on the validation rows, all else measured on the test rows."""
     rows, chosen_on = judged(test), judged(validation)
-    names = dict.fromkeys(name for o in test for name in o.fields)
-    share = {name: float(np.mean([right for _, right in judged(test, name)])) for name in names}
-    worst = sorted((name for name in names if share[name] < 1), key=share.__getitem__)[:FIELDS]
+    fields = {name: judged(test, name) for name in dict.fromkeys(name for o in test for name in o.fields)}
+    share = {name: float(np.mean([right for _, right in field])) for name, field in fields.items()}
+    worst = sorted((name for name in fields if share[name] < 1), key=share.__getitem__)[:FIELDS]
     return {
         "aurc": aurc(rows),
         "calibration_error": calibration_error(rows),
         "validation_rows": len(chosen_on),
         "accept": [_accept(chosen_on, rows, target) for target in TARGETS],
         "fields": {
-            name: {"right": share[name], **_accept(judged(validation, name), judged(test, name), FIELD_TARGET)}
+            name: {"right": share[name], **_accept(judged(validation, name), fields[name], FIELD_TARGET)}
             for name in worst
         },
     }

@@ -17,10 +17,7 @@ Slice = tuple[str, str, list[int]]  # what the rows are grouped by, the group's 
 
 
 def slices(outcomes: Sequence[Outcome], format: Format, longest: int, production_p95: int | None = None) -> list[Slice]:
-    """The slices with at least `FEW` rows that do not hold all rows: by length, source and the format's labels.
-
-    `longest` is the longest prompt in training, in tokens, and `production_p95` the P95 of production's if it is known.
-    """
+    """The slices with at least `FEW` rows that do not hold all rows; `longest` is the longest training prompt."""
     parts = _lengths([o.prompt_tokens for o in outcomes], longest, production_p95)
     parts += _groups("source", [o.origin for o in outcomes])
     labels: dict[str, list[str]] = {}

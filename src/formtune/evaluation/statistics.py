@@ -43,11 +43,8 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def rows_needed(gained: int, lost: int, rows: int) -> int | None:
-    """Rows with which the exact McNemar test would have 80 % power; None for no difference.
-
-    By Connor (Biometrics 43, 1987), with Edwards's continuity correction (Psychometrika 13, 1948); without it the exact
-    test has a few points less.
-    """
+    """Rows with which the exact McNemar test would have 80 % power; None for no difference."""
+    # Connor (Biometrics 43, 1987), with Edwards's continuity correction (Psychometrika 13, 1948).
     if gained == lost:
         return None
     differing, difference = (gained + lost) / rows, abs(gained - lost) / rows
@@ -70,20 +67,16 @@ def f1_interval(counts: np.ndarray) -> Interval:
 
 
 def f1_difference(first: np.ndarray, second: np.ndarray) -> Difference:
-    """Compare micro F1 (counts: see `f1_interval`): interval by paired bootstrap, test by randomization (Yeh, 2000).
-
-    The test asks how often the difference would be as large if the two answers to each row were swapped at random. If
-    all differing rows have equal weight, it is the exact McNemar test.
-    """
+    """Compare micro F1 (counts: see `f1_interval`): interval by paired bootstrap, test by randomization (Yeh, 2000)."""
     counts, rows = np.concatenate([first, second]), first.shape[1]
     value = float(_gain(*counts))
     if rows < 2:
         return Difference(value, False, rows, None, 1.0, (-1.0, 1.0))
     drawn, p = _bootstrap(_gain, counts), _swapped(counts)
-    sure = p < 1 - CONFIDENCE
-    # F1 is nearly a mean, whose standard error falls with the square root of the rows.
-    needed = math.ceil(rows * (sum(_QUANTILES) * drawn.standard_error / value) ** 2) if value else None
-    needed = needed if sure or not needed else max(needed, rows + 1)
+    sure, needed = p < 1 - CONFIDENCE, None
+    if value:  # F1 is nearly a mean, whose standard error falls with the square root of the rows
+        needed = math.ceil(rows * (sum(_QUANTILES) * drawn.standard_error / value) ** 2)
+        needed = needed if sure else max(needed, rows + 1)
     return Difference(value, sure, rows, needed, p, _interval(drawn))
 
 
@@ -118,7 +111,7 @@ def _interval(drawn: Any) -> Interval:
 
 
 def _swapped(counts: np.ndarray) -> float:
-    """p of the two-sided randomization test; exact up to 13 differing rows."""
+    """p of a difference as large if each row's two answers were swapped at random; exact up to 13 differing rows."""
     differs = (counts[:2] != counts[2:]).any(axis=0)
     if differs.sum() < 2:
         return 1.0

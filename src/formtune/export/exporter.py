@@ -102,10 +102,8 @@ def measured(run: FinishedRun, kind: str, folder: Path) -> tuple[dict[str, Any],
     renderer = run.renderer
     model = adapter if kind == "adapter" else {"folder": str(folder)}
     closeness, answers, speed = measure_fresh(kind, model, adapter, run.sample)
-    outcomes = []
-    for row, decoded in zip(run.test, answers, strict=True):
-        answer = judge(row, decoded, renderer, run.format)
-        outcomes.append(outcome(row, answer.text, answer.verdict, run.format, answer.confidence))
+    judged = [judge(row, answer, renderer, run.format) for row, answer in zip(run.test, answers, strict=True)]
+    outcomes = [outcome(answer, run.format) for answer in judged]
     before = outcomes if run.constrained else run.outcomes
     figures: dict[str, Any] = {
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")),

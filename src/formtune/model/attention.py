@@ -1,11 +1,8 @@
 """Exact attention within packed sequences, computed only for pairs of tokens that attend to each other.
 
-On a CPU no mask is built. A token attends to the segments on its path, so its softmax is over several pieces of keys,
-each one call of a fused kernel: causal within a segment, full for the tokens that continue a segment. A piece also
-returns z_i = logsumexp(scores_i), and out = sum_i exp(z_i - z) out_i with z = logsumexp_i z_i. From the merged `out`
-and `z` the backward kernel recomputes the true probabilities of a piece (as ring attention does, arXiv:2310.01889).
-
-On CUDA one FlexAttention kernel skips fully masked blocks (arXiv:2412.05496); other devices use SDPA with a mask.
+On a CPU a token's softmax is over several pieces of keys, each one call of a fused kernel, merged by their denominators
+as in ring attention (arXiv:2310.01889). On CUDA one FlexAttention kernel skips fully masked blocks; other devices use
+SDPA with a mask.
 """
 
 import functools
@@ -17,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from formtune.model.packing import Packed
+from formtune.model.packing import Packed, Segment
 
 NAME = "formtune"  # of this attention in transformers, after `register()`
+GROWTH = 32  # tokens that the cache grows by at a time
 
 # (layer, query, key, value, scaling, sliding window) -> output, all of shape (batch, heads, tokens, width).
 Attend = Callable[[int, Tensor, Tensor, Tensor, float | None, int | None], Tensor]
@@ -48,9 +46,9 @@ def _attention(
     attend: Attend | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    special = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
-    if attention_mask is not None or special:
-        raise NotImplementedError(f"the model's attention is a special one ({', '.join(special) or 'its masks'})")
+    special = {"mask": attention_mask} | {name: options.get(name) for name in ("softcap", "s_aux", "position_bias")}
+    if names := [name for name, value in special.items() if value is not None]:
+        raise NotImplementedError(f"the model's attention is a special one ({', '.join(names)})")
     if attend is not None:
         return attend(module.layer_idx, query, key, value, scaling, sliding_window).transpose(1, 2), None
     # A callback, say, calls the model on rows that are not packed.
@@ -62,29 +60,29 @@ def _attention(
 
 
 class PackedAttention:
-    """Attention of one packed sequence (see `Attend`); with `keep`, `kept` is every layer's KV cache, for decoding."""
+    """Attention of one packed sequence (see `Attend`); without gradients it fills the KV cache, for decoding."""
 
-    def __init__(self, packed: Packed, keep: bool = False) -> None:
-        self.packed, self.keep = packed, keep
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, packed: Packed) -> None:
+        self.packed = packed
+        self.cache: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
         self._masks: dict[int | None, Any] = {}  # by window: pieces, a dense mask or a block mask
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
-        if self.keep:
-            self.kept[layer] = (key, value)
+        if not torch.is_grad_enabled():
+            self.cache[layer] = (key, value)
         if window is not None and self.packed.longest <= window:
             window = None
         if window not in self._masks:
             make = _pieces if query.is_cpu else functools.partial(_mask, blocks=query.is_cuda)
             self._masks[window] = make(self.packed, window, query)
         mask = self._masks[window]
-        if isinstance(mask, list):
+        if query.is_cpu:
             return _Pieces.apply(query, key, value, mask, scaling)  # type: ignore[no-any-return]
-        if isinstance(mask, Tensor):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
-        return _flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)  # type: ignore[no-any-return]
+        if query.is_cuda:
+            return _flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)  # type: ignore[no-any-return]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
 
 
 class Piece(NamedTuple):
@@ -102,9 +100,9 @@ def _pieces(packed: Packed, window: int | None, query: Tensor) -> list[Piece]:
     pieces += [Piece(slice(s.end, s.stop), slice(s.start, s.end), False) for s in packed.segments if s.stop > s.end]
     if window is None:
         return pieces
-    masked = []
+    masked, positions = [], packed.positions[0]
     for piece in pieces:
-        distance = packed.positions[0, piece.queries, None] - packed.positions[0, None, piece.keys]
+        distance = positions[piece.queries, None] - positions[None, piece.keys]
         seen = (distance < window) & (distance >= 0)
         if seen.any():
             mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill(~seen, float("-inf"))
@@ -113,7 +111,10 @@ def _pieces(packed: Packed, window: int | None, query: Tensor) -> list[Piece]:
 
 
 class _Pieces(torch.autograd.Function):
-    """Softmax over several pieces of keys, merged by their denominators."""
+    """out = sum_i exp(z_i - z) out_i, with z = logsumexp_i z_i and z_i = logsumexp(scores of piece i).
+
+    From the merged `out` and `z` the backward kernel recomputes the true probabilities of a piece.
+    """
 
     @staticmethod
     def forward(
@@ -173,5 +174,93 @@ def _mask(packed: Packed, window: int | None, query: Tensor, blocks: bool) -> An
     size = packed.ids.size(1)
     if blocks:
         return create_block_mask(see, None, None, size, size, device=query.device)
-    at = torch.arange(size, device=query.device)
-    return see(0, 0, at[:, None], at[None])
+    tokens = torch.arange(size, device=query.device)
+    return see(0, 0, tokens[:, None], tokens[None])
+
+
+class CachedAttention:
+    """Attention of one new token per row to the row's own KV cache and to the shared segments that it continues.
+
+    Columns of the scores: | positions of the shared segments, not copied | the row's own tokens |
+    `paths` has each row's segments, in the order of their leaves, and `own` the tokens of each leaf in the cache.
+    """
+
+    def __init__(self, cache: dict[int, tuple[Tensor, Tensor]], paths: list[list[Segment]], own: list[int]) -> None:
+        device = next(iter(cache.values()))[0].device
+        self.cache, self.paths = cache, paths
+        self.at = torch.tensor(own, device=device)  # where each row's next token goes
+        leaves = torch.tensor([path[-1].start for path in paths], device=device)
+        take = leaves[:, None] + torch.arange(max(own), device=device).clamp_max(self.at[:, None] - 1)
+        self.own = {i: tuple(x[0][:, take].transpose(0, 1) for x in pair) for i, pair in cache.items()}
+        self._regroup()
+        self._begin()
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of each row's next token, shape (rows, 1)."""
+        return (self.starts + self.at)[:, None]
+
+    def advance(self, rows: list[int]) -> None:
+        """Count the tokens that were just fed, and keep these rows only."""
+        self.at = self.at + 1
+        if len(rows) < len(self.paths):
+            self.paths, self.at = [self.paths[i] for i in rows], self.at[rows]
+            self.own = {i: tuple(x[rows] for x in pair) for i, pair in self.own.items()}
+            self._regroup()
+        self._begin()
+
+    def _regroup(self) -> None:
+        spans: dict[Segment, list[int]] = {}  # the rows [a, b) that continue each shared segment
+        for i, path in enumerate(self.paths):
+            for segment in path[:-1]:
+                spans.setdefault(segment, [i, i])[1] = i + 1
+        columns = {s: slice(s.position, s.position + s.end - s.start) for s in spans}
+        self.shared = [(slice(s.start, s.end), columns[s], slice(a, b)) for s, (a, b) in spans.items()]
+        starts = [path[-1].position for path in self.paths]  # tokens before each row's own ones
+        self.starts, self._edge = torch.tensor(starts, device=self.at.device), max(starts)
+
+    def _begin(self) -> None:
+        self._longest = int(self.at.max()) + 1  # own tokens of the longest row, with the one about to be fed
+        self._masks: dict[int | None, Tensor] = {}
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
+        rows, heads, _, width = query.shape
+        keys, values = self._append(layer, key, value)
+        groups = key.size(1)
+        query = query.view(rows, groups, heads // groups, width) * (width**-0.5 if scaling is None else scaling)
+        mask = self._mask(window)
+        scores = query.new_full((*query.shape[:3], mask.size(-1)), float("-inf"))
+        scores[..., self._edge :] = query @ keys.mT
+        for tokens, columns, among in self.shared:
+            part = query[among].transpose(0, 1).flatten(1, 2) @ self.cache[layer][0][0, :, tokens].mT
+            scores[among, ..., columns] = part.unflatten(1, (among.stop - among.start, -1)).transpose(0, 1)
+        weights = (scores.float() + mask).softmax(-1).to(value.dtype)
+        out = weights[..., self._edge :] @ values
+        for tokens, columns, among in self.shared:
+            part = weights[among, ..., columns].transpose(0, 1).flatten(1, 2) @ self.cache[layer][1][0, :, tokens]
+            out[among] += part.unflatten(1, (among.stop - among.start, -1)).transpose(0, 1)
+        return out.view(rows, heads, 1, width)
+
+    def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        pair = self.own[layer]
+        if pair[0].size(2) < self._longest:
+            pair = self.own[layer] = tuple(F.pad(x, (0, 0, 0, GROWTH)) for x in pair)
+        rows = torch.arange(len(self.at), device=self.at.device)
+        for cache, new in zip(pair, (key, value), strict=True):
+            cache[rows, :, self.at] = new[:, :, 0]
+        return pair[0][:, :, : self._longest], pair[1][:, :, : self._longest]
+
+    def _mask(self, window: int | None) -> Tensor:
+        """Added to the scores of all layers with this window, shape (rows, 1, 1, columns)."""
+        if window not in self._masks:
+            columns = torch.arange(self._edge + self._longest, device=self.at.device)[None]
+            starts, now = self.starts[:, None], self.positions
+            position = torch.where(columns < self._edge, columns, columns - self._edge + starts)
+            seen = (position <= now) & ((columns >= self._edge) | (columns < starts))
+            if window is not None:
+                seen &= now - position < window
+            mask = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, float("-inf"))
+            self._masks[window] = mask[:, None, None]
+        return self._masks[window]

@@ -24,22 +24,23 @@ KEPT = 256  # compiled schemas of rows
 class Grammar:
     """A format, compiled for the tokens of a model; if rows have their own schemas, each schema when it is needed.
 
-    JSON keys come in `orders`, those of the training targets. If these are not known, or if rows have their own
-    schemas, keys come in any order.
-
-    Raises:
-        UserError: llguidance is not installed, or the format has no grammar.
+    JSON keys come in `orders`, those of the training targets; if unknown, or if rows have their own schemas, in any.
     """
 
     def __init__(self, format: Format, renderer: Renderer, orders: Orders | None = None) -> None:
         try:
-            from llguidance import LLExecutor
+            from llguidance import LLExecutor, LLMatcher
             from llguidance.hf import from_tokenizer
+            from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask_par
         except ImportError:
             raise UserError("model.constrained: needs llguidance; pip install 'formtune[constrained]'") from None
         # Some models pad their vocabulary: logits beyond the tokenizer's tokens have no text and are never chosen.
         self.vocabulary = max(renderer.tokenizer.get_vocab().values()) + 1
         self.stop = frozenset(renderer.stop_ids)
+        # Of (labels) and (pairs of matcher and label, bitmask): the tokens that may follow, 32 tokens per number.
+        self.allocate = functools.partial(allocate_token_bitmask, vocab_size=self.vocabulary)
+        self.fill = functools.partial(fill_next_token_bitmask_par, LLExecutor())
+        self._read: Any = LLMatcher
         self._tokenizer = from_tokenizer(renderer.tokenizer, n_vocab=self.vocabulary, eos_token=list(renderer.stop_ids))
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         [row] = renderer.encode([(turn, "")])
@@ -47,9 +48,8 @@ class Grammar:
         self._lead = self._tokenizer.decode_str(row.target_ids[:-1]).removesuffix("b")  # type: ignore[union-attr]
         # A tag such as <tool_call> may be one token, which llguidance does not take for text.
         self._added_tokens = renderer.tokenizer.added_tokens_encoder
-        self.executor = LLExecutor()
-        self._orders = None if format.per_row else orders
-        self._format, self._compiled = format, functools.lru_cache(KEPT)(self._compile)
+        self._format, self._orders = format, None if format.per_row else orders
+        self._compiled = functools.lru_cache(KEPT)(self._compile)
         if not format.per_row:
             self._compiled(None)
 
@@ -62,20 +62,19 @@ class Grammar:
         matcher = self._matcher(rules)
         if matcher.is_error():
             raise UserError(f"model.constrained: the format cannot be put in a grammar ({_reason(matcher)})")
-        ordered, _ = own.ordered_grammar(self._orders)  # right only where llguidance takes the schema as it is
-        if ordered and (other := self._matcher(ordered)).is_error():
-            rank_zero_warn(f"constrained decoding keeps the schema's order of keys ({_reason(other)})")
-        elif ordered:
-            matcher = other
-        return matcher
+        rules, _ = own.ordered_grammar(self._orders)  # right only where llguidance takes the schema as it is
+        if not rules:
+            return matcher
+        ordered = self._matcher(rules)
+        if ordered.is_error():
+            rank_zero_warn(f"constrained decoding keeps the schema's order of keys ({_reason(ordered)})")
+        return matcher if ordered.is_error() else ordered
 
     def _matcher(self, rules: str) -> Any:
-        from llguidance import LLMatcher
-
         for token, number in self._added_tokens.items():
             rules = rules.replace(f" {json.dumps(token)} ", f" <[{number}]> ")
         text = f"start: {json.dumps(self._lead) if self._lead else ''} answer\n{rules}"
-        return LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(text), log_level=0)
+        return self._read(self._tokenizer, self._read.grammar_from_lark(text), log_level=0)
 
     def matcher(self, row: Row) -> Any:
         """A matcher for the row's answer; raises a UserError with the row's place if its schema has no grammar."""
@@ -99,19 +98,12 @@ class Documents:
         return accepted + (ended and accepted == len(tokens) - 1 and matcher.is_accepting())
 
     def bitmask(self, targets: Sequence[Sequence[int]], sizes: Sequence[int]) -> Tensor:
-        """The tokens allowed at each label of the targets, row after row; the answers are as empty as before.
-
-        What follows a token that the grammar refuses is not computed.
-        """
-        from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask_par
-
-        bitmask = allocate_token_bitmask(sum(sizes), self._grammar.vocabulary)  # 32 tokens per number
+        """The tokens allowed at each label of the targets, row after row, up to one that the grammar refuses."""
         starts = [0, *itertools.accumulate(sizes)]
+        bitmask = self._grammar.allocate(starts.pop())
         rows, at = list(range(len(sizes))), 0
         while rows:
-            fill_next_token_bitmask_par(
-                self._grammar.executor, [(self._matchers[row], starts[row] + at) for row in rows], bitmask
-            )
+            self._grammar.fill([(self._matchers[row], starts[row] + at) for row in rows], bitmask)
             # The last token of a target is the stop token, after which nothing follows.
             rows = [row for row in rows if at + 1 < sizes[row] and self.write(row, targets[row][at : at + 1])]
             at += 1
@@ -124,22 +116,14 @@ class Documents:
             self._matchers[row].reset()
 
     def choose(self, rows: list[int], logits: Tensor) -> tuple[list[int], list[float]]:
-        """Add the most likely allowed token to each of `rows`, from logits of shape (rows, vocabulary).
-
-        Returns the tokens and their log-probabilities, normalised over the allowed tokens. If llguidance fails on an
-        answer, it ends there with a stop token and the format judges it: one row must neither end the run nor make
-        other processes wait.
-        """
-        from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask_par
-
+        """Add the most likely allowed token to each of `rows`; returns them with their log-probabilities."""
         matchers = [self._matchers[row] for row in rows]
-        bitmask = allocate_token_bitmask(len(rows), self._grammar.vocabulary)
-        fill_next_token_bitmask_par(self._grammar.executor, [(m, i) for i, m in enumerate(matchers)], bitmask)
-        size = min(self._grammar.vocabulary, logits.size(-1))
+        bitmask, size = self._grammar.allocate(len(rows)), min(self._grammar.vocabulary, logits.size(-1))
+        self._grammar.fill([(matcher, i) for i, matcher in enumerate(matchers)], bitmask)
         tokens, logprobs = (values.tolist() for values in greedy(masked(logits[:, :size], bitmask)))
         for i, (matcher, token) in enumerate(zip(matchers, tokens, strict=True)):
-            ended = token in self._grammar.stop
-            if matcher.is_error() or not (ended or matcher.consume_token(token)):
+            # A row must neither end the run nor make other processes wait: the format judges what it has so far.
+            if matcher.is_error() or not (token in self._grammar.stop or matcher.consume_token(token)):
                 rank_zero_warn(f"constrained decoding failed and ended an answer early: {_reason(matcher)}")
                 tokens[i], logprobs[i] = min(self._grammar.stop), -math.inf
         return tokens, logprobs

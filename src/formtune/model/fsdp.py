@@ -1,7 +1,6 @@
 """`--trainer.strategy fsdp`: each rank keeps a shard of every frozen layer and gathers the layer to compute it.
 
-The trained parameters stay whole on all ranks, as under DDP. `fully_shard` gathers a layer when all ranks call it, so
-all ranks need the same number of forward passes, though their micro-batches differ in number and answers in length.
+`fully_shard` gathers a layer when all ranks call it, so all ranks need the same number of forward passes.
 """
 
 import contextlib
@@ -35,35 +34,31 @@ class ShardedBase(DDPStrategy):
         fully_shard(decoder, mesh=mesh, ignored_params=trained | {p for p in decoder.parameters() if _is_whole(p)})
         module._ddp_params_and_buffers_to_ignore = [n for n, p in module.named_parameters() if not _is_whole(p)]
 
-    def highest_count(self, count: int) -> int:
-        assert self.lightning_module is not None
-        return int(highest(self.lightning_module.trainer, count)[0])
 
-
-def padded(strategy: Any, micro_batches: list[Any], dummy: Callable[[], Any]) -> list[Any]:
+def padded(trainer: Any, micro_batches: list[Any], dummy: Callable[[], Any]) -> list[Any]:
     """Dummies, then the micro-batches: at least one, to join the gradient exchange; under FSDP as many on all ranks."""
     count = max(len(micro_batches), 1)
-    if isinstance(strategy, ShardedBase):
-        count = strategy.highest_count(count)
+    if isinstance(trainer.strategy, ShardedBase):
+        count = int(*highest(trainer, count))
     return [dummy()] * (count - len(micro_batches)) + micro_batches
 
 
 @contextlib.contextmanager
-def uneven_counts(strategy: Any, micro_batches: MicroBatches) -> Iterator[None]:
+def uneven_counts(trainer: Any, micro_batches: MicroBatches) -> Iterator[None]:
     """Allow uneven forward counts per rank: under FSDP, a rank that is done runs dummy passes until all are."""
-    if not isinstance(strategy, ShardedBase):
+    if not isinstance(trainer.strategy, ShardedBase):
         yield
         return
 
     def announce(*_: Any) -> None:
-        strategy.highest_count(1)
+        highest(trainer, 1)
 
     hook = micro_batches.base.get_decoder().register_forward_pre_hook(announce)
     try:
         yield
     finally:
         hook.remove()
-    while strategy.highest_count(0):
+    while highest(trainer, 0)[0]:
         micro_batches.predictions(micro_batches.dummy())
 
 

@@ -1,6 +1,5 @@
 """Micro-batches of padded rows of similar length, for any causal model."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,20 +32,19 @@ class LengthBuckets(MicroBatches):
     """Padded rows of similar length, decoded by transformers' `generate`."""
 
     def split(self, rows: Sequence[Row], tokens: int, extra: int = 0) -> Iterator[Padded]:
+        prompts, answers = [len(row.prompt_ids) for row in rows], [max(len(row.target_ids), 1) + extra for row in rows]
         group: list[int] = []
-        width = [0, 0]
-        answers = [max(len(row.target_ids), 1) + extra for row in rows]
-        for i in sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids) + answers[i], reverse=True):
-            wider = [max(width[0], len(rows[i].prompt_ids)), max(width[1], answers[i])]
-            if group and sum(wider) * (len(group) + 1) > tokens:
+        for i in sorted(range(len(rows)), key=lambda i: prompts[i] + answers[i], reverse=True):
+            wider = [*group, i]
+            columns = max(prompts[j] for j in wider) + max(answers[j] for j in wider)
+            if group and columns * len(wider) > tokens:
                 yield _pad(rows, group)
-                group, wider = [], [len(rows[i].prompt_ids), answers[i]]
-            group.append(i)
-            width = wider
+                wider = [i]
+            group = wider
         if group:
             yield _pad(rows, group)
 
-    def predictions(self, padded: Padded, keep: bool = False, bitmask: Tensor | None = None) -> Forward:
+    def predictions(self, padded: Padded, bitmask: Tensor | None = None) -> Forward:
         predicting = padded.targets >= 0
         predicting[:, 0] = True  # also in a row without a target, whose answer starts there
         positions = (padded.seen.cumsum(1) - 1).clamp_min(0)
@@ -58,18 +56,18 @@ class LengthBuckets(MicroBatches):
             use_cache=False,
         ).logits[predicting.to(self.device)]
         targets = padded.targets[predicting].to(self.device)
-        return predict(nn.Identity(), logits, targets, logits.size(-1), bitmask), padded
+        return predict(nn.Identity(), logits, targets, logits.size(-1), bitmask), None
 
     def _generate(
-        self, kept: Padded, unfinished: list[int], answers: list[Decoded], limits: list[int], stop: Sequence[int],
-        documents: Documents | None,
+        self, padded: Padded, cache: None, unfinished: list[int], answers: list[Decoded], limits: list[int],
+        stop: Sequence[int], documents: Documents | None,
     ) -> None:  # fmt: skip
         from transformers import GenerationConfig
 
-        width = kept.ids.size(1) - kept.targets.size(1) + 1
+        width = padded.ids.size(1) - padded.targets.size(1) + 1
         # From the prompt again: not every model's cache can be cut back to a mismatch.
         for j in unfinished:
-            answers[j] = Decoded()
+            answers[j].ids, answers[j].logprobs = [], []
         if documents:
             documents.reset(unfinished)
 
@@ -86,20 +84,18 @@ class LengthBuckets(MicroBatches):
         for limit in sorted({limits[j] for j in unfinished}):
             group = [j for j in unfinished if limits[j] == limit]
             ends = {"eos_token_id": list(stop), "pad_token_id": stop[0]}
-            config = GenerationConfig(do_sample=False, max_new_tokens=limit, **ends)
             self.base.generate(
-                input_ids=kept.ids[group, :width].to(self.device),
-                attention_mask=kept.seen[group, :width].to(self.device),
-                generation_config=config,
+                input_ids=padded.ids[group, :width].to(self.device),
+                attention_mask=padded.seen[group, :width].to(self.device),
+                generation_config=GenerationConfig(do_sample=False, max_new_tokens=limit, **ends),
                 logits_processor=[choose],
             )
 
 
 def _pad(rows: Sequence[Row], group: list[int]) -> Padded:
-    pad = functools.partial(pad_sequence, batch_first=True)
     prompts = [torch.tensor(rows[i].prompt_ids) for i in group]
     labels = [torch.tensor(rows[i].target_ids or [-1]) for i in group]
-    targets = pad(labels, padding_value=-1)
-    ids = torch.cat([pad(prompts, padding_side="left"), targets.clamp_min(0)], 1)
-    seen = torch.cat([pad([torch.ones_like(ids) for ids in prompts], padding_side="left"), (targets >= 0).long()], 1)
-    return Padded(group, [len(ids) for ids in labels], ids[:, :-1], seen[:, :-1], targets)
+    targets = pad_sequence(labels, batch_first=True, padding_value=-1)
+    before = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
+    ids = torch.cat([before, targets], 1)[:, :-1]
+    return Padded(group, list(map(len, labels)), ids.clamp_min(0), (ids >= 0).long(), targets)

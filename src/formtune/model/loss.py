@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Logits of a chunk: 32 MiB in float32 on a CPU, where larger blocks are mapped anew each time, page by page. A GPU
-# prefers fewer and larger products.
+# Logits of a chunk: on a CPU 32 MiB in float32, since larger blocks are mapped anew each time, page by page.
 LOGITS = {"cpu": 2**23 - 2**10, "cuda": 2**26}
 
 
@@ -26,18 +25,15 @@ class Predictions:
 def predict(
     head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: int, bitmask: Tensor | None = None
 ) -> Predictions:
-    """Predictions from hidden states of shape (labels, width); `head`, which may be trained, makes them logits.
-
-    `bitmask` has the tokens that are allowed at each label, 32 per number; None allows all.
-    """
+    """Predictions from hidden states, shape (labels, width); `bitmask` has the allowed tokens, 32 per number."""
     size = max(1, LOGITS.get(hidden.device.type, 2**25) // vocabulary)
     if torch.is_grad_enabled():
         trained = [p for p in head.parameters() if p.requires_grad]
         loss, nats = _Loss.apply(hidden, targets, head, size, *trained)
         return Predictions(targets, loss, nats, *[targets.new_empty(0)] * 3)
     chunks = []
-    for at, chunk in zip(range(0, len(hidden), size), hidden.split(size), strict=True):
-        logits = head(chunk).float()
+    for at in range(0, len(hidden), size):
+        logits = head(hidden[at : at + size]).float()
         tokens = logits.argmax(-1)
         chosen = None if bitmask is None else greedy(masked(logits, bitmask[at : at + size]))
         nats, total = _nats_in_place(logits, targets[at : at + size])
@@ -55,17 +51,14 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked(logits: Tensor, bitmask: Tensor) -> Tensor:
-    """The logits without those of tokens that the bitmask, shape (rows, numbers of 32 tokens), does not allow."""
+    """The logits, -inf for tokens that the bitmask, shape (rows, numbers of 32 tokens), does not allow."""
     bits = torch.arange(32, dtype=torch.int32, device=logits.device)
     allowed = (bitmask.to(logits.device)[:, :, None] >> bits & 1).flatten(1)[:, : logits.size(-1)].bool()
     return logits[:, : allowed.size(1)].masked_fill(~allowed, float("-inf"))
 
 
 class _Loss(torch.autograd.Function):
-    """Computes each chunk's gradient while its logits exist, so that they are neither kept nor computed again.
-
-    What follows a sum scales its gradient by a factor only, applied in `backward` (as Liger does, arXiv:2410.10989).
-    """
+    """Computes each chunk's gradient while its logits exist; `backward` scales it (as Liger, arXiv:2410.10989)."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Any, size: int, *trained: Tensor) -> Any:

@@ -11,7 +11,6 @@ import lightning.pytorch as L
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
 from torchmetrics import Metric
 
 from formtune.base.folder import context_length, skeleton
@@ -19,16 +18,15 @@ from formtune.base.identity import check_identity, format_hash, identity, templa
 from formtune.base.renderer import Renderer, read_template
 from formtune.base.row import Row
 from formtune.errors import Fault, UserError
-from formtune.evaluation.metrics import LossMetrics
+from formtune.evaluation.metrics import LossMetrics, Scores, ratios
+from formtune.evaluation.outcomes import Answer
 from formtune.formats import Format
 from formtune.formats.key_orders import Orders
-from formtune.model.batch import Answer, Batch, Decoding, out_of_memory_named
 from formtune.model.constrained import Grammar
 from formtune.model.fsdp import ShardedBase, padded, uneven_counts, unsynced
 from formtune.model.lora import Lora, add_lora, check_adapters, decoder_layers, load_base, lora_config
-from formtune.model.micro_batches import Decoded, MicroBatches, judge
+from formtune.model.micro_batches import Batch, Decoded, Decoding, MicroBatches, judge, out_of_memory_named
 from formtune.model.optimization import CosineWithWarmup, build_optimizer, check_optimizer
-from formtune.model.scores import Scores
 from formtune.model.shared_prefixes import choose_micro_batches
 
 EVALUATION = 16  # an evaluation micro-batch has so many times the tokens of a training one, answers included
@@ -113,15 +111,16 @@ class FormatModule(L.LightningModule):
         if base.get_input_embeddings().num_embeddings < len(self.renderer.tokenizer):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        splits = getattr(datamodule, "splits", None)
-        self.orders = splits.orders if splits else self.orders
+        if splits := getattr(datamodule, "splits", None):
+            self.orders = splits.orders
         if self.constrained:
-            grammar, rows = self.grammar, getattr(datamodule, "rows", {})
+            rows = getattr(datamodule, "rows", {})
             for row in (*rows.get("validation", ()), *rows.get("test", ())):
-                grammar.matcher(row)  # refuses a format that has none before training
-        processes = self.trainer.world_size
-        self._identity = {"base": identity(self.base), "format": format_hash(self.format), "processes": processes}
-        self._identity |= {"template": template_hash(self.renderer.tokenizer), "orders": self.orders}
+                self.grammar.matcher(row)  # refuses a format that has none before training
+        self._identity = {
+            "base": identity(self.base), "format": format_hash(self.format), "processes": self.trainer.world_size,
+            "orders": self.orders, "template": template_hash(self.renderer.tokenizer),
+        }  # fmt: skip
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(self.seed)  # the adapters begin alike, whatever drew random numbers before
@@ -169,7 +168,7 @@ class FormatModule(L.LightningModule):
         # DDP averages gradients over the ranks; the step's gradient is their sum, divided by the tokens of all ranks.
         scale = self.trainer.world_size / tokens
         nats = torch.zeros((), device=self.device)
-        micro_batches = padded(strategy, batch.micro_batches, self.micro_batches.dummy)
+        micro_batches = padded(self.trainer, batch.micro_batches, self.micro_batches.dummy)
         dummies = len(micro_batches) - len(batch.micro_batches)
         with out_of_memory_named(batch.rows, self.tokens_per_micro_batch):
             for i, micro_batch in enumerate(micro_batches):
@@ -212,20 +211,19 @@ class FormatModule(L.LightningModule):
         sample = sorted({len(rows) * i // PARITY for i in range(PARITY)}) if rows else []
         in_full = self._decode(self.collate([replace(rows[i], target_ids=[]) for i in sample], True, batch.decoding))
         self.scores.losses.compare([answer.ids == decoded[i].ids for i, answer in zip(sample, in_full, strict=True)])
-        answers = list(map(self._check, rows, decoded))
+        answers = self._judge(rows, decoded)
         self.scores.update(answers)
         return answers
 
     test_step = validation_step  # type: ignore[assignment]
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer]:
-        return list(map(self._check, batch.rows, self._decode(batch)))
+        return self._judge(batch.rows, self._decode(batch))
 
     def on_validation_epoch_end(self) -> None:
-        values, self.counts = self.scores.compute()
-        self.evaluation = {name: float(value) for name, value in values.items()}
+        self.evaluation, self.counts = self.scores.compute()
         if self.logged:
-            for name, value in values.items():
+            for name, value in self.evaluation.items():
                 shown = f"test/{name.removeprefix('val/')}" if self.trainer.testing else name
                 self.log(shown, value, prog_bar=shown in ("val/loss", "format/exact"), batch_size=1)
             self.log("step", float(self.trainer.global_step), batch_size=1)
@@ -234,24 +232,24 @@ class FormatModule(L.LightningModule):
 
     def _decode(self, batch: Batch, losses: LossMetrics | None = None) -> list[Decoded]:
         """The greedy answers, in the order of the rows; the targets' loss goes to `losses`."""
-        rows, micro_batches, limits, stop = batch.rows, batch.micro_batches, batch.limits, self.renderer.stop_ids
         grammar = self.grammar if self.constrained or batch.decoding.constrained else None
-        with uneven_counts(self.trainer.strategy, self.micro_batches):
-            return self.micro_batches.decode(rows, micro_batches, stop, limits, grammar, losses)
+        stop = self.renderer.stop_ids
+        with uneven_counts(self.trainer, self.micro_batches):
+            return self.micro_batches.decode(batch.rows, batch.micro_batches, stop, batch.limits, grammar, losses)
 
-    def _check(self, row: Row, decoded: Decoded) -> Answer:
-        return judge(row, decoded, self.renderer, self.format)
+    def _judge(self, rows: Sequence[Row], decoded: Sequence[Decoded]) -> list[Answer]:
+        return [judge(row, answer, self.renderer, self.format) for row, answer in zip(rows, decoded, strict=True)]
 
     @torch.no_grad()
-    def teacher_forced_loss(self, rows: Sequence[Row]) -> Tensor:
+    def teacher_forced_loss(self, rows: Sequence[Row]) -> float:
         """Loss over the rows of all processes, in nats per token, without decoding; each process passes its share."""
         losses, batch = LossMetrics().to(self.device), self.collate(rows, evaluation=True)
         # Precision and micro-batches as in validation: equal rows get an equal loss.
-        with self.trainer.precision_plugin.forward_context(), uneven_counts(self.trainer.strategy, self.micro_batches):
+        with self.trainer.precision_plugin.forward_context(), uneven_counts(self.trainer, self.micro_batches):
             for micro_batch in batch.micro_batches:
                 predictions = self.micro_batches.predictions(micro_batch)[0]
                 losses.update(predictions.nats, predictions.tokens == predictions.targets, micro_batch.sizes)
-        return losses.compute()["loss"]
+        return ratios(losses.compute())["val/loss"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["formtune"] = self._identity | {"skipped": [self.skipped, self.skipped_in_a_row]}

@@ -60,8 +60,8 @@ def check_optimizer(factory: OptimizerCallable) -> None:
     """Try the optimizer's arguments before the base is loaded."""
     try:
         values = factory([Parameter(torch.zeros(1, 1))]).defaults
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}, it must be a finite number")
     except (TypeError, ValueError) as error:
         raise UserError(f"model.optimizer: {first_line(error)}") from error
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"model.optimizer: {name} is {value}, it must be a finite number")

@@ -12,7 +12,7 @@ computed alone. Every row owns at least the token before its target, which predi
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -20,9 +20,7 @@ from torch import Tensor
 
 from formtune.base.row import Row
 
-# A shared segment costs each token that continues it one more attention call, about a tenth of the token's own cost:
-# sharing fewer than this share of those tokens would be slower than computing the prefix again.
-GAIN = 1 / 8
+GAIN = 1 / 8  # of the tokens that continue a segment: to share fewer is slower than to compute them again
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,7 @@ class Packed:
     predicting: Tensor  # indices of the tokens that predict labels, row after row, (labels,)
     targets: Tensor  # the labels, -1 for rows without a target, (labels,)
     segments: list[Segment]  # the trie's nodes, depth first
-    leaves: list[int]  # for each row the index of the segment that it owns; its last tokens predict the row's labels
+    leaves: list[Segment]  # for each row the segment that it owns; its last tokens predict the row's labels
     longest: int  # tokens of the longest row
 
     def stops(self) -> Tensor:
@@ -58,8 +56,7 @@ class Packed:
 
     def paths(self) -> list[list[Segment]]:
         """For each row its segments, from the root to its leaf."""
-        leaves = [self.segments[i] for i in self.leaves]
-        return [[s for s in self.segments if s.start <= leaf.start < s.stop] for leaf in leaves]
+        return [[s for s in self.segments if s.start <= leaf.start < s.stop] for leaf in self.leaves]
 
 
 def pack(rows: Sequence[Row], tokens: int, extra: int = 0) -> Iterator[Packed]:
@@ -97,48 +94,42 @@ def _shared(a: list[int], b: list[int]) -> int:
 
 def _lay_out(rows: Sequence[Row], order: list[int], common: list[int]) -> Packed:
     ids: list[int] = []
-    positions: list[int] = []
-    segments: list[list[int]] = []  # the fields of each `Segment`
-    leaves: list[int] = []
-    predicting: list[int] = []
-    targets: list[int] = []
-    lengths = [_computed(rows[i]) for i in order]
+    segments: list[Segment] = []
+    leaves: list[Segment] = []
+    inputs = [(rows[i].prompt_ids + rows[i].target_ids)[: _computed(rows[i])] for i in order]
 
-    def add(tokens: list[int], depth: int) -> int:
+    def add(tokens: list[int], depth: int) -> None:
         end = len(ids) + len(tokens)
-        segments.append([len(ids), end, end, depth])
+        segments.append(Segment(len(ids), end, end, depth))
         ids.extend(tokens)
-        positions.extend(range(depth, depth + len(tokens)))
-        return len(segments) - 1
 
     def lay_out(a: int, b: int, depth: int) -> None:
         """Rows [a, b) of the order, of which `depth` tokens are laid out already."""
         if b - a == 1:
-            row = rows[order[a]]
-            leaves.append(add((row.prompt_ids + row.target_ids)[depth : lengths[a]], depth))
-            labels = row.target_ids or [-1]
-            predicting.extend(range(len(ids) - len(labels), len(ids)))
-            targets.extend(labels)
+            add(inputs[a][depth:], depth)
+            leaves.append(segments[-1])
             return
-        shared, segment = min(common[a : b - 1]), None
+        shared, first = min(common[a : b - 1]), len(segments)
         saved = (shared - depth) * (b - a - 1)
-        if saved > GAIN * (sum(lengths[a:b]) - shared * (b - a)):
-            segment = add(rows[order[a]].prompt_ids[depth:shared], depth)
-            depth = shared
+        gains = saved > GAIN * (sum(map(len, inputs[a:b])) - shared * (b - a))
+        if gains:
+            add(inputs[a][depth:shared], depth)
         for x, y in pairwise([a, *(i + 1 for i in range(a, b - 1) if common[i] == shared), b]):
-            lay_out(x, y, depth)
-        if segment is not None:
-            segments[segment][2] = len(ids)
+            lay_out(x, y, shared if gains else depth)
+        if gains:
+            segments[first] = replace(segments[first], stop=len(ids))
 
     lay_out(0, len(order), 0)
+    labels = [rows[i].target_ids or [-1] for i in order]
+    pairs = list(zip(leaves, labels, strict=True))
     return Packed(
         rows=order,
-        sizes=[max(len(rows[i].target_ids), 1) for i in order],
+        sizes=list(map(len, labels)),
         ids=torch.tensor([ids]),
-        positions=torch.tensor([positions]),
-        predicting=torch.tensor(predicting),
-        targets=torch.tensor(targets),
-        segments=[Segment(*segment) for segment in segments],
+        positions=torch.cat([torch.arange(s.position, s.position + s.end - s.start) for s in segments])[None],
+        predicting=torch.cat([torch.arange(leaf.end - len(part), leaf.end) for leaf, part in pairs]),
+        targets=torch.tensor([label for part in labels for label in part]),
+        segments=segments,
         leaves=leaves,
-        longest=max(lengths),
+        longest=max(map(len, inputs)),
     )

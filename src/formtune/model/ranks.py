@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 def highest(trainer: Any, *values: float) -> list[float]:
     if trainer.world_size == 1:
-        return [float(value) for value in values]
+        return list(values)
     tensor = torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device)
     return trainer.strategy.reduce(tensor, reduce_op="max").tolist()  # type: ignore[no-any-return]
 

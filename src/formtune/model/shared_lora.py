@@ -1,8 +1,7 @@
-"""LoRA layers with the same input, such as query, key and value, compute dropout and A together.
+"""LoRA layers with the same input x, such as query, key and value, compute dropout and A together.
 
-PEFT's layers each draw a dropout mask and multiply by an A of a few rows, too thin for matrix units. Here, layers that
-are given the same tensor share one mask m and one product h = (x * m) [A_1; A_2; ...]^T; each adds alpha/r h_i B_i^T to
-its base layer's output in place. The only difference is that q, k and v drop the same elements of x.
+They share one dropout mask m and one product h = (x * m) [A_1; A_2; ...]^T, since one A of a few rows is too thin for
+matrix units; each adds alpha/r h_i B_i^T to its base layer's output in place.
 """
 
 from typing import Any
@@ -37,14 +36,13 @@ class SharedInput:
         return h
 
     def _drop(self, layer: "LoraLinear", x: Tensor) -> Tensor:
-        dropout = layer.lora_dropout["default"]
-        share = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
+        dropout = layer.lora_dropout["default"]  # nn.Identity for a share of 0
         self.scale = 1.0
-        if not share:
+        if not layer.training or not isinstance(dropout, nn.Dropout):
             return x
-        dropped = round(share * 2**16)
+        dropped = round(dropout.p * 2**16)
         if x.device.type != "cpu" or dropped == 2**16:  # 2**16: all are dropped, there is no scale
-            return F.dropout(x, share)
+            return F.dropout(x, dropout.p)
         # On a CPU torch draws a number per element on one core; 16 bits of a draw are enough, so one serves four.
         draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
@@ -63,14 +61,12 @@ class LoraLinear(Linear):
         return self.lora_A["default"].weight  # type: ignore[return-value]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., in features) -> (..., out features)."""
         if self.disable_adapters or self.merged or args or kwargs or self.active_adapters != ["default"]:
             return super().forward(x, *args, **kwargs)
         out = self.base_layer(x)
-        h = self.shared.down(self, x).to(out.dtype)
-        up = self.lora_B["default"].weight.to(out.dtype)
-        flat = out.view(-1, out.size(-1))
-        flat.addmm_(h.reshape(-1, h.size(-1)), up.T, alpha=self.scaling["default"] * self.shared.scale)
+        h, up = self.shared.down(self, x).to(out.dtype), self.lora_B["default"].weight.to(out.dtype)
+        scale = self.scaling["default"] * self.shared.scale
+        out.view(-1, out.size(-1)).addmm_(h.reshape(-1, h.size(-1)), up.T, alpha=scale)
         return out
 
 

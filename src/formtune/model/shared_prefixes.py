@@ -9,9 +9,8 @@ from torch import Tensor
 
 from formtune.base.row import Row
 from formtune.errors import first_line
-from formtune.model.attention import NAME, PackedAttention, register
+from formtune.model.attention import NAME, CachedAttention, PackedAttention, register
 from formtune.model.constrained import Documents
-from formtune.model.decoding import CachedAttention
 from formtune.model.length_buckets import LengthBuckets
 from formtune.model.loss import predict
 from formtune.model.micro_batches import Decoded, Forward, MicroBatches, add_tokens, finished
@@ -24,35 +23,32 @@ class SharedPrefixes(MicroBatches):
     def split(self, rows: Sequence[Row], tokens: int, extra: int = 0) -> Iterator[Packed]:
         return pack(rows, tokens, extra)
 
-    def predictions(self, packed: Packed, keep: bool = False, bitmask: Tensor | None = None) -> Forward:
-        attention = PackedAttention(packed, keep)
+    def predictions(self, packed: Packed, bitmask: Tensor | None = None) -> Forward:
+        attention = PackedAttention(packed)
         hidden = self._hidden(packed.ids, packed.positions, attention)[0, packed.predicting.to(self.device)]
         vocabulary = self.base.get_input_embeddings().num_embeddings
         head = self.base.get_output_embeddings()
-        return predict(head, hidden, packed.targets.to(self.device), vocabulary, bitmask), attention
+        return predict(head, hidden, packed.targets.to(self.device), vocabulary, bitmask), attention.cache
 
     def _generate(
-        self, kept: PackedAttention, unfinished: list[int], answers: list[Decoded], limits: list[int],
+        self, packed: Packed, cache: Any, unfinished: list[int], answers: list[Decoded], limits: list[int],
         stop: Sequence[int], documents: Documents | None,
     ) -> None:  # fmt: skip
-        packed, paths = kept.packed, kept.packed.paths()
+        leaves, head = packed.paths(), self.base.get_output_embeddings()
+        paths = [leaves[j] for j in unfinished]
         # Index of the last token of each prompt, which predicts the first label.
-        last = {j: paths[j][-1].end - packed.sizes[j] for j in unfinished}
+        last = {j: path[-1].end - packed.sizes[j] for j, path in zip(unfinished, paths, strict=True)}
         # Tokens of each leaf that stay in the cache: the target was fed beyond the first mismatch too.
-        own = [last[j] - paths[j][-1].start + len(answers[j].ids) for j in unfinished]
-        cache = CachedAttention(kept.kept, [paths[j] for j in unfinished], own)
+        own = [last[j] - path[-1].start + len(answers[j].ids) for j, path in zip(unfinished, paths, strict=True)]
+        attention = CachedAttention(cache, paths, own)
         while unfinished:
-            ids = [answers[j].ids[-1] if answers[j].ids else int(packed.ids[0, last[j]]) for j in unfinished]
-            add_tokens(answers, unfinished, self._next(torch.tensor(ids)[:, None], cache), documents)
-            cache.advance()
+            ids = [[answers[j].ids[-1] if answers[j].ids else int(packed.ids[0, last[j]])] for j in unfinished]
+            hidden = self._hidden(torch.tensor(ids), attention.positions, attention)
+            add_tokens(answers, unfinished, head(hidden[:, -1]), documents)
             remaining = [i for i, j in enumerate(unfinished) if not finished(answers[j].ids, limits[j], stop)]
-            if 0 < len(remaining) < len(unfinished):
-                cache.select(remaining)
             unfinished = [unfinished[i] for i in remaining]
-
-    def _next(self, ids: Tensor, cache: CachedAttention) -> Tensor:
-        """Logits after one more token of each row in the cache."""
-        return self.base.get_output_embeddings()(self._hidden(ids, cache.positions, cache)[:, -1])
+            if unfinished:
+                attention.advance(remaining)
 
     def _hidden(self, ids: Tensor, positions: Tensor, attend: Any) -> Tensor:
         out = self.base.get_decoder()(
@@ -63,10 +59,7 @@ class SharedPrefixes(MicroBatches):
 
 @torch.no_grad()
 def choose_micro_batches(model: Any) -> MicroBatches:
-    """Shared prefixes if the model computes the same logits with them, length buckets otherwise.
-
-    There is no list of architectures: the model is tried on a few dozen tokens.
-    """
+    """Shared prefixes if the model computes the same logits with them, on a few dozen tokens; else length buckets."""
     shared, training = SharedPrefixes(model), model.training
     usual = shared.base.config._attn_implementation
     model.eval()

@@ -8,9 +8,8 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from formtune.evaluation.outcomes import Outcome, outcome, worst_first
+from formtune.evaluation.outcomes import Answer, Outcome, outcome, worst_first
 from formtune.files import write_lines
-from formtune.model.batch import Answer
 from formtune.model.ranks import gathered
 
 
@@ -59,9 +58,7 @@ class Outcomes(Callback):
         self._numbered: list[tuple[int, Outcome]] = []
 
     def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
-        for a in outputs:
-            one = outcome(a.row, a.text, a.verdict, pl_module.format, a.confidence)
-            self._numbered.append((a.row.number, one))
+        self._numbered += [(answer.row.number, outcome(answer, pl_module.format)) for answer in outputs]
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         numbered = sorted(gathered(trainer, self._numbered), key=lambda pair: pair[0])
@@ -91,7 +88,7 @@ class AnswerFile(Callback):
             {
                 "where": a.row.where, "prompt": a.row.input, "answer": a.text,
                 "compliant": a.verdict.exact, "kind": a.verdict.kind, "detail": a.verdict.detail,
-                "confidence": a.confidence.answer, "field_confidences": a.confidence.fields, **self._model,
+                "confidence": a.confidence, "field_confidences": a.field_confidences, **self._model,
             }
             for a in sorted(self._answers, key=lambda a: a.row.number)
         ]  # fmt: skip

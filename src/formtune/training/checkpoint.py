@@ -4,7 +4,6 @@ import io
 import re
 import time
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +51,16 @@ class BestCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._counted = self._saved = time.monotonic()
 
-    def _count_time(self) -> None:
+    def _count_time(self) -> float:
+        """The seconds since the last checkpoint."""
         before, self._counted = self._counted, time.monotonic()
         self.seconds += self._counted - before
+        return self._counted - self._saved
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step >= trainer.estimated_stepping_batches:
             trainer.should_stop = True  # makes Lightning validate the last weights too, whatever the interval
-        self._count_time()
-        overdue = self._counted - self._saved >= self.every_n_seconds
-        signal, due = highest(trainer, self._signals.number, overdue)
+        signal, due = highest(trainer, self._signals.number, self._count_time() >= self.every_n_seconds)
         loop = trainer.fit_loop
         # Lightning cannot resume at the end of an epoch or before a validation: the next step is soon enough.
         unsafe = trainer.is_last_batch or loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
@@ -70,16 +69,15 @@ class BestCheckpoint(ModelCheckpoint):
             if signal:
                 raise Stopped(int(signal), f"saved at step {trainer.global_step}; {self._signals.remedy}")
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        pass  # validations and intervals decide when to save
-
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._count_time()
             self._save(trainer)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        pass  # a step that failed is computed again from the last checkpoint
+    def on_train_epoch_end(self, *_: Any) -> None:
+        pass  # validations and intervals decide when to save, and a step that failed is computed again
+
+    on_exception = on_train_epoch_end  # type: ignore[assignment]
 
     def _save(self, trainer: Any) -> None:
         if trainer.fast_dev_run:
@@ -97,7 +95,7 @@ class BestCheckpoint(ModelCheckpoint):
     def _set_paths(self) -> None:
         files, chosen = steps(self.folder), best(self._validations.history)
         self.best_model_path = str(files.get(chosen.step, "")) if chosen else ""
-        self.last_model_path = str(list(files.values())[-1]) if files else ""
+        self.last_model_path = str(files[max(files)]) if files else ""
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -111,10 +109,11 @@ class CheckpointFiles(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, buffer.getvalue())
         except OSError as error:
-            files, kept = [*steps(path.parent).values()], "nothing was saved before"
-            if files:
-                kept = f"{files[-1].name} is kept; free some space and rerun with --resume"
-            raise Fault(f"{path}: cannot be written ({error.strerror}); {kept}") from error
+            files = list(steps(path.parent).values())
+            kept = f"{files[-1].name} is kept" if files else "nothing was saved before"
+            raise Fault(
+                f"{path}: cannot be written ({error.strerror}); {kept}; free some space and rerun with --resume"
+            ) from error
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
         return read(Path(path))
@@ -130,65 +129,58 @@ def newest(folder: Path) -> Path | None:
     """The intact checkpoint of the highest step; damaged ones above it are renamed to `*.damaged`."""
     for path in reversed(steps(folder).values()):
         try:
-            check(path)
+            read(path)
+            return path
         except UserError:
             path.replace(f"{path}.damaged")
-        else:
-            return path
     return None
 
 
-def choose(asked: str | None, run: Path | None) -> Path | None:
+def choose(name: str | None, run: Path | None) -> Path | None:
     """The intact checkpoint that `--ckpt_path` names, of a run's folder if there is one; None for the untuned base."""
-    if asked == "base" or (asked is None and run is None):
+    if name == "base" or (name is None and run is None):
         return None
-    if asked not in (None, "best", "last"):
-        path = Path(str(asked))
-    elif run is None:
-        raise UserError(f"ckpt_path: {asked} of which run? Give its configuration: -c logs/TASK/RUN/config.yaml")
+    if name in (None, "best", "last"):
+        if run is None:
+            raise UserError(f"ckpt_path: {name} of which run? Give its configuration: -c logs/TASK/RUN/config.yaml")
+        path = _of_run(run / "checkpoints", last=name == "last")
     else:
-        path = _of_run(run / "checkpoints", last=asked == "last")
+        path = Path(str(name))
     read(path)
     return path
 
 
 def _of_run(folder: Path, last: bool) -> Path:
-    files = steps(folder)
+    files = list(steps(folder).values())
     if not files:
         raise UserError(f"ckpt_path: {folder} holds no checkpoint yet; --ckpt_path base measures the base")
-    latest = list(files.values())[-1]
     if last:
-        return latest
+        return files[-1]
     validations = Validations()  # as the newest checkpoint holds them
-    validations.load_state_dict(read(latest)["callbacks"][validations.state_key])
+    validations.load_state_dict(read(files[-1])["callbacks"][validations.state_key])
     chosen = best(validations.history)
-    if chosen is None or chosen.step not in files:
-        names = ", ".join(path.name for path in files.values())
+    path = folder / f"step-{chosen.step if chosen else None}.ckpt"
+    if path not in files:
         raise UserError(
-            f"ckpt_path: {folder.parent} has no best checkpoint; take one of {folder} by --ckpt_path PATH ({names}), "
+            f"ckpt_path: {folder.parent} has no best checkpoint; name another, such as --ckpt_path {files[-1]}, "
             "or measure the untuned base by --ckpt_path base"
         )
-    return files[chosen.step]
-
-
-def check(path: Path) -> None:
-    """Compare every record with its CRC-32, which torch.load does not; a UserError if a file is missing or damaged."""
-    if path.is_dir():
-        raise UserError(f"{path}: a folder, not a checkpoint; name a run before the flags, or one of its .ckpt files")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() is not None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a run's best checkpoint is named at its end") from None
-    except (OSError, zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, RuntimeError, EOFError):
-        damaged = True  # whatever zipfile raises for a file that is not a zip, cut off or overwritten
-    if damaged:
-        raise UserError(f"{path}: the file is damaged; take another checkpoint of its folder")
+    return path
 
 
 def read(path: Path) -> dict[str, Any]:
     """Load a checkpoint's tensors and plain types, never code; raise a UserError if it is not an intact checkpoint."""
-    check(path)
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, not a checkpoint; name a run before the flags, or one of its .ckpt files")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip() is not None  # compares CRC-32, which torch.load does not
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a run's best checkpoint is named at its end") from None
+    except Exception:  # whatever zipfile raises for a file that is not a zip, cut off or overwritten
+        damaged = True
+    if damaged:
+        raise UserError(f"{path}: the file is damaged; take another checkpoint of its folder")
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["state_dict"]

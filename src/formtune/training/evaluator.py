@@ -12,13 +12,14 @@ from formtune.data.datamodule import FormatDataModule
 from formtune.data.preparation import production_rows
 from formtune.errors import UserError
 from formtune.evaluation import baselines as prompting
-from formtune.evaluation.outcomes import VIEWS, Outcome, write_outcomes
+from formtune.evaluation.outcomes import VIEWS, Outcome, rate, write_outcomes
 from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.evaluation.report import Run, write_run_report
 from formtune.evaluation.selective import judged, summary
+from formtune.files import read_entry, write_entry
 from formtune.model import FormatModule
-from formtune.model.batch import Decoding
 from formtune.model.constrained import Grammar
+from formtune.model.micro_batches import Decoding
 from formtune.training import callback
 from formtune.training.answers import Outcomes
 
@@ -28,42 +29,43 @@ LONGEST = 2  # times the longest target: what a baseline may decode
 
 
 class Evaluator:
-    """Evaluates on the test rows, and keeps the outcome of each row."""
+    """Evaluates on the test rows; keeps the outcome of each row, and in `result` what `metrics.json` will hold."""
 
     def __init__(self, trainer: Any, model: FormatModule, datamodule: FormatDataModule, folder: Path) -> None:
+        assert datamodule.splits is not None, "prepare() comes first"
         self.trainer, self.model, self.datamodule, self.folder = trainer, model, datamodule, folder
+        self.splits, self.settings = datamodule.splits, datamodule.settings
         # Each row once, whatever its weight: no example is twice in a prompt.
         self.train_rows = list({id(row): row for row in datamodule.rows["train"]}.values())
         self.test_rows = datamodule.rows["test"]
-        self.renderer, self.context = datamodule.settings.renderer, context_length(model.base) or 10**9
-        self._orders = model.orders = datamodule.splits.orders if datamodule.splits else None
+        self.context = context_length(model.base) or 10**9
+        self.result: dict[str, Any] = {"counts": {}}
         self.outcomes: dict[str, list[Outcome]] = {}
         self._writes = trainer.is_global_zero and not trainer.fast_dev_run
         self._longest = max(len(row.target_ids) for row in self.test_rows)
         # An untuned base often does not stop.
         self._limit = min(model.max_new_tokens, LONGEST * self._longest)
 
-    def baselines(self, kinds: Sequence[Baseline], most: int) -> dict[str, Any]:
-        """Measure the plain base, and those of `kinds`, on at most so many test rows; the result for `metrics.json`."""
-        result: dict[str, Any] = {"counts": {}}
-        test, format = self.test_rows, self.model.format
+    def baselines(self, kinds: Sequence[Baseline], most: int) -> None:
+        """Measure the plain base, and those of `kinds`, on at most so many test rows."""
+        test, format, renderer, result = self.test_rows, self.model.format, self.settings.renderer, self.result
         sample = [test[i] for i in sorted(random.Random(0).sample(range(len(test)), min(most, len(test))))]
         self._announce(sample, len(kinds) + 1)
         prompts = {"zero-shot": sample}
-        outcomes = {"zero-shot": self._baseline("before", sample, result)}
+        outcomes = {"zero-shot": self._baseline("before", sample)}
         if "few_shot" in kinds:
             shots = prompting.shots_by_schema(self.train_rows, sample, format)
-            rows, count = prompting.few_shot_rows(sample, shots, self.renderer, self.context)
+            rows, count = prompting.few_shot_rows(sample, shots, renderer, self.context)
             if count:
                 name = f"{count}-shot"
-                prompts[name], outcomes[name] = rows, self._baseline("few_shot", rows, result)
+                prompts[name], outcomes[name] = rows, self._baseline("few_shot", rows)
                 result["shots"] = [row.where for rows in shots.values() for row in rows[:count]]
             else:
                 self._print("few-shot is not measured: no example fits beside the longest test row")
         constrained = None
         if "constrained" in kinds and not self.model.constrained:  # else every evaluation is constrained
             try:
-                grammar = Grammar(format, self.renderer, self._orders)
+                grammar = Grammar(format, renderer, self.splits.orders)
                 for row in test:
                     grammar.matcher(row)
             except UserError as error:
@@ -71,70 +73,60 @@ class Evaluator:
                 self._print(f"constrained decoding is not measured: {result['no_grammar']}")
             else:
                 rows = prompts[prompting.best_prompt(outcomes)]
-                constrained = self._baseline("before_constrained", rows, result, constrained=True)
+                constrained = self._baseline("before_constrained", rows, constrained=True)
         if self._writes:
             result["constant"] = prompting.constant_answer(self.train_rows, test, format)
             result["prompting"] = prompting.prompting_verdict(outcomes, constrained)
             print(result["prompting"])
-        return result
 
-    def tuned(self, result: dict[str, Any]) -> None:
-        """Add the figures of the tuned model, with constrained decoding too if the base was measured so.
-
-        It answers the validation rows again: what the checkpoints hold of them are verdicts, not confidences.
-        """
+    def tuned(self) -> None:
+        """Measure the tuned model, with constrained decoding too if the base was measured so."""
         decodings = {"after": Decoding()}
-        if "before_constrained" in result:
+        if "before_constrained" in self.result:
             decodings["after_constrained"] = Decoding(constrained=True, logged=False)
         for name, decoding in decodings.items():
             outcomes = self._test(VIEWS[name], self.test_rows, decoding)
-            self._record(name, outcomes, self.model.evaluation, self.model.counts, result)
-        rows = self.datamodule.rows["validation"]
+            self._record(name, outcomes, self.model.evaluation, self.model.counts)
+        rows = self.datamodule.rows["validation"]  # answered again: checkpoints hold verdicts, not confidences
         validation = self._test("tuned, on the validation rows", rows, Decoding(logged=False))
         if self._writes:
             write_outcomes(self.folder / "outcomes" / "validation.jsonl", validation)
             if judged(self.outcomes["after"]):  # not of answers that a callback of the user's made
-                result["confidence"] = summary(validation, self.outcomes["after"])
+                self.result["confidence"] = summary(validation, self.outcomes["after"])
 
     def probe(self) -> list[dict[str, Any]]:
         """Valid format on test rows that were made longer, up to production's P99 and beyond the training rows."""
-        production = production_rows(self.datamodule.settings)
-        lengths = probe_lengths(
-            [len(row.prompt_ids) for row in self.train_rows],
-            [len(row.prompt_ids) for row in production],
-            self.context - self._longest,
-        )
+        production = production_rows(self.settings)
+        train, longer = ([len(row.prompt_ids) for row in rows] for rows in (self.train_rows, production))
+        lengths = probe_lengths(train, longer, self.context - self._longest)
         texts = [row.input for row in production or self.train_rows]
-        longer = probe_rows(self.test_rows, texts, lengths, self.renderer)
         probes = []
-        for name, rows in longer.items():
+        for name, rows in probe_rows(self.test_rows, texts, lengths, self.settings.renderer).items():
             outcomes = self._test(f"tuned, inputs as long as {name}", rows, Decoding(logged=False))
-            exact = sum(outcome.exact for outcome in outcomes)
-            probes.append({"name": name, "tokens": lengths[name], "rows": len(outcomes), "exact": exact})
+            exact, count = rate(outcomes, "exact")
+            probes.append({"name": name, "tokens": lengths[name], "rows": count, "exact": exact})
         return probes
 
-    def report(self, result: dict[str, Any]) -> None:
-        settings, splits = self.datamodule.settings, self.datamodule.splits
-        production = production_rows(settings)
-        assert splits is not None
+    def report(self) -> None:
+        production = production_rows(self.settings)
         run = Run(
             name=f"{self.folder.parent.name}/{self.folder.name}",
-            result=result,
+            result=self.result,
             outcomes=self.outcomes,
             format=self.model.format,
             longest=max(len(row.prompt_ids) for row in self.train_rows),
             production_p95=quantile([len(row.prompt_ids) for row in production], 95) if production else None,
-            quarantined=dict(splits.reasons.most_common()),
+            quarantined=dict(self.splits.reasons.most_common()),
             config=(self.folder / "config.yaml").read_text(encoding="utf-8"),
             base=self.model.base,
-            date=settings.date,
-            note=settings.renderer.note,
+            date=self.settings.date,
+            note=self.settings.renderer.note,
         )
         write_run_report(run, self.folder)
 
     def _announce(self, sample: list[Row], evaluations: int) -> None:
         """Print how long the baselines will take, estimated from a few rows, and how to skip them."""
-        if self.trainer.fast_dev_run or len(sample) <= TIMED_ROWS or self._cached(sample, False)[1]:
+        if self.trainer.fast_dev_run or len(sample) <= TIMED_ROWS or self._cached(sample)[1]:
             return
         started = time.monotonic()
         self._test(None, sample[:TIMED_ROWS], Decoding(max_new_tokens=self._limit, logged=False))
@@ -145,34 +137,35 @@ class Evaluator:
             f"{max(1, round(minutes))} min{skip}"
         )
 
-    def _cached(self, rows: list[Row], constrained: bool) -> tuple[str, dict[str, Any] | None]:
-        """The key of a baseline's measurement in the cache, and the measurement if it is there."""
+    def _cached(self, rows: list[Row], constrained: bool = False) -> tuple[Path, Any]:
+        """The cache entry of a baseline: its path, and the figures, counts and outcomes if they are there."""
         model, trainer = self.model, self.trainer
         settings = {
             "precision": trainer.precision,
             "quantize": model.quantize,
-            "constrained": [self._orders] if model.constrained or constrained else None,
+            "constrained": [self.splits.orders] if model.constrained or constrained else None,
             "max_new_tokens": self._limit,
             "batches": trainer.limit_test_batches,
         }
-        key = prompting.baseline_key(model.base, rows, settings, model.format)
+        path = prompting.cache_entry(model.base, rows, settings, model.format)
         # On several machines some might find it and others not, and these would wait for those without end.
-        return key, None if trainer.num_nodes > 1 or trainer.fast_dev_run else prompting.load_baseline(key)
+        return path, None if trainer.num_nodes > 1 or trainer.fast_dev_run else read_entry(path)
 
-    def _baseline(self, name: str, rows: list[Row], result: dict[str, Any], constrained: bool = False) -> list[Outcome]:
-        """Outcomes of the base on the rows, from the cache if it has them; the figures go into `result`."""
-        key, stored = self._cached(rows, constrained)
-        if stored is None:
+    def _baseline(self, name: str, rows: list[Row], constrained: bool = False) -> list[Outcome]:
+        """Outcomes of the base on the rows, from the cache if it has them."""
+        path, entry = self._cached(rows, constrained)
+        if entry:
+            values, counts, records = entry
+            outcomes = [Outcome(*record) for record in records]
+        else:
             # One point of the curves belongs to step 0: the base as it will be trained.
             outcomes = self._test(VIEWS[name], rows, Decoding(constrained, self._limit, logged=name == "before"))
-            # Figures of a class whose code may change are computed anew each time.
-            values = {name: value for name, value in self.model.evaluation.items() if not name.startswith("own/")}
-            stored = {"values": values, "counts": self.model.counts, "outcomes": outcomes}
+            values, counts = self.model.evaluation, self.model.counts
             if self._writes:
-                prompting.store_baseline(key, **stored)
-        outcomes = stored["outcomes"]
+                write_entry(path, [values, counts, outcomes], prompting.KEPT)
+        # The code of the user's own metrics may have changed since.
         own = self.model.scores.own.alone([o.answer for o in outcomes], [o.target for o in outcomes])
-        self._record(name, outcomes, stored["values"] | own, stored["counts"], result)
+        self._record(name, outcomes, {name: values[name] for name in counts} | own, counts)
         return outcomes
 
     def _test(self, name: str | None, rows: list[Row], decoding: Decoding) -> list[Outcome]:
@@ -181,11 +174,8 @@ class Evaluator:
         self.trainer.test(self.model, self.datamodule.evaluation_loader(rows, decoding), verbose=False)
         return callback(self.trainer, Outcomes).outcomes
 
-    def _record(
-        self, name: str, outcomes: list[Outcome], values: dict[str, float], counts: dict[str, Any],
-        result: dict[str, Any],
-    ) -> None:  # fmt: skip
-        self.outcomes[name], result[name], result["counts"][name] = outcomes, values, counts
+    def _record(self, name: str, outcomes: list[Outcome], values: dict[str, float], counts: dict[str, Any]) -> None:
+        self.outcomes[name], self.result[name], self.result["counts"][name] = outcomes, values, counts
         if self._writes:
             write_outcomes(self.folder / "outcomes" / f"{name}.jsonl", outcomes)
 

@@ -5,7 +5,7 @@ import json
 import platform
 from collections.abc import Iterable
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from formtune import __version__
@@ -50,30 +50,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / NAME
     try:
         manifest: Any = json.loads(path.read_text(encoding="utf-8"))
-        base = manifest["base"]
-        hashes = [*manifest["files"].values(), *base["files"].values()]
-        if manifest["kind"] not in KINDS or not all(isinstance(text, str) for text in (base["path"], *hashes)):
-            raise TypeError
-        return manifest
+        files, base = manifest["files"], manifest["base"]
+        texts = [base["path"], *files.values(), *base["files"].values()]
+        if manifest["kind"] in KINDS and all(isinstance(text, str) for text in texts):
+            return manifest
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; an exported folder has one (formtune export)") from None
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{path}: not a manifest; export the folder again") from None
+        pass
+    raise UserError(f"{path}: not a manifest; export the folder again")
 
 
 def verify(folder: Path) -> dict[str, Any]:
     """The folder's manifest; raises a UserError that names a listed file which is missing, changed or outside."""
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
-        parts = PurePosixPath(name)
-        path = folder / parts
-        outside = "\0" in name or parts.is_absolute() or ".." in parts.parts
-        if outside or not path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{folder / NAME}: {name!r} leads out of {folder}; export the folder again")
-        if not path.is_file():
-            raise UserError(f"{path}: missing, but listed in {NAME}; export the folder again")
-        if file_hash(path) != expected:
-            raise UserError(f"{path}: changed since it was exported; export the folder again")
+        path = folder / name
+        if "\0" in name or ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve()):
+            fault = f"{folder / NAME}: {name!r} leads out of {folder}"
+        elif not path.is_file():
+            fault = f"{path}: missing, but listed in {NAME}"
+        elif file_hash(path) != expected:
+            fault = f"{path}: changed since it was exported"
+        else:
+            continue
+        raise UserError(f"{fault}; export the folder again")
     return manifest
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Timer
 
 from formtune.data.encoded import FEW_ROWS
-from formtune.training.overfitting import CHANGE, LASTING, counts, diagnose, is_finite
+from formtune.training.overfitting import CHANGE, LASTING, counts, diagnose
 from formtune.training.validations import Validation, best
 
 Step = tuple[str, dict[str, Any]]  # what to do, and the keys that change; none if the rows should
@@ -45,12 +45,12 @@ def next_step(history: Sequence[Validation], trainer: Any, command: str) -> str:
 
 def _change(history: Sequence[Validation], chosen: Validation | None, trainer: Any) -> Step:
     kind, _, improving = diagnose(history)
-    measured = [v for v in history if is_finite(v)]
+    measured = [v for v in history if v.is_finite]
     if kind == "diverged" or chosen is None:
         return _rate(trainer, 0.1, "training diverged")
     first, last = measured[0], measured[-1]
     for old, new in itertools.pairwise(history):
-        if not is_finite(new) or counts(new.train_loss - old.train_loss, first.train_loss, SPIKE):
+        if not new.is_finite or counts(new.train_loss - old.train_loss, first.train_loss, SPIKE):
             change = f"from {old.train_loss:.3g} to {new.train_loss:.3g}"
             return _rate(trainer, 1 / 3, f"training loss rose {change} at step {new.step}")
     fell = first.train_loss - last.train_loss
@@ -61,11 +61,8 @@ def _change(history: Sequence[Validation], chosen: Validation | None, trainer: A
         return _rate(trainer, 3, f"training loss fell by only {fell / first.train_loss:.0%}")
     if kind in ("learning", "too early"):
         return _longer([v for v in measured if v.step], improving, trainer)
-    rows, rank, epoch = (
-        len(trainer.datamodule.rows["train"]),
-        trainer.lightning_module.lora.r,
-        trainer.num_training_batches,
-    )
+    rows, rank = len(trainer.datamodule.rows["train"]), trainer.lightning_module.lora.r
+    epoch = trainer.num_training_batches
     if kind == "memorising" and rows >= FEW_ROWS:
         lowest = min(measured, key=lambda v: v.val_loss)
         epochs = max(1, math.ceil(max(lowest.step, chosen.step) / epoch))
@@ -83,23 +80,20 @@ def _change(history: Sequence[Validation], chosen: Validation | None, trainer: A
 
 def _longer(trained: Sequence[Validation], improving: Sequence[str], trainer: Any) -> Step:
     """Until the error halves, if it falls as a power of the steps, as it did in the last half of the validations."""
-    times, why, epoch = float(MOST), "too few validations to say how long", trainer.num_training_batches
+    times, why = float(MOST), "too few validations to say how long"
     name = next((name for name in ERRORS if name in improving), None)
     late = trained[-max(LASTING, math.ceil(len(trained) / 2)) :]
     if name and len(late) > 1:
         errors = [max(ERRORS[name](v), 1e-6) for v in late]
-        power = -linear_regression([math.log(v.step) for v in late], [math.log(error) for error in errors]).slope
+        power = -linear_regression([math.log(v.step) for v in late], list(map(math.log, errors))).slope
         times = 2 ** (1 / power) if power > 1 / math.log2(MOST) else times
-        values = [f"{e:.3g}" if name == "validation loss" else f"{1 - e:.0%}" for e in (errors[0], errors[-1])]
-        why = f"{name} {values[0]} at step {late[0].step}, {values[1]} at step {late[-1].step}"
+        first, last = (f"{e:.3g}" if name == "validation loss" else f"{1 - e:.0%}" for e in (errors[0], errors[-1]))
+        why = f"{name} {first} at step {late[0].step}, {last} at step {late[-1].step}"
         why += f" (format/exact {late[-1].exact / late[-1].rows:.0%})" if name != "format/exact" else ""
-    done = trainer.global_step
+    done, epoch = trainer.global_step, trainer.num_training_batches
     steps = max(round(times * done), done + 1)
     keys = _epochs(trainer, max(math.ceil(steps / epoch), done // epoch + 1))
-    return f"train longer, {why}", keys if steps >= epoch else keys | {
-        "trainer.max_epochs": 1,
-        "trainer.max_steps": steps,
-    }
+    return f"train longer, {why}", keys if steps >= epoch else keys | {"trainer.max_steps": steps}
 
 
 def _epochs(trainer: Any, number: int) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Diagnose during a run whether it still learns or memorises, and stop a run that has nothing left to learn."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -8,12 +7,13 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from formtune.evaluation.metrics import ratios
 from formtune.training import callback
 from formtune.training.validations import Validation, Validations, best, fewer
 
 LASTING = 3  # validations that a change must last: the last two of a run are close, and may be the same luck
-# Shares of a loss. While the learning rate is high, a loss moves by a few percent from validation to validation. Small
-# gains add up and keep a run alive; to call a run memorising takes more than that noise.
+# Shares of a loss. Small gains add up and keep a run alive; to call it memorising takes more than the noise, a few
+# percent from validation to validation.
 GAIN = 0.01
 CHANGE = 0.05
 FAR = 1.0  # a training loss that has doubled does not come back
@@ -32,9 +32,9 @@ class Diagnosis(NamedTuple):
 
 def diagnose(history: Sequence[Validation]) -> Diagnosis:
     """Diagnose a run from its validations in the order of their steps, at least one."""
-    finite = [v for v in history if is_finite(v)]
+    finite = [v for v in history if v.is_finite]
     start, last = (finite or history)[0], history[-1]
-    if not is_finite(last) or counts(last.train_loss - start.train_loss, start.train_loss, FAR):
+    if not last.is_finite or counts(last.train_loss - start.train_loss, start.train_loss, FAR):
         figures = f"train {last.train_loss:.4g}, validation {last.val_loss:.4g}, {start.train_loss:.4g} at the start"
         return Diagnosis("diverged", f"diverged: losses {figures}")
 
@@ -51,42 +51,32 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
     above = all(counts(value - loss[lowest], loss[lowest], CHANGE) for value in loss[-LASTING:])
     rise = f"validation loss {_change(loss[lowest], loss[-1])} from its lowest"
     if recent:
-        but = f", with the {rise}" if above else ""
-        verb = "improves" if len(recent) == 1 else "improve"
-        return Diagnosis("learning", f"learning: {' and '.join(recent)} still {verb}{but}", tuple(recent))
+        text = f"learning: {' and '.join(recent)} still improve{'s' if len(recent) == 1 else ''}"
+        return Diagnosis("learning", text + (f", with the {rise}" if above else ""), tuple(recent))
     if len(finite) <= LASTING:
         text = f"too early to tell: validation {len(finite)} of the {LASTING + 1} that it takes, nothing improved yet"
         return Diagnosis("too early", text)
     chosen = best(history)
     if above and counts(train[lowest] - train[-1], train[lowest], CHANGE):
-        at = gains["format/exact"]
-        parts = [
-            f"memorising since step {finite[lowest].step}: {rise} while train fell "
-            f"{_change(train[lowest], train[-1])[1:]}",
-            f"format/exact saturated since step {finite[at].step}" if at else "format/exact has not risen",
-            *([f"the best checkpoint is of step {chosen.step}"] if chosen else []),
-        ]
-        return Diagnosis("memorising", "; ".join(parts))
+        at, fell = gains["format/exact"], _change(train[lowest], train[-1])[1:]
+        text = f"memorising since step {finite[lowest].step}: {rise} while train fell {fell}; format/exact "
+        text += f"saturated since step {finite[at].step}" if at else "has not risen"
+        return Diagnosis("memorising", text + (f"; the best checkpoint is of step {chosen.step}" if chosen else ""))
     if not any(gains.values()) and not _last_fall(train):
         return Diagnosis("not learning", f"not learning: neither loss has fallen in {len(finite)} validations")
     at = max(gains.values())
-    since = finite[at].step
-    fell = counts(train[at] - train[-1], train[at], CHANGE)
-    but = f", while train fell {_change(train[at], train[-1])[1:]}" if fell else ""
-    if chosen and chosen.step != since:
-        but += f"; the best checkpoint is of step {chosen.step}, which can be chance"
-    return Diagnosis("saturated", f"saturated: nothing improved since step {since}{but}")
+    text = f"saturated: nothing improved since step {finite[at].step}"
+    if counts(train[at] - train[-1], train[at], CHANGE):
+        text += f", while train fell {_change(train[at], train[-1])[1:]}"
+    if chosen and chosen.step != finite[at].step:
+        text += f"; the best checkpoint is of step {chosen.step}, which can be chance"
+    return Diagnosis("saturated", text)
 
 
 def should_stop(history: Sequence[Validation], validations: int) -> bool:
     """Whether each of the last `validations` found the run memorising or saturated; a run that learns never stops."""
     ends = range(len(history), len(history) - validations, -1)
     return all(end > 0 and diagnose(history[:end]).kind in ("memorising", "saturated") for end in ends)
-
-
-def is_finite(v: Validation) -> bool:
-    """Whether both losses are finite."""
-    return math.isfinite(v.train_loss) and math.isfinite(v.val_loss)
 
 
 def counts(change: float, value: float, share: float) -> bool:
@@ -121,9 +111,8 @@ def _change(before: float, after: float) -> str:
 class OverfittingWatch(Callback):
     """Measures a sample of training rows in each validation, and diagnoses the history of both.
 
-    A step's training loss cannot be compared with the validation loss: it has dropout, other rows each time, and older
-    weights. The sample is measured as validation rows are. The cost is a forward pass over as many rows as validation
-    has; nothing is decoded.
+    The loss of a step cannot be compared with the validation loss: it has dropout, other rows and older weights. The
+    cost is a forward pass over as many rows as validation has; nothing is decoded.
 
     Args:
         patience: Validations in a row that must find the run memorising or saturated before it is stopped; None
@@ -141,7 +130,7 @@ class OverfittingWatch(Callback):
         # Not in a later hook: the model is still in evaluation mode, and its metrics are not yet reset.
         if not trainer.sanity_checking:
             loss = pl_module.teacher_forced_loss(trainer.datamodule.training_sample())
-            gap = pl_module.scores.losses.compute()["loss"] - loss
+            gap = ratios(pl_module.scores.losses.compute())["val/loss"] - loss
             pl_module.log_dict({"train/eval_loss": loss, "val/loss_gap": gap}, batch_size=1)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:

@@ -53,7 +53,7 @@ def train(
         write_whole(folder.path / "config.yaml", config())
 
     # What prompting reaches
-    result = evaluator.baselines(baselines, baseline_rows)
+    evaluator.baselines(baselines, baseline_rows)
 
     # Training; the curves start at the untuned base
     if checkpoint is None:
@@ -69,15 +69,15 @@ def train(
     if chosen is None:
         raise UserError(f"{reason(history)}; {advice}")
     model.load_state_dict(read(Path(checkpoints.best_model_path))["state_dict"])
-    data = datamodule.splits.key if datamodule.splits else None
     if writes and not (folder.path / "adapter").exists():
-        export_adapter(model, folder.path / "adapter", folder.path / "config.yaml", data)
+        export_adapter(model, folder.path / "adapter", folder.path / "config.yaml", evaluator.splits.key)
 
     # The tuned model on the test rows, and on longer inputs
-    evaluator.tuned(result)
+    evaluator.tuned()
+    result = evaluator.result
     result["probe"] = evaluator.probe() if longer_inputs else []
     result["rows"] = result["counts"]["after"]["format/exact"][1]
-    result["data"] = data  # as in audit.json
+    result["data"] = evaluator.splits.key  # as in audit.json
     result["training"] = {
         "weights": datamodule.splits.weights if datamodule.splits else {},
         "steps": steps,
@@ -92,7 +92,7 @@ def train(
         "next": advice,
     }
     if writes:
-        evaluator.report(result)
+        evaluator.report()
         write_json(folder.path / "metrics.json", result)  # last of all: it says that the run is finished
     return result
 

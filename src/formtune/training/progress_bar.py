@@ -9,17 +9,16 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import convert_inf
 
 
 class StepsBar(TQDMProgressBar):
-    """One line: steps, rows, training loss, and the time left, validations included (`+` until one was timed)."""
+    """One line: steps, rows, training loss, and the time left at the mean speed so far, validations included."""
 
     BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} rows |{bar}| {elapsed}"
-    _first = _validated = 0  # steps at which this process began, and at the last validation
-    _began = _validation = 0.0  # seconds: the clock at the first step, without validations; the last validation
 
     def init_train_tqdm(self) -> Any:
         bar = super().init_train_tqdm()
-        bar.bar_format = "{desc}{n_fmt}/{total_fmt} steps{postfix} |{bar}|"
-        bar.total, bar.n = convert_inf(self.trainer.estimated_stepping_batches), self.trainer.global_step
-        self._first, self._validated, self._began = bar.n, bar.n, time.monotonic()
+        bar.total = convert_inf(self.trainer.estimated_stepping_batches)
+        bar.initial = bar.n = self.trainer.global_step
+        clock = "left={remaining}" if bar.total else "{elapsed}"
+        bar.bar_format = "{desc}{n_fmt}/{total_fmt} steps{postfix}, " + clock + " |{bar}|"
         return bar
 
     def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
@@ -29,29 +28,12 @@ class StepsBar(TQDMProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
-        step, total, loader = trainer.global_step, self.train_progress_bar.total, trainer.train_dataloader
-        if total is None:  # a sanity check, or a training without end
+        if trainer.sanity_checking:
             return {}
+        loader = trainer.train_dataloader
         rows = trainer.current_epoch * _rows(loader, trainer.num_training_batches)
         rows += _rows(loader, trainer.fit_loop.batch_idx + 1)
-        loss = float(trainer.callback_metrics.get("train/loss", math.nan))
-        interval = (trainer.val_check_batch or math.inf) * (trainer.check_val_every_n_epoch or 1)
-        # The last step is always validated, and nothing after it.
-        validations = (self._validated < total) * (max(1, math.ceil(total / interval)) - self._validated // interval)
-        step_seconds = (time.monotonic() - self._began) / max(step - self._first, 1)
-        seconds = (total - step) * step_seconds + validations * self._validation
-        left = self.train_progress_bar.format_interval(seconds) + ("" if self._validation else "+")
-        return {"rows": f"{rows:,}", "loss": f"{loss:.4f}", "left": left}
-
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        self._validation_began = time.monotonic()
-        super().on_validation_start(trainer, pl_module)
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if not trainer.sanity_checking:
-            self._validation, self._validated = time.monotonic() - self._validation_began, trainer.global_step
-            self._began += self._validation
-        super().on_validation_end(trainer, pl_module)
+        return {"rows": f"{rows:,}", "loss": f"{float(trainer.callback_metrics.get('train/loss', math.nan)):.4f}"}
 
     def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
         stage = "test" if trainer.testing else "predict" if trainer.predicting else "val"

@@ -37,19 +37,12 @@ class RunFolder:
     @property
     def date(self) -> str | None:
         """Date that the chat template writes into the run's prompts; None if no run has begun, or it writes none."""
-        try:
-            date = self._config()["data"]["date"]
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-            return None
+        date = self.config().get("data.date") if self.begun else None
         return date and str(date)
 
     def difference(self, config: str) -> str | None:
         """The first key, with both values, in which this run's configuration differs from another in YAML, or None."""
-        try:
-            old = dict(_leaves(self._config()))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{self.path / 'config.yaml'}: cannot be read ({error}); begin another run") from None
-        new = dict(_leaves(yaml.safe_load(config)))
+        old, new = self.config(), dict(_leaves(yaml.safe_load(config)))
         if None in (old.get("data.date"), new.get("data.date")):  # the template writes none, or the run's is taken
             old["data.date"] = new["data.date"] = None
         for key in new | old:
@@ -57,8 +50,13 @@ class RunFolder:
                 return f"{key} {old.get(key)}, now {new.get(key)}"
         return None
 
-    def _config(self) -> Any:
-        return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+    def config(self) -> dict[str, Any]:
+        """The run's configuration by dotted keys."""
+        path = self.path / "config.yaml"
+        try:
+            return dict(_leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); begin another run") from None
 
     def hold(self) -> None:
         """Make the folder, and lock it for as long as this process lives."""
@@ -86,9 +84,9 @@ def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], 
     """The name of the run to begin or to resume in a task's folder; None for a new run, which is named by the clock."""
     # Runs of a sweep do not count.
     begun = [path for path in task.glob("*/config.yaml") if not (path.parent / "sweep.json").exists()]
-    last = max(begun, key=lambda path: path.stat().st_mtime) if begun and resume else None
-    folder = RunFolder(task / name) if name else RunFolder(last.parent) if last else None
-    if folder is None or not folder.begun or (folder.finished and not name):
+    begun.sort(key=lambda path: path.stat().st_mtime)
+    path = task / name if name else begun[-1].parent if begun and resume else None
+    if path is None or not (folder := RunFolder(path)).begun or (folder.finished and not name):
         return name
     if not resume:
         raise UserError(f"run: {folder.path} already holds a run; continue it with --resume, or choose another --run")
@@ -111,7 +109,7 @@ def measured_run(configs: Sequence[Path], named: Path | None) -> Path | None:
 
 def minimum_confidence(config: Any, run: Path | None) -> float:
     """The confidence from which a run's answers to its validation rows reach `--target_precision`."""
-    target = config.target_precision
+    target, constrained = config.target_precision, config.model.constrained
     if config.min_confidence is not None or run is None or config.ckpt_path not in (None, "best"):
         raise UserError(
             "target_precision: it needs a finished run and its best checkpoint, and no min_confidence; name the run, "
@@ -120,11 +118,9 @@ def minimum_confidence(config: Any, run: Path | None) -> float:
     path = run / "outcomes" / "validation.jsonl"
     if not path.is_file():
         raise UserError(f"target_precision: {path} is missing; a run of formtune train has it")
-    outcomes = read_outcomes(path)
-    constrained = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]["constrained"]
-    if constrained != config.model.constrained:
-        raise UserError(f"target_precision: {run} was measured with model.constrained: {str(constrained).lower()}")
-    rows = judged(outcomes)
+    if RunFolder(run).config()["model.constrained"] != constrained:
+        raise UserError(f"target_precision: {run} was measured with model.constrained: {str(not constrained).lower()}")
+    rows = judged(read_outcomes(path))
     minimum = threshold(rows, target)
     if minimum is None:
         raise UserError(

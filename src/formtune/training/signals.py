@@ -1,7 +1,4 @@
-"""Signals that stop a run: noted when they arrive, acted on between two steps, by all processes at the same step.
-
-A handler that saved or communicated by itself would meet an unfinished step, and processes that wait for others.
-"""
+"""Signals that stop a run: noted when they arrive, acted on between two steps, by all processes at the same step."""
 
 import os
 import signal
@@ -31,13 +28,11 @@ class Signals(Callback):
         if threading.current_thread() is threading.main_thread():
             for number in NUMBERS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
-                    before = signal.signal(number, self._note)
-                    self._before.setdefault(number, before)
+                    self._before.setdefault(number, signal.signal(number, self._note))
 
     def restore(self) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
-        self._before.clear()
+        while self._before:
+            signal.signal(*self._before.popitem())
 
     def _note(self, number: int, frame: Any) -> None:
         if not self._in_loop:

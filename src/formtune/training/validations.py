@@ -33,8 +33,12 @@ class Validation:
         return self.right.bit_count()
 
     @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.train_loss) and math.isfinite(self.val_loss)
+
+    @property
     def order(self) -> tuple[int, float, float, int]:
-        """Sort key among candidates: the best is first."""
+        """Sort key among candidates: most right answers, then highest field F1, lowest loss, earliest step."""
         return (-self.joint, -self.field_f1, self.val_loss, self.step)
 
     def figures(self) -> dict[str, Any]:
@@ -51,8 +55,7 @@ def fewer(rows: int, others: int) -> bool:
 def best(history: Iterable[Validation]) -> Validation | None:
     """The best checkpoint, None if no validation gave finite figures.
 
-    Candidates have not `fewer` rows in valid format than the one with the most. The best of them has the most right
-    answers; on a tie the higher field F1, then the lower loss, then the earlier step.
+    It is the first in `order` of those that have not `fewer` rows in valid format than the one with the most.
     """
     return min(_candidates(_measured(history))[1], key=lambda v: v.order, default=None)
 
@@ -86,10 +89,8 @@ def reason(history: Sequence[Validation]) -> str:
     if reference is None:
         return "no best checkpoint: no validation gave a finite loss"
     chosen, *others = sorted(candidates, key=lambda v: v.order)
-    why = f"its valid format, {chosen.exact}, is the most"
-    if chosen is not reference:
-        near = f"within one standard error of step {reference.step}'s {reference.exact}"
-        why = f"its valid format, {chosen.exact}, is {near}, the most"
+    near = f"within one standard error of step {reference.step}'s {reference.exact}, "
+    why = f"its valid format, {chosen.exact}, is {'' if chosen is reference else near}the most"
     if others and others[0].joint == chosen.joint:
         names = ("a higher field F1", "a lower loss", "fewer steps")
         first = next(name for name, a, b in zip(names, chosen.order[1:], others[0].order[1:], strict=True) if a != b)
@@ -107,12 +108,10 @@ def reason(history: Sequence[Validation]) -> str:
 
 
 def _measured(history: Iterable[Validation]) -> list[Validation]:
-    """The checkpoints with finite figures."""
     return [v for v in history if v.step and math.isfinite(v.val_loss) and math.isfinite(v.field_f1)]
 
 
 def _candidates(measured: Sequence[Validation]) -> tuple[Validation | None, list[Validation]]:
-    """The reference and the candidates, see `best`."""
     reference = min(measured, key=lambda v: (-v.exact, *v.order), default=None)
     return reference, [v for v in measured if reference and not fewer(v.valid, reference.valid)]
 
@@ -144,9 +143,8 @@ class Validations(Callback):
             return
         # Each time the same rows, in the order of the file, however many processes share them.
         valid, right = (int("".join("01"[row[i]] for row in rows) or "0", 2) for i in (1, 2))
-        train, loss, f1 = (
-            float(metrics.get(name, math.nan)) for name in ("train/eval_loss", "val/loss", "content/field_f1")
-        )
+        names = ("train/eval_loss", "val/loss", "content/field_f1")
+        train, loss, f1 = (float(metrics.get(name, math.nan)) for name in names)
         self.history.append(Validation(trainer.global_step, train, loss, f1, len(rows), valid, right))
         if trainer.state.fn == "fit" and trainer.is_global_zero:
             figures = "  ".join(f"{name} {float(metrics[name]):.4f}" for name in PRINTED)

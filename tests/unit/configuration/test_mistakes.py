@@ -192,5 +192,5 @@ def test_a_run_is_named_by_its_last_configuration(write_project, capsys):
 
 
 def test_no_name_of_another_tool_is_a_key_itself():
-    own = {key for key, *_ in keys.KEYS}
+    own = set(keys.KEYS)
     assert not own & set(keys.MEANT) and {key for key, _ in keys.MEANT.values()} <= own

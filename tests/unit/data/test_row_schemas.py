@@ -21,10 +21,10 @@ from formtune.data.settings import DataSettings
 from formtune.data.shapes import own_schema
 from formtune.data.styles import mixtures
 from formtune.errors import UserError
-from formtune.evaluation.baselines import baseline_key, choose_shots, constant_answer, few_shot_rows, shots_by_schema
+from formtune.evaluation.baselines import cache_entry, choose_shots, constant_answer, few_shot_rows, shots_by_schema
 from formtune.evaluation.comparison import FIELDS, compare, read_runs
-from formtune.evaluation.metrics import FormatMetrics
-from formtune.evaluation.outcomes import outcome, write_outcomes
+from formtune.evaluation.metrics import FormatMetrics, ratios
+from formtune.evaluation.outcomes import Answer, outcome, write_outcomes
 from formtune.evaluation.probe import probe_rows
 from formtune.evaluation.slices import slices
 from formtune.formats import JsonSchema, Regex
@@ -269,7 +269,7 @@ def test_hashes_and_caches_tell_schemas_apart(settings, base):
     assert len(paths) == 2
     rows = [row(NUMBER), replace(row(NUMBER), schema=open_object), replace(row(NUMBER), schema=None)]
     assert len({content_hash({"train": [one]}) for one in rows}) == 3
-    assert len({baseline_key(base, [one], {}, PER_ROW) for one in rows}) == 3
+    assert len({cache_entry(base, [one], {}, PER_ROW) for one in rows}) == 3
 
 
 def test_one_accuracy_counts_the_fields_of_all_rows():
@@ -281,23 +281,23 @@ def test_one_accuracy_counts_the_fields_of_all_rows():
         [PER_ROW.of_row(wide).check(wrong, target=right), PER_ROW.of_row(NUMBER).check("?", target='{"n":4}')]
     )
     metrics.update([PER_ROW.of_row(COLOR).check(ANSWERS[COLOR], target=ANSWERS[COLOR])])
-    values = metrics.compute()
-    assert [name for name in values if "field_acc" in name] == ["content/field_acc"]
-    assert metrics.counts()["content/field_acc"] == (6 + 0 + 1, 8 + 1 + 1)
-    assert float(values["content/field_acc"]) == pytest.approx(0.7)
-    assert metrics.counts()["format/exact"] == (2, 3) and metrics.counts()["joint/exact"] == (1, 3)
-    assert {name: int(n) for name, n in values.items() if name.startswith("fail/") and n} == {
+    counts = metrics.compute()
+    assert [name for name in counts if "field_acc" in name] == ["content/field_acc"]
+    assert counts["content/field_acc"] == (6 + 0 + 1, 8 + 1 + 1)
+    assert ratios(counts)["content/field_acc"] == pytest.approx(0.7)
+    assert counts["format/exact"] == (2, 3) and counts["joint/exact"] == (1, 3)
+    assert {name: n for name, (n, _) in counts.items() if name.startswith("fail/") and n} == {
         "fail/ok": 1, "fail/content": 1, "fail/syntax": 1,
     }  # fmt: skip
     fixed = FormatMetrics(JsonSchema(json.loads(wide)))
     fixed.update([PER_ROW.of_row(wide).check(wrong, target=right)])
-    assert "content/field_acc" not in fixed.compute() and fixed.counts()["content/field_acc/k7"] == (0, 1)
+    assert "content/field_acc" not in fixed.compute() and fixed.compute()["content/field_acc/k7"] == (0, 1)
 
 
 def judged(schema, answer, where, prompt="a question"):
     one = row(schema, where, prompt)
     verdict = PER_ROW.of_row(schema).check(answer, target=one.target, input=prompt)
-    return outcome(one, answer, verdict, PER_ROW)
+    return outcome(Answer(one, answer, verdict), PER_ROW)
 
 
 def test_outcomes_keep_the_schema_and_runs_are_compared_field_by_field_of_it(tmp_path):
@@ -322,7 +322,7 @@ def test_a_table_has_the_most_frequent_fields_of_many_schemas(tmp_path):
     answers = [json.dumps({f"only{n}": 1, "n": 2}) for n in range(3 * FIELDS)]
     pairs = zip(schemas, answers, strict=True)
     outcomes = [
-        outcome(row(s, f"f:{n}", target=a), a, PER_ROW.of_row(s).check(a, target=a), PER_ROW)
+        outcome(Answer(row(s, f"f:{n}", target=a), a, PER_ROW.of_row(s).check(a, target=a)), PER_ROW)
         for n, (s, a) in enumerate(pairs)
     ]
     write_outcomes(tmp_path / "a.jsonl", outcomes)

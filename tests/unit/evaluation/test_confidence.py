@@ -15,8 +15,7 @@ from conftest import SCHEMA, byte_tokenizer
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.errors import UserError
-from formtune.evaluation.confidence import Confidence, confidence
-from formtune.evaluation.outcomes import Outcome, read_outcomes, write_outcomes
+from formtune.evaluation.outcomes import Answer, Outcome, confidence, read_outcomes, write_outcomes
 from formtune.evaluation.report import page
 from formtune.evaluation.selective import (
     accepted,
@@ -30,7 +29,6 @@ from formtune.evaluation.selective import (
 )
 from formtune.evaluation.statistics import wilson
 from formtune.formats import JsonSchema, Labels, Regex, Tagged
-from formtune.model.batch import Answer
 from formtune.training.answers import AnswerFile
 from formtune.training.run_folder import minimum_confidence
 
@@ -46,41 +44,41 @@ def sure(format, text, tokens, halves=(), verdict=None):
 def test_an_answers_confidence_is_the_product_over_all_its_tokens_and_a_fields_over_those_of_its_value():
     format, text = JsonSchema(SCHEMA), '{"n":12,"s":"a"}'
     tokens = ['{"', "n", '":', "1", "2", ',"', "s", '":"', "a", '"}', "<|end|>"]
-    assert sure(format, text, tokens) == Confidence(1.0, {"n": 1.0, "s": 1.0})
-    assert sure(format, text, tokens, [1]) == Confidence(0.5, {"n": 1.0, "s": 1.0}), "a key"
-    assert sure(format, text, tokens, [3, 4]) == Confidence(0.25, {"n": 0.25, "s": 1.0})
-    assert sure(format, text, tokens, [5]).fields == {"n": 0.5, "s": 1.0}, "it says that the number has no more digits"
-    assert sure(format, text, tokens, [7]).fields == {"n": 1.0, "s": 0.5}, "it begins the text"
-    assert sure(format, text, tokens, [9]).fields == {"n": 1.0, "s": 0.5}, "it ends the text"
-    assert sure(format, text, tokens, [10]) == Confidence(0.5, {"n": 1.0, "s": 1.0}), "the stop token"
+    assert sure(format, text, tokens) == (1.0, {"n": 1.0, "s": 1.0})
+    assert sure(format, text, tokens, [1]) == (0.5, {"n": 1.0, "s": 1.0}), "a key"
+    assert sure(format, text, tokens, [3, 4]) == (0.25, {"n": 0.25, "s": 1.0})
+    assert sure(format, text, tokens, [5])[1] == {"n": 0.5, "s": 1.0}, "it says that the number has no more digits"
+    assert sure(format, text, tokens, [7])[1] == {"n": 1.0, "s": 0.5}, "it begins the text"
+    assert sure(format, text, tokens, [9])[1] == {"n": 1.0, "s": 0.5}, "it ends the text"
+    assert sure(format, text, tokens, [10]) == (0.5, {"n": 1.0, "s": 1.0}), "the stop token"
 
 
 def test_an_answer_that_is_one_token_and_an_invalid_one():
     format = Labels(["yes", "no"])
-    assert sure(format, "yes", ["yes", "<|end|>"], [0]) == Confidence(0.5)
-    assert sure(format, "yes", ["yes"], [0]) == Confidence(0.5), "a server may leave out the stop token"
-    assert sure(format, "maybe", ["maybe", "<|end|>"]) == Confidence(0.0)
-    assert sure(Labels(["", "a"]), "", ["<|end|>"], [0]) == Confidence(0.5)
+    assert sure(format, "yes", ["yes", "<|end|>"], [0]) == (0.5, {})
+    assert sure(format, "yes", ["yes"], [0]) == (0.5, {}), "a server may leave out the stop token"
+    assert sure(format, "maybe", ["maybe", "<|end|>"]) == (0.0, {})
+    assert sure(Labels(["", "a"]), "", ["<|end|>"], [0]) == (0.5, {})
 
 
 def test_a_field_that_the_answer_lacks_takes_the_tokens_of_the_object_around_it():
     person = {"type": ["object", "null"], "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
     format = JsonSchema({"type": "object", "properties": {"who": person, "x": {"type": "array"}}})
     tokens = ['{"x"', ":", "[", "1", "]", ', "who" : ', "nu", "ll", " }", "<|end|>"]
-    assert sure(format, "".join(tokens[:-1]), tokens, [6]).fields == {"who.name": 0.5, "who.age": 0.5, "x": 1.0}
-    assert sure(format, "".join(tokens[:-1]), tokens, [3]).fields == {"who.name": 1.0, "who.age": 1.0, "x": 0.5}
+    assert sure(format, "".join(tokens[:-1]), tokens, [6])[1] == {"who.name": 0.5, "who.age": 0.5, "x": 1.0}
+    assert sure(format, "".join(tokens[:-1]), tokens, [3])[1] == {"who.name": 1.0, "who.age": 1.0, "x": 0.5}
     tokens = ["{", '"x"', ":[]", "}", "<|end|>"]
-    assert sure(format, '{"x":[]}', tokens, [3]).fields == {"who.name": 0.5, "who.age": 0.5, "x": 1.0}
+    assert sure(format, '{"x":[]}', tokens, [3])[1] == {"who.name": 0.5, "who.age": 0.5, "x": 1.0}
 
 
 def test_the_fields_of_other_formats_and_white_space_before_every_answer():
     tokens = [" ", "<a>", "x", "</", "a>", "<b>", "y", "</b>", "<|end|>"]
-    assert sure(Tagged(["a", "b"]), "<a>x</a><b>y</b>", tokens, [3]).fields == {"a": 0.5, "b": 1.0}
-    assert sure(Tagged(["a", "b"]), "<a>x</a><b>y</b>", tokens, [6]).fields == {"a": 1.0, "b": 0.5}
+    assert sure(Tagged(["a", "b"]), "<a>x</a><b>y</b>", tokens, [3])[1] == {"a": 0.5, "b": 1.0}
+    assert sure(Tagged(["a", "b"]), "<a>x</a><b>y</b>", tokens, [6])[1] == {"a": 1.0, "b": 0.5}
     format = Regex(r"(?P<day>\d+)(?:-(?P<month>\w+))?")
-    assert sure(format, "12-may", ["1", "2", "-", "may", "<|end|>"], [2]).fields == {"day": 0.5, "month": 1.0}
-    assert sure(format, "12-may", ["1", "2", "-", "may", "<|end|>"], [4]).fields == {"day": 1.0, "month": 0.5}
-    assert sure(format, "12", ["12", "<|end|>"], [1]).fields == {"day": 0.5, "month": 0.5}
+    assert sure(format, "12-may", ["1", "2", "-", "may", "<|end|>"], [2])[1] == {"day": 0.5, "month": 1.0}
+    assert sure(format, "12-may", ["1", "2", "-", "may", "<|end|>"], [4])[1] == {"day": 1.0, "month": 0.5}
+    assert sure(format, "12", ["12", "<|end|>"], [1])[1] == {"day": 0.5, "month": 0.5}
 
 
 def test_the_tokens_of_one_character_belong_to_it():
@@ -90,7 +88,7 @@ def test_the_tokens_of_one_character_belong_to_it():
     pieces = renderer.pieces(ids)
     assert "".join(pieces).startswith(text) and "" in pieces
     for byte in range(len(ids)):
-        fields = sure(format, text, pieces, [byte]).fields
+        fields = sure(format, text, pieces, [byte])[1]
         assert fields["s"] == (0.5 if 11 <= byte <= 17 else 1.0), byte
 
 
@@ -226,7 +224,7 @@ def answers(path, minimum):
     good = '{"n":1,"s":"a"}'
     for number, (text, probability) in enumerate([(good, 0.99), ("no", 0.0), (good, 0.5), (good, 0.97)]):
         row = Row([1], [], f"p {number}", None, f"f:{number}", number)
-        file._answers.append(Answer(row, text, format.check(text), Confidence(probability, {"n": probability})))
+        file._answers.append(Answer(row, text, format.check(text), probability, {"n": probability}))
     return file
 
 

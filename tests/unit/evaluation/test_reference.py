@@ -160,7 +160,7 @@ def test_verdicts_and_figures_are_those_of_jsonschema_and_of_a_plain_count(name)
         both = [set(values(one)) for one in (answer, target)]
         shared, either = shared + 2 * len(both[0] & both[1]), either + len(both[0]) + len(both[1])
     assert 0.2 * rows < valid < 0.9 * rows and 0 < right < valid, "nothing is tested where all are alike"
-    counts = metrics.counts()
+    counts = metrics.compute()
     assert counts["format/exact"] == (valid, rows) and counts["joint/exact"] == (right, rows)
     assert counts["content/exact_match"] == (equal, rows)
     assert counts["content/field_f1"] == (shared, either)

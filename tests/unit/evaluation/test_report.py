@@ -421,11 +421,11 @@ def test_another_base_or_format_is_measured_anew(tmp_path):
     row = Row([1, 2], [3], "s", "g", "f:1")
     (tmp_path / "config.json").write_text("{}")
     keys = {
-        baseline.baseline_key(str(tmp_path), [row], {"precision": "32-true"}, JsonSchema(SCHEMA)),
-        baseline.baseline_key(str(tmp_path), [row], {"precision": "bf16-mixed"}, JsonSchema(SCHEMA)),
-        baseline.baseline_key(str(tmp_path), [row], {"precision": "32-true"}, JsonSchema({"type": "object"})),
-        baseline.baseline_key(str(tmp_path), [row, row], {"precision": "32-true"}, JsonSchema(SCHEMA)),
+        baseline.cache_entry(str(tmp_path), [row], {"precision": "32-true"}, JsonSchema(SCHEMA)),
+        baseline.cache_entry(str(tmp_path), [row], {"precision": "bf16-mixed"}, JsonSchema(SCHEMA)),
+        baseline.cache_entry(str(tmp_path), [row], {"precision": "32-true"}, JsonSchema({"type": "object"})),
+        baseline.cache_entry(str(tmp_path), [row, row], {"precision": "32-true"}, JsonSchema(SCHEMA)),
     }
     (tmp_path / "config.json").write_text('{"a": 1}')
-    keys.add(baseline.baseline_key(str(tmp_path), [row], {"precision": "32-true"}, JsonSchema(SCHEMA)))
+    keys.add(baseline.cache_entry(str(tmp_path), [row], {"precision": "32-true"}, JsonSchema(SCHEMA)))
     assert len(keys) == 5

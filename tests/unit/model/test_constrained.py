@@ -16,6 +16,7 @@ from formtune.data.datamodule import FormatDataModule
 from formtune.errors import UserError
 from formtune.formats import Format, JsonSchema, Labels, Regex, Tagged, ToolCalls
 from formtune.model import FormatModule
+from formtune.model.attention import CachedAttention
 from formtune.model.constrained import Documents, Grammar
 from formtune.model.length_buckets import LengthBuckets
 from formtune.model.shared_prefixes import SharedPrefixes, choose_micro_batches
@@ -190,8 +191,8 @@ def test_tokens_that_the_model_predicts_anyway_are_not_decoded_again(monkeypatch
     model, grammar = sharp_model("llama"), grammar_of(Regex(pattern=r"(?s).{1,8}"))
     prompts = [r.prompt_ids for r in random_rows(3, 8)]
     written = [naive(model, grammar, p, 20) for p in prompts]
-    fed, feed, micro_batches = [], SharedPrefixes._next, choose_micro_batches(model)
-    monkeypatch.setattr(SharedPrefixes, "_next", lambda *a: fed.append(a[1].numel()) or feed(*a))
+    fed, append, micro_batches = [], CachedAttention._append, choose_micro_batches(model)
+    monkeypatch.setattr(CachedAttention, "_append", lambda *a: fed.append((a[1] == 0) * len(a[0].at)) or append(*a))
     free = answered(micro_batches, [row(p) for p in prompts], None, [20] * len(prompts))
     assert any(a[0] == b[0] for a, b in zip(free, written, strict=True)), (
         "the model generates nothing that the grammar allows, so that nothing is tested"

@@ -7,6 +7,7 @@ import torch
 from test_packing import random_rows, row
 
 from conftest import SHAPES, tiny_model
+from formtune.model.attention import CachedAttention
 from formtune.model.length_buckets import LengthBuckets
 from formtune.model.shared_prefixes import SharedPrefixes, choose_micro_batches
 
@@ -90,9 +91,8 @@ def test_every_way_of_decoding_gives_the_same_log_probabilities(shape):
 def test_a_row_that_predicts_its_target_is_never_decoded_and_others_only_from_the_first_mismatch(monkeypatch):
     model, rows, expected = both("llama")
     micro_batches = choose_micro_batches(model)
-    fed = []
-    feed = SharedPrefixes._next
-    monkeypatch.setattr(SharedPrefixes, "_next", lambda *a: fed.append(a[1].numel()) or feed(*a))
+    fed, append = [], CachedAttention._append
+    monkeypatch.setattr(CachedAttention, "_append", lambda *a: fed.append((a[1] == 0) * len(a[0].at)) or append(*a))
     exact = [row(r.prompt_ids, answer) for r, answer in zip(rows, expected, strict=True)]
     assert answered(micro_batches, exact, [LIMIT] * len(rows)) == expected and not fed
     half = [row(r.prompt_ids, [*answer[: len(answer) // 2], 13]) for r, answer in zip(rows, expected, strict=True)]

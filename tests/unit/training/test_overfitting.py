@@ -16,9 +16,9 @@ import torch
 from conftest import byte_tokenizer, pair, tiny_model
 from formtune.cli import main
 from formtune.data.datamodule import FormatDataModule
+from formtune.evaluation.outcomes import Answer
 from formtune.formats import JsonSchema
 from formtune.model import FormatModule, Lora
-from formtune.model.module import Answer
 from formtune.training import checkpoint
 from formtune.training.overfitting import LASTING, OverfittingWatch, diagnose, should_stop
 from formtune.training.validations import Validation, Validations
@@ -280,11 +280,11 @@ class Half(L.Callback):
     """Has two of three rows answered in a valid format, and half of these right."""
 
     def setup(self, trainer, pl_module, stage):
-        def judge(row, ids):
+        def judge(row):
             text = ("no JSON", row.target, '{"n":-1,"s":""}')[row.number % 3]
             return Answer(row, text, pl_module.format.check(text, finished=True, target=row.target, input=row.input))
 
-        pl_module._check = judge
+        pl_module._judge = lambda rows, decoded: list(map(judge, rows))
 
 
 def test_a_limited_validation_records_the_rows_that_it_saw(train, monkeypatch):

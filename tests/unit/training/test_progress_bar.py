@@ -61,7 +61,7 @@ def loader(rows, size):
 def drawn(monkeypatch, capsys):
     """Lines that a fit of 2 epochs of 50 rows in steps of 8, and evaluations of 300 rows, draw at 80 columns."""
     clock = Clock()
-    monkeypatch.setattr(progress_bar, "time", clock)
+    monkeypatch.setattr("tqdm.std.time", clock.monotonic)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda _: (80, 24))
 
@@ -86,12 +86,11 @@ def test_a_line_of_a_fit_counts_the_steps_of_all_epochs_and_fits_into_80_columns
     lines = drawn()
     assert max(map(len, lines)) <= 80
     shown = [line.partition(" |")[0] for line in lines if "loss" in line]
-    # Two validations are left after the first one at step 5: at step 10 and after the last step.
-    assert "Epoch 0: 1/14 steps, rows=8, loss=0.0123, left=00:26+" in shown
-    assert "Epoch 0: 6/14 steps, rows=48, loss=0.0123, left=01:16" in shown
-    assert "Epoch 0: 7/14 steps, rows=50, loss=0.0123, left=01:14" in shown
-    assert "Epoch 1: 8/14 steps, rows=58, loss=0.0123, left=01:12" in shown
-    assert "Epoch 1: 11/14 steps, rows=82, loss=0.0123, left=00:36" in shown
+    assert "Epoch 0: 1/14 steps, rows=8, loss=0.0123, left=00:26" in shown
+    # A validation of 30 seconds after step 5, and another after step 10.
+    assert "Epoch 0: 6/14 steps, rows=48, loss=0.0123, left=00:56" in shown
+    assert "Epoch 1: 8/14 steps, rows=58, loss=0.0123, left=00:34" in shown
+    assert "Epoch 1: 11/14 steps, rows=82, loss=0.0123, left=00:22" in shown
     assert shown[-1] == "Epoch 1: 14/14 steps, rows=100, loss=0.0123, left=00:00"
 
 
@@ -117,11 +116,10 @@ def test_nothing_is_drawn_if_the_output_is_not_a_terminal(drawn):
     ("options", "line"),
     [
         ({"fast_dev_run": 2}, "Epoch 0: 2/2 steps, rows=16, loss=0.0123, left=00:00"),
-        ({"overfit_batches": 2, "val_check_interval": 2}, "Epoch 1: 3/4 steps, rows=24, loss=0.0123, left=00:32"),
-        # Validations after each epoch: after step 8 the one after step 14 is left, and 6 steps.
-        ({"val_check_interval": 1.0, "check_val_every_n_epoch": 1}, "Epoch 1: 8/14 steps, rows=58, loss=0.0123, left=00:42"),
-        ({"num_sanity_val_steps": 1}, "Epoch 0: 1/14 steps, rows=8, loss=0.0123, left=00:26+"),
-        ({"max_epochs": -1, "max_time": {"seconds": 1}}, "Epoch 0: 1/? steps"),
+        ({"overfit_batches": 2, "val_check_interval": 2}, "Epoch 1: 3/4 steps, rows=24, loss=0.0123, left=00:12"),
+        ({"val_check_interval": 1.0, "check_val_every_n_epoch": 1}, "Epoch 1: 8/14 steps, rows=58, loss=0.0123, left=00:34"),
+        ({"num_sanity_val_steps": 1}, "Epoch 0: 1/14 steps, rows=8, loss=0.0123, left=00:26"),
+        ({"max_epochs": -1, "max_time": {"seconds": 1}}, "Epoch 0: 1/? steps, rows=8, loss=0.0123, 00:02"),
     ],
 )  # fmt: skip
 def test_flags_of_the_trainer_are_taken_into_account(drawn, options, line):
