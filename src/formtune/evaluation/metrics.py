@@ -48,9 +48,9 @@ class FormatMetrics(_Sums):
     """Rates of format and content, accuracies of fields (one of all with a schema per row), and failures by kind."""
 
     def __init__(self, format: Format) -> None:
-        self._accuracies = [f"content/field_acc/{field}" for field in format.fields]
-        accuracies = ["content/field_acc"] if format.per_row else self._accuracies
-        super().__init__(*_RATES, "content/field_f1", *accuracies, *(f"fail/{kind}" for kind in KINDS))
+        accuracies = [f"content/field_acc/{field}" for field in format.fields]
+        self._fields, self._rates = len(accuracies), (*_RATES, *accuracies, *(f"fail/{kind}" for kind in KINDS))
+        super().__init__(*self._rates, "content/field_f1", *(["content/field_acc"] if format.per_row else []))
 
     def update(self, verdicts: Sequence[Verdict]) -> None:
         """Count verdicts on answers to rows that have a target."""
@@ -60,14 +60,12 @@ class FormatMetrics(_Sums):
                 raise ValueError("content can only be measured against a target: check(..., target=...)")
             rates = (
                 verdict.exact, verdict.loose, verdict.joint, content.equal, content.invented, content.omitted,
-                content.ungrounded, *content.fields[: len(self._accuracies)], *(verdict.kind == kind for kind in KINDS),
+                content.ungrounded, *content.fields[: self._fields], *(verdict.kind == kind for kind in KINDS),
             )  # fmt: skip
-            names = (*_RATES, *self._accuracies, *(f"fail/{kind}" for kind in KINDS))
-            self._add(
-                {name: (rate, 1) for name, rate in zip(names, rates, strict=True)}
-                | {"content/field_f1": (2 * content.matched, content.predicted + content.expected)}
-                | {"content/field_acc": (sum(content.fields), len(content.fields))}
-            )
+            counts = {name: (int(rate), 1) for name, rate in zip(self._rates, rates, strict=True)}
+            counts["content/field_f1"] = (2 * content.matched, content.predicted + content.expected)
+            counts["content/field_acc"] = (sum(content.fields), len(content.fields))
+            self._add(counts)
 
 
 class LossMetrics(_Sums):
@@ -108,7 +106,6 @@ class OwnMetrics(nn.ModuleDict):
             self[f"{name}-{counts[name]}" if counts[name] > 1 else name] = metric
 
     def update(self, predictions: list[str], targets: list[str]) -> None:  # type: ignore[override]
-        """Add answers and their targets."""
         for name, metric in self.items() if predictions else ():
             _call(name, "update", metric.update, predictions, targets)
 
@@ -117,14 +114,12 @@ class OwnMetrics(nn.ModuleDict):
         figures: dict[str, Any] = {}
         for name, metric in self.items():
             value = _call(name, "compute", metric.compute)
-            named = (
-                {f"/{part}": figure for part, figure in value.items()} if isinstance(value, Mapping) else {"": value}
-            )
-            figures |= {f"own/{name}{part}": _call(name, "compute", float, figure) for part, figure in named.items()}
+            parts = value.items() if isinstance(value, Mapping) else [("", value)]
+            for part, figure in parts:
+                figures["/".join(filter(None, ["own", name, part]))] = _call(name, "compute", float, figure)
         return figures
 
     def reset(self) -> None:
-        """Reset every metric."""
         for name, metric in self.items():
             _call(name, "reset", metric.reset)
 

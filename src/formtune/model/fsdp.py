@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,8 +30,9 @@ class ShardedBase(DDPStrategy):
         for layer in decoder_layers(decoder):
             fully_shard(layer, mesh=mesh, ignored_params=trained)
         # As the root, it fetches the next layer while one computes.
-        fully_shard(decoder, mesh=mesh, ignored_params=trained | {p for p in decoder.parameters() if _is_whole(p)})
-        module._ddp_params_and_buffers_to_ignore = [n for n, p in module.named_parameters() if not _is_whole(p)]
+        whole = {p for p in decoder.parameters() if not isinstance(p, DTensor)}
+        fully_shard(decoder, mesh=mesh, ignored_params=trained | whole)
+        module._ddp_params_and_buffers_to_ignore = [n for n, p in module.named_parameters() if isinstance(p, DTensor)]
 
 
 def padded(trainer: Any, micro_batches: list[Any], dummy: Callable[[], Any]) -> list[Any]:
@@ -65,7 +65,3 @@ def uneven_counts(trainer: Any, micro_batches: MicroBatches) -> Iterator[None]:
 def unsynced(strategy: Any) -> Any:
     """A context in which a backward pass exchanges no gradients."""
     return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else contextlib.nullcontext()
-
-
-def _is_whole(parameter: torch.Tensor) -> bool:
-    return not isinstance(parameter, DTensor)

@@ -23,8 +23,7 @@ class Padded:
 
     rows: list[int]  # their indices in the batch
     sizes: list[int]  # for each row the number of its labels, at least 1
-    ids: Tensor  # (rows, columns); the last column predicts nothing and is left out
-    seen: Tensor  # the attention mask: 0 for padding, of the same shape
+    ids: Tensor  # -1 for padding, (rows, columns); the last column predicts nothing and is left out
     targets: Tensor  # labels of the last columns, -1 where there is none, (rows, target columns)
 
 
@@ -47,16 +46,17 @@ class LengthBuckets(MicroBatches):
     def predictions(self, padded: Padded, bitmask: Tensor | None = None) -> Forward:
         predicting = padded.targets >= 0
         predicting[:, 0] = True  # also in a row without a target, whose answer starts there
-        positions = (padded.seen.cumsum(1) - 1).clamp_min(0)
+        inputs = self._inputs(padded.ids)
+        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
         logits = self.base(
-            input_ids=padded.ids.to(self.device),
-            attention_mask=padded.seen.to(self.device),
-            position_ids=positions.to(self.device),
-            logits_to_keep=padded.targets.size(1),
-            use_cache=False,
+            **inputs, position_ids=positions, logits_to_keep=padded.targets.size(1), use_cache=False
         ).logits[predicting.to(self.device)]
         targets = padded.targets[predicting].to(self.device)
         return predict(nn.Identity(), logits, targets, logits.size(-1), bitmask), None
+
+    def _inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        ids = ids.to(self.device)
+        return {"input_ids": ids.clamp_min(0), "attention_mask": (ids >= 0).long()}
 
     def _generate(
         self, padded: Padded, cache: None, unfinished: list[int], answers: list[Decoded], limits: list[int],
@@ -84,12 +84,9 @@ class LengthBuckets(MicroBatches):
         for limit in sorted({limits[j] for j in unfinished}):
             group = [j for j in unfinished if limits[j] == limit]
             ends = {"eos_token_id": list(stop), "pad_token_id": stop[0]}
-            self.base.generate(
-                input_ids=padded.ids[group, :width].to(self.device),
-                attention_mask=padded.seen[group, :width].to(self.device),
-                generation_config=GenerationConfig(do_sample=False, max_new_tokens=limit, **ends),
-                logits_processor=[choose],
-            )
+            config = GenerationConfig(do_sample=False, max_new_tokens=limit, **ends)
+            inputs = self._inputs(padded.ids[group, :width])
+            self.base.generate(**inputs, generation_config=config, logits_processor=[choose])
 
 
 def _pad(rows: Sequence[Row], group: list[int]) -> Padded:
@@ -98,4 +95,4 @@ def _pad(rows: Sequence[Row], group: list[int]) -> Padded:
     targets = pad_sequence(labels, batch_first=True, padding_value=-1)
     before = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
     ids = torch.cat([before, targets], 1)[:, :-1]
-    return Padded(group, list(map(len, labels)), ids.clamp_min(0), (ids >= 0).long(), targets)
+    return Padded(group, list(map(len, labels)), ids, targets)

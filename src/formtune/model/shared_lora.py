@@ -57,7 +57,6 @@ class LoraLinear(Linear):
 
     @property
     def down(self) -> Tensor:
-        """A, shape (r, in features)."""
         return self.lora_A["default"].weight  # type: ignore[return-value]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

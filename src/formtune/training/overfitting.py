@@ -40,7 +40,7 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
 
     train, loss = [v.train_loss for v in finite], [v.val_loss for v in finite]
     gains = {  # index of the last improvement of each, 0 for none
-        "validation loss": _last_fall(loss),
+        "validation loss": _last_gain(loss, _fell),
         "format/exact": _last_rise([v.valid for v in finite], fewer, int.bit_count),
         "joint/exact": _last_rise([v.right for v in finite], fewer, int.bit_count),
         # At least by one row's worth.
@@ -62,7 +62,7 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
         text = f"memorising since step {finite[lowest].step}: {rise} while train fell {fell}; format/exact "
         text += f"saturated since step {finite[at].step}" if at else "has not risen"
         return Diagnosis("memorising", text + (f"; the best checkpoint is of step {chosen.step}" if chosen else ""))
-    if not any(gains.values()) and not _last_fall(train):
+    if not any(gains.values()) and not _last_gain(train, _fell):
         return Diagnosis("not learning", f"not learning: neither loss has fallen in {len(finite)} validations")
     at = max(gains.values())
     text = f"saturated: nothing improved since step {finite[at].step}"
@@ -84,8 +84,8 @@ def counts(change: float, value: float, share: float) -> bool:
     return change > max(share * value, FLOOR)
 
 
-def _last_fall(losses: Sequence[float]) -> int:
-    return _last_gain(losses, lambda best, new: counts(best - new, best, GAIN))
+def _fell(lowest: float, new: float) -> bool:
+    return counts(lowest - new, lowest, GAIN)
 
 
 def _last_rise(scores: Sequence[T], rose: Callable[[T, T], bool], size: Callable[[T], float]) -> int:
