@@ -150,6 +150,8 @@ def test_two_processes_train_and_measure_the_same_as_one(write_project, strategy
         same, compared = counts.pop("val/parity")
         # Each process decodes two rows of its own in full.
         assert same == compared < others["val/parity"][1] and len(set(others.pop("val/parity"))) == 1
+        (nats, tokens), (two_nats, two_tokens) = counts.pop("val/loss"), others.pop("val/loss")
+        assert tokens == two_tokens and nats == pytest.approx(two_nats, rel=1e-5)
         assert counts == others and one_view.keys() == two_view.keys()
         for name, value in one_view.items():
             # Sums of floats depend on their order; all that is counted is the same to the last digit.
