@@ -98,7 +98,7 @@ class MicroBatches(ABC):
         answers = [Decoded() for _ in rows]
         for micro_batch in micro_batches:
             sizes, targets = micro_batch.sizes, [rows[i].target_ids for i in micro_batch.rows]
-            parts, most = [answers[i] for i in micro_batch.rows], [limits[i] for i in micro_batch.rows]
+            decoded, most_tokens = [answers[i] for i in micro_batch.rows], [limits[i] for i in micro_batch.rows]
             documents = Documents(grammar, [rows[i] for i in micro_batch.rows]) if grammar else None
             bitmask = documents.bitmask(targets, sizes) if documents else None
             predictions, cache = self.predictions(micro_batch, bitmask)
@@ -109,12 +109,12 @@ class MicroBatches(ABC):
                 start = end - sizes[j]
                 pairs = enumerate(zip(tokens[start:end], targets[j], strict=False))
                 same = next((i for i, (token, label) in pairs if token != label), len(targets[j]))
-                ids = tokens[start:end][: same + 1][: most[j]]
+                ids = tokens[start:end][: same + 1][: most_tokens[j]]
                 if documents:
                     ids = ids[: documents.write(j, ids)]
-                parts[j].ids, parts[j].logprobs = ids, logprobs[start : start + len(ids)]
-            if unfinished := [j for j, answer in enumerate(parts) if not finished(answer.ids, most[j], stop)]:
-                self._generate(micro_batch, cache, unfinished, parts, most, stop, documents)
+                decoded[j].ids, decoded[j].logprobs = ids, logprobs[start : start + len(ids)]
+            if unfinished := [j for j, answer in enumerate(decoded) if not finished(answer.ids, most_tokens[j], stop)]:
+                self._generate(micro_batch, cache, unfinished, decoded, most_tokens, stop, documents)
         return answers
 
 

@@ -111,23 +111,19 @@ def minimum_confidence(config: Any, run: Path | None) -> float:
     """The confidence from which a run's answers to its validation rows reach `--target_precision`."""
     target, constrained = config.target_precision, config.model.constrained
     if config.min_confidence is not None or run is None or config.ckpt_path not in (None, "best"):
-        raise UserError(
-            "target_precision: it needs a finished run and its best checkpoint, and no min_confidence; name the run, "
-            "or give --min_confidence alone"
-        )
-    path = run / "outcomes" / "validation.jsonl"
-    if not path.is_file():
-        raise UserError(f"target_precision: {path} is missing; a run of formtune train has it")
-    if RunFolder(run).config()["model.constrained"] != constrained:
-        raise UserError(f"target_precision: {run} was measured with model.constrained: {str(not constrained).lower()}")
-    rows = judged(read_outcomes(path))
-    minimum = threshold(rows, target)
-    if minimum is None:
-        raise UserError(
-            f"target_precision: no confidence gives {target} on the {len(rows):,} validation rows of {run}; take a "
-            "lower one, or validate on more rows"
-        )
-    return minimum
+        fault = "it needs a finished run and its best checkpoint, and no min_confidence; name the run, or give "
+        fault += "--min_confidence alone"
+    elif not (path := run / "outcomes" / "validation.jsonl").is_file():
+        fault = f"{path} is missing; a run of formtune train has it"
+    elif RunFolder(run).config()["model.constrained"] != constrained:
+        fault = f"{run} was measured with model.constrained: {str(not constrained).lower()}"
+    else:
+        rows = judged(read_outcomes(path))
+        if (minimum := threshold(rows, target)) is not None:
+            return minimum
+        fault = f"no confidence gives {target} on the {len(rows):,} validation rows of {run}; take a lower one, or "
+        fault += "validate on more rows"
+    raise UserError(f"target_precision: {fault}")
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
