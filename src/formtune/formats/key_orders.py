@@ -7,9 +7,6 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from graphlib import CycleError, TopologicalSorter
-from heapq import heappop, heappush
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +15,7 @@ from formtune.formats.dialect import KEYWORDS, schema_nodes, types
 
 # By the key that holds the objects, "" for the whole: how often a key comes right before another one.
 Orders = dict[str, dict[str, dict[str, int]]]
-Pairs = dict[tuple[Any, Any], int]
+Pairs = dict[tuple[str, str], int]
 
 MAX_NAMES = 1000  # keys below one holder: more are data, not names
 MAX_KEYS = 64  # of an object in any order: llguidance's rules take one number of 64 bits
@@ -59,7 +56,6 @@ class OrderedRules:
         self._names: dict[int, str] = {}  # of the rules, by schema
         self._rules: dict[str, str] = {}
         self._terminals: dict[str, str] = {}  # by key
-        self._objects: set[int] = set()
         self._free: set[int] = set()  # objects whose keys come in any order
         self._paths = {id(node): path for path, node in schema_nodes(root)}
         self.kept: list[str] = []
@@ -93,7 +89,7 @@ class OrderedRules:
 
     def _arrange(self, orders: Orders | None) -> bool:
         """Put each object's properties in the order that fits most targets; returns whether any was moved."""
-        objects: dict[int, tuple[dict[str, Any], Counter[tuple[Any, Any]]]] = {}
+        objects: dict[int, tuple[dict[str, Any], Counter[tuple[str, str]]]] = {}
         seen, stack = set[tuple[int, str]](), [(self._root, "")]
         while stack:
             node, holder = stack.pop()
@@ -103,17 +99,17 @@ class OrderedRules:
             stack += [(inner, holder) for inner in self._same_place(node)]
             stack += [(inner, key) for key, inner in node.get("properties", {}).items()]
             if node.get("properties"):
-                self._objects.add(id(node))
-            if len(node.get("properties", ())) > 1:
                 pairs = objects.setdefault(id(node), (node, Counter()))[1]
                 for key, following in (orders or {}).get(holder, {}).items():
                     pairs.update({(key, other): count for other, count in following.items()})
+        self._objects = {*objects}
         is_moved = False
         for number, (node, pairs) in objects.items():
-            keys, agrees = _arranged(list(node["properties"]), pairs)
-            if orders is None or not agrees:
+            own = list(node["properties"])
+            keys, agrees = _arranged(own, pairs)
+            if len(own) > 1 and (orders is None or not agrees):
                 self._free.add(number)
-            is_moved |= keys != list(node["properties"])
+            is_moved |= keys != own
             node["properties"] = {key: node["properties"][key] for key in keys}
         return is_moved
 
@@ -216,21 +212,16 @@ def _referring(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _arranged(keys: list[str], pairs: Pairs) -> tuple[list[str], bool]:
     """The keys in an order that keeps these pairs, or most of them, and whether it keeps all; else as they are."""
-    numbers = {key: number for number, key in enumerate(keys)}
-    pairs = {(numbers[a], numbers[b]): n for (a, b), n in pairs.items() if a in numbers and b in numbers}
-    most = [(a, b) for (a, b), count in pairs.items() if count > pairs.get((b, a), 0)]
-    for kept in ([*pairs], most):
-        sorter: TopologicalSorter[int] = TopologicalSorter(dict.fromkeys(range(len(keys)), ()))
-        for before, after in kept:
-            sorter.add(after, before)
-        with suppress(CycleError):
-            sorter.prepare()
-            order: list[int] = []
-            ready: list[int] = []  # the smallest first: keys without a pair stay near their place
-            while sorter.is_active():
-                for number in sorter.get_ready():
-                    heappush(ready, number)
-                order.append(heappop(ready))
-                sorter.done(order[-1])
-            return [keys[number] for number in order], len(kept) == len(pairs)
+    names = {*keys}
+    pairs = {(a, b): count for (a, b), count in pairs.items() if a in names and b in names}
+    majority = {(a, b) for (a, b), count in pairs.items() if count > pairs.get((b, a), 0)}
+    for pairs_kept in ({*pairs}, majority):
+        before = {key: {a for a, b in pairs_kept if b == key} for key in keys}
+        order: list[str] = []
+        rest = dict.fromkeys(keys)  # keys without a pair stay near their place
+        while (first := next((key for key in rest if before[key].isdisjoint(rest)), None)) is not None:
+            order.append(first)
+            del rest[first]
+        if not rest:
+            return order, len(pairs_kept) == len(pairs)
     return keys, False
