@@ -1,8 +1,8 @@
 """Reads a JSON Schema of any draft from 4 as draft 2020-12, and finds everything wrong with it."""
 
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
@@ -13,8 +13,10 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import specification_with
 
+from formtune.errors import UserError
 from formtune.formats.bounded import FORMATS, compile_ecma, resolver
 
+MAX_PROBLEMS = 10  # of a schema, named at once
 TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 
 _DRAFTS: dict[str, Any] = {
@@ -31,38 +33,26 @@ _LATER = {"prefixItems", "unevaluatedItems", "unevaluatedProperties", "dependent
 _NEEDS = {"then": "if", "else": "if", "minContains": "contains", "maxContains": "contains"}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _is_type(value: Any) -> bool:
-    names = [value] if isinstance(value, str) else value
-    return _is_names(names) and names != [] and {*names} <= {*TYPES}
-
-
-_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what a keyword holds, if not one schema
-    **dict.fromkeys(("minimum", "maximum", *_LIMITS), ("a number", _is_number)),
+_NAMES: dict[str, Any] = {"type": "array", "items": {"type": "string"}}
+_VALUES: dict[str, tuple[str, dict[str, Any]]] = {  # what a keyword holds, if not one schema: in words, as a schema
+    **dict.fromkeys(("minimum", "maximum", *_LIMITS), ("a number", {"type": "number"})),
     **dict.fromkeys(
         [f"{end}{what}" for end in ("min", "max") for what in ("Length", "Items", "Properties", "Contains")],
-        ("a whole number from 0", lambda value: _is_number(value) and value >= 0 and value == int(value)),
+        ("a whole number from 0", {"type": "integer", "minimum": 0}),
     ),
-    **dict.fromkeys(("pattern", "format", *_REFERENCES), ("a string", lambda value: isinstance(value, str))),
-    **dict.fromkeys((*_MAPS, "dependencies"), ("an object", lambda value: isinstance(value, dict))),
-    **dict.fromkeys(_LISTS, ("a list of schemas", lambda value: isinstance(value, list) and value != [])),
-    "type": (f"{', '.join(TYPES)} or a list of them", _is_type),
-    "enum": ("a list", lambda value: isinstance(value, list)),
-    "required": ("a list of keys, beside `properties`", _is_names),
-    "dependentRequired": (
-        "lists of keys",
-        lambda value: isinstance(value, dict) and all(map(_is_names, value.values())),
+    **dict.fromkeys(("pattern", "format", *_REFERENCES), ("a string", {"type": "string"})),
+    **dict.fromkeys((*_MAPS, "dependencies"), ("an object", {"type": "object"})),
+    **dict.fromkeys(_LISTS, ("a list of schemas", {"type": "array", "minItems": 1})),
+    "type": (
+        f"{', '.join(TYPES)} or a list of them",
+        {"if": {"type": "array"}, "then": {"minItems": 1, "items": {"enum": TYPES}}, "else": {"enum": TYPES}},
     ),
-    "multipleOf": ("a number above 0", lambda value: _is_number(value) and value > 0),
-    "uniqueItems": ("true or false", lambda value: isinstance(value, bool)),
-    "const": ("", lambda value: True),
+    "enum": ("a list", {"type": "array"}),
+    "required": ("a list of keys, beside `properties`", _NAMES),
+    "dependentRequired": ("lists of keys", {"type": "object", "additionalProperties": _NAMES}),
+    "multipleOf": ("a number above 0", {"type": "number", "exclusiveMinimum": 0}),
+    "uniqueItems": ("true or false", {"type": "boolean"}),
+    "const": ("", {}),
 }
 KEYWORDS = {*_VALUES, *_SINGLES}
 
@@ -103,12 +93,14 @@ def _meant(key: str) -> str | None:
 
 
 class Reading:
-    """A schema, of which no object is at two places, as it is read.
+    """A schema, of which no object is at two places, as it is read; raises UserError with all that is wrong with it.
 
     `root` is in draft 2020-12, with checked keywords only and `$ref` by JSON pointer; `notes` say how it was read.
     """
 
-    def __init__(self, schema: dict[str, Any]) -> None:
+    def __init__(self, schema: Any, name: str) -> None:
+        if not isinstance(schema, dict):
+            raise UserError(f"{name}: expected an object as schema, found {schema!r:.40}")
         self.problems: list[str] = []
         self.notes: list[str] = []
         self._unchecked: dict[str, None] = {}
@@ -118,18 +110,25 @@ class Reading:
         self.root: Any = {}
         self.draft = self._find_draft(schema)
         names = ("$schema", "$anchor", "$dynamicAnchor", "id" if self.draft == "4" else "$id")
-        nodes = list(schema_nodes(schema))
+        nodes = schema_nodes(schema)
         wrong = [f"{path}.{key}" for path, node in nodes for key in names if not isinstance(node.get(key, ""), str)]
         self.problems += [f"{shown}: not a JSON Schema (expected a string)" for shown in wrong]
-        if wrong:
-            return
+        if not wrong:  # these names are needed to read the rest
+            self._read_all(schema)
+        if not self.problems and not self.root.keys() - {"$defs", "definitions"}:
+            self.problems = ["the schema has no keyword that is checked, so every JSON text would be valid; say `type`"]
+        if self.problems:
+            count = f"{len(self.problems)} problems: " if len(self.problems) > 1 else ""
+            more = [f"and {len(self.problems) - MAX_PROBLEMS} more"] if len(self.problems) > MAX_PROBLEMS else []
+            raise UserError(f"{name}: {count}{' | '.join([*self.problems[:MAX_PROBLEMS], *more])}")
+
+    def _read_all(self, schema: dict[str, Any]) -> None:
         self._keywords = {*_DRAFTS[self.draft].VALIDATORS, *_LIMITS, "$defs", "definitions"}
         self._is_legacy = "unevaluatedItems" not in self._keywords  # up to draft 7
         self._specification = specification_with(_DRAFTS[self.draft].META_SCHEMA["$schema"])
         resource = self._specification.create_resource(schema)
         registry = Registry().with_resource(resource.id() or "", resource)
-        identifiers = re.findall(r'"(?:\$?id|\$anchor|\$dynamicAnchor)": "', json.dumps(schema))
-        if len(identifiers) > (resource.id() is not None):  # it takes time
+        with suppress(AttributeError, TypeError):  # raised for a malformed part, which is named below
             registry = registry.crawl()
         self.root = self._read(schema, "", "$", registry.resolver(resource.id() or ""))
         for reference in self._references:  # it grows: what a reference leads to may hold more
@@ -148,9 +147,8 @@ class Reading:
         if match := re.fullmatch(r"https?://json-schema\.org/draft[-/]0?([\d-]+)/(?:hyper-)?schema#?", str(uri)):
             if match[1] in _DRAFTS:
                 return match[1]
-            self.problems.append(
-                f"$.$schema: draft {match[1]} is not read, only {', '.join(_DRAFTS)}; convert the schema"
-            )
+            known = ", ".join(_DRAFTS)
+            self.problems.append(f"$.$schema: draft {match[1]} is not read, only {known}; convert the schema")
         nodes, draft = [node for _, node in schema_nodes(schema)], "2020-12"
         keys = {key for node in nodes for key in node}
         has_tuple = any(isinstance(node.get("items"), list) for node in nodes)
@@ -213,7 +211,9 @@ class Reading:
 
     def _is_read(self, node: dict[str, Any], key: str, value: Any, shown: str) -> bool:
         """Whether a key says something that is checked; if not, it is among the problems or the unchecked."""
-        expected, is_valid = _VALUES.get(key, ("", lambda value: True))
+        expected, rule = _VALUES.get(key, ("", {}))
+        if self.draft == "4" and key in _LIMITS:
+            rule = {"type": ["boolean", "number"]}
         if key == "discriminator":  # grammars need it
             return isinstance(value, dict)
         if key not in KEYWORDS:
@@ -226,7 +226,7 @@ class Reading:
             self._unchecked[f"{key}, which draft {self.draft} does not have"] = None
         elif _NEEDS.get(key, key) not in node or (key == "additionalItems" and not isinstance(node.get("items"), list)):
             return False
-        elif not is_valid(value) and not (self.draft == "4" and key in _LIMITS and isinstance(value, bool)):
+        elif not jsonschema.Draft202012Validator(rule).is_valid(value):
             self.problems.append(f"{shown}: not a JSON Schema (expected {expected}, found {value!r:.40})")
         elif key == "format" and value not in FORMATS.checkers:
             self._unchecked[f"format {value!r:.40}"] = None
@@ -245,7 +245,7 @@ class Reading:
         try:
             resolved = within.lookup(reference)
             target = resolved.contents
-        except (Unresolvable, ValueError, TypeError) as error:
+        except (Unresolvable, ValueError, TypeError, AttributeError) as error:
             if type(error) is Unresolvable:
                 problem = "leads out of the file; copy what it names into $defs and refer to it there"
         if key != "$ref" and self._dynamic.count(reference.partition("#")[2] or "True") > 1:

@@ -10,12 +10,13 @@ from typing import Any
 from jsonschema.exceptions import ValidationError
 
 from formtune.errors import UserError
-from formtune.formats.bounded import time_limit
+from formtune.formats.bounded import bounded_validator, time_limit
+from formtune.formats.dialect import Reading
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
 from formtune.formats.grammar import closed, json_rules
 from formtune.formats.key_orders import OrderedRules, Orders
 from formtune.formats.places import Places, is_array, is_label
-from formtune.formats.schema import make_validator, read_schema, unwrap
+from formtune.formats.schema import read_schema, unwrap
 from formtune.formats.strict_json import find_documents, loads_strict, value_spans
 
 MAX_PROBLEMS = 20  # per text: more do not help a reader
@@ -72,8 +73,9 @@ class JsonSchema(Format):
         self.schema, keys = unwrap(schema)
         self.per_row = False
         try:
-            self._validator, notes = make_validator(self.schema, name)
-            self._root = self._validator.schema
+            reading = Reading(self.schema, name)
+            self._root, notes = reading.root, reading.notes
+            self._validator = bounded_validator(self._root, reading.draft)
             self._places = Places(self._validator)
             fields: dict[str, None] = {}
             parts: dict[str, list[dict[str, Any]]] = {}

@@ -27,7 +27,6 @@ class Places:
     def __init__(self, validator: Any) -> None:
         self._validator, self._root = validator, validator.schema
         self._resolve = resolver(self._root)
-        self._known: dict[tuple[int, ...], list[Part]] = {}  # the parts of each place
 
     def paths(
         self, nodes: Sequence[Any], path: str = "", above: frozenset[int] = frozenset(), in_array: bool = False
@@ -55,17 +54,14 @@ class Places:
         return self._ordered(value, [self._root], {})[2]
 
     def _parts(self, nodes: Sequence[Any]) -> list[Part]:
-        key = (*map(id, nodes),)
-        if key in self._known:
-            return self._known[key]
         parts: dict[int, Part] = {}
-        stack = list(reversed(nodes))
+        stack = [*reversed(nodes)]
         while stack:
             node = stack.pop()
             if isinstance(node, dict) and id(node) not in parts:
                 parts[id(node)] = node
                 stack += reversed([option for options in self._added(node, _ANY) for option in options or ()])
-        return self._known.setdefault(key, list(parts.values()))
+        return [*parts.values()]
 
     def _added(self, node: Part, value: Any) -> Iterator[Sequence[Any] | None]:
         """For each keyword that adds parts: those of which one holds for `value`; None for the node's own."""
@@ -104,7 +100,6 @@ class Places:
             return 0, False, value
         place = (id(value), *map(id, nodes))  # alternatives that refer to themselves meet the same place again
         if place not in done:
-            seconds_left()
             orders = [self._arranged(value, way, done) for way in self._ways({"allOf": nodes}, value)]
             done[place] = min(orders, key=lambda order: order[:2])
         return done[place]

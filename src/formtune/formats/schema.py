@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from formtune.errors import UserError
-from formtune.formats.bounded import bounded_validator
-from formtune.formats.dialect import KEYWORDS, TYPES, Reading
+from formtune.formats.dialect import KEYWORDS, TYPES
 from formtune.formats.strict_json import loads_strict
 
 MAX_CHARACTERS = 2_000_000  # of a schema's file: to read a schema takes time
-MAX_PROBLEMS = 10  # named at once
 
 # What holds the schema in a request to OpenAI (response_format, tool) or Anthropic, and in a tool of MCP.
 _WRAPPERS = ("schema", "json_schema", "response_format", "function", "parameters", "input_schema", "inputSchema")
@@ -63,18 +61,3 @@ def unwrap(schema: Any) -> tuple[Any, str]:
         keys += inner
         schema = schema[inner[0]]
     return schema, ".".join(keys)
-
-
-def make_validator(schema: Any, name: str) -> tuple[Any, list[str]]:
-    """The validator of a schema that is complete and needs no network, and notes on how it was read."""
-    if not isinstance(schema, dict):
-        raise UserError(f"{name}: expected an object as schema, found {schema!r:.40}")
-    reading = Reading(schema)
-    problems = reading.problems
-    if not problems and not reading.root.keys() - {"$defs", "definitions"}:
-        problems = ["the schema has no keyword that is checked, so every JSON text would be valid; say `type`"]
-    if problems:
-        more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
-        count = f"{len(problems)} problems: " if len(problems) > 1 else ""
-        raise UserError(f"{name}: {count}{' | '.join([*problems[:MAX_PROBLEMS], *more])}")
-    return bounded_validator(reading.root, reading.draft), reading.notes
