@@ -65,7 +65,7 @@ def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
         "repairs": dict(splits.repairs.most_common()),
         "quarantined": dict(splits.reasons.most_common()),
         "ignored": dict(splits.ignored.most_common()),
-        "notes": splits.notes,
+        "notes": settings.columns.notes,
         "own_system": splits.own_system,
         "shared_text": splits.shared,
         "mixtures": [asdict(mixture) for mixture in splits.mixtures],

@@ -16,7 +16,7 @@ from formtune.configuration.task import read_run
 from formtune.data.cleaning import repair
 from formtune.data.shapes import own_schema
 from formtune.errors import UserError
-from formtune.formats.schema import read_schema
+from formtune.formats.json_schema import read_schema
 from formtune.model.length_buckets import LengthBuckets
 from formtune.model.lora import load_base
 from formtune.model.micro_batches import judge

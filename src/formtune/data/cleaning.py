@@ -134,10 +134,8 @@ def repair_answer(answer: str, format: Format, steps: Sequence[str], repairs: Co
     `edges` strips white space, `fence` the code fence around it, `canonical` writes the document as the format would.
     """
     text, made = answer, []
-    for step in ("edges", "fence", "canonical"):
+    for step in [step for step in ("edges", "fence", "canonical") if step in steps]:
         before = text
-        if step not in steps:
-            continue
         if step == "edges":
             text = text.strip()
         elif step == "fence" and (match := _FENCE.fullmatch(text.strip())):

@@ -38,9 +38,7 @@ class Splits:
     orders: Orders = field(default_factory=dict)  # of keys in training targets
     key: str = ""  # content hash of the rows
     ignored: Counter[str] = field(default_factory=Counter)  # rows that have a key which is not read, by its name
-    notes: dict[str, str] = field(default_factory=dict)  # how rows were read, with the place of the first such row
     own_system: int = 0  # rows with their own system prompt
-    note: str = ""  # how prompts are rendered, where a chat server does not render them so
     training: list[Row] = field(default_factory=list)  # the rows of train, each as often as an epoch has it
     weights: dict[str, dict[str, float]] = field(default_factory=dict)  # of the entries of `data.train`, and counts
     cached: Path | None = field(default=None, compare=False)  # the file they were read from

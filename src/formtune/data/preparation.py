@@ -33,7 +33,7 @@ def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
         splits = _prepare(settings, examples)
         if path:
             write_cache(path, splits)
-    splits.ignored, splits.notes, splits.training = ignored, settings.columns.notes, splits.rows["train"]
+    splits.ignored, splits.training = ignored, splits.rows["train"]
     if settings.weights:
         entry_of = {example.where: example.entry for example in examples["train"]}
         splits.training, splits.weights = weighted(splits.training, entry_of, settings.weights)
@@ -41,8 +41,6 @@ def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
         e.messages[0]["role"] in SYSTEM_ROLES and e.messages[0]["content"] not in ("", settings.system_of(e.schema))
         for e in chain(*examples.values())
     )
-    if settings.system or splits.own_system or settings.renderer.replaced or not settings.renderer.templated:
-        splits.note = settings.renderer.note
     return splits
 
 

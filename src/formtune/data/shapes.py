@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from copy import deepcopy
 from typing import Any
@@ -206,18 +205,15 @@ def written(value: Any, format: Format, where: str) -> tuple[str, str]:
 def _without_nulls(value: Any, format: Format) -> Any:
     """A copy without the null keys that the format refuses: tables write a key that is absent as null."""
     value = deepcopy(value)
-    for holder, key in list(_null_keys(value)):
-        before = format.problems(value)
-        del holder[key]
-        after = format.problems(value)
-        if before == after or len(after) > len(before):
-            holder[key] = None
+    stack = [value]
+    while stack:
+        holder = stack.pop()
+        is_object = isinstance(holder, dict)
+        stack += [x for x in reversed([*holder.values()] if is_object else holder) if isinstance(x, dict | list)]
+        for key in [key for key, inner in holder.items() if inner is None] if is_object else []:
+            before = format.problems(value)
+            del holder[key]
+            after = format.problems(value)
+            if before == after or len(after) > len(before):
+                holder[key] = None
     return value
-
-
-def _null_keys(value: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    if isinstance(value, dict):
-        yield from ((value, key) for key, inner in value.items() if inner is None)
-        value = list(value.values())
-    for inner in value if isinstance(value, list) else ():
-        yield from _null_keys(inner)

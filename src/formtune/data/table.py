@@ -28,12 +28,14 @@ def print_data(settings: DataSettings, splits: Splits | None, folder: Path | Non
             table.add_row(name, f"{len(rows):,}", *(f"{length:,}" for length in lengths))
         console.print(table)
         ignored = {"": splits.ignored} | ignored
+        renderer, note = settings.renderer, settings.renderer.note
+        differs = settings.system or splits.own_system or renderer.replaced or not renderer.templated
         shared = f"shared text: {splits.shared:.0%} of the input text is the same in many rows"
         listed = f" (each with its reason in {folder / 'quarantine.jsonl'})" if folder else ""
         repairs = ", ".join(f"{count:,} {step}" for step, count in splits.repairs.most_common())
         facts = {
             f"rows with their own system prompt: {splits.own_system:,}": splits.own_system,
-            splits.note: splits.note,
+            note: note and differs,
             f"encoded rows read from {splits.cached}": splits.cached,
             f"quarantined: {splits.quarantined}{listed}": splits.quarantined,
             f"{shared}; it was left out of the near-duplicate comparison": splits.shared,

@@ -5,9 +5,8 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from formtune.errors import UserError
@@ -80,9 +79,10 @@ class Format(ABC):
     #: Whether each row has its own schema, which `of_row` needs.
     per_row: bool = False
 
+    @functools.lru_cache(maxsize=1000)  # noqa: B019 (a task has one format)
     def of_row(self, schema: str | None) -> "Format":
         """The format of one row, by the JSON text of its own schema; raises UserError if it cannot be read."""
-        return _of_row(self, schema) if self.per_row else self
+        return self.with_schema(schema) if self.per_row else self
 
     def with_schema(self, schema: str | None) -> "Format":
         """The format with a row's schema, if `per_row`; see `of_row`, which keeps it."""
@@ -164,34 +164,31 @@ class Format(ABC):
         return Verdict(first.kind, " ".join(first.detail.split()), is_loose, value, content)
 
     def _read(self, text: str) -> tuple[bool, Any, list[Problem]]:
-        """Whether the text holds a document, the document, and what is wrong."""
-        if not text.strip():
-            with suppress(SyntaxProblem):
-                if not text and not (judged := self._judge(text))[1]:  # a document can be empty, and not white space
-                    return True, *judged
-            return False, None, [Problem("empty", "the answer is empty")]
+        """Whether the text holds a document, the document, and what is wrong.
+
+        Of documents within other text, it is the first valid one, else the first that is not part of another.
+        """
+        empty = False, None, [Problem("empty", "the answer is empty")]
+        if text and not text.strip():  # a document can be empty, and not white space
+            return empty
         if len(text) > MAX_CHARACTERS:
             return False, None, [Problem("syntax", f"longer than {MAX_CHARACTERS:,} characters")]
-        try:
-            return True, *self._judge(text)
-        except SyntaxProblem as error:
-            return self._find(text) or (False, None, [Problem("syntax", str(error))])
-
-    def _find(self, text: str) -> tuple[bool, Any, list[Problem]] | None:
-        """As `_read`, of the first valid document within the text, else of the first that is not part of another."""
-        first = None
-        for start, end in self.documents(text):
+        errors, first = [], None
+        for start, end in chain([(0, len(text))], self.documents(text)):
             try:
                 value, problems = self._judge(text[start:end])
-            except SyntaxProblem:
+            except SyntaxProblem as error:
+                errors.append(str(error))
                 continue
+            if end - start == len(text):
+                return (True, value, problems) if text or not problems else empty
             extra = Problem("extra_text", f"{(text[:start] or text[end:])[:60]!r} is beside the document")
             if not problems:
                 return True, value, [extra]
             # A part of a broken document is not the document.
             if first is None and not re.search(r"[\[{]", text[answer_start(text) : start]):
                 first = True, value, [extra, *problems]
-        return first
+        return first or ((False, None, [Problem("syntax", errors[0])]) if text else empty)
 
     def _judge(self, text: str) -> tuple[Any, list[Problem]]:
         """The document that the whole text is, and what is wrong with it."""
@@ -225,8 +222,3 @@ def answer_start(text: str) -> int:
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
     inner = text[start:end]
     return start + len(inner) - len(inner.lstrip()), max(start, end - len(inner) + len(inner.rstrip()))
-
-
-@functools.lru_cache(maxsize=1000)
-def _of_row(format: Format, schema: str | None) -> Format:
-    return format.with_schema(schema)

@@ -1,24 +1,27 @@
 """JSON that keeps a JSON Schema, judged by the `jsonschema` library and read strictly."""
 
 import copy
+import importlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from jsonschema.exceptions import ValidationError
 
 from formtune.errors import UserError
 from formtune.formats.bounded import bounded_validator, time_limit
-from formtune.formats.dialect import Reading
+from formtune.formats.dialect import KEYWORDS, TYPES, Reading
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
 from formtune.formats.grammar import closed, json_rules
 from formtune.formats.key_orders import OrderedRules, Orders
 from formtune.formats.places import Places, is_array, is_label
-from formtune.formats.schema import read_schema, unwrap
 from formtune.formats.strict_json import find_documents, loads_strict, value_spans
 
+MAX_CHARACTERS = 2_000_000  # of a schema's file: to read it takes time
 MAX_PROBLEMS = 20  # per text: more do not help a reader
 MAX_PATHS = 2000  # of a format: references can multiply without end
 PER_ROW = "per row"  # as a schema: each row has its own
@@ -31,6 +34,8 @@ _KINDS = {
     "propertyNames": "extra_key",
     "type": "wrong_type",
 }
+# What holds the schema in a request to OpenAI (response_format, tool) or Anthropic, and in a tool of MCP.
+_WRAPPERS = ("schema", "json_schema", "response_format", "function", "parameters", "input_schema", "inputSchema")
 
 
 class JsonSchema(Format):
@@ -157,3 +162,50 @@ def _problem(error: ValidationError) -> Problem:
     elif kind == "wrong_type" and not error.absolute_path:
         kind = "wrong_root"
     return Problem(kind, f"{error.json_path}: {message[:200]}")
+
+
+def read_schema(source: str | dict[str, Any]) -> Any:
+    """The schema in a file, of a Pydantic class written as `module:Class`, or as it is; no object is in it twice."""
+    if not isinstance(source, str):
+        try:
+            return json.loads(json.dumps(source, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"data.format.schema: not valid JSON ({error})") from None
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) and not Path(source).exists():
+        return read_schema(_class_schema(*source.split(":")))
+    try:
+        with Path(source).open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+        if len(text) > MAX_CHARACTERS:
+            raise UserError(f"{source}: longer than {MAX_CHARACTERS:,} characters; a format is not that large")
+        return loads_strict(text.strip())
+    except OSError as error:
+        raise UserError(f"data.format.schema: {source}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{source}: not valid JSON ({error})") from None
+
+
+def _class_schema(module: str, name: str) -> Any:
+    place = f"data.format.schema: {module}:{name}"
+    try:
+        cls = getattr(importlib.import_module(module), name)
+        if not hasattr(cls, "model_json_schema"):
+            raise UserError(f"{place} is not a Pydantic model: name a subclass of pydantic.BaseModel")
+        return cls.model_json_schema()
+    except UserError:
+        raise
+    except Exception as error:  # the module is the user's
+        hint = "; pip install pydantic" if getattr(error, "name", "") == "pydantic" else ""
+        raise UserError(f"{place}: {' '.join(f'{type(error).__name__}: {error}'.split())}{hint}") from None
+
+
+def unwrap(schema: Any) -> tuple[Any, str]:
+    """The schema within a request or tool, and the keys that lead to it; "" if it is a schema itself."""
+    keys = []
+    while isinstance(schema, dict) and not schema.keys() & KEYWORDS - {"type"} and schema.get("type") not in TYPES:
+        inner = [key for key in _WRAPPERS if isinstance(schema.get(key), dict)]
+        if len(inner) != 1:
+            break
+        keys += inner
+        schema = schema[inner[0]]
+    return schema, ".".join(keys)

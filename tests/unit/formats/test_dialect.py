@@ -240,8 +240,9 @@ def test_all_problems_are_named_at_once_up_to_ten():
 )  # fmt: skip
 def test_a_value_that_no_keyword_may_have_is_refused(key, value):
     schema = {key: value, "type": "object", "contains": {}} | {key: value}
-    with pytest.raises(UserError, match="not a JSON Schema"):
-        JsonSchema(schema)
+    for more in ({}, {"$defs": {"a": {"$id": "a"}}}):  # with an identifier, all of the schema is searched for others
+        with pytest.raises(UserError, match="not a JSON Schema"):
+            JsonSchema(more | schema)
 
 
 @pytest.mark.parametrize(
