@@ -37,7 +37,14 @@ def blockers(settings: DataSettings, splits: Splits) -> list[str]:
     for rows in _kinds(bad):
         lines.append(f"{rows[0].where}: {rows[0].detail} ({len(rows):,} such rows); {_remedy(settings, rows)}{drop}")
     empty = list(_empty_splits(settings, splits))
-    lines += empty or [*uneven_shares(splits, settings.shares), *_production_length(settings, splits)]
+    lines += empty or uneven_shares(splits, settings.shares)
+    inputs = quantile([len(row) for row in ([] if empty else production_rows(settings))], 95)
+    answers = quantile([len(row.target_ids) for row in splits.rows.get("train", ())], 99)
+    if inputs and inputs + answers > settings.limit:
+        lines.append(
+            f"data.max_length: production's inputs have {inputs} tokens at P95 and answers {answers} at P99, together "
+            f"more than the limit of {settings.limit}; raise data.max_length or take a base with more context"
+        )
     origins = Counter(row.origin for row in splits.training if row.origin)
     total, by_models = origins.total(), origins.total() - origins["human"]
     if by_models > settings.max_synthetic * total:
@@ -108,14 +115,3 @@ def uneven_shares(splits: Splits, shares: Mapping[str, float]) -> list[str]:
         "are of one group, and stay in one split; set data.near_duplicates: 1, put shared text into data.system, or "
         "name a file for each split"
     ]
-
-
-def _production_length(settings: DataSettings, splits: Splits) -> Iterator[str]:
-    input_tokens = quantile([len(row) for row in production_rows(settings)], 95)
-    answer_tokens = quantile([len(row.target_ids) for row in splits.rows["train"]], 99)
-    if input_tokens and input_tokens + answer_tokens > settings.limit:
-        yield (
-            f"data.max_length: production's inputs have {input_tokens} tokens at P95 and answers {answer_tokens} at "
-            f"P99, together more than the limit of {settings.limit}; raise data.max_length or take a base with more "
-            "context"
-        )

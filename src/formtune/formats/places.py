@@ -4,7 +4,7 @@ Several parts can describe one place: the schema itself, and what `$ref`, allOf,
 dependentSchemas add to it. Keys come in the order of the parts, read from top to bottom; llguidance writes them so too.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from formtune.formats.bounded import resolver, seconds_left
@@ -101,7 +101,7 @@ class Places:
         return {key: self.ordered(value[key], inner.get(key, ())) for key in keys}
 
 
-def _misfit(parts: list[Part], value: Any) -> tuple[int, bool]:
+def _misfit(parts: Iterable[Part], value: Any) -> tuple[int, bool]:
     """How many keys of an object no part names, and whether its other keys are in another order than the parts'."""
     if not isinstance(value, dict):
         return 0, False
