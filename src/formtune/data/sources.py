@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from formtune.errors import UserError, first_line
-from formtune.formats.strict_json import loads_strict
+from formtune.formats.strict_json import PLAIN, loads_strict
 
 MAX_LINE_BYTES = 4 * 2**20  # a million tokens
 ENDINGS = ".jsonl, .json, .csv, .tsv or .parquet, each also with .gz, .bz2, .xz or .zst"
@@ -31,7 +31,6 @@ SAVED = ("state.json", "dataset_dict.json")  # one of these is in a folder that 
 Records = Iterator[tuple[dict[str, Any], str]]  # each record with its place
 
 _DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what reading a damaged file raises
-_PLAIN = json.JSONDecoder(parse_int=len)  # finds ends only: int() would raise at thousands of digits
 # Of an array. White space is JSON's: `\s` would take more.
 _OPENING = re.compile(r"[ \t\r\n]*\[[ \t\r\n]*(?:][ \t\r\n]*\Z)?")
 _SEPARATOR = re.compile(r"[ \t\r\n]*(?:,[ \t\r\n]*(?=[^ \t\r\n])|][ \t\r\n]*\Z)")
@@ -141,7 +140,7 @@ def _json(path: str) -> Records:
         where = f"{path}:{line}" if line != previous else f"{path}:{line}:{at - text.rfind(chr(10), 0, at)}"
         previous = line
         try:
-            end = _PLAIN.raw_decode(text, at)[1]
+            end = PLAIN.raw_decode(text, at)[1]
             if (separator := _SEPARATOR.match(text, end)) is None:
                 raise json.JSONDecodeError("Expecting ',' or the array's end", text, end)
         except (json.JSONDecodeError, RecursionError) as error:

@@ -42,7 +42,7 @@ def find_documents(text: str, start: int, brackets: str) -> Iterator[tuple[int, 
         if (match := opening.search(text, start)) is None:
             return
         try:
-            start = _PLAIN.raw_decode(text, match.start())[1]
+            start = PLAIN.raw_decode(text, match.start())[1]
         except json.JSONDecodeError as error:
             if "Unterminated" in error.msg:  # its position is where the string begins, and it takes all the rest
                 return
@@ -108,4 +108,4 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 _STRICT = json.JSONDecoder(parse_constant=_constant, parse_float=_finite, parse_int=_short, object_pairs_hook=_unique)
 _WITH_CONSTANTS = json.JSONDecoder(parse_float=_finite, parse_int=_short, object_pairs_hook=_unique)
-_PLAIN = json.JSONDecoder(parse_int=len)  # finds ends only: int() would raise at thousands of digits
+PLAIN = json.JSONDecoder(parse_int=len)  # finds ends only: int() would raise at thousands of digits
