@@ -23,10 +23,8 @@ _WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\s\u0e00-\u0eff
 
 
 def split_shared(texts: Sequence[str], hashes: Sequence[float]) -> Iterator[tuple[str, str]]:
-    """What each text says beyond shared text (all of it if that is nothing), and the runs that it shares.
-
-    The texts with the lowest hashes are the sample that decides, so that the order of the rows changes nothing.
-    """
+    """What each text says beyond shared text (all of it if that is nothing), and the runs that it shares."""
+    # The texts with the lowest hashes decide, so that the order of the rows changes nothing.
     sample = [_words(texts[at]) for at in sorted(range(len(texts)), key=hashes.__getitem__)[:INPUTS]]
     windows = _frequent(map(_windows, sample), max(LEAST, SHARE * len(sample)))
     pieces = _short_pieces(sample, max(LEAST, NEARLY_ALL * len(sample)))

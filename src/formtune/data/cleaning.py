@@ -129,10 +129,7 @@ def repair(messages: Sequence[Message], steps: Iterable[str], repairs: Counter[s
 
 
 def repair_answer(answer: str, format: Format, steps: Sequence[str], repairs: Counter[str]) -> str:
-    """An answer repaired by `steps`, or as it was if it then breaks the format; counts the repairs.
-
-    `edges` strips white space, `fence` the code fence around it, `canonical` writes the document as the format would.
-    """
+    """An answer repaired by `steps`, or as it was if it then breaks the format; counts the repairs."""
     text, made = answer, []
     for step in [step for step in ("edges", "fence", "canonical") if step in steps]:
         before = text

@@ -24,10 +24,7 @@ _REFUSED_IN_TURNS = REFUSED.union(
 
 
 def read_turns(turns: Any, column: str, where: str, with_target: bool | str, ignored: set[str]) -> list[Message]:
-    """The turns in a row's column; without a target, an answer at the end is left out.
-
-    With `with_target="all"` each answer is one; those of weight 0 get the key `weight`.
-    """
+    """The turns in a column; a prompt has no answer at the end, and of "all" targets those of weight 0 are marked."""
     if not isinstance(turns, list):
         raise UserError(f"{where}: `{column}` is {kind(turns)}; it must be a list of turns with `role` and `content`")
     if not with_target and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":

@@ -77,10 +77,7 @@ def typed(value: Any, sets: frozenset[str] = frozenset(), path: str = "", scalar
 def leaves(
     value: Any, sets: frozenset[str] = frozenset(), path: str = "", plain: str = ""
 ) -> Iterator[tuple[str, tuple[Any, str]]]:
-    """Every value that is not null: its path, and the value with its path in the schema (without indices).
-
-    In a set, the value itself and its count replace the index.
-    """
+    """Every value that is not null: its path (with the value in place of the index in a set), and its schema path."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from leaves(inner, sets, f"{path}.{key}" if path else key, f"{plain}.{key}" if plain else key)

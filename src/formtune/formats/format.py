@@ -108,10 +108,7 @@ class Format(ABC):
         return None
 
     def value_spans(self, text: str) -> dict[str, tuple[int, int]]:
-        """Where values are in the text of a valid document, by their dotted paths.
-
-        A span includes the character after the value if that character shows that the value ends there.
-        """
+        """Where values are in a valid text, by dotted path, with the next character if that shows that one ends."""
         return {}
 
     def grammar(self) -> str | None:

@@ -67,10 +67,7 @@ def closed(schema: dict[str, Any], canonical: bool) -> dict[str, Any]:
 
 
 def _close(place: str, node: dict[str, Any], whole: bool) -> None:
-    """Close objects that name their keys and tuples, refuse other open ones.
-
-    llguidance lets a key in an open object be written twice.
-    """
+    """Close objects that name their keys, and tuples; refuse other open objects, whose keys may come twice."""
     if _is_object(node):
         node.setdefault("type", "object")
         if whole and "properties" in node:

@@ -15,10 +15,7 @@ MAX_DIGITS = 300  # of an integer: more do not fit a float, and arithmetic on th
 
 
 def loads_strict(text: str, constants: bool = False) -> Any:
-    """The value of a JSON text (RFC 8259) with unique keys, finite numbers and valid Unicode, or SyntaxProblem.
-
-    `constants` allows what pandas writes for missing values: NaN, Infinity and -Infinity.
-    """
+    """The value of a JSON text by RFC 8259, or SyntaxProblem; `constants` allows NaN and Infinity, as pandas writes."""
     try:
         value = (_WITH_CONSTANTS if constants else _STRICT).decode(text)
         if _depth(value) > MAX_DEPTH:
@@ -54,10 +51,7 @@ def find_documents(text: str, start: int, brackets: str) -> Iterator[tuple[int, 
 
 
 def value_spans(text: str, start: int = 0, path: str = "") -> Iterator[tuple[str, tuple[int, int]]]:
-    """The dotted path and the span in a valid text of the document and of each value outside of arrays.
-
-    The span of a number, null, true or false includes the next character, which shows that it ends there.
-    """
+    """The dotted path and the span (see `Format.value_spans`) of the document and each value outside of arrays."""
     value, end = _STRICT.raw_decode(text, start)
     yield path, (start, end + (text[start] not in '"{['))
     at = start + 1
