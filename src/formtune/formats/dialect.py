@@ -31,8 +31,6 @@ _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 _LIMITS = {"exclusiveMinimum": "minimum", "exclusiveMaximum": "maximum"}  # booleans in draft 4
 _LATER = {"prefixItems", "unevaluatedItems", "unevaluatedProperties", "dependentSchemas", "dependentRequired"}
 _NEEDS = {"then": "if", "else": "if", "minContains": "contains", "maxContains": "contains"}
-
-
 _NAMES: dict[str, Any] = {"type": "array", "items": {"type": "string"}}
 _VALUES: dict[str, tuple[str, dict[str, Any]]] = {  # what a keyword holds, if not one schema: in words, as a schema
     **dict.fromkeys(("minimum", "maximum", *_LIMITS), ("a number", {"type": "number"})),
