@@ -145,8 +145,8 @@ class Reading:
         if match := re.fullmatch(r"https?://json-schema\.org/draft[-/]0?([\d-]+)/(?:hyper-)?schema#?", str(uri)):
             if match[1] in _DRAFTS:
                 return match[1]
-            known = ", ".join(_DRAFTS)
-            self.problems.append(f"$.$schema: draft {match[1]} is not read, only {known}; convert the schema")
+            drafts = ", ".join(_DRAFTS)
+            self.problems.append(f"$.$schema: draft {match[1]} is not read, only {drafts}; convert the schema")
         nodes, draft = [node for _, node in schema_nodes(schema)], "2020-12"
         keys = {key for node in nodes for key in node}
         has_tuple = any(isinstance(node.get("items"), list) for node in nodes)

@@ -134,25 +134,25 @@ class OrderedRules:
 
     def _rule(self, node: Any) -> str:
         """The name of the rule for a schema."""
-        said = node.keys() & KEYWORDS - {"$defs", "definitions"} if isinstance(node, dict) else set()
-        if said == {"$ref"}:
+        keywords = node.keys() & KEYWORDS - {"$defs", "definitions"} if isinstance(node, dict) else set()
+        if keywords == {"$ref"}:
             return self._rule(self._resolve(node["$ref"]))
         if id(node) not in self._names:
             name = self._names[id(node)] = f"part{len(self._names)}"
             self._rules[name] = ""  # in the order of the schema; what refers to itself finds the name
-            self._rules[name] = self._body(node, name, said)
+            self._rules[name] = self._body(node, name, keywords)
         return self._names[id(node)]
 
-    def _body(self, node: Any, name: str, said: set[str]) -> str:
+    def _body(self, node: Any, name: str, keywords: set[str]) -> str:
         # Every object is a rule: in a union, the keys of a %json would be other tokens than those of a rule.
         if not self._reaches(node, self._objects):
             return self._json(node)
-        if said in ({"anyOf"}, {"oneOf"}):
-            return " | ".join(self._rule(option) for key in said for option in node[key])
+        if keywords in ({"anyOf"}, {"oneOf"}):
+            return " | ".join(self._rule(option) for key in keywords for option in node[key])
         kinds, body = {*types(node)}, ""
-        if kinds <= {"object", *_SCALARS} and said <= {"type", "properties", "required", "additionalProperties"}:
+        if kinds <= {"object", *_SCALARS} and keywords <= {"type", "properties", "required", "additionalProperties"}:
             body = self._object(node, name)
-        elif kinds <= {"array", *_SCALARS} and said <= {"type", "items", "minItems", "maxItems"}:
+        elif kinds <= {"array", *_SCALARS} and keywords <= {"type", "items", "minItems", "maxItems"}:
             body = self._array(node)
         if not body:
             if self._reaches(node, self._free):
