@@ -235,7 +235,8 @@ def write_run(folder: Path, base: str, rows: list[tuple[str, bool]], rank: int =
     byte_tokenizer().save_pretrained(adapter)
     (adapter / "README.md").unlink(missing_ok=True)
     (adapter / "format.json").write_text(json.dumps(JsonSchema(SCHEMA).to_dict()))
-    config = {"task": "small", "model": {"base": base, "max_new_tokens": 8}, "data": {"system": "Number it."}}
+    config = {"task": "small", "model": {"base": base, "max_new_tokens": 8, "quantize": None}}
+    config |= {"data": {"system": "Number it."}, "trainer": {"precision": "32-true"}}
     (adapter / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     write_manifest(adapter, "adapter", base, "abc")
     write_outcomes(

@@ -399,12 +399,16 @@ def own_code(name, **entries):
 
     def change(folder):
         change_json(name, **entries)(folder)
-        (folder / "mine.py").write_text("open('payload', 'w')\nclass Mine: pass\n")
+        (folder / "custom.py").write_text("open('payload', 'w')\nclass Custom: pass\n")
 
     return change
 
 
-CODE = {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Mine", "AutoTokenizer": ["mine.Mine", "mine.Mine"]}
+CODE = {
+    "AutoConfig": "custom.Custom",
+    "AutoModelForCausalLM": "custom.Custom",
+    "AutoTokenizer": ["custom.Custom", "custom.Custom"],
+}
 ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 
 
@@ -434,7 +438,7 @@ MODELS = [
     (38, "tensor of another shape", change_weights(lambda w: w.update({"model.norm.weight": torch.ones(7)})), ["model.base: "]),
     (39, "NaN in the weights", change_weights(not_a_number), ["not finite numbers"]),
     (40, "unknown model_type", change_json("config.json", model_type="nonsense"), ["model.base: "]),
-    (41, "code of its own: configuration", own_code("config.json", auto_map=CODE, model_type="mine"), ["model.base: "]),
+    (41, "code of its own: configuration", own_code("config.json", auto_map=CODE, model_type="custom"), ["model.base: "]),
     (41, "kernel from a hub in config.json", change_json("config.json", attn_implementation="kernels-community/flash-attn"), ["model.base: ", "kernel"]),
     (42, "pytorch_model.bin", pickled("pytorch_model.bin"), ["cannot be loaded"]),
     (42, "pytorch_model.bin beside an index", both(index("pytorch_model.bin"), lambda folder: (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": Payload()}))), ["names 'pytorch_model.bin'"]),
@@ -485,7 +489,7 @@ TOKENIZERS = [
     (43, "tokenizer.json cut off", lambda folder: (folder / "tokenizer.json").write_text("{"), ["model.base: no usable tokenizer"]),
     (43, "tokenizer.json of another kind", lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"}'), ["model.base: no usable tokenizer"]),
     (43, "tokenizer_config.json is a list", lambda folder: (folder / "tokenizer_config.json").write_text("[]"), ["model.base: no usable tokenizer"]),
-    (41, "code of its own: tokenizer", own_code("tokenizer_config.json", auto_map=CODE, tokenizer_class="Mine"), ["model.base: no usable tokenizer", "custom code"]),
+    (41, "code of its own: tokenizer", own_code("tokenizer_config.json", auto_map=CODE, tokenizer_class="Custom"), ["model.base: no usable tokenizer", "custom code"]),
     (45, "neither EOS nor a chat template", both(no_eos, no_template), ["neither a chat template nor an EOS token"]),
     (46, "chat template that is broken", template(lambda t: "{% for %}"), ["model.base: "]),
     (46, "chat template that reaches for code", template(lambda t: "{{ ''.__class__.__mro__[1].__subclasses__() }}"), ["model.base: "]),

@@ -192,7 +192,7 @@ def test_a_missing_checkpoint_is_refused_before_the_model_loads(project, capfd):
 
 @pytest.mark.slow
 def test_python_dash_m_finds_a_format_and_a_source_of_ones_own_in_the_working_directory(project):
-    Path("mine.py").write_text(
+    Path("custom.py").write_text(
         "from formtune.data import Source\nfrom formtune.formats import Regex\n\n"
         "class Numbers(Source):\n    def records(self):\n"
         "        for n in range(60):\n            yield {'prompt': str(n), 'completion': '{%d}' % n}, f'numbers:{n}'\n\n"
@@ -200,7 +200,7 @@ def test_python_dash_m_finds_a_format_and_a_source_of_ones_own_in_the_working_di
         "    def __init__(self) -> None:\n        super().__init__(r'\\{.*\\}')\n"
     )
     config = yaml.safe_load(Path("small.yaml").read_text())
-    config["data"] = {"format": {"class_path": "mine.Braces"}, "train": {"class_path": "mine.Numbers"}}
+    config["data"] = {"format": {"class_path": "custom.Braces"}, "train": {"class_path": "custom.Numbers"}}
     Path("small.yaml").write_text(yaml.safe_dump(config))
     done = subprocess.run(
         [sys.executable, "-m", "formtune", "train", "-c", "small.yaml", "--trainer.max_steps", "2"],

@@ -69,9 +69,9 @@ def test_callbacks_of_formtune_are_groups_of_the_yaml(task_yaml, capfd):
 
 
 def test_a_model_checkpoint_of_the_users_own_works_beside_the_best_checkpoint(task_yaml):
-    own = ("ModelCheckpoint", {"dirpath": "mine/deep", "monitor": "val/loss", "save_top_k": 1, "save_last": True})
+    own = ("ModelCheckpoint", {"dirpath": "custom/deep", "monitor": "val/loss", "save_top_k": 1, "save_last": True})
     assert fit(callbacks(own)) == 0
-    assert any(path.name == "last.ckpt" for path in Path("mine/deep").iterdir())
+    assert any(path.name == "last.ckpt" for path in Path("custom/deep").iterdir())
     assert list(Path("logs/small/one/checkpoints").glob("step-*.ckpt"))
 
 

@@ -82,7 +82,7 @@ def test_one_row_to_validate_and_test_is_enough_for_two_processes(work):
     assert result(work)["rows"] == 1
 
 
-MINE = """
+CUSTOM = """
 import torch
 from lightning.pytorch import Callback
 from torch.distributed.tensor import DTensor
@@ -119,18 +119,18 @@ def test_two_processes_train_and_measure_the_same_as_one(write_project, strategy
     from safetensors.torch import load_file
 
     project = write_project({"max_epochs": 2}, lora={"r": 4})
-    Path("mine.py").write_text(MINE)
+    Path("custom.py").write_text(CUSTOM)
     tiny_model(shape).save_pretrained("base")
     byte_tokenizer().save_pretrained("base")
     arguments = ["train", "-c", "small.yaml", "--data.rows_per_step", "5", "--model.lora.dropout", "0"]
-    arguments += ["--model.base", "base", "--model.metrics", "[{class_path: mine.Letters}]"]
+    arguments += ["--model.base", "base", "--model.metrics", "[{class_path: custom.Letters}]"]
     arguments += ["--data.validation", "0.2", "--data.test", "0.2"]  # each process has rows to decode
     assert signalled(start(project, *arguments, "--run", "on1")) == 0, Path("output.log").read_text()[-3000:]
     shutil.rmtree(".cache/baseline")  # else the second run would read what the first measured
     arguments += ["--run", "on2"]
     if strategy == "fsdp":  # also with different numbers of micro-batches, and layers that compute twice
         arguments += ["--model.tokens_per_micro_batch", "64", "--model.gradient_checkpointing", "true"]
-        arguments += ["--trainer.callbacks+=mine.Parts"]
+        arguments += ["--trainer.callbacks+=custom.Parts"]
     if strategy == "ddp":  # as a user starts it
         program = [sys.executable, "-m", "formtune", *arguments, "--trainer.devices", "2", "--trainer.strategy", "ddp"]
         done = subprocess.run(program, capture_output=True, text=True, timeout=300)

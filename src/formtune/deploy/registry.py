@@ -100,7 +100,7 @@ class Exported:
     def __init__(self, folder: Path, outcomes: Path | None = None) -> None:
         self.folder, self.manifest = folder, verify(folder)
         self.config: Any = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        self.task = str(self.config.get("task") or folder.resolve().parent.parent.name)
+        self.task = str(self.config["task"])
         self.kind = self.manifest["kind"]
         self.base = self.manifest["base"]["path"] if self.kind == "adapter" else None  # that it needs
         answers = "after" if folder.name == "adapter" else folder.name

@@ -56,7 +56,7 @@ def serve(exported: Exported, engine: str, port: int, text: str) -> int:
             process = subprocess.Popen(_command(exported, engine, port), cwd=links, env=environment)
             try:
                 _wait_until_loaded(process, port)
-                data = shlex.quote(json.dumps(example(folder, text) | {"model": task}, ensure_ascii=False))
+                data = shlex.quote(json.dumps(example(folder, text), ensure_ascii=False))
                 print(f"{folder} is served as {task}; end with Ctrl-C\n\ncurl http://{HOST}:{port}/v1/chat/"
                       f"completions -H 'Content-Type: application/json' -d {data}", flush=True)  # fmt: skip
                 code = process.wait()
@@ -74,8 +74,8 @@ def _command(exported: Exported, engine: str, port: int) -> list[str]:
         return [sys.executable, "-m", "formtune.export.llama_cpp", str(file), str(context), str(port), exported.task]
     dtype, quantization = "auto", []
     if exported.base is not None:
-        dtype = DTYPES.get(str(exported.config.get("trainer", {}).get("precision")), "float32")
-        quantization = ["--quantization", "bnb-4bit"] if exported.config["model"].get("quantize") else []
+        dtype = DTYPES.get(str(exported.config["trainer"]["precision"]), "float32")
+        quantization = ["--quantization", "bnb-4bit"] if exported.config["model"]["quantize"] else []
     words = ["--host", HOST, "--port", str(port), "--dtype", dtype, *quantization, "--reasoning", "off"]
     return [sys.executable, "-m", "transformers.cli.transformers", "serve", exported.task, *words]
 

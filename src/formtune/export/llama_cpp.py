@@ -28,7 +28,7 @@ CHATML = "<|im_start|>"  # in the template that llama.cpp takes for a file witho
 class LlamaServer:
     """The server of llama.cpp in this process; it listens until the process ends."""
 
-    def __init__(self, file: Path, context: int, port: int = 0, name: str = "") -> None:
+    def __init__(self, file: Path, context: int, port: int = 0, name: str = "model") -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
@@ -37,16 +37,13 @@ class LlamaServer:
         params.cpuparams.n_threads = torch.get_num_threads()  # more than are free wait for each other at every layer
         params.enable_reasoning, params.default_template_kwargs = 0, {"enable_thinking": "false"}
         params.verbosity = 0
-        if name:
-            params.model_alias = {name}
+        params.model_alias = {name}
         self._server = xllamacpp.Server(params)  # returns when the model is loaded
         self.url = self._server.listening_address
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with LOCAL.open(request) as reply:
+        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        with LOCAL.open(urllib.request.Request(self.url + path, data, headers)) as reply:
             return json.load(reply)
 
     def tokens(self, text: str) -> list[int]:

@@ -68,11 +68,8 @@ def before_training(base: str, lora: Lora) -> list[str]:
 
 def check(plan: Plan, targets: Sequence[str]) -> list[tuple[Rule, str]]:
     """The rules that apply, each with its line; errors first."""
-    return [
-        (rule, rule.line.format(p=plan, a=plan.adapter))
-        for rule in RULES
-        if set(rule.targets) & set(targets) and rule.applies(plan)
-    ]
+    rules = (rule for rule in RULES if set(rule.targets) & set(targets) and rule.applies(plan))
+    return [(rule, rule.line.format(p=plan, a=plan.adapter)) for rule in rules]
 
 
 def refuse(plan: Plan, targets: Sequence[str]) -> None:

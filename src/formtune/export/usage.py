@@ -24,11 +24,11 @@ def example(folder: Path, text: str) -> dict[str, Any]:
     """What an exported folder's configuration says of a request for a chat completion: model, messages, limit."""
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     format = json.loads((folder / "format.json").read_text(encoding="utf-8"))
-    system = system_prompt(config["data"].get("system"), format)
+    system = system_prompt(config["data"]["system"], format)
     turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     turns = Renderer.load(str(folder.resolve())).turns([*turns, {"role": "user", "content": text}])
-    limit = config["model"].get("max_new_tokens", 256)
-    return {"model": config.get("task"), "temperature": 0, "max_tokens": limit, "messages": turns}
+    limit = config["model"]["max_new_tokens"]
+    return {"model": config["task"], "temperature": 0, "max_tokens": limit, "messages": turns}
 
 
 def write_usage(folder: Path, base: str, format: Format, rows: Sequence[Row]) -> None:

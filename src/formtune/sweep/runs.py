@@ -93,10 +93,9 @@ def devices(trainer: dict[str, Any]) -> list[str | None]:
     """
     import torch
 
-    one_gpu = trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda") and str(trainer.get("devices", "auto")) in (
-        "auto", "1",
-    )  # fmt: skip
-    count = torch.cuda.device_count() if one_gpu else 0
+    on_gpu = trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    one_device = str(trainer.get("devices", "auto")) in ("auto", "1")
+    count = torch.cuda.device_count() if on_gpu and one_device else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     return [*visible.split(",")[:count]] if count > 1 else [None]
 

@@ -403,12 +403,12 @@ def test_a_tuple_has_a_grammar():
         grammar_of(JsonSchema(schema={"allOf": [pair, pair | {"items": DIGIT}]}))
 
 
-class Mine(Format):
+class Custom(Format):
     def parse(self, text):
         return text
 
 
-class Spoken(Mine):
+class Spoken(Custom):
     def grammar(self):
         return 'answer: "a" "b"+'
 
@@ -420,7 +420,7 @@ def test_a_format_of_ones_own_may_have_a_grammar():
 @pytest.mark.parametrize(
     "format, message",
     [
-        (Mine(), "Mine has no grammar"),
+        (Custom(), "Custom has no grammar"),
         (Regex(pattern="(?=a).*"), "pattern: '(?=a' has no place"),
         (Regex(pattern="(?<!a)b"), "pattern: '(?<!' has no place"),
         (Regex(pattern="a++b"), "pattern: '++' has no place"),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -124,26 +125,19 @@ def test_a_teacher_without_new_rows_ends_the_run(serve, task, capsys):
 def test_an_endpoint_that_does_not_answer_is_named_in_one_line(task, capsys, monkeypatch, url):
     monkeypatch.setattr("formtune.commands.synthesize.RETRIES", 0)
 
-    class NoServer:
-        pass
-
-    NoServer.url = url
     _, run = task
-    assert run(NoServer) == 2
+    assert run(SimpleNamespace(url=url)) == 2
     output = capsys.readouterr().err
     assert output.startswith(f"formtune: error: endpoint: {url} gave no rows") and len(output.splitlines()) == 1
 
 
 def test_a_file_of_something_else_is_not_touched(task, capsys):
     folder, run = task
-    (folder / "s.jsonl").write_text('{"notes": "mine"}\n')
+    (folder / "s.jsonl").write_text('{"notes": "other"}\n')
 
-    class NoServer:
-        url = "http://127.0.0.1:9/v1"
-
-    assert run(NoServer) == 2
+    assert run(SimpleNamespace(url="http://127.0.0.1:9/v1")) == 2
     assert "s.jsonl does not hold rows of formtune synthesize" in capsys.readouterr().err
-    assert (folder / "s.jsonl").read_text() == '{"notes": "mine"}\n'
+    assert (folder / "s.jsonl").read_text() == '{"notes": "other"}\n'
 
 
 def test_a_near_duplicate_is_not_new():
