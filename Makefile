@@ -48,7 +48,7 @@ lint: $(INSTALLED) ## Check style and types
 	$(BIN)/mypy
 
 tensorboard: $(INSTALLED) ## Look at the runs in logs/
-	@echo 'with the headline curves first: http://localhost:6006/?pinnedCards=%5B%7B%22plugin%22%3A%22scalars%22%2C%22tag%22%3A%22format%2Fexact%22%7D%2C%7B%22plugin%22%3A%22scalars%22%2C%22tag%22%3A%22joint%2Fexact%22%7D%2C%7B%22plugin%22%3A%22scalars%22%2C%22tag%22%3A%22val%2Floss%22%7D%2C%7B%22plugin%22%3A%22scalars%22%2C%22tag%22%3A%22train%2Floss%22%7D%5D'
+	@echo 'the headline curves: http://localhost:6006/?pinnedCards=%5B%7B%22plugin%22%3A%22scalars%22%2C%22tag%22%3A%22format%2Fexact%22%7D%2C%7B%22plugin%22%3A%22scalars%22%2C%22tag%22%3A%22joint%2Fexact%22%7D%2C%7B%22plugin%22%3A%22scalars%22%2C%22tag%22%3A%22val%2Floss%22%7D%2C%7B%22plugin%22%3A%22scalars%22%2C%22tag%22%3A%22train%2Floss%22%7D%5D#custom_scalars&_smoothingWeight=0'
 	$(BIN)/tensorboard --logdir logs
 
 reference: $(INSTALLED) ## Write configs/reference.yaml from the code

@@ -1,10 +1,16 @@
 """The entry point: command table, help, exit codes. Nothing imports it."""
 
+import contextlib
 import importlib
 import os
 import sys
+from pathlib import Path
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# No telemetry and no chatter, unless the user's own environment asks for them.
+os.environ.update({
+    "DO_NOT_TRACK": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+} | os.environ)  # fmt: skip
 # formtune reports what is wrong with a model's files in one line; a user may still ask for transformers' own reports.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 # OpenMP's threads spin while they wait for each other. Beside another busy process that made a step three to five times
@@ -31,6 +37,7 @@ commands:
 options:
   -h, --help  Show this; after a command, its keys
   --version   Show the version
+  --quiet     With any command: print errors only
 
 examples:
   formtune audit -c configs/demo.yaml
@@ -56,10 +63,13 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for a user's mistake, 1 for a fault, 128 plus its number for a signal.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: PTH123, SIM115 (closed by the shell: `>&-`)
+    args = sys.argv[1:] if args is None else args
     try:
-        code = _run(sys.argv[1:] if args is None else args)
-        print(end="", flush=True)
+        with Path(os.devnull).open("w") as nothing, contextlib.ExitStack() as shown:
+            if "--quiet" in args or sys.stdout is None:  # closed by the shell: `>&-`
+                shown.enter_context(contextlib.redirect_stdout(nothing))
+            code = _run([word for word in args if word != "--quiet"])
+            print(end="", flush=True)
         return code
     except (UserError, Fault) as error:
         print(f"formtune: error: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -142,7 +143,8 @@ def test_commands_take_a_run_and_measure_its_best_checkpoint_and_try_shows_both_
     monkeypatch.setattr("sys.stdin", io.StringIO("number 5\n"))
     assert main(["try", "logs/small/one"]) == 0
     out = capsys.readouterr().out
-    assert "base" in out and "tuned" in out and "verdict" in out
+    assert re.findall(r"\n(?:> )?(\w+), confidence [\d.]+: ", "\n" + out) == ["base", "tuned"]
+    assert out.endswith("next: formtune export logs/small/one\n")
 
 
 def test_quick_measures_no_baselines_no_longer_inputs_and_few_rows(task_yaml, capsys):

@@ -124,7 +124,7 @@ def test_an_export_and_a_comparison_use_the_rows_schemas(run, capfd):
         assert (one.schema, one.kind) == (merged.schema, merged.kind)
     assert main(["compare", str(run), f"{run}:after_constrained"]) == 0
     output = capfd.readouterr().out
-    assert "content/field_acc/n" in output and "content/field_acc/color" in output
+    assert "field n " in output and "field color " in output
 
 
 def test_a_server_is_sent_each_rows_schema_and_judged_by_it(run, base):

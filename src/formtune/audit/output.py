@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-
+from formtune.configuration.terminal import say
 from formtune.data.encoded import Splits
 from formtune.data.settings import DataSettings
 from formtune.data.table import print_data
@@ -34,11 +32,10 @@ def page(findings: dict[str, Any]) -> str:
 def print_audit(findings: dict[str, Any], settings: DataSettings, splits: Splits, folder: Path) -> None:
     """Print the data table, the blockers and warnings, and one line with the verdict."""
     print_data(settings, splits, folder)
-    console = Console(highlight=False, soft_wrap=True)
     for kind, color in (("blockers", "red"), ("warnings", "yellow")):
         for line in findings[kind]:
-            console.print(f"[{color}]{kind[:-1]}:[/] {escape(line)}")
-    console.print(f"report: {folder / 'report.html'}")
+            say(f"{kind[:-1]}: {line}", color)
+    print(f"report: {folder / 'report.html'}")
     counts = [(findings["blockers"], "to fix first"), (findings["warnings"], "to look at")]
     parts = [f", {len(lines)} {what}" for lines, what in counts if lines]
-    console.print(f"[bold]verdict: {findings['verdict']}[/]{''.join(parts)}")
+    say(f"verdict: {findings['verdict']}{''.join(parts)}", "bold")

@@ -1,5 +1,7 @@
 """`formtune audit`: writes and prints what it finds."""
 
+import shlex
+
 from formtune.audit.findings import audit
 from formtune.audit.output import print_audit, write_report
 from formtune.commands import COMMANDS
@@ -14,4 +16,7 @@ def run(command: str, args: list[str]) -> int:
     folder = LOGS / config.task / "audit"
     write_report(findings, folder)
     print_audit(findings, settings, splits, folder)
-    return int(findings["verdict"] == "blocked")
+    blocked = findings["verdict"] == "blocked"
+    words = shlex.join(["formtune", "audit" if blocked else "train", *args])
+    print(f"next: {'fix the rows, then ' * blocked}{words}")
+    return int(blocked)

@@ -16,9 +16,9 @@ from rich.console import Console
 from formtune.base.row import Row
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
+from formtune.configuration.terminal import shown
 from formtune.data.blockers import check_rows
 from formtune.data.preparation import load_splits
-from formtune.data.progress import shown
 from formtune.deploy.endpoint import Endpoint, Reply
 from formtune.errors import UserError
 from formtune.evaluation.comparison import figures, figures_table

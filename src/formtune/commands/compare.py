@@ -34,6 +34,7 @@ def run(command: str, args: list[str]) -> int:
         raise UserError("name two runs or more, such as logs/demo/r16 logs/demo/r32")
     comparison = compare(read_runs(config.runs))
     print_comparison(comparison)
+    print("next: formtune export RUN, for the run that you keep")
     if config.out:
         try:
             config.out.parent.mkdir(parents=True, exist_ok=True)

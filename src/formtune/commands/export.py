@@ -63,4 +63,5 @@ def run(command: str, args: list[str]) -> int:
         print(f"{rate} {right / rows:.1%} of {rows:,} test rows, +{gained} -{lost} against the run")
     rest = "; every prompt has the same tokens, so the rest differ by rounding" if options else ""
     print(f"{figures['same_answers']:,} of {rows:,} answers are the run's word for word{rest}")
+    print(f"next: formtune promote {config.run} --as {name} --to production, or formtune serve {target}")
     return 0

@@ -14,7 +14,6 @@ from jsonargparse import Namespace
 from jsonargparse.typing import ClosedUnitInterval, OpenUnitInterval, PositiveInt
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -25,13 +24,14 @@ from formtune.configuration.parsing import OneLine, did_you_mean
 from formtune.data.datamodule import FormatDataModule
 from formtune.errors import UserError
 from formtune.evaluation.console import print_result
-from formtune.files import LOGS, write_whole
+from formtune.files import LOGS
 from formtune.model import FormatModule
 from formtune.model.fsdp import ShardedBase
 from formtune.training import callback
 from formtune.training.answers import AnswerFile, AnswerTable, Outcomes
 from formtune.training.checkpoint import BestCheckpoint, CheckpointFiles, choose, newest
 from formtune.training.evaluator import Baseline
+from formtune.training.loggers import Name, make_loggers, record
 from formtune.training.next_step import next_step
 from formtune.training.overfitting import OverfittingWatch, diagnose
 from formtune.training.pipeline import prepare, train
@@ -104,6 +104,8 @@ class FormtuneCLI(LightningCLI):
         parser.add_argument("--run", type=str | None, help="Name of the run's folder (default: the date and time)")
         parser.add_argument("--resume", action="store_true", help="Continue --run, or the task's last run, if it was "
                             "interrupted and has this configuration; otherwise begin a run")  # fmt: skip
+        parser.add_argument("--logger", type=Name | list[Name], default="tensorboard", help="One or a list; each logs "
+                            "into the run's folder. trainer.logger takes a class instead, or false")  # fmt: skip
         parser.add_argument("--baselines", type=list[Baseline], default=["few_shot", "constrained"], help="What train "
                             "measures beside the plain base; [] for nothing")  # fmt: skip
         parser.add_argument("--baseline_rows", type=PositiveInt, default=200, help="Test rows for baselines at most")
@@ -183,9 +185,8 @@ class FormtuneCLI(LightningCLI):
         if self.subcommand in TRAINS:
             callbacks += [Validations(), config.overfitting, config.checkpoint, Throughput()]
             if options["logger"] in (None, True):
-                # What was logged after the checkpoint is logged again, and TensorBoard shows it once.
                 again = int(self.checkpoint.stem.removeprefix("step-")) + 1 if self.checkpoint else None
-                options["logger"] = TensorBoardLogger(LOGS, config.task, config.run, purge_step=again)
+                options["logger"] = make_loggers(config.logger, config.task, config.run, again)
         else:
             options["logger"] = False
         if self.subcommand == "predict":
@@ -232,7 +233,7 @@ class FormtuneCLI(LightningCLI):
                 self.folder.hold()
             prepare(trainer, datamodule)
             if writes and not self.folder.begun:
-                write_whole(self.folder.path / "config.yaml", self._record())
+                record(trainer, self.folder.path / "config.yaml", self._record())
             trainer.fit(model, datamodule, ckpt_path=self.checkpoint)
         finally:
             self.folder.release()
@@ -250,6 +251,8 @@ class FormtuneCLI(LightningCLI):
         result = {"result": model.evaluation, "counts": {"result": model.counts}, "rows": rows}
         split = "validation" if self.subcommand == "validate" else "test"
         rank_zero_only(print_result)(result, None, split, self.measured)
+        words = f"predict {self.checkpoint.parent.parent} PROMPTS" if self.checkpoint else "train -c TASK.yaml"
+        rank_zero_only(print)(f"next: formtune {words}")
 
     validate = test
 
@@ -258,6 +261,8 @@ class FormtuneCLI(LightningCLI):
         self.trainer.predict(model, datamodule, return_predictions=False, ckpt_path=self.checkpoint)
         files = ", ".join(f"{rows:,} in {path}" for path, rows in callback(self.trainer, AnswerFile).written.items())
         rank_zero_only(print)(f"answers of {self.measured}: {files}")
+        rank_zero_only(print)("next: look at answers whose format is not valid or whose confidence is low; "
+                              "--min_confidence puts them into a file of their own")  # fmt: skip
 
     def _record(self) -> str:
         config = self.config[self.subcommand]

@@ -14,6 +14,8 @@ from formtune.base.folder import context_length
 from formtune.base.row import quantile
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
+from formtune.configuration.terminal import say
+from formtune.configuration.yaml_file import config_paths
 from formtune.data.preparation import encode_inputs, production_rows
 from formtune.errors import UserError
 from formtune.export.quantize import lacking
@@ -66,6 +68,7 @@ def run(command: str, args: list[str]) -> int:
     figures = {"targets": targets, "failed": failed, "input_tokens": length}
     write_json(path, figures | {"checks": [it._asdict() for it in checks]})
     _print_checks(checks, targets, failed, path)
+    print(f"next: {'change what fails' if failed else f'formtune train -c {config_paths(args)[0]}'}")
     return int(bool(failed))
 
 
@@ -86,13 +89,12 @@ def _checks(targets: Sequence[str], plan: Plan, trial: Trial) -> Iterator[Check]
 
 
 def _print_checks(checks: Sequence[Check], targets: Sequence[str], failed: Sequence[str], path: Path) -> None:
-    console = Console(highlight=False, soft_wrap=True)
     table = Table("target", "check", "verdict", "detail", title="Preflight", title_justify="left")
     for it in checks:
         table.add_row(it.target, it.check, f"[{COLORS[it.verdict]}]{it.verdict}[/]", escape(it.detail))
-    console.print(table, soft_wrap=False)
-    console.print(f"figures: {path}")
+    Console(highlight=False).print(table)
+    print(f"figures: {path}")
     untried = [it.target for it in checks if it.verdict == "not tried"]
     verdict = f"fails for {', '.join(failed)}" if failed else f"no objection to {', '.join(targets)}"
     verdict += f", by the rules alone for {', '.join(untried)}" if untried else ""
-    console.print(f"[bold]verdict: {verdict}[/]")
+    say(f"verdict: {verdict}", "bold")

@@ -84,6 +84,7 @@ def _deployments(parser: CommandParser, args: list[str]) -> None:
             forced = " (forced)" if move["overruled"] else ""
             reason = f": {move['reason']}" if move["reason"] else ""
             print(f"  {move['at']}  {move['action']:8}  {move['version']}{forced} by {move['by']}{reason}")
+        print(f"next: formtune serve {name}, or formtune rollback {name} --reason '...'")
 
 
 def weigh(deployment: registry.Deployment, format_hash: str, outcomes: Path) -> list[str]:

@@ -13,13 +13,13 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from formtune.base.renderer import today
 from formtune.commands import COMMANDS
 from formtune.commands.lightning import run as lightning
 from formtune.configuration.parsing import CommandParser
+from formtune.configuration.terminal import folded, say
 from formtune.configuration.yaml_file import config_paths
 from formtune.errors import UserError
 from formtune.files import LOGS, write_json, write_whole
@@ -141,8 +141,9 @@ def _print(measured: Sequence[Measured], seeds: int, taken: str | None, why: str
         missing = f" ({point.seeds} of {seeds} seeds)" if point.seeds < seeds else ""
         cells = [f"{point.trainable_parameters:,}", *(str(point.validation[metric]) for metric in METRICS)]
         cells += [f"{point.test[metric]:.1%}" for metric in METRICS]
-        table.add_row(escape(point.name) + missing, *cells, style="bold" if point.name == taken else None)
-    console = Console()
-    console.print(table)
-    for line in (why, f"configuration: {folder / 'config.yaml'}" if taken else "", f"figures: {folder / 'sweep.json'}"):
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        table.add_row(folded(point.name).append(missing), *cells, style="bold" if point.name == taken else None)
+    Console().print(table)
+    say(why)
+    print(f"figures: {folder / 'sweep.json'}")
+    remedy = f"look at {folder}/*/output.log, then repeat the command"
+    print(f"next: {f'formtune train -c {folder}/config.yaml' if taken else remedy}")

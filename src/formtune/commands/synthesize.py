@@ -17,10 +17,11 @@ from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
+from formtune.configuration.terminal import shown
+from formtune.configuration.yaml_file import config_paths
 from formtune.data.cleaning import Example, repair
 from formtune.data.duplicates import similar
 from formtune.data.preparation import read_splits
-from formtune.data.progress import shown
 from formtune.data.settings import DataSettings
 from formtune.data.sources import read_records
 from formtune.errors import UserError, first_line
@@ -160,4 +161,5 @@ def run(command: str, args: list[str]) -> int:
         print("who wrote a row is read once the task names its column: data.columns.source: source")
     if missing:
         print(f"stopped: {PATIENCE} replies brought nothing new; raise --temperature, or show more varied rows")
+    print(f"next: read some of the rows, add {path} to data.train, then formtune audit -c {config_paths(args)[0]}")
     return int(missing > 0)

@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.configuration.task import read_run
+from formtune.configuration.terminal import say
 from formtune.data.cleaning import repair
 from formtune.data.shapes import own_schema
 from formtune.errors import UserError
@@ -39,22 +37,22 @@ def run(command: str, args: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load_base(task.model.base, torch.float32, None, device).to(device)
     model = PeftModel.from_pretrained(base, folder / "adapter").eval()
-    console = Console()
-    console.print(f"base and {folder}; one prompt per line, Ctrl-D ends", highlight=False)
+    say(f"base and {folder}; one prompt per line, Ctrl-D ends")
     with suppress(EOFError):
         while True:
             if prompt := input("> ").strip():
-                console.print(_answers(model, settings, prompt, schema))
+                _answer(model, settings, prompt, schema)
+    print(f"\nnext: formtune export {folder}")
 
 
-def _answers(model: Any, settings: Any, prompt: str, schema: str | None) -> Table:
+def _answer(model: Any, settings: Any, prompt: str, schema: str | None) -> None:
+    """Print each model's verdict, and its answer, whole and in one line as far as it is one."""
     turns = [{"role": "user", "content": prompt}]
     if system := settings.system_of(schema):
         turns.insert(0, {"role": "system", "content": system})
     [row] = settings.renderer.encode([(repair(turns, settings.clean), "the prompt", schema)])
     if isinstance(row, Exception):
         raise UserError(f"the prompt cannot be rendered: {row}")
-    table = Table("model", "answer", "confidence", "verdict", show_lines=True)
     stop, limit = settings.renderer.stop_ids, min(settings.max_new_tokens, settings.limit - len(row))
     for name in ("base", "tuned"):
         with model.disable_adapter() if name == "base" else nullcontext():
@@ -63,5 +61,5 @@ def _answers(model: Any, settings: Any, prompt: str, schema: str | None) -> Tabl
         answer = judge(row, decoded, settings.renderer, settings.format)
         verdict, confidence = answer.verdict, f"{answer.confidence:.4f}"
         detail = "valid format" if verdict.exact else f"{verdict.kind}: {verdict.detail}"
-        table.add_row(name, Text(answer.text), confidence, Text(detail, style="green" if verdict.exact else "red"))
-    return table
+        say(f"{name}, confidence {confidence}: {detail}", "green" if verdict.exact else "red")
+        print(answer.text)

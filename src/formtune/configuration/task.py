@@ -14,10 +14,11 @@ from formtune.errors import UserError
 
 # Keys of a task that only training reads.
 TRAINING = {
-    "seed_everything", "trainer", "checkpoint", "overfitting", "answer_table", "run", "resume", "baselines", "quick",
-    "baseline_rows", "answers", "min_confidence", "target_precision", "ckpt_path", "model.lora", "model.optimizer",
-    "model.scheduler", "model.max_grad_norm", "model.tokens_per_micro_batch", "model.gradient_checkpointing",
-    "model.compile", "model.quantize", "model.metrics", "model.constrained", "model.format",
+    "seed_everything", "trainer", "logger", "checkpoint", "overfitting", "answer_table", "run", "resume",
+    "baselines", "quick", "baseline_rows", "answers", "min_confidence", "target_precision", "ckpt_path",
+    "model.lora", "model.optimizer", "model.scheduler", "model.max_grad_norm", "model.tokens_per_micro_batch",
+    "model.gradient_checkpointing", "model.compile", "model.quantize", "model.metrics", "model.constrained",
+    "model.format",
 }  # fmt: skip
 BATCHES = ("rows_per_step", "max_evaluation_rows")  # keys of `data` that only the data module knows
 

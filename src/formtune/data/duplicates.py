@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array, triu
 from scipy.sparse.csgraph import connected_components
 
-from formtune.data.progress import shown
+from formtune.configuration.terminal import shown
 
 SHINGLE = 5  # characters
 PERMUTATIONS = 120  # numbers of a signature

@@ -9,9 +9,9 @@ from dataclasses import replace
 from itertools import chain
 
 from formtune.base.row import SYSTEM_ROLES, Row, UnfitRow
+from formtune.configuration.terminal import shown
 from formtune.data.cleaning import Example, Quarantined, helpful_repair, judge, repair
 from formtune.data.encoded import Splits, cache_path, content_hash, read_cache, write_cache
-from formtune.data.progress import shown
 from formtune.data.selection import select
 from formtune.data.settings import DataSettings
 from formtune.data.shapes import own_schema, written

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from formtune.base.row import quantile
+from formtune.configuration.terminal import say
 from formtune.data.encoded import Splits
 from formtune.data.settings import DataSettings
 
@@ -15,7 +15,7 @@ NAMED = 20  # ignored columns named in the terminal
 
 def print_data(settings: DataSettings, splits: Splits | None, folder: Path | None) -> None:
     """Print rows per split with their lengths in tokens, and what was ignored, repaired and quarantined."""
-    console, ignored = Console(), settings.ignored
+    ignored = settings.ignored
     lines = [*settings.format.notes]
     lines += [f"{where.rpartition(':')[0]}: {text}" for text, where in settings.columns.notes.items()]
     if splits is not None:
@@ -26,7 +26,7 @@ def print_data(settings: DataSettings, splits: Splits | None, folder: Path | Non
             sides = [len(row.prompt_ids) for row in rows], [len(row.target_ids) for row in rows]
             lengths = [quantile(sizes, percent) for sizes in sides for percent in (50, 95, 100)]
             table.add_row(name, f"{len(rows):,}", *(f"{length:,}" for length in lengths))
-        console.print(table)
+        Console().print(table)
         ignored = {"": splits.ignored} | ignored
         renderer, note = settings.renderer, settings.renderer.note
         differs = settings.system or splits.own_system or renderer.replaced or not renderer.templated
@@ -48,4 +48,4 @@ def print_data(settings: DataSettings, splits: Splits | None, folder: Path | Non
         columns = ", ".join(f"{name} ({count:,} rows)" for name, count in counts.most_common(NAMED))
         lines += [f"{f'data.{key}: ' if key else ''}ignored columns: {columns}"] if columns else []
     for line in lines:
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        say(line)

@@ -18,6 +18,7 @@ from formtune.base.folder import base_folder
 from formtune.base.renderer import Renderer
 from formtune.deploy.registry import Exported
 from formtune.errors import UserError
+from formtune.evaluation.outcomes import read_outcomes
 from formtune.export.gguf import FILE
 from formtune.export.llama_cpp import HOST, LOCAL
 from formtune.export.usage import example
@@ -29,36 +30,42 @@ ENGINES = {
     "llamacpp": ("gguf", ("xllamacpp",), "run llama-server and ask its /completion"),
 }
 DTYPES = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}  # of the base under an adapter, by the run's precision
+CHECK = "check it: formtune check-endpoint http://{}:{}/v1 -c TASK.yaml --served_model {}"
 ENDING = 10  # seconds in which the server may end by itself
 
 
-def serve(exported: Exported, engine: str, port: int, text: str) -> int:
-    """Start the server, print a request with `text`, and wait for the signal that ends it."""
+def serve(models: dict[str, Exported], engine: str, port: int) -> int:
+    """Start the server of models by their names, print a request, and wait for the signal that ends it."""
     extra, packages, untemplated = ENGINES[engine]
     if missing := [name for name in packages if find_spec(name) is None]:
         install = f"pip install -e '.[{extra}]'"
         raise UserError(f"--engine {engine} needs the extra ({', '.join(missing)} missing): {install}")
-    folder, task, renderer = exported.folder, exported.task, Renderer.load(str(exported.folder.resolve()))
-    if not renderer.templated:
-        raise UserError(f"{folder}: {renderer.note}; {untemplated}")
+    renderers = {name: Renderer.load(str(exported.folder.resolve())) for name, exported in models.items()}
+    for name, renderer in renderers.items():
+        if not renderer.templated:
+            raise UserError(f"{models[name].folder}: {renderer.note}; {untemplated}")
     with socket.socket() as free:  # otherwise the server that is there already would seem to be this one
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
         try:
             free.bind((HOST, port))
         except OSError as error:
             raise UserError(f"--port: {HOST}:{port}: {error.strerror}; choose another") from None
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         with tempfile.TemporaryDirectory(prefix="formtune-serve-") as links:
-            if engine == "transformers":
-                link(exported, renderer, Path(links, task))  # the path is the model's name for clients
-            process = subprocess.Popen(_command(exported, engine, port), cwd=links, env=environment)
+            for name, renderer in renderers.items() if engine == "transformers" else ():
+                link(models[name], renderer, Path(links, name))  # the path is the model's name for clients
+            process = subprocess.Popen(_command(models, engine, port), cwd=links, env=environment)
             try:
                 _wait_until_loaded(process, port)
-                data = shlex.quote(json.dumps(example(folder, text), ensure_ascii=False))
-                print(f"{folder} is served as {task}; end with Ctrl-C\n\ncurl http://{HOST}:{port}/v1/chat/"
-                      f"completions -H 'Content-Type: application/json' -d {data}", flush=True)  # fmt: skip
+                for name, exported in models.items():
+                    print(f"{exported.folder} is served as {name}; end with Ctrl-C")
+                rows = read_outcomes(exported.outcomes) if exported.outcomes.is_file() else []
+                body = example(exported.folder, rows[0].input if rows else "Hello") | {"model": name}
+                data = shlex.quote(json.dumps(body, ensure_ascii=False))
+                print(f"\ncurl http://{HOST}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d {data}\n"
+                      f"\n{CHECK.format(HOST, port, name)}", flush=True)  # fmt: skip
                 code = process.wait()
             finally:
                 _end(process)
@@ -67,17 +74,21 @@ def serve(exported: Exported, engine: str, port: int, text: str) -> int:
     raise UserError(f"the server ended by itself with exit code {code}; its own lines above say why")
 
 
-def _command(exported: Exported, engine: str, port: int) -> list[str]:
+def loading(exported: Exported) -> list[str]:
+    """Data type and quantization of what is served; those of an adapter's base are as in training."""
+    if exported.base is None:
+        return ["auto", ""]
+    dtype = DTYPES.get(str(exported.config["trainer"]["precision"]), "float32")
+    return [dtype, "bnb-4bit" if exported.config["model"]["quantize"] else ""]
+
+
+def _command(models: dict[str, Exported], engine: str, port: int) -> list[str]:
+    name, exported = next(iter(models.items()))
     if engine == "llamacpp":
         request = json.loads((exported.folder / "request.json").read_text(encoding="utf-8"))
         file, context = exported.folder.resolve() / FILE, request["options"]["num_ctx"]
-        return [sys.executable, "-m", "formtune.export.llama_cpp", str(file), str(context), str(port), exported.task]
-    dtype, quantization = "auto", []
-    if exported.base is not None:
-        dtype = DTYPES.get(str(exported.config["trainer"]["precision"]), "float32")
-        quantization = ["--quantization", "bnb-4bit"] if exported.config["model"]["quantize"] else []
-    words = ["--host", HOST, "--port", str(port), "--dtype", dtype, *quantization, "--reasoning", "off"]
-    return [sys.executable, "-m", "transformers.cli.transformers", "serve", exported.task, *words]
+        return [sys.executable, "-m", "formtune.export.llama_cpp", str(file), str(context), str(port), name]
+    return [sys.executable, "-m", "formtune.deploy.adapters", str(port), *loading(exported), *models]
 
 
 def link(exported: Exported, renderer: Renderer, folder: Path) -> None:

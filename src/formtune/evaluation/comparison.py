@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from formtune.configuration.terminal import folded, say
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import FIELD, RATES, VIEWS, Outcome, field_f1, read_outcomes
 from formtune.evaluation.statistics import f1_difference, f1_interval, rate_difference, verdict, wilson
@@ -63,7 +64,7 @@ def print_comparison(comparison: dict[str, Any]) -> None:
             difference = pair["differences"][name]
             size = f" by {100 * abs(difference['value']):.1f} points ({_p(difference)})" if difference["sure"] else ""
             parts.append(f"{name} {difference['verdict']}{size}")
-        print(f"{pair['run']} against {pair['against']}: {'; '.join(parts)}")
+        say(f"{pair['run']} against {pair['against']}: {'; '.join(parts)}")
 
 
 def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -78,12 +79,12 @@ def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def figures_table(title: str, runs: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> Table:
     """A column for each run's `name` and `figures`, with its differences from the first run ({} for none)."""
-    table = Table(Column("metric", overflow="fold"), title=title, title_justify="left")
+    table = Table(Column("metric", no_wrap=True), title=title, title_justify="left")
     for run in runs:
-        table.add_column(Text(run["name"]), justify="right", overflow="fold")
+        table.add_column(folded(run["name"]), justify="right")
     for name in dict.fromkeys(name for run in runs for name in run["figures"]):
         cells = [_cell(run["figures"].get(name), d.get(name)) for run, d in zip(runs, differences, strict=True)]
-        table.add_row(Text(name), *cells, end_section=name == F1)
+        table.add_row(Text(name.replace(FIELD, "field ")), *cells, end_section=name == F1)
     return table
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from formtune.configuration.terminal import say
 from formtune.evaluation.outcomes import FIELD, VIEWS
 
 WORST = 5  # fields that are printed
@@ -22,7 +23,6 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
     """
     views = [view for view in (*VIEWS, "result") if view in result]
     first, counts = result[views[0]], result["counts"]
-    console = Console()
     model = Path(measured).name if measured else None
     title = f"{model or 'Result'} on {result['rows']:,} {split} rows"
     table = Table(Column("metric", no_wrap=True), title=title, title_justify="left", pad_edge=False)
@@ -39,21 +39,19 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
     kinds = [name for name in first if name.startswith("fail/") and any(result[view][name] for view in views)]
     for name in (*HEADLINES, *own, *fields, *kinds):
         cells = [_cell(name, result[view][name], few and counts[view].get(name)) for view in views]
-        table.add_row(name, *cells, end_section=name in ((own or HEADLINES)[-1], *fields[-1:]))
-    console.print(table)
+        table.add_row(name.replace(FIELD, "field "), *cells, end_section=name in ((own or HEADLINES)[-1], *fields[-1:]))
+    Console().print(table)
     if folder is None:
         return
     training = result["training"]
     files = {"checkpoint": f"checkpoints/step-{training['best_step']}.ckpt", "adapter": "adapter"}
     files |= {"report": "report.html", "figures": "metrics.json", "configuration": "config.yaml"}
-    lines = [
-        f"{training['steps']} steps in {training['seconds']:.0f} s; {training['best_reason']}",
-        f"diagnosis: {training['diagnosis']}",
-        f"next: {training['next']}",
-        *(f"{what:>14}: {folder / name}" for what, name in files.items()),
-        f"{'curves':>14}: make tensorboard",
-    ]
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    say(f"{training['steps']} steps in {training['seconds']:.0f} s; {training['best_reason']}")
+    say(f"diagnosis: {training['diagnosis']}")
+    print(f"next: {training['next']}")  # a command to copy
+    for what, name in files.items():
+        print(f"{what:>14}: {folder / name}")
+    print(f"{'curves':>14}: {'make tensorboard' if any(folder.glob('events.*')) else folder}")
 
 
 def _cell(name: str, value: float, count: Any) -> str:

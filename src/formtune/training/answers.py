@@ -1,20 +1,19 @@
-"""What is done with the answers of an evaluation: a table in TensorBoard, outcomes of the test rows, a file."""
+"""What is done with the answers of an evaluation: a table in the logger, outcomes of the test rows, a file."""
 
-import re
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from formtune.evaluation.outcomes import Answer, Outcome, outcome, worst_first
 from formtune.files import write_lines
 from formtune.model.ranks import gathered
+from formtune.training.loggers import log_table
 
 
 class AnswerTable(Callback):
-    """A table of the worst answers of each evaluation beside their targets, in TensorBoard.
+    """A table of the worst answers of each evaluation beside their targets, in the loggers.
 
     Args:
         rows: Number of answers, invalid formats first.
@@ -30,24 +29,16 @@ class AnswerTable(Callback):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.is_global_zero and pl_module.logged and isinstance(trainer.logger, TensorBoardLogger):
-            lines = ["| why | input | target | answer |", "|---|---|---|---|"]
-            for a in self._failed:
-                cells = (f"{a.verdict.kind}: {a.verdict.detail}", a.row.input, a.row.target or "", a.text)
-                lines.append("| " + " | ".join(map(_cell, cells)) + " |")
-            text = "\n".join(lines) if self._failed else "every answer is right"
+        if pl_module.logged:
+            rows = [
+                (f"{a.verdict.kind}: {a.verdict.detail}", a.row.input, a.row.target or "", a.text) for a in self._failed
+            ]
             tag = "answers/test" if trainer.testing else "answers/validation"
-            trainer.logger.experiment.add_text(tag, text, trainer.global_step)
+            nothing = [("every answer is right", "", "", "")]
+            log_table(trainer, tag, ("why", "input", "target", "answer"), rows or nothing)
         self._failed = []
 
     on_test_epoch_end = on_validation_epoch_end
-
-
-def _cell(text: str, limit: int = 400) -> str:
-    text = text if len(text) <= limit else text[:limit] + " ..."
-    # Markdown reads the punctuation within <code> too: the fence of an answer would swallow the cells after it.
-    escaped = re.sub(r"[!-/:-@\[-`{-~]", lambda mark: f"&#{ord(mark[0])};", text)
-    return "<code>" + escaped.replace("\n", "<br>") + "</code>"
 
 
 class Outcomes(Callback):

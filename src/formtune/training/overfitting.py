@@ -5,10 +5,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from formtune.evaluation.metrics import ratios
 from formtune.training import callback
+from formtune.training.loggers import log_table
 from formtune.training.validations import Validation, Validations, best, fewer
 
 LASTING = 3  # validations that a change must last: the last two of a run are close, and may be the same luck
@@ -139,8 +139,8 @@ class OverfittingWatch(Callback):
         history = self.validations.history
         now = diagnose(history)
         changed = len(history) == 1 or diagnose(history[:-1]).kind != now.kind
-        if changed and isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
-            trainer.logger.experiment.add_text("diagnosis", now.text, trainer.global_step)
+        if changed:
+            log_table(trainer, "diagnosis", ("diagnosis",), [(now.text,)])
         if self.patience and trainer.state.fn == "fit" and should_stop(history, self.patience):
             trainer.should_stop = True
             if trainer.is_global_zero:

@@ -11,11 +11,12 @@ from formtune.data.datamodule import FormatDataModule
 from formtune.data.encoded import FEW_ROWS
 from formtune.data.table import print_data
 from formtune.errors import UserError
-from formtune.files import write_json, write_whole
+from formtune.files import write_json
 from formtune.model import FormatModule
 from formtune.training import callback
 from formtune.training.checkpoint import BestCheckpoint, read
 from formtune.training.evaluator import Baseline, Evaluator
+from formtune.training.loggers import record
 from formtune.training.manifest import write_manifest
 from formtune.training.next_step import next_step
 from formtune.training.overfitting import diagnose
@@ -50,7 +51,7 @@ def train(
         for line in check(model):
             rank_zero_only(print)(f"preflight: {line}")
     if writes and not folder.begun:
-        write_whole(folder.path / "config.yaml", config())
+        record(trainer, folder.path / "config.yaml", config())
 
     # What prompting reaches
     evaluator.baselines(baselines, baseline_rows)

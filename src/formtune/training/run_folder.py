@@ -14,7 +14,7 @@ from formtune.evaluation.selective import judged, threshold
 
 # Keys that change where a run is or how it is watched, and not what is trained.
 FREE = (
-    *("run", "resume", "task", "trainer.default_root_dir", "trainer.enable_progress_bar", "data.prompts"),
+    *("run", "resume", "task", "trainer.default_root_dir", "trainer.enable_progress_bar", "data.prompts", "logger"),
     *("checkpoint.every_n_seconds", "checkpoint.save_last", "answer_table"),
 )
 

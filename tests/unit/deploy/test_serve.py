@@ -149,6 +149,52 @@ def test_what_vllm_cannot_serve_is_refused(run, capsys):
     assert "is not supported by vLLM" in capsys.readouterr().err
 
 
+def test_vllms_command_for_several_adapters_names_each_and_the_highest_rank(run, capsys):
+    base = str(Path("base").resolve())
+    write_run(Path("logs/small/r40"), base, [("it's number 5", True)], rank=40)
+    assert main(["serve", str(run), "logs/small/r40", "--engine", "vllm"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[0])
+    start = words.index("--lora-modules") + 1
+    folders = [f"small-{name}={Path('logs/small', name, 'adapter').resolve()}" for name in ("r4", "r40")]
+    assert words[start : start + 2] == folders and words[2] == base
+    assert words[words.index("--max-lora-rank") + 1] == "64" and words[words.index("--max-loras") + 1] == "2"
+
+
+def test_what_cannot_be_served_together_is_refused(run, tmp_path, capsys):
+    tiny_model(seed=1).save_pretrained("other")
+    byte_tokenizer().save_pretrained("other")
+    second = write_run(Path("more/r4"), str(tmp_path / "other"), [("it's number 5", True)])
+    assert main(["serve", str(run), str(second)]) == 2
+    line = "more/r4/adapter: another base, chat template or precision than logs/small/r4/adapter; start a server for"
+    assert line in capsys.readouterr().err
+    write_run(second, str(tmp_path / "base"), [("it's number 5", True)])
+    assert main(["serve", str(run), str(second)]) == 2
+    assert "several would be called small-r4; rename one" in capsys.readouterr().err
+    write_manifest(second / "adapter", "gguf", str(tmp_path / "base"), None)
+    assert main(["serve", str(run), str(second)]) == 2
+    assert "more/r4/adapter: only adapters are served together; start a server for each" in capsys.readouterr().err
+
+
+def test_adapters_share_the_weights_of_their_base_and_answer_as_they_do_alone(run, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from formtune.deploy.adapters import share_weights
+
+    second = write_run(Path("logs/small/r40"), str(tmp_path / "base"), [("it's number 5", True)], rank=40)
+    models = []
+    for folder in (run, second):
+        exported = Exported(folder / "adapter")
+        link(exported, Renderer.load(str(folder / "adapter")), tmp_path / folder.name)
+        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / folder.name))
+    ids = torch.arange(3, 40)[None]
+    alone = [model(ids).logits for model in models]
+    share_weights(models[1], models[0])
+    assert all(torch.equal(model(ids).logits, logits) for model, logits in zip(models, alone, strict=True))
+    assert not torch.allclose(*alone, atol=1e-3)
+    stored = [{p.data_ptr() for name, p in model.named_parameters() if "lora_" not in name} for model in models]
+    assert stored[0] == stored[1]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(bool(LACKING), reason=f"needs the extra `serve` ({', '.join(LACKING)} missing)")
 def test_a_deployment_is_served_answers_the_printed_request_passes_the_check_and_ends_on_a_signal(
@@ -157,10 +203,11 @@ def test_a_deployment_is_served_answers_the_printed_request_passes_the_check_and
     write_splits("base", 24, train_rows=6, test_rows=6)
     assert main(["promote", str(run), "--to", "production"]) == 0
     shutil.rmtree("logs")
+    write_run(Path("runs/r40"), str(Path("base").resolve()), [("it's number 5", True)], rank=40)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "formtune", "serve", "production", "--port", str(port)]
+    command = [sys.executable, "-m", "formtune", "serve", "production", "runs/r40", "--port", str(port)]
     environment = os.environ | {"PYTHONPATH": str(SOURCE), "TMPDIR": str(tmp_path)}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
@@ -174,9 +221,15 @@ def test_a_deployment_is_served_answers_the_printed_request_passes_the_check_and
         ]  # fmt: skip
         request = urllib.request.Request(words[1], body.encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as reply:
-            assert json.load(reply)["choices"][0]["message"]["content"]
+            answer = json.load(reply)
+            assert answer["choices"][0]["message"]["content"] and answer["model"].startswith("small-r40")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60) as reply:
+            assert [model["id"] for model in json.load(reply)["data"]] == ["small-production", "small-r40"]
         capsys.readouterr()
-        assert main(["check-endpoint", f"http://127.0.0.1:{port}/v1", "-c", "small.yaml", "--min_exact", "0.5"]) == 1
+        check = ["check-endpoint", f"http://127.0.0.1:{port}/v1", "-c", "small.yaml", "--served_model"]
+        assert main([*check, "/etc"]) == 2
+        assert "--served_model names a model there" in capsys.readouterr().err
+        assert main([*check, "small-production", "--min_exact", "0.5"]) == 1
         assert "prompts: same number of tokens as formtune's in every row" in capsys.readouterr().out
         server.send_signal(signal.SIGTERM)
         assert server.wait(20) == 0

@@ -36,7 +36,7 @@ from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.evaluation.report import Run, card, gallery, headline, page
 from formtune.evaluation.slices import slices
 from formtune.formats import KINDS, JsonSchema, Labels
-from formtune.training.answers import _cell
+from formtune.training.loggers import _cell
 
 
 def outcome(number, kind="ok", tokens=10, origin="", target='{"n":1,"s":"a"}', answer=None):
@@ -271,7 +271,7 @@ def test_of_many_fields_only_the_five_worst_of_the_tuned_model_are_printed(views
     print_result(result | {"rows": 9, "counts": {view: {"format/exact": (1, 9)} for view in views}}, None)
     printed = capsys.readouterr().out
     worst = [0, 1, 2, 3, 4] if len(views) < 3 else []
-    assert [int(number) for number in re.findall(r"field_acc/f(\d+)", printed)] == worst
+    assert [int(number) for number in re.findall(r"field f(\d+)", printed)] == worst
     assert ("the 5 worst of 40 fields" in printed) == bool(worst) and len(printed.splitlines()) < 22
 
 

@@ -1,0 +1,36 @@
+"""Lines and names in the terminal, where no word is broken in the middle; and a progress bar over rows."""
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track
+from rich.text import Text
+
+T = TypeVar("T")
+
+
+def say(line: str, style: str = "") -> None:
+    """Print a line, in a style up to its colon: wrapped in a terminal, else whole, for scripts."""
+    console, text = Console(highlight=False), Text(line)
+    text.stylize(style, 0, line.find(":") + 1)
+    console.print(text, soft_wrap=not console.is_terminal)
+
+
+def folded(name: str, width: int = 12) -> Text:
+    """A name in lines of about this width, broken after its separators."""
+    lines = [""]
+    for part in re.split(r"(?<=[/:_.-])", name):
+        lines += [""] * (len(lines[-1] + part) > width)
+        lines[-1] += part
+    return Text("\n".join(filter(None, lines)))
+
+
+def shown(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """The items unchanged, with a bar on standard error if that is a terminal, on one process only."""
+    console = Console(stderr=True)
+    hidden = not (console.is_terminal and sys.stdout.isatty()) or os.environ.get("LOCAL_RANK", "0") != "0"
+    return iter(track(items, what, total, console=console, transient=True, disable=hidden))

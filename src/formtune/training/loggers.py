@@ -1,0 +1,111 @@
+"""The loggers that `--logger` names, each in the run's folder, and the tables that they show."""
+
+import csv
+import io
+import os
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from formtune.errors import UserError
+from formtune.files import LOGS, write_whole
+
+Name = Literal["tensorboard", "csv", "wandb", "mlflow"]
+# The page "Custom Scalars" of TensorBoard; tags are regular expressions.
+CHARTS = {
+    "valid format": ["^format/exact$"],
+    "right": ["^joint/exact$"],
+    "loss": ["^train/loss$", "^train/eval_loss$", "^val/loss$"],
+    "failures by kind": ["^fail/(?!ok$)"],
+}
+
+
+class OneEventFile(TensorBoardLogger):
+    """TensorBoard in one file: Lightning closes it after each evaluation, and would begin another for the next."""
+
+    def finalize(self, status: str) -> None:
+        if self._experiment is not None:
+            self._experiment.flush()
+
+
+class LazyMLflow(MLFlowLogger):
+    """Opens its store when the first value is logged: a refused run leaves nothing."""
+
+    store = ""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if not self._initialized:
+            self._tracking_uri, self._mlflow_client = self.store, type(self._mlflow_client)(self.store)
+        return super().experiment
+
+
+def make_loggers(names: Name | Sequence[Name], task: str, run: str, step: int | None) -> list[Logger]:
+    """The loggers of a run; one that is resumed logs again from `step` on."""
+    names = [names] if isinstance(names, str) else names
+    for name in {"wandb", "mlflow"} & {*names}:
+        if find_spec(name) is None:
+            raise UserError(f"logger: {name} is not installed; pip install {name}")
+    folder = LOGS / task / run
+    loggers: list[Logger] = []
+    if "tensorboard" in names:
+        # What was logged after the checkpoint is logged again, and TensorBoard shows it once.
+        loggers.append(OneEventFile(LOGS, task, run, purge_step=step))
+    if "csv" in names:
+        # Lightning deletes the file that is there.
+        loggers.append(CSVLogger(folder, "csv", "" if step is None else f"from-step-{step}"))
+    if "wandb" in names:
+        mode, version = os.environ.get("WANDB_MODE", "offline"), f"{task}-{run}".replace("/", "-")
+        loggers.append(WandbLogger(run, folder, version=version, project=task, mode=mode))
+    if "mlflow" in names:
+        server, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), (folder / "mlflow").resolve().as_uri()
+        # The address opens no connection.
+        logger = LazyMLflow(task, run, "http://127.0.0.1", artifact_location=None if server else artifacts)
+        logger.store = server or f"sqlite:///{folder / 'mlflow.db'}"
+        loggers.append(logger)
+    return loggers
+
+
+def record(trainer: Any, file: Path, configuration: str) -> None:
+    """Write the configuration of a run that begins, in YAML, and show it where runs are compared by it."""
+    write_whole(file, configuration)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            charts = {title: ["Multiline", tags] for title, tags in CHARTS.items()}
+            logger.experiment.add_custom_scalars({"headlines": charts})
+        elif isinstance(logger, WandbLogger | MLFlowLogger):
+            logger.log_hyperparams(yaml.safe_load(configuration))
+
+
+def log_table(trainer: Any, tag: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Show a table in every logger that has tables."""
+    step = trainer.global_step
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        if isinstance(logger, TensorBoardLogger):
+            lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+            lines += [" | ".join(map(_cell, row)) for row in rows]
+            logger.experiment.add_text(tag, "\n".join(f"| {line} |" for line in lines), step)
+        elif isinstance(logger, CSVLogger):
+            path, text = Path(logger.log_dir, f"{tag}-{step}.csv"), io.StringIO(newline="")
+            csv.writer(text).writerows([columns, *rows])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text.getvalue())
+        elif isinstance(logger, WandbLogger):
+            logger.log_table(tag, list(columns), [list(row) for row in rows], step=step)
+        elif isinstance(logger, MLFlowLogger):
+            table = {"step": [step] * len(rows)} | dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
+            logger.experiment.log_table(logger.run_id, table, f"{tag}.json")
+
+
+def _cell(text: str, limit: int = 400) -> str:
+    text = text if len(text) <= limit else text[:limit] + " ..."
+    # Markdown reads the punctuation within <code> too: the fence of an answer would swallow the cells after it.
+    escaped = re.sub(r"[!-/:-@\[-`{-~]", lambda mark: f"&#{ord(mark[0])};", text)
+    return "<code>" + escaped.replace("\n", "<br>") + "</code>"
