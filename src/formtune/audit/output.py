@@ -7,7 +7,7 @@ from formtune.configuration.terminal import say
 from formtune.data.encoded import Splits
 from formtune.data.settings import DataSettings
 from formtune.data.table import print_data
-from formtune.evaluation.page import environment
+from formtune.evaluation.page import render
 from formtune.files import write_json, write_lines, write_whole
 
 SHOWN = 200  # rows of a reason on the page; quarantine.jsonl has all of them
@@ -25,8 +25,7 @@ def page(findings: dict[str, Any]) -> str:
     reasons: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(findings["quarantine"], key=lambda row: -findings["quarantined"][row["reason"]]):
         reasons.setdefault(row["reason"], []).append(row)
-    template = environment().get_template("audit/report.html.jinja")
-    return template.render(audit=findings, reasons=reasons, shown=SHOWN)
+    return render("audit/report.html.jinja", audit=findings, reasons=reasons, shown=SHOWN)
 
 
 def print_audit(findings: dict[str, Any], settings: DataSettings, splits: Splits, folder: Path) -> None:

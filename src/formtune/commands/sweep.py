@@ -22,6 +22,7 @@ from formtune.configuration.parsing import CommandParser
 from formtune.configuration.terminal import folded, say
 from formtune.configuration.yaml_file import config_paths
 from formtune.errors import UserError
+from formtune.evaluation.page import render
 from formtune.files import LOGS, write_json, write_whole
 from formtune.sweep.choice import METRICS, Measured, choose, measure
 from formtune.sweep.runs import RANKS, Job, devices, grid, run_all, seed_numbers
@@ -30,9 +31,9 @@ from formtune.training.run_folder import RunFolder
 HELP = """\
 All other arguments are passed to `formtune train`, -c TASK.yaml first of all. A point is one value for each key.
 
-Runs are in logs/<task>/<sweep>/, with the configuration taken in config.yaml and all figures in sweep.json. The same
-command again keeps the finished runs and resumes the others, also with more values or seeds. With several GPUs, each
-takes one run at a time.
+Runs are in logs/<task>/<sweep>/, with the configuration taken in config.yaml and all figures in report.html and
+sweep.json. The same command again keeps the finished runs and resumes the others, also with more values or seeds.
+With several GPUs, each takes one run at a time.
 
 examples:
   formtune sweep -c configs/demo.yaml --over model.lora.r=8,16 --over model.optimizer.lr=1e-4,2e-4 --seeds 0,1
@@ -92,8 +93,10 @@ def run(command: str, args: list[str]) -> int:
                 best, why = choose(complete)
                 taken = best.name
                 write_whole(folder / "config.yaml", configurations[taken])
-            summary = {"points": [asdict(point) for point in measured], "taken": taken, "reason": why}
-            write_json(folder / "sweep.json", summary | {"seeds": seeds, "failed": failed})
+            figures = [asdict(point) for point in measured]
+            summary = {"points": figures, "taken": taken, "reason": why, "seeds": seeds, "failed": failed}
+            write_json(folder / "sweep.json", summary)
+            write_whole(folder / "report.html", render("sweep/report.html.jinja", sweep=summary, folder=folder))
     except Timeout:
         raise UserError(f"{folder}: this sweep is already running") from None
     _print(measured, len(seeds), taken, why, folder)
@@ -144,6 +147,7 @@ def _print(measured: Sequence[Measured], seeds: int, taken: str | None, why: str
         table.add_row(folded(point.name).append(missing), *cells, style="bold" if point.name == taken else None)
     Console().print(table)
     say(why)
+    print(f"report: {folder / 'report.html'}")
     print(f"figures: {folder / 'sweep.json'}")
     remedy = f"look at {folder}/*/output.log, then repeat the command"
     print(f"next: {f'formtune train -c {folder}/config.yaml' if taken else remedy}")

@@ -1,30 +1,30 @@
 """A run's report as one self-contained page, and its adapter's model card: was it worth it, and where does it fail."""
 
-import difflib
-import html
 import importlib.metadata
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
+import yaml
 
 from formtune import __version__
+from formtune.base.row import Row
 from formtune.evaluation.baselines import best_prompt
 from formtune.evaluation.comparison import figures
-from formtune.evaluation.outcomes import FIELD, VIEWS, Outcome, field_f1, paired, rate, worst_first
-from formtune.evaluation.page import environment
+from formtune.evaluation.failures import LONGEST, MOST, failures
+from formtune.evaluation.outcomes import FIELD, VIEWS, Outcome, field_f1, paired, rate
+from formtune.evaluation.page import render
 from formtune.evaluation.selective import calibration, judged, risks
 from formtune.evaluation.slices import slices
 from formtune.evaluation.statistics import rate_difference, verdict, wilson
 from formtune.files import write_whole
 from formtune.formats import KINDS, Format
 
-SHOWN = 60  # failures in the gallery
 POINTS = 100  # of the risk-coverage curve
-LOSSES = {"train": "train_loss", "validation": "val_loss"}
 PACKAGES = ("torch", "lightning", "transformers", "peft", "tokenizers")
 
 
@@ -41,6 +41,7 @@ class Run:
     quarantined: dict[str, int]  # rows by reason
     config: str  # as YAML
     base: str  # folder or hub id
+    train: Sequence[Row] = ()  # what failures are compared with
     date: str | None = None  # written by the chat template
     note: str = ""  # how prompts are rendered, where a chat server does not render them so
 
@@ -54,23 +55,48 @@ def write_run_report(run: Run, folder: Path) -> None:
 
 def page(run: Run) -> str:
     """The report as HTML."""
-    template = environment().get_template("evaluation/report.html.jinja")
-    history = run.result["training"].get("history") or []
-    return template.render(
+    gallery = failures(run.outcomes["after"], run.format, run.train)
+    return render(
+        "evaluation/report.html.jinja",
         **_facts(run),
-        history=history,
-        curves=_curves(history),
-        kinds={VIEWS[view]: _kinds(run.outcomes[view]) for view in VIEWS if view in run.outcomes},
+        conclusion=conclusion(run),
+        kind_names=KINDS,
+        config=yaml.safe_load(run.config),
+        curves=_curves(run.result["training"].get("history", ())),
+        kinds={view: Counter(o.kind for o in outcomes) for view, outcomes in run.outcomes.items()},
         trust=_trust(run),
         slices=list(_slices(run)),
-        gallery=list(gallery(run.outcomes["after"])),
+        gallery=gallery,
+        limits=(LONGEST, MOST),
+        failed_fields=Counter(field for failure in gallery for field in failure.fields).most_common(),
         parity=_share(*run.result["counts"]["after"]["val/parity"]),
     )
 
 
 def card(run: Run) -> str:
     """The model card, in Markdown with the metadata that a hub reads."""
-    return environment(autoescape=False).get_template("evaluation/card.md.jinja").render(**_facts(run))
+    return render("evaluation/card.md.jinja", **_facts(run))
+
+
+def conclusion(run: Run) -> tuple[bool, str]:
+    """Whether training was worth it, and why in one sentence: against the best that the base reached in any way."""
+    count, rows = rate(run.outcomes["after"], "joint")
+    if count < (majority := _majority(run)) * rows:
+        always = f"always giving the most frequent training answer is right in {majority:.1%}"
+        return False, f"Do not use it: {count / rows:.1%} of the answers are right, and {always}."
+    parts = []
+    for name, what in (("joint", "are right"), ("exact", "have a valid format")):
+        shares = {view: np.divide(*rate(run.outcomes[view], name)) for view in ("after", *_compared(run))}
+        tuned, best = shares.pop("after"), max(shares, key=shares.__getitem__)
+        sentence = f"{tuned:.1%} of the answers {what}, against {shares[best]:.1%} ({VIEWS[best]})"
+        parts += [_verdict(run, best, name), sentence]
+    content, right, form, valid = parts
+    if content in ("better", "worse"):
+        helped = content == "better"
+        return helped, f"Fine-tuning {'helped' if helped else 'made the answers worse'}: {right}."
+    if form == "better":
+        return True, f"Fine-tuning helped the format: {valid}. Right answers: {content}."
+    return False, f"No gain can be shown: {right}; {content}."
 
 
 def headline(run: Run) -> list[str]:
@@ -117,14 +143,12 @@ def _majority(run: Run) -> float:
 def _facts(run: Run) -> dict[str, Any]:
     """What the report and the card show."""
     views = [view for view in VIEWS if view in run.outcomes]
-    right, rows = rate(run.outcomes["after"], "joint")
-    better = any(_verdict(run, _compared(run)[0], name) == "better" for name in ("exact", "joint"))
     return {
         "run": run,
         "hub": not Path(run.base).exists(),  # a folder's path would mean nothing elsewhere
         "result": run.result,
         "headline": headline(run),
-        "better": better and right >= _majority(run) * rows,
+        "names_of": VIEWS,
         "views": {view: f"{VIEWS[view]}, {len(run.outcomes[view]):,} rows" for view in views},
         "figures": {view: figures(run.outcomes[view]) for view in views},
         "field": FIELD,
@@ -134,8 +158,8 @@ def _facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _slices(run: Run) -> Iterator[tuple[str, str, list[str]]]:
-    """Group and name of each slice, its rows, and three figures of the base and the tuned model on it."""
+def _slices(run: Run) -> Iterator[tuple[str, str, list[str], set[str]]]:
+    """Group and name of each slice, the number of its rows with three figures of base and tuned model, its rows."""
     tuned = run.outcomes["after"]
     for group, name, rows in slices(tuned, run.format, run.longest, run.production_p95):
         after = [tuned[i] for i in rows]
@@ -144,31 +168,20 @@ def _slices(run: Run) -> Iterator[tuple[str, str, list[str]]]:
         for right in ("exact", "joint"):
             cells += [f"{rate(before, right)[0] / len(before):.1%}" if before else "", _share(*rate(after, right))]
         cells += [f"{field_f1(before):.1%}" if before else "", f"{field_f1(after):.1%}"]
-        yield group, name, cells
+        yield group, name, cells, {outcome.where for outcome in after}
 
 
-def gallery(outcomes: Sequence[Outcome]) -> Iterator[tuple[Outcome, Markup, Markup]]:
-    """The worst failed answers, each with target and answer, in which `<del>` and `<ins>` mark the differences."""
-    for outcome in worst_first(outcomes)[:SHOWN]:
-        target = answer = ""
-        matcher = difflib.SequenceMatcher(None, outcome.target, outcome.answer, autojunk=False)
-        for kind, a, b, c, d in matcher.get_opcodes():
-            missing, extra = html.escape(outcome.target[a:b]), html.escape(outcome.answer[c:d])
-            target += missing if kind == "equal" or not missing else f"<del>{missing}</del>"
-            answer += extra if kind == "equal" or not extra else f"<ins>{extra}</ins>"
-        yield outcome, Markup(target), Markup(answer)
-
-
-def _curves(history: Sequence[dict[str, Any]]) -> list[tuple[str, float, dict[str, list[Any]]]]:
-    """Title and upper limit of each plot, and the values of its curves at each validation."""
-    measured = {name: [point.get(key) for point in history] for name, key in LOSSES.items()}
+def _curves(history: Sequence[dict[str, Any]]) -> list[tuple[str, float, float, dict[str, list[Any]]]]:
+    """Title and limits of each plot, and its curves: at each validation a value, and its height from 0 to 1."""
+    measured = {"train": [p.get("train_loss") for p in history], "validation": [p.get("val_loss") for p in history]}
     losses: dict[str, list[Any]] = {name: values for name, values in measured.items() if None not in values}
-    rates = {
-        "format/exact": [100 * point["exact"] / point["rows"] for point in history],
-        "field F1": [100 * point["field_f1"] for point in history],
-    }
-    highest = max((value for values in losses.values() for value in values), default=1)
-    return [("loss, nats per token", highest, losses), ("% of the validation rows", 100, rates)]
+    positive = [value for values in losses.values() for value in values if value > 0] or [1.0]
+    low, high = min(positive), max(positive)
+    scale = math.log(high / low) or 1  # logarithmic: the first loss is often a hundred times the last
+    heights = {name: [(v, math.log(max(v, low) / low) / scale) for v in values] for name, values in losses.items()}
+    rates = {"format/exact": [p["exact"] / p["rows"] for p in history], "field F1": [p["field_f1"] for p in history]}
+    shares = {name: [(100 * value, value) for value in values] for name, values in rates.items()}
+    return [("loss, nats per token, logarithmic", low, high, heights), ("% of the validation rows", 0, 100, shares)]
 
 
 def _trust(run: Run) -> dict[str, Any] | None:
@@ -179,9 +192,3 @@ def _trust(run: Run) -> dict[str, Any] | None:
     at = sorted({round(i) for i in np.linspace(1, len(rows), POINTS)})
     risk = [(count / len(rows), float(curve[count - 1])) for count in at]
     return run.result["confidence"] | {"risk": risk, "highest": max(curve) or 1.0, "bins": calibration(rows)}
-
-
-def _kinds(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Share of each kind of verdict that occurs, right answers first."""
-    shares = {kind: sum(outcome.kind == kind for outcome in outcomes) / len(outcomes) for kind in KINDS}
-    return {kind: shares[kind] for kind in ("ok", "content", *KINDS[1:-1]) if shares[kind]}

@@ -12,7 +12,7 @@ from formtune.base.folder import context_length
 from formtune.base.renderer import Renderer
 from formtune.base.row import Message, Row
 from formtune.data.settings import system_prompt
-from formtune.evaluation.page import environment
+from formtune.evaluation.page import render
 from formtune.files import write_json, write_whole
 from formtune.formats import Format, JsonSchema
 from formtune.training.manifest import CARD
@@ -46,8 +46,7 @@ def write_usage(folder: Path, base: str, format: Format, rows: Sequence[Row]) ->
         "template": go_template(renderer, rows), "stop": [renderer.tokenizer.decode([id]) for id in renderer.stop_ids],
     }  # fmt: skip
     for name, source in (("Modelfile", "Modelfile.jinja"), (CARD, "gguf.md.jinja")):
-        text = environment(autoescape=False).get_template(f"export/{source}").render(facts)
-        write_whole(folder / name, text)
+        write_whole(folder / name, render(f"export/{source}", **facts))
 
 
 def go_template(renderer: Renderer, rows: Sequence[Row]) -> str | None:

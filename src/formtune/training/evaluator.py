@@ -119,6 +119,7 @@ class Evaluator:
             quarantined=dict(self.splits.reasons.most_common()),
             config=(self.folder / "config.yaml").read_text(encoding="utf-8"),
             base=self.model.base,
+            train=self.train_rows,
             date=self.settings.date,
             note=self.settings.renderer.note,
         )

@@ -1,6 +1,7 @@
 """A sweep takes the smallest point that is as good as the best, never by the test rows, and loses no finished run."""
 
 import functools
+import html
 import json
 import os
 import re
@@ -211,6 +212,15 @@ def test_each_seed_trains_all_points_and_a_larger_grid_keeps_what_is_finished(fa
     assert sweep("--seeds", "0,1") == 0
     assert fake_train() == [f"r{r}-seed{seed}" for seed in (0, 1) for r in (2, 4, 8)]
     assert read()["taken"] == "r4"  # 2 is too small, 8 no better; on the test rows 8 is better
+    page = (folder() / "report.html").read_text()
+    assert f'<p class="verdict">{html.escape(read()["reason"])}</p>' in page
+    assert re.findall(r'<tr( class="best")?><th scope="row">([^<]*)<', page) == [
+        ("", "r2"), (' class="best"', "r4, taken"), ("", "r8"),
+    ]  # fmt: skip
+    assert (
+        f'<pre class="command">formtune train -c {folder()}/config.yaml</pre>' in page
+        and "http" not in page.partition("http-equiv")[2]
+    )
     assert yaml.safe_load((folder() / "config.yaml").read_text())["model"]["lora"]["r"] == 4
     assert sweep("--seeds", "0,2", over="model.lora.r=4,8,16") == 0
     assert fake_train()[6:] == ["r16-seed0", "r4-seed2", "r8-seed2", "r16-seed2"]
@@ -235,6 +245,7 @@ def test_a_point_that_lost_a_seed_is_not_taken(fake_train, monkeypatch, capsys):
     monkeypatch.setenv("FAKE_TRAIN", "mistake")
     assert sweep("--seeds", "0,4", over="model.lora.r=8,16") == 1
     assert read()["taken"] is None and "no point has finished" in read()["reason"]
+    assert '<p class="verdict blocked">Nothing is taken' in (folder() / "report.html").read_text()
     assert not (folder() / "config.yaml").exists()
 
 

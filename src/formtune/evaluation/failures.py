@@ -1,0 +1,93 @@
+"""The failed answers in a report: how each differs from its target, and the training rows nearest to its input."""
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby, zip_longest
+from operator import attrgetter
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from formtune.base.row import Row
+from formtune.evaluation.outcomes import Outcome, worst_first
+from formtune.formats import Format
+from formtune.formats.content import leaves, typed
+
+SHOWN = 100  # failures, fewer if their texts are long
+CHARACTERS = 1_500_000  # of HTML in all failures together
+LONGEST, MOST = 4000, 30  # characters of a text, and values that differ, that are compared and shown
+NEAREST = 2  # training rows beside a failure
+COMPARED = 10_000_000  # characters of training rows, evenly spaced; comparing these takes ten seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A failed answer as the report shows it."""
+
+    outcome: Outcome
+    target: Markup  # with what only the target has as `<del>`
+    answer: Markup  # with what only the answer has as `<ins>`
+    differences: list[list[str]]  # path of a value, and the value in target and answer, "" for none
+    fields: list[str]  # that differ, as paths in the format
+    nearest: list[tuple[float, Row]]  # training rows, and how similar their inputs are
+
+
+def failures(outcomes: Sequence[Outcome], format: Format, train: Sequence[Row]) -> list[Failure]:
+    """The worst failures first, with each kind among them, as many as fit."""
+    kinds = (list(same) for _, same in groupby(worst_first(outcomes), attrgetter("kind")))
+    in_turn = [outcome for turn in zip_longest(*kinds) for outcome in turn if outcome][:SHOWN]
+    shown, size = [], 0
+    for outcome, rows in zip(in_turn, nearest([o.input for o in in_turn], train), strict=True):
+        target, answer = marked(outcome.target[:LONGEST], outcome.answer[:LONGEST])
+        failure = Failure(outcome, target, answer, *differences(outcome, format), rows)
+        texts = [outcome.input, *(text for _, row in rows for text in (row.input, row.target or ""))]
+        texts += [text for difference in failure.differences for text in difference]
+        size += len(target) + len(answer) + sum(len(escape(text[:LONGEST])) for text in texts)
+        if size > CHARACTERS:
+            break
+        shown.append(failure)
+    return worst_first(shown, attrgetter("outcome.kind"))
+
+
+def marked(target: str, answer: str) -> tuple[Markup, Markup]:
+    """Both texts with the words that only one of them has as `<del>` and `<ins>`."""
+    first, second = (re.findall(r"\w+|\s+|[^\w\s]+", text) for text in (target, answer))
+    target, answer = Markup(), Markup()
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, first, second).get_opcodes():
+        missing, extra = "".join(first[a:b]), "".join(second[c:d])
+        target += Markup("<del>{}</del>").format(missing) if missing and kind != "equal" else escape(missing)
+        answer += Markup("<ins>{}</ins>").format(extra) if extra and kind != "equal" else escape(extra)
+    return target, answer
+
+
+def differences(outcome: Outcome, format: Format) -> tuple[list[list[str]], list[str]]:
+    """The first values that differ, and the fields that they belong to; none if the answer holds no document."""
+    own = format.of_row(outcome.schema)
+    target, answer = (own.check(text).value for text in (outcome.target, outcome.answer))
+    expected, got = (dict(leaves(value, own.sets)) for value in (target, answer))
+    rows, fields = [], []
+    for path in dict.fromkeys([*expected, *got]) if answer is not None else ():
+        values = [side[path][0] if path in side else None for side in (expected, got)]
+        if typed(values[0]) != typed(values[1]):
+            texts = ("" if v is None else json.dumps(v, ensure_ascii=False, default=str)[:LONGEST] for v in values)
+            rows.append([path or "answer", *texts])
+            fields.append((expected.get(path) or got[path])[1] or "answer")
+    return rows[:MOST], list(dict.fromkeys(fields))
+
+
+def nearest(texts: Sequence[str], train: Sequence[Row]) -> list[list[tuple[float, Row]]]:
+    """For each text the training rows with the most similar inputs, by cosine of TF-IDF over runs of 4 characters."""
+    every = sum(min(len(row.input), LONGEST) for row in train) // COMPARED + 1
+    rows = [row for row in train[::every] if row.input.strip()]
+    if not texts or not rows:
+        return [[] for _ in texts]
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(4, 4), sublinear_tf=True)
+    vectors = vectorizer.fit_transform(row.input[:LONGEST] for row in rows)
+    similar = (vectorizer.transform(text[:LONGEST] for text in texts) @ vectors.T).toarray()
+    best = np.argsort(-similar, axis=1, kind="stable")[:, :NEAREST].tolist()
+    return [[(line[i], rows[i]) for i in places if line[i]] for line, places in zip(similar, best, strict=True)]
