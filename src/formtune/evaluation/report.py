@@ -88,7 +88,7 @@ def conclusion(run: Run) -> tuple[bool, str]:
     for name, what in (("joint", "are right"), ("exact", "have a valid format")):
         shares = {view: np.divide(*rate(run.outcomes[view], name)) for view in ("after", *_compared(run))}
         tuned, best = shares.pop("after"), max(shares, key=shares.__getitem__)
-        sentence = f"{tuned:.1%} of the answers {what}, against {shares[best]:.1%} ({VIEWS[best]})"
+        sentence = f"{tuned:.1%} of the answers {what}, against {shares[best]:.1%} before ({VIEWS[best]})"
         parts += [_verdict(run, best, name), sentence]
     content, right, form, valid = parts
     if content in ("better", "worse"):
