@@ -509,7 +509,7 @@ def test_fit_measures_the_prompted_base_first_and_only_once(task, base, monkeypa
     events.Reload()
     assert {"own/CharErrorRate", "test/own/CharErrorRate"} <= set(events.Tags()["scalars"])
     page_text = (run / "report.html").read_text()
-    assert "own/CharErrorRate" in page_text and "tuned constrained" in page_text
+    assert "own/<wbr>CharErrorRate" in page_text and "tuned constrained" in page_text
     assert min(o.prompt_tokens for o in evaluations["few_shot"]) > max(o.prompt_tokens for o in evaluations["before"])
     train = {Path(place).name for place in first["shots"]}
     assert len(train) == len(first["shots"]) > 1 and not train & {Path(one.where).name for one in evaluations["before"]}
