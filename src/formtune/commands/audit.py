@@ -13,11 +13,10 @@ def run(command: str, args: list[str]) -> int:
     """Audit, write `logs/<task>/audit/`, print; 1 if the rows must not be trained on."""
     config, settings = read_task(task_parser(command, COMMANDS[command].description), args)
     findings, splits = audit(settings)
-    findings["next"] = shlex.join(["formtune", "audit" if findings["blockers"] else "train", *args])
+    blocked = findings["verdict"] == "blocked"
+    findings["next"] = shlex.join(["formtune", "audit" if blocked else "train", *args])
     folder = LOGS / config.task / "audit"
     write_report(findings, folder)
     print_audit(findings, settings, splits, folder)
-    blocked = findings["verdict"] == "blocked"
-    words = shlex.join(["formtune", "audit" if blocked else "train", *args])
-    print(f"next: {'fix the rows, then ' * blocked}{words}")
+    print(f"next: {'fix the rows, then ' * blocked}{findings['next']}")
     return int(blocked)
