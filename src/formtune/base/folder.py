@@ -43,11 +43,11 @@ def check_folder(base: str) -> None:
         raise UserError(f"model.base: config.json of {base} asks for a kernel to download ({attention}); remove that")
 
 
-def check_base(base: str) -> str:
+def check_base(base: str, key: str = "model.base") -> str:
     """Return `base` if it is a local model folder or can be a hub id, so that a mistyped path never goes online."""
     if not Path(base).is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or base.startswith("."):
-            raise UserError(f"model.base: no folder {base} (hub ids look like owner/name)")
+            raise UserError(f"{key}: no folder {base} (hub ids look like owner/name)")
         _go_offline_if_unreachable()
     return base
 

@@ -46,6 +46,8 @@ def check_identity(recorded: Any, current: dict[str, Any], resumes: bool) -> Non
         raise UserError("model.chat_template: the checkpoint was trained with another chat template; name its file")
     if resumes and recorded["format"] != current["format"]:
         raise UserError("data.format: the format has changed since this run began; begin a new run")
+    if resumes and recorded["adapter"] != current["adapter"]:
+        raise UserError("model.adapter: the adapter has changed since this run began; begin a new run")
     if resumes and recorded["processes"] != current["processes"]:
         before, now = recorded["processes"], current["processes"]
         raise UserError(f"trainer.devices: this run began on {before} processes, not {now}; resume it on {before}")

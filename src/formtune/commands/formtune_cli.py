@@ -21,11 +21,13 @@ from formtune.base.renderer import today
 from formtune.commands import COMMANDS
 from formtune.configuration import trainer_checks
 from formtune.configuration.parsing import OneLine, did_you_mean
+from formtune.configuration.yaml_file import LINES
 from formtune.data.datamodule import FormatDataModule
 from formtune.errors import UserError
 from formtune.evaluation.console import print_result
 from formtune.files import LOGS
 from formtune.model import FormatModule
+from formtune.model.adapter import take_settings
 from formtune.model.fsdp import ShardedBase
 from formtune.training import callback
 from formtune.training.answers import AnswerFile, AnswerTable, Outcomes
@@ -138,6 +140,7 @@ class FormtuneCLI(LightningCLI):
         if config.quick:
             config.baselines = []
             config.data.max_evaluation_rows = min(config.data.max_evaluation_rows or QUICK_ROWS, QUICK_ROWS)
+        take_settings(config.model)
         trainer_checks.check_trainer(config)
         trainer = config.trainer
         trainer.precision = trainer.precision or trainer_checks.default_precision(trainer.accelerator)
@@ -167,7 +170,12 @@ class FormtuneCLI(LightningCLI):
         """The weights to measure, a checkpoint or the untuned base, and the date of their run."""
         run = measured_run(files, LOGS / config.task / config.run if config.run else None)
         self.checkpoint = choose(config.ckpt_path, run)
-        self.measured = str(self.checkpoint or "untuned base")
+        if self.checkpoint and LINES.get("model.adapter") == "":  # on the command line
+            raise UserError(f"model.adapter: {self.checkpoint} is measured; name the task by -c to measure an adapter")
+        if self.checkpoint or config.ckpt_path == "base":
+            config.model.adapter = None
+        untuned = f"adapter {config.model.adapter}" if config.model.adapter else "untuned base"
+        self.measured = str(self.checkpoint or untuned)
         best = ", the run's best checkpoint" if self.checkpoint and config.ckpt_path in (None, "best") else ""
         rank_zero_only(print)(f"measuring: {self.measured}{best}", flush=True)
         config.trainer.default_root_dir = str(LOGS / config.task)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from formtune.commands import COMMANDS
 from formtune.configuration.keys import short_help
+from formtune.configuration.yaml_file import check_configs
 from formtune.errors import Fault, UserError
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "Broken pipe")  # in messages
@@ -33,6 +34,7 @@ def run(command: str, args: list[str]) -> None:
     from formtune.training.signals import Signals
 
     args = ["--help" if word == "--help-all" else word for word in _with_named_run(command, args)]
+    check_configs(args)
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # from calls inside libraries

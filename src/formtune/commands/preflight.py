@@ -22,6 +22,7 @@ from formtune.export.quantize import lacking
 from formtune.export.rules import MERGED, TARGETS, Plan, check, read_plan
 from formtune.export.trial import Trial
 from formtune.files import LOGS, write_json
+from formtune.model.adapter import take_settings
 from formtune.model.lora import Lora
 
 RENDERED = 16  # prompts that llama.cpp must render as training does
@@ -40,10 +41,12 @@ def run(command: str, args: list[str]) -> int:
     warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by its result
     parser = task_parser(command, COMMANDS[command].description)
     parser.add_class_arguments(Lora, "model.lora")
+    parser.add_argument("--model.adapter", type=str | None, help="As in training")
     parser.add_argument("--model.quantize", type=Literal["4bit"] | None, help="As in training")
     parser.add_argument("--for", type=str, default="merge,vllm", dest="targets", help="What to do with the adapter, of "
                         f"{', '.join(TARGETS)} (default: merge,vllm)")  # fmt: skip
     config, settings = read_task(parser, args)
+    take_settings(config.model)
     names = [name.strip() for name in config.targets.split(",") if name.strip()]
     if not names or set(names) - set(TARGETS):
         unknown = "".join(f"no target {name!r}; " for name in names if name not in TARGETS)

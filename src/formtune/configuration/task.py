@@ -18,7 +18,7 @@ TRAINING = {
     "baselines", "quick", "baseline_rows", "answers", "min_confidence", "target_precision", "ckpt_path",
     "model.lora", "model.optimizer", "model.scheduler", "model.max_grad_norm", "model.tokens_per_micro_batch",
     "model.gradient_checkpointing", "model.compile", "model.quantize", "model.metrics", "model.constrained",
-    "model.format",
+    "model.format", "model.adapter",
 }  # fmt: skip
 BATCHES = ("rows_per_step", "max_evaluation_rows")  # keys of `data` that only the data module knows
 

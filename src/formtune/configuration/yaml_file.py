@@ -37,6 +37,11 @@ def line_of(key: str) -> str:
     return LINES.get(key, "")
 
 
+def is_set(key: str) -> bool:
+    """Whether the command line, or a file that it names, sets a key."""
+    return key in LINES or LINES.get(key.rpartition(".")[0]) == ""  # "": the command line sets the whole group
+
+
 def check_yaml(path: str) -> None:
     """Check that a file is a YAML mapping without duplicate keys, and note the lines of its keys."""
     try:

@@ -23,7 +23,7 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
     """
     views = [view for view in (*VIEWS, "result") if view in result]
     first, counts = result[views[0]], result["counts"]
-    model = Path(measured).name if measured else None
+    model = measured.rpartition("/checkpoints/")[2] if measured else None
     title = f"{model or 'Result'} on {result['rows']:,} {split} rows"
     table = Table(Column("metric", no_wrap=True), title=title, title_justify="left", pad_edge=False)
     for view in views:

@@ -19,6 +19,7 @@ VIEWS = {  # the evaluations of the test rows, and how they are displayed
     "before": "base",
     "few_shot": "base few-shot",
     "before_constrained": "base constrained",
+    "start": "adapter",  # as training began from it
     "after": "tuned",
     "after_constrained": "tuned constrained",
 }

@@ -129,9 +129,9 @@ def _verdict(run: Run, view: str, name: str) -> str:
 
 
 def _compared(run: Run) -> list[str]:
-    """The best prompt, and the constrained base if it was measured."""
+    """The best prompt, and the constrained base and the adapter at the start if they were measured."""
     prompts = {view: run.outcomes[view] for view in ("before", "few_shot") if view in run.outcomes}
-    return [best_prompt(prompts), *({"before_constrained"} & run.outcomes.keys())]
+    return [best_prompt(prompts), *(view for view in ("before_constrained", "start") if view in run.outcomes)]
 
 
 def _majority(run: Run) -> float:

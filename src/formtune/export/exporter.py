@@ -44,7 +44,7 @@ class FinishedRun:
         self.folder, self.adapter, self.base = folder, folder / "adapter", task.model.base
         self.quantize, self.format, self.renderer = task.model.quantize, settings.format, settings.renderer
         manifest = verify(self.adapter)
-        self.data = manifest["data"]
+        self.data, self.training = manifest["data"], manifest.get("training")
         trained_on, now = manifest["base"]["files"], base_files(self.base)
         if changed := sorted(name for name in trained_on | now if trained_on.get(name) != now.get(name)):
             raise UserError(f"model.base: {changed[0]} of {self.base} is not the one that the adapter was trained on")
@@ -90,7 +90,9 @@ def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict
         write_json(run.folder / "outcomes" / f"{name}.json", figures | {"refused": refusal})
         if refusal:
             raise UserError(f"--as {kind}: refused, {refusal}")
-        write_manifest(folder, kind, run.base, run.data, figures, packages(kind, options.get("converter")))
+        write_manifest(
+            folder, kind, run.base, run.data, figures, packages(kind, options.get("converter")), run.training
+        )
         if kind != "adapter":
             folder.replace(run.folder / name)
     return figures

@@ -29,6 +29,7 @@ class Decoding:
     constrained: bool = False  # to the format, even if `model.constrained` is off
     max_new_tokens: int | None = None  # of an answer; None for the model's own limit
     logged: bool = True  # whether the figures go to the logger
+    untuned: bool = False  # whether the base answers, without `model.adapter`
 
 
 @dataclass(slots=True)

@@ -22,6 +22,7 @@ from formtune.evaluation.metrics import LossMetrics, Scores, ratios
 from formtune.evaluation.outcomes import Answer
 from formtune.formats import Format
 from formtune.formats.key_orders import Orders
+from formtune.model.adapter import TrainedAdapter
 from formtune.model.constrained import Grammar
 from formtune.model.fsdp import ShardedBase, padded, uneven_counts, unsynced
 from formtune.model.lora import Lora, add_lora, check_adapters, decoder_layers, load_base, lora_config
@@ -44,6 +45,7 @@ class FormatModule(L.LightningModule):
         base: Folder or hub id of the base model.
         format: The format that answers must have (follows `data.format`).
         chat_template: File of a Jinja chat template that replaces the base's own.
+        adapter: Trained adapter to begin from: a finished run, or the folder or hub id of a PEFT adapter.
         lora: The adapters.
         optimizer: Optimizer of the adapters; `--model.optimizer.lr 1e-4` sets the peak learning rate.
         scheduler: Learning-rate schedule, stepped after each optimizer step.
@@ -66,6 +68,7 @@ class FormatModule(L.LightningModule):
         base: str,
         format: Format,
         chat_template: str | None = None,
+        adapter: str | None = None,
         lora: Lora = Lora(),
         # No weight decay: adapters start at zero and need no pull towards it.
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-4, weight_decay=0.0, fused=True),
@@ -80,7 +83,11 @@ class FormatModule(L.LightningModule):
         metrics: Sequence[Metric] = (),
     ) -> None:
         super().__init__()
-        lora_config(skeleton(base), lora)  # checks the layers' names before the weights are read
+        model = skeleton(base)
+        lora_config(model, lora)  # checks the layers' names before the weights are read
+        self.adapter = TrainedAdapter(adapter) if adapter else None
+        if self.adapter:
+            self.adapter.check(model, lora)
         check_optimizer(optimizer)
         # No save_hyperparameters(): on resume the checkpoint's values would silently override YAML and flags.
         self.automatic_optimization = False  # the number of micro-batches differs from step to step
@@ -120,11 +127,15 @@ class FormatModule(L.LightningModule):
         self._identity = {
             "base": identity(self.base), "format": format_hash(self.format), "processes": self.trainer.world_size,
             "orders": self.orders, "template": template_hash(self.renderer.tokenizer),
+            "adapter": self.adapter.hash if self.adapter else None,
         }  # fmt: skip
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(self.seed)  # the adapters begin alike, whatever drew random numbers before
         self.model = add_lora(base, self.lora, quantized=bool(self.quantize))
+        if self.adapter:
+            self.adapter.check_base(self.base, self._identity["base"])
+            self.adapter.load(self.model)
         self._trained = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
         if isinstance(strategy, ShardedBase):
             strategy.shard(self, self.model)
@@ -234,7 +245,8 @@ class FormatModule(L.LightningModule):
         """The greedy answers, in the order of the rows; the targets' loss goes to `losses`."""
         grammar = self.grammar if self.constrained or batch.decoding.constrained else None
         stop = self.renderer.stop_ids
-        with uneven_counts(self.trainer, self.micro_batches):
+        model = self.model.disable_adapter() if batch.decoding.untuned else contextlib.nullcontext()
+        with uneven_counts(self.trainer, self.micro_batches), model:
             return self.micro_batches.decode(batch.rows, batch.micro_batches, stop, batch.limits, grammar, losses)
 
     def _judge(self, rows: Sequence[Row], decoded: Sequence[Decoded]) -> list[Answer]:

@@ -50,7 +50,7 @@ class Evaluator:
         """Measure the plain base, and those of `kinds`, on at most so many test rows."""
         test, format, renderer, result = self.test_rows, self.model.format, self.settings.renderer, self.result
         sample = [test[i] for i in sorted(random.Random(0).sample(range(len(test)), min(most, len(test))))]
-        self._announce(sample, len(kinds) + 1)
+        self._announce(sample, len(kinds) + (2 if self.model.adapter else 1))
         prompts = {"zero-shot": sample}
         outcomes = {"zero-shot": self._baseline("before", sample)}
         if "few_shot" in kinds:
@@ -74,6 +74,8 @@ class Evaluator:
             else:
                 rows = prompts[prompting.best_prompt(outcomes)]
                 constrained = self._baseline("before_constrained", rows, constrained=True)
+        if self.model.adapter:
+            self._baseline("start", sample)
         if self._writes:
             result["constant"] = prompting.constant_answer(self.train_rows, test, format)
             result["prompting"] = prompting.prompting_verdict(outcomes, constrained)
@@ -127,7 +129,7 @@ class Evaluator:
 
     def _announce(self, sample: list[Row], evaluations: int) -> None:
         """Print how long the baselines will take, estimated from a few rows, and how to skip them."""
-        if self.trainer.fast_dev_run or len(sample) <= TIMED_ROWS or self._cached(sample)[1]:
+        if self.trainer.fast_dev_run or len(sample) <= TIMED_ROWS or self._cached("before", sample)[1]:
             return
         started = time.monotonic()
         self._test(None, sample[:TIMED_ROWS], Decoding(max_new_tokens=self._limit, logged=False))
@@ -138,7 +140,7 @@ class Evaluator:
             f"{max(1, round(minutes))} min{skip}"
         )
 
-    def _cached(self, rows: list[Row], constrained: bool = False) -> tuple[Path, Any]:
+    def _cached(self, name: str, rows: list[Row], constrained: bool = False) -> tuple[Path, Any]:
         """The cache entry of a baseline: its path, and the figures, counts and outcomes if they are there."""
         model, trainer = self.model, self.trainer
         settings = {
@@ -147,20 +149,22 @@ class Evaluator:
             "constrained": [self.splits.orders] if model.constrained or constrained else None,
             "max_new_tokens": self._limit,
             "batches": trainer.limit_test_batches,
+            "adapter": model.adapter.hash if model.adapter and name == "start" else None,
         }
         path = prompting.cache_entry(model.base, rows, settings, model.format)
         # On several machines some might find it and others not, and these would wait for those without end.
         return path, None if trainer.num_nodes > 1 or trainer.fast_dev_run else read_entry(path)
 
     def _baseline(self, name: str, rows: list[Row], constrained: bool = False) -> list[Outcome]:
-        """Outcomes of the base on the rows, from the cache if it has them."""
-        path, entry = self._cached(rows, constrained)
+        """Outcomes of the base or of `model.adapter` on the rows, from the cache if it has them."""
+        path, entry = self._cached(name, rows, constrained)
         if entry:
             values, counts, records = entry
             outcomes = [Outcome(*record) for record in records]
         else:
-            # One point of the curves belongs to step 0: the base as it will be trained.
-            outcomes = self._test(VIEWS[name], rows, Decoding(constrained, self._limit, logged=name == "before"))
+            # One point of the curves belongs to step 0: the model as it will be trained.
+            first, untuned = ("start", name != "start") if self.model.adapter else ("before", False)
+            outcomes = self._test(VIEWS[name], rows, Decoding(constrained, self._limit, name == first, untuned))
             values, counts = self.model.evaluation, self.model.counts
             if self._writes:
                 write_entry(path, [values, counts, outcomes], prompting.KEPT)

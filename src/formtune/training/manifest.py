@@ -10,6 +10,7 @@ from typing import Any
 
 from formtune import __version__
 from formtune.base.folder import base_folder
+from formtune.base.identity import identity
 from formtune.errors import UserError
 from formtune.files import write_json
 
@@ -28,15 +29,17 @@ def write_manifest(
     data: str | None,  # content hash of the rows, as in `metrics.json`
     verification: dict[str, Any] | None = None,  # measurements made before the export
     packages: tuple[str, ...] = (),  # further packages whose versions matter for loading
+    training: dict[str, Any] | None = None,  # what it began from, and the weights of its rows
 ) -> None:
     """Write the manifest of a folder that is otherwise complete."""
     files = _hashes(folder, (path for path in folder.rglob("*") if path.name not in (NAME, CARD)))
     manifest = {
         "formtune": __version__,
         "kind": kind,
-        "base": {"path": base, "files": base_files(base)},
+        "base": {"path": base, "files": base_files(base), "identity": identity(base)},
         "format": files.get("format.json"),
         "data": data,
+        "training": training,
         "config": files.get("config.yaml"),
         "template": files.get("chat_template.jinja"),
         "files": files,

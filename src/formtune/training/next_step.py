@@ -70,11 +70,11 @@ def _change(history: Sequence[Validation], chosen: Validation | None, trainer: A
             what = "train shorter, so that the learning rate has fallen where validation was best"
             return what, _epochs(trainer, epochs)
         if rank > LOWEST_RANK:
-            return "lower the rank, training is short already", {"model.lora.r": rank // 2}
+            return "lower the rank, training is short already", _rank(trainer, rank // 2)
     losses = f"training loss {last.train_loss:.3g}, validation loss {last.val_loss:.3g}"
     near = not counts(last.val_loss - last.train_loss, last.val_loss, GAP)
     if kind == "saturated" and near and rank < HIGHEST_RANK:
-        return f"raise the rank, {losses}", {"model.lora.r": 2 * rank}
+        return f"raise the rank, {losses}", _rank(trainer, 2 * rank)
     return f"add rows like those that the audit finds rare or missing, {losses} with {rows:,} rows", {}
 
 
@@ -103,6 +103,11 @@ def _epochs(trainer: Any, number: int) -> dict[str, Any]:
     if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # trainer.max_time
         keys["trainer.max_time"] = "null"
     return keys
+
+
+def _rank(trainer: Any, rank: int) -> dict[str, Any]:
+    # An adapter keeps its rank, so that one of another rank begins at the base.
+    return {"model.lora.r": rank} | ({"model.adapter": "null"} if trainer.lightning_module.adapter else {})
 
 
 def _rate(trainer: Any, times: float, why: str) -> Step:

@@ -56,7 +56,7 @@ def train(
     # What prompting reaches
     evaluator.baselines(baselines, baseline_rows)
 
-    # Training; the curves start at the untuned base
+    # Training; the curves start at the untuned base, or the adapter
     if checkpoint is None:
         trainer.validate(model, datamodule, verbose=False)
     trainer.fit(model, datamodule, ckpt_path=checkpoint)
@@ -70,8 +70,10 @@ def train(
     if chosen is None:
         raise UserError(f"{reason(history)}; {advice}")
     model.load_state_dict(read(Path(checkpoints.best_model_path))["state_dict"])
+    adapter = {"path": model.adapter.name, "sha256": model.adapter.hash} if model.adapter else None
+    origin = {"adapter": adapter, "weights": evaluator.splits.weights}
     if writes and not (folder.path / "adapter").exists():
-        export_adapter(model, folder.path / "adapter", folder.path / "config.yaml", evaluator.splits.key)
+        export_adapter(model, folder.path / "adapter", folder.path / "config.yaml", evaluator.splits.key, origin)
 
     # The tuned model on the test rows, and on longer inputs
     evaluator.tuned()
@@ -79,8 +81,7 @@ def train(
     result["probe"] = evaluator.probe() if longer_inputs else []
     result["rows"] = result["counts"]["after"]["format/exact"][1]
     result["data"] = evaluator.splits.key  # as in audit.json
-    result["training"] = {
-        "weights": datamodule.splits.weights if datamodule.splits else {},
+    result["training"] = origin | {
         "steps": steps,
         "seconds": round(checkpoints.seconds, 1),
         "skipped_steps": model.skipped,
@@ -116,7 +117,7 @@ def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> N
         )
 
 
-def export_adapter(module: FormatModule, folder: Path, config: Path, data: str | None) -> None:
+def export_adapter(module: FormatModule, folder: Path, config: Path, data: str | None, origin: dict[str, Any]) -> None:
     """Write a folder that PEFT alone loads, with tokenizer, format, configuration and manifest; it appears complete."""
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
@@ -126,5 +127,5 @@ def export_adapter(module: FormatModule, folder: Path, config: Path, data: str |
     write_json(partial / "format.json", module.format.to_dict())
     shutil.copyfile(config, partial / "config.yaml")
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
-    write_manifest(partial, "adapter", module.base, data)
+    write_manifest(partial, "adapter", module.base, data, training=origin)
     partial.replace(folder)

@@ -16,7 +16,7 @@ PRINTED = ("val/loss", "format/exact", "joint/exact", "content/field_f1")
 class Validation:
     """What one validation measured."""
 
-    step: int  # optimizer steps done; 0 is the base, which has no checkpoint
+    step: int  # optimizer steps done; 0 is before training, which has no checkpoint
     train_loss: float  # nats per token, on a sample of training rows
     val_loss: float  # nats per token
     field_f1: float

@@ -1,0 +1,139 @@
+"""A trained adapter that training begins from: a run's, or a folder or hub id of PEFT's. Only safetensors are read."""
+
+import hashlib
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from formtune.base.folder import check_base
+from formtune.base.identity import identity
+from formtune.configuration.yaml_file import is_set
+from formtune.errors import UserError, first_line
+from formtune.model.lora import Lora, lora_config
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+KEYS = {"r": "r", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}  # PEFT's, and those of model.lora
+# Settings of PEFT that do not change what the adapter computes, or that the names of its weights show.
+FREE = {
+    "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type", "inference_mode",
+    "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
+    "runtime_config",
+}  # fmt: skip
+ADDED = (True, False, None, "gaussian", "orthogonal", "eva")  # initializations that leave the base's weights alone
+MERGE = "merge it (formtune export RUN --as merged) and name the result as model.base"
+
+
+class TrainedAdapter:
+    """An adapter on disk: its settings, and the shapes of its weights."""
+
+    def __init__(self, name: str) -> None:
+        from peft import LoraConfig, PeftConfig
+        from safetensors import safe_open
+
+        self.name, folder = name, _folder(name)
+        self.weights = folder / WEIGHTS
+        try:
+            self.config: Any = PeftConfig.from_pretrained(str(folder))
+            with safe_open(self.weights, "pt") as file:
+                self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            with self.weights.open("rb") as weights:
+                self.hash = hashlib.file_digest(weights, "sha256").hexdigest()
+            manifest = folder / "manifest.json"
+            self._base = json.loads(manifest.read_bytes())["base"].get("identity") if manifest.is_file() else None
+        except Exception as error:  # a damaged file can raise anything
+            raise UserError(f"model.adapter: {folder} cannot be read ({first_line(error)})") from None
+        if not isinstance(self.config, LoraConfig):
+            raise UserError(f"model.adapter: {name} is {self.config.peft_type}, not LoRA; {MERGE}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The values of `model.lora` that it was trained with."""
+        values = {key: getattr(self.config, field) for field, key in KEYS.items()}
+        values["alpha"] = None if values["alpha"] == 2 * values["r"] else values["alpha"]
+        targets, layers = self.config.target_modules, {key.partition(".lora_")[0] for key in self.shapes}
+        # PEFT may write a pattern, or the path of each layer.
+        if isinstance(targets, str) or {f"base_model.model.{path}" for path in targets} == layers:
+            targets = {path.rpartition(".")[2] for path in layers}
+        return values | {"targets": sorted(targets)}
+
+    def check(self, model: nn.Module, lora: Lora) -> None:
+        """Refuse other settings than `model.lora`, and weights that are not those of adapters on this model."""
+        from peft import get_peft_model, get_peft_model_state_dict
+
+        expected = lora_config(model, lora)
+        for field in fields(expected):
+            value = getattr(self.config, field.name)
+            if field.name in FREE or (value or None) == (getattr(expected, field.name) or None):
+                continue
+            if field.name in KEYS:
+                key = f"model.lora.{KEYS[field.name]}"
+                raise UserError(f"{key}: {self.name} was trained with {value}; set {key}: {str(value).lower()}")
+            raise UserError(f"model.adapter: {self.name} has {field.name}: {value}, which is not trained here; {MERGE}")
+        if self.config.init_lora_weights not in ADDED:
+            changed = f"{self.name} began as {self.config.init_lora_weights}, which changed its base's weights"
+            raise UserError(f"model.adapter: {changed}; {MERGE}")
+        if lora.initialization not in ADDED:
+            raise UserError(f"model.lora.initialization: {lora.initialization} is for new adapters; set it to true")
+        expected.init_lora_weights = False  # there are no weights
+        adapted = get_peft_model(model, expected, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+        state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        if different := self.shapes.items() ^ {key: tuple(tensor.shape) for key, tensor in state.items()}.items():
+            raise UserError(
+                f"model.lora.targets: the adapter {self.name} has other layers (first {min(different)[0]}); set "
+                f"model.lora.targets: [{', '.join(self.settings['targets'])}], and model.base to the base it was "
+                "trained on"
+            )
+
+    def check_base(self, base: str, base_identity: str) -> None:
+        """Refuse another base than the adapter's: by its weights where these are known, else by its name."""
+        name = str(self.config.base_model_name_or_path)
+        recorded = self._base or (identity(name) if Path(name).is_dir() else None)
+        if recorded != base_identity if recorded else name != base:
+            raise UserError(
+                f"model.base: {self.name} was trained on {name}, not on {base}; set model.base: {name}, or, if {base} "
+                f"is a copy of it, write that path into base_model_name_or_path of the adapter's {CONFIG}"
+            )
+
+    def load(self, model: Any) -> None:
+        """Put the weights into the adapters of a model."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        state = load_file(self.weights)
+        if not all(torch.isfinite(tensor).all() for tensor in state.values()):
+            raise UserError(f"model.adapter: {self.name} holds weights that are not finite numbers")
+        set_peft_model_state_dict(model, state)
+
+
+def take_settings(model: Any) -> None:
+    """Set the keys of `model.lora` that the user does not set to what `model.adapter` was trained with."""
+    missing = [key for key in (*KEYS.values(), "targets") if not is_set(f"model.lora.{key}")]
+    if model.adapter and missing:
+        settings = TrainedAdapter(model.adapter).settings
+        for key in missing:
+            model.lora[key] = settings[key]
+
+
+def _folder(name: str) -> Path:
+    """The folder of an adapter: a run's `adapter`, the folder itself, or that of a hub id in the local cache."""
+    folder = Path(name)
+    if (folder / "adapter" / CONFIG).is_file():
+        return folder / "adapter"
+    if not folder.is_dir():
+        from transformers.utils.hub import cached_file
+
+        check_base(name, "model.adapter")
+        try:
+            folder = [Path(str(cached_file(name, file))).parent for file in (WEIGHTS, CONFIG)][-1]
+        except OSError as error:
+            raise UserError(f"model.adapter: {name}: {first_line(error)}") from None
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise UserError(
+                f"model.adapter: no {file} in {folder}; name a finished run, or a PEFT adapter saved as safetensors"
+            )
+    return folder
