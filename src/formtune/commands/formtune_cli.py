@@ -170,7 +170,8 @@ class FormtuneCLI(LightningCLI):
         """The weights to measure, a checkpoint or the untuned base, and the date of their run."""
         run = measured_run(files, LOGS / config.task / config.run if config.run else None)
         self.checkpoint = choose(config.ckpt_path, run)
-        if self.checkpoint and LINES.get("model.adapter") == "":  # on the command line
+        # "": the command line sets it
+        if self.checkpoint and config.model.adapter and LINES.get("model.adapter") == "":
             raise UserError(f"model.adapter: {self.checkpoint} is measured; name the task by -c to measure an adapter")
         if self.checkpoint or config.ckpt_path == "base":
             config.model.adapter = None

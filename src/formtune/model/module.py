@@ -124,7 +124,7 @@ class FormatModule(L.LightningModule):
             rows = getattr(datamodule, "rows", {})
             for row in (*rows.get("validation", ()), *rows.get("test", ())):
                 self.grammar.matcher(row)  # refuses a format that has none before training
-        self._identity = {
+        self._identity: dict[str, Any] = {
             "base": identity(self.base), "format": format_hash(self.format), "processes": self.trainer.world_size,
             "orders": self.orders, "template": template_hash(self.renderer.tokenizer),
             "adapter": self.adapter.hash if self.adapter else None,

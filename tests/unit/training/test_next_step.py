@@ -26,12 +26,13 @@ def history(train, val, right=None, valid=None, every=100, rows=100):
     ]
 
 
-def after(seen, command="train", rows=2000, epoch=125, steps=None, lr=2e-4, rank=16, **trainer):
+def after(seen, command="train", rows=2000, epoch=125, steps=None, lr=2e-4, rank=16, adapter=None, **trainer):
     """What to do after a run, and the command's words."""
     run = {
         "default_root_dir": "logs/t/r", "num_training_batches": epoch, "global_step": steps or seen[-1].step,
         "datamodule": SimpleNamespace(rows={"train": range(rows)}), "optimizers": [SimpleNamespace(defaults={"lr": lr})],
-        "lightning_module": SimpleNamespace(lora=SimpleNamespace(r=rank)), "max_steps": -1, "callbacks": [],
+        "lightning_module": SimpleNamespace(lora=SimpleNamespace(r=rank), adapter=adapter), "max_steps": -1,
+        "callbacks": [],
     }  # fmt: skip
     what, _, line = next_step(seen, SimpleNamespace(**run | trainer), command).rpartition(": ")
     assert line.startswith("formtune ")
@@ -57,6 +58,11 @@ CASES = {
     "memorising at the lowest rank": (history(FALLING, RISING), {"epoch": 500, "rank": 4}, AUDIT),
     "far below validation": (history(FALLING, LEVEL), {}, AUDIT),
     "level": (history(LEVEL, LEVEL), {}, TRAIN + "--model.lora.r 32"),
+    "level, from an adapter": (
+        history(LEVEL, LEVEL),
+        {"adapter": "a"},
+        TRAIN + "--model.lora.r 32 --model.adapter null",
+    ),
     "level at the highest rank": (history(LEVEL, LEVEL), {"rank": 64}, AUDIT),
     "too early": (history(FLAT[:2], FLAT[:2]), {"epoch": 50}, TRAIN + "--trainer.max_epochs 6"),
     "all right": (history(FALLING, RISING, [0, 50, 99, 99, 99, 99], [99] * 6), {}, "export logs/t/r"),
