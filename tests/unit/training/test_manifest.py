@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from formtune.base.identity import identity
 from formtune.errors import UserError
 from formtune.training.manifest import base_files, file_hash, read_manifest, verify, write_manifest
 
@@ -24,7 +25,7 @@ def test_a_manifest_names_every_file_the_base_and_what_it_was_made_from(folder, 
     assert set(manifest["files"]) == {
         "adapter_model.safetensors", "format.json", "config.yaml", "chat_template.jinja", "inner/a.json",
     }  # fmt: skip
-    assert manifest["base"] == {"path": base, "files": base_files(base)}
+    assert manifest["base"] == {"path": base, "files": base_files(base), "identity": identity(base)}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(manifest["base"]["files"])
     assert manifest["format"] == file_hash(folder / "format.json") and manifest["data"] == "abc"
     assert manifest["template"] == file_hash(folder / "chat_template.jinja")
