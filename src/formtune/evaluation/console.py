@@ -25,7 +25,8 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
     first, counts = result[views[0]], result["counts"]
     model = measured.rpartition("/checkpoints/")[2] if measured else None
     title = f"{model or 'Result'} on {result['rows']:,} {split} rows"
-    table = Table(Column("metric", no_wrap=True), title=title, title_justify="left", pad_edge=False)
+    narrow = (0, 0 if len(views) > 5 else 1)  # so that no word is cut in 80 characters
+    table = Table(Column("metric", no_wrap=True), title=title, title_justify="left", pad_edge=False, padding=narrow)
     for view in views:
         rows = counts[view]["format/exact"][1]
         sample = f"\n{rows:,} rows" if rows != result["rows"] else ""

@@ -254,7 +254,14 @@ def test_a_baseline_measured_on_a_sample_is_compared_on_its_rows_and_shown_with_
     print_result({"rows": 300, "before": figures, "after": figures, "counts": counts}, None)
     header = capsys.readouterr().out.partition("format/exact")[0]
     assert "Result on 300 test rows" in header and re.search(r" base ?┃.*\n.* 20 rows ?┃ *tuned ?┃", header)
-    five = dict.fromkeys(VIEWS, figures) | {"counts": dict.fromkeys(VIEWS, counts["after"]), "rows": 300}
+    six = dict.fromkeys(VIEWS, figures) | {"counts": dict.fromkeys(VIEWS, counts["after"]), "rows": 300}
+    print_result(six, None)
+    header = capsys.readouterr().out.partition("format/exact")[0]
+    assert "…" not in header and max(map(len, header.splitlines())) <= 80 and "adapter" in header
+    five = {view: figures for view in VIEWS if view != "start"} | {
+        "counts": dict.fromkeys(VIEWS, counts["after"]),
+        "rows": 300,
+    }
     print_result(five, None)
     header = capsys.readouterr().out.partition("format/exact")[0]
     assert re.search(
