@@ -70,18 +70,23 @@ def test_other_commands_exist(command):
 
 
 EXAMPLES = re.findall(
-    r"```yaml\n(data:\n(?:(?!```)[\s\S])*?format:[\s\S]*?)```\n\n```json\n(.*?)```",
+    r"```yaml\n(data:\n(?:(?!```)[\s\S])*?format:(?:(?!```)[\s\S])*)```\n\n```json\n(.*?)```",
     (ROOT / "docs/formats.md").read_text(),
     re.S,
 )
+
+
+def made(settings):
+    """The format that a YAML names."""
+    arguments = {name: made(it) if name == "format" else it for name, it in settings["init_args"].items()}
+    return getattr(formats, settings["class_path"])(**arguments)
 
 
 @pytest.mark.parametrize(("task", "rows"), EXAMPLES)
 def test_the_target_of_each_example_has_the_format_that_its_yaml_names(task, rows, monkeypatch, tmp_path):
     (tmp_path / "orders.py").write_text(next(text for text in PYTHON if "class Order" in text))
     monkeypatch.syspath_prepend(str(tmp_path))
-    settings = yaml.safe_load(task)["data"]["format"]
-    format = getattr(formats, settings["class_path"])(**settings["init_args"])
+    format = made(yaml.safe_load(task)["data"]["format"])
     for row in map(json.loads, rows.splitlines()):
         target = row["completion"] if isinstance(row["completion"], str) else format.write(row["completion"])
         assert format.check(target).exact, target
@@ -89,7 +94,7 @@ def test_the_target_of_each_example_has_the_format_that_its_yaml_names(task, row
 
 
 def test_there_is_an_example_of_each_format():
-    assert len(EXAMPLES) >= 5
+    assert len(EXAMPLES) >= 6
 
 
 def test_the_format_of_ones_own_works_as_shown(monkeypatch):

@@ -128,7 +128,8 @@ def _key_order(examples: Sequence[Example], format: Format, orders: Orders) -> d
             return {"rows": 0, "kept": []}
     reordered = 0
     for example in examples:
-        own, plain = format.of_row(example.schema), json.dumps(example.value, ensure_ascii=False, separators=(",", ":"))
+        own = (format.inner or format).of_row(example.schema)
+        plain = json.dumps(example.value, ensure_ascii=False, separators=(",", ":"))
         reordered += isinstance(own, JsonSchema) and own.write(example.value) != plain
     return {"rows": reordered, "kept": in_one_order}
 
@@ -271,7 +272,7 @@ def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
         if rare and findings["label_totals"][path]["labels"] <= LABELS:
             line = f"{path}: fewer than {RARE:.0%} of the training rows have {', '.join(rare[:8])}"
             by_kind["rare labels"].append((-len(rare), line))
-    can_derive = "derived" in format.to_dict()["init_args"]
+    can_derive = "derived" in (format.inner or format).to_dict()["init_args"]
     derived = " If answers compute them, name the field in data.format.derived" if can_derive else ""
     for path, entry in findings["ungrounded"].items():
         first = entry["rows"][0]

@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 
 from formtune.base.folder import check_base
-from formtune.base.row import SYSTEM_ROLES, Message, Row, UnfitRow, full_text, with_json_arguments
+from formtune.base.row import SYSTEM_ROLES, Message, Row, Tags, UnfitRow, check_turns, full_text, with_json_arguments
 from formtune.errors import UserError, first_line
 
 
@@ -47,11 +47,12 @@ class Renderer:
     decode to the answer exactly. A row that fails, or of which the template leaves out a turn, is an `UnfitRow`.
     The target is all that the template writes of the answer, tool calls included.
     Without a chat template, `system`, the turns and the answer are separated by blank lines and closed by EOS.
-    Thinking is off. `date`, as YYYY-MM-DD, is what a template writes as today's; None leaves it to the clock.
+    Thinking is on if the format has reasoning between `tags` that the template knows; else the reasoning is text.
+    `date`, as YYYY-MM-DD, is what a template writes as today's; None leaves it to the clock.
     `template` is the text of a chat template that replaces the tokenizer's.
     """
 
-    def __init__(self, tokenizer: Any, date: str | None = None, template: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, date: str | None = None, template: str | None = None, tags: Tags = None) -> None:
         if not tokenizer.is_fast:
             raise UserError("model.base: the tokenizer has no tokenizer.json, so its offsets cannot be checked")
         self.tokenizer = tokenizer
@@ -64,7 +65,13 @@ class Renderer:
         self.date = date if "strftime_now" in str(tokenizer.chat_template) else None
         added = tokenizer.added_tokens_decoder
         self._special = frozenset(added)
-        control_tokens = [re.escape(token.content) for token in added.values() if token.special]
+        self.tags, (self._opening, self._closing) = tags, tags or ("", "</think>")
+        self._tag = self._opening or self._closing.replace("/", "")  # that the template or the prompt writes
+        self.thinking = bool(tags) and self._closing in str(tokenizer.chat_template)
+        content = f"{self._opening}b{self._closing}b" if tags else "b"
+        self.probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
+        specials = [token.content for token in added.values() if token.special]
+        control_tokens = [re.escape(token) for token in specials if token not in (tags or ())]
         self._control_token = re.compile("|".join(control_tokens) or r"(?!)")  # (?!) never matches
         self._lacking: tuple[str, ...] = ()  # roles of a system prompt that the template does not render
         self._lead = ""  # white space that the template puts before an answer, as decoded
@@ -80,21 +87,23 @@ class Renderer:
     def _check_template(self) -> None:
         """Find the end of a turn and the white space before an answer; refuse a template that cannot be supervised."""
         try:
-            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            prompt = self._render(turns[:1], True)
+            prompt = self._render(self.probe[:1], True)
             prompt_ids = self._tokenize(prompt).ids
-            target_ids = self._target(turns, None, prompt, prompt_ids)[1]
+            target_ids = self._target(self.probe, None, prompt, prompt_ids)[1]
         except UnfitRow as error:
             raise UserError(f"{self._key}: the chat template cannot be supervised: {error}") from None
-        self._lead = self._decode(target_ids[:-1]).removesuffix("b")
-        if self._lead.strip():
-            raise UserError(f"{self._key}: the chat template writes {self._lead!r} before every answer")
+        written = self._decode(target_ids[:-1])
+        self._lead = written[: len(written) - len(written.lstrip())]
+        if not self.thinking and (before := written.removesuffix(self.probe[1]["content"])) != self._lead:
+            raise UserError(f"{self._key}: the chat template writes {before!r} before every answer")
+        if self.thinking and prompt.rstrip().endswith(self._tag) == bool(self._opening):
+            raise UserError(f"data.format.open: '' if, and only if, the template's prompt ends with {self._tag}")
         self.stop_ids = tuple(dict.fromkeys([target_ids[-1], *self.stop_ids]))
         bos = self.tokenizer.bos_token_id
         if bos is not None and prompt_ids[:2] == [bos, bos]:
             raise UserError(f"{self._key}: the chat template begins with more than one BOS token")
         systems = [{"role": role, "content": "formtune"} for role in SYSTEM_ROLES]
-        taken = ["formtune" in (self._try([system, turns[0]], True) or "") for system in systems]
+        taken = ["formtune" in (self._try([system, self.probe[0]], True) or "") for system in systems]
         self._lacking = SYSTEM_ROLES if not taken[0] else () if taken[1] else SYSTEM_ROLES[1:]
 
     @property
@@ -128,13 +137,13 @@ class Renderer:
 
     @classmethod
     @functools.lru_cache(maxsize=4)
-    def load(cls, base: str, date: str | None = None, template: str | None = None) -> Renderer:
+    def load(cls, base: str, date: str | None = None, template: str | None = None, tags: Tags = None) -> Renderer:
         """Load the tokenizer of a model folder or hub id."""
         from transformers import AutoTokenizer
 
         check_base(base)
         try:
-            return cls(AutoTokenizer.from_pretrained(base, trust_remote_code=False), date, template)
+            return cls(AutoTokenizer.from_pretrained(base, trust_remote_code=False), date, template, tags)
         except UserError:
             raise
         except Exception as error:  # a damaged file can raise anything
@@ -158,10 +167,12 @@ class Renderer:
             if token := self._control_token.search(text):
                 raise UnfitRow(f"the text holds {token[0]}, which the tokenizer would read as a control token")
         turns = self.turns(messages)
+        if self.tags and not self.thinking and turns[-1]["role"] == "assistant":
+            turns[-1] = self._with_reasoning(turns[-1])
         context = turns[:-1] if turns[-1]["role"] == "assistant" else turns
         if self.templated:
             prompt = self._render(context, True, tools)
-            _check_turns(context, prompt)
+            check_turns(context, prompt, self._closing)
             if tools or any(len(turn) > 2 for turn in turns):
                 self._check_parts(turns, tools)
         elif tools or any(len(turn) > 2 or turn["role"] == "tool" for turn in turns):
@@ -177,6 +188,12 @@ class Renderer:
                 raise UnfitRow(f"the tokenizer turns the answer {target[:40]!r} into {decoded[:40]!r}")
         input = next(turn["content"] for turn in reversed(messages) if turn["role"] == "user")
         return Row(prompt_ids, target_ids, input, target, where, number, messages=messages, schema=schema, tools=tools)
+
+    def _with_reasoning(self, turn: Message) -> Message:
+        """The turn with its reasoning in its text, as Qwen3's template writes it."""
+        text = f"{self._opening}\n{turn.get('reasoning_content', '')}\n{self._closing}\n\n{turn['content']}"
+        rest = {key: value for key, value in turn.items() if key != "reasoning_content"}
+        return turn if self._closing in turn["content"] else rest | {"content": text}
 
     def _check_parts(self, turns: list[Message], tools: str | None) -> None:
         """Refuse a row if the template writes the same without its tools, calls or reasoning."""
@@ -229,7 +246,7 @@ class Renderer:
                 chat_template_utils.datetime = SimpleNamespace(now=lambda: day)  # type: ignore[assignment, misc]
             text = self.tokenizer.apply_chat_template(
                 messages, tools=json.loads(tools) if tools else None, tokenize=False,
-                add_generation_prompt=add_generation_prompt, enable_thinking=False,
+                add_generation_prompt=add_generation_prompt, enable_thinking=self.thinking,
             )  # fmt: skip
             if "&#34;" in text and "&#34;" not in json.dumps([messages, tools]):
                 # `tojson | safe` in a template (Mistral) escapes the text beside it; given JSON text it does not.
@@ -251,14 +268,18 @@ class Renderer:
         encoding = self._tokenize(conversation)
         ids, offsets = encoding.ids, encoding.offsets
         if not conversation.startswith(prompt) or ids[: len(prompt_ids)] != prompt_ids:
-            remedy = ", as thinking is off; remove `reasoning_content`" if "reasoning_content" in messages[-1] else ""
+            is_off = "reasoning_content" in messages[-1] and not self.thinking
+            remedy = ", as thinking is off; remove `reasoning_content`, or take the format Reasoning" if is_off else ""
             raise UnfitRow(f"the prompt is not a token prefix of the conversation{remedy}")
-        if len(messages[-1]) > 2:  # all that the template writes up to the end of the turn
+        if len(messages[-1]) > 2 or self.thinking:  # all that the template writes up to the end of the turn
             stop = next((i for i in range(len(prompt_ids), len(ids)) if ids[i] in self.stop_ids), -1)
             target_ids = ids[len(prompt_ids) : stop + 1]
             target = self.answer(target_ids)[0]  # tokenizers put a space after a control token
             if stop < 0 or target.split() != conversation[len(prompt) : offsets[stop][0]].split():
                 raise UnfitRow("the tokenizer turns the answer into another text, or the template does not end it")
+            parts = [messages[-1].get("reasoning_content", ""), *messages[-1]["content"].split(self._closing, 1)]
+            if self.thinking and not all(it.strip().removeprefix(self._tag).strip() in target for it in parts):
+                raise UnfitRow("the chat template alters the answer or its reasoning")
             return target, target_ids
         start = conversation.find(target, len(prompt))
         if start < 0:
@@ -268,28 +289,3 @@ class Renderer:
         if stop < 0 or ids[stop] not in self._special:
             raise UnfitRow("the chat template puts no end-of-turn token right after the answer")
         return target, ids[len(prompt_ids) : stop + 1]
-
-
-def _check_turns(context: list[Message], prompt: str) -> None:
-    """Refuse a row if the prompt does not hold what every turn says: a template may leave out a turn."""
-    prompt = _letters(prompt)
-    # Longest first, and each one removed, since a short text may also be part of a longer one.
-    for message in sorted(context, key=lambda message: len(message["content"]), reverse=True):
-        content = message["content"]
-        if message["role"] == "assistant":
-            content = content.rpartition("</think>")[2]  # templates leave out what an earlier answer thought
-        # A template may write a tool's result as JSON text.
-        forms = [content, json.dumps(content, ensure_ascii=False)] if message["role"] == "tool" else [content]
-        letters = next((form for form in map(_letters, forms) if form in prompt), None)
-        if letters is None:
-            text = " ".join(content.split())[:40]
-            raise UnfitRow(
-                f"the chat template leaves out the {message['role']} turn {text!r}; write it into the last user turn, "
-                "or take a base whose template has it"
-            )
-        prompt = prompt.replace(letters, "\0", 1)
-
-
-def _letters(text: str) -> str:
-    """A text without case, punctuation and spacing, which a template may change."""
-    return re.sub(r"[\W_]+", "", text.casefold())

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 # {"role": "system" | "developer" | "user" | "assistant" | "tool", "content": text}, and what OpenAI's chat completions
 # have of `tool_calls` (their arguments as an object), `reasoning_content`, `tool_call_id` and the `name` of a tool.
 Message = dict[str, Any]
+Tags = tuple[str, str] | None  # around reasoning; None without
 SYSTEM_ROLES = ("system", "developer")
 
 
@@ -56,6 +58,31 @@ def full_text(message: Message) -> str:
 
 class UnfitRow(ValueError):
     """A row that this tokenizer and template cannot represent unchanged; the message says why."""
+
+
+def check_turns(context: list[Message], prompt: str, closing: str) -> None:
+    """Refuse a row if the prompt does not hold what every turn says: a template may leave out a turn."""
+    prompt = _letters(prompt)
+    # Longest first, and each one removed, since a short text may also be part of a longer one.
+    for message in sorted(context, key=lambda message: len(message["content"]), reverse=True):
+        content = message["content"]
+        if message["role"] == "assistant":
+            content = content.rpartition(closing)[2]  # templates leave out what an earlier answer thought
+        # A template may write a tool's result as JSON text.
+        forms = [content, json.dumps(content, ensure_ascii=False)] if message["role"] == "tool" else [content]
+        letters = next((form for form in map(_letters, forms) if form in prompt), None)
+        if letters is None:
+            text = " ".join(content.split())[:40]
+            raise UnfitRow(
+                f"the chat template leaves out the {message['role']} turn {text!r}; write it into the last user turn, "
+                "or take a base whose template has it"
+            )
+        prompt = prompt.replace(letters, "\0", 1)
+
+
+def _letters(text: str) -> str:
+    """A text without case, punctuation and spacing, which a template may change."""
+    return re.sub(r"[\W_]+", "", text.casefold())
 
 
 def quantile(sizes: Sequence[int], percent: float) -> int:

@@ -61,10 +61,11 @@ def run(command: str, args: list[str]) -> int:
         rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), config.rows))]
     schemas: list[Any] = [None] * len(rows)
     if config.constrained:
-        if not isinstance(settings.format, JsonSchema):
+        inner = settings.format.inner or settings.format
+        if not isinstance(inner, JsonSchema):
             kind = type(settings.format).__name__
             raise UserError(f"--constrained: a server takes a JSON Schema, and data.format is {kind}")
-        schemas = [json.loads(row.schema) if row.schema else settings.format.schema for row in rows]
+        schemas = [json.loads(row.schema) if row.schema else inner.schema for row in rows]
     endpoint = Endpoint(config.url, config.served_model or config.task, settings.max_new_tokens, settings.renderer)
     endpoint.open(rows[0], schemas[0])
     started, pool = time.perf_counter(), ThreadPoolExecutor(config.at_once)

@@ -61,7 +61,7 @@ def run(command: str, args: list[str]) -> int:
     short = sorted((row for row in prompts if len(row) <= length), key=len, reverse=True)
     with tempfile.TemporaryDirectory() as folder:
         rendered = short[:RENDERED] if "gguf" in targets else ()
-        trial = Trial(base, lora, length, Path(folder), rendered, settings.template)
+        trial = Trial(base, lora, length, Path(folder), rendered, settings.renderer)
         checks = list(_checks(targets, plan, trial))
     if settings.renderer.note and "vllm" in targets:
         checks.append(Check("vllm", "chat template", "warning", settings.renderer.note))

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from formtune.base.folder import skeleton
-from formtune.base.renderer import Renderer
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.deploy.registry import Exported, find_exported
@@ -40,7 +39,7 @@ def run(command: str, args: list[str]) -> int:
     if engine != "vllm":
         return serve(models, engine, config.port)
     print(shlex.join(vllm_command(models, config.port)))
-    if note := Renderer.load(str(exported.folder.resolve())).note:
+    if note := exported.renderer.note:
         print(f"# {note}")
     print(f"# {CHECK.format(HOST, config.port, next(iter(models)))}")
     return 0
@@ -57,7 +56,7 @@ def _named(runs: Sequence[str], models: Sequence[Exported]) -> dict[str, Exporte
             raise UserError(f"{model.folder}: only adapters are served together; start a server for each run")
         same = manifest["base"]["files"] == first["base"]["files"] and manifest["template"] == first["template"]
         if not same or loading(model) != loading(models[0]):
-            what = f"another base, chat template or precision than {models[0].folder}"
+            what = f"another base, chat template, precision or switch for thinking than {models[0].folder}"
             raise UserError(f"{model.folder}: {what}; start a server for each run")
     names = [f"{it.task}-{Path(run).name}" if several else it.task for run, it in zip(runs, models, strict=True)]
     if len(set(names)) < len(names):
@@ -68,7 +67,8 @@ def _named(runs: Sequence[str], models: Sequence[Exported]) -> dict[str, Exporte
 def vllm_command(models: dict[str, Exported], port: int) -> list[str]:
     """vLLM's command for adapters on their base, or for a merged model; refuses an adapter that vLLM cannot serve."""
     folders = {name: str(exported.folder.resolve()) for name, exported in models.items()}
-    [(name, folder), *_], base = folders.items(), next(iter(models.values())).base
+    [(name, folder), *_], first = folders.items(), next(iter(models.values()))
+    base, thinking = first.base, str(first.renderer.thinking).lower()
     words = [folder, "--served-model-name", name]
     if base is not None:
         from peft import PeftConfig
@@ -84,4 +84,4 @@ def vllm_command(models: dict[str, Exported], port: int) -> list[str]:
             *(["--chat-template", template] if Path(template).is_file() else []),  # completions need none
         ]  # fmt: skip
     words += ["--host", HOST, "--port", str(port)]
-    return ["vllm", "serve", *words, "--default-chat-template-kwargs", '{"enable_thinking": false}']
+    return ["vllm", "serve", *words, "--default-chat-template-kwargs", f'{{"enable_thinking": {thinking}}}']

@@ -59,6 +59,8 @@ class Example:
     tools: str | None = None  # JSON list of the tools that its prompt defines
     written: str | None = None  # the answer as the chat template writes it, if that is more than the last turn's text
     schema: str | None = None  # JSON text of the row's own schema, or of its tools
+    reasoning: int = 0  # characters of the target before its answer
+    unfit: str = ""  # why the chat template cannot write the answer
     group: str = ""  # rows of one group are never in two splits; "" for a group of one
     split: str = ""
     entry: str = ""  # of `data.train`, that names its file
@@ -130,7 +132,8 @@ def repair(messages: Sequence[Message], steps: Iterable[str], repairs: Counter[s
 
 def repair_answer(answer: str, format: Format, steps: Sequence[str], repairs: Counter[str]) -> str:
     """An answer repaired by `steps`, or as it was if it then breaks the format; counts the repairs."""
-    text, made = answer, []
+    reasoning, text = format.split(answer)
+    format, made = format.inner or format, []
     for step in [step for step in ("edges", "fence", "canonical") if step in steps]:
         before = text
         if step == "edges":
@@ -143,7 +146,7 @@ def repair_answer(answer: str, format: Format, steps: Sequence[str], repairs: Co
     if not made or not format.check(text).exact:
         return answer
     repairs.update(made)
-    return text
+    return reasoning + text
 
 
 def judge(
@@ -165,10 +168,12 @@ def judge(
             answer = repair_answer(example.target, own_format, answer_steps, repairs)
             repaired.messages[-1]["content"] = answer
         verdict = own_format.check(repaired.target)
-        if verdict.kind == "empty" or not repaired.input.strip():
+        if example.unfit:
+            yield repaired.quarantined("unfit", example.unfit)
+        elif verdict.kind == "empty" or not repaired.input.strip():
             yield repaired.quarantined("empty", "the input or the answer is empty")
         elif verdict.exact:
-            repaired.value = verdict.value
+            repaired.value, repaired.reasoning = verdict.value, len(own_format.split(repaired.target)[0])
             yield repaired
         else:
             fix = helpful_repair(repaired.target, own_format, answer_steps)

@@ -56,12 +56,15 @@ def read_splits(settings: DataSettings) -> tuple[dict[str, list[Example]], Count
     if settings.train_on == "all":
         examples = {name: list(chain(*map(_answers, rows))) for name, rows in examples.items()}
     for example in chain(*examples.values()):
-        if len(example.messages[-1]) > 2:  # more than text: only the template knows how it is written
+        if len(example.messages[-1]) > 2 or settings.format.tags:  # only the template knows how it is written
             messages = repair(example.messages, settings.clean)
             [row] = settings.renderer.encode([(messages, example.where, None, example.tools)])
             if not isinstance(row, Row):
-                raise UserError(f"{example.where}: {row}")
-            example.written = row.target
+                example.unfit = str(row)
+            elif settings.format.tags and "tool_calls" not in messages[-1]:
+                example.messages[-1] = {"role": "assistant", "content": row.target}
+            else:
+                example.written = row.target
     return examples, ignored
 
 
@@ -73,7 +76,7 @@ def read_examples(
     split: str = "",
 ) -> list[Example]:
     """The conversations of a source, with the task's system prompt; counts in `ignored` the rows with unread keys."""
-    examples, columns, format = [], settings.columns, settings.format
+    examples, columns, format = [], settings.columns, settings.format.inner or settings.format
     targets = "all" if with_target and settings.train_on == "all" else with_target
     files = {source: ""} if isinstance(source, Source) else entries(source)
     for entry, record, where in ((entry, *record) for file, entry in files.items() for record in read_records(file)):

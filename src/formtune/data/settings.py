@@ -22,6 +22,8 @@ from formtune.formats.json_schema import PER_ROW
 
 def system_prompt(system: str | None, format: dict[str, Any]) -> str | None:
     """The system prompt with the schema of `format`, as its `to_dict` gives it, in place of `{schema}`."""
+    while "format" in format["init_args"]:  # that of the answer after the reasoning
+        format = format["init_args"]["format"]
     schema = format["init_args"].get("schema")
     if not system or "{schema}" not in system or schema == PER_ROW:  # then `DataSettings.system_of` replaces it
         return system
@@ -112,7 +114,7 @@ class DataSettings:
     @functools.cached_property
     def renderer(self) -> Renderer:
         """Turns conversations into token ids, on the day of the run."""
-        return Renderer.load(self.base, self._date, self.template)
+        return Renderer.load(self.base, self._date, self.template, self.format.tags)
 
     @property
     def date(self) -> str | None:

@@ -54,8 +54,8 @@ def mixtures(examples: Sequence[Example], fields: Mapping[str | None, Sequence[s
 
     `fields` are the dotted paths that each schema declares; in these, null and absent are two ways of saying nothing.
     """
-    answers = [e for e in examples if isinstance(e.value, dict | list) and e.target[:1] in "{["]
-    layouts = [(form, e) for e in answers if (form := _layout(e.target))]
+    answers = [e for e in examples if isinstance(e.value, dict | list) and e.target[e.reasoning :][:1] in "{["]
+    layouts = [(form, e) for e in answers if (form := _layout(e.target[e.reasoning :]))]
     compared = [("", "layout", layouts), *(("", "escapes", forms) for forms in _escapes(answers))]
     same_schema: dict[str | None, list[Example]] = defaultdict(list)
     for example in examples:
@@ -112,7 +112,7 @@ def _escapes(answers: Sequence[Example]) -> Iterator[Forms]:
     forms: dict[str, Forms] = defaultdict(list)
     for example in answers:
         written: dict[str, set[str]] = defaultdict(set)
-        text = "".join(_STRING.findall(example.target))
+        text = "".join(_STRING.findall(example.target[example.reasoning :]))
         for form in sorted({*_ESCAPE.findall(text), *_ESCAPE.sub("", text)}):
             character = json.loads(f'"{form}"') if len(form) > 1 else form
             if character > "\x7f" and (character.isprintable() or "\ud800" <= character <= "\udfff"):

@@ -98,11 +98,12 @@ def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[Message, set[str]
     message = {key: turn[key] for key in _OWN_KEYS.get(turn["role"], ()) if not empty(turn.get(key))}
     keys = unread(turn, {"role", "content", *message, *WEIGHTS}, _REFUSED_IN_TURNS, here)
     for key in WEIGHTS:
-        # The last answer alone is trained: weight 0 is what every other turn has.
-        if (weight := turn.get(key)) is not None and weight != 1 and (is_answer or weight != 0):
+        if (weight := turn.get(key)) not in (None, 0, 1):
+            raise UserError(f"{here}: `{key}` is {weight!r}; write 1, or 0 for an answer that is context only")
+        if weight == 0 and is_answer:
             raise UserError(
-                f"{here}: `{key}` is {weight!r}, but the last answer is trained, with weight 1, and no other turn "
-                "(data.train_on: all trains each of weight 1); end the row at the answer to train, or remove the row"
+                f"{here}: `{key}` is {weight!r}, but the last answer is the one that is trained; set data.train_on: "
+                "all, end the row at the answer to train, or remove the row"
             )
     if "tool_calls" in message:
         message["tool_calls"] = _read_calls(message["tool_calls"], f"{here}.tool_calls")

@@ -51,10 +51,10 @@ def share_weights(model: Any, other: Any) -> None:
                 module._parameters[name] = shared
 
 
-if __name__ == "__main__":  # formtune serve starts it: PORT DTYPE QUANTIZATION NAME...
-    port, dtype, quantization, *Models.names = sys.argv[1:]
+if __name__ == "__main__":  # formtune serve starts it: PORT DTYPE QUANTIZATION REASONING NAME...
+    port, dtype, quantization, reasoning, *Models.names = sys.argv[1:]
     model_manager.ModelManager = Models  # type: ignore[misc]
     Serve(
-        dtype=dtype, quantization=quantization or None, reasoning=ReasoningMode.OFF, model_timeout=-1, host=HOST,
+        dtype=dtype, quantization=quantization or None, reasoning=ReasoningMode(reasoning), model_timeout=-1, host=HOST,
         port=int(port),
     )  # fmt: skip

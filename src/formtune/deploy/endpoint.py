@@ -24,9 +24,9 @@ REMEDIES = {  # by HTTP status
     None: "start the server, wait for its model to load, lower --at_once, or fix the URL",  # no reply
 }
 REMEDY = (
-    "serve the tokenizer and the chat template of the exported folder, add no second BOS, and switch thinking off "
-    "(transformers: --reasoning off; vLLM: --default-chat-template-kwargs '{\"enable_thinking\": false}'); if the "
-    "template writes the date, check with today's (--data.date)"
+    "serve the tokenizer and the chat template of the exported folder, add no second BOS, and switch thinking off, or "
+    "on for the format Reasoning (transformers: --reasoning off; vLLM: --default-chat-template-kwargs "
+    "'{\"enable_thinking\": false}'); if the template writes the date, check with today's (--data.date)"
 )
 
 
@@ -85,13 +85,17 @@ class Endpoint:
             raise UserError(f"{self.url}: {reason}; {remedy}") from None
         except (AttributeError, LookupError, TypeError):
             raise UserError(f"{self.url}: the reply is not a chat completion; such a URL usually ends in /v1") from None
-        if fault := self._fault(row, choice.message, getattr(usage, "prompt_tokens", None), ids):
+        message, tags = choice.message, self._renderer.tags
+        reasoning = tags and (getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None))
+        if tags and reasoning:  # the server took the answer apart
+            message.content = f"{tags[0]}{reasoning}{tags[1]}{message.content or ''}"
+        if fault := self._fault(row, message, getattr(usage, "prompt_tokens", None), ids):
             raise UserError(f"{row.where}: {fault}")
         content = getattr(choice.logprobs, "content", None) or []
         tokens = {"tokens": [token.token for token in content], "logprobs": [token.logprob for token in content]}
         return Reply(
-            choice.message.content or "", choice.finish_reason != "length", seconds,
-            getattr(usage, "completion_tokens", 0), tokens if content else None,
+            message.content or "", choice.finish_reason != "length", seconds,
+            getattr(usage, "completion_tokens", 0), tokens if content and not reasoning else None,
         )  # fmt: skip
 
     def _fault(self, row: Row, message: Any, count: int | None, ids: list[int] | None) -> str | None:

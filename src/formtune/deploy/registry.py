@@ -10,6 +10,7 @@ The file changes in one rename: a kill at any moment leaves the old or the new s
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
+from formtune.base.renderer import Renderer
 from formtune.errors import UserError, first_line
 from formtune.files import write_json
 from formtune.training.manifest import NAME, file_hash, verify
@@ -105,6 +107,13 @@ class Exported:
         self.base = self.manifest["base"]["path"] if self.kind == "adapter" else None  # that it needs
         answers = "after" if folder.name == "adapter" else folder.name
         self.outcomes = outcomes or folder.parent / "outcomes" / f"{answers}.jsonl"  # of the test rows
+
+    @functools.cached_property
+    def renderer(self) -> Renderer:
+        """Its renderer, with thinking on if its format has reasoning."""
+        format = json.loads((self.folder / "format.json").read_text(encoding="utf-8"))["init_args"]
+        tags = (format["open"], format["close"]) if "close" in format else None
+        return Renderer.load(str(self.folder.resolve()), tags=tags)
 
 
 def find_exported(name: str, kind: str) -> Exported:

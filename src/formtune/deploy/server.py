@@ -15,7 +15,6 @@ from itertools import chain
 from pathlib import Path
 
 from formtune.base.folder import base_folder
-from formtune.base.renderer import Renderer
 from formtune.deploy.registry import Exported
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import read_outcomes
@@ -40,10 +39,9 @@ def serve(models: dict[str, Exported], engine: str, port: int) -> int:
     if missing := [name for name in packages if find_spec(name) is None]:
         install = f"pip install -e '.[{extra}]'"
         raise UserError(f"--engine {engine} needs the extra ({', '.join(missing)} missing): {install}")
-    renderers = {name: Renderer.load(str(exported.folder.resolve())) for name, exported in models.items()}
-    for name, renderer in renderers.items():
-        if not renderer.templated:
-            raise UserError(f"{models[name].folder}: {renderer.note}; {untemplated}")
+    for exported in models.values():
+        if not exported.renderer.templated:
+            raise UserError(f"{exported.folder}: {exported.renderer.note}; {untemplated}")
     with socket.socket() as free:  # otherwise the server that is there already would seem to be this one
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
         try:
@@ -54,8 +52,8 @@ def serve(models: dict[str, Exported], engine: str, port: int) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         with tempfile.TemporaryDirectory(prefix="formtune-serve-") as links:
-            for name, renderer in renderers.items() if engine == "transformers" else ():
-                link(models[name], renderer, Path(links, name))  # the path is the model's name for clients
+            for name, exported in models.items() if engine == "transformers" else ():
+                link(exported, Path(links, name))  # the path is the model's name for clients
             process = subprocess.Popen(_command(models, engine, port), cwd=links, env=environment)
             try:
                 _wait_until_loaded(process, port)
@@ -75,23 +73,24 @@ def serve(models: dict[str, Exported], engine: str, port: int) -> int:
 
 
 def loading(exported: Exported) -> list[str]:
-    """Data type and quantization of what is served; those of an adapter's base are as in training."""
+    """Data type and quantization of what is served, as in training for an adapter's base, and whether it thinks."""
+    reasoning = "on" if exported.renderer.thinking else "off"
     if exported.base is None:
-        return ["auto", ""]
+        return ["auto", "", reasoning]
     dtype = DTYPES.get(str(exported.config["trainer"]["precision"]), "float32")
-    return [dtype, "bnb-4bit" if exported.config["model"]["quantize"] else ""]
+    return [dtype, "bnb-4bit" if exported.config["model"]["quantize"] else "", reasoning]
 
 
 def _command(models: dict[str, Exported], engine: str, port: int) -> list[str]:
     name, exported = next(iter(models.items()))
     if engine == "llamacpp":
         request = json.loads((exported.folder / "request.json").read_text(encoding="utf-8"))
-        file, context = exported.folder.resolve() / FILE, request["options"]["num_ctx"]
-        return [sys.executable, "-m", "formtune.export.llama_cpp", str(file), str(context), str(port), name]
+        words = [exported.folder.resolve() / FILE, request["options"]["num_ctx"], port, name]
+        return [sys.executable, "-m", "formtune.export.llama_cpp", *map(str, words), str(exported.renderer.thinking)]
     return [sys.executable, "-m", "formtune.deploy.adapters", str(port), *loading(exported), *models]
 
 
-def link(exported: Exported, renderer: Renderer, folder: Path) -> None:
+def link(exported: Exported, folder: Path) -> None:
     """A folder that loads as a model: links to the exported files, and to the base's if they are an adapter."""
     folder.mkdir(parents=True)
     parts = [exported.folder] if exported.base is None else [base_folder(exported.base), exported.folder]
@@ -104,7 +103,7 @@ def link(exported: Exported, renderer: Renderer, folder: Path) -> None:
     settings = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
     greedy = {key: value for key, value in settings.items() if key not in ("temperature", "top_k", "top_p", "min_p")}
     generation.unlink(missing_ok=True)  # the link: the base's own file stays as it is
-    write_json(generation, greedy | {"eos_token_id": list(renderer.stop_ids), "do_sample": False})
+    write_json(generation, greedy | {"eos_token_id": list(exported.renderer.stop_ids), "do_sample": False})
 
 
 def _wait_until_loaded(process: subprocess.Popen[bytes], port: int) -> None:

@@ -84,8 +84,9 @@ def best_prompt(baselines: Mapping[str, Sequence[Outcome]]) -> str:
 
 def constant_answer(train: Sequence[Row], test: Sequence[Row], format: Format) -> tuple[int, int]:
     """Majority-answer accuracy as right rows and all rows: a model below it has learned nothing of the content."""
-    [(answer, _)] = Counter(row.target or "" for row in train).most_common(1)
-    checks = (format.of_row(row.schema).check(answer, target=row.target, input=row.context) for row in test)
+    inner, split = format.inner or format, format.split
+    [(answer, _)] = Counter(split(row.target or "")[1] for row in train).most_common(1)
+    checks = (inner.of_row(r.schema).check(answer, target=split(r.target or "")[1], input=r.context) for r in test)
     return sum(check.joint for check in checks), len(test)
 
 

@@ -91,23 +91,25 @@ def confidence(
 ) -> tuple[float, dict[str, float]]:
     """The probability of an answer by the model's own account, and of the value of each field.
 
-    They are products over `tokens`, the texts of the answer's tokens. An invalid format has confidence 0.
+    They are products over the texts of the answer's tokens, without its reasoning. An invalid format has confidence 0.
     """
     if not verdict.exact:
         return 0.0, {}
-    spans = format.value_spans(answer) if format.fields else {}
+    reasoning, own = format.split(answer)
+    spans = (format.inner or format).value_spans(own) if format.fields else {}
     begin = "".join(tokens).find(answer)  # after white space that the template puts before every answer
-    ends = list(accumulate(map(len, tokens), initial=-begin))
+    ends = list(accumulate(map(len, tokens), initial=-begin - len(reasoning)))  # 0 where the answer begins
     fields = {}
     for name in format.fields if begin >= 0 else ():
         path = name  # of a field that the answer lacks: of the nearest object around it
         while path and path not in spans:
             path = path.rpartition(".")[0]
-        start, end = spans.get(path, (0, len(answer) + 1))
+        start, end = spans.get(path, (0, len(own) + 1))
         # A token that is part of a character has no text: it belongs to the character that is completed later.
         inside = (p for p, a, b in zip(logprobs, ends, ends[1:], strict=False) if a < end and max(b, a + 1) > start)
         fields[name] = _product(inside)
-    return _product(logprobs), fields
+    counted = [p for p, end in zip(logprobs, ends[1:], strict=False) if end > 0] if reasoning else logprobs
+    return _product(counted), fields
 
 
 def _product(logprobs: Iterable[float]) -> float:

@@ -71,7 +71,7 @@ class FinishedRun:
         timed = next(ids for ids in prompts if len(ids) == p95)
         of_all_lengths = sorted(self.test, key=len)[:: max(1, len(self.test) // COMPARED)][:COMPARED]
         compared = [timed, *(row.prompt_ids + row.target_ids for row in of_all_lengths)]
-        self.sample = Sample(self.test, limits, list(settings.renderer.stop_ids), compared, timed)
+        self.sample = Sample(self.test, limits, list(self.renderer.stop_ids), compared, timed, self.renderer.thinking)
         self.calibration = [row.prompt_ids + row.target_ids for row in splits.rows["train"][:CALIBRATION]]
 
 

@@ -28,14 +28,14 @@ CHATML = "<|im_start|>"  # in the template that llama.cpp takes for a file witho
 class LlamaServer:
     """The server of llama.cpp in this process; it listens until the process ends."""
 
-    def __init__(self, file: Path, context: int, port: int = 0, name: str = "model") -> None:
+    def __init__(self, file: Path, context: int, port: int = 0, name: str = "model", thinking: bool = False) -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
         params.hostnames, params.port, params.n_ctx = [HOST], port, context
         params.cpuparams.n_threads = torch.get_num_threads()  # more than are free wait for each other at every layer
-        params.enable_reasoning, params.default_template_kwargs = 0, {"enable_thinking": "false"}
+        params.enable_reasoning, params.default_template_kwargs = -thinking, {"enable_thinking": str(thinking).lower()}
         params.verbosity = 0
         params.model_alias = {name}
         self._server = xllamacpp.Server(params)  # returns when the model is loaded
@@ -80,7 +80,7 @@ def prompt_fault(row: Row, ids: list[int], renderer: Renderer) -> str | None:
         (CHATML in text and CHATML not in text_trained,
          "it is rendered by a default chat template (ChatML), not by the base's"),
         (turn, f"the {turn and turn['role']} turn is {change}"),
-        (text.count("think") != text_trained.count("think"), "the switch that turns thinking off is lost"),
+        (text.count("think") != text_trained.count("think"), "the switch that turns thinking on or off is lost"),
         ("strftime_now" in str(renderer.tokenizer.chat_template),
          "the template writes today's date, and training froze another day (data.date)"),
         (True, f"another chat template, from token {first} on ({decode(ids[first:])[:40]!r})"),
@@ -112,7 +112,7 @@ def measure_gguf(
     folder, renderer, stop = Path(model["folder"]), Renderer.load(model["folder"]), sample.stop
     pairs = list(zip(sample.rows, sample.limits, strict=True))
     context = max([len(row.prompt_ids) + limit for row, limit in pairs] + [len(sample.timed) + TIMED])
-    server = LlamaServer(folder / FILE, context + 8)
+    server = LlamaServer(folder / FILE, context + 8, thinking=sample.thinking)
     prove_prompts(server, [row for row in sample.rows if row.messages], renderer)
     answers, sequences, likeliest = [], [], []
     every = max(1, len(pairs) // COMPARED)
@@ -148,6 +148,6 @@ def _tokens_per_second(server: LlamaServer, prompt: list[int]) -> float:
     return TIMED / min(time["prompt_ms"] + time["predicted_ms"] for time in times) * 1000
 
 
-if __name__ == "__main__":  # formtune serve starts it: FILE CONTEXT PORT NAME
-    listening = LlamaServer(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+if __name__ == "__main__":  # formtune serve starts it: FILE CONTEXT PORT NAME True|False
+    listening = LlamaServer(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5] == "True")
     threading.Event().wait()

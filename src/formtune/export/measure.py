@@ -40,6 +40,7 @@ class Sample:
     stop: list[int]  # tokens that end an answer
     compared: list[list[int]]  # token ids, on which two models' logits are compared
     timed: list[int]  # token ids of a prompt; if empty, nothing is timed
+    thinking: bool = False  # whether thinking is on in the chat template
 
 
 @dataclass(frozen=True, slots=True)

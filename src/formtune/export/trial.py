@@ -28,11 +28,12 @@ class Trial:
     """The task's adapter on a base of which only configuration and tokenizer are read."""
 
     def __init__(
-        self, base: str, lora: Lora, length: int, folder: Path, prompts: Sequence[Row] = (), template: str | None = None
+        self, base: str, lora: Lora, length: int, folder: Path, prompts: Sequence[Row] = (), renderer: Any = None
     ) -> None:
         from transformers import AutoConfig
 
-        self.lora, self.folder, self.tokenizer = lora, folder, Renderer.load(base, template=template).tokenizer
+        renderer = renderer or Renderer.load(base)
+        self.lora, self.folder, self.tokenizer, self.thinking = lora, folder, renderer.tokenizer, renderer.thinking
         self.prompts = prompts  # that llama.cpp must render; they need the whole vocabulary
         self.config = shrink(AutoConfig.from_pretrained(base, trust_remote_code=False), bool(prompts))
         self.dtype = getattr(self.config, "dtype", None) or torch.float32  # saving makes it a text
@@ -81,7 +82,7 @@ class Trial:
         self.tokenizer.save_pretrained(target)
         gguf = scheme == "gguf"
         rows = self.prompts if gguf else [Row(self.rows[0], [], "", None, "")]
-        sample = Sample(rows, [ANSWER] * len(rows), [-1] if gguf else [0], self.rows[:COMPARED], [])
+        sample = Sample(rows, [ANSWER] * len(rows), [-1] if gguf else [0], self.rows[:COMPARED], [], self.thinking)
         closeness, *_ = measure_fresh(scheme, {"folder": str(target)}, {"folder": str(source)}, sample)
         measured = _checked("the quantized model", closeness, ROUNDED)
         proven = f"; llama.cpp renders {len(rows)} prompts as training does" if gguf else ""

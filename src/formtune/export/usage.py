@@ -33,7 +33,7 @@ def example(folder: Path, text: str) -> dict[str, Any]:
 
 def write_usage(folder: Path, base: str, format: Format, rows: Sequence[Row]) -> None:
     """Write a `Modelfile` and a request for Ollama, and a card with the commands that serve the file."""
-    renderer = Renderer.load(str(folder.resolve()))
+    renderer = Renderer.load(str(folder.resolve()), tags=format.tags)
     request = example(folder, rows[0].input)
     schema = format.schema if isinstance(format, JsonSchema) and not format.per_row else None
     needed = max(len(row.prompt_ids) for row in rows) + request["max_tokens"]
@@ -42,7 +42,7 @@ def write_usage(folder: Path, base: str, format: Format, rows: Sequence[Row]) ->
     body |= {"options": {"temperature": 0, "num_ctx": context}} | ({"format": schema} if schema else {})
     write_json(folder / "request.json", body)
     facts = {
-        "request": request, "schema": schema, "context": context,
+        "request": request, "schema": schema, "context": context, "thinking": renderer.thinking,
         "template": go_template(renderer, rows), "stop": [renderer.tokenizer.decode([id]) for id in renderer.stop_ids],
     }  # fmt: skip
     for name, source in (("Modelfile", "Modelfile.jinja"), (CARD, "gguf.md.jinja")):

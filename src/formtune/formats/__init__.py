@@ -6,8 +6,9 @@ For your own format, subclass `Format` and name the class in YAML; it needs only
 
 from formtune.formats.format import KINDS, Format, Problem, SyntaxProblem, Verdict
 from formtune.formats.json_schema import JsonSchema
+from formtune.formats.reasoning import Reasoning
 from formtune.formats.text import Labels, Regex, Tagged
 from formtune.formats.tool_calls import ToolCalls
 
-__all__ = ["KINDS", "Format", "JsonSchema", "Labels", "Problem", "Regex", "SyntaxProblem", "Tagged", "ToolCalls"]
-__all__ += ["Verdict"]
+__all__ = ["KINDS", "Format", "JsonSchema", "Labels", "Problem", "Reasoning", "Regex", "SyntaxProblem"]
+__all__ += ["Tagged", "ToolCalls", "Verdict"]

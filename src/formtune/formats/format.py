@@ -78,6 +78,13 @@ class Format(ABC):
     canonical: bool = False
     #: Whether each row has its own schema, which `of_row` needs.
     per_row: bool = False
+    #: The tags around the reasoning before an answer, and the format of that answer; None without reasoning.
+    tags: tuple[str, str] | None = None
+    inner: "Format | None" = None
+
+    def split(self, text: str) -> tuple[str, str]:
+        """The reasoning with its tags and the white space after it, "" if there is none, and the answer."""
+        return "", text
 
     @functools.lru_cache(maxsize=1000)  # noqa: B019 (a task has one format)
     def of_row(self, schema: str | None) -> "Format":
@@ -134,6 +141,7 @@ class Format(ABC):
             raise UserError(f"data.format: {cls.__name__} must store its argument {missing[0]} as self.{missing[0]}")
         values = {name: getattr(self, name) for name in names}
         init_args = {name: sorted(v) if isinstance(v, frozenset) else v for name, v in values.items()}
+        init_args |= {name: v.to_dict() for name, v in values.items() if isinstance(v, Format)}
         return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": init_args}
 
     @time_limit()

@@ -42,10 +42,10 @@ class Grammar:
         self.fill = functools.partial(fill_next_token_bitmask_par, LLExecutor())
         self._read: Any = LLMatcher
         self._tokenizer = from_tokenizer(renderer.tokenizer, n_vocab=self.vocabulary, eos_token=list(renderer.stop_ids))
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        [row] = renderer.encode([(turn, "")])
+        [row] = renderer.encode([(renderer.probe, "")])
         # Spaces that chat template and tokenizer put before every answer belong to the grammar's text.
-        self._lead = self._tokenizer.decode_str(row.target_ids[:-1]).removesuffix("b")  # type: ignore[union-attr]
+        text = self._tokenizer.decode_str(row.target_ids[:-1])  # type: ignore[union-attr]
+        self._lead = text[: len(text) - len(text.lstrip())]
         # A tag such as <tool_call> may be one token, which llguidance does not take for text.
         self._added_tokens = renderer.tokenizer.added_tokens_encoder
         self._format, self._orders = format, None if format.per_row else orders

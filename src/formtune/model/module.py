@@ -109,7 +109,7 @@ class FormatModule(L.LightningModule):
         if self.model is not None:
             return
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self.renderer = Renderer.load(self.base, template=self.template)
+        self.renderer = Renderer.load(self.base, template=self.template, tags=self.format.tags)
         self.context = context_length(self.base) or 10**9
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.trainer.precision, torch.float32)
         strategy = self.trainer.strategy

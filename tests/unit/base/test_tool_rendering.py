@@ -109,7 +109,7 @@ def test_what_the_template_leaves_out_is_refused_by_name(messages, tools, expect
 def test_reasoning_is_trained_where_the_template_writes_it_without_thinking_switched_on():
     messages = [USER, {"role": "assistant", "content": "b", "reasoning_content": "because"}]
     row, _ = encode("qwen3", messages, None)
-    assert isinstance(row, UnfitRow) and str(row).endswith("as thinking is off; remove `reasoning_content`")
+    assert isinstance(row, UnfitRow) and "as thinking is off; remove `reasoning_content`, or" in str(row)
     tokenizer = byte_tokenizer()
     thought = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
     tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", thought)

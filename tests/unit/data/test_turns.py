@@ -34,7 +34,11 @@ def read(record, with_target=True, **columns):
         ({"messages": [USER, {"role": "assistant", "content": None, "refusal": "no"}]}, r"messages\[1\]: `refusal`"),
         ({"messages": [USER, ANSWER | {"audio": {"id": "x"}}]}, r"messages\[1\]: `audio`"),
         ({"messages": [USER, ANSWER | {"weight": 0}]}, r"messages\[1\]: `weight` is 0, .* remove the row"),
-        ({"messages": [USER, ANSWER | {"weight": 0.5}, USER, ANSWER]}, r"messages\[1\]: `weight` is 0.5"),
+        (
+            {"messages": [USER, ANSWER | {"weight": 0.5}, USER, ANSWER]},
+            r"messages\[1\]: `weight` is 0.5; write 1, or 0",
+        ),
+        ({"messages": [USER, ANSWER | {"weight": "1"}]}, r"messages\[1\]: `weight` is '1'; write 1, or 0"),
         ({"messages": [USER, ANSWER | {"train": False}]}, r"messages\[1\]: `train` is False"),
         ({"prompt": "a", "completion": "b", "system": 7}, "f:1: `system` is int, .* data.columns.system: null"),
         ({"messages": [{"role": "system", "content": "s"}, USER, ANSWER], "system": "t"}, "both hold a system prompt"),

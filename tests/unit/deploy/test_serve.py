@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from conftest import byte_tokenizer, tiny_model, write_run, write_splits
-from formtune.base.renderer import Renderer
 from formtune.cli import main
 from formtune.deploy.registry import Exported
 from formtune.deploy.server import ENGINES, link
@@ -36,7 +35,7 @@ def run(tmp_path, monkeypatch):
 
 
 def linked(exported, folder):
-    link(Exported(exported), Renderer.load(str(exported.resolve())), folder)
+    link(Exported(exported), folder)
     return folder
 
 
@@ -165,7 +164,7 @@ def test_what_cannot_be_served_together_is_refused(run, tmp_path, capsys):
     byte_tokenizer().save_pretrained("other")
     second = write_run(Path("more/r4"), str(tmp_path / "other"), [("it's number 5", True)])
     assert main(["serve", str(run), str(second)]) == 2
-    line = "more/r4/adapter: another base, chat template or precision than logs/small/r4/adapter; start a server for"
+    line = "more/r4/adapter: another base, chat template, precision or switch for thinking than logs/small/r4/adapter;"
     assert line in capsys.readouterr().err
     write_run(second, str(tmp_path / "base"), [("it's number 5", True)])
     assert main(["serve", str(run), str(second)]) == 2
@@ -184,7 +183,7 @@ def test_adapters_share_the_weights_of_their_base_and_answer_as_they_do_alone(ru
     models = []
     for folder in (run, second):
         exported = Exported(folder / "adapter")
-        link(exported, Renderer.load(str(folder / "adapter")), tmp_path / folder.name)
+        link(exported, tmp_path / folder.name)
         models.append(AutoModelForCausalLM.from_pretrained(tmp_path / folder.name))
     ids = torch.arange(3, 40)[None]
     alone = [model(ids).logits for model in models]

@@ -473,7 +473,7 @@ def test_the_card_has_the_evidence_and_the_metadata():
     local = card(dataclasses.replace(run_of([outcome(0)], [outcome(0)]), base=str(Path(__file__).parent)))
     assert "base_model" not in local and str(Path(__file__).parent) not in local and "BASE is the folder" in local
     assert "| format/exact | 22.2% (6.3% to 54.7%) | 100.0% (70.1% to 100.0%) |" in text
-    assert "as in training: the tokenizer's chat template, with the system prompt" in text
+    assert "as in training: the tokenizer's chat template with `enable_thinking=False`, with the system prompt" in text
     noted = card(dataclasses.replace(run_of([outcome(0)], [outcome(0)]), note="a prompt is plain"))
     assert "as in training, with the system prompt in `config.yaml`: a prompt is plain." in noted
 

@@ -119,7 +119,7 @@ def test_a_template_that_go_cannot_write_gives_a_modelfile_without_one():
         ("a second BOS is in front", lambda text: "<pad>" + text),
         ("the system turn is trimmed", lambda text: text.replace(" Number it. ", "Number it.")),
         ("the system turn is left out or altered", lambda text: text.replace("<s> Number it. </s>", "")),
-        ("the switch that turns thinking off is lost", lambda text: text.removesuffix("<think>\n</think>\n")),
+        ("the switch that turns thinking on or off is lost", lambda text: text.removesuffix("<think>\n</think>\n")),
         ("default chat template (ChatML)", lambda text: text.replace("<s>", "<|im_start|>system\n")),
         ("another chat template, from token", lambda text: text.replace("</s>", "</sys>")),
         ("its BOS is missing", lambda text: text.removeprefix("<pad>")),

@@ -1,0 +1,77 @@
+"""Reasoning between two tags, and after it an answer that has a format of its own."""
+
+import json
+from typing import Any
+
+from formtune.errors import UserError
+from formtune.formats.format import Format, Problem, SyntaxProblem
+from formtune.formats.key_orders import Orders
+
+
+class Reasoning(Format):
+    """Reasoning, which is free text between two tags, and after it an answer in a format of its own.
+
+    Fields, metrics and key orders are those of the answer; white space before it is free. Thinking is on if the chat
+    template knows the closing tag.
+
+    Args:
+        format: Format of the answer that comes after the reasoning.
+        open: Tag before the reasoning; empty if the chat template writes it at the end of the prompt.
+        close: Tag after the reasoning.
+        required: Whether the reasoning must hold some text; by default it may be empty.
+    """
+
+    def __init__(self, format: Format, open: str = "<think>", close: str = "</think>", required: bool = False) -> None:
+        if format.tags or not close or open == close or any(tag != tag.strip() for tag in (open, close)):
+            raise UserError("data.format: Reasoning takes another format, and two tags without spaces at their ends")
+        self.inner = self.format = format
+        self.open, self.close, self.required = open, close, required
+        self.fields, self.sets, self.derived = format.fields, format.sets, format.derived
+        self.notes, self.per_row, self.tags = format.notes, format.per_row, (open, close)
+
+    def with_schema(self, schema: str | None) -> Format:
+        return Reasoning(self.format.with_schema(schema), self.open, self.close, self.required)
+
+    def split(self, text: str) -> tuple[str, str]:
+        start = text.find(self.open)
+        end = text.find(self.close, start + len(self.open)) if start >= 0 else -1
+        answer = text[end + len(self.close) :].lstrip(" \t\r\n") if end >= 0 else text
+        return text[: len(text) - len(answer)], answer
+
+    def parse(self, text: str) -> Any:
+        reasoning, answer = self.split(text)
+        if not reasoning:
+            raise SyntaxProblem(f"no {self.open}...{self.close} before the answer")
+        return self.format.parse(answer)
+
+    def grammar(self) -> str | None:
+        rules = self.format.grammar()
+        return rules and self._rules(rules)
+
+    def ordered_grammar(self, orders: Orders | None) -> tuple[str | None, list[str]]:
+        rules, kept = self.format.ordered_grammar(orders)
+        return rules and self._rules(rules), kept
+
+    def _rules(self, answer: str) -> str:
+        opening, closing = (json.dumps(tag, ensure_ascii=False) if tag else "" for tag in (self.open, self.close))
+        text, some = ("TEXT", r"[^\s\x1c-\x1f]") if self.required else ("TEXT?", ".")
+        # A tag may be one token of its own, which is no part of a text. Lazy: the first closing tag ends the reasoning.
+        return (
+            f"answer: {opening} reasoning SPACE? body\nreasoning: tagged | ( {text} {closing} )\n"
+            f"tagged[lazy]: {text} {closing}\nTEXT: /(?s:.*{some}.*)/ & ~(ANY?{closing}ANY?)\nANY: /(?s:.+)/\n"
+            f"SPACE: /[ \\t\\r\\n]{{1,4}}/\nbody: %lark {{\nstart: answer\n{answer}\n}}"
+        )
+
+    def _read(self, text: str) -> tuple[bool, Any, list[Problem]]:
+        reasoning, answer = self.split(text)
+        if not reasoning and text.strip() and text.startswith(self.open):
+            return False, None, [Problem("syntax", f"the reasoning has no {self.close}")]
+        is_document, value, problems = self.format._read(answer)
+        start = reasoning.find(self.open)
+        if not reasoning:
+            problems.insert(0, Problem("missing_key", f"no {self.open}...{self.close} before the answer"))
+        elif start:
+            problems.insert(0, Problem("extra_text", f"{text[:start][:60]!r} is before {self.open}"))
+        elif self.required and not reasoning[len(self.open) :].rpartition(self.close)[0].strip():
+            problems.insert(0, Problem("missing_key", f"no text between {self.open} and {self.close}"))
+        return is_document, value, problems
