@@ -102,4 +102,4 @@ def test_a_template_in_place_of_the_bases_own_is_what_is_trained(project, base, 
     assert "model.chat_template renders the prompts" in capfd.readouterr().out
     Path("own.jinja").write_text(TEMPLATE)  # the base's
     assert main(["audit", *words]) == 0
-    assert "model.chat_template" not in capfd.readouterr().out
+    assert "model.chat_template renders" not in capfd.readouterr().out
