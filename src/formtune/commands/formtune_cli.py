@@ -37,6 +37,7 @@ from formtune.training.loggers import Name, make_loggers, record
 from formtune.training.next_step import next_step
 from formtune.training.overfitting import OverfittingWatch, diagnose
 from formtune.training.pipeline import prepare, train
+from formtune.training.plan import Timing, plan
 from formtune.training.progress_bar import StepsBar, Throughput
 from formtune.training.run_folder import RunFolder, choose_run, measured_run, minimum_confidence
 from formtune.training.signals import Signals
@@ -113,6 +114,8 @@ class FormtuneCLI(LightningCLI):
         parser.add_argument("--baseline_rows", type=PositiveInt, default=200, help="Test rows for baselines at most")
         parser.add_argument("--quick", action="store_true", help="A first look: no baselines, few evaluation rows, no "
                             "longer inputs")  # fmt: skip
+        parser.add_argument("--dry_run", action="store_true", help="Prepare the rows, print the steps and about the "
+                            "time and memory of train or fit, and end without training")  # fmt: skip
         parser.add_argument("--answers", type=str, default="answers.jsonl", help="JSON Lines file that predict writes")
         parser.add_argument("--min_confidence", type=ClosedUnitInterval | None, help="predict writes answers of at "
                             "least this confidence to answers.accepted.jsonl, the others to answers.review.jsonl "
@@ -144,10 +147,12 @@ class FormtuneCLI(LightningCLI):
         trainer_checks.check_trainer(config)
         trainer = config.trainer
         trainer.precision = trainer.precision or trainer_checks.default_precision(trainer.accelerator)
-        if self.subcommand in TRAINS:
-            self._choose_run(config)
-        else:
+        if self.subcommand not in TRAINS:
             self._choose_weights(config, files)
+        elif config.dry_run:
+            trainer.logger, trainer.enable_checkpointing, trainer.callbacks, self.checkpoint = False, False, None, None
+        else:
+            self._choose_run(config)
 
     def _choose_run(self, config: Namespace) -> None:
         if config.ckpt_path:
@@ -191,7 +196,9 @@ class FormtuneCLI(LightningCLI):
         # The recorder comes before those that look at what it recorded, and formtune's checkpoints before a user's own,
         # so that `trainer.checkpoint_callback` and `ckpt_path="best"` mean them.
         callbacks: list[Any] = [config.answer_table, Outcomes(), self.signals]
-        if self.subcommand in TRAINS:
+        if config.dry_run and self.subcommand in TRAINS:
+            callbacks.append(Timing())
+        elif self.subcommand in TRAINS:
             callbacks += [Validations(), config.overfitting, config.checkpoint, Throughput()]
             if options["logger"] in (None, True):
                 again = int(self.checkpoint.stem.removeprefix("step-")) + 1 if self.checkpoint else None
@@ -224,6 +231,8 @@ class FormtuneCLI(LightningCLI):
 
     def train(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         config = self.config.train
+        if config.dry_run:
+            return plan(self.trainer, model, datamodule, config.baselines, config.baseline_rows, _checks())
         try:
             result = train(
                 self.trainer, model, datamodule, self.folder, self._record, config.baselines, config.baseline_rows,
@@ -236,6 +245,8 @@ class FormtuneCLI(LightningCLI):
 
     def fit(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         trainer: Any = self.trainer
+        if self.config.fit.dry_run:
+            return plan(trainer, model, datamodule)
         writes = trainer.is_global_zero and not trainer.fast_dev_run
         try:
             if writes:
@@ -281,7 +292,7 @@ class FormtuneCLI(LightningCLI):
     def _dump(self, config: Namespace) -> str:
         """The configuration as YAML: a record to start another run from, and what a resumed run is compared with."""
         config = config.clone()
-        for key in ("config", "ckpt_path", "answers", "min_confidence", "target_precision"):
+        for key in ("config", "ckpt_path", "answers", "min_confidence", "target_precision", "dry_run"):
             config.pop(key, None)
         config.run, config.resume, config.trainer.default_root_dir = None, False, None
         return self._parser(self.subcommand).dump(config, skip_none=False)
