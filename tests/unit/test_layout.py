@@ -20,6 +20,7 @@ OPTIONAL = {  # folder: what is deleted with it
     "export": ["deploy", "commands/export.py", "commands/preflight.py", "commands/promote.py", "commands/serve.py",
                "commands/check_endpoint.py"],
     "commands/synthesize.py": [],
+    "start": ["commands/init.py"],
 }  # fmt: skip
 CORE = ("base", "configuration", "data", "evaluation", "formats", "model", "training")
 
@@ -69,7 +70,7 @@ def test_nothing_imports_the_entry_point():
 
 
 def test_the_core_imports_neither_an_optional_folder_nor_a_command():
-    beyond = {"audit", "sweep", "export", "deploy", "demo", "commands"}
+    beyond = {"audit", "sweep", "export", "deploy", "demo", "start", "commands"}
     for name, imported in imports().items():
         if folder(name) in CORE:
             assert not [one for one in imported if folder(one) in beyond], name

@@ -91,6 +91,8 @@ def read_examples(
             columns.notes.setdefault(note, where)
         ignored.update(sorted(unread - {settings.group}))
         if (system := settings.system_of(schema)) and messages[0]["role"] not in SYSTEM_ROLES:
+            # An instruction in front of every input is not said twice.
+            messages[0]["content"] = messages[0]["content"].removeprefix(system)
             messages.insert(0, {"role": "system", "content": system})
         group = record.get(settings.group) if settings.group else None
         if not isinstance(group, str | int | float | None):

@@ -1,0 +1,68 @@
+"""`formtune init`: guesses a task's YAML and schema from its rows, writes them, audits, and estimates the training."""
+
+import importlib
+from pathlib import Path
+
+from formtune.commands import COMMANDS
+from formtune.configuration.parsing import CommandParser
+from formtune.configuration.task import read_task, task_parser
+from formtune.configuration.yaml_file import check_configs
+from formtune.errors import UserError
+from formtune.files import write_whole
+from formtune.start.proposal import local_folder, propose, task_yaml
+
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SHOWN = 200  # characters of a value
+
+
+def run(command: str, args: list[str]) -> int:
+    """Guess, write, audit and estimate; 1 if the rows must not be trained on as they are."""
+    parser = CommandParser(command, COMMANDS[command].description, "formtune init ROWS [--task NAME] [--base BASE]")
+    parser.add_argument("rows", metavar="ROWS", help="File, folder, glob or data set of rows, as data.train takes it")
+    parser.add_argument("--task", help="Name of configs/NAME.yaml and data/NAME/ (default: the name of ROWS)")
+    parser.add_argument("--base", default=BASE, help=f"Folder or hub id of the base model (default: {BASE})")
+    parser.add_argument("--prompt", help="Column of the input, or a template over columns (default: guessed)")
+    parser.add_argument("--completion", help="Column of the target (default: guessed)")
+    config = parser.parse_args(args)
+    path = Path(config.rows)
+    stem = path.name.partition(".")[0]
+    task = config.task or (stem if stem not in ("train", "rows", "data") else path.absolute().parent.name)
+    if Path(task).name != task:
+        raise UserError(f"--task: {task} is a path; give a name such as invoices")
+    task_file, schema_file = Path("configs", f"{task}.yaml"), Path("data", task, "schema.json")
+    for file in (task_file, schema_file):
+        if file.exists():
+            raise UserError(f"{file}: already exists; choose another name with --task, or delete it")
+    guesses, schema = propose(config.rows, schema_file, config.base, config.prompt, config.completion)
+    head = f"Written by `formtune init {config.rows}`; configs/reference.yaml has every key, with its default."
+    files = {schema_file: schema} if schema else {}
+    for file, text in (files | {task_file: task_yaml(guesses, head)}).items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, text)
+    for key, value, why in guesses:
+        print(f"{key}: {str(value)[:SHOWN]}  ({why})")
+    print("wrote", *files, task_file, flush=True)
+    words = ["-c", str(task_file)]
+    if local_folder(config.base):
+        check_configs(words)
+        blocked = _audit(words)
+        if blocked:
+            print(f"next: fix what blocks, then formtune audit {' '.join(words)}")
+            return 1
+        module = importlib.import_module(f"formtune.commands.{COMMANDS['train'].module}")
+        module.run("train", [*words, "--dry_run"])
+    print(f"next: formtune train {' '.join(words)} --quick")
+    return 0
+
+
+def _audit(words: list[str]) -> bool:
+    """Print what the audit finds, if it was not deleted; whether the rows must not be trained on."""
+    try:
+        findings = importlib.import_module("formtune.audit.findings")
+    except ModuleNotFoundError:
+        return False
+    found, _ = findings.audit(read_task(task_parser("audit"), words)[1])
+    for kind in ("blockers", "warnings"):
+        for line in found[kind]:
+            print(f"{kind[:-1]}: {line}")
+    return bool(found["blockers"])

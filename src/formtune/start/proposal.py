@@ -1,0 +1,143 @@
+"""A task for a set of rows: the keys of its YAML, and its schema."""
+
+import json
+import re
+import textwrap
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from formtune import formats
+from formtune.base.folder import base_folder, check_base
+from formtune.base.renderer import Renderer
+from formtune.data import Columns
+from formtune.data.blockers import BAD, FEW
+from formtune.data.preparation import load_splits
+from formtune.data.settings import DataSettings
+from formtune.data.sources import read_records
+from formtune.errors import UserError
+from formtune.start.guesses import Guess, guess_columns, guess_format, guess_group, guess_instruction, read_rows
+
+OTHERS = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}  # splits, by names of files
+LONGEST = 4000  # characters of a system prompt that lists what is allowed
+SMALL = 2**30  # bytes of weights; a smaller base needs more than the defaults, see docs/training.md
+LENGTH, ANSWER = 1024, 256  # defaults of max_length and max_new_tokens
+SHORT, LEAST = 128, 16  # a lower max_new_tokens that is worth writing, and the lowest
+NO_LIMIT = 10**6  # tokens
+NAMED = 3  # rows
+WIDTH = 100  # characters of a comment's line
+
+
+def propose(
+    rows: str, schema_file: Path, base: str, prompt: str | None, completion: str | None
+) -> tuple[list[Guess], str | None]:
+    """The guesses for the YAML, and the text of the schema's file; None if the format has no such file."""
+    records = [*read_records(rows)]
+    if not records:
+        raise UserError(f"{rows}: holds no row")
+    folder, columns, group = local_folder(base), guess_columns(records, prompt, completion), guess_group(records)
+    examples = read_rows(records, Columns(**columns))
+    kind, init_args, why = guess_format(examples, str(Renderer.load(base).tokenizer.chat_template) if folder else "")
+    format = getattr(formats, kind)(**init_args)
+    guesses = [Guess("model.base", base, "--base takes another one")]
+    if folder and 0 < sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL:
+        reason = "so small a base learns content faster with more adapters and a higher rate (docs/training.md)"
+        optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2.0e-3}}
+        guesses += [Guess("model.lora.targets", "all-linear", reason), Guess("model.optimizer", optimizer, "likewise")]
+    files: dict[str, Any] = {"train": rows} | files_beside(rows)
+    guesses += [Guess(f"data.{split}", file, f"{len(records):,} rows" if split == "train" else f"beside {rows}")
+                for split, file in files.items()]  # fmt: skip
+    guesses += (
+        [Guess("data.columns", columns, f"of the columns {', '.join(filter(None, records[0][0]))}")] if columns else []
+    )
+    guesses += [group] if group else []
+    system = None
+    if not any(example.system for example in examples):
+        instruction = guess_instruction(examples)
+        system, reason = instruction.rstrip() or _asking(init_args), "no row has a system prompt"
+        reason += "; all prompts begin with this, and it is taken from there" if instruction else ""
+        guesses += [Guess("data.system", system, reason)] if system else []
+    if folder:
+        guesses += measured(DataSettings(
+            format, **files, tokenizer=base, columns=Columns(**columns), system=system,
+            group=group.value if group else None, max_length=NO_LIMIT, max_new_tokens=NO_LIMIT,
+        ))  # fmt: skip
+    schema = None
+    if "schema" in init_args:
+        schema = json.dumps(init_args["schema"], indent=2, ensure_ascii=False) + "\n"
+        init_args["schema"] = str(schema_file)
+    guesses.append(Guess("data.format", {"class_path": kind, "init_args": init_args} if init_args else kind, why))
+    return sorted(guesses, key=lambda guess: not guess.key.startswith("model.")), schema
+
+
+def local_folder(base: str) -> Path | None:
+    """The folder of a base that is on this machine."""
+    check_base(base)
+    try:
+        return base_folder(base)
+    except UserError:
+        return None
+
+
+def files_beside(rows: str) -> dict[str, str]:
+    """The validation and test files in the same folder, by their names."""
+    path = Path(rows)
+    files: dict[str, str] = {}
+    stem, _, ending = path.name.lower().partition(".")
+    others = {other.name.lower(): str(other) for other in (path.parent.iterdir() if path.is_file() else ())}
+    for split, words in OTHERS.items():
+        for word in words:
+            stems = [stem.replace("train", word)] if "train" in stem else [word, f"{stem}_{word}", f"{stem}-{word}"]
+            files.update((split, others[name]) for s in stems if (name := f"{s}.{ending}") in others)
+    return files
+
+
+def _asking(init_args: dict[str, Any]) -> str | None:
+    """A system prompt that says what the format allows, None if it would be long."""
+    if len(json.dumps(init_args)) > LONGEST:
+        return None
+    if labels := init_args.get("labels"):
+        return f"Answer with one of: {', '.join(labels)}"
+    return "Answer with one JSON document that matches this schema: {schema}" if "schema" in init_args else None
+
+
+def measured(settings: DataSettings) -> Iterator[Guess]:
+    """Repairs that make answers valid, what to do with the other bad rows, and limits from the longest rows."""
+    splits = load_splits(settings)
+    if fixes := [row for row in splits.quarantine if row.fix.startswith("data.repair_answers")]:
+        settings.repair_answers = sorted({step for row in fixes for step in re.findall(r"\w+", row.fix)[2:]})  # type: ignore[misc]
+        splits = load_splits(settings)
+        reason = f"makes {len(fixes):,} answers valid, such as {fixes[0].where} ({fixes[0].detail})"
+        yield Guess("data.repair_answers", settings.repair_answers, reason)
+    bad = [row for row in splits.quarantine if row.reason in BAD]
+    if 0 < len(bad) < FEW * splits.read.total():
+        named = ", ".join(f"{row.where} ({row.detail})" for row in bad[:NAMED])
+        yield Guess("data.bad_rows", "drop", f"{len(bad):,} rows do not fit: {named}{', ...' * (len(bad) > NAMED)}")
+    rows = [*chain(*splits.rows.values())]
+    longest = max(rows, key=len, default=None)
+    if longest and len(longest) > LENGTH:
+        yield Guess("data.max_length", len(longest), f"the longest row, {longest.where}")
+    answer = max(rows, key=lambda row: len(row.target_ids), default=None)
+    limit = max(2 * len(answer.target_ids), LEAST) if answer else ANSWER
+    if answer and not SHORT < limit <= ANSWER:
+        reason = f"twice the longest answer, {answer.where}"
+        yield Guess("model.max_new_tokens", min(limit, settings.limit), reason)
+
+
+def task_yaml(guesses: Iterable[Guess], head: str) -> str:
+    """The YAML, each key below a comment with its reason."""
+    lines, open_groups = textwrap.wrap(f"# {head}", WIDTH, subsequent_indent="# "), [""]
+    for key, value, why in guesses:
+        *groups, name = key.split(".")
+        indent = "  " * len(groups)
+        lines += [f"{'  ' * at}{group}:" for at, group in enumerate(groups) if open_groups[at : at + 1] != [group]]
+        lines += textwrap.wrap(
+            f"# {why}", WIDTH, initial_indent=indent, subsequent_indent=f"{indent}# ", break_on_hyphens=False
+        )
+        text = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=WIDTH)
+        lines += [f"{indent}{line}" for line in text.splitlines()]
+        open_groups = groups
+    return "\n".join([*lines, ""])

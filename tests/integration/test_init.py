@@ -1,0 +1,170 @@
+"""`formtune init`, and `--dry_run`: from a file of rows to a task that trains."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import pair
+from formtune.cli import main
+from formtune.configuration.task import read_task, task_parser
+
+CITIES = ("Oslo", "Bern", "Rome", "Bonn", "Lima", "Kyiv")
+
+
+def rows(count):
+    for n in range(count):
+        word = "".join(chr(97 + (n * k) % 26) for k in (1, 3, 7, 11, 13, 17))
+        value = {"city": CITIES[n % 6], "kind": "ab"[n % 2], "note": None if n % 3 else word}
+        yield {
+            "prompt": f"{word} {n * 7919 % 1000} to {CITIES[n % 6]}",
+            "completion": json.dumps(value, separators=(",", ":")),
+        }
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FORMTUNE_RUN", raising=False)
+    return tmp_path
+
+
+def write(path, records):
+    Path(path).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def contents(folder):
+    return {path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts}
+
+
+@pytest.mark.slow
+def test_rows_become_a_task_that_is_audited_planned_and_trained(folder, base, capsys):
+    write("tickets.jsonl", rows(150))
+    assert main(["init", "tickets.jsonl", "--base", base]) == 0
+    output = capsys.readouterr().out
+    assert contents(folder) == {
+        folder / name for name in ("tickets.jsonl", "configs/tickets.yaml", "data/tickets/schema.json")
+    }
+    assert output.endswith("next: formtune train -c configs/tickets.yaml --quick\n")
+    assert re.search(
+        r"^steps: \d+ of 16 rows, 3 epochs; .*\n(.*\n)+?time: about .* min .*\npeak memory: ", output, re.M
+    )
+    schema = json.loads(Path("data/tickets/schema.json").read_text())
+    assert schema["properties"] == {
+        "city": {"type": "string"},
+        "kind": {"enum": ["a", "b"]},
+        "note": {"type": ["null", "string"]},
+    }
+    command = output.splitlines()[-1].split()[2:]
+    limits = ["--trainer.max_steps", "2", "--trainer.precision", "32-true", "--model.max_new_tokens", "24"]
+    assert main([*command, *limits, "--data.bad_rows", "drop"]) == 0
+    assert [*Path("logs/tickets").glob("*/adapter/adapter_model.safetensors")]
+
+
+def test_the_yaml_holds_what_the_rows_show_and_says_why(folder, base, capsys):
+    task = [
+        {"text": f"Give the intent: {row['prompt']}", "intent": "go" if n % 2 else "stay", "user": n // 4}
+        for n, row in enumerate(rows(160))
+    ]
+    write("train.jsonl", task[:120])
+    write("test.jsonl", task[120:])
+    assert main(["init", "train.jsonl", "--task", "trips", "--base", base]) == 0
+    text = Path("configs/trips.yaml").read_text()
+    config = yaml.safe_load(text)
+    assert config["model"]["base"] == base and config["model"]["max_new_tokens"] == 16
+    assert config["data"] == {
+        "train": "train.jsonl",
+        "test": "test.jsonl",
+        "columns": {"prompt": "text", "completion": "intent"},
+        "group": "user",
+        "system": "Answer with one of: go, stay",
+        "format": {"class_path": "Labels", "init_args": {"labels": ["go", "stay"]}},
+    }
+    keys = [line for line in text.splitlines() if re.match(r" *\w+: [^{\[]", line)]
+    assert "  # 2 answers repeat over 120 rows, 'go' 60 times" in text.splitlines() and len(keys) > 8
+    read_task(task_parser("audit"), ["-c", "configs/trips.yaml"])
+
+
+def test_an_instruction_in_all_prompts_becomes_the_system_prompt_and_is_said_once(folder, base, capsys):
+    instruction = "Say in which city the customer wants to arrive."
+    write("trips.jsonl", [row | {"prompt": f"{instruction}\n\n{row['prompt']}"} for row in rows(60)])
+    assert main(["init", "trips.jsonl", "--base", base, "--task", "moved"]) == 0
+    assert yaml.safe_load(Path("configs/moved.yaml").read_text())["data"]["system"] == instruction
+    write("trips.jsonl", rows(60))
+    _, settings = read_task(task_parser("audit"), ["-c", "configs/moved.yaml"])
+    from formtune.data.preparation import load_splits
+
+    plain = load_splits(settings)
+    write("trips.jsonl", [row | {"prompt": f"{instruction}\n\n{row['prompt']}"} for row in rows(60)])
+    assert load_splits(settings).key == plain.key
+
+
+def test_rows_that_do_not_fit_are_named_and_dropped(folder, base, capsys):
+    write("trips.jsonl", [*rows(150), {"prompt": "hello", "completion": "I cannot say"}])
+    assert main(["init", "trips.jsonl", "--base", base]) == 0
+    assert "data.bad_rows: drop  (1 rows do not fit: trips.jsonl:151 (syntax: " in capsys.readouterr().out
+
+
+def test_answers_in_a_fence_are_repaired(folder, base):
+    write("trips.jsonl", [row | {"completion": f"```json\n{row['completion']}\n```"} for row in rows(100)])
+    assert main(["init", "trips.jsonl", "--base", base]) == 0
+    assert "fence" in yaml.safe_load(Path("configs/trips.yaml").read_text())["data"]["repair_answers"]
+
+
+@pytest.mark.parametrize("existing", ["configs/trips.yaml", "data/trips/schema.json"])
+def test_nothing_is_overwritten(folder, base, capsys, existing):
+    write("trips.jsonl", rows(30))
+    Path(existing).parent.mkdir(parents=True)
+    Path(existing).write_text("mine")
+    before = contents(folder)
+    assert main(["init", "trips.jsonl", "--base", base]) == 2
+    assert f"{existing}: already exists; choose another name with --task" in capsys.readouterr().err
+    assert contents(folder) == before and Path(existing).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "content, args, message",
+    [
+        ("", (), "trips.jsonl: holds no row"),
+        ('{"prompt": "p"', (), "trips.jsonl:1: not valid JSON"),
+        ('{"a": "p", "b": "q", "c": "r"}\n', (), "trips.jsonl:1: which of the columns a, b, c is the prompt"),
+        ('{"prompt": "p", "completion": "free text"}\n', (), "trips.jsonl:1: no format fits"),
+        ('{"prompt": "p", "completion": "{}"}\n', ("--task", "a/b"), "--task: a/b is a path"),
+        ('{"prompt": "p", "completion": "{}"}\n', ("--base", "./nowhere"), "model.base: no folder ./nowhere"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_writes_nothing(folder, capsys, content, args, message):
+    Path("trips.jsonl").write_text(content)
+    assert main(["init", "trips.jsonl", *args]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert contents(folder) == {folder / "trips.jsonl"}
+
+
+def test_without_the_base_on_this_machine_the_task_is_written_all_the_same(folder, capsys):
+    write("trips.jsonl", rows(60))
+    assert main(["init", "trips.jsonl", "--base", "owner/unknown"]) == 0
+    assert Path("configs/trips.yaml").exists() and "steps:" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "fit"])
+def test_a_dry_run_prints_the_plan_and_writes_nothing(write_project, capsys, command):
+    folder = write_project({"max_epochs": 2, "val_check_interval": 2}, lora={"r": 4})
+    before = contents(folder)
+    assert main([command, "-c", "small.yaml", "--dry_run"]) == 0
+    output = capsys.readouterr().out
+    assert contents(folder) == before
+    assert re.search(
+        r"^steps: \d+ of 16 rows, 2 epochs; each computes [\d,]+ tokens in 1.0 micro-batches, in .* s$", output, re.M
+    )
+    assert re.search(r"^validations: \d of \d+ rows$", output, re.M)
+    assert ("baselines: plain, few_shot, constrained, on" in output) == (command == "train")
+
+
+def test_a_dry_run_refuses_what_training_refuses(write_project, task, capsys):
+    write_project({"max_epochs": 2})
+    task[1]("train.jsonl", [pair(n) | {"completion": "no"} for n in range(60)])
+    assert main(["train", "-c", "small.yaml", "--dry_run"]) == 2
+    assert "train.jsonl:1: syntax: " in capsys.readouterr().err

@@ -1,0 +1,144 @@
+"""Columns, instruction, group and format are guessed from rows alone."""
+
+import json
+
+import pytest
+
+from conftest import shared
+from formtune.data import Columns
+from formtune.data.sources import read_records
+from formtune.errors import UserError
+from formtune.formats import JsonSchema
+from formtune.start.guesses import guess_columns, guess_format, guess_group, guess_instruction, read_rows
+
+HERMES = "<tool_call>"
+
+
+def placed(*rows):
+    return [(row, f"rows.jsonl:{n}") for n, row in enumerate(rows, 1)]
+
+
+def pairs(*answers):
+    return read_rows(placed(*({"prompt": f"p{n}", "completion": a} for n, a in enumerate(answers))), Columns())
+
+
+@pytest.mark.parametrize(
+    "rows, columns",
+    [
+        ([{"prompt": "p", "completion": "c"}], {}),
+        ([{"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]}], {}),
+        ([{"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}]}], {}),
+        ([{"instruction": "i", "input": "p", "output": "c"}], {}),
+        ([{"text": "p", "label": "c"}], {}),
+        ([{"utterance": "p", "intent": "c", "id": "7"}], {"prompt": "utterance", "completion": "intent"}),
+        ([{"Question": "p", "Category": "c"}], {"prompt": "Question", "completion": "Category"}),
+        ([{"subject": "s", "body": "b", "label": "c"}], {"prompt": "{subject}\n\n{body}", "completion": "label"}),
+        ([{"Anfrage": "p", "Felder": '{"a": 1}'}], {"prompt": "Anfrage", "completion": "Felder"}),
+        ([{"Anfrage": "p", "Felder": {"a": 1}}], {"prompt": "Anfrage", "completion": "Felder"}),
+        ([{"x": "p", "y": "yes"}, {"x": "q", "y": "yes"}], {"prompt": "x", "completion": "y"}),
+        ([{"y": "yes", "x": "p"}, {"y": "yes", "x": "q"}], {"prompt": "x", "completion": "y"}),
+    ],
+)  # fmt: skip
+def test_each_shape_of_columns(rows, columns):
+    guessed = guess_columns(placed(*rows), None, None)
+    assert guessed == columns
+    *_, answer = Columns(**guessed).conversation(rows[0], "rows.jsonl:1", True)
+    assert answer["role"] == "assistant"
+
+
+def test_columns_that_are_named_are_taken():
+    rows = placed({"a": "x", "b": "y", "c": "z"})
+    assert guess_columns(rows, "{a} {c}", "b") == {"prompt": "{a} {c}", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    "row", [{"a": "x", "b": "y", "c": "z"}, {"text": "x", "intent": "y", "sentiment": "z"}, {"text": "x"}]
+)
+def test_columns_that_may_be_several_are_asked_for(row):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: which of the columns .* --prompt COLUMN --completion COLUMN"):
+        guess_columns(placed(row, row), None, None)
+
+
+def test_a_mistake_within_turns_is_not_a_question_of_columns():
+    row = {"messages": [{"role": "person", "content": "p"}]}
+    with pytest.raises(UserError, match="the role 'person' is not read"):
+        guess_columns(placed(row), None, None)
+
+
+@pytest.mark.parametrize(
+    "answers, kind, init_args",
+    [
+        (["yes", "no", "maybe"] * 10, "Labels", {"labels": ["maybe", "no", "yes"]}),
+        ([0, 1] * 20, "Labels", {"labels": ["0", "1"]}),
+        ([f"<why>because {n}</why>\n<label>ab</label>" for n in range(9)], "Tagged", {"sections": ["why", "label"]}),
+        ([f"City: Oslo{n}\nPostal code: {n}" for n in range(9)], "Regex", {"pattern": r"City: ?(?P<city>[^\n]*)\nPostal code: ?(?P<postal_code>[^\n]*)"}),
+        ([f"AB-{n}" for n in range(100, 130)], "Regex", {"pattern": "[A-Z]{2}-[0-9]{3}"}),
+    ],
+)  # fmt: skip
+def test_each_format_but_json(answers, kind, init_args):
+    assert guess_format(pairs(*answers), "")[:2] == (kind, init_args)
+
+
+@pytest.mark.parametrize("write", [lambda it: it, json.dumps, lambda it: f"```json\n{json.dumps(it)}\n```"])
+def test_json_as_an_object_as_text_and_in_a_fence(write):
+    kind, init_args, why = guess_format(pairs(*(write({"a": n}) for n in range(30)), "sorry"), "")
+    assert kind == "JsonSchema" and init_args["schema"]["properties"] == {"a": {"type": "integer"}}
+    assert why == "30 of 31 answers are such JSON (rows.jsonl:1)"
+
+
+def test_numbers_are_a_schema():
+    kind, init_args, _ = guess_format(pairs(*map(str, range(1000, 1030))), "")
+    assert (kind, init_args["schema"]["type"]) == ("JsonSchema", "integer")
+
+
+def test_keys_that_are_too_rare_are_named():
+    rows = pairs(*({"a": f"x{n}"} | ({"extra": 1} if n == 7 else {}) for n in range(150)))
+    assert "too rare to be allowed: extra in 1" in guess_format(rows, "")[2]
+
+
+def test_a_schema_in_each_row_and_tools_in_each_row():
+    rows = placed({"prompt": "p", "completion": "{}", "schema": {"type": "object"}})
+    assert guess_format(read_rows(rows, Columns()), "")[:2] == ("JsonSchema", {})
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    called = {
+        "messages": [{"role": "user", "content": "p"}, {"role": "assistant", "tool_calls": [call]}],
+        "tools": [tool],
+    }
+    spoken = {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "hi"}], "tools": [tool]}
+    for rows, template, init_args in (
+        ([called], HERMES, {"syntax": "hermes", "tool_choice": "required"}),
+        ([called, spoken], "[TOOL_CALLS]", {"syntax": "mistral", "tool_choice": "auto"}),
+    ):
+        assert guess_format(read_rows(placed(*rows), Columns()), template)[:2] == ("ToolCalls", init_args)
+
+
+def test_free_text_is_refused_with_what_can_be_trained():
+    with pytest.raises(UserError, match=r"rows.jsonl:1: no format fits 90% of the answers, such as 'Tale 0 of"):
+        guess_format(pairs(*(f"Tale {n} of {'old ' * n}times" for n in range(30))), "")
+
+
+def test_an_instruction_ends_where_prompts_differ_at_a_line_or_sentence():
+    def instruction(*prompts):
+        return guess_instruction(read_rows(placed(*({"prompt": p, "completion": "c"} for p in prompts)), Columns()))
+
+    texts = [f"Find the city in this text: I live in {name}" for name in ("Oslo", "Bern", "Rome", "Bonn") * 5]
+    assert instruction(*texts) == "Find the city in this text: "
+    assert instruction(*texts, *texts, "one without it") == ""  # of a few rows, one is too many
+    assert instruction(*texts * 20, "one without it") == "Find the city in this text: "
+    assert instruction(*texts[:5]) == "" and instruction(*["What is it? yes", "What is it? no"] * 9) == ""
+
+
+def test_a_group_is_a_column_that_says_so_and_repeats():
+    rows = [{"prompt": str(n), "customer_id": n // 3, "id": n, "user": n} for n in range(90)]
+    assert guess_group(placed(*rows)).value == "customer_id"
+    assert guess_group(placed(*({"prompt": str(n), "user": n} for n in range(90)))) is None
+
+
+@pytest.mark.parametrize("name", ["snips", "wnut17"])
+def test_the_schema_of_real_rows_takes_all_of_them_and_those_of_other_splits(name):
+    records = [*read_records(str(shared(f"data/{name}/train.jsonl")))][:3000:3]
+    kind, init_args, _ = guess_format(read_rows(records, Columns()), "")
+    format = JsonSchema(**init_args)
+    assert kind == "JsonSchema" and init_args["schema"]["additionalProperties"] is False
+    assert all(format.check(record["completion"]).exact for record, _ in records)
