@@ -20,7 +20,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from formtune.base.renderer import today
 from formtune.commands import COMMANDS
 from formtune.configuration import trainer_checks
-from formtune.configuration.parsing import OneLine, did_you_mean
+from formtune.configuration.lightning_parser import Parser
+from formtune.configuration.parsing import did_you_mean
 from formtune.configuration.yaml_file import LINES
 from formtune.data.datamodule import FormatDataModule
 from formtune.errors import UserError
@@ -54,14 +55,6 @@ class Trainer(L.Trainer):
     """Lightning's Trainer."""
 
     train = L.Trainer.fit  # LightningCLI looks for a method with the name of each command
-
-
-class Parser(OneLine, LightningArgumentParser):
-    """Lightning's parser; a mistake is one line, and a file that a value names is never read as configuration."""
-
-    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
-        # Else a file of rows that begins with `{"class_path": ...}` could name a class to import.
-        return super().add_class_arguments(*args, **kwargs | {"sub_configs": False})
 
 
 class FormtuneCLI(LightningCLI):
@@ -114,8 +107,7 @@ class FormtuneCLI(LightningCLI):
         parser.add_argument("--baseline_rows", type=PositiveInt, default=200, help="Test rows for baselines at most")
         parser.add_argument("--quick", action="store_true", help="A first look: no baselines, few evaluation rows, no "
                             "longer inputs")  # fmt: skip
-        parser.add_argument("--dry_run", action="store_true", help="Prepare the rows, print the steps and about the "
-                            "time and memory of train or fit, and end without training")  # fmt: skip
+        parser.add_argument("--dry_run", action="store_true", help="Print steps, time and memory; do not train")
         parser.add_argument("--answers", type=str, default="answers.jsonl", help="JSON Lines file that predict writes")
         parser.add_argument("--min_confidence", type=ClosedUnitInterval | None, help="predict writes answers of at "
                             "least this confidence to answers.accepted.jsonl, the others to answers.review.jsonl "
