@@ -35,6 +35,7 @@ class Evaluator:
         assert datamodule.splits is not None, "prepare() comes first"
         self.trainer, self.model, self.datamodule, self.folder = trainer, model, datamodule, folder
         self.splits, self.settings = datamodule.splits, datamodule.settings
+        model.orders = self.splits.orders  # the baselines are tested before the trainer knows the data module
         # Each row once, whatever its weight: no example is twice in a prompt.
         self.train_rows = list({id(row): row for row in datamodule.rows["train"]}.values())
         self.test_rows = datamodule.rows["test"]
