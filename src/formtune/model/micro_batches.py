@@ -116,6 +116,7 @@ class MicroBatches(ABC):
                 decoded[j].ids, decoded[j].logprobs = ids, logprobs[start : start + len(ids)]
             if unfinished := [j for j, answer in enumerate(decoded) if not finished(answer.ids, most_tokens[j], stop)]:
                 self._generate(micro_batch, cache, unfinished, decoded, most_tokens, stop, documents)
+            del cache  # before the next micro-batch fills its own
         return answers
 
 

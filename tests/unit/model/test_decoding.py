@@ -1,6 +1,7 @@
 """Answers are those of plain greedy decoding, however few tokens are decoded."""
 
 import random
+import weakref
 
 import pytest
 import torch
@@ -98,6 +99,21 @@ def test_a_row_that_predicts_its_target_is_never_decoded_and_others_only_from_th
     half = [row(r.prompt_ids, [*answer[: len(answer) // 2], 13]) for r, answer in zip(rows, expected, strict=True)]
     assert answered(micro_batches, half, [LIMIT] * len(rows)) == expected
     assert 0 < sum(fed) <= sum(len(answer) - len(answer) // 2 for answer in expected)
+
+
+def test_no_two_micro_batches_have_their_kv_cache_in_memory_at_once(monkeypatch):
+    model, rows, _ = both("llama")
+    micro_batches, predictions, caches = choose_micro_batches(model), SharedPrefixes.predictions, []
+
+    def recorded(*arguments):
+        assert not any(keys() is not None for keys in caches)
+        made = predictions(*arguments)
+        caches.extend(weakref.ref(keys) for keys, _ in made[1].values())
+        return made
+
+    monkeypatch.setattr(SharedPrefixes, "predictions", recorded)
+    answered(micro_batches, rows, [LIMIT] * len(rows), tokens=60)
+    assert len(caches) > 2 * model.config.num_hidden_layers
 
 
 def test_rows_with_less_room_are_cut_there_and_cut_no_others():
