@@ -38,8 +38,11 @@ def template_hash(tokenizer: Any) -> str:
 
 def check_identity(recorded: Any, current: dict[str, Any], resumes: bool) -> None:
     """Refuse a checkpoint of another base or template; to resume, also of another format or number of processes."""
-    if not isinstance(recorded, dict):
-        raise UserError("ckpt_path: the checkpoint was not written by this version of formtune")
+    if not isinstance(recorded, dict) or not recorded.keys() >= current.keys():
+        raise UserError(
+            "ckpt_path: the checkpoint was not written by this version of formtune; take the version that wrote it, or "
+            "begin a new run"
+        )
     if recorded["base"] != current["base"]:
         raise UserError("model.base: the checkpoint was trained on another base")
     if recorded["template"] != current["template"]:
