@@ -61,7 +61,8 @@ def _change(history: Sequence[Validation], chosen: Validation | None, trainer: A
         return _rate(trainer, 3, f"training loss fell by only {fell / first.train_loss:.0%}")
     if kind in ("learning", "too early"):
         return _longer([v for v in measured if v.step], improving, trainer)
-    rows, rank = len(trainer.datamodule.rows["train"]), trainer.lightning_module.lora.r
+    # Each row once, whatever its weight.
+    rows, rank = len(trainer.datamodule.splits.rows["train"]), trainer.lightning_module.lora.r
     epoch = trainer.num_training_batches
     if kind == "memorising" and rows >= FEW_ROWS:
         lowest = min(measured, key=lambda v: v.val_loss)

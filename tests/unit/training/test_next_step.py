@@ -30,9 +30,9 @@ def after(seen, command="train", rows=2000, epoch=125, steps=None, lr=2e-4, rank
     """What to do after a run, and the command's words."""
     run = {
         "default_root_dir": "logs/t/r", "num_training_batches": epoch, "global_step": steps or seen[-1].step,
-        "datamodule": SimpleNamespace(rows={"train": range(rows)}), "optimizers": [SimpleNamespace(defaults={"lr": lr})],
-        "lightning_module": SimpleNamespace(lora=SimpleNamespace(r=rank), adapter=adapter), "max_steps": -1,
-        "callbacks": [],
+        "datamodule": SimpleNamespace(splits=SimpleNamespace(rows={"train": range(rows)})),
+        "optimizers": [SimpleNamespace(defaults={"lr": lr})], "max_steps": -1, "callbacks": [],
+        "lightning_module": SimpleNamespace(lora=SimpleNamespace(r=rank), adapter=adapter),
     }  # fmt: skip
     what, _, line = next_step(seen, SimpleNamespace(**run | trainer), command).rpartition(": ")
     assert line.startswith("formtune ")
