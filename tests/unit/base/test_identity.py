@@ -5,10 +5,10 @@ import pytest
 from formtune.base.identity import check_identity
 from formtune.errors import UserError
 
-NOW = {"base": "a", "format": "b", "processes": 1, "orders": None, "template": "c"}
+NOW = {"base": "a", "format": "b", "processes": 1, "orders": None, "adapter": None, "template": "c"}
 
 
-@pytest.mark.parametrize("recorded", [None, {"base": "a", "format": "b", "processes": 1, "orders": None}])
+@pytest.mark.parametrize("recorded", [None, {"base": "a", "format": "b", "processes": 1}])
 def test_a_checkpoint_of_an_older_version_is_refused(recorded):
     with pytest.raises(UserError, match="not written by this version .* begin a new run"):
         check_identity(recorded, NOW, resumes=False)
