@@ -86,10 +86,9 @@ class Format(ABC):
         """The reasoning with its tags and the white space after it, "" if there is none, and the answer."""
         return "", text
 
-    @functools.lru_cache(maxsize=1000)  # noqa: B019 (a task has one format)
     def of_row(self, schema: str | None) -> "Format":
         """The format of one row, by the JSON text of its own schema; raises UserError if it cannot be read."""
-        return self.with_schema(schema) if self.per_row else self
+        return _of_row(self, schema) if self.per_row else self
 
     def with_schema(self, schema: str | None) -> "Format":
         """The format with a row's schema, if `per_row`; see `of_row`, which keeps it."""
@@ -214,6 +213,11 @@ class Format(ABC):
             raise
         except Exception as error:  # your own parser may fail in any way on an unexpected text
             raise SyntaxProblem(f"{type(error).__name__}: {error}") from error
+
+
+@functools.lru_cache(maxsize=1000)
+def _of_row(format: Format, schema: str | None) -> Format:
+    return format.with_schema(schema)
 
 
 def answer_start(text: str) -> int:

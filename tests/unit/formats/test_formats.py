@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
@@ -616,3 +617,16 @@ def test_every_json_value_equals_itself_and_no_other(value):
 def test_formats_need_neither_torch_nor_lightning():
     code = "import sys, formtune.formats; sys.exit(any(m.split('.')[0] in ('torch', 'lightning') for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_format_may_be_a_dataclass_which_has_no_hash():
+    @dataclass
+    class Upper(Format):
+        ending: str = "."
+
+        def parse(self, text):
+            if not text.isupper():
+                raise SyntaxProblem("lower case")
+            return text.removesuffix(self.ending)
+
+    assert Upper().of_row(None).check("YES.", target="YES.").exact
