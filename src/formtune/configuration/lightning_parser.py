@@ -1,10 +1,16 @@
 """The parser of the Lightning commands."""
 
+import inspect
 from typing import Any
 
+import lightning.pytorch as L
 from lightning.pytorch.cli import LightningArgumentParser
 
 from formtune.configuration.parsing import OneLine
+
+# `typing` caches a union in the order that is imported first; with float first, 1 batch would be 1.0, which is all.
+_HINTS: dict[str, Any] = inspect.unwrap(L.Trainer.__init__).__annotations__
+_HINTS |= {flag: int | float | None for flag, hint in _HINTS.items() if hint == int | float | None}
 
 
 class Parser(OneLine, LightningArgumentParser):

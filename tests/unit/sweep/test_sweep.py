@@ -147,6 +147,12 @@ def project(write_project):
     return write_project({"max_steps": 2})
 
 
+def test_a_number_of_batches_stays_whole_in_the_configuration_that_is_taken(project):
+    # One batch as 1.0 would be all of them.
+    written = command._configuration(["-c", "small.yaml", "--trainer.limit_val_batches=1"])
+    assert "limit_val_batches: 1\n" in written
+
+
 @functools.cache
 def parsed(words, configuration=command._configuration):
     """The configuration of a command line, parsed once for all tests: the task is the same in each."""
