@@ -29,7 +29,7 @@ def read_template(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # else a BOM would begin every prompt
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"model.chat_template: {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
     if not text.strip():

@@ -107,8 +107,9 @@ def test_a_template_of_ones_own_replaces_the_tokenizers_or_gives_it_one(own):
     assert "{{ m.content }}<pad>" in tokenizer.chat_template, "it is saved with the adapter"
 
 
-def test_the_bases_own_template_given_by_its_file_needs_no_warning(tmp_path):
-    (tmp_path / "same.jinja").write_text(TEMPLATE)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])  # which some editors put first
+def test_the_bases_own_template_given_by_its_file_needs_no_warning(mark, tmp_path):
+    (tmp_path / "same.jinja").write_text(mark + TEMPLATE)
     renderer = Renderer(byte_tokenizer(), template=read_template(str(tmp_path / "same.jinja")))
     assert not renderer.replaced and renderer.note == ""
 
