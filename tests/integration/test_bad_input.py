@@ -321,7 +321,7 @@ def test_a_match_without_end_counts_as_a_failure_and_the_audit_continues(
     rows = [json.dumps({"prompt": f"number {n}", "completion": good}) for n in range(30)]
     rows += [json.dumps({"prompt": f"evil {n}", "completion": evil}) for n in range(3)]
     folder = work(rows, data={"format": format, "bad_rows": "drop", "near_duplicates": 1.0})
-    done = formtune(folder, "audit", "-c", "t.yaml", seconds=30)
+    done = formtune(folder, "audit", "-c", "t.yaml", seconds=180)  # the limits are of processor time
     accepted(done)
     audit = audited(folder)
     assert audit["quarantined"] == {"format": 3} and sum(split["used"] for split in audit["rows"].values()) == 30
