@@ -220,7 +220,7 @@ HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "numpy")
         (["-h"], 0, "formtune fit -c configs/demo.yaml"),
         (["--version"], 0, r"formtune \d"),
         (["fti", "-c", "small.yaml"], 2, "no command 'fti'; did you mean fit?"),
-        (["quux"], 2, "no command 'quux'; the commands are audit, synthesize, preflight, train, fit, validate"),
+        (["quux"], 2, "no command 'quux'; the commands are init, audit, synthesize, preflight, train, fit, validate"),
         (["-c", "small.yaml", "fit"], 2, "a command comes first, before -c"),
         (["train", "-c"], 2, "-c: name the YAML of a task"),
         (["train", "-c", "gone.yaml"], 2, "gone.yaml: No such file"),
