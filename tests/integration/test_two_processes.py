@@ -82,6 +82,14 @@ def test_one_row_to_validate_and_test_is_enough_for_two_processes(work):
     assert result(work)["rows"] == 1
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_dry_run_ends_on_two_processes_with_different_numbers_of_micro_batches(work, strategy):
+    uneven = ("--data.rows_per_step", "5", "--model.tokens_per_micro_batch", "1")
+    run = TwoProcesses(work, *FIT, "--dry_run", *uneven, strategy=strategy)
+    assert run.finish(60) == 0, run.output()
+    assert run.output().count("dry run: nothing was trained") == 1
+
+
 CUSTOM = """
 import torch
 from lightning.pytorch import Callback

@@ -1,5 +1,6 @@
 """What a training would do and take on this machine, from a few steps and answers: `--dry_run`."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,8 +17,9 @@ from formtune.base.row import quantile
 from formtune.data.datamodule import FormatDataModule
 from formtune.errors import UserError
 from formtune.model import FormatModule
-from formtune.model.fsdp import padded
+from formtune.model.fsdp import padded, unsynced
 from formtune.model.micro_batches import Decoding
+from formtune.model.ranks import highest
 from formtune.training import callback
 from formtune.training.evaluator import LONGEST
 from formtune.training.pipeline import prepare
@@ -51,13 +53,16 @@ class Timing(Callback):
         batch = trainer.strategy.batch_to_device(batch)
 
         def step() -> None:
-            for micro_batch in padded(trainer, batch.micro_batches, model.micro_batches.dummy):
-                with trainer.precision_plugin.forward_context():
-                    loss = model.micro_batches.predictions(micro_batch)[0].loss
-                model.manual_backward(loss)
+            micro_batches = padded(trainer, batch.micro_batches, model.micro_batches.dummy)
+            for i, micro_batch in enumerate(micro_batches, 1):
+                # As in training: processes, which may have other numbers of micro-batches, exchange gradients once.
+                with contextlib.nullcontext() if i == len(micro_batches) else unsynced(trainer.strategy):
+                    with trainer.precision_plugin.forward_context():
+                        loss = model.micro_batches.predictions(micro_batch)[0].loss
+                    model.manual_backward(loss)
             model.zero_grad()
 
-        return _seconds(step)
+        return highest(trainer, _seconds(step))[0]  # the same on all processes, which then time as many steps
 
     def _answers(self, trainer: Any, model: Any, rows: Sequence[Any], limit: int) -> float:
         """Seconds of a row whose answer is decoded from its first token up to a limit."""
