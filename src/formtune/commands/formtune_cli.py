@@ -137,12 +137,13 @@ class FormtuneCLI(LightningCLI):
             config.data.max_evaluation_rows = min(config.data.max_evaluation_rows or QUICK_ROWS, QUICK_ROWS)
         take_settings(config.model)
         trainer_checks.check_trainer(config)
+        self.checkpoint: Path | None = None
         trainer = config.trainer
         trainer.precision = trainer.precision or trainer_checks.default_precision(trainer.accelerator)
         if self.subcommand not in TRAINS:
             self._choose_weights(config, files)
         elif config.dry_run:
-            trainer.logger, trainer.enable_checkpointing, trainer.callbacks, self.checkpoint = False, False, None, None
+            trainer.logger, trainer.enable_checkpointing, trainer.callbacks = False, False, None
         else:
             self._choose_run(config)
 
