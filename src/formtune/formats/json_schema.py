@@ -130,7 +130,7 @@ class JsonSchema(Format):
         yield from find_documents(text, answer_start(text), self._brackets)
 
     def write(self, value: Any) -> str:
-        # What takes too long to order stays as it is.
+        # An alternative that refers to itself gives no order, and neither do too many of them.
         with suppress(RecursionError, TimeoutError), time_limit():
             value = self._places.ordered(value)
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

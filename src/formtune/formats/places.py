@@ -1,19 +1,24 @@
 """What a JSON Schema says of each place in a document, however it is composed.
 
 Several parts can describe one place: the schema itself, and what `$ref`, allOf, anyOf, oneOf, then, else and
-dependentSchemas add to it. Keys come in the order of the parts, read from top to bottom; llguidance writes them so too.
+dependentSchemas add to it. The fields are those of all parts. Keys come in the order of the parts, read from top to
+bottom with one alternative of each union that the document keeps; llguidance writes them in the same order.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice, product
 from typing import Any
 
 from formtune.formats.bounded import resolver, seconds_left
 from formtune.formats.dialect import types
 
+MAX_WAYS = 1000  # of combining alternatives at one place; each union multiplies them
+
 _ANY = object()  # any value at all
 _OWN = ("properties", "prefixItems", "items")
 
 Part = dict[str, Any]
+Ordered = tuple[int, bool, Any]  # how many keys no part names, whether keys were moved, and the value in order
 
 
 class Places:
@@ -43,6 +48,10 @@ class Places:
         items = [item for part in new for item in (*part.get("prefixItems", ()), part.get("items")) if item is not None]
         if items:
             yield from self.paths(items, path, inside, True)
+
+    def ordered(self, value: Any) -> Any:
+        """The document with its keys in an order of the schema, its own if possible, then the others, sorted."""
+        return self._ordered(value, [self._root], {})[2]
 
     def _parts(self, nodes: Sequence[Any]) -> list[Part]:
         parts: dict[int, Part] = {}
@@ -75,38 +84,42 @@ class Places:
     def _holds(self, node: Any, value: Any) -> bool:
         return value is _ANY or self._validator.evolve(schema=node).is_valid(value)
 
-    def _chosen(self, node: Any, value: Any) -> list[Part]:
-        """The parts that hold for a value, with one alternative of each union: that whose keys fit best."""
+    def _ways(self, node: Any, value: Any) -> list[list[Part]]:
+        """Each way to take one alternative of every union: the parts that hold then."""
         seconds_left()
-        parts: list[Part] = []
-        for options in self._added(node, value) if isinstance(node, dict) else ():
-            if options is None:
-                parts.append(node)
-            else:
-                parts += min((self._chosen(option, value) for option in options), key=lambda way: _misfit(way, value))
-        return parts
+        if not isinstance(node, dict):
+            return [[]]
+        groups = [
+            [[node]] if options is None else [way for option in options for way in self._ways(option, value)]
+            for options in self._added(node, value)
+        ]
+        return [list(chain(*ways)) for ways in islice(product(*groups), MAX_WAYS)]
 
-    def ordered(self, value: Any, nodes: Sequence[Any] | None = None) -> Any:
-        """The document with its keys in an order of the schema, its own if possible, then the others, sorted."""
-        if not isinstance(value, dict | list):
-            return value
-        parts = [part for node in ([self._root] if nodes is None else nodes) for part in self._chosen(node, value)]
+    def _ordered(self, value: Any, nodes: Sequence[Any], done: dict[Any, Ordered]) -> Ordered:
+        if not value or not isinstance(value, dict | list):
+            return 0, False, value
+        place = (id(value), *map(id, nodes))  # alternatives that refer to themselves meet the same place again
+        if place not in done:
+            orders = [self._arranged(value, way, done) for way in self._ways({"allOf": nodes}, value)]
+            done[place] = min(orders, key=lambda order: order[:2])
+        return done[place]
+
+    def _arranged(self, value: Any, way: list[Part], done: dict[Any, Ordered]) -> Ordered:
         if isinstance(value, list):
-            return [self.ordered(item, [_item(part, i) for part in parts]) for i, item in enumerate(value)]
-        inner: dict[str, list[Any]] = {}
-        for part in parts:
+            items = [self._ordered(item, [_item(part, i) for part in way], done) for i, item in enumerate(value)]
+            return sum(item[0] for item in items), any(item[1] for item in items), [item[2] for item in items]
+        nodes: dict[str, list[Any]] = {}
+        for part in way:
             for key, node in part.get("properties", {}).items():
-                inner.setdefault(key, []).append(node)
-        keys = [*(key for key in inner if key in value), *sorted(value.keys() - inner)]
-        return {key: self.ordered(value[key], inner.get(key, ())) for key in keys}
-
-
-def _misfit(parts: Iterable[Part], value: Any) -> tuple[int, bool]:
-    """How many keys of an object no part names, and whether its other keys are in another order than the parts'."""
-    if not isinstance(value, dict):
-        return 0, False
-    names = dict.fromkeys(key for part in parts for key in part.get("properties", ()))
-    return len(value.keys() - names), [key for key in value if key in names] != [key for key in names if key in value]
+                nodes.setdefault(key, []).append(node)
+        others = sorted(value.keys() - nodes)
+        inner = {
+            key: self._ordered(value[key], nodes.get(key, ()), done)
+            for key in (*(key for key in nodes if key in value), *others)
+        }
+        unknown = len(others) + sum(order[0] for order in inner.values())
+        moved = list(inner) != list(value) or any(order[1] for order in inner.values())
+        return unknown, moved, {key: order[2] for key, order in inner.items()}
 
 
 def is_array(part: Part) -> bool:
