@@ -8,8 +8,8 @@ KEYS = yaml.safe_load(Path(__file__).with_name("keys.yaml").read_text(encoding="
 # What another tool's name means: the key, and its meaning.
 MEANT = {name: (key, entry["meaning"]) for key, entry in KEYS.items() for name in entry.get("names", "").split()}
 USAGE = {
-    "train": "formtune train -c TASK.yaml [--quick] [--key value ...]",
-    "fit": "formtune fit -c TASK.yaml [--key value ...]",
+    "train": "formtune train -c TASK.yaml [--quick] [--dry_run] [--key value ...]",
+    "fit": "formtune fit -c TASK.yaml [--dry_run] [--key value ...]",
     "validate": "formtune validate RUN | -c TASK.yaml [--ckpt_path best|last|base|FILE] [--key value ...]",
     "test": "formtune test RUN | -c TASK.yaml [--ckpt_path best|last|base|FILE] [--key value ...]",
     "predict": "formtune predict RUN PROMPTS | -c TASK.yaml [--answers FILE] [--key value ...]",
