@@ -49,7 +49,9 @@ def test_rows_become_a_task_that_is_audited_planned_and_trained(folder, base, ca
     }
     assert output.endswith("next: formtune train -c configs/tickets.yaml --quick\n")
     assert re.search(
-        r"^steps: \d+ of 16 rows, 3 epochs; .*\n(.*\n)+?time: about .* min .*\npeak memory: ", output, re.M
+        r"^steps: \d+ of 16 rows, 3 epochs; .*\n(.*\n)+?time: about .* min .*, estimated on this machine now\npeak memory: ",
+        output,
+        re.M,
     )
     schema = json.loads(Path("data/tickets/schema.json").read_text())
     assert schema["properties"] == {
@@ -83,7 +85,7 @@ def test_the_yaml_holds_what_the_rows_show_and_says_why(folder, base, capsys):
         "format": {"class_path": "Labels", "init_args": {"labels": ["go", "stay"]}},
     }
     keys = [line for line in text.splitlines() if re.match(r" *\w+: [^{\[]", line)]
-    assert "  # 2 answers repeat over 120 rows, 'go' 60 times" in text.splitlines() and len(keys) > 8
+    assert "  # 2 answers repeat over 160 rows, the rarest is 'go': 80 times" in text.splitlines() and len(keys) > 8
     read_task(task_parser("audit"), ["-c", "configs/trips.yaml"])
 
 
@@ -104,7 +106,7 @@ def test_an_instruction_in_all_prompts_becomes_the_system_prompt_and_is_said_onc
 def test_rows_that_do_not_fit_are_named_and_dropped(folder, base, capsys):
     write("trips.jsonl", [*rows(150), {"prompt": "hello", "completion": "I cannot say"}])
     assert main(["init", "trips.jsonl", "--base", base]) == 0
-    assert "data.bad_rows: drop  (1 rows do not fit: trips.jsonl:151 (syntax: " in capsys.readouterr().out
+    assert "data.bad_rows: drop  (1 rows do not fit, first trips.jsonl:151 (syntax: " in capsys.readouterr().out
 
 
 def test_answers_in_a_fence_are_repaired(folder, base):
@@ -143,10 +145,36 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, capsys, content, args,
     assert contents(folder) == {folder / "trips.jsonl"}
 
 
-def test_without_the_base_on_this_machine_the_task_is_written_all_the_same(folder, capsys):
+def test_without_the_base_on_this_machine_the_task_is_written_and_one_line_says_what_is_not_checked(folder, capsys):
     write("trips.jsonl", rows(60))
     assert main(["init", "trips.jsonl", "--base", "owner/unknown"]) == 0
-    assert Path("configs/trips.yaml").exists() and "steps:" not in capsys.readouterr().out
+    assert Path("configs/trips.yaml").exists()
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "not checked: owner/unknown is not on this machine, so bad rows, limits, time and memory are unknown; next: "
+        "formtune audit -c configs/trips.yaml (it downloads the tokenizer; or set model.base to a folder)"
+    )
+
+
+def test_rows_that_mix_styles_are_not_dropped_but_named(folder, base, capsys):
+    days = [f"2026-03-{n % 28 + 1:02}" if n % 20 else f"{n % 28 + 1}.03.2026" for n in range(100)]
+    task = [{"prompt": row["prompt"], "completion": json.dumps({"day": day})}
+            for day, row in zip(days, rows(100), strict=True)]  # fmt: skip
+    write("trips.jsonl", task)
+    assert main(["init", "trips.jsonl", "--base", base]) == 1
+    output = capsys.readouterr().out
+    assert "data.bad_rows" not in Path("configs/trips.yaml").read_text()
+    assert "blocker: trips.jsonl:1: date of day: D.M.YYYY" in output
+
+
+def test_keys_that_only_other_splits_have_are_in_the_schema(folder, base, capsys):
+    free = [{"prompt": row["prompt"], "completion": {"tool": "find", "arguments": {f"key{n}": n, "at": "home"}}}
+            for n, row in enumerate(rows(90))]  # fmt: skip
+    write("train.jsonl", free[:60])
+    write("test.jsonl", free[60:75])
+    write("validation.jsonl", free[75:])
+    assert main(["init", "train.jsonl", "--task", "tools", "--base", base]) == 0
+    output = capsys.readouterr().out
+    assert "data.bad_rows" not in output and "quarantined" not in output
 
 
 @pytest.mark.parametrize("command", ["train", "fit"])

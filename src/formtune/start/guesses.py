@@ -1,9 +1,9 @@
 """What a task's YAML should say of a set of rows: columns, instruction, format and group, each with its reason."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 from formtune.data.cleaning import Example
@@ -12,12 +12,11 @@ from formtune.data.turns import empty
 from formtune.errors import UserError
 from formtune.formats.content import Words
 from formtune.formats.strict_json import loads_strict
-from formtune.start.documents import FEW, Observed, common_pattern, is_closed, without_mistakes
+from formtune.start.documents import FEW, Observed, common_pattern, is_closed
 
 FIT = 0.9  # share of the answers that a format must take
-LABELS, LONGEST = 200, 80  # labels, and characters of a label, at most
-WORDS, SHARED = 5, 0.99  # of a shared instruction at least, and the share of the prompts that begin with it
-LARGEST = 0.2  # share of the rows that one group may have
+LABEL = 80  # characters of a label at most
+WORDS = 5  # of a shared instruction at least
 PROMPTS = ("prompt", "subject", "title", "instruction", "question", "query", "input", "text", "utterance", "sentence",
            "message", "request", "body", "content", "email", "review", "document", "description", "tweet")  # fmt: skip
 TARGETS = ("completion", "output", "answer", "response", "target", "label", "labels", "intent", "category", "class",
@@ -74,23 +73,19 @@ def read_rows(records: Records, columns: Columns) -> list[Example]:
 
 
 def guess_instruction(rows: Sequence[Example]) -> str:
-    """What nearly all prompts of one turn begin with, up to the end of a line or sentence; "" for nothing."""
-    prompts = sorted(row.input for row in rows)
-    edge = int((1 - SHARED) / 2 * len(prompts))
-    ends = zip(prompts[edge], prompts[-1 - edge], strict=False)
-    shared = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], ends))
-    shared = shared[: max((match.end() for match in re.finditer(r"\n+|[.:!?] +", shared)), default=0)]
-    alone = all(len(row.messages) == 2 and not row.tools and row.input.removeprefix(shared).strip() for row in rows)
-    return shared if alone and len(shared.split()) >= WORDS and len(rows) >= FEW else ""
+    """What all prompts of one turn begin with, up to the end of a line or sentence; "" for nothing."""
+    texts = [row.input for row in rows]
+    shared = re.match(r"(?s)(.*(\n|[.:!?] ))?", os.path.commonprefix(texts))[0]  # type: ignore[index]  # noqa: RUF071
+    longer = all(len(row.messages) == 2 and not row.tools and len(row.input.strip()) > len(shared) for row in rows)
+    return shared if longer and len(shared.split()) >= WORDS and len(rows) >= FEW else ""
 
 
 def guess_group(records: Records) -> Guess | None:
     """A column whose name and repeated values say that rows belong together."""
     for name in records[0][0]:
         values = [str(record[name]) for record, _ in records if not empty(record.get(name))]
-        counts = Counter(values if re.fullmatch(GROUP, name) else ())
-        if FEW <= len(counts) < len(values) and max(counts.values()) <= LARGEST * len(values):
-            return Guess("data.group", name, f"{len(counts):,} values over {len(values):,} rows: never in two splits")
+        if re.fullmatch(GROUP, name) and FEW <= (count := len({*values})) < len(values):
+            return Guess("data.group", name, f"{count:,} values over {len(values):,} rows: never in two splits")
     return None
 
 
@@ -99,13 +94,11 @@ def guess_format(rows: Sequence[Example], template: str) -> tuple[str, dict[str,
 
     `template` is the base's chat template, "" if it is unknown.
     """
-    answers = [row.messages[-1]["content"] for row in rows]
-    texts, total, first = Counter(map(str, answers)), len(rows), rows[0].where
+    answers, total, first = [row.messages[-1]["content"] for row in rows], len(rows), rows[0].where
     if called := [row for row in rows if "tool_calls" in row.messages[-1]]:
         spoken = [row for row in rows if row.tools and "tool_calls" not in row.messages[-1]]
         syntax = "mistral" if "[TOOL_CALLS]" in template else "llama" if '"parameters": ' in template else "hermes"
-        why = f"{len(called):,} answers call tools ({called[0].where}), written by the base's chat template as {syntax}"
-        why += f"; {len(spoken):,} answer with text beside tools ({spoken[0].where})" if spoken else ""
+        why = f"{len(called):,} answers call tools ({called[0].where}), and {len(spoken):,} are text beside tools"
         return "ToolCalls", {"syntax": syntax, "tool_choice": "auto" if spoken else "required"}, why
     if sum(not empty(row.schema) for row in rows) >= FIT * total:
         return "JsonSchema", {}, f"each row has its own schema ({first})"
@@ -113,28 +106,23 @@ def guess_format(rows: Sequence[Example], template: str) -> tuple[str, dict[str,
     objects = [(value, row) for value, row in documents if isinstance(value, dict | list)]
     if len(objects) >= FIT * total:
         return _schema(objects, total)
+    texts = Counter(map(str, answers))
     sections = Counter(tuple(re.findall(r"<([A-Za-z_][\w-]*)>.*?</\1>", text, re.S)) for text in texts.elements())
     usual, count = sections.most_common(1)[0]
     if 0 < len(set(usual)) == len(usual) and count >= FIT * total:
         return "Tagged", {"sections": [*usual]}, f"{count:,} of {total:,} answers have these sections ({first})"
-    labels = Counter({text: n for text, n in texts.items() if len(text) <= LONGEST and text == text.strip()})
-    if labels.total() >= FIT * total and is_closed(labels, LABELS):
-        kept = sorted(without_mistakes(labels))
-        rarest = min(kept, key=labels.__getitem__)
-        why = f"{len(kept)} answers repeat over {total:,} rows, {rarest!r} {labels[rarest]:,} times"
-        return "Labels", {"labels": kept}, why
+    labels = Counter(label for text in texts.elements() if 0 < len(label := text.strip()) <= LABEL)
+    if labels.total() >= FIT * total and is_closed(labels):
+        label, count = labels.most_common()[-1]
+        why = f"{len(labels)} answers repeat over {total:,} rows, the rarest is {label!r}: {count:,} times"
+        return "Labels", {"labels": sorted(labels)}, why
     if len(documents) >= FIT * total:
         return _schema(documents, total)
-    lines = Counter(tuple(re.findall(r"(?m)^([A-Za-z][\w -]*):", text)) for text in texts.elements())
-    names = lines.most_common(1)[0][0]
-    pattern = common_pattern(texts)
-    if not pattern and 0 < len(set(names)) == len(names):
-        pattern = r"\n".join(rf"{name}: ?(?P<{re.sub('[ -]', '_', name).lower()}>[^\n]*)" for name in names)
-    if pattern and sum(n for text, n in texts.items() if re.fullmatch(pattern, text)) >= FIT * total:
+    if pattern := common_pattern([*texts]):
         return "Regex", {"pattern": pattern}, f"a suggestion, check it: answers look like {answers[0]!r:.40} ({first})"
     raise UserError(
         f"{first}: no format fits {FIT:.0%} of the answers, such as {answers[0]!r:.40}; formtune trains answers that "
-        "code can check: JSON, labels, tagged sections, tool calls, lines of `key: value`, or a class of yours"
+        "code can check: JSON, labels, tagged sections, tool calls, a pattern, or a class of yours"
     )
 
 
@@ -153,9 +141,6 @@ def _schema(documents: Sequence[tuple[Any, Example]], total: int) -> tuple[str, 
     for value, row in documents:
         observed.add(value, Words(row.input))
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **observed.schema()}
-    allowed = schema.get("properties", observed.keys)
-    rare = [f"{key} in {it.types.total()}" for key, it in observed.keys.items() if key not in allowed]
-    why = f"{len(documents):,} of {total:,} answers are such JSON ({documents[0][1].where})"
-    why += f"; too rare to be allowed: {', '.join(rare)}" if rare else ""
     derived = sorted({*observed.derived(schema)})
+    why = f"{len(documents):,} of {total:,} answers are such JSON ({documents[0][1].where})"
     return "JsonSchema", {"schema": schema} | ({"derived": derived} if derived else {}), why

@@ -4,6 +4,7 @@ import json
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,11 @@ from formtune.data.sources import read_records
 from formtune.errors import UserError
 from formtune.start.guesses import Guess, guess_columns, guess_format, guess_group, guess_instruction, read_rows
 
-OTHERS = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}  # splits, by names of files
+OTHERS = [*(("validation", word) for word in ("validation", "valid", "val", "dev", "eval")), ("test", "test")]
 LONGEST = 4000  # characters of a system prompt that lists what is allowed
 SMALL = 2**30  # bytes of weights; a smaller base needs more than the defaults, see docs/training.md
-LENGTH, ANSWER = 1024, 256  # defaults of max_length and max_new_tokens
-SHORT, LEAST = 128, 16  # a lower max_new_tokens that is worth writing, and the lowest
+SHORTEST = 16  # tokens: the lowest max_new_tokens
 NO_LIMIT = 10**6  # tokens
-NAMED = 3  # rows
 WIDTH = 100  # characters of a comment's line
 
 
@@ -39,31 +38,31 @@ def propose(
     if not records:
         raise UserError(f"{rows}: holds no row")
     folder, columns, group = local_folder(base), guess_columns(records, prompt, completion), guess_group(records)
+    files = {"train": rows, **files_beside(rows)}
+    others = [*chain(*map(read_records, [*files.values()][1:]))]
     examples = read_rows(records, Columns(**columns))
-    kind, init_args, why = guess_format(examples, str(Renderer.load(base).tokenizer.chat_template) if folder else "")
-    format = getattr(formats, kind)(**init_args)
+    # The format takes the rows of all splits.
+    judged = examples + read_rows(others, Columns(**columns))
+    kind, init_args, why = guess_format(judged, str(Renderer.load(base).tokenizer.chat_template) if folder else "")
     guesses = [Guess("model.base", base, "--base takes another one")]
     if folder and 0 < sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL:
         reason = "so small a base learns content faster with more adapters and a higher rate (docs/training.md)"
         optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2.0e-3}}
         guesses += [Guess("model.lora.targets", "all-linear", reason), Guess("model.optimizer", optimizer, "likewise")]
-    files: dict[str, Any] = {"train": rows} | files_beside(rows)
-    guesses += [Guess(f"data.{split}", file, f"{len(records):,} rows" if split == "train" else f"beside {rows}")
+    guesses += [Guess(f"data.{split}", file, f"{len(records):,} rows" if file == rows else f"beside {rows}")
                 for split, file in files.items()]  # fmt: skip
-    guesses += (
-        [Guess("data.columns", columns, f"of the columns {', '.join(filter(None, records[0][0]))}")] if columns else []
-    )
+    guesses += [Guess("data.columns", columns, f"of the columns {', '.join(records[0][0])}")] if columns else []
     guesses += [group] if group else []
     system = None
     if not any(example.system for example in examples):
-        instruction = guess_instruction(examples)
-        system, reason = instruction.rstrip() or _asking(init_args), "no row has a system prompt"
+        instruction, reason = guess_instruction(examples), "no row has a system prompt"
         reason += "; all prompts begin with this, and it is taken from there" if instruction else ""
+        system = instruction.rstrip() or asking(init_args)
         guesses += [Guess("data.system", system, reason)] if system else []
     if folder:
         guesses += measured(DataSettings(
-            format, **files, tokenizer=base, columns=Columns(**columns), system=system,
-            group=group.value if group else None, max_length=NO_LIMIT, max_new_tokens=NO_LIMIT,
+            getattr(formats, kind)(**init_args), **files, tokenizer=base, columns=Columns(**columns), system=system,
+            group=group.value if group else None,
         ))  # fmt: skip
     schema = None
     if "schema" in init_args:
@@ -76,26 +75,24 @@ def propose(
 def local_folder(base: str) -> Path | None:
     """The folder of a base that is on this machine."""
     check_base(base)
-    try:
+    with suppress(UserError):
         return base_folder(base)
-    except UserError:
-        return None
+    return None
 
 
 def files_beside(rows: str) -> dict[str, str]:
     """The validation and test files in the same folder, by their names."""
     path = Path(rows)
     files: dict[str, str] = {}
-    stem, _, ending = path.name.lower().partition(".")
-    others = {other.name.lower(): str(other) for other in (path.parent.iterdir() if path.is_file() else ())}
-    for split, words in OTHERS.items():
-        for word in words:
-            stems = [stem.replace("train", word)] if "train" in stem else [word, f"{stem}_{word}", f"{stem}-{word}"]
-            files.update((split, others[name]) for s in stems if (name := f"{s}.{ending}") in others)
+    stem, _, ending = path.name.partition(".")
+    for split, word in OTHERS if path.is_file() else ():
+        for name in [stem.replace("train", word)] if "train" in stem else [word, f"{stem}_{word}", f"{stem}-{word}"]:
+            if name != stem and (other := path.with_name(f"{name}.{ending}")).is_file():
+                files[split] = str(other)
     return files
 
 
-def _asking(init_args: dict[str, Any]) -> str | None:
+def asking(init_args: dict[str, Any]) -> str | None:
     """A system prompt that says what the format allows, None if it would be long."""
     if len(json.dumps(init_args)) > LONGEST:
         return None
@@ -106,25 +103,25 @@ def _asking(init_args: dict[str, Any]) -> str | None:
 
 def measured(settings: DataSettings) -> Iterator[Guess]:
     """Repairs that make answers valid, what to do with the other bad rows, and limits from the longest rows."""
-    splits = load_splits(settings)
+    most, most_new = settings.max_length, settings.max_new_tokens  # the defaults
+    settings.max_length = settings.max_new_tokens = NO_LIMIT
+    splits = load_splits(settings, from_cache=False)
     if fixes := [row for row in splits.quarantine if row.fix.startswith("data.repair_answers")]:
         settings.repair_answers = sorted({step for row in fixes for step in re.findall(r"\w+", row.fix)[2:]})  # type: ignore[misc]
-        splits = load_splits(settings)
+        splits = load_splits(settings, from_cache=False)
         reason = f"makes {len(fixes):,} answers valid, such as {fixes[0].where} ({fixes[0].detail})"
         yield Guess("data.repair_answers", settings.repair_answers, reason)
     bad = [row for row in splits.quarantine if row.reason in BAD]
-    if 0 < len(bad) < FEW * splits.read.total():
-        named = ", ".join(f"{row.where} ({row.detail})" for row in bad[:NAMED])
-        yield Guess("data.bad_rows", "drop", f"{len(bad):,} rows do not fit: {named}{', ...' * (len(bad) > NAMED)}")
+    # Which of several styles is right is not for a guess: the audit names these rows.
+    if 0 < len(bad) < FEW * splits.read.total() and all(row.reason != "style" for row in bad):
+        yield Guess("data.bad_rows", "drop", f"{len(bad):,} rows do not fit, first {bad[0].where} ({bad[0].detail})")
     rows = [*chain(*splits.rows.values())]
-    longest = max(rows, key=len, default=None)
-    if longest and len(longest) > LENGTH:
+    longest, answer = max(rows, key=len), max(rows, key=lambda row: len(row.target_ids))
+    if len(longest) > most:
         yield Guess("data.max_length", len(longest), f"the longest row, {longest.where}")
-    answer = max(rows, key=lambda row: len(row.target_ids), default=None)
-    limit = max(2 * len(answer.target_ids), LEAST) if answer else ANSWER
-    if answer and not SHORT < limit <= ANSWER:
-        reason = f"twice the longest answer, {answer.where}"
-        yield Guess("model.max_new_tokens", min(limit, settings.limit), reason)
+    limit = min(max(2 * len(answer.target_ids), SHORTEST), settings.limit)
+    if not most_new / 2 < limit <= most_new:
+        yield Guess("model.max_new_tokens", limit, f"twice the longest answer, {answer.where}")
 
 
 def task_yaml(guesses: Iterable[Guess], head: str) -> str:

@@ -71,8 +71,7 @@ def test_a_mistake_within_turns_is_not_a_question_of_columns():
         (["yes", "no", "maybe"] * 10, "Labels", {"labels": ["maybe", "no", "yes"]}),
         ([0, 1] * 20, "Labels", {"labels": ["0", "1"]}),
         ([f"<why>because {n}</why>\n<label>ab</label>" for n in range(9)], "Tagged", {"sections": ["why", "label"]}),
-        ([f"City: Oslo{n}\nPostal code: {n}" for n in range(9)], "Regex", {"pattern": r"City: ?(?P<city>[^\n]*)\nPostal code: ?(?P<postal_code>[^\n]*)"}),
-        ([f"AB-{n}" for n in range(100, 130)], "Regex", {"pattern": "[A-Z]{2}-[0-9]{3}"}),
+        ([f"AB-{n}" for n in range(100, 130)], "Regex", {"pattern": "[A-Z]{2}-[0-9]+"}),
     ],
 )  # fmt: skip
 def test_each_format_but_json(answers, kind, init_args):
@@ -89,11 +88,6 @@ def test_json_as_an_object_as_text_and_in_a_fence(write):
 def test_numbers_are_a_schema():
     kind, init_args, _ = guess_format(pairs(*map(str, range(1000, 1030))), "")
     assert (kind, init_args["schema"]["type"]) == ("JsonSchema", "integer")
-
-
-def test_keys_that_are_too_rare_are_named():
-    rows = pairs(*({"a": f"x{n}"} | ({"extra": 1} if n == 7 else {}) for n in range(150)))
-    assert "too rare to be allowed: extra in 1" in guess_format(rows, "")[2]
 
 
 def test_a_schema_in_each_row_and_tools_in_each_row():
@@ -125,7 +119,6 @@ def test_an_instruction_ends_where_prompts_differ_at_a_line_or_sentence():
     texts = [f"Find the city in this text: I live in {name}" for name in ("Oslo", "Bern", "Rome", "Bonn") * 5]
     assert instruction(*texts) == "Find the city in this text: "
     assert instruction(*texts, *texts, "one without it") == ""  # of a few rows, one is too many
-    assert instruction(*texts * 20, "one without it") == "Find the city in this text: "
     assert instruction(*texts[:5]) == "" and instruction(*["What is it? yes", "What is it? no"] * 9) == ""
 
 
