@@ -17,9 +17,12 @@ os.environ["PYTHONPATH"] = f"{Path(__file__).parent}/offline:{os.environ.get('PY
 import pytest
 import torch
 import yaml
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+settings.register_profile("untimed", deadline=None)  # other processes may slow a machine down
+settings.load_profile("untimed")
 runpy.run_path(f"{Path(__file__).parent}/offline/sitecustomize.py")
 ATTEMPTS = Path(os.environ["FORMTUNE_ATTEMPTS"])
 SHARED = Path(__file__).resolve().parents[2] / "shared"

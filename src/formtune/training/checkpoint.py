@@ -174,7 +174,8 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: a folder, not a checkpoint; name a run before the flags, or one of its .ckpt files")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() is not None  # compares CRC-32, which torch.load does not
+            # Compares CRC-32, which torch.load does not; nor does it read a record that is marked as a folder.
+            damaged = archive.testzip() is not None or any(it.external_attr for it in archive.infolist())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a run's best checkpoint is named at its end") from None
     except Exception:  # whatever zipfile raises for a file that is not a zip, cut off or overwritten
