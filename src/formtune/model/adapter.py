@@ -28,36 +28,34 @@ MERGE = "merge it (formtune export RUN --as merged) and name the result as model
 
 
 class TrainedAdapter:
-    """An adapter on disk: its settings, and the shapes of its weights."""
+    """An adapter on disk: its settings, and its weights."""
 
     def __init__(self, name: str) -> None:
-        from peft import LoraConfig, PeftConfig
-        from safetensors import safe_open
+        from peft import PeftConfig
+        from safetensors.torch import load
 
         self.name, folder = name, _folder(name)
-        self.weights = folder / WEIGHTS
         try:
             self.config: Any = PeftConfig.from_pretrained(str(folder))
-            with safe_open(self.weights, "pt") as file:
-                self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            with self.weights.open("rb") as weights:
-                self.hash = hashlib.file_digest(weights, "sha256").hexdigest()
-            manifest = folder / "manifest.json"
+            content, manifest = (folder / WEIGHTS).read_bytes(), folder / "manifest.json"
+            self.weights, self.hash = load(content), hashlib.sha256(content).hexdigest()
             self._base = json.loads(manifest.read_bytes())["base"].get("identity") if manifest.is_file() else None
         except Exception as error:  # a damaged file can raise anything
             raise UserError(f"model.adapter: {folder} cannot be read ({first_line(error)})") from None
-        if not isinstance(self.config, LoraConfig):
+        if self.config.peft_type != "LORA":
             raise UserError(f"model.adapter: {name} is {self.config.peft_type}, not LoRA; {MERGE}")
+        if not all(torch.isfinite(tensor).all() for tensor in self.weights.values()):
+            raise UserError(f"model.adapter: {name} holds weights that are not finite numbers")
 
     @property
     def settings(self) -> dict[str, Any]:
         """The values of `model.lora` that it was trained with."""
         values = {key: getattr(self.config, field) for field, key in KEYS.items()}
         values["alpha"] = None if values["alpha"] == 2 * values["r"] else values["alpha"]
-        targets, layers = self.config.target_modules, {key.partition(".lora_")[0] for key in self.shapes}
+        targets = self.config.target_modules
         # PEFT may write a pattern, or the path of each layer.
-        if isinstance(targets, str) or {f"base_model.model.{path}" for path in targets} == layers:
-            targets = {path.rpartition(".")[2] for path in layers}
+        if isinstance(targets, str) or any("layers." in target for target in targets):
+            targets = {name.partition(".lora_")[0].rpartition(".")[2] for name in self.weights}
         return values | {"targets": sorted(targets)}
 
     def check(self, model: nn.Module, lora: Lora) -> None:
@@ -65,27 +63,23 @@ class TrainedAdapter:
         from peft import get_peft_model, get_peft_model_state_dict
 
         expected = lora_config(model, lora)
-        for field in fields(expected):
-            value = getattr(self.config, field.name)
-            if field.name in FREE or (value or None) == (getattr(expected, field.name) or None):
-                continue
-            if field.name in KEYS:
-                key = f"model.lora.{KEYS[field.name]}"
-                raise UserError(f"{key}: {self.name} was trained with {value}; set {key}: {str(value).lower()}")
-            raise UserError(f"model.adapter: {self.name} has {field.name}: {value}, which is not trained here; {MERGE}")
-        if self.config.init_lora_weights not in ADDED:
-            changed = f"{self.name} began as {self.config.init_lora_weights}, which changed its base's weights"
-            raise UserError(f"model.adapter: {changed}; {MERGE}")
-        if lora.initialization not in ADDED:
-            raise UserError(f"model.lora.initialization: {lora.initialization} is for new adapters; set it to true")
+        for field in (it.name for it in fields(expected) if it.name not in FREE):
+            value, key = getattr(self.config, field), f"model.lora.{KEYS.get(field)}"
+            if (value or None) != (getattr(expected, field) or None):
+                key, remedy = (key, f"set {key}: {str(value).lower()}") if field in KEYS else ("model.adapter", MERGE)
+                raise UserError(f"{key}: {self.name} was trained with {field}: {value}; {remedy}")
+        own = ("model.adapter", self.config.init_lora_weights, MERGE)
+        for key, how, remedy in (own, ("model.lora.initialization", lora.initialization, "set it to true")):
+            if how not in ADDED:
+                raise UserError(f"{key}: {how} changes the weights of the base that {self.name} is for; {remedy}")
         expected.init_lora_weights = False  # there are no weights
         adapted = get_peft_model(model, expected, low_cpu_mem_usage=True)  # type: ignore[arg-type]
-        state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        if different := self.shapes.items() ^ {key: tuple(tensor.shape) for key, tensor in state.items()}.items():
+        states = (get_peft_model_state_dict(adapted, save_embedding_layers=False), self.weights)
+        shapes = ({(name, tensor.shape) for name, tensor in state.items()} for state in states)
+        if different := set.symmetric_difference(*shapes):
             raise UserError(
                 f"model.lora.targets: the adapter {self.name} has other layers (first {min(different)[0]}); set "
-                f"model.lora.targets: [{', '.join(self.settings['targets'])}], and model.base to the base it was "
-                "trained on"
+                f"model.lora.targets: [{', '.join(self.settings['targets'])}], and model.base to its own base"
             )
 
     def check_base(self, base: str, base_identity: str) -> None:
@@ -101,12 +95,8 @@ class TrainedAdapter:
     def load(self, model: Any) -> None:
         """Put the weights into the adapters of a model."""
         from peft import set_peft_model_state_dict
-        from safetensors.torch import load_file
 
-        state = load_file(self.weights)
-        if not all(torch.isfinite(tensor).all() for tensor in state.values()):
-            raise UserError(f"model.adapter: {self.name} holds weights that are not finite numbers")
-        set_peft_model_state_dict(model, state)
+        set_peft_model_state_dict(model, self.weights)
 
 
 def take_settings(model: Any) -> None:
@@ -120,20 +110,16 @@ def take_settings(model: Any) -> None:
 
 def _folder(name: str) -> Path:
     """The folder of an adapter: a run's `adapter`, the folder itself, or that of a hub id in the local cache."""
-    folder = Path(name)
-    if (folder / "adapter" / CONFIG).is_file():
-        return folder / "adapter"
-    if not folder.is_dir():
-        from transformers.utils.hub import cached_file
+    for folder in (Path(name, "adapter"), Path(name)):
+        if all((folder / file).is_file() for file in (CONFIG, WEIGHTS)):
+            return folder
+    if Path(name).is_dir():
+        remedy = "name a finished run, or a PEFT adapter saved as safetensors"
+        raise UserError(f"model.adapter: {name} does not hold {CONFIG} and {WEIGHTS}; {remedy}")
+    from transformers.utils.hub import cached_file
 
-        check_base(name, "model.adapter")
-        try:
-            folder = [Path(str(cached_file(name, file))).parent for file in (WEIGHTS, CONFIG)][-1]
-        except OSError as error:
-            raise UserError(f"model.adapter: {name}: {first_line(error)}") from None
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            raise UserError(
-                f"model.adapter: no {file} in {folder}; name a finished run, or a PEFT adapter saved as safetensors"
-            )
-    return folder
+    check_base(name, "model.adapter")
+    try:
+        return [Path(str(cached_file(name, file))).parent for file in (CONFIG, WEIGHTS)][-1]
+    except OSError as error:
+        raise UserError(f"model.adapter: {name}: {first_line(error)}") from None

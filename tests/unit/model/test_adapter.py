@@ -132,21 +132,37 @@ def test_settings_come_from_the_adapter_unless_the_user_sets_them(project, capfd
 @pytest.mark.parametrize(
     ("options", "words", "message"),
     [
-        ({}, ["--model.lora.r", "16"], "model.lora.r: own was trained with 8; set model.lora.r: 8"),
-        ({}, ["--model.lora.alpha", "8"], "model.lora.alpha: own was trained with 16; set model.lora.alpha: 16"),
+        ({}, ["--model.lora.r", "16"], "model.lora.r: own was trained with r: 8; set model.lora.r: 8"),
+        (
+            {},
+            ["--model.lora.alpha", "8"],
+            "model.lora.alpha: own was trained with lora_alpha: 16; set model.lora.alpha: 16",
+        ),
         ({"use_rslora": True}, ["--model.lora.rslora", "false"], "set model.lora.rslora: true"),
         ({}, ["--model.lora.targets", "[q_proj]"], "model.lora.targets: the adapter own has other layers (first base_"),
-        ({"bias": "all"}, [], "model.adapter: own has bias: all, which is not trained here; merge it (formtune export"),
-        ({"rank_pattern": {"q_proj": 2}}, [], "model.adapter: own has rank_pattern: {'q_proj': 2}, which is not"),
-        ({"init_lora_weights": "pissa"}, [], "model.adapter: own began as pissa, which changed its base's weights"),
-        ({}, ["--model.lora.initialization", "olora"], "model.lora.initialization: olora is for new adapters; set it"),
+        ({"bias": "all"}, [], "model.adapter: own was trained with bias: all; merge it (formtune export"),
+        ({"rank_pattern": {"q_proj": 2}}, [], "model.adapter: own was trained with rank_pattern: {'q_proj': 2}; merge"),
+        (
+            {"init_lora_weights": "pissa"},
+            [],
+            "model.adapter: pissa changes the weights of the base that own is for; merge",
+        ),
+        (
+            {},
+            ["--model.lora.initialization", "olora"],
+            "model.lora.initialization: olora changes the weights of the base that own is for; set it",
+        ),
         (
             {"base": "owner/name"},
             [],
             "model.base: own was trained on owner/name, not on base; set model.base: owner/na",
         ),
         ({}, ["--model.adapter", "none"], "model.adapter: no folder none (hub ids look like owner/name)"),
-        ({}, ["--model.adapter", "logs/small"], "model.adapter: no adapter_config.json in logs/small; name a finished"),
+        (
+            {},
+            ["--model.adapter", "logs/small"],
+            "model.adapter: logs/small does not hold adapter_config.json and adapter_m",
+        ),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_one_line_with_the_key(project, capfd, options, words, message):
@@ -169,7 +185,7 @@ def test_a_pickle_damaged_weights_and_another_base_are_refused(project, capfd):
     refused("model.adapter: own cannot be read (")
     file.unlink()
     torch.save(weights, "own/adapter_model.bin")
-    refused("model.adapter: no adapter_model.safetensors in own; name a finished run, or a PEFT adapter saved as")
+    refused("model.adapter: own does not hold adapter_config.json and adapter_model.safetensors; name a finished run")
     tiny_model(seed=1).save_pretrained("other")
     byte_tokenizer().save_pretrained("other")
     refused("model.base: logs/small/one was trained on base, not on other", "--model.adapter", "logs/small/one",
