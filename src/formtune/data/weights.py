@@ -18,10 +18,8 @@ def read_weights(train: Any) -> tuple[Any, dict[str, float]]:
     for given in train:
         entry = {"path": given} if isinstance(given, str) else given
         path, weight = entry.get("path"), entry.get("weight", 1)
-        if unknown := sorted(entry.keys() - {"path", "weight"}):
-            raise UserError(f"data.train: unknown key {unknown[0]}; an entry is {{path: FILE, weight: NUMBER}}")
-        if not isinstance(path, str):
-            raise UserError("data.train: an entry has no path; an entry is {path: FILE, weight: NUMBER}")
+        if not isinstance(path, str) or entry.keys() - {"path", "weight"}:
+            raise UserError(f"data.train: {dict(entry)} is no entry; write {{path: FILE, weight: NUMBER}}")
         if path in weights:
             raise UserError(f"data.train: {path} is named twice; name it once, with one weight")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MOST:
@@ -38,20 +36,13 @@ def weighted(
     All rows are used as often as the integer part says, and as large a share of them as the fraction says once more.
     These are drawn once, so that every epoch and a resumed run have the same rows.
     """
-    places: dict[str, list[int]] = {name: [] for name in weights}
-    for at, row in enumerate(rows):
-        places[entry_of[row.where]].append(at)
-    times, counts = [0] * len(rows), {}
-    for name, members in places.items():
-        whole, fraction = divmod(weights[name], 1)
-        drawn = set(random.Random(0).sample(members, round(fraction * len(members))))
-        for at in members:
-            times[at] = int(whole) + (at in drawn)
-        used = int(whole) * len(members) + len(drawn)
+    times, counts = [int(weights[entry_of[row.where]]) for row in rows], {}
+    for name, weight in weights.items():
+        members = [at for at, row in enumerate(rows) if entry_of[row.where] == name]
+        for at in random.Random(0).sample(members, round(weight % 1 * len(members))):
+            times[at] += 1
+        used = sum(times[at] for at in members)
         if members and not used:
-            raise UserError(
-                f"data.train: weight {weights[name]:g} of {name} leaves none of its {len(members)} rows; raise it, or "
-                "leave the file out"
-            )
-        counts[name] = {"weight": weights[name], "rows": len(members), "used": used}
+            raise UserError(f"data.train: weight {weight:g} of {name} leaves none of its {len(members)} rows; raise it")
+        counts[name] = {"weight": weight, "rows": len(members), "used": used}
     return [row for row, count in zip(rows, times, strict=True) for _ in range(count)], counts

@@ -16,9 +16,8 @@ from formtune.evaluation.outcomes import Outcome, worst_first
 from formtune.formats import Format
 from formtune.formats.content import leaves, typed
 
-SHOWN = 100  # failures, fewer if their texts are long
-CHARACTERS = 1_500_000  # of HTML in all failures together
-LONGEST, MOST = 4000, 30  # characters of a text, and values that differ, that are compared and shown
+SHOWN = 100  # failures
+LONGEST, MOST = 2000, 30  # characters of a text, and values that differ, that are compared and shown
 NEAREST = 2  # training rows beside a failure
 COMPARED = 10_000_000  # characters of training rows, evenly spaced; comparing these takes ten seconds
 
@@ -36,19 +35,13 @@ class Failure:
 
 
 def failures(outcomes: Sequence[Outcome], format: Format, train: Sequence[Row]) -> list[Failure]:
-    """The worst failures first, with each kind among them, as many as fit."""
+    """The worst failures first, with each kind among them."""
     kinds = (list(same) for _, same in groupby(worst_first(outcomes), attrgetter("kind")))
     in_turn = [outcome for turn in zip_longest(*kinds) for outcome in turn if outcome][:SHOWN]
-    shown, size = [], 0
+    shown = []
     for outcome, rows in zip(in_turn, nearest([o.input for o in in_turn], train), strict=True):
         target, answer = marked(outcome.target[:LONGEST], outcome.answer[:LONGEST])
-        failure = Failure(outcome, target, answer, *differences(outcome, format), rows)
-        texts = [outcome.input, *(text for _, row in rows for text in (row.input, row.target or ""))]
-        texts += [text for difference in failure.differences for text in difference]
-        size += len(target) + len(answer) + sum(len(escape(text[:LONGEST])) for text in texts)
-        if size > CHARACTERS:
-            break
-        shown.append(failure)
+        shown.append(Failure(outcome, target, answer, *differences(outcome, format), rows))
     return worst_first(shown, attrgetter("outcome.kind"))
 
 

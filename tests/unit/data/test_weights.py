@@ -110,11 +110,10 @@ def test_a_repeated_synthetic_file_counts_as_often_as_it_is_used(options, task):
         ({"path": "a.jsonl", "weight": "twice"}, "weight twice of a.jsonl is not a number above 0 and up to 1000"),
         ({"path": "a.jsonl", "weight": True}, "weight True of a.jsonl is not a number above 0 and up to 1000"),
         ({"path": "a.jsonl", "weight": float("nan")}, "weight nan of a.jsonl is not a number above 0 and up to 1000"),
-        ({"path": "a.jsonl", "wieght": 2}, "unknown key wieght; an entry is {path: FILE, weight: NUMBER}"),
-        ({"weight": 2}, "an entry has no path; an entry is {path: FILE, weight: NUMBER}"),
+        ({"path": "a.jsonl", "wieght": 2}, "{'path': 'a.jsonl', 'wieght': 2} is no entry; write {path: FILE, weight: NUMBER}"),
+        ({"weight": 2}, "{'weight': 2} is no entry; write {path: FILE, weight: NUMBER}"),
         ({"path": "b.jsonl"}, "b.jsonl is named twice; name it once, with one weight"),
-        ({"path": "a.jsonl", "weight": 0.001}, "weight 0.001 of a.jsonl leaves none of its 40 rows; raise it, or "
-         "leave the file out"),
+        ({"path": "a.jsonl", "weight": 0.001}, "weight 0.001 of a.jsonl leaves none of its 40 rows; raise it"),
     ],
 )  # fmt: skip
 def test_a_bad_weight_is_one_line_with_the_key(options, entry, message):

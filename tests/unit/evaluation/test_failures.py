@@ -78,8 +78,6 @@ def test_each_kind_is_among_the_failures_shown_and_the_worst_come_first(monkeypa
     assert failures([outcome(1)], FORMAT, []) == []
 
 
-def test_long_texts_are_cut_and_their_number_is_limited(monkeypatch):
-    monkeypatch.setattr(gallery, "CHARACTERS", 50_000)
-    long = [replace(outcome(n, "syntax", answer="word " * 5000), input="in " * 5000) for n in range(30)]
-    shown = failures(long, FORMAT, [row("in " * 9000)])
-    assert 0 < len(shown) < 10 and all(len(one.answer) < 5000 for one in shown)
+def test_long_texts_are_cut():
+    [shown] = failures([replace(outcome(1, "syntax", answer="word " * 5000))], FORMAT, [row("in " * 9000)])
+    assert len(shown.answer) < 3000
