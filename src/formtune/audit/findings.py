@@ -36,9 +36,9 @@ FEATURES = 12  # words named for each side
 QUANTILES = {"P50": 50, "P95": 95, "P99": 99, "max": 100}
 
 
-def audit(settings: DataSettings) -> tuple[dict[str, Any], Splits]:
+def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[str, Any], Splits]:
     """Prepare the rows, and describe them: the verdict, blockers and warnings with the remedy, and the evidence."""
-    splits = load_splits(settings, from_cache=False)
+    splits = splits or load_splits(settings, from_cache=False)
     examples, format = splits.examples, settings.format
     all_examples = list(chain(*examples.values()))
     turns = {row.where: row.messages for row in splits.quarantine}

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
-from formtune.configuration.task import read_task, task_parser
 from formtune.errors import UserError
 from formtune.files import write_whole
-from formtune.start.proposal import local_folder, propose, task_yaml
+from formtune.start.proposal import propose, task_yaml
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHOWN = 200  # characters of a value
@@ -33,7 +32,7 @@ def run(command: str, args: list[str]) -> int:
     for file in (task_file, schema_file):
         if file.exists():
             raise UserError(f"{file}: already exists; choose another name with --task, or delete it")
-    guesses, schema = propose(config.rows, schema_file, config.base, config.prompt, config.completion)
+    guesses, schema, prepared = propose(config.rows, schema_file, config.base, config.prompt, config.completion)
     head = f"Written by `formtune init {config.rows}`; configs/reference.yaml has every key, with its default."
     files = {schema_file: schema} if schema else {}
     for file, text in (files | {task_file: task_yaml(guesses, head)}).items():
@@ -43,14 +42,14 @@ def run(command: str, args: list[str]) -> int:
         print(f"{key}: {str(value)[:SHOWN]}  ({why})")
     print("wrote", *files, task_file, flush=True)
     words = ["-c", str(task_file)]
-    if not local_folder(config.base):
+    if not prepared:
         print(
             f"not checked: {config.base} is not on this machine, so bad rows, limits, time and memory are unknown; "
             f"next: formtune audit -c {task_file} (it downloads the tokenizer; or set model.base to a folder)"
         )
         return 0
     if find_spec("formtune.audit"):  # which may have been deleted
-        findings, _ = import_module("formtune.audit.findings").audit(read_task(task_parser("audit"), words)[1])
+        findings, _ = import_module("formtune.audit.findings").audit(*prepared)
         for kind in ("blockers", "warnings"):
             for line in findings[kind]:
                 print(f"{kind[:-1]}: {line}")

@@ -3,7 +3,7 @@
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -16,6 +16,7 @@ from formtune.base.folder import base_folder, check_base
 from formtune.base.renderer import Renderer
 from formtune.data import Columns
 from formtune.data.blockers import BAD, FEW
+from formtune.data.encoded import Splits
 from formtune.data.preparation import load_splits
 from formtune.data.settings import DataSettings
 from formtune.data.sources import read_records
@@ -32,8 +33,8 @@ WIDTH = 100  # characters of a comment's line
 
 def propose(
     rows: str, schema_file: Path, base: str, prompt: str | None, completion: str | None
-) -> tuple[list[Guess], str | None]:
-    """The guesses for the YAML, and the text of the schema's file; None if the format has no such file."""
+) -> tuple[list[Guess], str | None, tuple[DataSettings, Splits] | None]:
+    """The guesses for the YAML, the text of the schema's file if there is one, and the rows if the base is here."""
     records = [*read_records(rows)]
     if not records:
         raise UserError(f"{rows}: holds no row")
@@ -59,17 +60,19 @@ def propose(
         reason += "; all prompts begin with this, and it is taken from there" if instruction else ""
         system = instruction.rstrip() or asking(init_args)
         guesses += [Guess("data.system", system, reason)] if system else []
+    prepared = None
     if folder:
-        guesses += measured(DataSettings(
+        settings = DataSettings(
             getattr(formats, kind)(**init_args), **files, tokenizer=base, columns=Columns(**columns), system=system,
             group=group.value if group else None,
-        ))  # fmt: skip
+        )  # fmt: skip
+        prepared = settings, measure(settings, guesses)
     schema = None
     if "schema" in init_args:
         schema = json.dumps(init_args["schema"], indent=2, ensure_ascii=False) + "\n"
         init_args["schema"] = str(schema_file)
     guesses.append(Guess("data.format", {"class_path": kind, "init_args": init_args} if init_args else kind, why))
-    return sorted(guesses, key=lambda guess: not guess.key.startswith("model.")), schema
+    return sorted(guesses, key=lambda guess: not guess.key.startswith("model.")), schema, prepared
 
 
 def local_folder(base: str) -> Path | None:
@@ -101,27 +104,35 @@ def asking(init_args: dict[str, Any]) -> str | None:
     return "Answer with one JSON document that matches this schema: {schema}" if "schema" in init_args else None
 
 
-def measured(settings: DataSettings) -> Iterator[Guess]:
-    """Repairs that make answers valid, what to do with the other bad rows, and limits from the longest rows."""
+def measure(settings: DataSettings, guesses: list[Guess]) -> Splits:
+    """Prepare the rows; guess repairs that make answers valid, limits that rows keep, and what to do with bad rows."""
     most, most_new = settings.max_length, settings.max_new_tokens  # the defaults
-    settings.max_length = settings.max_new_tokens = NO_LIMIT
     splits = load_splits(settings, from_cache=False)
     if fixes := [row for row in splits.quarantine if row.fix.startswith("data.repair_answers")]:
         settings.repair_answers = sorted({step for row in fixes for step in re.findall(r"\w+", row.fix)[2:]})  # type: ignore[misc]
-        splits = load_splits(settings, from_cache=False)
         reason = f"makes {len(fixes):,} answers valid, such as {fixes[0].where} ({fixes[0].detail})"
-        yield Guess("data.repair_answers", settings.repair_answers, reason)
+        guesses.append(Guess("data.repair_answers", settings.repair_answers, reason))
+    is_long = any(row.reason == "too_long" for row in splits.quarantine)
+    if fixes or is_long:
+        settings.max_length = settings.max_new_tokens = NO_LIMIT
+        vars(settings).pop("limit", None)  # as it was before
+        splits = load_splits(settings, from_cache=False)
     bad = [row for row in splits.quarantine if row.reason in BAD]
     # Which of several styles is right is not for a guess: the audit names these rows.
     if 0 < len(bad) < FEW * splits.read.total() and all(row.reason != "style" for row in bad):
-        yield Guess("data.bad_rows", "drop", f"{len(bad):,} rows do not fit, first {bad[0].where} ({bad[0].detail})")
-    rows = [*chain(*splits.rows.values())]
+        settings.bad_rows, reason = "drop", f"{len(bad):,} rows do not fit, first {bad[0].where} ({bad[0].detail})"
+        guesses.append(Guess("data.bad_rows", "drop", reason))
+    if not (rows := [*chain(*splits.rows.values())]):
+        return splits
     longest, answer = max(rows, key=len), max(rows, key=lambda row: len(row.target_ids))
+    settings.max_length, settings.max_new_tokens = max(most, len(longest)), most_new
     if len(longest) > most:
-        yield Guess("data.max_length", len(longest), f"the longest row, {longest.where}")
+        guesses.append(Guess("data.max_length", len(longest), f"the longest row, {longest.where}"))
     limit = min(max(2 * len(answer.target_ids), SHORTEST), settings.limit)
     if not most_new / 2 < limit <= most_new:
-        yield Guess("model.max_new_tokens", limit, f"twice the longest answer, {answer.where}")
+        settings.max_new_tokens = limit
+        guesses.append(Guess("model.max_new_tokens", limit, f"twice the longest answer, {answer.where}"))
+    return splits
 
 
 def task_yaml(guesses: Iterable[Guess], head: str) -> str:

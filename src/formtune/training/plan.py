@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from formtune.base.row import quantile
-from formtune.data.datamodule import FormatDataModule
+from formtune.data.datamodule import EVALUATION_ROWS, FormatDataModule
 from formtune.errors import UserError
 from formtune.model import FormatModule
 from formtune.model.fsdp import padded, unsynced
@@ -25,7 +25,7 @@ from formtune.training.pipeline import prepare
 
 STEPS = 32  # steps whose micro-batches are counted
 MOST, SECONDS = 8, 3  # micro-batches that are timed at most, and about how long
-ROWS, TOKENS = 16, 8  # answers that are timed, and tokens of each
+ROWS, TOKENS = 32, 8  # answers that are timed, and tokens of each
 
 
 class Timing(Callback):
@@ -42,8 +42,13 @@ class Timing(Callback):
         seconds = self._train(trainer, model, timed) / _tokens(timed)
         self.tokens, self.micro_batches = _tokens(parts) / len(batches), len(parts) / len(batches)  # of a step
         self.step = seconds * self.tokens  # seconds
-        self.forced, whole = (self._answer(trainer, model, limit) for limit in (1, TOKENS + 1))
-        self.token = max(whole - self.forced, 0.0) / TOKENS  # seconds of a row
+        rows = datamodule.rows["validation"]
+        batch = model.collate(rows[:EVALUATION_ROWS], evaluation=True)
+        forward, whole = (self._answer(trainer, model, rows[:ROWS], limit) for limit in (1, TOKENS + 1))
+        few = model.collate(rows[:ROWS], evaluation=True)
+        # Seconds of a row: many rows that share a prefix compute it once.
+        self.forced = forward / _tokens(few.micro_batches) * _tokens(batch.micro_batches) / len(batch.rows)
+        self.token = max(whole - forward, 0.0) / TOKENS / len(few.rows)
 
     def _train(self, trainer: Any, model: Any, micro_batches: Sequence[Any]) -> float:
         """Seconds of the forward and backward passes."""
@@ -57,9 +62,8 @@ class Timing(Callback):
         model.zero_grad()
         return highest(trainer, _now() - started)[0]  # the same on all processes, which then time as many
 
-    def _answer(self, trainer: Any, model: Any, limit: int) -> float:
-        """Seconds of a row whose answer is decoded from its first token up to a limit."""
-        rows = trainer.datamodule.rows["validation"][:ROWS]
+    def _answer(self, trainer: Any, model: Any, rows: Sequence[Any], limit: int) -> float:
+        """Seconds of answers that are decoded from their first token up to a limit."""
         batch = model.collate(rows, evaluation=True, decoding=Decoding(max_new_tokens=limit))
         model.eval()
         started = _now()
@@ -67,7 +71,7 @@ class Timing(Callback):
             model.predict_step(batch, 0)
         seconds = _now() - started
         model.train()
-        return seconds / len(rows) / trainer.world_size
+        return seconds / trainer.world_size
 
 
 def plan(
