@@ -39,7 +39,7 @@ def propose(
     if not records:
         raise UserError(f"{rows}: holds no row")
     folder, columns, group = local_folder(base), guess_columns(records, prompt, completion), guess_group(records)
-    files = {"train": rows, **files_beside(rows)}
+    files: dict[str, Any] = {"train": rows, **files_beside(rows)}
     others = [*chain(*map(read_records, [*files.values()][1:]))]
     examples = read_rows(records, Columns(**columns))
     # The format takes the rows of all splits.

@@ -25,7 +25,7 @@ from formtune.training.pipeline import prepare
 
 STEPS = 32  # steps whose micro-batches are counted
 MOST, SECONDS = 8, 3  # micro-batches that are timed at most, and about how long
-ROWS, TOKENS = 32, 8  # answers that are timed, and tokens of each
+ROWS, TOKENS = 16, 8  # answers that are timed, and tokens of each
 
 
 class Timing(Callback):
@@ -37,11 +37,13 @@ class Timing(Callback):
         batches = list(islice(datamodule.train_dataloader(), STEPS))
         parts = list(chain(*(batch.micro_batches for batch in batches)))
         longest = model.collate(sorted(datamodule.rows["train"], key=len)[-datamodule.rows_per_step :], False)
-        first = self._train(trainer, model, longest.micro_batches[-1:])  # the peak memory; it also warms up
-        timed = parts[: max(1, min(MOST, int(SECONDS / first)))]
-        seconds = self._train(trainer, model, timed) / _tokens(timed)
+        # The peak memory; it also warms up, and on a slow machine it is all that is timed.
+        timed = longest.micro_batches[-1:]
+        seconds = self._train(trainer, model, timed)
+        if more := parts[: min(MOST, int(SECONDS / seconds))]:
+            timed, seconds = more, self._train(trainer, model, more)
         self.tokens, self.micro_batches = _tokens(parts) / len(batches), len(parts) / len(batches)  # of a step
-        self.step = seconds * self.tokens  # seconds
+        self.step = seconds / _tokens(timed) * self.tokens  # seconds
         rows = datamodule.rows["validation"]
         batch = model.collate(rows[:EVALUATION_ROWS], evaluation=True)
         forward, whole = (self._answer(trainer, model, rows[:ROWS], limit) for limit in (1, TOKENS + 1))
