@@ -20,7 +20,7 @@ import measure
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
-from train_trl import SEED, arguments
+from train_trl import SEED, arguments, recipe
 
 from formtune.base.row import Row
 from formtune.formats import JsonSchema
@@ -88,6 +88,7 @@ def weights(model: Any) -> dict[str, int]:
 def main() -> None:
     """Train and write the measurements."""
     parser = arguments()
+    recipe(parser)
     parser.add_argument("--tokens", type=int, default=4096, help="token budget of one micro-batch")
     parser.add_argument("--share", choices=("prefixes", "nothing"), default="prefixes")
     parser.add_argument("--compile", action="store_true")
@@ -101,7 +102,8 @@ def main() -> None:
     module = (ConstantRate if args.constant else FormatModule)(
         base=args.model,
         format=JsonSchema({"type": "object"}),
-        lora=Lora(dropout=args.dropout),
+        lora=Lora(dropout=args.dropout, targets=args.targets),
+        optimizer=functools.partial(torch.optim.AdamW, lr=args.lr, weight_decay=0.0, fused=True),
         tokens_per_micro_batch=args.tokens,
         compile=args.compile,
     )

@@ -99,7 +99,7 @@ def build(args: argparse.Namespace, rows: list[measure.Row], clock: Clock, folde
         use_liger_kernel=args.liger,
         gradient_checkpointing=False,
         optim="adamw_torch_fused",
-        learning_rate=2e-4,
+        learning_rate=args.lr,
         weight_decay=0.0,
         lr_scheduler_type="constant" if args.constant else "cosine",
         warmup_steps=0 if args.constant else 0.1,  # below 1: a share of all steps
@@ -120,7 +120,7 @@ def build(args: argparse.Namespace, rows: list[measure.Row], clock: Clock, folde
         r=16,
         lora_alpha=32,
         lora_dropout=args.dropout,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"] if args.targets == "attention" else args.targets,
     )
     trainer = SFTTrainer(
         model=model,
@@ -154,11 +154,19 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def recipe(parser: argparse.ArgumentParser) -> None:
+    """Add what quality_trl.py changes."""
+    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
+    parser.add_argument("--targets", choices=("attention", "all-linear"), default="attention")
+
+
 def main() -> None:
     """Train and write the measurements."""
     parser = arguments()
+    recipe(parser)
     parser.add_argument("--head", choices=("all", "targets"), default="all", help="positions that get logits")
     parser.add_argument("--compile", action="store_true", help="torch.compile, which recompiles for new lengths")
+    parser.add_argument("--save", type=Path, help="folder for the adapter")
     parser.add_argument("--liger", action="store_true", help="Liger's kernels (GPU; the package must be there)")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -172,6 +180,8 @@ def main() -> None:
         trainer, baseline = build(args, rows, clock, folder)
         measure.restart_peak()
         trainer.train()
+        if args.save:
+            trainer.model.save_pretrained(args.save)
     measure.write(
         args.out,
         {
