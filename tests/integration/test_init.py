@@ -17,7 +17,7 @@ CITIES = ("Oslo", "Bern", "Rome", "Bonn", "Lima", "Kyiv")
 def rows(count):
     for n in range(count):
         word = "".join(chr(97 + (n * k) % 26) for k in (1, 3, 7, 11, 13, 17))
-        value = {"city": CITIES[n % 6], "kind": "ab"[n % 2], "note": None if n % 3 else word}
+        value = {"city": CITIES[n % 6], "kind": ("red", "blue")[n % 2], "note": None if n % 3 else word}
         yield {
             "prompt": f"{word} {n * 7919 % 1000} to {CITIES[n % 6]}",
             "completion": json.dumps(value, separators=(",", ":")),
@@ -56,11 +56,11 @@ def test_rows_become_a_task_that_is_audited_planned_and_trained(folder, base, ca
     schema = json.loads(Path("data/tickets/schema.json").read_text())
     assert schema["properties"] == {
         "city": {"type": "string"},
-        "kind": {"enum": ["a", "b"]},
+        "kind": {"enum": ["blue", "red"]},
         "note": {"type": ["null", "string"]},
     }
     command = output.splitlines()[-1].split()[2:]
-    limits = ["--trainer.max_steps", "2", "--trainer.precision", "32-true", "--model.max_new_tokens", "24"]
+    limits = ["--trainer.max_steps", "2", "--trainer.precision", "32-true", "--model.max_new_tokens", "64"]
     assert main([*command, *limits, "--data.bad_rows", "drop"]) == 0
     assert [*Path("logs/tickets").glob("*/adapter/adapter_model.safetensors")]
 
