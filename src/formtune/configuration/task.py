@@ -50,7 +50,7 @@ def task_parser(command: str, description: str = "") -> TaskParser:
     parser.add_argument("-c", "--config", action=TaskFile, help="YAML of the task; what only training needs is skipped")
     parser.add_argument("--task", type=str | None, help="Name of the task's folder in logs/ (default: the YAML's)")
     parser.add_argument("--model.base", type=str, required=True, help="Folder or hub id of the base: its tokenizer")
-    parser.add_argument("--model.chat_template", type=str | None, help="File of a chat template in place of its own")
+    parser.add_argument("--model.chat_template", type=str | None, help="File of a chat template in place of the base's")
     parser.add_argument("--model.max_new_tokens", type=int, default=256, help="Tokens that an answer may have")
     parser.add_class_arguments(DataSettings, "data")
     parser.link_arguments("model.base", "data.tokenizer")

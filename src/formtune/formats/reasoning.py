@@ -1,4 +1,4 @@
-"""Reasoning between two tags, and after it an answer that has a format of its own."""
+"""Reasoning between two tags, and after it an answer with its own format."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ from formtune.formats.key_orders import Orders
 
 
 class Reasoning(Format):
-    """Reasoning, which is free text between two tags, and after it an answer in a format of its own.
+    """Reasoning, which is free text between two tags, and after it an answer with its own format.
 
     Fields, metrics and key orders are those of the answer; white space before it is free. Thinking is on if the chat
     template knows the closing tag.
@@ -55,7 +55,7 @@ class Reasoning(Format):
     def _rules(self, answer: str) -> str:
         opening, closing = (json.dumps(tag, ensure_ascii=False) if tag else "" for tag in (self.open, self.close))
         text, some = ("TEXT", r"[^\s\x1c-\x1f]") if self.required else ("TEXT?", ".")
-        # A tag may be one token of its own, which is no part of a text. Lazy: the first closing tag ends the reasoning.
+        # A tag may be a single token, which then is not part of a text. Lazy: the first closing tag ends the reasoning.
         return (
             f"answer: {opening} reasoning SPACE? body\nreasoning: tagged | ( {text} {closing} )\n"
             f"tagged[lazy]: {text} {closing}\nTEXT: /(?s:.*{some}.*)/ & ~(ANY?{closing}ANY?)\nANY: /(?s:.+)/\n"

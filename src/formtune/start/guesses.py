@@ -64,7 +64,7 @@ def guess_columns(records: Records, prompt: str | None, completion: str | None) 
 
 
 def read_rows(records: Records, columns: Columns) -> list[Example]:
-    """The conversations; an answer that is no text stays as it is."""
+    """The conversations; an answer that is not a text stays as it is."""
     return [
         Example(columns.conversation(record, where, True), where, tools=columns.tools(record, where),
                 schema=record.get(columns.schema))
