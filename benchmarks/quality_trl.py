@@ -5,15 +5,17 @@
     python quality_trl.py train OUT BASE                          TRL's adapter after these steps, in OUT/trl
 
 CONFIG is the task's YAML that quality.py wrote; the recipe is quality.py's. Needs the environment of `make bench`.
-Judge the adapter with `formtune test -c CONFIG --model.adapter OUT/trl`.
+Judge the adapter with `formtune validate -c CONFIG --model.adapter OUT/trl`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ RECIPE = ["--precision=bf16", "--dropout=0.05", "--lr=2e-3", "--targets=all-line
 
 def write_rows(out: Path, config: Path, steps: int, seed: int) -> None:
     """Token ids of the rows that `formtune train` would take in its first `steps` steps."""
-    from formtune.data.datamodule import FormatDataModule, Order
+    from formtune.data.datamodule import FormatDataModule
     from formtune.formats import JsonSchema
 
     task = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -34,9 +36,9 @@ def write_rows(out: Path, config: Path, steps: int, seed: int) -> None:
     settings = {"tokenizer": task["model"]["base"], "max_new_tokens": task["model"]["max_new_tokens"]}
     datamodule = FormatDataModule(format=format, **data, **settings)
     datamodule.setup("fit")
-    rows = datamodule.rows["train"]
-    chosen = [rows[i] for i in list(Order(len(rows), seed))[: steps * datamodule.rows_per_step]]
-    workload = {"rows": [{"prompt": list(row.prompt_ids), "target": list(row.target_ids)} for row in chosen]}
+    os.environ["PL_GLOBAL_SEED"] = str(seed)  # the loader's order depends on it
+    rows = chain(*islice(datamodule.train_dataloader(), steps))
+    workload = {"rows": [{"prompt": list(row.prompt_ids), "target": list(row.target_ids)} for row in rows]}
     out.mkdir(parents=True, exist_ok=True)
     (out / "rows.json").write_text(json.dumps(workload), encoding="utf-8")
 

@@ -31,10 +31,15 @@ def page(findings: dict[str, Any]) -> str:
 def print_audit(findings: dict[str, Any], settings: DataSettings, splits: Splits, folder: Path) -> None:
     """Print the data table, the blockers and warnings, and one line with the verdict."""
     print_data(settings, splits, folder)
-    for kind, color in (("blockers", "red"), ("warnings", "yellow")):
-        for line in findings[kind]:
-            say(f"{kind[:-1]}: {line}", color)
+    print_problems(findings)
     print(f"report: {folder / 'report.html'}")
     counts = [(findings["blockers"], "to fix first"), (findings["warnings"], "to look at")]
     parts = [f", {len(lines)} {what}" for lines, what in counts if lines]
     say(f"verdict: {findings['verdict']}{''.join(parts)}", "bold")
+
+
+def print_problems(findings: dict[str, Any]) -> None:
+    """Print the blockers and the warnings, a line each."""
+    for kind, color in (("blockers", "red"), ("warnings", "yellow")):
+        for line in findings[kind]:
+            say(f"{kind[:-1]}: {line}", color)

@@ -50,9 +50,7 @@ def run(command: str, args: list[str]) -> int:
         return 0
     if find_spec("formtune.audit"):  # which may have been deleted
         findings, _ = import_module("formtune.audit.findings").audit(*prepared)
-        for kind in ("blockers", "warnings"):
-            for line in findings[kind]:
-                print(f"{kind[:-1]}: {line}")
+        import_module("formtune.audit.output").print_problems(findings)
         if findings["blockers"]:
             print(f"next: fix what blocks, then formtune audit {' '.join(words)}")
             return 1
