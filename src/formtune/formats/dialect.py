@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema
 import regex
@@ -109,8 +110,8 @@ class Reading:
         self.draft = self._find_draft(schema)
         names = ("$schema", "$anchor", "$dynamicAnchor", "id" if self.draft == "4" else "$id")
         nodes = schema_nodes(schema)
-        wrong = [f"{path}.{key}" for path, node in nodes for key in names if not isinstance(node.get(key, ""), str)]
-        self.problems += [f"{shown}: not a JSON Schema (expected a string)" for shown in wrong]
+        wrong = [f"{path}.{key}" for path, node in nodes for key in names if not _is_uri(node.get(key, ""))]
+        self.problems += [f"{shown}: not a JSON Schema (expected a string that a URI may be)" for shown in wrong]
         if not wrong:  # these names are needed to read the rest
             self._read_all(schema)
         if not self.problems and not self.root.keys() - {"$defs", "definitions"}:
@@ -270,6 +271,13 @@ class Reading:
         except CycleError as error:
             path = next(path for path, node in nodes if id(node) in error.args[1] and "$ref" in node)
             self.problems.append(f"{path}: leads back to itself without end; put a property or items between")
+
+
+def _is_uri(value: Any) -> bool:
+    """Whether a value may be a URI, also a relative one such as "ticket"."""
+    with suppress(ValueError):
+        return isinstance(value, str) and bool(urlsplit(value))
+    return False
 
 
 def _escaped(name: str) -> str:

@@ -236,13 +236,23 @@ def test_all_problems_are_named_at_once_up_to_ten():
     [("type", []), ("type", 3), ("enum", "a"), ("required", True), ("required", [1]), ("minimum", "1"), ("minLength", -1),
      ("maxItems", 1.5), ("multipleOf", 0), ("uniqueItems", "yes"), ("pattern", 1), ("properties", []), ("anyOf", {}),
      ("allOf", []), ("not", "x"), ("items", 1), ("dependentRequired", {"a": "b"}), ("$ref", 1), ("format", 1),
-     ("patternProperties", {"(": {}}), ("exclusiveMinimum", "x"), ("minContains", None), ("prefixItems", [1]), ("$id", 3), ("$anchor", None)],
+     ("patternProperties", {"(": {}}), ("exclusiveMinimum", "x"), ("minContains", None), ("prefixItems", [1]), ("$id", 3),
+     ("$anchor", None), ("$id", "http://[ticket")],
 )  # fmt: skip
 def test_a_value_that_no_keyword_may_have_is_refused(key, value):
     schema = {key: value, "type": "object", "contains": {}} | {key: value}
     for more in ({}, {"$defs": {"a": {"$id": "a"}}}):  # with an identifier, all of the schema is searched for others
         with pytest.raises(UserError, match="not a JSON Schema"):
             JsonSchema(more | schema)
+
+
+@pytest.mark.parametrize("identifier", ["ticket", "My Schema", "schemas/ticket.json", "C:\\ticket.json", "[x]", ""])
+@pytest.mark.parametrize("schema", [D4, D7, D20])
+def test_an_identifier_need_not_be_a_whole_uri(schema, identifier):
+    key = "id" if schema is D4 else "$id"
+    inner = {"type": "object", "properties": {"n": {"type": "integer"}}, "additionalProperties": False}
+    format = JsonSchema({"$schema": schema, key: identifier, "definitions": {"a": inner}, "$ref": "#/definitions/a"})
+    assert format.check('{"n":1}').exact and not format.check('{"n":"x"}').exact and format.grammar()
 
 
 @pytest.mark.parametrize(
