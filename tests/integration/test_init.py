@@ -196,3 +196,29 @@ def test_a_dry_run_refuses_what_training_refuses(write_project, task, capsys):
     task[1]("train.jsonl", [pair(n) | {"completion": "no"} for n in range(60)])
     assert main(["train", "-c", "small.yaml", "--dry_run"]) == 2
     assert "train.jsonl:1: syntax: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_report_compares_the_estimates_of_a_dry_run_with_what_the_run_took(write_project, capsys):
+    write_project({"max_epochs": 1}, lora={"r": 4})
+    words = ["train", "-c", "small.yaml", "--baselines", "[]"]
+    assert main([*words, "--dry_run"]) == 0
+    steps = int(re.search(r"^steps: (\d+)", capsys.readouterr().out, re.M)[1])
+    # Where a run is and how it is watched makes no difference; what is trained does.
+    for run, more, compared in (("same", ["--logger", "csv"], True), ("other", ["--model.lora.r", "2"], False)):
+        assert main([*words, "--run", run, *more]) == 0
+        result = json.loads(Path(f"logs/small/{run}/metrics.json").read_text())
+        page = Path(f"logs/small/{run}/report.html").read_text()
+        assert ("estimates" in result) == ("estimated</th>" in page) == compared
+        if compared:
+            assert result["estimates"]["steps"] == {"estimated": steps, "measured": steps}
+            for name in ("training, min", "baselines, min", "test, min", "peak memory, GiB"):
+                assert all(value > 0 for value in result["estimates"].pop(name).values())
+
+
+def test_a_dry_run_counts_the_baseline_of_the_adapter_that_training_begins_at(write_project, capsys):
+    write_project({"max_epochs": 1, "max_steps": 1}, lora={"r": 4})
+    assert main(["train", "-c", "small.yaml", "--run", "first", "--quick"]) == 0
+    words = ["--model.adapter", "logs/small/first/adapter", "--baselines", "[few_shot]"]
+    assert main(["train", "-c", "small.yaml", "--dry_run", *words]) == 0
+    assert "\nbaselines: plain, few_shot, adapter, on" in capsys.readouterr().out

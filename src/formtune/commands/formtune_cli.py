@@ -225,7 +225,9 @@ class FormtuneCLI(LightningCLI):
     def train(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         config = self.config.train
         if config.dry_run:
-            return plan(self.trainer, model, datamodule, config.baselines, config.baseline_rows, _checks())
+            return plan(
+                self.trainer, model, datamodule, self._record, config.baselines, config.baseline_rows, _checks()
+            )
         try:
             result = train(
                 self.trainer, model, datamodule, self.folder, self._record, config.baselines, config.baseline_rows,
@@ -239,7 +241,7 @@ class FormtuneCLI(LightningCLI):
     def fit(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         trainer: Any = self.trainer
         if self.config.fit.dry_run:
-            return plan(trainer, model, datamodule)
+            return plan(trainer, model, datamodule, self._record)
         writes = trainer.is_global_zero and not trainer.fast_dev_run
         try:
             if writes:

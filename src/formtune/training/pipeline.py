@@ -1,6 +1,7 @@
 """The whole job of `formtune train`, in the order in which it runs."""
 
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from formtune.data.datamodule import FormatDataModule
 from formtune.data.encoded import FEW_ROWS
 from formtune.data.table import print_data
 from formtune.errors import UserError
-from formtune.files import write_json
+from formtune.files import read_entry, write_json
 from formtune.model import FormatModule
 from formtune.training import callback
 from formtune.training.checkpoint import BestCheckpoint, read
+from formtune.training.estimates import estimates_entry, peak_memory
 from formtune.training.evaluator import Baseline, Evaluator
 from formtune.training.loggers import record
 from formtune.training.manifest import write_manifest
@@ -54,13 +56,15 @@ def train(
         record(trainer, folder.path / "config.yaml", config())
 
     # What prompting reaches
+    began = time.monotonic()
     evaluator.baselines(baselines, baseline_rows)
 
     # Training; the curves start at the untuned base, or the adapter
     if checkpoint is None:
         trainer.validate(model, datamodule, verbose=False)
+    before = time.monotonic() - began
     trainer.fit(model, datamodule, ckpt_path=checkpoint)
-    steps = trainer.global_step
+    steps, fitted = trainer.global_step, time.monotonic()
     if trainer.fast_dev_run:
         return None
 
@@ -93,7 +97,11 @@ def train(
         "diagnosis": diagnose(history).text,
         "next": advice,
     }
+    minutes = {"training": checkpoints.seconds, "baselines": before, "test": time.monotonic() - fitted}
+    took = {"steps": steps, "peak memory, GiB": peak_memory()} | {f"{k}, min": s / 60 for k, s in minutes.items()}
     if writes:
+        if estimates := read_entry(estimates_entry(config(), evaluator.splits.key)):
+            result["estimates"] = {name: {"estimated": it, "measured": took[name]} for name, it in estimates.items()}
         evaluator.report()
         write_json(folder.path / "metrics.json", result)  # last of all: it says that the run is finished
     return result

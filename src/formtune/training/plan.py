@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
-from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import torch
@@ -15,11 +14,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from formtune.base.row import quantile
 from formtune.data.datamodule import EVALUATION_ROWS, FormatDataModule
 from formtune.errors import UserError
+from formtune.files import write_entry
 from formtune.model import FormatModule
 from formtune.model.fsdp import padded, unsynced
 from formtune.model.micro_batches import Decoding
 from formtune.model.ranks import highest
 from formtune.training import callback
+from formtune.training.estimates import KEPT, estimates_entry, peak_memory
 from formtune.training.evaluator import LONGEST
 from formtune.training.pipeline import prepare
 
@@ -77,12 +78,13 @@ class Timing(Callback):
 
 
 def plan(
-    trainer: Any, model: FormatModule, datamodule: FormatDataModule, baselines: Sequence[str] | None = None,
-    most: int = 0, checks: Sequence[Callable[[FormatModule], Any]] = (),
+    trainer: Any, model: FormatModule, datamodule: FormatDataModule, config: Callable[[], str],
+    baselines: Sequence[str] | None = None, most: int = 0, checks: Sequence[Callable[[FormatModule], Any]] = (),
 ) -> None:  # fmt: skip
     """Prepare the rows, and print the steps of a training with about the time and the memory that it takes.
 
-    `baselines`, which are measured on at most so many rows, and `checks` are those of `formtune train`.
+    The estimates are kept for the report of a run of the same configuration. `baselines`, which are measured on at
+    most so many rows, and `checks` are those of `formtune train`.
     """
     prepare(trainer, datamodule)
     for check in checks:
@@ -100,19 +102,22 @@ def plan(
     tuned = timing.forced + quantile(sizes, 50) / 2 * timing.token
     seconds = {"training": steps * timing.step, "validations": validations * validated * (timing.forced + tuned)}
     if baselines is not None:
-        seconds["baselines"] = ((1 + len(baselines)) * min(most, tested) + validated) * untuned
+        measured = ["plain", *baselines, *(["adapter"] if model.adapter else [])]
+        seconds["baselines"] = (len(measured) * min(most, tested) + validated) * untuned
         seconds["test"] = ((1 + ("constrained" in baselines)) * tested + validated) * tuned
-        rank_zero_only(print)(
-            f"baselines: {', '.join(['plain', *baselines])}, on {min(most, tested):,} of {tested:,} test rows"
-        )
+        rank_zero_only(print)(f"baselines: {', '.join(measured)}, on {min(most, tested):,} of {tested:,} test rows")
     parts = ", ".join(f"{name} {_minutes(value)}" for name, value in seconds.items())
-    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    estimates = {"steps": steps, "training, min": (seconds["training"] + seconds["validations"]) / 60}
+    estimates |= {f"{name}, min": seconds[name] / 60 for name in ("baselines", "test") if name in seconds}
+    estimates["peak memory, GiB"] = memory = peak_memory()
+    if trainer.is_global_zero and datamodule.splits:
+        write_entry(estimates_entry(config(), datamodule.splits.key), estimates, KEPT)
     rank_zero_only(print)(
         f"steps: {steps:,} of {datamodule.rows_per_step} rows, {steps / trainer.num_training_batches:.3g} epochs; each "
         f"computes {timing.tokens:,.0f} tokens in {timing.micro_batches:.1f} micro-batches, in {timing.step:.2g} s\n"
         f"validations: {validations:,} of {validated:,} rows\n"
         f"time: about {_minutes(sum(seconds.values()))} ({parts}), estimated on this machine now\n"
-        f"peak memory: {memory / 2**30:.1f} GiB\ndry run: nothing was trained",
+        f"peak memory: {memory:.1f} GiB\ndry run: nothing was trained",
         flush=True,
     )
 

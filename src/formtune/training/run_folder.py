@@ -42,7 +42,7 @@ class RunFolder:
 
     def difference(self, config: str) -> str | None:
         """The first key, with both values, in which this run's configuration differs from another in YAML, or None."""
-        old, new = self.config(), dict(_leaves(yaml.safe_load(config)))
+        old, new = self.config(), dict(leaves(yaml.safe_load(config)))
         if None in (old.get("data.date"), new.get("data.date")):  # the template writes none, or the run's is taken
             old["data.date"] = new["data.date"] = None
         for key in new | old:
@@ -54,7 +54,7 @@ class RunFolder:
         """The run's configuration by dotted keys."""
         path = self.path / "config.yaml"
         try:
-            return dict(_leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
+            return dict(leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{path}: cannot be read ({error}); begin another run") from None
 
@@ -126,9 +126,9 @@ def minimum_confidence(config: Any, run: Path | None) -> float:
     raise UserError(f"target_precision: {fault}")
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+            yield from leaves(inner, f"{path}.{key}" if path else str(key))
     else:
         yield path, value
