@@ -115,6 +115,21 @@ def test_answers_in_a_fence_are_repaired(folder, base):
     assert "fence" in yaml.safe_load(Path("configs/trips.yaml").read_text())["data"]["repair_answers"]
 
 
+def test_reasoning_before_the_answers_and_a_split_column_are_found(folder, base, capsys):
+    task = [{**row, "completion": f"<think>\nto {row['prompt']}\n</think>\n\n{row['completion']}",
+             "split": "test" if n % 4 == 0 else "train"} for n, row in enumerate(rows(120))]  # fmt: skip
+    write("trips.jsonl", task)
+    assert main(["init", "trips.jsonl", "--base", base]) == 0
+    _, settings = read_task(task_parser("audit"), ["-c", "configs/trips.yaml"])
+    assert settings.format.tags == ("<think>", "</think>") and "city" in settings.format.inner.fields
+    assert settings.system.startswith("Think first, between <think> and </think>. Answer with one JSON document")
+    assert settings.split_column == "split"
+    from formtune.data.preparation import load_splits
+
+    counted = load_splits(settings).read
+    assert counted == {"test": 30, "train": 90}
+
+
 @pytest.mark.parametrize("existing", ["configs/trips.yaml", "data/trips/schema.json"])
 def test_nothing_is_overwritten(folder, base, capsys, existing):
     write("trips.jsonl", rows(30))

@@ -223,14 +223,12 @@ class FormtuneCLI(LightningCLI):
         return trainer
 
     def train(self, model: FormatModule, datamodule: FormatDataModule) -> None:
-        config = self.config.train
+        config, trainer = self.config.train, self.trainer
         if config.dry_run:
-            return plan(
-                self.trainer, model, datamodule, self._record, config.baselines, config.baseline_rows, _checks()
-            )
+            return plan(trainer, model, datamodule, self._record, config.baselines, config.baseline_rows, _checks())
         try:
             result = train(
-                self.trainer, model, datamodule, self.folder, self._record, config.baselines, config.baseline_rows,
+                trainer, model, datamodule, self.folder, self._record, config.baselines, config.baseline_rows,
                 self.checkpoint, _checks(), longer_inputs=not config.quick,
             )  # fmt: skip
             if result:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 from formtune.base.row import SYSTEM_ROLES, Row, UnfitRow
 from formtune.configuration.terminal import shown
@@ -22,6 +23,9 @@ from formtune.data.weights import weighted
 from formtune.errors import UserError
 from formtune.formats import Format, ToolCalls
 from formtune.formats.key_orders import learn_orders
+
+# What a split is called in files' names and in columns.
+SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation")
 
 
 def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
@@ -51,6 +55,11 @@ def read_splits(settings: DataSettings) -> tuple[dict[str, list[Example]], Count
     ignored: Counter[str] = Counter()
     named = {name: source for name, source in settings.sources.items() if name not in settings.shares}
     examples = {name: read_examples(settings, source, ignored, split=name) for name, source in named.items()}
+    if settings.split_column:
+        rows = list(chain(*examples.values()))
+        present = {"train", *(row.split for row in rows)}
+        examples = {name: [e for e in rows if e.split == name] for name in settings.sources if name in present}
+        settings.shares = {name: share for name, share in settings.shares.items() if name not in present}
     if settings.group and not any(example.group for example in chain(*examples.values())):
         raise UserError(f"data.group: no row has a value in the column `{settings.group}`; name another column")
     if settings.train_on == "all":
@@ -89,7 +98,7 @@ def read_examples(
         if not isinstance(answer := messages[-1]["content"], str):
             messages[-1]["content"], note = written(answer, _of_row(format, schema, where), where)
             columns.notes.setdefault(note, where)
-        ignored.update(sorted(unread - {settings.group}))
+        ignored.update(sorted(unread - {settings.group, settings.split_column}))
         if (system := settings.system_of(schema)) and messages[0]["role"] not in SYSTEM_ROLES:
             # An instruction in front of every input is not said twice.
             messages[0]["content"] = messages[0]["content"].removeprefix(system)
@@ -99,9 +108,16 @@ def read_examples(
             remedy = "data.group needs a column of texts or numbers"
             raise UserError(f"{where}: `{settings.group}` is {kind(group)}; {remedy}")
         group, origin = "" if group is None else str(group), columns.origin(record, where)
-        row = Example(messages, where, origin, tools=tools, schema=schema, group=group, split=split, entry=entry)
+        own = _own_split(settings.split_column, record, where) if split == "train" and settings.split_column else split
+        row = Example(messages, where, origin, tools=tools, schema=schema, group=group, split=own, entry=entry)
         examples.append(row)
     return examples
+
+
+def _own_split(column: str, record: dict[str, Any], where: str) -> str:
+    if split := SPLITS.get(str(record.get(column)).lower()):
+        return split
+    raise UserError(f"{where}: the split in `{column}` is {record.get(column)!r}, not one of {', '.join(SPLITS)}")
 
 
 def _of_row(format: Format, schema: str | None, where: str) -> Format:

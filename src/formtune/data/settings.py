@@ -49,6 +49,7 @@ class DataSettings:
         columns: Which columns hold the conversation; known shapes, such as ShareGPT's, are recognized without it.
         train_on: The last answer of a conversation, or all: each is then a separate row, in every split.
         group: Column whose rows with the same value, such as a dialogue's or a customer's, are never in two splits.
+        split_column: Column of train that says in which split a row is, in place of shares: train, validation or test.
         clean: Repairs to run on inputs, here and in `predict`.
         repair_answers: Repairs to run on answers, made only if the answer then has a valid format.
         near_duplicates: Jaccard index of the five-character shingles of two inputs from which they are near-duplicates;
@@ -74,6 +75,7 @@ class DataSettings:
         columns: Columns | None = None,
         train_on: Literal["last", "all"] = "last",
         group: str | None = None,
+        split_column: str | None = None,
         clean: list[Step] = ["encoding", "unicode", "control", "edges"],  # noqa: B006 (jsonargparse shows it in --help)
         repair_answers: list[AnswerStep] = [],  # noqa: B006
         near_duplicates: ClosedUnitInterval = 0.8,
@@ -98,6 +100,7 @@ class DataSettings:
         self.format, self.prompts, self.production, self.base = format, prompts, production, tokenizer
         self.system, self.columns = system_prompt(system, format.to_dict()), columns or Columns()
         self.template, self.train_on, self.group = read_template(chat_template), train_on, group
+        self.split_column = split_column
         self.clean, self.repair_answers, self.near_duplicates = clean, repair_answers, near_duplicates
         self.bad_rows, self.max_synthetic = bad_rows, max_synthetic
         self.max_length, self.max_new_tokens = max_length, max_new_tokens

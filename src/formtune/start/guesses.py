@@ -4,9 +4,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+from formtune.base.row import Message
 from formtune.data.cleaning import Example
+from formtune.data.preparation import SPLITS
 from formtune.data.shapes import Columns
 from formtune.data.turns import empty
 from formtune.errors import UserError
@@ -24,6 +27,7 @@ TARGETS = ("completion", "output", "answer", "response", "target", "label", "lab
 GROUP = (
     r"(?i)(group|conversation|dialog(ue)?|session|thread|user|customer|client|author|doc(ument)?|patient|case)(_?id)?"
 )
+SPLIT = r"(?i)(data_?)?(split|subset|fold|partition|set)"
 
 Records = Sequence[tuple[dict[str, Any], str]]
 
@@ -72,7 +76,7 @@ def read_rows(records: Records, columns: Columns) -> list[Example]:
     ]  # fmt: skip
 
 
-def guess_instruction(rows: Sequence[Example]) -> str:
+def guess_system(rows: Sequence[Example]) -> str:
     """What all prompts of one turn begin with, up to the end of a line or sentence; "" for nothing."""
     texts = [row.input for row in rows]
     shared = re.match(r"(?s)(.*(\n|[.:!?] ))?", os.path.commonprefix(texts))[0]  # type: ignore[index]  # noqa: RUF071
@@ -80,13 +84,36 @@ def guess_instruction(rows: Sequence[Example]) -> str:
     return shared if longer and len(shared.split()) >= WORDS and len(rows) >= FEW else ""
 
 
-def guess_group(records: Records) -> Guess | None:
-    """A column whose name and repeated values say that rows belong together."""
-    for name in records[0][0]:
-        values = [str(record[name]) for record, _ in records if not empty(record.get(name))]
-        if re.fullmatch(GROUP, name) and FEW <= (count := len({*values})) < len(values):
-            return Guess("data.group", name, f"{count:,} values over {len(values):,} rows: never in two splits")
-    return None
+def guess_splits(records: Records) -> list[Guess]:
+    """Columns whose names and values say which rows belong together, and in which split each row is."""
+    found: dict[str, Guess] = {}
+    for name in reversed(records[0][0]):  # the first one counts
+        values = Counter(str(record[name]) for record, _ in records if not empty(record.get(name)))
+        if re.fullmatch(GROUP, name) and FEW <= len(values) < values.total():
+            why = f"{len(values):,} values over {values.total():,} rows: never in two splits"
+            found["group"] = Guess("data.group", name, why)
+        elif re.fullmatch(SPLIT, name) and {"train"} < {*map(str.lower, values)} <= SPLITS.keys():
+            why = ", ".join(f"{count:,} rows of {value}" for value, count in values.items())
+            found["split"] = Guess("data.split_column", name, why)
+    return [*found.values()]
+
+
+def guess_tags(rows: list[Example]) -> tuple[dict[str, Any], list[Example]]:
+    """The tags around the reasoning with which nearly all answers begin, none if they do not; the rows without it."""
+    parts = [_reasoning(row.messages[-1]) for row in rows]
+    tag, count = Counter(tag for tag, _ in parts).most_common(1)[0]
+    if not tag or count < FIT * len(rows):
+        return {}, rows
+    bare = [replace(row, messages=[*row.messages[:-1], last]) for row, (_, last) in zip(rows, parts, strict=True)]
+    return {"open": f"<{tag}>", "close": f"</{tag}>"}, bare
+
+
+def _reasoning(answer: Message) -> tuple[str, Message]:
+    """The tag around the reasoning before an answer that has no tag, "" for none; and the answer alone."""
+    if "reasoning_content" in answer:
+        return "think", {key: value for key, value in answer.items() if key != "reasoning_content"}
+    match = re.match(r"(?s)\s*<(\w+)>.*?</\1>\s*(?=[^\s<])", str(answer["content"]))
+    return (match[1], answer | {"content": answer["content"][match.end() :]}) if match else ("", answer)
 
 
 def guess_format(rows: Sequence[Example], template: str) -> tuple[str, dict[str, Any], str]:

@@ -17,13 +17,12 @@ from formtune.base.renderer import Renderer
 from formtune.data import Columns
 from formtune.data.blockers import BAD, FEW
 from formtune.data.encoded import Splits
-from formtune.data.preparation import load_splits
+from formtune.data.preparation import SPLITS, load_splits
 from formtune.data.settings import DataSettings
 from formtune.data.sources import read_records
 from formtune.errors import UserError
-from formtune.start.guesses import Guess, guess_columns, guess_format, guess_group, guess_instruction, read_rows
+from formtune.start.guesses import Guess, guess_columns, guess_format, guess_splits, guess_system, guess_tags, read_rows
 
-OTHERS = [*(("validation", word) for word in ("validation", "valid", "val", "dev", "eval")), ("test", "test")]
 LONGEST = 4000  # characters of a system prompt that lists what is allowed
 SMALL = 2**30  # bytes of weights; a smaller base needs more than the defaults, see docs/training.md
 SHORTEST = 16  # tokens: the lowest max_new_tokens
@@ -38,12 +37,13 @@ def propose(
     records = [*read_records(rows)]
     if not records:
         raise UserError(f"{rows}: holds no row")
-    folder, columns, group = local_folder(base), guess_columns(records, prompt, completion), guess_group(records)
+    folder, columns, by_column = local_folder(base), guess_columns(records, prompt, completion), guess_splits(records)
     files: dict[str, Any] = {"train": rows, **files_beside(rows)}
     others = [*chain(*map(read_records, [*files.values()][1:]))]
     examples = read_rows(records, Columns(**columns))
     # The format takes the rows of all splits.
     judged = examples + read_rows(others, Columns(**columns))
+    tags, judged = guess_tags(judged)
     kind, init_args, why = guess_format(judged, str(Renderer.load(base).tokenizer.chat_template) if folder else "")
     guesses = [Guess("model.base", base, "--base takes another one")]
     if folder and 0 < sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL:
@@ -53,25 +53,32 @@ def propose(
     guesses += [Guess(f"data.{split}", file, f"{len(records):,} rows" if file == rows else f"beside {rows}")
                 for split, file in files.items()]  # fmt: skip
     guesses += [Guess("data.columns", columns, f"of the columns {', '.join(records[0][0])}")] if columns else []
-    guesses += [group] if group else []
+    guesses += by_column
     system = None
     if not any(example.system for example in examples):
-        instruction, reason = guess_instruction(examples), "no row has a system prompt"
+        instruction, reason = guess_system(examples), "no row has a system prompt"
         reason += "; all prompts begin with this, and it is taken from there" if instruction else ""
         system = instruction.rstrip() or asking(init_args)
+        if tags and system and not instruction:
+            system = f"Think first, between {tags['open']} and {tags['close']}. {system}"
         guesses += [Guess("data.system", system, reason)] if system else []
     prepared = None
     if folder:
+        format = getattr(formats, kind)(**init_args)
         settings = DataSettings(
-            getattr(formats, kind)(**init_args), **files, tokenizer=base, columns=Columns(**columns), system=system,
-            group=group.value if group else None,
+            formats.Reasoning(format, **tags) if tags else format, **files, tokenizer=base, columns=Columns(**columns),
+            system=system, **{key.removeprefix("data."): value for key, value, _ in by_column},
         )  # fmt: skip
         prepared = settings, measure(settings, guesses)
     schema = None
     if "schema" in init_args:
         schema = json.dumps(init_args["schema"], indent=2, ensure_ascii=False) + "\n"
         init_args["schema"] = str(schema_file)
-    guesses.append(Guess("data.format", {"class_path": kind, "init_args": init_args} if init_args else kind, why))
+    value = {"class_path": kind, "init_args": init_args} if init_args else kind
+    if tags:
+        value = {"class_path": "Reasoning", "init_args": {"format": value, **tags}}
+        why = f"the answers after {tags['open']}...{tags['close']}: {why}"
+    guesses.append(Guess("data.format", value, why))
     return sorted(guesses, key=lambda guess: not guess.key.startswith("model.")), schema, prepared
 
 
@@ -88,9 +95,9 @@ def files_beside(rows: str) -> dict[str, str]:
     path = Path(rows)
     files: dict[str, str] = {}
     stem, _, ending = path.name.partition(".")
-    for split, word in OTHERS if path.is_file() else ():
+    for word, split in SPLITS.items() if path.is_file() else ():
         for name in [stem.replace("train", word)] if "train" in stem else [word, f"{stem}_{word}", f"{stem}-{word}"]:
-            if name != stem and (other := path.with_name(f"{name}.{ending}")).is_file():
+            if name != stem and split != "train" and (other := path.with_name(f"{name}.{ending}")).is_file():
                 files[split] = str(other)
     return files
 

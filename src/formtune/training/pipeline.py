@@ -4,8 +4,10 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from formtune.data.datamodule import FormatDataModule
@@ -16,13 +18,12 @@ from formtune.files import read_entry, write_json
 from formtune.model import FormatModule
 from formtune.training import callback
 from formtune.training.checkpoint import BestCheckpoint, read
-from formtune.training.estimates import estimates_entry, peak_memory
 from formtune.training.evaluator import Baseline, Evaluator
 from formtune.training.loggers import record
 from formtune.training.manifest import write_manifest
 from formtune.training.next_step import next_step
 from formtune.training.overfitting import diagnose
-from formtune.training.run_folder import RunFolder
+from formtune.training.run_folder import RunFolder, plan_entry
 from formtune.training.validations import Validations, best, reason
 
 
@@ -100,7 +101,7 @@ def train(
     minutes = {"training": checkpoints.seconds, "baselines": before, "test": time.monotonic() - fitted}
     took = {"steps": steps, "peak memory, GiB": peak_memory()} | {f"{k}, min": s / 60 for k, s in minutes.items()}
     if writes:
-        if estimates := read_entry(estimates_entry(config(), evaluator.splits.key)):
+        if estimates := read_entry(plan_entry(config(), evaluator.splits.key)):
             result["estimates"] = {name: {"estimated": it, "measured": took[name]} for name, it in estimates.items()}
         evaluator.report()
         write_json(folder.path / "metrics.json", result)  # last of all: it says that the run is finished
@@ -123,6 +124,12 @@ def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> N
             f"the chat template writes the date; frozen at {settings.date} for this run; a server writes its own day, "
             "unless the date is written into the chat_template.jinja that it serves"
         )
+
+
+def peak_memory() -> float:
+    """The most GiB that this process held so far, of its GPU if it has one."""
+    on_gpu = torch.cuda.is_available()
+    return (torch.cuda.max_memory_allocated() if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 2**30
 
 
 def export_adapter(module: FormatModule, folder: Path, config: Path, data: str | None, origin: dict[str, Any]) -> None:

@@ -20,9 +20,9 @@ from formtune.model.fsdp import padded, unsynced
 from formtune.model.micro_batches import Decoding
 from formtune.model.ranks import highest
 from formtune.training import callback
-from formtune.training.estimates import KEPT, estimates_entry, peak_memory
 from formtune.training.evaluator import LONGEST
-from formtune.training.pipeline import prepare
+from formtune.training.pipeline import peak_memory, prepare
+from formtune.training.run_folder import plan_entry
 
 STEPS = 32  # steps whose micro-batches are counted
 MOST, SECONDS = 8, 3  # micro-batches that are timed at most, and about how long
@@ -111,7 +111,7 @@ def plan(
     estimates |= {f"{name}, min": seconds[name] / 60 for name in ("baselines", "test") if name in seconds}
     estimates["peak memory, GiB"] = memory = peak_memory()
     if trainer.is_global_zero and datamodule.splits:
-        write_entry(estimates_entry(config(), datamodule.splits.key), estimates, KEPT)
+        write_entry(plan_entry(config(), datamodule.splits.key), estimates, kept=24)
     rank_zero_only(print)(
         f"steps: {steps:,} of {datamodule.rows_per_step} rows, {steps / trainer.num_training_batches:.3g} epochs; each "
         f"computes {timing.tokens:,.0f} tokens in {timing.micro_batches:.1f} micro-batches, in {timing.step:.2g} s\n"

@@ -1,6 +1,8 @@
 """The folder of one run: held by one process at a time, and resumed with the same configuration only."""
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ FREE = (
     *("run", "resume", "task", "trainer.default_root_dir", "trainer.enable_progress_bar", "data.prompts", "logger"),
     *("checkpoint.every_n_seconds", "checkpoint.save_last", "answer_table"),
 )
+# Keys that do not change what a training takes, and those that a dry run sets itself.
+UNPLANNED = (*FREE, "data.date", "trainer.logger", "trainer.callbacks", "trainer.enable_checkpointing")
 
 
 class RunFolder:
@@ -42,7 +46,7 @@ class RunFolder:
 
     def difference(self, config: str) -> str | None:
         """The first key, with both values, in which this run's configuration differs from another in YAML, or None."""
-        old, new = self.config(), dict(leaves(yaml.safe_load(config)))
+        old, new = self.config(), dict(_leaves(yaml.safe_load(config)))
         if None in (old.get("data.date"), new.get("data.date")):  # the template writes none, or the run's is taken
             old["data.date"] = new["data.date"] = None
         for key in new | old:
@@ -54,7 +58,7 @@ class RunFolder:
         """The run's configuration by dotted keys."""
         path = self.path / "config.yaml"
         try:
-            return dict(leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
+            return dict(_leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{path}: cannot be read ({error}); begin another run") from None
 
@@ -78,6 +82,12 @@ class RunFolder:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
             self._lock.release()
+
+
+def plan_entry(config: str, data: str) -> Path:
+    """The cache entry of what `--dry_run` estimated for this configuration and rows of this content hash."""
+    keys = [(key, value) for key, value in _leaves(yaml.safe_load(config)) if not key.startswith(UNPLANNED)]
+    return Path(".cache/plan", f"{hashlib.sha256(json.dumps([keys, data], default=str).encode()).hexdigest()}.json")
 
 
 def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], str]) -> str | None:
@@ -126,9 +136,9 @@ def minimum_confidence(config: Any, run: Path | None) -> float:
     raise UserError(f"target_precision: {fault}")
 
 
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for key, inner in value.items():
-            yield from leaves(inner, f"{path}.{key}" if path else str(key))
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
     else:
         yield path, value

@@ -189,6 +189,24 @@ def test_an_empty_or_unusable_group_column_is_refused(prepare, value, message):
         prepare([{"prompt": "p", "completion": answer(1), "doc": value}], group="doc")
 
 
+def test_a_column_says_in_which_split_a_row_is(prepare):
+    def rows(*names):
+        return [{"prompt": f"{WORDY[n % 16]} {n * 7919} {WORDY[n * 7 % 16]} of {n * n}", "completion": answer(n), "part": names[n % 4]}
+                for n in range(80)]  # fmt: skip
+
+    splits = prepare(rows("train", "Dev", "train", "test"), split_column="part")
+    assert splits.read == {"test": 20, "validation": 20, "train": 40} and not splits.ignored
+    lines = {name: {(int(place) - 1) % 4 for place in members} for name, members in places(splits).items()}
+    assert lines == {"test": {3}, "validation": {1}, "train": {0, 2}}
+    # A split that the column does not name is a share of train.
+    splits = prepare(rows("train", "train", "train", "test"), split_column="part")
+    assert splits.read == {"test": 20, "train": 60} and 0 < len(splits.rows["validation"]) < 30
+    with pytest.raises(
+        UserError, match="train.jsonl:4: the split in `part` is 'x', not one of train, test, validation"
+    ):
+        prepare(rows("train", "train", "train", "x"), split_column="part")
+
+
 def test_an_input_of_many_groups_joins_none_of_them():
     rows = [Example([{"role": "user", "content": text}, {"role": "assistant", "content": "x"}], f"{g} {text}", value=g, group=str(g))
             for g in range(20) for text in ("cancel my order", f"{WORDY[g % 16]} number {g * 7919}")]  # fmt: skip

@@ -9,7 +9,7 @@ from formtune.data import Columns
 from formtune.data.sources import read_records
 from formtune.errors import UserError
 from formtune.formats import JsonSchema
-from formtune.start.guesses import guess_columns, guess_format, guess_group, guess_instruction, read_rows
+from formtune.start.guesses import guess_columns, guess_format, guess_splits, guess_system, guess_tags, read_rows
 
 HERMES = "<tool_call>"
 
@@ -114,7 +114,7 @@ def test_free_text_is_refused_with_what_can_be_trained():
 
 def test_an_instruction_ends_where_prompts_differ_at_a_line_or_sentence():
     def instruction(*prompts):
-        return guess_instruction(read_rows(placed(*({"prompt": p, "completion": "c"} for p in prompts)), Columns()))
+        return guess_system(read_rows(placed(*({"prompt": p, "completion": "c"} for p in prompts)), Columns()))
 
     texts = [f"Find the city in this text: I live in {name}" for name in ("Oslo", "Bern", "Rome", "Bonn") * 5]
     assert instruction(*texts) == "Find the city in this text: "
@@ -124,8 +124,29 @@ def test_an_instruction_ends_where_prompts_differ_at_a_line_or_sentence():
 
 def test_a_group_is_a_column_that_says_so_and_repeats():
     rows = [{"prompt": str(n), "customer_id": n // 3, "id": n, "user": n} for n in range(90)]
-    assert guess_group(placed(*rows)).value == "customer_id"
-    assert guess_group(placed(*({"prompt": str(n), "user": n} for n in range(90)))) is None
+    assert guess_splits(placed(*rows))[0][:2] == ("data.group", "customer_id")
+    assert guess_splits(placed(*({"prompt": str(n), "user": n} for n in range(90)))) == []
+
+
+def test_a_split_column_is_one_that_names_the_splits():
+    rows = [{"prompt": "p", "fold": n % 5, "set": "train", "Split": ("train", "Dev", "test")[n % 3]} for n in range(90)]
+    [guess] = guess_splits(placed(*rows))
+    assert guess == ("data.split_column", "Split", "30 rows of train, 30 rows of Dev, 30 rows of test")
+
+
+@pytest.mark.parametrize(
+    "answer, tag, rest",
+    [
+        ("<think>\nn times 2\n</think>\n\n{}", "think", "{}"),
+        ("<reason></reason>yes", "reason", "yes"),
+        ("<why>it is</why><label>a</label>", "", "<why>it is</why><label>a</label>"),
+        ("<p>free text</p>", "", "<p>free text</p>"),
+    ],
+)
+def test_reasoning_is_a_tagged_text_before_an_answer_without_tags(answer, tag, rest):
+    tags, rows = guess_tags(pairs(*[answer] * 19, "none"))
+    assert tags == ({"open": f"<{tag}>", "close": f"</{tag}>"} if tag else {})
+    assert rows[0].messages[-1]["content"] == rest
 
 
 @pytest.mark.parametrize("name", ["snips", "wnut17"])
