@@ -12,7 +12,7 @@ class Command(NamedTuple):
 _ALL = {
     "init": Command("init", "Look at rows, and write the YAML and the schema of a task that is ready to run."),
     "audit": Command("audit", "Check the rows before training. Needs only the base's tokenizer."),
-    "synthesize": Command("synthesize", "Ask a teacher model for rows; keep those with a valid format."),
+    "synthesize": Command("synthesize", "Ask a teacher model to answer prompts; keep the answers with a valid format."),
     "preflight": Command("preflight", "Check before training whether the result can be merged, quantized and served."),
     "train": Command(
         "lightning", "The whole job: baselines, fit, test the best checkpoint, export the adapter, report."
