@@ -58,16 +58,14 @@ def run(command: str, args: list[str]) -> None:
 
     ask = _teacher(config, settings, [turn for shot in shots for turn in shot.messages])
     rows = [row for row, _ in read_records(config.out)] if path.is_file() else []
+    added = {"role": "system", "content": settings.system}  # to each row, by the task
     refused, pool = Counter[str](), ThreadPoolExecutor(config.at_once)
     try:
         answers = shown(pool.map(ask, (example.messages[:-1] for example in new)), len(new), f"asking {config.teacher}")
         for example, answer in zip(new, answers, strict=True):
             answer = repair_answer(answer, format, REPAIRS, Counter())
             if (verdict := format.check(answer)).exact:
-                # Without the task's system prompt, which may change.
-                turns = [
-                    turn for turn in example.messages[:-1] if turn != {"role": "system", "content": settings.system}
-                ]
+                turns = [turn for turn in example.messages[:-1] if turn != added]
                 turns.append({"role": "assistant", "content": answer})
                 rows.append({columns.messages: turns, columns.source or "source": config.teacher})
                 write_lines(path, rows)
