@@ -25,7 +25,7 @@ from formtune.errors import UserError
 from formtune.evaluation.page import render
 from formtune.files import LOGS, write_json, write_whole
 from formtune.sweep.choice import METRICS, Measured, choose, measure
-from formtune.sweep.runs import RANKS, Job, devices, grid, run_all, seed_numbers
+from formtune.sweep.runs import RANKS, Job, grid, seed_numbers
 from formtune.training.run_folder import RunFolder
 
 HELP = """\
@@ -33,7 +33,6 @@ All other arguments are passed to `formtune train`, -c TASK.yaml first of all. A
 
 Runs are in logs/<task>/<sweep>/, with the configuration taken in config.yaml and all figures in report.html and
 sweep.json. The same command again keeps the finished runs and resumes the others, also with more values or seeds.
-With several GPUs, each takes one run at a time.
 
 examples:
   formtune sweep -c configs/demo.yaml --over model.lora.r=8,16 --over model.optimizer.lr=1e-4,2e-4 --seeds 0,1
@@ -54,16 +53,17 @@ def run(command: str, args: list[str]) -> int:
     parser.add_argument("--seeds", default="0,1,2", help="Seeds that each point is trained with (default: %(default)s)")
     options, arguments = parser.parse_known_args(args)
     points, seeds = grid(options.over or [RANKS]), seed_numbers(options.seeds)
-    keys = [*points[0].values]
-    keys_given = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
-    for key in keys_given & RESERVED.union(keys) | RESERVED.intersection(keys):
+    keys = next(iter(points.values())).keys()
+    given = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
+    for key in given & keys | RESERVED & (given | keys):
         raise UserError(f"{key}: the sweep sets it; --over names the values to try, --seeds the seeds")
     configuration = _configuration(arguments)
     settings = yaml.safe_load(configuration)
     task = settings.get("task") or Path(["task", *config_paths(arguments)][-1]).stem
     arguments += ["--task", task]
+    point_arguments = {name: [f"--{key}={value}" for key, value in point.items()] for name, point in points.items()}
     # All of them, so that a mistake is found before the first run.
-    configurations = {point.name: _configuration([*arguments, *point.arguments]) for point in points}
+    configurations = {name: _configuration([*arguments, *words]) for name, words in point_arguments.items()}
     digest = hashlib.sha256("\n".join([configuration, *keys]).encode()).hexdigest()[:8]
     folder = LOGS / task / f"sweep-{'-'.join(key.rpartition('.')[2] for key in keys)}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,28 +75,24 @@ def run(command: str, args: list[str]) -> int:
                 arguments.append(f"--data.date={next(filter(None, begun), today())}")
             # All points once before any of them twice: an interrupted sweep shows the most.
             jobs = []
-            for seed, point in itertools.product(seeds, points):
-                name = f"{point.name}-seed{seed}"
-                of_run = [f"--seed_everything={seed}", f"--run={folder.name}/{name}", "--resume"]
-                jobs.append(Job(point.name, folder / name, [*arguments, *point.arguments, *of_run]))
-            same_rows = not any(key.startswith(CHANGES_ROWS) for key in keys)
-            failed = _run(jobs, devices(settings.get("trainer") or {}), folder, same_rows)
-            measured = []
-            for point in points:
-                if results := [result for job in jobs if job.point == point.name and (result := job.result())]:
-                    measured.append(measure(point.name, results))
+            for seed, (name, words) in itertools.product(seeds, point_arguments.items()):
+                run_name = f"{name}-seed{seed}"
+                of_run = [f"--seed_everything={seed}", f"--run={folder.name}/{run_name}", "--resume"]
+                jobs.append(Job(name, folder / run_name, [*arguments, *words, *of_run]))
+            failed = _train(jobs, folder, same_rows=not any(key.startswith(CHANGES_ROWS) for key in keys))
+            results = {name: [job.result() for job in jobs if job.point == name] for name in points}
+            measured = [measure(name, ended) for name, them in results.items() if (ended := [*filter(None, them)])]
             # A point that lost a seed would be judged by those that went well.
             complete = [point for point in measured if point.seeds == len(seeds)]
-            taken, why = None, "Nothing is taken: no point has finished with every seed."
-            (folder / "config.yaml").unlink(missing_ok=True)
-            if complete:
-                best, why = choose(complete)
-                taken = best.name
-                write_whole(folder / "config.yaml", configurations[taken])
+            taken, why = choose(complete) if complete else (None, "Nothing is taken: no point has every seed.")
             figures = [asdict(point) for point in measured]
             summary = {"points": figures, "taken": taken, "reason": why, "seeds": seeds, "failed": failed}
+            # The configuration last: a folder that has one and no sweep.json is a run.
+            (folder / "config.yaml").unlink(missing_ok=True)
             write_json(folder / "sweep.json", summary)
             write_whole(folder / "report.html", render("sweep/report.html.jinja", sweep=summary, folder=folder))
+            if taken:
+                write_whole(folder / "config.yaml", configurations[taken])
     except Timeout:
         raise UserError(f"{folder}: this sweep is already running") from None
     _print(measured, len(seeds), taken, why, folder)
@@ -111,28 +107,28 @@ def _configuration(arguments: Sequence[str]) -> str:
     return out.getvalue()
 
 
-def _run(jobs: Sequence[Job], on: Sequence[str | None], folder: Path, same_rows: bool) -> list[str]:
+def _train(jobs: Sequence[Job], folder: Path, same_rows: bool) -> list[str]:
+    """Run what is not finished, one run after the other; a line for each that failed."""
     results, failed = [result for job in jobs if (result := job.result())], list[str]()
     print(f"{len(jobs)} runs in {folder}, {len(results)} of them already finished", flush=True)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` has it ignored
             signal.signal(number, signal.default_int_handler)  # so that no run outlives its sweep
-    with contextlib.closing(run_all([job for job in jobs if not job.result()], on)) as ended:
-        for job, code in ended:
-            result = job.result()
-            if result is None:
-                if code == 2 and not results and not failed:
-                    raise UserError(job.why(code))  # a mistake that the other runs have too
-                failed.append(f"{job.folder.name} failed: {job.why(code)} (see {job.log})")
-                print(failed[-1], file=sys.stderr, flush=True)
-                continue
-            results.append(result)
-            if same_rows and len({each["data"] for each in results}) > 1:
-                raise UserError(f"{folder}: the rows changed after its first runs; delete it to begin again")
-            best, seconds = result["training"]["best"], result["training"]["seconds"]
-            figures = f"format/exact {best['exact'] / best['rows']:.1%}, field F1 {best['field_f1']:.1%} on validation"
-            ended_runs = f"{len(results) + len(failed)}/{len(jobs)}"
-            print(f"{job.folder.name}: {figures}, {seconds:.0f} s ({ended_runs})", flush=True)
+    for job in [job for job in jobs if not job.result()]:
+        code, result = job.run(), job.result()
+        if result is None:
+            if code == 2 and not results and not failed:
+                raise UserError(job.why(code))  # a mistake that the other runs have too
+            failed.append(f"{job.folder.name} failed: {job.why(code)} (see {job.log})")
+            print(failed[-1], file=sys.stderr, flush=True)
+            continue
+        results.append(result)
+        if same_rows and len({each["data"] for each in results}) > 1:
+            raise UserError(f"{folder}: the rows changed after its first runs; delete it to begin again")
+        best, seconds = result["training"]["best"], result["training"]["seconds"]
+        figures = f"format/exact {best['exact'] / best['rows']:.1%}, field F1 {best['field_f1']:.1%} on validation"
+        done = f"{len(results) + len(failed)}/{len(jobs)}"
+        print(f"{job.folder.name}: {figures}, {seconds:.0f} s ({done})", flush=True)
     return failed
 
 

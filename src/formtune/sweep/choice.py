@@ -57,7 +57,8 @@ def estimate(shares: Sequence[float], rows: int) -> Estimate:
     return Estimate(mean, math.sqrt(mean * (1 - mean) / rows))
 
 
-def choose(points: Sequence[Measured]) -> tuple[Measured, str]:
+def choose(points: Sequence[Measured]) -> tuple[str, str]:
+    """The name of the point to take, and why."""
     in_format = _equal_to_the_best(points, FORMAT)
     in_content = _equal_to_the_best(in_format, CONTENT)
 
@@ -67,7 +68,7 @@ def choose(points: Sequence[Measured]) -> tuple[Measured, str]:
     taken = min(in_content, key=smallest)
     none_valid = not any(point.validation[FORMAT].mean for point in points)
     nothing = "No point has an answer with a valid format, so train longer first. " if none_valid else ""
-    return taken, (
+    return taken.name, (
         f"{nothing}{taken.name} is taken: none has fewer parameters ({taken.trainable_parameters:,}) of those "
         f"within one standard error, or one row, of the best format/exact ({', '.join(p.name for p in in_format)}) and "
         f"then of the best field F1 ({', '.join(p.name for p in in_content)})."
