@@ -23,7 +23,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "deployment.md"
 MARKS = ("<!-- quantisation: begin -->", "<!-- quantisation: end -->")
 MAX_LOSS = 0.01
 QUANTS = ("q8_0", "q4_k_m")  # of GGUF
-COLUMNS = ("kind", *JUDGED, "weights", "tokens/s", "KL", "top-1")
+COLUMNS = ("kind", *JUDGED, "weights", "KL", "top-1")
 
 
 def table(run: Path) -> str:
@@ -49,7 +49,7 @@ def _cells(kind: str, figures: dict[str, Any]) -> list[str]:
     return [
         kind + (" (refused)" if figures["refused"] else ""),
         *(f"{rate['right'] / rate['rows']:.1%}, +{rate['gained']} -{rate['lost']}" for rate in rates),
-        f"{figures['bytes'] / 1e6:,.1f} MB", f"{figures['tokens_per_second']:,.0f}",
+        f"{figures['bytes'] / 1e6:,.1f} MB",
         f"{closeness['kl']:.1e}", f"{closeness['top1']:.1%}",
     ]  # fmt: skip
 

@@ -1,7 +1,6 @@
 """`formtune check-endpoint`: send the test rows to a server; judge its answers as the model's were."""
 
 import json
-import random
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -32,24 +31,19 @@ WORST = 3  # answers that are printed
 
 
 def run(command: str, args: list[str]) -> int:
-    """Ask, judge, print, write `logs/<task>/<run>/`; 1 if fewer answers than `--min_exact` have a valid format."""
+    """Ask, judge, print, write `logs/<task>/endpoint/`; 1 if fewer answers than `--min_exact` have a valid format."""
     parser = task_parser(command, COMMANDS[command].description)
     parser.add_argument("url", type=str, help="Base URL, such as http://127.0.0.1:8000/v1; the key, where one is "
                         "needed, is read from OPENAI_API_KEY")  # fmt: skip
     parser.add_argument("--served_model", type=str | None, help="Name of the model to ask for (default: the task's, as "
                         "formtune serve calls it)")  # fmt: skip
-    parser.add_argument("--rows", type=PositiveInt | None, help="Test rows to ask, drawn at random and the same each "
-                        "time (default: all, as formtune compare needs them)")  # fmt: skip
     parser.add_argument("--at_once", type=PositiveInt, default=4, help="Requests at the same time")
     parser.add_argument("--min_exact", type=ClosedUnitInterval, default=0.0, help="Share of answers in a valid "
                         "format below which the exit code is 1")  # fmt: skip
     parser.add_argument("--constrained", type=bool, default=False, help="Send the schema as response_format, for "
                         "constrained decoding by the server")  # fmt: skip
-    parser.add_argument("--run", type=str, default="endpoint", help="Name of the folder to write in logs/<task>/")
     config, settings = read_task(parser, args)
-    folder = LOGS / config.task / config.run
-    if (folder / "checkpoints").exists():
-        raise UserError(f"--run: {folder} holds a training run; choose another name")
+    folder = LOGS / config.task / "endpoint"
     if not settings.renderer.templated:
         raise UserError(f"check-endpoint asks for chat completions, and {settings.renderer.note}")
     if settings.renderer.replaced:
@@ -57,8 +51,6 @@ def run(command: str, args: list[str]) -> int:
     splits = load_splits(settings)
     check_rows(settings, splits)
     rows = [replace(row, messages=settings.renderer.turns(row.messages)) for row in splits.rows["test"]]
-    if config.rows and config.rows < len(rows):
-        rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), config.rows))]
     schemas: list[Any] = [None] * len(rows)
     if config.constrained:
         inner = settings.format.inner or settings.format

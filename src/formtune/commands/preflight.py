@@ -2,15 +2,15 @@
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from formtune.base.folder import context_length
+from formtune.base.folder import context_length, skeleton
 from formtune.base.row import quantile
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
@@ -19,11 +19,11 @@ from formtune.configuration.yaml_file import config_paths
 from formtune.data.preparation import encode_inputs, production_rows
 from formtune.errors import UserError
 from formtune.export.quantize import lacking
-from formtune.export.rules import MERGED, TARGETS, Plan, check, read_plan
+from formtune.export.rules import MERGED, TARGETS, check
 from formtune.export.trial import Trial
 from formtune.files import LOGS, write_json
 from formtune.model.adapter import take_settings
-from formtune.model.lora import Lora
+from formtune.model.lora import Lora, lora_config
 
 RENDERED = 16  # prompts that llama.cpp must render as training does
 COLORS = {"ok": "green", "warning": "yellow", "fails": "red", "not tried": "yellow"}  # by verdict
@@ -42,7 +42,6 @@ def run(command: str, args: list[str]) -> int:
     parser = task_parser(command, COMMANDS[command].description)
     parser.add_class_arguments(Lora, "model.lora")
     parser.add_argument("--model.adapter", type=str | None, help="As in training")
-    parser.add_argument("--model.quantize", type=Literal["4bit"] | None, help="As in training")
     parser.add_argument("--for", type=str, default="merge,vllm", dest="targets", help="What to do with the adapter, of "
                         f"{', '.join(TARGETS)} (default: merge,vllm)")  # fmt: skip
     config, settings = read_task(parser, args)
@@ -52,17 +51,24 @@ def run(command: str, args: list[str]) -> int:
         unknown = "".join(f"no target {name!r}; " for name in names if name not in TARGETS)
         raise UserError(f"--for: {unknown}name some of {', '.join(TARGETS)}")
     targets, base = [name for name in TARGETS if name in names], config.model.base
-    lora: Lora = parser.instantiate_classes(config).model.lora
-    plan = read_plan(base, lora, config.model.quantize)
+    lora, model = parser.instantiate_classes(config).model.lora, skeleton(base)
+    adapter = lora_config(model, lora)
     if settings.production is None and settings.sources["train"] is None:
         raise UserError("data.train: name a file to train on")
     prompts = production_rows(settings) or encode_inputs(settings, settings.sources["train"], "train")
     length = min(quantile([len(row) for row in prompts], 95), (context_length(base) or 10**9) - 8)
     short = sorted((row for row in prompts if len(row) <= length), key=len, reverse=True)
+    checks = []
     with tempfile.TemporaryDirectory() as folder:
         rendered = short[:RENDERED] if "gguf" in targets else ()
-        trial = Trial(base, lora, length, Path(folder), rendered, settings.renderer)
-        checks = list(_checks(targets, plan, trial))
+        trial = Trial(base, lora, length, Path(folder), settings.renderer, rendered)
+        for target in targets:
+            broken = [Check(target, name, "fails", line) for name, line in check(model, adapter, target)]
+            checks += broken or [Check(target, "rules", "ok", "no rule applies")]
+            if missing := lacking(target):
+                checks.append(Check(target, "trial", "not tried", f"{missing}; only the rules were checked"))
+            elif target in MERGED:
+                checks.append(Check(target, "trial", *trial.attempt(target)))
     if settings.renderer.note and "vllm" in targets:
         checks.append(Check("vllm", "chat template", "warning", settings.renderer.note))
     failed = [name for name in targets if any(it.target == name and it.verdict == "fails" for it in checks)]
@@ -73,22 +79,6 @@ def run(command: str, args: list[str]) -> int:
     _print_checks(checks, targets, failed, path)
     print(f"next: {'change what fails' if failed else f'formtune train -c {config_paths(args)[0]}'}")
     return int(bool(failed))
-
-
-def _checks(targets: Sequence[str], plan: Plan, trial: Trial) -> Iterator[Check]:
-    """Every rule that applies to a target, and a trial of each that begins with the merged model."""
-    for target in targets:
-        rules = check(plan, [target])
-        for rule, line in rules:
-            verdict = "fails" if rule.severity == "error" else "warning"
-            yield Check(target, rule.name, verdict, f"{line} ({rule.versions})")
-        if not rules:
-            yield Check(target, "rules", "ok", "no rule applies")
-    for target in targets:
-        if missing := lacking(target):
-            yield Check(target, "trial", "not tried", f"{missing}; only the rules were checked")
-        elif target in MERGED:
-            yield Check(target, "trial", *trial.attempt(target))
 
 
 def _print_checks(checks: Sequence[Check], targets: Sequence[str], failed: Sequence[str], path: Path) -> None:

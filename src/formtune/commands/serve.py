@@ -10,7 +10,7 @@ from formtune.configuration.parsing import CommandParser
 from formtune.deploy.registry import Exported, find_exported
 from formtune.deploy.server import CHECK, HOST, loading, serve
 from formtune.errors import UserError
-from formtune.export.rules import Plan, refuse
+from formtune.export.rules import refuse, vllm_rank
 from formtune.training.manifest import base_files
 
 
@@ -73,13 +73,13 @@ def vllm_command(models: dict[str, Exported], port: int) -> list[str]:
     if base is not None:
         from peft import PeftConfig
 
-        plans = [Plan(skeleton(base), PeftConfig.from_pretrained(folder)) for folder in folders.values()]
-        for plan in plans:
-            refuse(plan, ["vllm"])
+        adapters = [PeftConfig.from_pretrained(folder) for folder in folders.values()]
+        for adapter in adapters:
+            refuse(skeleton(base), adapter, "vllm")
         template = f"{folder}/chat_template.jinja"
         words = [
             str(Path(base).resolve()) if Path(base).is_dir() else base,
-            "--enable-lora", "--max-lora-rank", str(max(plan.vllm_rank or 0 for plan in plans)),
+            "--enable-lora", "--max-lora-rank", str(vllm_rank(max(adapter.r for adapter in adapters))),
             "--max-loras", str(len(folders)), "--lora-modules", *map("=".join, folders.items()),
             *(["--chat-template", template] if Path(template).is_file() else []),  # completions need none
         ]  # fmt: skip

@@ -16,13 +16,10 @@ from formtune.export.llama_cpp import chat_prompt, prompt_fault
 TIMEOUT = 120  # seconds for an answer
 REFUSED = (400, 422)  # statuses with which a server may refuse to give log-probabilities
 RETRIES = 2  # of a request that fails because of the server or the network
-REMEDIES = {  # by HTTP status
-    400: "--served_model names a model there",
-    401: "set OPENAI_API_KEY",
-    403: "set OPENAI_API_KEY",
-    404: "such a URL usually ends in /v1, and --served_model names a model there",
-    None: "start the server, wait for its model to load, lower --at_once, or fix the URL",  # no reply
-}
+UNANSWERED = (
+    "start the server and wait for its model to load; check the URL, which usually ends in /v1, --served_model and "
+    "OPENAI_API_KEY; lower --at_once if it is too slow"
+)
 REMEDY = (
     "serve the tokenizer and the chat template of the exported folder, add no second BOS, and switch thinking off, or "
     "on for the format Reasoning (transformers: --reasoning off; vLLM: --default-chat-template-kwargs "
@@ -76,15 +73,13 @@ class Endpoint:
             choice, usage = completion.choices[0], completion.usage
             ids = self.ids(prompt) if self.ids else None
         except self._error as error:
-            status = getattr(error, "status_code", None)
-            if self._logprobs and status in REFUSED:
+            if self._logprobs and getattr(error, "status_code", None) in REFUSED:
                 self._logprobs = False
                 return self.ask(row, schema)
             reason = " ".join(first_line(part) for part in (error, error.__cause__) if part)
-            remedy = REMEDIES.get(status, "see the server's log")
-            raise UserError(f"{self.url}: {reason}; {remedy}") from None
+            raise UserError(f"{self.url}: {reason}; {UNANSWERED}") from None
         except (AttributeError, LookupError, TypeError):
-            raise UserError(f"{self.url}: the reply is not a chat completion; such a URL usually ends in /v1") from None
+            raise UserError(f"{self.url}: the reply is not a chat completion; {UNANSWERED}") from None
         message, tags = choice.message, self._renderer.tags
         reasoning = tags and (getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None))
         if tags and reasoning:  # the server took the answer apart
@@ -100,21 +95,17 @@ class Endpoint:
 
     def _fault(self, row: Row, message: Any, count: int | None, ids: list[int] | None) -> str | None:
         """Why a reply says nothing of the model: it is not the answer, or its prompt is not proven to be formtune's."""
-        own = len(row.prompt_ids)
-        if not message.content and any(getattr(message, name, None) for name in ("reasoning_content", "reasoning")):
-            return f"the server took the answer for reasoning; {REMEDY}"
-        if not message.content and message.tool_calls:
-            return "the server parsed the answer as a tool call; start it without a tool parser"
+        parsed = [name for name in ("reasoning_content", "reasoning", "tool_calls") if getattr(message, name, None)]
+        if parsed and not message.content:
+            return f"the server took the answer for {parsed[0]}; start it without such a parser; {REMEDY}"
         if ids is not None:
             fault = prompt_fault(row, ids, self._renderer)
-            return fault and f"{fault}; {REMEDY}"
-        if count is None:
-            return (
-                "the server does not say how many tokens the prompt has (usage.prompt_tokens), so nothing shows that "
-                "it renders the prompt that the model was trained on; have it report usage"
-            )
-        counts = f"the server's prompt has {count:,} tokens and formtune's {own:,}"
-        return None if count == own else f"{counts}; {REMEDY}"
+        elif count is None:
+            return "the server does not say how many tokens the prompt has (usage.prompt_tokens); have it report usage"
+        else:
+            own = len(row.prompt_ids)
+            fault = f"the server's prompt has {count:,} tokens and formtune's {own:,}" if count != own else None
+        return fault and f"{fault}; {REMEDY}"
 
     def _ids_of_vllm(self, prompt: dict[str, Any]) -> list[int]:
         return self._post("/tokenize", {"model": self.model, **prompt, "add_generation_prompt": True})["tokens"]

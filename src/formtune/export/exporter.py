@@ -12,15 +12,14 @@ from typing import Any, Literal
 import torch
 
 from formtune.base.folder import context_length
-from formtune.base.row import quantile
 from formtune.configuration.task import read_run, task_parser
-from formtune.data.preparation import load_splits, production_rows
+from formtune.data.preparation import load_splits
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, outcome, rate, read_outcomes, write_outcomes
 from formtune.export.llama_cpp import measure_gguf
 from formtune.export.measure import COMPARED, Closeness, Sample, call_fresh, measure, merge, tolerance
 from formtune.export.quantize import SCHEMES, folder_name, packages
-from formtune.export.rules import Plan, refuse
+from formtune.export.rules import refuse
 from formtune.export.usage import write_usage
 from formtune.files import write_json
 from formtune.model.lora import load_base
@@ -66,12 +65,9 @@ class FinishedRun:
         self.dtype = getattr(config, "dtype", None) or torch.float32  # that the base is stored in
         context = context_length(self.base) or 10**9
         limits = [min(task.model.max_new_tokens, context - len(row.prompt_ids)) for row in self.test]
-        prompts = [row.prompt_ids for row in production_rows(settings) or self.test]
-        p95 = quantile([len(ids) for ids in prompts], 95)
-        timed = next(ids for ids in prompts if len(ids) == p95)
         of_all_lengths = sorted(self.test, key=len)[:: max(1, len(self.test) // COMPARED)][:COMPARED]
-        compared = [timed, *(row.prompt_ids + row.target_ids for row in of_all_lengths)]
-        self.sample = Sample(self.test, limits, list(self.renderer.stop_ids), compared, timed, self.renderer.thinking)
+        compared = [row.prompt_ids + row.target_ids for row in of_all_lengths]
+        self.sample = Sample(self.test, limits, list(self.renderer.stop_ids), compared, self.renderer.thinking)
         self.calibration = [row.prompt_ids + row.target_ids for row in splits.rows["train"][:CALIBRATION]]
 
 
@@ -103,13 +99,12 @@ def measured(run: FinishedRun, kind: str, folder: Path) -> tuple[dict[str, Any],
     adapter = {"folder": str(run.adapter), "base": run.base, "quantize": run.quantize}
     renderer = run.renderer
     model = adapter if kind == "adapter" else {"folder": str(folder)}
-    closeness, answers, speed = measure_fresh(kind, model, adapter, run.sample)
+    closeness, answers = measure_fresh(kind, model, adapter, run.sample)
     judged = [judge(row, answer, renderer, run.format) for row, answer in zip(run.test, answers, strict=True)]
     outcomes = [outcome(answer, run.format) for answer in judged]
     before = outcomes if run.constrained else run.outcomes
     figures: dict[str, Any] = {
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")),
-        "tokens_per_second": speed,
         "closeness": asdict(closeness),
         "same_answers": sum(a.answer == b.answer for a, b in zip(before, outcomes, strict=True)),
     }
@@ -142,7 +137,7 @@ def _make(run: FinishedRun, kind: str, scratch: Path, **options: Any) -> Path:
 
     # The full-precision base: PEFT merges into a 4-bit one silently, and the result is another model.
     base = load_base(run.base, torch.float32, None, torch.device("cpu"))
-    refuse(Plan(base, PeftConfig.from_pretrained(str(run.adapter))), ["merge" if kind == "merged" else kind])
+    refuse(base, PeftConfig.from_pretrained(str(run.adapter)), "merge" if kind == "merged" else kind)
     model = merge(PeftModel.from_pretrained(base, run.adapter).eval(), run.sample.compared).to(run.dtype)
     # As it was judged: greedy, to the end of the turn, without the sampling or penalties that a base may ship.
     stop = run.sample.stop

@@ -6,6 +6,7 @@ import threading
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row, with_json_arguments
 from formtune.errors import UserError
 from formtune.export.gguf import FILE
-from formtune.export.measure import COMPARED, POSITIONS, TIMED, TRIES, Closeness, Sample, compare, last_logits, load
+from formtune.export.measure import COMPARED, POSITIONS, Closeness, Sample, compare, last_logits, load
 from formtune.model.micro_batches import Decoded
 
 HOST = "127.0.0.1"
 LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # requests to this machine go through no proxy
 LIKELIEST = 20  # tokens of which the server gives the log-probability, at each place of an answer
-CHATML = "<|im_start|>"  # in the template that llama.cpp takes for a file without one
+SHOWN = 8  # tokens of a prompt
 
 
 class LlamaServer:
@@ -64,29 +65,16 @@ def chat_prompt(row: Row) -> dict[str, Any]:
 
 
 def prompt_fault(row: Row, ids: list[int], renderer: Renderer) -> str | None:
-    """In what a server's prompt differs from the one of training, in words; None if all tokens are the same."""
-    own, decode, bos = row.prompt_ids, renderer.tokenizer.decode, [renderer.tokenizer.bos_token_id]
+    """Where a server's prompt begins to differ from the one of training; None if all tokens are the same."""
+    own = row.prompt_ids
     if ids == own:
         return None
-    text, text_trained = decode(ids), decode(own)
-    pairs = zip(ids, own, strict=False)
-    first = next((i for i, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(ids), len(own)))
-    turn = next((turn for turn in chat_prompt(row)["messages"] if turn["content"] not in text), None)
-    change = "trimmed" if turn and turn["content"].strip() in text else "left out or altered"
-    faults = (  # the first that applies
-        (ids == bos + own, "a second BOS is in front"),
-        (own == bos + ids, "its BOS is missing"),
-        (text == text_trained, f"the same text is other tokens from token {first} on: another tokenizer"),
-        (CHATML in text and CHATML not in text_trained,
-         "it is rendered by a default chat template (ChatML), not by the base's"),
-        (turn, f"the {turn and turn['role']} turn is {change}"),
-        (text.count("think") != text_trained.count("think"), "the switch that turns thinking on or off is lost"),
-        ("strftime_now" in str(renderer.tokenizer.chat_template),
-         "the template writes today's date, and training froze another day (data.date)"),
-        (True, f"another chat template, from token {first} on ({decode(ids[first:])[:40]!r})"),
-    )  # fmt: skip
-    fault = next(fault for applies, fault in faults if applies)
-    return f"the server's prompt has {len(ids):,} tokens and formtune's {len(own):,}: {fault}"
+    first = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, own, strict=False)))
+    theirs, ours = ([renderer.tokenizer.decode([token]) for token in part[first:][:SHOWN]] for part in (ids, own))
+    return (
+        f"the server's prompt has {len(ids):,} tokens and formtune's {len(own):,}; from token {first} on they are "
+        f"{theirs}, and formtune's {ours}"
+    )
 
 
 def prove_prompts(server: LlamaServer, rows: Sequence[Row], renderer: Renderer) -> None:
@@ -102,16 +90,14 @@ def prove_prompts(server: LlamaServer, rows: Sequence[Row], renderer: Renderer) 
             raise UserError(f"{row.where}: {fault}")
 
 
-def measure_gguf(
-    model: dict[str, Any], reference: dict[str, Any], sample: Sample
-) -> tuple[Closeness, list[Decoded], float]:
+def measure_gguf(model: dict[str, Any], reference: dict[str, Any], sample: Sample) -> tuple[Closeness, list[Decoded]]:
     """As `measure`, of a GGUF file by llama.cpp, which must render every prompt as training did.
 
     Its server tells the log-probabilities of what it writes, not of a given text: so the reference reads its answers.
     """
     folder, renderer, stop = Path(model["folder"]), Renderer.load(model["folder"]), sample.stop
     pairs = list(zip(sample.rows, sample.limits, strict=True))
-    context = max([len(row.prompt_ids) + limit for row, limit in pairs] + [len(sample.timed) + TIMED])
+    context = max(len(row.prompt_ids) + limit for row, limit in pairs)
     server = LlamaServer(folder / FILE, context + 8, thinking=sample.thinking)
     prove_prompts(server, [row for row in sample.rows if row.messages], renderer)
     answers, sequences, likeliest = [], [], []
@@ -129,8 +115,7 @@ def measure_gguf(
         answers.append(Decoded([*ids, stop[0]] if ended else ids, [place["logprob"] for place in places]))
     expected = last_logits(load(**reference), sequences)
     logits = [_side_by_side(logits, places) for logits, places in zip(expected, likeliest, strict=True)]
-    closeness = compare(*zip(*logits, strict=True))
-    return closeness, answers, _tokens_per_second(server, sample.timed) if sample.timed else float("nan")
+    return compare(*zip(*logits, strict=True)), answers
 
 
 def _side_by_side(logits: Tensor, places: list[list[dict[str, Any]]]) -> tuple[Tensor, Tensor]:
@@ -140,12 +125,6 @@ def _side_by_side(logits: Tensor, places: list[list[dict[str, Any]]]) -> tuple[T
     ids = torch.tensor([[token["id"] for token in place] for place in places[-count:]])
     given = torch.tensor([[token["logprob"] for token in place] for place in places[-count:]])
     return expected, expected.scatter(1, ids, given + expected.logsumexp(-1, keepdim=True))
-
-
-def _tokens_per_second(server: LlamaServer, prompt: list[int]) -> float:
-    """Of a single answer, prompt included; the best try, which other work slowed the least."""
-    times = [server.answer(prompt, TIMED, ignore_eos=True, cache_prompt=False)["timings"] for _ in range(TRIES)]
-    return TIMED / min(time["prompt_ms"] + time["predicted_ms"] for time in times) * 1000
 
 
 if __name__ == "__main__":  # formtune serve starts it: FILE CONTEXT PORT NAME True|False

@@ -1,5 +1,5 @@
-"""Compare a model with the one that it should equal, logit by logit, let it answer, and time it, all in a fresh process
-with plain transformers and PEFT, as production will load it."""
+"""Compare a model with the one that it should equal, logit by logit, and let it answer, in a fresh process with plain
+transformers and PEFT, as production will load it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import logging
 import math
 import multiprocessing
 import os
-import timeit
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +26,6 @@ from formtune.model.micro_batches import Decoded
 POSITIONS = 64  # the last ones of each row: the answer, and the end of its prompt
 TOKENS = 16_384  # of one micro-batch, answers included
 COMPARED = 32  # rows
-TIMED, TRIES = 48, 5  # tokens of a timed answer, and how often it is timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +36,6 @@ class Sample:
     limits: list[int]  # tokens that each answer may have
     stop: list[int]  # tokens that end an answer
     compared: list[list[int]]  # token ids, on which two models' logits are compared
-    timed: list[int]  # token ids of a prompt; if empty, nothing is timed
     thinking: bool = False  # whether thinking is on in the chat template
 
 
@@ -55,7 +51,7 @@ class Closeness:
         return f"logits {self.relative_max:.1e} apart, KL {self.kl:.1e}, top-1 {self.top1:.1%}"
 
     def broken_by(self, closeness: Closeness) -> str | None:
-        """The first of these bounds that a model breaks, in words; None if it breaks none. NaN breaks every bound."""
+        """The first of these bounds that a model breaks, in words; NaN breaks every bound."""
         if not closeness.relative_max <= self.relative_max:
             return f"logits {closeness.relative_max:.1e} apart (at most {self.relative_max:.0e})"
         if not closeness.kl <= self.kl:
@@ -63,6 +59,12 @@ class Closeness:
         if not closeness.top1 >= self.top1:
             return f"top-1 {closeness.top1:.1%} (at least {self.top1:.0%})"
         return None
+
+    def within(self, bounds: Closeness, name: str) -> Self:
+        """The same, if the model of this name keeps the bounds; else a UserError."""
+        if broken := bounds.broken_by(self):
+            raise UserError(f"{name} is another one than the adapter: {broken}")
+        return self
 
 
 # Measured differences were 2 to 100 times below the first two (docs/deployment.md). The last two are judgement; the
@@ -113,8 +115,7 @@ def merge(model: Any, rows: Sequence[Sequence[int]]) -> Any:
         merged = model.merge_and_unload(safe_merge=True)
     except Exception as error:  # ValueError, NotImplementedError, RuntimeError, AttributeError: by kind of layer
         raise UserError(f"the adapter cannot be merged: {first_line(error)}") from error
-    if broken := EXACT.broken_by(compare(unmerged, last_logits(merged, rows))):
-        raise UserError(f"the merged model is another one than the adapter: {broken}")
+    compare(unmerged, last_logits(merged, rows)).within(EXACT, "the merged model")
     return merged
 
 
@@ -134,24 +135,14 @@ def load(folder: str, base: str | None = None, dtype: Any = "auto", quantize: st
     return PeftModel.from_pretrained(model, folder).eval()
 
 
-def measure(model: dict[str, Any], reference: dict[str, Any], sample: Sample) -> tuple[Closeness, list[Decoded], float]:
-    """How close a model is to its reference (both as `load` takes them), its answers, and its tokens per second."""
+def measure(model: dict[str, Any], reference: dict[str, Any], sample: Sample) -> tuple[Closeness, list[Decoded]]:
+    """How close a model is to its reference (both as `load` takes them), and its answers."""
     expected = last_logits(load(**reference), sample.compared)
     loaded = load(**model)
     closeness = compare(expected, last_logits(loaded, sample.compared))
     micro_batches, limits = LengthBuckets(loaded), sample.limits
     split = micro_batches.split(sample.rows, TOKENS, max(limits, default=0))
-    answers = micro_batches.decode(sample.rows, split, sample.stop, limits)
-    return closeness, answers, _tokens_per_second(loaded, sample.timed) if sample.timed else math.nan
-
-
-@torch.no_grad()
-def _tokens_per_second(model: Any, prompt: list[int]) -> float:
-    """Of a single answer, prompt included; the best try, which other work slowed the least."""
-    ids = torch.tensor([prompt], device=model.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
-    answer = partial(model.generate, **inputs, min_new_tokens=TIMED, max_new_tokens=TIMED)
-    return TIMED / min(timeit.repeat(answer, repeat=TRIES, number=1))
+    return closeness, micro_batches.decode(sample.rows, split, sample.stop, limits)
 
 
 def call_fresh(function: Callable[..., Any], failure: str, **arguments: Any) -> Any:

@@ -28,12 +28,11 @@ class Trial:
     """The task's adapter on a base of which only configuration and tokenizer are read."""
 
     def __init__(
-        self, base: str, lora: Lora, length: int, folder: Path, prompts: Sequence[Row] = (), renderer: Any = None
+        self, base: str, lora: Lora, length: int, folder: Path, renderer: Renderer, prompts: Sequence[Row] = ()
     ) -> None:
         from transformers import AutoConfig
 
-        renderer = renderer or Renderer.load(base)
-        self.lora, self.folder, self.tokenizer, self.thinking = lora, folder, renderer.tokenizer, renderer.thinking
+        self.lora, self.folder, self.renderer = lora, folder, renderer
         self.prompts = prompts  # that llama.cpp must render; they need the whole vocabulary
         self.config = shrink(AutoConfig.from_pretrained(base, trust_remote_code=False), bool(prompts))
         self.dtype = getattr(self.config, "dtype", None) or torch.float32  # saving makes it a text
@@ -70,22 +69,22 @@ class Trial:
         logits = last_logits(tuned, rows)
         base = AutoModelForCausalLM.from_pretrained(self.folder / "base", dtype=torch.float32)
         merged = merge(PeftModel.from_pretrained(base, self.folder / "adapter").eval(), rows)
-        measured = _checked("the merged model", compare(logits, last_logits(merged, rows)), EXACT)
+        measured = compare(logits, last_logits(merged, rows)).within(EXACT, "the merged model")
         merged.to(self.dtype).save_pretrained(self.folder / "merged")
-        self.tokenizer.save_pretrained(self.folder / "merged")  # GPTQModel opens it
+        self.renderer.tokenizer.save_pretrained(self.folder / "merged")  # GPTQModel opens it
         return f"{measured} after saving, loading and merging in float32"
 
     def _quantized(self, scheme: str) -> str:
         """Quantize the merged model, load it in a fresh process and let it answer; what was measured, in words."""
         source, target = self.folder / "merged", self.folder / scheme
         convert(scheme, source, target, self.rows)
-        self.tokenizer.save_pretrained(target)
+        self.renderer.tokenizer.save_pretrained(target)
         gguf = scheme == "gguf"
         rows = self.prompts if gguf else [Row(self.rows[0], [], "", None, "")]
-        sample = Sample(rows, [ANSWER] * len(rows), [-1] if gguf else [0], self.rows[:COMPARED], [], self.thinking)
-        closeness, *_ = measure_fresh(scheme, {"folder": str(target)}, {"folder": str(source)}, sample)
-        measured = _checked("the quantized model", closeness, ROUNDED)
+        sample = Sample(rows, [ANSWER] * len(rows), [-1] if gguf else [0], self.rows[:COMPARED], self.renderer.thinking)
+        closeness, _ = measure_fresh(scheme, {"folder": str(target)}, {"folder": str(source)}, sample)
         proven = f"; llama.cpp renders {len(rows)} prompts as training does" if gguf else ""
+        measured = closeness.within(ROUNDED, "the quantized model")
         return f"{measured} in a fresh process, at {len(rows[0])} tokens{proven}"
 
 
@@ -103,9 +102,3 @@ def shrink(config: Any, whole_vocabulary: bool = False) -> Any:
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # may be beyond it
         setattr(text, name, None)
     return config
-
-
-def _checked(name: str, closeness: Closeness, bounds: Closeness) -> Closeness:
-    if broken := bounds.broken_by(closeness):
-        raise UserError(f"{name} is another one: {broken}")
-    return closeness

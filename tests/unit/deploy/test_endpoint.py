@@ -66,7 +66,7 @@ def test_served_answers_are_judged_as_a_runs_and_can_be_compared_with_it(check, 
 def test_confidence_comes_from_log_probabilities_where_the_server_gives_them(check, capsys):
     run, server = check
     outcomes = Path("logs/small/endpoint/outcomes/after.jsonl")
-    assert run("--rows", "4") == 0 and all(body["logprobs"] for body in server.requests)
+    assert run() == 0 and all(body["logprobs"] for body in server.requests)
     assert {it.confidence for it in read_outcomes(outcomes)} == {None}
     assert "confidence: the server gives no log-probabilities" in capsys.readouterr().out
     assert json.loads(Path("logs/small/endpoint/endpoint.json").read_text())["confidence"] is None
@@ -84,8 +84,8 @@ def test_confidence_comes_from_log_probabilities_where_the_server_gives_them(che
 
     server.refuses_logprobs = True
     del server.requests[:]
-    assert run("--rows", "4") == 0 and {it.confidence for it in read_outcomes(outcomes)} == {None}
-    assert ["logprobs" in body for body in server.requests] == [True] + [False] * 5, "it is asked once"
+    assert run() == 0 and {it.confidence for it in read_outcomes(outcomes)} == {None}
+    assert ["logprobs" in body for body in server.requests] == [True] + [False] * (ROWS + 1), "it is asked once"
 
 
 def test_too_few_answers_in_format_give_exit_code_1(check, capsys):
@@ -96,14 +96,6 @@ def test_too_few_answers_in_format_give_exit_code_1(check, capsys):
     assert {it.kind for it in read_outcomes(Path("logs/small/endpoint/outcomes/after.jsonl"))} == {"truncated"}
 
 
-def test_some_rows_are_the_same_ones_each_time(check):
-    run, server = check
-    for _ in range(2):
-        assert run("--rows", "4", "--at_once", "1") == 0
-    inputs = [body["messages"][-1]["content"] for body in server.requests]
-    assert inputs[1:5] == inputs[6:] and len(set(inputs[1:5])) == 4
-
-
 def test_as_many_but_other_tokens_are_found_where_the_server_shows_them(check, capsys):
     run, server = check
     server.system = "Number IT."
@@ -111,7 +103,7 @@ def test_as_many_but_other_tokens_are_found_where_the_server_shows_them(check, c
     assert "same number of tokens" in capsys.readouterr().out
     server.tokenize = True
     assert run() == 2
-    assert "tokens and formtune's 49: the system turn is left out or altered; serve" in capsys.readouterr().err
+    assert "tokens and formtune's 49; from token 15 on they are ['I', 'T', '.'" in capsys.readouterr().err
     server.system = None
     assert run() == 0 and "prompts: same tokens as formtune's in every row" in capsys.readouterr().out
 
@@ -138,10 +130,7 @@ def test_a_server_that_does_not_count_proves_nothing(check, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"status": 401}, "so it is; set OPENAI_API_KEY"),
-        ({"status": 404}, "so it is; such a URL usually ends in /v1, and --served_model names"),
-        ({"status": 400}, "so it is; --served_model"),
-        ({"status": 500}, "so it is; see the server's log"),
+        ({"status": 401}, "so it is; start the server and wait for its model to load; check the URL, which usually"),
         ({"html": True}, "the reply is not a chat completion"),
         ({"say": lambda _: {"role": "assistant", "content": None, "reasoning_content": "{}"}}, "took the answer for"),
         ({"extra": 1}, "test.jsonl:1: the server's prompt has 50 tokens and formtune's 49; serve the tokenizer"),
@@ -167,14 +156,9 @@ def test_a_server_that_is_slow_or_not_there_is_one_line(check, capsys, monkeypat
     monkeypatch.setattr("formtune.deploy.endpoint.TIMEOUT", 0.2)
     server.say = lambda _: time.sleep(0.5)
     assert (
-        run() == 2 and "Request timed out. timed out; start the server, wait for its model" in capsys.readouterr().err
+        run() == 2
+        and "Request timed out. timed out; start the server and wait for its model" in capsys.readouterr().err
     )
-
-
-def test_a_training_run_is_not_written_over(check, capsys):
-    run, _ = check
-    Path("logs/small/r16/checkpoints").mkdir(parents=True)
-    assert run("--run", "r16") == 2 and "logs/small/r16 holds a training run" in capsys.readouterr().err
 
 
 def test_a_request_holds_what_the_renderer_renders(check, base, capsys):

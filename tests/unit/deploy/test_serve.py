@@ -227,7 +227,7 @@ def test_a_deployment_is_served_answers_the_printed_request_passes_the_check_and
         capsys.readouterr()
         check = ["check-endpoint", f"http://127.0.0.1:{port}/v1", "-c", "small.yaml", "--served_model"]
         assert main([*check, "/etc"]) == 2
-        assert "--served_model names a model there" in capsys.readouterr().err
+        assert "--served_model and OPENAI_API_KEY" in capsys.readouterr().err
         assert main([*check, "small-production", "--min_exact", "0.5"]) == 1
         assert "prompts: same number of tokens as formtune's in every row" in capsys.readouterr().out
         server.send_signal(signal.SIGTERM)

@@ -117,7 +117,7 @@ def test_plain_peft_and_transformers_load_what_was_exported_where_there_is_no_fo
 def test_an_export_holds_its_figures_its_manifest_and_answers_that_compare_reads(run, capsys):
     assert export(run) == 0 and export(run, "--as", "merged") == 0
     output = capsys.readouterr().out
-    assert "top-1 100.0%" in output and "tokens/s" in output
+    assert "top-1 100.0%" in output
     result = json.loads((run / "metrics.json").read_text())
     for kind in ("adapter", "merged"):
         manifest = verify(run / kind)
@@ -125,7 +125,6 @@ def test_an_export_holds_its_figures_its_manifest_and_answers_that_compare_reads
         assert manifest["format"] == file_hash(run / "adapter/format.json")
         figures = manifest["verification"]
         assert json.loads((run / f"outcomes/{kind}.json").read_text()) == figures | {"refused": None}
-        assert figures["tokens_per_second"] > 0
         exact = figures["format/exact"]
         assert exact["right"] / exact["rows"] == result["after"]["format/exact"]
         assert exact["gained"] == exact["lost"] == 0 and figures["closeness"]["top1"] == 1
@@ -258,7 +257,7 @@ def measured(folder, reference):
     return call_fresh(
         measure, f"{folder} does not load", model={"folder": str(folder)},
         reference={"folder": str(reference), "dtype": torch.float32},
-        sample=Sample([Row(ROWS[0], [], "", None, "")], [4], [0], ROWS, []),
+        sample=Sample([Row(ROWS[0], [], "", None, "")], [4], [0], ROWS),
     )  # fmt: skip
 
 

@@ -114,34 +114,23 @@ def test_a_template_that_go_cannot_write_gives_a_modelfile_without_one():
 
 
 @pytest.mark.parametrize(
-    ("fault", "change"),
+    ("change", "theirs", "ours"),
     [
-        ("a second BOS is in front", lambda text: "<pad>" + text),
-        ("the system turn is trimmed", lambda text: text.replace(" Number it. ", "Number it.")),
-        ("the system turn is left out or altered", lambda text: text.replace("<s> Number it. </s>", "")),
-        ("the switch that turns thinking on or off is lost", lambda text: text.removesuffix("<think>\n</think>\n")),
-        ("default chat template (ChatML)", lambda text: text.replace("<s>", "<|im_start|>system\n")),
-        ("another chat template, from token", lambda text: text.replace("</s>", "</sys>")),
-        ("its BOS is missing", lambda text: text.removeprefix("<pad>")),
+        (lambda text: "<|im_end|>" + text, ["<|im_end|>", "<|im_start|>"], ["<|im_start|>", "s"]),  # a second BOS
+        (lambda text: text.replace(" Number it. ", "Number it."), ["N", "u"], [" ", "N"]),  # a trimmed turn
+        (lambda text: text + "<think>", ["<", "t"], []),  # another switch for thinking
     ],
 )
-def test_what_a_server_does_to_a_prompt_is_named(fault, change):
-    template = "<pad>{% for m in messages %}{{ '<' + m.role[0] + '>' + m.content + '</' + m.role[0] + '>' }}"
-    template += "{% if m.role == 'assistant' %}<|im_end|>{% endif %}\n{% endfor %}"
-    template += "{% if add_generation_prompt %}<a>{% endif %}"
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = template.replace("<a>{% endif %}", "<think>\n</think>\n{% endif %}")
-    tokenizer.bos_token = "<pad>"
-    renderer = Renderer.__new__(Renderer)  # the template need not be one to train on
-    renderer.tokenizer, renderer.templated = tokenizer, True
-    text = tokenizer.apply_chat_template(CONVERSATION[:2], tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    row = Row(ids, [], "number 5", "x", "test.jsonl:1", messages=CONVERSATION)
-    assert prompt_fault(row, ids, renderer) is None
-    changed = change(text)
-    assert changed != text
-    message = prompt_fault(row, tokenizer(changed, add_special_tokens=False)["input_ids"], renderer)
-    assert message and fault in message and "\n" not in message
+def test_a_servers_prompt_is_shown_from_where_it_differs(change, theirs, ours):
+    renderer = renderer_of()
+    row = row_of(renderer)
+    text = renderer.tokenizer.decode(row.prompt_ids)
+    assert prompt_fault(row, row.prompt_ids, renderer) is None
+    message = prompt_fault(row, renderer._tokenize(change(text)).ids, renderer)
+    assert message and re.search(
+        f"they are {re.escape(str(theirs)[:-1])}.*, and formtune's {re.escape(str(ours)[:-1])}", message
+    )
+    assert f"formtune's {len(row.prompt_ids)}; from token" in message and "\n" not in message
 
 
 def test_a_converter_that_was_not_reviewed_is_not_run(tmp_path, monkeypatch):
@@ -222,10 +211,10 @@ def test_an_export_answers_as_the_adapter_and_is_served_checked_and_promoted(tra
     [
         # llama.cpp then writes the system prompt into the user's turn.
         (
-            r"another chat template, from token 1 on \('user\\n Number it",
+            r"from token 1 on they are \['u', 's', 'e', 'r'",
             "{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}",
         ),
-        ("another chat template", TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")),
+        ("from token", TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")),
         (None, TEMPLATE),
     ],
 )

@@ -1,6 +1,7 @@
 """What would silently make another model is refused before training, by a rule and by a trial."""
 
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from formtune.cli import main
 from formtune.errors import UserError
 from formtune.export.measure import merge
 from formtune.export.quantize import SCHEMES, group_size
-from formtune.export.rules import RULES, TARGETS, Plan, check
+from formtune.export.rules import RULES, TARGETS, check, vllm_rank
 from formtune.export.trial import Trial, shrink
 from formtune.model.lora import Lora, lora_config
 
@@ -24,18 +25,16 @@ ROWS = [[(7 * i + 13 * j) % 250 for j in range(20)] for i in range(2)]
 
 
 def findings(adapter, shape="llama", targets=TARGETS, **changes):
-    """Names of the rules that apply to an adapter on a model of the shape, by severity."""
+    """Names of the rules that an adapter on a model of the shape breaks."""
     model = tiny_model(shape, **({"tie_word_embeddings": False} | (WIDE if shape == "llama" else {}) | changes))
-    findings = check(Plan(model, adapter), targets)
-    assert all(len(line.splitlines()) == 1 and rule.versions for rule, line in findings)
-    return {
-        severity: [rule.name for rule, _ in findings if rule.severity == severity] for severity in ("error", "warning")
-    }
+    findings = dict(found for target in targets for found in check(model, adapter, target))
+    assert all(len(line.splitlines()) == 1 and re.search(r"\(\w+ [\d.]+\)$", line) for line in findings.values())
+    return [*findings]
 
 
 def test_a_plain_adapter_on_a_plain_base_breaks_no_rule():
-    assert findings(LoraConfig(r=16, target_modules=["q_proj", "v_proj"])) == {"error": [], "warning": []}
-    assert findings(LoraConfig(r=16, target_modules="all-linear"), tie_word_embeddings=True)["error"] == []
+    assert findings(LoraConfig(r=16, target_modules=["q_proj", "v_proj"])) == []
+    assert findings(LoraConfig(r=16, target_modules="all-linear"), tie_word_embeddings=True) == []
 
 
 @pytest.mark.parametrize(
@@ -47,16 +46,15 @@ def test_a_plain_adapter_on_a_plain_base_breaks_no_rule():
         ({"init_lora_weights": "olora"}, {}, "initialization", "vllm"),
         ({"r": 1024}, {}, "rank", "vllm"),
         ({"use_dora": True}, {}, "DoRA", "vllm"),
-        ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save", "vllm"),
         ({}, {"hidden_size": 120, "head_dim": 32}, "group size", "gptq"),
         ({}, {"intermediate_size": 264}, "output width", "awq"),
     ],
 )
 def test_a_rule_finds_what_fails(adapter, changes, name, targets):
     config = LoraConfig(**{"target_modules": ["q_proj", "v_proj"]} | adapter)
-    assert name in findings(config, targets=[targets], **changes)["error"]
+    assert name in findings(config, targets=[targets], **changes)
     others = [target for target in TARGETS if not any(r.name == name and target in r.targets for r in RULES)]
-    assert name not in findings(config, targets=others, **changes)["error"]
+    assert name not in findings(config, targets=others, **changes)
 
 
 @pytest.mark.parametrize(("width", "group"), [(256, 128), (64, 64), (96, 32), (48, None)])
@@ -66,23 +64,19 @@ def test_a_group_divides_the_inputs_of_every_layer(width, group):
 
 def test_conv1d_layers_cannot_be_calibrated():
     adapter = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
-    assert findings(adapter, "gpt2", ["gptq"], n_embd=128)["error"] == ["Conv1D"]
-    assert findings(adapter, "gpt2", ["merge", "int8"], n_embd=128)["error"] == []
+    assert findings(adapter, "gpt2", ["gptq"], n_embd=128) == ["Conv1D"]
+    assert findings(adapter, "gpt2", ["merge", "int8"], n_embd=128) == []
 
 
-def test_a_rank_above_vllms_default_names_the_flag():
-    config = LoraConfig(r=33, target_modules=["q_proj"])
-    [(rule, line)] = check(Plan(tiny_model(**WIDE), config), ["vllm"])
-    assert "--max-lora-rank 64" in line and rule.severity == "warning"
+def test_a_rank_gets_the_lowest_one_that_vllm_takes():
+    assert [vllm_rank(rank) for rank in (1, 4, 16, 33, 512, 513)] == [1, 8, 16, 64, 512, None]
 
 
-def test_a_quantized_base_is_an_error_and_training_on_4_bits_a_warning():
+def test_a_base_that_is_quantized_on_disk_cannot_be_merged_into():
     model = tiny_model()
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    [(_, line)] = check(Plan(model, LoraConfig(target_modules=["q_proj"])), ["merge"])
+    [(_, line)] = check(model, LoraConfig(target_modules=["q_proj"]), "merge")
     assert "quantized by gptq cannot be merged into" in line
-    [(rule, line)] = check(Plan(tiny_model(), LoraConfig(target_modules=["q_proj"]), qlora=True), ["merge"])
-    assert rule.severity == "warning" and "into the full-precision base" in line
 
 
 def perturbed(model):
@@ -137,7 +131,7 @@ def test_the_trial_goes_through_on_every_family_with_two_layers_and_a_small_voca
     layers = {"n_layer": 5} if shape == "gpt2" else {"num_hidden_layers": 5}
     tiny_model(shape, **layers, vocab_size=10_003, tie_word_embeddings=True).config.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    trial = Trial(str(tmp_path / "base"), Lora(r=4), 40, tmp_path)
+    trial = Trial(str(tmp_path / "base"), Lora(r=4), 40, tmp_path, Renderer.load(str(tmp_path / "base")))
     text = trial.config.get_text_config()
     assert (text.num_hidden_layers, text.vocab_size) == (2, 4096 + 10_003 % 4096) and text.tie_word_embeddings
     verdict, detail = trial.attempt("merge")
@@ -158,7 +152,7 @@ def test_the_trial_quantizes_and_loads_again_in_a_fresh_process(scheme, tmp_path
         fork_fresh_processes(monkeypatch)
     tiny_model(**WIDE).config.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    trial = Trial(str(tmp_path / "base"), Lora(r=4), 40, tmp_path)
+    trial = Trial(str(tmp_path / "base"), Lora(r=4), 40, tmp_path, Renderer.load(str(tmp_path / "base")))
     verdict, detail = trial.attempt(scheme)
     assert verdict == "ok" and "in a fresh process, at 40 tokens" in detail, detail
 
