@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
 
 from formtune.base.row import SYSTEM_ROLES, Row, UnfitRow
 from formtune.configuration.terminal import shown
@@ -108,16 +107,14 @@ def read_examples(
             remedy = "data.group needs a column of texts or numbers"
             raise UserError(f"{where}: `{settings.group}` is {kind(group)}; {remedy}")
         group, origin = "" if group is None else str(group), columns.origin(record, where)
-        own = _own_split(settings.split_column, record, where) if split == "train" and settings.split_column else split
+        own = split
+        if settings.split_column and split == "train":
+            value = record.get(settings.split_column)
+            if not (own := SPLITS.get(str(value).lower(), "")):
+                raise UserError(f"{where}: `{settings.split_column}` is {value!r}, not one of {', '.join(SPLITS)}")
         row = Example(messages, where, origin, tools=tools, schema=schema, group=group, split=own, entry=entry)
         examples.append(row)
     return examples
-
-
-def _own_split(column: str, record: dict[str, Any], where: str) -> str:
-    if split := SPLITS.get(str(record.get(column)).lower()):
-        return split
-    raise UserError(f"{where}: the split in `{column}` is {record.get(column)!r}, not one of {', '.join(SPLITS)}")
 
 
 def _of_row(format: Format, schema: str | None, where: str) -> Format:

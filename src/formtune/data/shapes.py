@@ -22,7 +22,7 @@ SHAPES = {
     "questions on a text (context, question, answer)": ("context", "question", "answer"),
     "texts and labels (text, label)": ("text", "label"),
 }
-_FIELD = re.compile(r"\{([\w .-]+)\}")  # of a template over columns
+_FIELD = re.compile(r"\{([\w .,()/%-]+)\}")  # of a template over columns
 
 
 class Columns:

@@ -21,7 +21,8 @@ FIT = 0.9  # share of the answers that a format must take
 LABEL = 80  # characters of a label at most
 WORDS = 5  # of a shared instruction at least
 PROMPTS = ("prompt", "subject", "title", "instruction", "question", "query", "input", "text", "utterance", "sentence",
-           "message", "request", "body", "content", "email", "review", "document", "description", "tweet")  # fmt: skip
+           "message", "request", "body", "content", "email", "review", "document", "description", "tweet",
+           "context", "passage", "premise", "hypothesis", "sentence1", "sentence2")  # fmt: skip
 TARGETS = ("completion", "output", "answer", "response", "target", "label", "labels", "intent", "category", "class",
            "json", "result", "expected", "gold", "sentiment", "rating", "topic", "tag", "entities")  # fmt: skip
 GROUP = (
@@ -53,8 +54,11 @@ def guess_columns(records: Records, prompt: str | None, completion: str | None) 
     targets = [completion] if completion else [name for name in record if name.lower() in TARGETS and name != prompt]
     targets = targets or [name for name, value in record.items() if isinstance(_document(value), dict | list)]
     texts = [name for name in record if name not in targets and isinstance(record[name], str)]
+    texts = [name for name in texts if not re.fullmatch(SPLIT, name)]
     prompts = [prompt] if prompt else [name for name in texts if name.lower() in PROMPTS]
     prompts, are_known = prompts or texts, bool(prompts)
+    if not targets and len(prompts) == 1:  # the only other column
+        targets = [name for name in record if name not in prompts]
     if not targets and len(prompts) == 2:  # the column whose values repeat is the answer
         prompts.sort(key=lambda name: -len({str(row.get(name)) for row, _ in records}))
         targets = [prompts.pop()]
@@ -127,7 +131,7 @@ def guess_format(rows: Sequence[Example], template: str) -> tuple[str, dict[str,
         syntax = "mistral" if "[TOOL_CALLS]" in template else "llama" if '"parameters": ' in template else "hermes"
         why = f"{len(called):,} answers call tools ({called[0].where}), and {len(spoken):,} are text beside tools"
         return "ToolCalls", {"syntax": syntax, "tool_choice": "auto" if spoken else "required"}, why
-    if sum(not empty(row.schema) for row in rows) >= FIT * total:
+    if sum(isinstance(_document(row.schema), dict) for row in rows) >= FIT * total:
         return "JsonSchema", {}, f"each row has its own schema ({first})"
     documents = [(value, row) for row, it in zip(rows, answers, strict=True) if (value := _document(it)) is not None]
     objects = [(value, row) for value, row in documents if isinstance(value, dict | list)]

@@ -201,9 +201,7 @@ def test_a_column_says_in_which_split_a_row_is(prepare):
     # A split that the column does not name is a share of train.
     splits = prepare(rows("train", "train", "train", "test"), split_column="part")
     assert splits.read == {"test": 20, "train": 60} and 0 < len(splits.rows["validation"]) < 30
-    with pytest.raises(
-        UserError, match="train.jsonl:4: the split in `part` is 'x', not one of train, test, validation"
-    ):
+    with pytest.raises(UserError, match="train.jsonl:4: `part` is 'x', not one of train, test, validation"):
         prepare(rows("train", "train", "train", "x"), split_column="part")
 
 

@@ -173,5 +173,6 @@ def test_an_author_that_is_not_text_is_refused():
 def test_a_template_over_columns_is_filled_as_plain_text():
     record = {"title": "{body} {body.__class__}", "body": "B", "completion": "b"}
     assert read(record, prompt="T {title}: {body}")[0][0] == ("user", "T {body} {body.__class__}: B")
+    assert read(record | {"width (cm)": "3"}, prompt="{width (cm)} {body}")[0][0] == ("user", "3 B")
     with pytest.raises(UserError, match="f:1: no column `titel`"):
         read(record, prompt="T {titel}: {body}")

@@ -33,6 +33,10 @@ def pairs(*answers):
         ([{"utterance": "p", "intent": "c", "id": "7"}], {"prompt": "utterance", "completion": "intent"}),
         ([{"Question": "p", "Category": "c"}], {"prompt": "Question", "completion": "Category"}),
         ([{"subject": "s", "body": "b", "label": "c"}], {"prompt": "{subject}\n\n{body}", "completion": "label"}),
+        ([{"context": "c", "question": "p", "answer": "a"}], {"prompt": "{context}\n\n{question}", "completion": "answer"}),
+        ([{"id": 7, "premise": "p", "hypothesis": "h", "label": 1}], {"prompt": "{premise}\n\n{hypothesis}", "completion": "label"}),
+        ([{"text": "p", "toxic": False}], {"prompt": "text", "completion": "toxic"}),
+        ([{"x": "p", "y": "yes", "split": "train"}, {"x": "q", "y": "yes", "split": "test"}], {"prompt": "x", "completion": "y"}),
         ([{"Anfrage": "p", "Felder": '{"a": 1}'}], {"prompt": "Anfrage", "completion": "Felder"}),
         ([{"Anfrage": "p", "Felder": {"a": 1}}], {"prompt": "Anfrage", "completion": "Felder"}),
         ([{"x": "p", "y": "yes"}, {"x": "q", "y": "yes"}], {"prompt": "x", "completion": "y"}),
@@ -93,6 +97,8 @@ def test_numbers_are_a_schema():
 def test_a_schema_in_each_row_and_tools_in_each_row():
     rows = placed({"prompt": "p", "completion": "{}", "schema": {"type": "object"}})
     assert guess_format(read_rows(rows, Columns()), "")[:2] == ("JsonSchema", {})
+    rows = placed(*({"prompt": f"p{n}", "completion": "a", "schema": "CREATE TABLE t (a text)"} for n in range(20)))
+    assert guess_format(read_rows(rows, Columns()), "")[0] == "Labels"
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
     call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
     called = {
