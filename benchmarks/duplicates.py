@@ -231,13 +231,13 @@ def table(results: dict[str, Any]) -> str:
         "# Near-duplicates",
         "",
         f"Written by `python benchmarks/duplicates.py` on {results['cores']} CPU cores, over shuffled utterances of "
-        "the Schema-Guided Dialogue data set; Jaccard index 0.8 over runs of five characters.",
+        "the Schema-Guided Dialogue data set; Jaccard index 0.8 over character 5-grams.",
         "",
         f"All {whole['rows']:,} rows cleaned and selected: **{whole['seconds']:.1f} s**, of which cleaning "
         f"{whole['seconds_cleaning']:.1f} s, at most {whole['peak_mib']:,.0f} MiB of memory; {whole['kept']:,} kept, "
         f"{whole.get('duplicate', 0):,} duplicates, {whole.get('near_duplicate', 0):,} near-duplicates.",
         "",
-        f"Against every pair with every other of {exact['rows']:,} different inputs: {exact['pairs']:,} pairs, recall "
+        f"Against a comparison of all pairs of {exact['rows']:,} different inputs: {exact['pairs']:,} pairs, recall "
         f"**{exact['recall']:.2%}**, precision **{exact['precision']:.2%}**.",
         "",
         f"Clusters of the {results['peers'][0]['formtune']['rows']:,} different inputs among {PEER_ROWS:,} rows, "
@@ -254,7 +254,7 @@ def table(results: dict[str, Any]) -> str:
             f"{min(ratios):.1f} to {max(ratios):.1f} | {records[0]['clusters']:,} | "
             f"{records[0]['same']:.2%} | {max(r['peak_mib'] for r in records):,.0f} |"
         )
-    lines += ["", "| rows | seconds | rows a second | peak MiB | kept |", "|---|---|---|---|---|"]
+    lines += ["", "| rows | seconds | rows/s | peak MiB | kept |", "|---|---|---|---|---|"]
     for record in results["growth"]:
         lines.append(
             f"| {record['rows']:,} | {record['seconds']:.1f} | {record['rows'] / record['seconds']:,.0f} | "

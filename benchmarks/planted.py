@@ -41,10 +41,10 @@ def main() -> None:
     lines = [
         "# The demo's planted defects",
         "",
-        "Written by `python benchmarks/planted.py`. A copy and its original are told apart by their order alone: the "
-        "one that comes first is used, so an original can fall and its copy stay. Of a contradiction both rows fall.",
+        "Written by `python benchmarks/planted.py`. Of a row and its copy, the first in the file is used, so an "
+        "original can be dropped and its copy kept. Both rows of a contradiction are dropped.",
         "",
-        "| planted | rows | what became of them |",
+        "| planted | rows | result |",
         "|---|---|---|",
     ]
     for kind in sorted({kind for kind, _ in table}):

@@ -40,16 +40,17 @@ by step, is in [results.json](results.json). `make bench ARGS="--only train"` me
 
 All tools train LoRA adapters of rank 16 on the four attention projections, in float32, 16 rows to an optimizer step,
 from the same token ids in the same order, with a constant learning rate. Models have the shapes named here and random
-weights: they take the time that trained ones take. Every measurement is a process of its own; tools that are compared
-take turns. The workloads are
+weights: they take as long as trained ones. Every measurement runs in a separate process, and the tools being
+compared take turns. The workloads are
 
 * `shared`: one system prompt of about 285 tokens (instructions and a schema) before every row;
 * `plain`: no system prompt;
 * `mixed`: one of four system prompts, of about 100, 300, 600 and 1,000 tokens, drawn for each row.
 
-"TRL as shipped" is its `SFTTrainer` with PEFT in the fastest settings that a user can choose on a processor: 4 rows at
-once, chunked loss, fused AdamW, no gradient checkpointing. "TRL, logits of targets only" lets it skip the output layer
-where no target is, as it does on GPUs; a user cannot set this. LitGPT is its LoRA recipe, 4 rows at once.
+"TRL as shipped" is its `SFTTrainer` with PEFT in the fastest settings that a user can choose on a CPU: 4 rows at
+once, chunked loss, fused AdamW, no gradient checkpointing. "TRL, logits of targets only" skips the output layer at
+positions without a target, as TRL does on GPUs; a user cannot set this on a CPU. LitGPT is its LoRA recipe, 4 rows at
+once.
 """
 
 
@@ -140,7 +141,7 @@ def about_machine(results: dict[str, Any]) -> str:
             [shape.replace("x", " × "), *(f"{gflops[kind][shape]:,.1f}" for kind in gflops)]
             for shape in gflops["float32"]
         ]
-        text += "\nThe fastest products of matrices that PyTorch does here, in GFLOP/s, best of several tries:\n\n"
+        text += "\nPyTorch's fastest matrix products on this machine, in GFLOP/s, best of several tries:\n\n"
         text += table(["rows × inner × columns", *gflops], rows)
     return text
 
@@ -149,11 +150,11 @@ def training(results: dict[str, Any]) -> str:
     """Time, memory and losses of the tools."""
     text = "## Training\n\n"
     text += (
-        "Seconds of an optimizer step (mean of the steps that count, median of the rounds), and how many times "
-        "formtune's seconds that is for the same rows: median, and the range over the rounds. The losses of the steps "
-        "that both made differ at most as the last column says; LitGPT draws other initial adapters, does not clip "
+        "Seconds per optimizer step (mean of the steps that count, median of the rounds), and the ratio to "
+        "formtune's for the same rows: median, and range over the rounds. The last column is the largest difference of "
+        "the losses of steps that both made; LitGPT draws other initial adapters, does not clip "
         "gradients and weights micro-batches equally. Memory is the process's peak while training, in MiB, and how "
-        "much that is above what it had before the first step.\n"
+        "much more that is than before the first step.\n"
     )
     for workload in ("shared", "plain", "mixed"):
         records = ok(results, "train", workload=workload, dropout=0.0)
@@ -191,7 +192,7 @@ def training(results: dict[str, Any]) -> str:
     pairs = rounds(records, "unshared")
     if pairs:
         text += (
-            f"\nWhat sharing alone brings, on `shared`: with it switched off formtune takes "
+            f"\nThe effect of sharing alone, on `shared`: without it, formtune takes "
             f"{spread([step_ratio(pair) for pair in pairs])} times as long; the largest difference of the two losses "
             f"in any step is {loss_gap(pairs)}.\n"
         )
@@ -202,9 +203,9 @@ def validation(results: dict[str, Any]) -> str:
     """Time, answers and losses of validation."""
     text = (
         "## Validation\n\nLoss and greedy answers of the demo's test rows with the demo's base, untuned and tuned by "
-        "the demo's run, and of the first 128 rows of `shared` with a 135M model whose targets are what it says: "
-        "formtune against transformers (a pass for the loss, then `generate`). formtune's time has the "
-        "rows in it that it decodes a second time in full. At most 256 new tokens. Answers are compared token by "
+        "the demo's run, and of the first 128 rows of `shared` with a 135M model whose targets are its own answers: "
+        "formtune against transformers (a pass for the loss, then `generate`). formtune's time includes the "
+        "rows that it decodes a second time in full. At most 256 new tokens. Answers are compared token by "
         "token with formtune's of the same round.\n"
     )
     titles = {"none": "demo, untuned", "tuned": "demo, tuned"}
@@ -280,13 +281,16 @@ def growth(results: dict[str, Any]) -> str:
     text = (
         "## Memory and growth\n\nformtune at several token budgets (`model.tokens_per_micro_batch`), on `mixed` with "
         "the 135M shape. Tokens per second count every row in full, prefix included; computed tokens are those that "
-        "went through the model. GFLOP/s are 4 operations for each weight outside the embeddings and computed token, "
+        "the model processed. GFLOP/s are 4 operations for each weight outside the embeddings and computed token, "
         "and 4 for each weight of the output layer and target; attention, adapters and optimizer are not "
         "counted. The share is of the fastest float32 product above.\n\n"
     )
     records = ok(results, "memory")
     text += table(["budget", *HEAD], [row_of(f"{r['budget']:,}", figures(results, r)) for r in records])
-    text += "\nThen random ids, 15 of each row's own in the prompt and 33 in the answer, budget 4,096:\n"
+    text += (
+        "\nThe next tables use random ids: after the shared prefix, 15 tokens of each prompt and 33 of each answer "
+        "differ by row; budget 4,096:\n"
+    )
     for what, (name, settings) in GROWN.items():
         rows = [row_of(str(r["to"]), figures(results, r)) for r in ok(results, "growth", grows=what)]
         text += f"\n{settings[0].upper()}{settings[1:]}:\n\n" + table([name, *HEAD], rows)
