@@ -86,8 +86,8 @@ ROWS = [
     (8, "lone surrogate", row('"\\ud800"'), ["train.jsonl:2: not valid JSON", "surrogate"]),
     (9, "line of 5 MB", row(f'"{"x" * 5 * 2**20}"'), ["train.jsonl:2: the line is longer than 4 MiB"]),
     (10, "file is a JSON array", f"[{row()}]".encode(), ["train.jsonl:1: expected one JSON object per line"]),
-    (10, "file is a JSON array over lines", f"[\n  {row()}\n]".encode(), ["train.jsonl:1: expected one JSON object per line"]),
-    (10, "file is one JSON object over lines", json.dumps(pair(1), indent=2).encode(), ["train.jsonl:1: ", "per line"]),
+    (10, "file is a JSON array over several lines", f"[\n  {row()}\n]".encode(), ["train.jsonl:1: expected one JSON object per line"]),
+    (10, "file is one JSON object over several lines", json.dumps(pair(1), indent=2).encode(), ["train.jsonl:1: ", "per line"]),
     (11, "row is a list", "[1, 2]", ["train.jsonl:2: expected one JSON object per line"]),
     (11, "row is a number", "7", ["train.jsonl:2: expected one JSON object per line"]),
     (11, "row is a text", '"a"', ["train.jsonl:2: expected one JSON object per line"]),
@@ -112,8 +112,8 @@ ROWS = [
     (27, "content is a list", chat({"role": "user", "content": [USER]}, ANSWERED), ["train.jsonl:2: messages[0].content[0] is dict; only text"]),
     (27, "content has an image", chat({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}, ANSWERED), ["messages[0].content[1] is of type 'image_url'; only text is read"]),
     (27, "turns are null", '{"messages": null}', ["train.jsonl:2: `messages` is null; it must be a list of turns"]),
-    (28, "last turn is not the assistant's", chat(USER), ["train.jsonl:2: the last turn", "must be the assistant's"]),
-    (28, "no turn of the user's", chat(ANSWERED), ["train.jsonl:2: the last turn", "after one of the user's"]),
+    (28, "last turn is not an assistant turn", chat(USER), ["train.jsonl:2: the last turn", "must be the assistant's"]),
+    (28, "no user turn", chat(ANSWERED), ["train.jsonl:2: the last turn", "after one of the user's"]),
     (28, "no turns", chat(), ["train.jsonl:2: the last turn"]),
 ]  # fmt: skip
 
@@ -289,7 +289,7 @@ def test_an_invalid_schema_is_refused_in_time(work, record_property, case, title
         (29, "schema file that is a folder", {"class_path": "JsonSchema", "init_args": {"schema": "."}}, ["data.format.schema: .: Is a directory"]),
         (29, "labels twice", {"class_path": "Labels", "init_args": {"labels": ["a", "a"]}}, ["data.format.labels: "]),
         (29, "format that does not exist", {"class_path": "Nope"}, ["data.format", "Nope"]),
-        (29, "format that is no format", {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "payload"]}}, ["data.format"]),
+        (29, "format that names another class", {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "payload"]}}, ["data.format"]),
         (31, "schema file of a gigabyte", {"class_path": "JsonSchema", "init_args": {"schema": "big.json"}}, ["big.json: longer than"]),
     ],
 )  # fmt: skip
@@ -427,26 +427,26 @@ def adapter(base, weights="adapter_model.safetensors"):
 MODELS = [
     (35, "no weights", lambda folder: (folder / "model.safetensors").unlink(), ["cannot be loaded"]),
     (35, "no config.json", lambda folder: (folder / "config.json").unlink(), ["cannot be loaded"]),
-    (35, "config.json is no JSON", lambda folder: (folder / "config.json").write_text("{"), ["model.base: "]),
+    (35, "config.json is not JSON", lambda folder: (folder / "config.json").write_text("{"), ["model.base: "]),
     (35, "config.json is a list", lambda folder: (folder / "config.json").write_text("[]"), ["model.base: "]),
-    (35, "config.json of odd types", change_json("config.json", hidden_size="many"), ["model.base: "]),
-    (35, "context that is no number", change_json("config.json", max_position_embeddings="many"), ["model.base: "]),
+    (35, "config.json with a wrong type", change_json("config.json", hidden_size="many"), ["model.base: "]),
+    (35, "context length that is not a number", change_json("config.json", max_position_embeddings="many"), ["model.base: "]),
     (36, "weights cut off", cut, ["cannot be loaded"]),
     (36, "weights empty", lambda folder: (folder / "model.safetensors").write_bytes(b""), ["cannot be loaded"]),
-    (36, "weights that claim a header of 2^63 bytes", lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x7f" + b"{}"), ["cannot be loaded"]),
+    (36, "weights whose header says 2^63 bytes", lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x7f" + b"{}"), ["cannot be loaded"]),
     (37, "tensor missing", change_weights(lambda w: w.pop("model.norm.weight")), ["is incomplete", "model.norm.weight"]),
     (38, "tensor of another shape", change_weights(lambda w: w.update({"model.norm.weight": torch.ones(7)})), ["model.base: "]),
     (39, "NaN in the weights", change_weights(not_a_number), ["not finite numbers"]),
     (40, "unknown model_type", change_json("config.json", model_type="nonsense"), ["model.base: "]),
-    (41, "code of its own: configuration", own_code("config.json", auto_map=CODE, model_type="custom"), ["model.base: "]),
-    (41, "kernel from a hub in config.json", change_json("config.json", attn_implementation="kernels-community/flash-attn"), ["model.base: ", "kernel"]),
+    (41, "remote code: configuration", own_code("config.json", auto_map=CODE, model_type="custom"), ["model.base: "]),
+    (41, "hub kernel in config.json", change_json("config.json", attn_implementation="kernels-community/flash-attn"), ["model.base: ", "kernel"]),
     (42, "pytorch_model.bin", pickled("pytorch_model.bin"), ["cannot be loaded"]),
     (42, "pytorch_model.bin beside an index", both(index("pytorch_model.bin"), lambda folder: (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": Payload()}))), ["names 'pytorch_model.bin'"]),
-    (103, "index that leads out of the folder", index("../model.safetensors"), ["names '../model.safetensors'"]),
-    (103, "index that leads to an absolute path", index("/etc/x.safetensors"), ["names '/etc/x.safetensors'"]),
+    (103, "index that points out of the folder", index("../model.safetensors"), ["names '../model.safetensors'"]),
+    (103, "index that points to an absolute path", index("/etc/x.safetensors"), ["names '/etc/x.safetensors'"]),
     (42, "model.safetensors that is a pickle", pickled("model.safetensors"), ["cannot be loaded"]),
     (42, "adapter as base, .bin", adapter("elsewhere", "adapter_model.bin"), ["is an adapter"]),
-    (103, "adapter whose base leads out of its folder", adapter("../../x"), ["is an adapter"]),
+    (103, "adapter whose base points out of its folder", adapter("../../x"), ["is an adapter"]),
     (103, "adapter whose base is an absolute path", adapter("/etc"), ["is an adapter"]),
     (103, "adapter whose base is a hub id", adapter("owner/name"), ["is an adapter"]),
 ]  # fmt: skip
@@ -489,13 +489,13 @@ TOKENIZERS = [
     (43, "tokenizer.json cut off", lambda folder: (folder / "tokenizer.json").write_text("{"), ["model.base: no usable tokenizer"]),
     (43, "tokenizer.json of another kind", lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"}'), ["model.base: no usable tokenizer"]),
     (43, "tokenizer_config.json is a list", lambda folder: (folder / "tokenizer_config.json").write_text("[]"), ["model.base: no usable tokenizer"]),
-    (41, "code of its own: tokenizer", own_code("tokenizer_config.json", auto_map=CODE, tokenizer_class="Custom"), ["model.base: no usable tokenizer", "custom code"]),
+    (41, "remote code: tokenizer", own_code("tokenizer_config.json", auto_map=CODE, tokenizer_class="Custom"), ["model.base: no usable tokenizer", "custom code"]),
     (45, "neither EOS nor a chat template", both(no_eos, no_template), ["neither a chat template nor an EOS token"]),
-    (46, "chat template that is broken", template(lambda t: "{% for %}"), ["model.base: "]),
-    (46, "chat template that reaches for code", template(lambda t: "{{ ''.__class__.__mro__[1].__subclasses__() }}"), ["model.base: "]),
+    (46, "chat template with a syntax error", template(lambda t: "{% for %}"), ["model.base: "]),
+    (46, "chat template that tries to run code", template(lambda t: "{{ ''.__class__.__mro__[1].__subclasses__() }}"), ["model.base: "]),
     (46, "chat template without an end of turn", template(lambda t: "{% for m in messages %}{{ m.content }} {% endfor %}"), ["no end-of-turn token"]),
-    (46, "chat template that loops for ever", template(lambda t: "{% for a in range(100000000) %}x{% endfor %}"), ["model.base: "]),
-    (50, "chat template that hides the answer", template(lambda t: t.replace("m.content", "'?'")), ["the chat template alters the answer"]),
+    (46, "chat template with a very long loop", template(lambda t: "{% for a in range(100000000) %}x{% endfor %}"), ["model.base: "]),
+    (50, "chat template that leaves out the answer", template(lambda t: t.replace("m.content", "'?'")), ["the chat template alters the answer"]),
 ]  # fmt: skip
 
 
@@ -533,11 +533,11 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(work, tmp_path_
 @pytest.mark.parametrize(
     ("title", "name", "parts"),
     [
-        ("folder that is not there", "no/model/here", ["model.base: no folder no/model/here"]),
-        ("file in place of a folder", "t.yaml", ["model.base: no folder t.yaml"]),
+        ("folder that does not exist", "no/model/here", ["model.base: no folder no/model/here"]),
+        ("file instead of a folder", "t.yaml", ["model.base: no folder t.yaml"]),
         ("empty folder", ".", ["model.base: "]),
         ("empty name", "", ["model.base: "]),
-        ("address", "https://example.com/x", ["model.base: no folder https://example.com/x"]),
+        ("URL", "https://example.com/x", ["model.base: no folder https://example.com/x"]),
     ],
 )
 def test_a_missing_model_is_named_without_using_the_network(work, record_property, title, name, parts):
@@ -549,7 +549,7 @@ def test_a_missing_model_is_named_without_using_the_network(work, record_propert
 @pytest.mark.parametrize(
     ("case", "title", "keys", "parts"),
     [
-        (51, "target that no layer has", ["--model.lora.targets", "[nope]"], ["model.lora.targets: no layer is called 'nope'"]),
+        (51, "target that matches no layer", ["--model.lora.targets", "[nope]"], ["model.lora.targets: no layer is called 'nope'"]),
         (51, "no targets", ["--model.lora.targets", "[]"], ["model.lora.targets: the list is empty"]),
         (52, "rank 0", ["--model.lora.r", "0"], ["model.lora.r"]),
         (52, "rank -1", ["--model.lora.r=-1"], ["model.lora.r"]),
@@ -565,7 +565,7 @@ def test_a_missing_model_is_named_without_using_the_network(work, record_propert
         (53, "no tokens per micro-batch", ["--model.tokens_per_micro_batch", "0"], ["model.tokens_per_micro_batch"]),
         (53, "validation after every 0 steps", ["--trainer.val_check_interval", "0"], ["trainer.val_check_interval: 0"]),
         (53, "no rows per step", ["--data.rows_per_step", "0"], ["data.rows_per_step"]),
-        (53, "shares that leave nothing", ["--data.validation", "0.6", "--data.test", "0.6"], ["data.validation, data.test: the two shares"]),
+        (53, "shares that leave no training rows", ["--data.validation", "0.6", "--data.test", "0.6"], ["data.validation, data.test: the two shares"]),
         (55, "bf16-true", ["--trainer.precision", "bf16-true"], ["trainer.precision: bf16-true would store"]),
         (56, "16-true on CPU", ["--trainer.precision", "16-true"], ["trainer.precision: 16-true would store"]),
         (57, "unknown key on the command line", ["--model.lora.rnak", "3"], ["did you mean model.lora.r"]),
@@ -588,13 +588,13 @@ UNKNOWN = [
     (57, "unknown key of the optimizer", {"model": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lrr": 1}}}}, ["t.yaml:", "lrr"]),
     (57, "key that is a number", {7: 8}, ["7"]),
     (58, "wrong type", {"model": {"lora": {"r": "many"}}}, ["t.yaml:", "model.lora.r", "many"]),
-    (58, "list in place of keys", {"model": {"lora": [1]}}, ["t.yaml:", "model.lora must hold keys"]),
-    (58, "list in place of the trainer's keys", {"trainer": [1]}, ["t.yaml:", "trainer must hold keys"]),
-    (58, "number in place of the data's keys", {"data": 7}, ["t.yaml:", "data must hold keys"]),
-    (58, "number in place of a folder", {"model": {"base": 7}}, ["t.yaml:", "model.base"]),
-    (58, "no in place of a folder", {"model": {"base": False}}, ["t.yaml:", "model.base"]),
+    (58, "list instead of keys", {"model": {"lora": [1]}}, ["t.yaml:", "model.lora must hold keys"]),
+    (58, "list instead of the trainer's keys", {"trainer": [1]}, ["t.yaml:", "trainer must hold keys"]),
+    (58, "number instead of the data's keys", {"data": 7}, ["t.yaml:", "data must hold keys"]),
+    (58, "number instead of a folder", {"model": {"base": 7}}, ["t.yaml:", "model.base"]),
+    (58, "`no` instead of a folder", {"model": {"base": False}}, ["t.yaml:", "model.base"]),
     (58, "unknown choice", {"data": {"bad_rows": "maybe"}}, ["t.yaml:", "data.bad_rows", "refuse"]),
-    (58, "callback that is none", {"trainer": {"callbacks": [{"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "payload"]}}]}}, ["t.yaml:", "trainer.callbacks"]),
+    (58, "callback that names another class", {"trainer": {"callbacks": [{"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "payload"]}}]}}, ["t.yaml:", "trainer.callbacks"]),
 ]  # fmt: skip
 
 
@@ -623,10 +623,10 @@ CONFIGS = [
     (62, "not UTF-8", b"model: {base: \xff}\n", ["t.yaml: not UTF-8 at byte 14"]),
     (62, "UTF-16", "model: {base: x}".encode("utf-16"), ["t.yaml: not UTF-8 at byte 0"]),
     (62, "NUL", b"model: {base: a\0b}\n", ["t.yaml: not valid YAML"]),
-    (62, "object to construct", "model: !!python/object/apply:os.system ['touch payload']\n", ["t.yaml:1: not valid YAML"]),
+    (62, "YAML tag that constructs an object", "model: !!python/object/apply:os.system ['touch payload']\n", ["t.yaml:1: not valid YAML"]),
     (62, "key that is a list", "model: {? [a] : b}\n", ["t.yaml"]),
     (62, "10,000 levels deep", "model: " + "[" * 10_000, ["t.yaml: not valid YAML", "recursion"]),
-    (62, "alias that holds itself", "model: &a {base: x, lora: *a}\n", ["t.yaml: "]),
+    (62, "alias that contains itself", "model: &a {base: x, lora: *a}\n", ["t.yaml: "]),
 ]  # fmt: skip
 
 
@@ -643,9 +643,9 @@ def test_a_broken_yaml_is_named_with_its_line(work, record_property, case, title
     ("case", "title", "name", "parts"),
     [
         (61, "YAML that is missing", "gone.yaml", ["gone.yaml: No such file"]),
-        (63, "folder in place of a YAML", ".", [".: Is a directory"]),
+        (63, "folder instead of a YAML", ".", [".: Is a directory"]),
         (61, "no YAML named", "", ["-c: name the YAML of a task"]),
-        (61, "address in place of a YAML", "https://example.com/t.yaml", ["https://example.com/t.yaml: No such file"]),
+        (61, "URL instead of a YAML", "https://example.com/t.yaml", ["https://example.com/t.yaml: No such file"]),
     ],
 )
 def test_a_missing_yaml_is_named(work, record_property, case, title, name, parts):
@@ -658,7 +658,7 @@ def test_a_missing_yaml_is_named(work, record_property, case, title, name, parts
     ("title", "content"),
     [
         ("pickle", pickle.dumps({"state_dict": Payload()})),
-        ("archive of torch's with a pickle in it", None),
+        ("torch archive with a pickle", None),
         ("text", b"not a checkpoint"),
         ("empty file", b""),
     ],
@@ -718,7 +718,7 @@ def test_a_run_asks_nothing_and_needs_no_output(work, record_property, title, gi
 
 
 def test_help_whose_reader_is_gone_ends_without_an_error(work, record_property):
-    about(record_property, 106, "help, reader gone")
+    about(record_property, 106, "help, output pipe closed by its reader")
     line = f"{sys.executable} -m formtune --help | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], cwd=work(), capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")

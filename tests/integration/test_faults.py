@@ -332,7 +332,7 @@ def test_the_best_of_no_run_is_refused(work, capfd, name):
 OTHERS = [
     ("90", "another rank", ["--model.lora.r", "2"], "model.lora.r 4, now 2"),
     ("91", "other targets", ["--model.lora.targets", "all-linear"], "model.lora.targets attention, now all-linear"),
-    ("93", "another batch", ["--data.rows_per_step", "4"], "data.rows_per_step 8, now 4"),
+    ("93", "another number of rows per step", ["--data.rows_per_step", "4"], "data.rows_per_step 8, now 4"),
     ("94", "another learning rate", ["--model.optimizer.init_args.lr", "0.1"], "lr 0.01, now 0.1"),
 ]
 
@@ -428,7 +428,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(interrupted,
     assert_same(interrupted, whole[0])
 
 
-@pytest.mark.case("88", "a checkpoint that is not there")
+@pytest.mark.case("88", "a checkpoint that does not exist")
 def test_a_missing_checkpoint_is_named(work, capfd):
     assert main(["test", "-c", "small.yaml", "--ckpt_path", "gone.ckpt"]) == 2
     one_line(capfd, "gone.ckpt", "no such file")
@@ -473,7 +473,7 @@ def test_a_full_disk_costs_no_checkpoint(work, whole, monkeypatch, capfd):
     assert_same(work, whole[0])
 
 
-@pytest.mark.case("80", "TMPDIR elsewhere, or not there at all")
+@pytest.mark.case("80", "TMPDIR on another file system, or missing")
 def test_no_checkpoint_is_written_through_the_temporary_folder(work, whole, monkeypatch):
     import tempfile
 
@@ -486,7 +486,7 @@ def test_no_checkpoint_is_written_through_the_temporary_folder(work, whole, monk
     assert steps(work) == [8, 9]
 
 
-@pytest.mark.case("81", "a folder that cannot be written")
+@pytest.mark.case("81", "a folder that is not writable")
 @pytest.mark.case("82", "a file where the run's folder should be")
 def test_a_file_in_place_of_the_folder_is_refused_before_the_model_loads(work, monkeypatch, capfd):
     Path("logs/small").mkdir(parents=True)
@@ -533,7 +533,7 @@ def test_a_step_with_a_non_finite_gradient_is_skipped_and_counted(work, poisoned
     assert all(s["step"] == STEPS - 1 for s in state["optimizer_states"][0]["state"].values())
 
 
-@pytest.mark.case("66", "non-finite gradients without end")
+@pytest.mark.case("66", "non-finite gradients in every step")
 def test_a_run_without_finite_gradients_stops_and_keeps_its_last_good_adapter(work, poisoned, monkeypatch, capfd):
     monkeypatch.setattr("formtune.model.module.SKIPPED", 5)
     poisoned(*range(9, 99))
@@ -561,7 +561,7 @@ def test_lack_of_memory_names_the_longest_row_and_what_to_lower(work, monkeypatc
     def full(*_, **__):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    at(monkeypatch, "on_train_start", 0, lambda *_: monkeypatch.setattr(SharedPrefixes, "predictions", full))
+    at(monkeypatch, "on_train_start", 0, lambda *_: monkeypatch.setattr(SharedPrefixes, "loss", full))
     assert main([*FIT]) == 1
     line = one_line(capfd, "out of memory in a step of 8 rows", "model.tokens_per_micro_batch (now 4096)")
     assert re.search(r"train\.jsonl:\d+ with \d+ tokens", line)

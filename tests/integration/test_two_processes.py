@@ -36,7 +36,7 @@ def resume(folder: Path, strategy: str = "ddp") -> None:
 
 
 @pytest.mark.case("75", "SIGTERM to the first, the second or both of two processes")
-@pytest.mark.case("101", "validations of uneven shares")
+@pytest.mark.case("101", "validation rows that do not divide evenly")
 @pytest.mark.parametrize(
     ("whom", "strategy"), [("first", "ddp"), ("second", "ddp"), ("both", "ddp"), ("second", "fsdp")]
 )
