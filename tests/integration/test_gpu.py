@@ -10,8 +10,8 @@ import torch
 from conftest import tiny_model
 from formtune.base.row import Row
 from formtune.cli import main
-from formtune.model.length_buckets import LengthBuckets
 from formtune.model.lora import Lora, add_lora
+from formtune.model.micro_batches import MicroBatches
 from formtune.model.shared_prefixes import SharedPrefixes, choose_micro_batches
 from formtune.training.checkpoint import BestCheckpoint
 
@@ -30,7 +30,7 @@ def losses_and_gradients(device, micro_batches_of, rows):
     micro_batches = micro_batches_of(model)
     loss, gradients = 0.0, [torch.zeros_like(p) for p in trained]
     for group in micro_batches.split(rows, 200):
-        part = micro_batches.predictions(group)[0].loss
+        part = micro_batches.loss(group)
         loss += float(part.detach())
         for total, gradient in zip(gradients, torch.autograd.grad(part, trained), strict=True):
             total += gradient
@@ -48,7 +48,7 @@ def test_shared_prefixes_give_the_losses_and_gradients_of_the_cpu():
 
     def usual(model):
         model.get_base_model().set_attn_implementation("sdpa")
-        return LengthBuckets(model)
+        return MicroBatches(model)
 
     expected = losses_and_gradients("cpu", usual, rows)
     for micro_batches_of in (choose_micro_batches, usual):

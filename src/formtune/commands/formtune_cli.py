@@ -29,7 +29,7 @@ from formtune.evaluation.console import print_result
 from formtune.files import LOGS
 from formtune.model import FormatModule
 from formtune.model.adapter import take_settings
-from formtune.model.fsdp import ShardedBase
+from formtune.model.ranks import ShardedBase
 from formtune.training import callback
 from formtune.training.answers import AnswerFile, AnswerTable, Outcomes
 from formtune.training.checkpoint import BestCheckpoint, CheckpointFiles, choose, newest

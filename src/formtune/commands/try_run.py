@@ -15,9 +15,8 @@ from formtune.data.cleaning import repair
 from formtune.data.shapes import own_schema
 from formtune.errors import UserError
 from formtune.formats.json_schema import read_schema
-from formtune.model.length_buckets import LengthBuckets
 from formtune.model.lora import load_base
-from formtune.model.micro_batches import judge
+from formtune.model.micro_batches import MicroBatches, judge
 
 
 def run(command: str, args: list[str]) -> None:
@@ -56,7 +55,7 @@ def _answer(model: Any, settings: Any, prompt: str, schema: str | None) -> None:
     stop, limit = settings.renderer.stop_ids, min(settings.max_new_tokens, settings.limit - len(row))
     for name in ("base", "tuned"):
         with model.disable_adapter() if name == "base" else nullcontext():
-            micro_batches = LengthBuckets(model)
+            micro_batches = MicroBatches(model)
             [decoded] = micro_batches.decode([row], micro_batches.split([row], 10**6), stop, [limit])
         answer = judge(row, decoded, settings.renderer, settings.format)
         verdict, confidence = answer.verdict, f"{answer.confidence:.4f}"

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from formtune.base.row import Row
 from formtune.errors import UserError, first_line
-from formtune.model.length_buckets import LengthBuckets
 from formtune.model.lora import load_base
-from formtune.model.micro_batches import Decoded
+from formtune.model.micro_batches import Decoded, MicroBatches
 
 POSITIONS = 64  # the last ones of each row: the answer, and the end of its prompt
 TOKENS = 16_384  # of one micro-batch, answers included
@@ -140,7 +139,7 @@ def measure(model: dict[str, Any], reference: dict[str, Any], sample: Sample) ->
     expected = last_logits(load(**reference), sample.compared)
     loaded = load(**model)
     closeness = compare(expected, last_logits(loaded, sample.compared))
-    micro_batches, limits = LengthBuckets(loaded), sample.limits
+    micro_batches, limits = MicroBatches(loaded), sample.limits
     split = micro_batches.split(sample.rows, TOKENS, max(limits, default=0))
     return closeness, micro_batches.decode(sample.rows, split, sample.stop, limits)
 

@@ -87,10 +87,6 @@ RULES = (
          "into another model; leave it out of model.lora.targets"),
     Rule("quantized base", MERGED, "peft 0.21.2", _quantized,
          "model.base: weights quantized by {it} cannot be merged into; take the base that it was made from"),
-    Rule("initialization", VLLM, "vllm 0.33.0", lambda _, adapter: adapter.init_lora_weights in ("pissa", "olora"),
-         "model.lora.initialization: pissa and olora change the base's weights; a server that adds BA to the original "
-         "base silently answers as another model; take true, gaussian or orthogonal, or serve the merged model "
-         "(--as merged)"),
     Rule("rank", VLLM, "vllm 0.33.0", lambda _, adapter: None if vllm_rank(adapter.r) else adapter.r,
          "model.lora.r: rank {it} is more than vLLM takes; take 512 at most, or serve the merged model (--as merged)"),
     Rule("DoRA", VLLM, "vllm 0.33.0", lambda _, adapter: adapter.use_dora,

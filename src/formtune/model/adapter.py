@@ -20,8 +20,7 @@ KEYS = {"r": "r", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "do
 # Settings of PEFT that do not change what the adapter computes, or that the names of its weights show.
 FREE = {
     "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type", "inference_mode",
-    "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
-    "runtime_config",
+    "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config",
 }  # fmt: skip
 ADDED = (True, False, None, "gaussian", "orthogonal", "eva")  # initializations that leave the base's weights alone
 MERGE = "merge it (formtune export RUN --as merged) and name the result as model.base"
@@ -62,16 +61,13 @@ class TrainedAdapter:
         """Refuse other settings than `model.lora`, and weights that are not those of adapters on this model."""
         from peft import get_peft_model, get_peft_model_state_dict
 
-        expected = lora_config(model, lora)
+        expected, how = lora_config(model, lora), self.config.init_lora_weights
+        given = vars(self.config) | {"init_lora_weights": how in ADDED or how}
         for field in (it.name for it in fields(expected) if it.name not in FREE):
-            value, key = getattr(self.config, field), f"model.lora.{KEYS.get(field)}"
-            if (value or None) != (getattr(expected, field) or None):
-                key, remedy = (key, f"set {key}: {str(value).lower()}") if field in KEYS else ("model.adapter", MERGE)
-                raise UserError(f"{key}: {self.name} was trained with {field}: {value}; {remedy}")
-        own = ("model.adapter", self.config.init_lora_weights, MERGE)
-        for key, how, remedy in (own, ("model.lora.initialization", lora.initialization, "set it to true")):
-            if how not in ADDED:
-                raise UserError(f"{key}: {how} changes the weights of the base that {self.name} is for; {remedy}")
+            if (given[field] or None) != (getattr(expected, field) or None):
+                key = f"model.lora.{KEYS[field]}" if field in KEYS else "model.adapter"
+                remedy = f"set {key}: {str(given[field]).lower()}" if field in KEYS else MERGE
+                raise UserError(f"{key}: {self.name} was trained with {field}: {given[field]}; {remedy}")
         expected.init_lora_weights = False  # there are no weights
         adapted = get_peft_model(model, expected, low_cpu_mem_usage=True)  # type: ignore[arg-type]
         states = (get_peft_model_state_dict(adapted, save_embedding_layers=False), self.weights)
@@ -110,16 +106,12 @@ def take_settings(model: Any) -> None:
 
 def _folder(name: str) -> Path:
     """The folder of an adapter: a run's `adapter`, the folder itself, or that of a hub id in the local cache."""
-    for folder in (Path(name, "adapter"), Path(name)):
-        if all((folder / file).is_file() for file in (CONFIG, WEIGHTS)):
-            return folder
-    if Path(name).is_dir():
-        remedy = "name a finished run, or a PEFT adapter saved as safetensors"
-        raise UserError(f"model.adapter: {name} does not hold {CONFIG} and {WEIGHTS}; {remedy}")
     from transformers.utils.hub import cached_file
 
-    check_base(name, "model.adapter")
+    run = Path(name, "adapter")
+    source = str(run) if run.is_dir() else check_base(name, "model.adapter")
     try:
-        return [Path(str(cached_file(name, file))).parent for file in (CONFIG, WEIGHTS)][-1]
+        return [Path(str(cached_file(source, file))).parent for file in (CONFIG, WEIGHTS)][-1]
     except OSError as error:
-        raise UserError(f"model.adapter: {name}: {first_line(error)}") from None
+        remedy = "name a finished run, or a PEFT adapter saved as safetensors"
+        raise UserError(f"model.adapter: {first_line(error)}; {remedy}") from None

@@ -1,8 +1,7 @@
 """Exact attention within packed sequences, computed only for pairs of tokens that attend to each other.
 
 On a CPU a token's softmax is over several pieces of keys, each one call of a fused kernel, merged by their denominators
-as in ring attention (arXiv:2310.01889). On CUDA one FlexAttention kernel skips fully masked blocks; other devices use
-SDPA with a mask.
+as in ring attention (arXiv:2310.01889). On a GPU one FlexAttention kernel skips fully masked blocks.
 """
 
 import functools
@@ -12,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from formtune.model.packing import Packed, Segment
 
-NAME = "formtune"  # of this attention in transformers, after `register()`
+NAME = "formtune"  # of `attention_forward` in transformers, which builds no mask for it
 GROWTH = 32  # tokens that the cache grows by at a time
 
 # (layer, query, key, value, scaling, sliding window) -> output, all of shape (batch, heads, tokens, width).
@@ -27,25 +26,11 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _flex = functools.cache(lambda: torch.compile(flex_attention, dynamic=True))
 
 
-def register() -> None:
-    """Make `NAME` an attention implementation of transformers, which then builds no mask."""
-    from transformers import AttentionInterface
-
-    # Not compiled with the layers: its Python code takes another path for each packed sequence.
-    AttentionInterface.register(NAME, torch.compiler.disable(_attention))
-
-
-def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    attend: Attend | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
+def attention_forward(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, sliding_window: int | None = None, attend: Attend | None = None, **options: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """An attention implementation of transformers; `attend` reaches it as a keyword argument of the decoder."""
     special = {"mask": attention_mask} | {name: options.get(name) for name in ("softcap", "s_aux", "position_bias")}
     if names := [name for name, value in special.items() if value is not None]:
         raise NotImplementedError(f"the model's attention is a special one ({', '.join(names)})")
@@ -63,26 +48,23 @@ class PackedAttention:
     """Attention of one packed sequence (see `Attend`); without gradients it fills the KV cache, for decoding."""
 
     def __init__(self, packed: Packed) -> None:
-        self.packed = packed
+        self.packed, self.longest = packed, int(packed.positions.max()) + 1
         self.cache: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
-        self._masks: dict[int | None, Any] = {}  # by window: pieces, a dense mask or a block mask
+        self._masks: dict[int | None, Any] = {}  # by window: pieces on a CPU, else a block mask
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
         if not torch.is_grad_enabled():
             self.cache[layer] = (key, value)
-        if window is not None and self.packed.longest <= window:
+        if window is not None and self.longest <= window:
             window = None
         if window not in self._masks:
-            make = _pieces if query.is_cpu else functools.partial(_mask, blocks=query.is_cuda)
-            self._masks[window] = make(self.packed, window, query)
+            self._masks[window] = (_pieces if query.is_cpu else _block_mask)(self.packed, window, query)
         mask = self._masks[window]
         if query.is_cpu:
             return _Pieces.apply(query, key, value, mask, scaling)  # type: ignore[no-any-return]
-        if query.is_cuda:
-            return _flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)  # type: ignore[no-any-return]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+        return _flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)  # type: ignore[no-any-return]
 
 
 class Piece(NamedTuple):
@@ -163,19 +145,15 @@ class _Pieces(torch.autograd.Function):
         return *grads, None, None
 
 
-def _mask(packed: Packed, window: int | None, query: Tensor, blocks: bool) -> Any:
-    """The tokens that each token attends to, as FlexAttention's block mask or as a dense mask."""
+def _block_mask(packed: Packed, window: int | None, query: Tensor) -> BlockMask:
+    """The tokens that each token attends to."""
     stops, positions = packed.stops().to(query.device), packed.positions[0].to(query.device)
 
     def see(batch: Any, head: Any, q: Tensor, k: Tensor) -> Tensor:
         seen = (k <= q) & (q < stops[k])
         return seen if window is None else seen & (positions[q] - positions[k] < window)
 
-    size = packed.ids.size(1)
-    if blocks:
-        return create_block_mask(see, None, None, size, size, device=query.device)
-    tokens = torch.arange(size, device=query.device)
-    return see(0, 0, tokens[:, None], tokens[None])
+    return create_block_mask(see, None, None, len(stops), len(stops), device=query.device)
 
 
 class CachedAttention:
@@ -193,7 +171,6 @@ class CachedAttention:
         take = leaves[:, None] + torch.arange(max(own), device=device).clamp_max(self.at[:, None] - 1)
         self.own = {i: tuple(x[0][:, take].transpose(0, 1) for x in pair) for i, pair in cache.items()}
         self._regroup()
-        self._begin()
 
     @property
     def positions(self) -> Tensor:
@@ -206,8 +183,7 @@ class CachedAttention:
         if len(rows) < len(self.paths):
             self.paths, self.at = [self.paths[i] for i in rows], self.at[rows]
             self.own = {i: tuple(x[rows] for x in pair) for i, pair in self.own.items()}
-            self._regroup()
-        self._begin()
+        self._regroup()
 
     def _regroup(self) -> None:
         spans: dict[Segment, list[int]] = {}  # the rows [a, b) that continue each shared segment
@@ -218,8 +194,6 @@ class CachedAttention:
         self.shared = [(slice(s.start, s.end), columns[s], slice(a, b)) for s, (a, b) in spans.items()]
         starts = [path[-1].position for path in self.paths]  # tokens before each row's own ones
         self.starts, self._edge = torch.tensor(starts, device=self.at.device), max(starts)
-
-    def _begin(self) -> None:
         self._longest = int(self.at.max()) + 1  # own tokens of the longest row, with the one about to be fed
         self._masks: dict[int | None, Tensor] = {}
 

@@ -5,9 +5,10 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from formtune.base.row import Row
 from formtune.errors import UserError
 from formtune.formats import Format
 from formtune.formats.key_orders import Orders
-from formtune.model.loss import greedy, masked
+from formtune.model.loss import log_probabilities
 
 KEPT = 256  # compiled schemas of rows
 
@@ -37,9 +38,9 @@ class Grammar:
         # Some models pad their vocabulary: logits beyond the tokenizer's tokens have no text and are never chosen.
         self.vocabulary = max(renderer.tokenizer.get_vocab().values()) + 1
         self.stop = frozenset(renderer.stop_ids)
-        # Of (labels) and (pairs of matcher and label, bitmask): the tokens that may follow, 32 tokens per number.
-        self.allocate = functools.partial(allocate_token_bitmask, vocab_size=self.vocabulary)
-        self.fill = functools.partial(fill_next_token_bitmask_par, LLExecutor())
+        # Of (answers) and (pairs of matcher and answer, bitmask): the tokens that may follow, 32 tokens per number.
+        self._allocate = functools.partial(allocate_token_bitmask, vocab_size=self.vocabulary)
+        self._fill = functools.partial(fill_next_token_bitmask_par, LLExecutor())
         self._read: Any = LLMatcher
         self._tokenizer = from_tokenizer(renderer.tokenizer, n_vocab=self.vocabulary, eos_token=list(renderer.stop_ids))
         [row] = renderer.encode([(renderer.probe, "")])
@@ -83,49 +84,26 @@ class Grammar:
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
 
-
-class Documents:
-    """The answers of some rows as generated so far; a matcher for each knows which tokens may follow."""
-
-    def __init__(self, grammar: Grammar, rows: Sequence[Row]) -> None:
-        self._grammar = grammar
-        self._matchers = [grammar.matcher(row) for row in rows]
-
-    def write(self, row: int, tokens: Sequence[int]) -> int:
+    def accepted(self, matcher: Any, tokens: Sequence[int]) -> int:
         """Add tokens to an answer, of which the last may be a stop token; returns how many the grammar accepts."""
-        matcher, ended = self._matchers[row], tokens[-1] in self._grammar.stop
-        accepted = matcher.try_consume_tokens(list(tokens[: len(tokens) - ended]))
-        return accepted + (ended and accepted == len(tokens) - 1 and matcher.is_accepting())
+        tokens = list(itertools.takewhile(lambda token: token < self.vocabulary, tokens))
+        ended = bool(tokens) and tokens[-1] in self.stop
+        count = matcher.try_consume_tokens(tokens[: len(tokens) - ended])
+        return count + (ended and count == len(tokens) - 1 and matcher.is_accepting())
 
-    def bitmask(self, targets: Sequence[Sequence[int]], sizes: Sequence[int]) -> Tensor:
-        """The tokens allowed at each label of the targets, row after row, up to one that the grammar refuses."""
-        starts = [0, *itertools.accumulate(sizes)]
-        bitmask = self._grammar.allocate(starts.pop())
-        rows, at = list(range(len(sizes))), 0
-        while rows:
-            self._grammar.fill([(self._matchers[row], starts[row] + at) for row in rows], bitmask)
-            # The last token of a target is the stop token, after which nothing follows.
-            rows = [row for row in rows if at + 1 < sizes[row] and self.write(row, targets[row][at : at + 1])]
-            at += 1
-        self.reset(range(len(sizes)))
-        return bitmask
-
-    def reset(self, rows: Iterable[int]) -> None:
-        """Begin these answers anew."""
-        for row in rows:
-            self._matchers[row].reset()
-
-    def choose(self, rows: list[int], logits: Tensor) -> tuple[list[int], list[float]]:
-        """Add the most likely allowed token to each of `rows`; returns them with their log-probabilities."""
-        matchers = [self._matchers[row] for row in rows]
-        bitmask, size = self._grammar.allocate(len(rows)), min(self._grammar.vocabulary, logits.size(-1))
-        self._grammar.fill([(matcher, i) for i, matcher in enumerate(matchers)], bitmask)
-        tokens, logprobs = (values.tolist() for values in greedy(masked(logits[:, :size], bitmask)))
+    def choose(self, matchers: Sequence[Any], logits: Tensor) -> tuple[list[int], list[float]]:
+        """Add the most likely allowed token to each answer; returns these tokens with their log-probabilities."""
+        size = min(self.vocabulary, logits.size(-1))
+        bitmask = self._allocate(len(matchers))
+        self._fill([(matcher, i) for i, matcher in enumerate(matchers)], bitmask)
+        allowed = bitmask.to(logits.device)[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1
+        chosen = logits[:, :size].masked_fill(allowed.flatten(1)[:, :size] == 0, float("-inf")).argmax(-1)
+        tokens, logprobs = chosen.tolist(), log_probabilities(logits, chosen).tolist()
         for i, (matcher, token) in enumerate(zip(matchers, tokens, strict=True)):
             # A row must neither end the run nor make other processes wait: the format judges what it has so far.
-            if matcher.is_error() or not (token in self._grammar.stop or matcher.consume_token(token)):
+            if matcher.is_error() or not (token in self.stop or matcher.consume_token(token)):
                 rank_zero_warn(f"constrained decoding failed and ended an answer early: {_reason(matcher)}")
-                tokens[i], logprobs[i] = min(self._grammar.stop), -math.inf
+                tokens[i], logprobs[i] = min(self.stop), -math.inf
         return tokens, logprobs
 
 

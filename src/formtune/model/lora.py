@@ -24,7 +24,6 @@ class Lora:
         targets: `attention` (query, key, value and output projections), `all-linear`, or names of layers.
         rslora: Scale by alpha / sqrt(r), which keeps high ranks stable (arXiv:2312.03732).
         dora: Learn magnitude and direction separately (arXiv:2402.09353); slower.
-        initialization: How A and B begin: true for Kaiming and zero, or a method of PEFT's that needs no data.
     """
 
     r: PositiveInt = 16
@@ -33,7 +32,6 @@ class Lora:
     targets: Literal["attention", "all-linear"] | list[str] = "attention"
     rslora: bool = False
     dora: bool = False
-    initialization: Literal[True, "gaussian", "pissa", "olora", "orthogonal"] = True
 
 
 def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch.device) -> Any:
@@ -96,7 +94,6 @@ def lora_config(model: Any, lora: Lora) -> Any:
         target_modules=target_names(model, lora.targets),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        init_lora_weights=lora.initialization,
         # Conv1D (GPT-2) stores its weight transposed; PEFT warns if it is not told.
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
     )

@@ -1,13 +1,14 @@
 """How the rows of a batch go through the model: split into micro-batches, teacher-forced, and decoded greedily."""
 
 import contextlib
-import itertools
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
@@ -15,11 +16,8 @@ from formtune.errors import Fault
 from formtune.evaluation.metrics import LossMetrics
 from formtune.evaluation.outcomes import Answer, confidence
 from formtune.formats import Format
-from formtune.model.constrained import Documents, Grammar
-from formtune.model.loss import Predictions, greedy
-
-# Predictions, and the KV cache that `_generate` continues from, if there is one.
-Forward = tuple[Predictions, Any]
+from formtune.model.constrained import Grammar
+from formtune.model.loss import Predictions, log_probabilities, predict, summed_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,37 +52,96 @@ class Decoded:
     logprobs: list[float] = field(default_factory=list)  # of each token, given those before it; see `Predictions`
 
 
-class MicroBatches(ABC):
-    """Splits rows into micro-batches, and computes their predictions and greedy answers.
+class Answers:
+    """The answers to the rows of a micro-batch, each decoded up to a token of `stop` or its limit."""
 
-    A micro-batch has `rows`, their indices in the batch, and `sizes`, how many labels each of them has, at least 1.
+    def __init__(self, rows: list[Row], limits: list[int], stop: Sequence[int], grammar: Grammar | None) -> None:
+        self.decoded = [Decoded() for _ in rows]
+        self.limits, self.stop, self.grammar = limits, stop, grammar
+        self.matchers = [grammar.matcher(row) for row in rows] if grammar else []
+
+    def read(self, predictions: Predictions, sizes: list[int]) -> None:
+        """Take the predicted tokens of each row up to the first that differs from its target."""
+        columns = (predictions.targets.tolist(), predictions.tokens.tolist(), predictions.logprobs.tolist())
+        for j, end in enumerate(accumulate(sizes)):
+            labels, ids, logprobs = (column[end - sizes[j] : end] for column in columns)
+            same = next((i for i, label in enumerate(labels) if ids[i] != label), len(labels))
+            ids = ids[: min(same + 1, self.limits[j])]
+            if self.grammar:
+                ids = ids[: self.grammar.accepted(self.matchers[j], ids)]
+            self.decoded[j] = Decoded(ids, logprobs[: len(ids)])
+
+    def unfinished(self, rows: Iterable[int]) -> list[int]:
+        """Those of the rows whose answers may have more tokens."""
+        ids = [answer.ids for answer in self.decoded]
+        return [j for j in rows if len(ids[j]) < self.limits[j] and (not ids[j] or ids[j][-1] not in self.stop)]
+
+    def add(self, rows: list[int], logits: Tensor) -> list[int]:
+        """Add the most likely token that the format allows to the answers of `rows`; returns these tokens."""
+        if self.grammar:
+            tokens, logprobs = self.grammar.choose([self.matchers[j] for j in rows], logits)
+        else:
+            most_likely = logits.argmax(-1)
+            tokens, logprobs = most_likely.tolist(), log_probabilities(logits, most_likely).tolist()
+        for j, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            self.decoded[j].ids.append(token)
+            self.decoded[j].logprobs.append(logprob)
+        return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """Padded rows, aligned so that all answers begin in the same column:
+
+    . . P P P | A A A A          P prompt, A answer, . padding (masked by position, never by token id,
+    P P P P P | A A . .          so that a pad token that equals the end of turn stays supervised)
     """
+
+    rows: list[int]  # their indices in the batch
+    sizes: list[int]  # for each row the number of its labels, at least 1
+    ids: Tensor  # -1 for padding, (rows, columns); the last column predicts nothing and is left out
+    predicting: Tensor  # which of the last columns predict a label, (rows, label columns)
+    targets: Tensor  # the labels, row after row, -1 for rows without a target, (labels,)
+
+
+class MicroBatches:
+    """Padded rows of similar length, for any causal model; `SharedPrefixes` is faster where the model allows it."""
 
     def __init__(self, model: Any) -> None:
         self.base = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.vocabulary = self.base.get_input_embeddings().num_embeddings
 
     @property
     def device(self) -> torch.device:
         return self.base.device
 
-    @abstractmethod
     def split(self, rows: Sequence[Row], tokens: int, extra: int = 0) -> Iterator[Any]:
         """Micro-batches of at most `tokens` tokens, where each row counts `extra` tokens more than it has."""
-
-    @abstractmethod
-    def predictions(self, micro_batch: Any, bitmask: torch.Tensor | None = None) -> Forward:
-        """One teacher-forced forward pass, with the tokens that are allowed at each label (see `predict`)."""
-
-    @abstractmethod
-    def _generate(
-        self, micro_batch: Any, cache: Any, unfinished: list[int], answers: list[Decoded], limits: list[int],
-        stop: Sequence[int], documents: Documents | None,
-    ) -> None:  # fmt: skip
-        """Complete the answers of the `unfinished` rows, in place."""
+        prompts, answers = [len(row.prompt_ids) for row in rows], [max(len(row.target_ids), 1) + extra for row in rows]
+        group: list[int] = []
+        for i in sorted(range(len(rows)), key=lambda i: prompts[i] + answers[i], reverse=True):
+            wider = [*group, i]
+            columns = max(prompts[j] for j in wider) + max(answers[j] for j in wider)
+            if group and columns * len(wider) > tokens:
+                yield _pad(rows, group)
+                wider = [i]
+            group = wider
+        if group:
+            yield _pad(rows, group)
 
     def dummy(self) -> Any:
         """A micro-batch whose result is not used, so that all ranks do the same number of forward passes (FSDP)."""
         return next(self.split([Row([0], [0], "", None, "")], 1))
+
+    def loss(self, micro_batch: Any) -> Tensor:
+        """The negative log-likelihood of all labels, in nats."""
+        head, hidden, _ = self._forward(micro_batch)
+        return summed_loss(head, hidden, micro_batch.targets.to(self.device), self.vocabulary)
+
+    def predictions(self, micro_batch: Any) -> tuple[Predictions, Any]:
+        """What the model predicts at each label, and the KV cache from which `_generate` continues, if it uses one."""
+        head, hidden, cache = self._forward(micro_batch)
+        return predict(head, hidden, micro_batch.targets.to(self.device), self.vocabulary), cache
 
     @torch.no_grad()
     def decode(
@@ -96,28 +153,68 @@ class MicroBatches(ABC):
         As long as greedy decoding agrees with the target, it sees the same tokens as the teacher-forced pass, so
         generation resumes at the first mismatch.
         """
-        answers = [Decoded() for _ in rows]
+        decoded = [Decoded() for _ in rows]
         for micro_batch in micro_batches:
-            sizes, targets = micro_batch.sizes, [rows[i].target_ids for i in micro_batch.rows]
-            decoded, most_tokens = [answers[i] for i in micro_batch.rows], [limits[i] for i in micro_batch.rows]
-            documents = Documents(grammar, [rows[i] for i in micro_batch.rows]) if grammar else None
-            bitmask = documents.bitmask(targets, sizes) if documents else None
-            predictions, cache = self.predictions(micro_batch, bitmask)
+            part = micro_batch.rows
+            answers = Answers([rows[i] for i in part], [limits[i] for i in part], stop, grammar)
+            predictions, cache = self.predictions(micro_batch)
             if losses is not None:
-                losses.update(predictions.nats, predictions.tokens == predictions.targets, sizes)
-            tokens, logprobs = predictions.chosen.tolist(), predictions.logprobs.tolist()
-            for j, end in enumerate(itertools.accumulate(sizes)):
-                start = end - sizes[j]
-                pairs = enumerate(zip(tokens[start:end], targets[j], strict=False))
-                same = next((i for i, (token, label) in pairs if token != label), len(targets[j]))
-                ids = tokens[start:end][: same + 1][: most_tokens[j]]
-                if documents:
-                    ids = ids[: documents.write(j, ids)]
-                decoded[j].ids, decoded[j].logprobs = ids, logprobs[start : start + len(ids)]
-            if unfinished := [j for j, answer in enumerate(decoded) if not finished(answer.ids, most_tokens[j], stop)]:
-                self._generate(micro_batch, cache, unfinished, decoded, most_tokens, stop, documents)
+                losses.update(predictions.nats, predictions.tokens == predictions.targets, micro_batch.sizes)
+            answers.read(predictions, micro_batch.sizes)
+            if unfinished := answers.unfinished(range(len(part))):
+                self._generate(micro_batch, cache, answers, unfinished)
             del cache  # before the next micro-batch fills its own
-        return answers
+            for i, answer in zip(part, answers.decoded, strict=True):
+                decoded[i] = answer
+        return decoded
+
+    def _forward(self, padded: Any) -> tuple[nn.Module, Tensor, Any]:
+        """Output layer, its input at each label, and a KV cache if `_generate` uses one."""
+        inputs = self._inputs(padded.ids)
+        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        columns = padded.predicting.size(1)
+        logits = self.base(**inputs, position_ids=positions, logits_to_keep=columns, use_cache=False).logits
+        return nn.Identity(), logits[padded.predicting.to(self.device)], None
+
+    def _generate(self, padded: Any, cache: Any, answers: Answers, unfinished: list[int]) -> None:
+        """Complete these answers."""
+        from transformers import GenerationConfig
+
+        for j in unfinished:  # from the prompt again: not every model's cache can be cut back to a mismatch
+            answers.decoded[j] = Decoded()
+            if answers.grammar:
+                answers.matchers[j].reset()
+
+        def choose(ids: Tensor, scores: Tensor) -> Tensor:
+            """A logits processor that adds the next tokens to the answers of `group`, and allows no others."""
+            alive = answers.unfinished(group)
+            at = [group.index(j) for j in alive]
+            chosen = torch.full_like(scores, float("-inf"))
+            chosen[at, answers.add(alive, scores[at])] = 0.0
+            return chosen
+
+        # Rows near the end of the context have lower limits: decoded with the others they would exceed it.
+        for limit in sorted({answers.limits[j] for j in unfinished}):
+            group = [j for j in unfinished if answers.limits[j] == limit]
+            ends = {"eos_token_id": list(answers.stop), "pad_token_id": answers.stop[0]}
+            config = GenerationConfig(do_sample=False, max_new_tokens=limit, **ends)
+            inputs = self._inputs(padded.ids[group, : padded.ids.size(1) - padded.predicting.size(1) + 1])
+            self.base.generate(**inputs, generation_config=config, logits_processor=[choose])
+
+    def _inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        ids = ids.to(self.device)
+        return {"input_ids": ids.clamp_min(0), "attention_mask": (ids >= 0).long()}
+
+
+def _pad(rows: Sequence[Row], group: list[int]) -> Padded:
+    prompts = [torch.tensor(rows[i].prompt_ids) for i in group]
+    labels = [torch.tensor(rows[i].target_ids or [-1]) for i in group]
+    targets = pad_sequence(labels, batch_first=True, padding_value=-1)
+    before = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
+    predicting = targets >= 0
+    predicting[:, 0] = True  # also in a row without a target, whose answer starts there
+    ids = torch.cat([before, targets], 1)[:, :-1]
+    return Padded(group, list(map(len, labels)), ids, predicting, targets[predicting])
 
 
 def judge(row: Row, decoded: Decoded, renderer: Renderer, format: Format) -> Answer:
@@ -127,20 +224,6 @@ def judge(row: Row, decoded: Decoded, renderer: Renderer, format: Format) -> Ans
     verdict = own.check(text, finished=finished, target=row.target, input=row.context)
     pieces = renderer.pieces(decoded.ids) if verdict.exact else ()  # an invalid format has confidence 0
     return Answer(row, text, verdict, *confidence(pieces, decoded.logprobs, text, verdict, own))
-
-
-def add_tokens(answers: list[Decoded], rows: list[int], logits: torch.Tensor, documents: Documents | None) -> list[int]:
-    """Add the most likely token that the documents allow to the answers of `rows`; returns the tokens."""
-    tokens, logprobs = documents.choose(rows, logits) if documents else (x.tolist() for x in greedy(logits))
-    for j, token, logprob in zip(rows, tokens, logprobs, strict=True):
-        answers[j].ids.append(token)
-        answers[j].logprobs.append(logprob)
-    return tokens
-
-
-def finished(answer: list[int], limit: int, stop: Sequence[int]) -> bool:
-    """Whether the answer has its stop token or all the tokens that it may have."""
-    return len(answer) >= limit or (bool(answer) and answer[-1] in stop)
 
 
 @contextlib.contextmanager

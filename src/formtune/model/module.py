@@ -24,10 +24,10 @@ from formtune.formats import Format
 from formtune.formats.key_orders import Orders
 from formtune.model.adapter import TrainedAdapter
 from formtune.model.constrained import Grammar
-from formtune.model.fsdp import ShardedBase, padded, uneven_counts, unsynced
 from formtune.model.lora import Lora, add_lora, check_adapters, decoder_layers, load_base, lora_config
 from formtune.model.micro_batches import Batch, Decoded, Decoding, MicroBatches, judge, out_of_memory_named
 from formtune.model.optimization import CosineWithWarmup, build_optimizer, check_optimizer
+from formtune.model.ranks import ShardedBase, padded, uneven_counts, unsynced
 from formtune.model.shared_prefixes import choose_micro_batches
 
 EVALUATION = 16  # an evaluation micro-batch has so many times the tokens of a training one, answers included
@@ -185,7 +185,7 @@ class FormatModule(L.LightningModule):
             for i, micro_batch in enumerate(micro_batches):
                 last = i == len(micro_batches) - 1  # gradients are exchanged once, in its backward pass
                 with contextlib.nullcontext() if last else unsynced(strategy):
-                    loss = self.micro_batches.predictions(micro_batch)[0].loss * (i >= dummies)
+                    loss = self.micro_batches.loss(micro_batch) * (i >= dummies)
                     self.manual_backward(loss * scale)
                 nats += loss.detach()
         rate = optimizer.param_groups[0]["lr"]

@@ -45,14 +45,10 @@ class Packed:
     targets: Tensor  # the labels, -1 for rows without a target, (labels,)
     segments: list[Segment]  # the trie's nodes, depth first
     leaves: list[Segment]  # for each row the segment that it owns; its last tokens predict the row's labels
-    longest: int  # tokens of the longest row
 
     def stops(self) -> Tensor:
         """For each token the end of those that attend to it: q attends to k if `k <= q < stops[k]`; (tokens,)."""
-        stops = torch.empty(self.ids.size(1), dtype=torch.long)
-        for segment in self.segments:
-            stops[segment.start : segment.end] = segment.stop
-        return stops
+        return torch.cat([torch.full((s.end - s.start,), s.stop) for s in self.segments])
 
     def paths(self) -> list[list[Segment]]:
         """For each row its segments, from the root to its leaf."""
@@ -131,5 +127,4 @@ def _lay_out(rows: Sequence[Row], order: list[int], common: list[int]) -> Packed
         targets=torch.tensor([label for part in labels for label in part]),
         segments=segments,
         leaves=leaves,
-        longest=max(map(len, inputs)),
     )

@@ -1,10 +1,23 @@
-"""What the processes of a run exchange."""
+"""What the processes of a run exchange, and `--trainer.strategy fsdp`.
 
+Under FSDP each rank keeps a shard of every frozen layer and gathers the layer to compute it. `fully_shard` gathers a
+layer when all ranks call it, so all ranks need the same number of forward passes.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from formtune.model.lora import decoder_layers
+from formtune.model.micro_batches import MicroBatches
 
 T = TypeVar("T")
 
@@ -21,5 +34,54 @@ def gathered(trainer: Any, part: list[T]) -> list[T]:
     if trainer.world_size == 1:
         return part
     parts: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(parts, part)
+    dist.all_gather_object(parts, part)
     return list(chain(*parts))
+
+
+class ShardedBase(DDPStrategy):
+    """DDP for the trained parameters, FSDP for the frozen decoder layers; the embeddings stay whole."""
+
+    def shard(self, module: Any, model: Any) -> None:
+        """Shard the layers of `model`, a causal language model with adapters, the same on all ranks."""
+        decoder = model.get_base_model().get_decoder()
+        # A separate group: DDP exchanges gradients while layers are gathered for the backward pass.
+        mesh = DeviceMesh.from_group(dist.new_group(), self.root_device.type)
+        trained = {p for p in decoder.parameters() if p.requires_grad}
+        for layer in decoder_layers(decoder):
+            fully_shard(layer, mesh=mesh, ignored_params=trained)
+        # As the root, it fetches the next layer while one computes.
+        whole = {p for p in decoder.parameters() if not isinstance(p, DTensor)}
+        fully_shard(decoder, mesh=mesh, ignored_params=trained | whole)
+        module._ddp_params_and_buffers_to_ignore = [n for n, p in module.named_parameters() if isinstance(p, DTensor)]
+
+
+def padded(trainer: Any, micro_batches: list[Any], dummy: Callable[[], Any]) -> list[Any]:
+    """Dummies, then the micro-batches: at least one, to join the gradient exchange; under FSDP as many on all ranks."""
+    count = max(len(micro_batches), 1)
+    if isinstance(trainer.strategy, ShardedBase):
+        count = int(*highest(trainer, count))
+    return [dummy()] * (count - len(micro_batches)) + micro_batches
+
+
+@contextlib.contextmanager
+def uneven_counts(trainer: Any, micro_batches: MicroBatches) -> Iterator[None]:
+    """Allow uneven forward counts per rank: under FSDP, a rank that is done runs dummy passes until all are."""
+    if not isinstance(trainer.strategy, ShardedBase):
+        yield
+        return
+
+    def announce(*_: Any) -> None:
+        highest(trainer, 1)
+
+    hook = micro_batches.base.get_decoder().register_forward_pre_hook(announce)
+    try:
+        yield
+    finally:
+        hook.remove()
+    while highest(trainer, 0)[0]:
+        micro_batches.predictions(micro_batches.dummy())
+
+
+def unsynced(strategy: Any) -> Any:
+    """A context in which a backward pass exchanges no gradients."""
+    return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else contextlib.nullcontext()

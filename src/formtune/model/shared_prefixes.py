@@ -5,15 +5,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from formtune.base.row import Row
 from formtune.errors import first_line
-from formtune.model.attention import NAME, CachedAttention, PackedAttention, register
-from formtune.model.constrained import Documents
-from formtune.model.length_buckets import LengthBuckets
-from formtune.model.loss import predict
-from formtune.model.micro_batches import Decoded, Forward, MicroBatches, add_tokens, finished
+from formtune.model.attention import NAME, CachedAttention, PackedAttention, attention_forward
+from formtune.model.micro_batches import Answers, MicroBatches
 from formtune.model.packing import Packed, pack
 
 
@@ -23,32 +20,27 @@ class SharedPrefixes(MicroBatches):
     def split(self, rows: Sequence[Row], tokens: int, extra: int = 0) -> Iterator[Packed]:
         return pack(rows, tokens, extra)
 
-    def predictions(self, packed: Packed, bitmask: Tensor | None = None) -> Forward:
+    def _forward(self, packed: Packed) -> tuple[nn.Module, Tensor, Any]:
         attention = PackedAttention(packed)
-        hidden = self._hidden(packed.ids, packed.positions, attention)[0, packed.predicting.to(self.device)]
-        vocabulary = self.base.get_input_embeddings().num_embeddings
-        head = self.base.get_output_embeddings()
-        return predict(head, hidden, packed.targets.to(self.device), vocabulary, bitmask), attention.cache
+        hidden = self._hidden(packed.ids, packed.positions, attention)
+        return self.base.get_output_embeddings(), hidden[0, packed.predicting.to(self.device)], attention.cache
 
-    def _generate(
-        self, packed: Packed, cache: Any, unfinished: list[int], answers: list[Decoded], limits: list[int],
-        stop: Sequence[int], documents: Documents | None,
-    ) -> None:  # fmt: skip
+    def _generate(self, packed: Packed, cache: Any, answers: Answers, unfinished: list[int]) -> None:
         leaves, head = packed.paths(), self.base.get_output_embeddings()
         paths = [leaves[j] for j in unfinished]
         # Index of the last token of each prompt, which predicts the first label.
         last = {j: path[-1].end - packed.sizes[j] for j, path in zip(unfinished, paths, strict=True)}
+        written = [answers.decoded[j].ids for j in range(len(leaves))]
         # Tokens of each leaf that stay in the cache: the target was fed beyond the first mismatch too.
-        own = [last[j] - path[-1].start + len(answers[j].ids) for j, path in zip(unfinished, paths, strict=True)]
+        own = [last[j] - path[-1].start + len(written[j]) for j, path in zip(unfinished, paths, strict=True)]
         attention = CachedAttention(cache, paths, own)
         while unfinished:
-            ids = [[answers[j].ids[-1] if answers[j].ids else int(packed.ids[0, last[j]])] for j in unfinished]
+            ids = [[written[j][-1] if written[j] else int(packed.ids[0, last[j]])] for j in unfinished]
             hidden = self._hidden(torch.tensor(ids), attention.positions, attention)
-            add_tokens(answers, unfinished, head(hidden[:, -1]), documents)
-            remaining = [i for i, j in enumerate(unfinished) if not finished(answers[j].ids, limits[j], stop)]
-            unfinished = [unfinished[i] for i in remaining]
-            if unfinished:
-                attention.advance(remaining)
+            answers.add(unfinished, head(hidden[:, -1]))
+            if remaining := set(answers.unfinished(unfinished)):
+                attention.advance([i for i, j in enumerate(unfinished) if j in remaining])
+            unfinished = [j for j in unfinished if j in remaining]
 
     def _hidden(self, ids: Tensor, positions: Tensor, attend: Any) -> Tensor:
         out = self.base.get_decoder()(
@@ -59,7 +51,7 @@ class SharedPrefixes(MicroBatches):
 
 @torch.no_grad()
 def choose_micro_batches(model: Any) -> MicroBatches:
-    """Shared prefixes if the model computes the same logits with them, on a few dozen tokens; else length buckets."""
+    """Shared prefixes if the model computes the same logits with them, on a few dozen tokens; else padded rows."""
     shared, training = SharedPrefixes(model), model.training
     usual = shared.base.config._attn_implementation
     model.eval()
@@ -72,22 +64,26 @@ def choose_micro_batches(model: Any) -> MicroBatches:
         return shared
     shared.base.set_attn_implementation(usual)
     rank_zero_warn(f"prefixes are not shared, each row is computed on its own: {difference}")
-    return LengthBuckets(model)
+    return MicroBatches(model)
 
 
 def _difference(shared: SharedPrefixes) -> str | None:
     """Why this model cannot take packed rows, None if it can; its attention is then the packed one."""
-    base, config = shared.base, shared.base.config.get_text_config()
+    from transformers import AttentionInterface
+
+    base, config, head = shared.base, shared.base.config.get_text_config(), shared.base.get_output_embeddings()
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     if special := kinds - {"full_attention", "sliding_attention"}:
         return f"the model has layers of other kinds ({', '.join(sorted(special))})"
-    size = base.get_input_embeddings().num_embeddings
-    ids = [1 + i * 7919 % (size - 1) for i in range(48)]
+    if hasattr(head, "lora_A"):
+        return "its output layer has an adapter"
+    ids = [1 + i * 7919 % (shared.vocabulary - 1) for i in range(48)]
     # Two levels of sharing, and a row that shares nothing.
     prompts = [ids[:16] + ids[16:20], ids[:16] + ids[16:18] + ids[24:28], ids[:16] + ids[30:40], ids[40:]]
     [packed] = pack([Row(prompt, [], "", None, "") for prompt in prompts], 10**6)
     alone = [base(torch.tensor([prompts[i]], device=shared.device), use_cache=False).logits[0] for i in packed.rows]
-    register()
+    # Not compiled with the layers: its Python code takes another path for each packed sequence.
+    AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))
     base.set_attn_implementation(NAME)
     windows, attention = set(), PackedAttention(packed)
 
@@ -95,7 +91,7 @@ def _difference(shared: SharedPrefixes) -> str | None:
         windows.add(arguments[-1])
         return attention(*arguments)
 
-    together = base.get_output_embeddings()(shared._hidden(packed.ids, packed.positions, attend)[0])
+    together = head(shared._hidden(packed.ids, packed.positions, attend)[0])
     window = getattr(config, "sliding_window", None)
     if window and "sliding_attention" in kinds and window not in windows:
         return "the model does not pass its sliding window to the attention"

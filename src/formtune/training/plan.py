@@ -16,9 +16,8 @@ from formtune.data.datamodule import EVALUATION_ROWS, FormatDataModule
 from formtune.errors import UserError
 from formtune.files import write_entry
 from formtune.model import FormatModule
-from formtune.model.fsdp import padded, unsynced
 from formtune.model.micro_batches import Decoding
-from formtune.model.ranks import highest
+from formtune.model.ranks import highest, padded, unsynced
 from formtune.training import callback
 from formtune.training.evaluator import LONGEST
 from formtune.training.pipeline import peak_memory, prepare
@@ -60,7 +59,7 @@ class Timing(Callback):
             # As in training: processes, which may have other numbers of micro-batches, exchange gradients once.
             with contextlib.nullcontext() if i == len(parts) else unsynced(trainer.strategy):
                 with trainer.precision_plugin.forward_context():
-                    loss = model.micro_batches.predictions(micro_batch)[0].loss
+                    loss = model.micro_batches.loss(micro_batch)
                 model.manual_backward(loss)
         model.zero_grad()
         return highest(trainer, _now() - started)[0]  # the same on all processes, which then time as many

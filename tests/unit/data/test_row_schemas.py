@@ -376,18 +376,19 @@ def test_labels_and_invented_values_are_those_of_each_schema(settings):
 def test_each_answer_is_constrained_by_its_rows_schema():
     pytest.importorskip("llguidance", reason="needs the extra `constrained`")
     from formtune.model import constrained
-    from formtune.model.constrained import Documents, Grammar
+    from formtune.model.constrained import Grammar
 
     renderer = Renderer(byte_tokenizer())
     grammar = Grammar(PER_ROW, renderer)
     rows = [row(schema, f"f:{n}") for n, schema in enumerate([*ANSWERS, NUMBER])]
     torch.manual_seed(0)
     for _ in range(5):
-        documents, written = Documents(grammar, rows), [[] for _ in rows]
+        matchers, written = [grammar.matcher(one) for one in rows], [[] for _ in rows]
         for _ in range(60):
             alive = [i for i, ids in enumerate(written) if not ids or ids[-1] not in renderer.stop_ids]
             if alive:
-                for i, token in zip(alive, documents.choose(alive, torch.randn(len(alive), 259))[0], strict=True):
+                tokens, _ = grammar.choose([matchers[i] for i in alive], torch.randn(len(alive), 259))
+                for i, token in zip(alive, tokens, strict=True):
                     written[i].append(token)
         for one, ids in zip(rows, written, strict=True):
             text, finished = renderer.answer(ids)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from command import fork_fresh_processes
 from conftest import byte_tokenizer, tiny_model
@@ -42,8 +42,6 @@ def test_a_plain_adapter_on_a_plain_base_breaks_no_rule():
     [
         ({"target_modules": ["lm_head"]}, {"tie_word_embeddings": True}, "tied embeddings", "merge"),
         ({"target_modules": ["embed_tokens"]}, {"tie_word_embeddings": True}, "tied embeddings", "int8"),
-        ({"init_lora_weights": "pissa"}, {}, "initialization", "vllm"),
-        ({"init_lora_weights": "olora"}, {}, "initialization", "vllm"),
         ({"r": 1024}, {}, "rank", "vllm"),
         ({"use_dora": True}, {}, "DoRA", "vllm"),
         ({}, {"hidden_size": 120, "head_dim": 32}, "group size", "gptq"),
@@ -110,20 +108,6 @@ def test_a_merge_that_peft_refuses_is_one_line():
     model = perturbed(get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], lora_bias=True)))
     with pytest.raises(UserError, match="cannot be merged: Impossible to merge"):
         merge(model, ROWS)
-
-
-def test_an_adapter_that_changed_its_base_answers_as_another_model_on_the_base_as_it_was(tmp_path):
-    """Why PiSSA and OLoRA must not be served as they are: what a server computes is W + sBA."""
-    for method, wrong in (("pissa", True), ("olora", True), (True, False)):
-        model = perturbed(get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=method)))
-        model.save_pretrained(tmp_path / str(method))
-        expected = model(torch.tensor(ROWS)).logits
-        right = PeftModel.from_pretrained(tiny_model(), tmp_path / str(method))
-        torch.testing.assert_close(right(torch.tensor(ROWS)).logits, expected, rtol=1e-4, atol=1e-4)
-        config = json.loads((tmp_path / str(method) / "adapter_config.json").read_text())
-        (tmp_path / str(method) / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": True}))
-        served = PeftModel.from_pretrained(tiny_model(), tmp_path / str(method))
-        assert ((served(torch.tensor(ROWS)).logits - expected).abs().max() > 1e-3) == wrong
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "phi3", "gemma3_text", "gpt2", "gpt_neox"])

@@ -145,12 +145,7 @@ def test_settings_come_from_the_adapter_unless_the_user_sets_them(project, capfd
         (
             {"init_lora_weights": "pissa"},
             [],
-            "model.adapter: pissa changes the weights of the base that own is for; merge",
-        ),
-        (
-            {},
-            ["--model.lora.initialization", "olora"],
-            "model.lora.initialization: olora changes the weights of the base that own is for; set it",
+            "model.adapter: own was trained with init_lora_weights: pissa; merge",
         ),
         (
             {"base": "owner/name"},
@@ -161,7 +156,7 @@ def test_settings_come_from_the_adapter_unless_the_user_sets_them(project, capfd
         (
             {},
             ["--model.adapter", "logs/small"],
-            "model.adapter: logs/small does not hold adapter_config.json and adapter_m",
+            "model.adapter: logs/small does not appear to have a file named adapter_config.json",
         ),
     ],
 )
@@ -185,7 +180,7 @@ def test_a_pickle_damaged_weights_and_another_base_are_refused(project, capfd):
     refused("model.adapter: own cannot be read (")
     file.unlink()
     torch.save(weights, "own/adapter_model.bin")
-    refused("model.adapter: own does not hold adapter_config.json and adapter_model.safetensors; name a finished run")
+    refused("model.adapter: own does not appear to have a file named adapter_model.safetensors")
     tiny_model(seed=1).save_pretrained("other")
     byte_tokenizer().save_pretrained("other")
     refused("model.base: logs/small/one was trained on base, not on other", "--model.adapter", "logs/small/one",

@@ -17,8 +17,8 @@ from formtune.errors import UserError
 from formtune.formats import Format, JsonSchema, Labels, Regex, Tagged, ToolCalls
 from formtune.model import FormatModule
 from formtune.model.attention import CachedAttention
-from formtune.model.constrained import Documents, Grammar
-from formtune.model.length_buckets import LengthBuckets
+from formtune.model.constrained import Grammar
+from formtune.model.micro_batches import MicroBatches
 from formtune.model.shared_prefixes import SharedPrefixes, choose_micro_batches
 
 pytest.importorskip("llguidance", reason="needs the extra `constrained`")
@@ -184,7 +184,7 @@ def test_answers_equal_those_of_a_naive_masked_loop(shape, name):
     assert answered(micro_batches, rows, grammar, limits) == expected
     assert answered(micro_batches, rows, grammar, limits, tokens=1) == expected
     model.set_attn_implementation("sdpa")
-    assert answered(LengthBuckets(model), rows, grammar, limits) == expected
+    assert answered(MicroBatches(model), rows, grammar, limits) == expected
 
 
 def test_tokens_that_the_model_predicts_anyway_are_not_decoded_again(monkeypatch):
@@ -194,17 +194,17 @@ def test_tokens_that_the_model_predicts_anyway_are_not_decoded_again(monkeypatch
     fed, append, micro_batches = [], CachedAttention._append, choose_micro_batches(model)
     monkeypatch.setattr(CachedAttention, "_append", lambda *a: fed.append((a[1] == 0) * len(a[0].at)) or append(*a))
     free = answered(micro_batches, [row(p) for p in prompts], None, [20] * len(prompts))
-    assert any(a[0] == b[0] for a, b in zip(free, written, strict=True)), (
-        "the model generates nothing that the grammar allows, so that nothing is tested"
-    )
+    pairs = [list(zip(a, b, strict=False)) for a, b in zip(free, written, strict=True)]
+    same = [next(i for i, (a, b) in enumerate(both) if a != b) for both in pairs]
+    assert any(same), "the model generates nothing that the grammar allows, so that nothing is tested"
     fed.clear()
     rows = [row(p, s) for p, s in zip(prompts, written, strict=True)]
     assert answered(micro_batches, rows, grammar, [20] * len(prompts)) == written
-    assert not fed
+    assert sum(fed) == sum(map(len, written)) - sum(same)
 
 
 @pytest.mark.parametrize("name", ["canonical", "labels"])
-def test_log_probabilities_are_normalised_over_the_allowed_tokens_however_they_are_decoded(name):
+def test_log_probabilities_are_the_models_own_over_all_tokens_however_they_are_decoded(name):
     # As some models do, it has more logits than the tokenizer has tokens, and here these are high.
     model, grammar = sharp_model("llama", vocab_size=SIZE + 61), grammar_of(FORMATS[name])
     model.get_output_embeddings().weight.data[SIZE:] *= 3
@@ -213,18 +213,12 @@ def test_log_probabilities_are_normalised_over_the_allowed_tokens_however_they_a
     expected = [naive(model, grammar, prompt, 16) for prompt in prompts]
     logprobs = []
     for prompt, answer in zip(prompts, expected, strict=True):
-        matcher = grammar.matcher(ANY)
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0, len(prompt) - 1 :].double()
-        logprobs.append([])
-        for token, each in zip(answer, logits, strict=False):
-            allowed = [t for t in range(SIZE) if int.from_bytes(matcher.compute_bitmask(), "little") >> t & 1]
-            logprobs[-1].append(float(each[token] - each[allowed].logsumexp(0)))
-            assert token == END or matcher.consume_token(token)
-    assert any(one == 0.0 for each in logprobs for one in each), "no token is forced, so that nothing is tested"
+            logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0, len(prompt) - 1 : -1].double()
+        logprobs.append(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0].tolist())
     shared, rows = choose_micro_batches(model), rows_of_every_kind(prompts, expected)
     free = [row(prompt) for prompt in prompts]
-    for way in (shared, LengthBuckets(model)):
+    for way in (shared, MicroBatches(model)):
         model.set_attn_implementation("formtune" if way is shared else "sdpa")
         for given in (rows, free):
             decoded = way.decode(given, way.split(given, 300, 16), RENDERER.stop_ids, limits, grammar)
@@ -256,11 +250,11 @@ def test_a_model_that_would_write_something_else_is_led_to_a_document(name):
     wish = 'Sure! Here {"you": 1} are </reason>, and <answer>b</answer>} or b</answer> so yes please 2024-02-30}]}'
     for seed in range(8):
         torch.manual_seed(seed)
-        documents, written = Documents(grammar, [ANY]), []
+        matcher, written = grammar.matcher(ANY), []
         for token in RENDERER.tokenizer(wish, add_special_tokens=False)["input_ids"] + [END] * 200:
             logits = torch.randn(1, SIZE)
             logits[0, token] = 9.0
-            written += documents.choose([0], logits)[0]
+            written += grammar.choose([matcher], logits)[0]
             if written[-1] == END:
                 break
         text, finished = RENDERER.answer(written)
@@ -273,7 +267,7 @@ def accepts(format, text):
 
 def takes(grammar, text):
     ids = [*RENDERER.tokenizer(text, add_special_tokens=False)["input_ids"], END]
-    return Documents(grammar, [ANY]).write(0, ids) == len(ids)
+    return grammar.accepted(grammar.matcher(ANY), ids) == len(ids)
 
 
 @pytest.mark.parametrize(
@@ -482,13 +476,12 @@ def test_targets_of_other_tokenizers_keep_the_grammar(name):
     for answer in ('{"n":1,"s":"é😀"}', '{"n": 1, "s": ""}'):
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
         [encoded] = renderer.encode([(turn, "")])
-        documents = Documents(grammar, [ANY, ANY])
-        assert documents.write(0, encoded.target_ids) == len(encoded.target_ids)
+        assert grammar.accepted(grammar.matcher(ANY), encoded.target_ids) == len(encoded.target_ids)
         logits = torch.zeros(1, len(renderer.tokenizer) + 64)
         logits[0, encoded.target_ids] = 1.0 + torch.arange(len(encoded.target_ids), 0, -1)
-        written = []
+        matcher, written = grammar.matcher(ANY), []
         while not written or written[-1] != encoded.target_ids[-1]:
-            written += documents.choose([1], logits)[0]
+            written += grammar.choose([matcher], logits)[0]
             logits[0, written[-1]] -= 1e3
         text, finished = renderer.answer(written)
         assert FORMATS["json"].check(text, finished=finished).exact
@@ -502,7 +495,7 @@ def test_the_grammar_of_tool_calls_allows_the_tools_of_the_row_and_tags_that_are
     def taken(format, renderer, *calls):
         grammar = grammar_of(format.of_row(tools), renderer)
         ids = [*renderer.tokenizer("\n".join(calls), add_special_tokens=False)["input_ids"], renderer.stop_ids[0]]
-        return Documents(grammar, [replace(ANY, schema=tools)]).write(0, ids) == len(ids)
+        return grammar.accepted(grammar.matcher(replace(ANY, schema=tools)), ids) == len(ids)
 
     def tag(call):
         return f"<tool_call>\n{call}\n</tool_call>"

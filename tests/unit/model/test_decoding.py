@@ -9,7 +9,7 @@ from test_packing import random_rows, row
 
 from conftest import SHAPES, tiny_model
 from formtune.model.attention import CachedAttention
-from formtune.model.length_buckets import LengthBuckets
+from formtune.model.micro_batches import MicroBatches
 from formtune.model.shared_prefixes import SharedPrefixes, choose_micro_batches
 
 STOP = (7, 11)
@@ -64,7 +64,7 @@ def test_answers_equal_those_of_a_naive_loop(shape):
     assert answered(shared, rows, limits) == expected
     assert answered(shared, rows, limits, tokens=1) == expected
     model.set_attn_implementation("sdpa")
-    assert answered(LengthBuckets(model), rows, limits) == expected
+    assert answered(MicroBatches(model), rows, limits) == expected
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
@@ -78,7 +78,7 @@ def test_every_way_of_decoding_gives_the_same_log_probabilities(shape):
         logprobs.append(each.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist())
     shared, limits = choose_micro_batches(model), [LIMIT] * len(rows)
     free = [row(one.prompt_ids, []) for one in rows]
-    for implementation, way in (("formtune", shared), ("sdpa", LengthBuckets(model))):
+    for implementation, way in (("formtune", shared), ("sdpa", MicroBatches(model))):
         if implementation == "sdpa":
             model.set_attn_implementation("sdpa")
         for given in (rows, free):
@@ -122,7 +122,7 @@ def test_rows_with_less_room_are_cut_there_and_cut_no_others():
     cut = [answer[:most] for answer, most in zip(expected, limits, strict=True)]
     assert answered(choose_micro_batches(model), rows, limits) == cut
     model.set_attn_implementation("sdpa")
-    assert answered(LengthBuckets(model), rows, limits) == cut
+    assert answered(MicroBatches(model), rows, limits) == cut
 
 
 def test_a_prompt_that_fills_the_context_gets_as_many_tokens_as_fit():
@@ -132,7 +132,7 @@ def test_a_prompt_that_fills_the_context_gets_as_many_tokens_as_fit():
     limits = [40 - len(r.prompt_ids) for r in rows[:1]] + [LIMIT]
     expected = [naive(model, r.prompt_ids, most) for r, most in zip(rows, limits, strict=True)]
     model.set_attn_implementation("sdpa")
-    assert answered(LengthBuckets(model), rows, limits, 10**6) == expected
+    assert answered(MicroBatches(model), rows, limits, 10**6) == expected
     assert answered(choose_micro_batches(model), rows, limits, 10**6) == expected
 
 
@@ -144,5 +144,5 @@ def test_sampling_and_penalties_that_a_base_ships_change_no_answer(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = load_base(str(tmp_path), torch.float32, None, torch.device("cpu")).eval()
     limits = [LIMIT] * len(rows)
-    assert answered(LengthBuckets(loaded), rows, limits) == expected
+    assert answered(MicroBatches(loaded), rows, limits) == expected
     assert answered(choose_micro_batches(loaded), rows, limits) == expected

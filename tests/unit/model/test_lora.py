@@ -122,8 +122,8 @@ def test_a_target_that_names_no_layer_is_refused(lora, message):
         add_lora(tiny_model(), lora)
 
 
-@pytest.mark.parametrize("lora", [Lora(rslora=True), Lora(dora=True), Lora(initialization="pissa")])
+@pytest.mark.parametrize("lora", [Lora(rslora=True), Lora(dora=True)])
 def test_lora_options_reach_peft(lora):
     config = add_lora(tiny_model(), lora).peft_config["default"]
     assert (config.use_rslora, config.use_dora) == (lora.rslora, lora.dora)
-    assert config.init_lora_weights == lora.initialization and config.lora_alpha == 32
+    assert config.lora_alpha == 32

@@ -1,6 +1,7 @@
 """Rows that share a prefix are computed together, and neither the loss nor the gradients change."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 from conftest import SHAPES, pair, shared, tiny_model
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
-from formtune.model.attention import PackedAttention, _mask
-from formtune.model.length_buckets import LengthBuckets
+from formtune.model.attention import PackedAttention, _block_mask
 from formtune.model.lora import Lora, add_lora
+from formtune.model.micro_batches import MicroBatches
 from formtune.model.packing import pack
 from formtune.model.shared_prefixes import SharedPrefixes, choose_micro_batches
 
@@ -67,7 +68,7 @@ def in_micro_batches(model, micro_batches, rows, tokens):
     trained = [p for p in model.parameters() if p.requires_grad]
     total, grads = 0.0, [torch.zeros_like(p) for p in trained]
     for group in micro_batches.split(rows, tokens):
-        loss = micro_batches.predictions(group)[0].loss
+        loss = micro_batches.loss(group)
         for whole, part in zip(grads, torch.autograd.grad(loss, trained), strict=True):
             whole += part
         total += float(loss.detach())
@@ -89,7 +90,7 @@ def test_loss_and_gradients_equal_those_of_one_row_at_a_time(shape, seed):
     expected = one_by_one(model, rows)
     for tokens in (10**6, 150, 1):
         assert_same(in_micro_batches(model, micro_batches, rows, tokens), expected)
-    assert_same(in_micro_batches(model, LengthBuckets(_usual(model)), rows, 150), expected)
+    assert_same(in_micro_batches(model, MicroBatches(_usual(model)), rows, 150), expected)
 
 
 def _usual(model):
@@ -161,20 +162,18 @@ def test_no_gain_means_no_sharing():
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_the_masks_of_other_devices_equal_the_pieces_of_a_cpu(window):
+def test_the_mask_of_a_gpu_equals_the_pieces_of_a_cpu(window):
     [packed] = pack(random_rows(4, count=8), 10**6)
     size = packed.ids.size(1)
     query, key, value = (torch.randn(1, heads, size, 8) for heads in (4, 2, 2))
     pieces = PackedAttention(packed)(0, query, key, value, None, window)
-    mask = _mask(packed, window, query, blocks=False)
+    at = torch.arange(size)
+    mask = _block_mask(packed, window, query).mask_mod(0, 0, at[:, None], at[None])
     dense = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
     torch.testing.assert_close(pieces, dense)
-    blocks = _mask(packed, window, query, blocks=True)
-    at = torch.arange(size)
-    assert torch.equal(blocks.mask_mod(0, 0, at[:, None], at[None]), mask)
 
 
-def test_a_model_that_cannot_take_packed_rows_gets_length_buckets_and_a_warning():
+def test_a_model_that_cannot_take_packed_rows_gets_padded_rows_and_a_warning():
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = SHAPES["gemma3_text"] | {"vocab_size": 259, "final_logit_softcapping": 5.0}
@@ -183,25 +182,29 @@ def test_a_model_that_cannot_take_packed_rows_gets_length_buckets_and_a_warning(
     model = tuned(model)
     with pytest.warns(UserWarning, match="prefixes are not shared, each row is computed on its own"):
         micro_batches = choose_micro_batches(model)
-    assert isinstance(micro_batches, LengthBuckets)
+    assert type(micro_batches) is MicroBatches
     rows = random_rows(1)
     assert_same(in_micro_batches(model, micro_batches, rows, 200), one_by_one(model, rows))
 
 
 @pytest.mark.parametrize("shape", ["bloom", "mamba"])
-def test_other_architectures_are_trained_in_length_buckets(shape):
+def test_other_architectures_are_trained_in_padded_rows(shape):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"hidden_size": 32, "vocab_size": 259, "n_head": 4, "n_layer": 2, "num_hidden_layers": 2}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape, **sizes)).eval()
     with pytest.warns(UserWarning, match="prefixes are not shared"):
-        assert isinstance(choose_micro_batches(model), LengthBuckets)
+        assert type(choose_micro_batches(model)) is MicroBatches
 
 
-def test_adapters_on_the_output_head_are_trained_through_every_chunk(monkeypatch):
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
+def test_the_loss_is_the_same_in_chunks_and_with_an_adapter_on_the_output_layer(targets, monkeypatch):
     from formtune.model import loss
 
     monkeypatch.setattr(loss, "LOGITS", {"cpu": 259 * 5})
-    model = tuned(tiny_model(tie_word_embeddings=False), targets=["q_proj", "lm_head"])
+    model = tuned(tiny_model(tie_word_embeddings=False), targets=targets)
     rows = random_rows(2)
-    assert_same(in_micro_batches(model, choose_micro_batches(model), rows, 10**6), one_by_one(model, rows))
+    with pytest.warns(UserWarning, match="its output layer") if "lm_head" in targets else nullcontext():
+        micro_batches = choose_micro_batches(model)
+    assert isinstance(micro_batches, SharedPrefixes) == ("lm_head" not in targets)
+    assert_same(in_micro_batches(model, micro_batches, rows, 10**6), one_by_one(model, rows))

@@ -11,7 +11,7 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.formats import Format, JsonSchema, Labels, Reasoning, Regex, Tagged, ToolCalls
 from formtune.formats.key_orders import learn_orders
-from formtune.model.constrained import Documents, Grammar
+from formtune.model.constrained import Grammar
 
 pytest.importorskip("llguidance", reason="needs the extra `constrained`")
 
@@ -34,7 +34,7 @@ def taken(grammar, renderer, text, schema=None):
 
 
 def accepts(grammar, ids, schema=None):
-    return Documents(grammar, [Row([0], [], "", None, "", schema=schema)]).write(0, ids) == len(ids)
+    return grammar.accepted(grammar.matcher(Row([0], [], "", None, "", schema=schema)), ids) == len(ids)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
