@@ -113,5 +113,6 @@ def _folder(name: str) -> Path:
     try:
         return [Path(str(cached_file(source, file))).parent for file in (CONFIG, WEIGHTS)][-1]
     except OSError as error:
+        what = first_line(error).partition(". ")[0]
         remedy = "name a finished run, or a PEFT adapter saved as safetensors"
-        raise UserError(f"model.adapter: {first_line(error)}; {remedy}") from None
+        raise UserError(f"model.adapter: {what}; {remedy}") from None
