@@ -89,6 +89,11 @@ def test_json_as_an_object_as_text_and_in_a_fence(write):
     assert why == "30 of 31 answers are such JSON (rows.jsonl:1)"
 
 
+def test_booleans_are_a_schema():
+    kind, init_args, _ = guess_format(pairs(*[True, False] * 20), "")
+    assert (kind, init_args["schema"]["type"]) == ("JsonSchema", "boolean")
+
+
 def test_numbers_are_a_schema():
     kind, init_args, _ = guess_format(pairs(*map(str, range(1000, 1030))), "")
     assert (kind, init_args["schema"]["type"]) == ("JsonSchema", "integer")
