@@ -13,20 +13,15 @@ from formtune.configuration.keys import MEANT
 from formtune.configuration.yaml_file import line_of
 from formtune.errors import UserError, first_line
 
-# The key in a message of argparse or jsonargparse, and the group that holds it.
-_UNKNOWN = (
-    r"[Uu]nrecognized arguments: --([\w.-]+)|"
-    r"(?:Group '([\w.]+)' does not accept o|.*\bo|O)ption '([\w.-]+)'(?: is not accepted)?"
+_UNKNOWN = (  # in a message of argparse or jsonargparse: the group that holds a key, and the key
+    r"[Uu]nrecognized arguments: --([\w.-]+)|(?:Group '([\w.]+)' does not accept o|\b[Oo])ption '([\w.-]+)'"
 )
-_VALUE = (
-    r"(?m)(?:base 10|to float): '(.*?)'|(\S+) does not conform|"
-    r"Given value: NestedArg.* val='(.*)'\)|(?:Given|Got) value: (.*?)(?:\. Got value: .*)?$"
-)
-_TYPES = {
-    "int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list",
-    "PositiveInt": "a positive integer", "NonNegativeFloat": "a number of at least 0",
-    "ClosedUnitInterval": "a number from 0 to 1",
-}  # fmt: skip
+# Lines of jsonargparse's messages that say nothing beside the others.
+_FRAME = r"\W*(Parser key|Type |Problem with given|Does not validate|Subtypes:|Errors:|Given value type|.*NoneType)"
+_REMEDIES = {  # by the type that a message expects
+    "str": "; put a text in quotes, also yes, no, on and off",
+    "list": "; write a list as [a, b]",
+}
 
 
 class OneLine:
@@ -36,37 +31,41 @@ class OneLine:
     _actions: list[Any]
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        parent, text = ("", message) if not self.exit_on_error else _innermost(message)
-        key, unknown = parent, re.match(_UNKNOWN, text)
+        unknown = re.search(_UNKNOWN, message)
+        if not self.exit_on_error:  # the arguments of a class: the parser of the command reports the whole key
+            near = did_you_mean(unknown[unknown.lastindex or 0], known_keys(self)) if unknown else ""
+            return super().error(message + near, ex)  # type: ignore[misc]
+        key = ".".join(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', message)))  # through classes that values name
         if unknown:
-            key = ".".join(filter(None, [unknown[2] or parent, unknown[1] or unknown[3]]))
-            near = did_you_mean(key, known_keys(self))
-            if parent and f"did you mean {parent}." not in near:  # by the parser of the class, which has no other keys
-                near = text[unknown.end() :].replace("you mean ", f"you mean {parent}.")
-            text = (text if unknown[1] or not self.exit_on_error else f"unknown key {key}") + near
+            parent = unknown[2] or key
+            key = ".".join(filter(None, [parent, unknown[unknown.lastindex or 0]]))
+            own = re.search(r"; did you mean (\w+\?)", message)  # by the parser of the class
+            near = f"; did you mean {parent}.{own[1]}" if own else did_you_mean(key, known_keys(self))
+            text = (message if unknown[1] else f"unknown key {key}") + near
         elif key:
             key = {"model.format": "data.format"}.get(key, key)  # linked: the key that a user sets
             hints = [getattr(action, "_typehint", None) for action in self._actions if action.dest == key]
-            text = f"{key}: {_reason(text, {kind.__name__ for kind in _subclasses(*hints)})}"
-        if not self.exit_on_error:  # the arguments of a class: the parser of the command reports the whole key
-            return super().error(text if unknown else message, ex)  # type: ignore[misc]
+            text = f"{key}: {_reason(message, {kind.__name__ for kind in _subclasses(*hints)})}"
+        else:
+            text = message
         line = line_of(key)
         raise UserError(f"{line}: {text}" if line else text)
 
     def instantiate(self, namespace: Any, *args: Any, **kwargs: Any) -> Any:
         """The same, but what a class of a library or of a user raises is a `UserError`."""
-        failed: list[str] = []
+        failed: list[UserError] = []
 
         def build(kind: Any, *values: Any, **named: Any) -> Any:
             try:
                 return kind(*values, **named)
+            except UserError as error:
+                failed.append(error)
+                raise
             except Exception as error:
                 keys = (key for key, value in vars(namespace.as_flat()).items() if f"{kind.__name__}'" in repr(value))
                 key = next(keys, "").removesuffix(".class_path")
-                if isinstance(error, UserError):
-                    failed.append(str(error))
-                elif not kind.__module__.startswith("formtune."):
-                    failed.append(f"{key}: {kind.__name__}: {_reason(first_line(error))}")
+                if not kind.__module__.startswith("formtune."):
+                    failed.append(UserError(f"{key}: {kind.__name__}: {first_line(error)}"))
                 raise
 
         if self.exit_on_error:
@@ -76,7 +75,7 @@ class OneLine:
         except Exception as error:
             # jsonargparse tries every type that a key may have; the class that was named says what is wrong.
             if failed and not isinstance(error, UserError):
-                raise UserError(failed[0]) from error
+                raise failed[0] from error
             raise
 
 
@@ -121,50 +120,22 @@ def known_keys(parser: Any) -> set[str]:
     return keys
 
 
-def _innermost(text: str) -> tuple[str, str]:
-    """The key that jsonargparse's message is about, through the classes that values name, and what it says of it."""
-    keys = []
-    while True:
-        if match := re.match(
-            r'\s*(?:Parser key "([\w.]+)":|Problem with given class_path .*:\n|Type .* class:)\s*', text
-        ):
-            keys.append(match[1])
-            text = text[match.end() :]
-        elif match := re.search(r"^( *)- (Problem with .*(?:\n\1 +.*)*)", text, re.MULTILINE):  # one of several types
-            text = match[2]
-        else:
-            return ".".join(filter(None, keys)), text.strip()
-
-
-def _reason(text: str, classes: Collection[str] = ()) -> str:
-    """What is wrong with a value, in one sentence; `classes` are those that it can name."""
-    if match := re.search(r"No module named '([\w.]+)'|module '([\w.]+)' has no attribute '(\w+)'", text):
-        install = f"; pip install {match[1]}, or set PYTHONPATH to the folder that holds it"
-        return match[0] + (install if match[1] else did_you_mean(match[3], dir(sys.modules.get(match[2]))))
-    if match := re.search(r"arguments? (?:is|are) required: (.*)", text):
+def _reason(message: str, classes: Collection[str]) -> str:
+    """What jsonargparse's message says of a value, in one line; `classes` are those that it can name."""
+    if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        return match[0] + did_you_mean(match[2], dir(sys.modules[match[1]]))
+    if match := re.search(r"No module named '([\w.]+)'", message):
+        return f"{match[0]}; pip install {match[1]}, or set PYTHONPATH to the folder that holds it"
+    if match := re.search(r"arguments are required: (.*)", message):
         return f"the argument {match[1]} is missing"
-    match = re.search(_VALUE, text)
-    value = next((group for group in match.groups() if group is not None), "") if match else ""
-    matches = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])|Not of type (\w+)", text)
-    choices = dict.fromkeys(choice.strip("'") for _, literal, _ in matches for choice in literal.split(", ") if literal)
-    types = dict.fromkeys(_TYPES[word] for name, _, restricted in matches if (word := name or restricted) in _TYPES)
-    named = re.search(r"dot import path string: (.*)|Not a valid subclass of (\w+)", text)
-    if named and ("NestedArg" in text or not {"a text", "a number"} & {*types}):
-        few = f"one of {', '.join(sorted(classes))}, or " * (0 < len(classes) < 9)
-        near = did_you_mean(named[1] or "", classes) or f"; name {few}MODULE.CLASS"
-        return (f"no class {named[1]!r}" if named[1] else f"{named[2]} needs a class") + near
-    if match := re.search(r"correspond to a (subclass of \w+)", text):
-        return f"{value} is not a {match[1]}"
-    if not value or not (choices or types):
-        return next(iter(re.findall(r"Errors:\n *- (.*)", text)), text)
-    if choices or "a number" in types:
-        types.pop("an integer", None)
-    expected = [*(["one of " * (len(choices) > 1) + ", ".join(choices)] if choices else []), *types]
-    shown = value if re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?|True|False|[\[{].*", value) else repr(value)
-    shown = "null" if value == "None" else shown
-    yes = " (YAML reads yes, no, on and off as true and false)" if value in ("True", "False") else ""
-    quote = f"; put it in quotes{yes}" if [*types] == ["a text"] and shown not in ("null", repr(value)) else ""
-    return f"{shown} is not {' or '.join(expected)}{'; write a list as [a, b]' if 'a list' in types else quote}"
+    match = re.search(r"dot import path string: (.*)", message)
+    if match and classes:
+        return f"no class {match[1]!r}" + (did_you_mean(match[1], classes) or "; name MODULE.CLASS")
+    message = re.sub(r"\. Got value: Namespace\(.*", "", message)
+    lines = [line.strip(" -") for line in message.splitlines() if not re.match(_FRAME, line)]
+    text = "; ".join(dict.fromkeys(lines)).replace("a typing.Literal", "one of ")
+    text = re.sub(r"a <class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    return text + "".join(remedy for kind, remedy in _REMEDIES.items() if f"Expected {kind}" in text)
 
 
 def _subclasses(hint: Any = None) -> Iterator[type]:
