@@ -1,7 +1,6 @@
 """Checkpoints: which are written and kept, written atomically, checked when read, found by their step."""
 
 import io
-import re
 import time
 import zipfile
 from pathlib import Path
@@ -104,16 +103,12 @@ class CheckpointFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        path = Path(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, buffer.getvalue())
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(Path(path), buffer.getvalue())
         except OSError as error:
-            files = list(steps(path.parent).values())
-            kept = f"{files[-1].name} is kept" if files else "nothing was saved before"
-            raise Fault(
-                f"{path}: cannot be written ({error.strerror}); {kept}; free some space and rerun with --resume"
-            ) from error
+            remedy = "earlier checkpoints are kept; free some space and rerun with --resume"
+            raise Fault(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
         return read(Path(path))
@@ -121,8 +116,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
 def steps(folder: Path) -> dict[int, Path]:
     """The checkpoints of a folder by their step, in order."""
-    matches = ((path, re.fullmatch(r"step-(\d+)\.ckpt", path.name)) for path in folder.glob("*"))
-    return dict(sorted((int(match[1]), path) for path, match in matches if match))
+    return dict(sorted((int(path.stem.removeprefix("step-")), path) for path in folder.glob("step-*.ckpt")))
 
 
 def newest(folder: Path) -> Path | None:
@@ -140,44 +134,36 @@ def choose(name: str | None, run: Path | None) -> Path | None:
     """The intact checkpoint that `--ckpt_path` names, of a run's folder if there is one; None for the untuned base."""
     if name == "base" or (name is None and run is None):
         return None
-    if name in (None, "best", "last"):
-        if run is None:
-            raise UserError(f"ckpt_path: {name} of which run? Give its configuration: -c logs/TASK/RUN/config.yaml")
-        path = _of_run(run / "checkpoints", last=name == "last")
-    else:
+    if name not in (None, "best", "last"):
         path = Path(str(name))
+    elif run is None:
+        raise UserError(f"ckpt_path: {name} of which run? Give its configuration: -c logs/TASK/RUN/config.yaml")
+    else:
+        files = steps(run / "checkpoints")
+        step = max(files, default=None)
+        if step and name != "last":
+            validations = Validations()  # as the newest checkpoint holds them
+            validations.load_state_dict(read(files[step])["callbacks"][validations.state_key])
+            chosen = best(validations.history)
+            step = chosen and chosen.step
+        if step not in files:
+            raise UserError(
+                f"ckpt_path: {run} has no {name or 'best'} checkpoint; measure the newest by --ckpt_path last, or the "
+                "untuned base by --ckpt_path base"
+            )
+        path = files[step]
     read(path)
-    return path
-
-
-def _of_run(folder: Path, last: bool) -> Path:
-    files = list(steps(folder).values())
-    if not files:
-        raise UserError(f"ckpt_path: {folder} holds no checkpoint yet; --ckpt_path base measures the base")
-    if last:
-        return files[-1]
-    validations = Validations()  # as the newest checkpoint holds them
-    validations.load_state_dict(read(files[-1])["callbacks"][validations.state_key])
-    chosen = best(validations.history)
-    path = folder / f"step-{chosen.step if chosen else None}.ckpt"
-    if path not in files:
-        raise UserError(
-            f"ckpt_path: {folder.parent} has no best checkpoint; name another, such as --ckpt_path {files[-1]}, "
-            "or measure the untuned base by --ckpt_path base"
-        )
     return path
 
 
 def read(path: Path) -> dict[str, Any]:
     """Load a checkpoint's tensors and plain types, never code; raise a UserError if it is not an intact checkpoint."""
-    if path.is_dir():
-        raise UserError(f"{path}: a folder, not a checkpoint; name a run before the flags, or one of its .ckpt files")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; name a run before the flags, or one of its .ckpt files")
     try:
         with zipfile.ZipFile(path) as archive:
             # Compares CRC-32, which torch.load does not; nor does it read a record that is marked as a folder.
             damaged = archive.testzip() is not None or any(it.external_attr for it in archive.infolist())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a run's best checkpoint is named at its end") from None
     except Exception:  # whatever zipfile raises for a file that is not a zip, cut off or overwritten
         damaged = True
     if damaged:

@@ -57,7 +57,10 @@ def best(history: Iterable[Validation]) -> Validation | None:
 
     It is the first in `order` of those that have not `fewer` rows in valid format than the one with the most.
     """
-    return min(_candidates(_measured(history))[1], key=lambda v: v.order, default=None)
+    if not (measured := _measured(history)):
+        return None
+    most = _most_valid(measured).valid
+    return min((v for v in measured if not fewer(v.valid, most)), key=lambda v: v.order)
 
 
 def contenders(history: Iterable[Validation]) -> set[int]:
@@ -83,26 +86,19 @@ def contenders(history: Iterable[Validation]) -> set[int]:
 
 
 def reason(history: Sequence[Validation]) -> str:
-    """Why the best checkpoint is the best, in words, beside the lowest-loss, the last and the most right one."""
-    measured = _measured(history)
-    reference, candidates = _candidates(measured)
-    if reference is None:
+    """The best checkpoint in words, beside those that other rules would take."""
+    chosen, measured = best(history), _measured(history)
+    if chosen is None:
         return "no best checkpoint: no validation gave a finite loss"
-    chosen, *others = sorted(candidates, key=lambda v: v.order)
-    near = f"within one standard error of step {reference.step}'s {reference.exact}, "
-    why = f"its valid format, {chosen.exact}, is {'' if chosen is reference else near}the most"
-    if others and others[0].joint == chosen.joint:
-        names = ("a higher field F1", "a lower loss", "fewer steps")
-        first = next(name for name, a, b in zip(names, chosen.order[1:], others[0].order[1:], strict=True) if a != b)
-        why += f"; as many right as step {others[0].step}, with {first}"
-    parts = [f"best checkpoint: step {chosen.step} ({chosen.joint} of {chosen.rows} right; {why})"]
-    for name, other, but in (
-        ("lowest loss", min(measured, key=lambda v: v.val_loss), ""),
-        ("last", history[-1], ""),
-        # If it were a candidate, it would have been chosen.
-        ("most right", min(measured, key=lambda v: v.order), ", more than one standard error below the most"),
-    ):
-        figures = f"step {other.step} ({other.joint} right, {other.exact} valid{but})"
+    parts = [f"best checkpoint: step {chosen.step} ({chosen.joint} of {chosen.rows} right, {chosen.exact} valid)"]
+    others = {
+        "most valid": _most_valid(measured),
+        "most right": min(measured, key=lambda v: v.order),
+        "lowest loss": min(measured, key=lambda v: v.val_loss),
+        "last": history[-1],
+    }
+    for name, other in others.items():
+        figures = f"step {other.step} ({other.joint} right, {other.exact} valid)"
         parts.append(f"{name}: {'the same' if other is chosen else figures}")
     return "; ".join(parts)
 
@@ -111,9 +107,8 @@ def _measured(history: Iterable[Validation]) -> list[Validation]:
     return [v for v in history if v.step and math.isfinite(v.val_loss) and math.isfinite(v.field_f1)]
 
 
-def _candidates(measured: Sequence[Validation]) -> tuple[Validation | None, list[Validation]]:
-    reference = min(measured, key=lambda v: (-v.exact, *v.order), default=None)
-    return reference, [v for v in measured if reference and not fewer(v.valid, reference.valid)]
+def _most_valid(measured: Sequence[Validation]) -> Validation:
+    return min(measured, key=lambda v: (-v.exact, *v.order))
 
 
 class Validations(Callback):

