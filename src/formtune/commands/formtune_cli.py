@@ -1,7 +1,6 @@
 """LightningCLI with one folder per run."""
 
 import os
-import re
 import shlex
 import sys
 import time
@@ -11,7 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 import yaml
 from jsonargparse import Namespace
-from jsonargparse.typing import ClosedUnitInterval, OpenUnitInterval, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -20,8 +19,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from formtune.base.renderer import today
 from formtune.commands import COMMANDS
 from formtune.configuration import trainer_checks
-from formtune.configuration.lightning_parser import Parser
-from formtune.configuration.parsing import did_you_mean
 from formtune.configuration.yaml_file import LINES
 from formtune.data.datamodule import FormatDataModule
 from formtune.errors import UserError
@@ -40,7 +37,7 @@ from formtune.training.overfitting import OverfittingWatch, diagnose
 from formtune.training.pipeline import prepare, train
 from formtune.training.plan import Timing, plan
 from formtune.training.progress_bar import StepsBar, Throughput
-from formtune.training.run_folder import RunFolder, choose_run, measured_run, minimum_confidence
+from formtune.training.run_folder import RunFolder, choose_run, measured_run
 from formtune.training.signals import Signals
 from formtune.training.validations import Validations, reason
 
@@ -69,7 +66,7 @@ class FormtuneCLI(LightningCLI):
             FormatDataModule,
             trainer_class=Trainer,
             args=args,
-            parser_class=Parser,
+            parser_class=trainer_checks.Parser,
             parser_kwargs={"prog": "formtune", **whole_keys, command: {"description": description, **whole_keys}},
             save_config_callback=None,  # written here, once, beside the run
             seed_everything_default=0,
@@ -112,8 +109,6 @@ class FormtuneCLI(LightningCLI):
         parser.add_argument("--min_confidence", type=ClosedUnitInterval | None, help="predict writes answers of at "
                             "least this confidence to answers.accepted.jsonl, the others to answers.review.jsonl "
                             "(named after --answers)")  # fmt: skip
-        parser.add_argument("--target_precision", type=OpenUnitInterval | None, help="The same, from the confidence "
-                            "at which this share of the run's answers to its validation rows is right")  # fmt: skip
         parser.add_argument("--ckpt_path", type=str | None, help="Weights to measure: best, the run's best checkpoint "
                             "(the default with a run); last, its newest one; base, the untuned base (the default "
                             "without a run); or a checkpoint's file")  # fmt: skip
@@ -178,8 +173,6 @@ class FormtuneCLI(LightningCLI):
         best = ", the run's best checkpoint" if self.checkpoint and config.ckpt_path in (None, "best") else ""
         rank_zero_only(print)(f"measuring: {self.measured}{best}", flush=True)
         config.trainer.default_root_dir = str(LOGS / config.task)
-        if config.target_precision is not None and self.subcommand == "predict":
-            config.min_confidence = minimum_confidence(config, run)
         if self.checkpoint:
             config.data.date = config.data.date or RunFolder(self.checkpoint.parent.parent).date
 
@@ -214,11 +207,7 @@ class FormtuneCLI(LightningCLI):
         try:
             trainer = self.trainer_class(**options | kwargs)
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
-            words = re.findall(r"[\w-]+", str(error))
-            flag = next((word for word in (*words, "accelerator") if word in options), "")
-            value = options[flag] if isinstance(options[flag], str) else ""
-            near = did_you_mean(value, {word for word in words if word != value.lower()})
-            raise UserError(f"trainer.{flag}: {error}{near}") from error
+            raise UserError(f"trainer: {error}") from error
         trainer_checks.check_callbacks(trainer, self.model.scores.names)
         return trainer
 
@@ -272,7 +261,7 @@ class FormtuneCLI(LightningCLI):
     def predict(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         prepare(self.trainer, datamodule, "predict")
         self.trainer.predict(model, datamodule, return_predictions=False, ckpt_path=self.checkpoint)
-        files = ", ".join(f"{rows:,} in {path}" for path, rows in callback(self.trainer, AnswerFile).written.items())
+        files = ", ".join(f"{count:,} in {path}" for path, count in callback(self.trainer, AnswerFile).written.items())
         rank_zero_only(print)(f"answers of {self.measured}: {files}")
         rank_zero_only(print)("next: look at answers whose format is not valid or whose confidence is low; "
                               "--min_confidence puts them into a file of their own")  # fmt: skip
@@ -285,7 +274,7 @@ class FormtuneCLI(LightningCLI):
     def _dump(self, config: Namespace) -> str:
         """The configuration as YAML: a record to start another run from, and what a resumed run is compared with."""
         config = config.clone()
-        for key in ("config", "ckpt_path", "answers", "min_confidence", "target_precision", "dry_run"):
+        for key in ("config", "ckpt_path", "answers", "min_confidence", "dry_run"):
             config.pop(key, None)
         config.run, config.resume, config.trainer.default_root_dir = None, False, None
         return self._parser(self.subcommand).dump(config, skip_none=False)

@@ -1,15 +1,18 @@
-"""Flags of the trainer that would waste a training; they are refused before anything slow begins."""
+"""The parser of the Lightning commands, and flags of the trainer that are refused before anything slow begins."""
 
+import inspect
 import os
 from collections.abc import Set
 from typing import Any
 
+import lightning.pytorch as L
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.cli import LightningArgumentParser
 
-from formtune.configuration.parsing import did_you_mean
+from formtune.configuration.parsing import OneLine, did_you_mean
 from formtune.errors import UserError
 
 REFUSED = {  # values that a flag cannot have, and why
@@ -25,6 +28,18 @@ REFUSED = {  # values that a flag cannot have, and why
 # Parts of a strategy's name and start_method.
 REFUSED_STRATEGIES = dict.fromkeys(("spawn", "fork", "notebook"), "cannot hand back what it trained; use ddp")
 REFUSED_STRATEGIES |= dict.fromkeys(("fsdp", "deepspeed", "modelparallel"), "splits the adapters too; use fsdp or ddp")
+
+# `typing` caches a union in the order that is imported first; with float first, 1 batch would be 1.0, which is all.
+_HINTS: dict[str, Any] = inspect.unwrap(L.Trainer.__init__).__annotations__
+_HINTS |= {flag: int | float | None for flag, hint in _HINTS.items() if hint == int | float | None}
+
+
+class Parser(OneLine, LightningArgumentParser):
+    """Lightning's parser; a mistake is one line, and a file that a value names is never read as configuration."""
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        # Else a file of rows that begins with `{"class_path": ...}` could name a class to import.
+        return super().add_class_arguments(*args, **kwargs | {"sub_configs": False})
 
 
 def check_trainer(config: Namespace) -> None:

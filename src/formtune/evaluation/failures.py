@@ -1,11 +1,11 @@
-"""The failed answers in a report: how each differs from its target, and the training rows nearest to its input."""
+"""Where a model fails, for the report: slices of the test rows, and each failed answer beside its target."""
 
 import difflib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, zip_longest
+from itertools import groupby, pairwise, zip_longest
 from operator import attrgetter
 
 import numpy as np
@@ -20,6 +20,12 @@ SHOWN = 100  # failures
 LONGEST, MOST = 2000, 30  # characters of a text, and values that differ, that are compared and shown
 NEAREST = 2  # training rows beside a failure
 COMPARED = 10_000_000  # characters of training rows, evenly spaced; comparing these takes ten seconds
+
+BUCKETS = 4  # of prompt lengths, with equally many rows
+LABELS = 12  # a field with more values is not a label
+FEW = 5  # a slice of fewer rows is left out
+
+Slice = tuple[str, str, list[int]]  # what the rows are grouped by, the group's name, and its rows' indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +90,34 @@ def nearest(texts: Sequence[str], train: Sequence[Row]) -> list[list[tuple[float
     similar = (vectorizer.transform(text[:LONGEST] for text in texts) @ vectors.T).toarray()
     best = np.argsort(-similar, axis=1, kind="stable")[:, :NEAREST].tolist()
     return [[(line[i], rows[i]) for i in places if line[i]] for line, places in zip(similar, best, strict=True)]
+
+
+def slices(outcomes: Sequence[Outcome], format: Format, longest: int, production_p95: int | None = None) -> list[Slice]:
+    """The slices with at least `FEW` rows that do not hold all rows; `longest` is the longest training prompt."""
+    parts = _lengths([o.prompt_tokens for o in outcomes], longest, production_p95)
+    parts += _groups("source", [o.origin for o in outcomes])
+    labels: dict[str, list[str]] = {}
+    for number, outcome in enumerate(outcomes):
+        own = format.of_row(outcome.schema)
+        for _, (value, path) in leaves(own.check(outcome.target).value, own.sets):
+            if path in own.derived:
+                labels.setdefault(path, [""] * len(outcomes))[number] = str(value)
+    for path, values in labels.items():
+        if len(set(values)) <= LABELS:
+            parts += _groups(path or "label", values)
+    return [part for part in parts if FEW <= len(part[2]) < len(outcomes)]
+
+
+def _lengths(tokens: Sequence[int], longest: int, production_p95: int | None) -> list[Slice]:
+    sizes = np.array(tokens)
+    edges = np.unique(np.percentile(sizes, np.linspace(0, 100, BUCKETS + 1), method="higher")).tolist()
+    edges[-1] += 1  # the last bucket includes the longest
+    buckets = {f"{low} to {high - 1}": (sizes >= low) & (sizes < high) for low, high in pairwise(edges)}
+    if production_p95 is not None:
+        buckets[f"from production's P95 ({production_p95}) on"] = sizes >= production_p95
+    buckets[f"longer than any training row ({longest})"] = sizes > longest
+    return [("prompt tokens", name, np.flatnonzero(rows).tolist()) for name, rows in buckets.items()]
+
+
+def _groups(group: str, names: Sequence[str]) -> list[Slice]:
+    return [(group, name, [i for i, n in enumerate(names) if n == name]) for name in sorted(set(names) - {""})]

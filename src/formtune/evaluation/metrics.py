@@ -1,14 +1,12 @@
 """Metrics as sums and counts over all rows, so that the number of processes and uneven batches change nothing."""
 
-import copy
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from formtune.errors import UserError, first_line
 from formtune.evaluation.outcomes import Answer
@@ -94,55 +92,35 @@ def ratios(counts: Counts) -> dict[str, float]:
     }
 
 
-class OwnMetrics(nn.ModuleDict):
-    """The user's own metrics on texts: `own/` and the class, and the figure's name if `compute` returns several."""
+class OwnMetrics(MetricCollection):
+    """The user's own metrics on texts: `own/` and the class, or the figure's name if `compute` returns several."""
 
     def __init__(self, metrics: Sequence[Metric]) -> None:
-        super().__init__()
-        counts: Counter[str] = Counter()
-        for metric in metrics:
-            name = type(metric).__name__
-            counts[name] += 1
-            self[f"{name}-{counts[name]}" if counts[name] > 1 else name] = metric
+        names = [type(metric).__name__ for metric in metrics]
+        numbered = (f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1))
+        super().__init__(dict(zip(numbered, metrics, strict=True)), prefix="own/", compute_groups=False)
 
     def update(self, predictions: list[str], targets: list[str]) -> None:  # type: ignore[override]
-        for name, metric in self.items() if predictions else ():
-            _call(name, "update", metric.update, predictions, targets)
+        if predictions:  # a process may get no row
+            _call("update", super().update, predictions, targets)
 
     def compute(self) -> dict[str, float]:
         """Every figure, over all processes; NaN before the first answer."""
-        figures: dict[str, Any] = {}
-        for name, metric in self.items():
-            value = _call(name, "compute", metric.compute)
-            parts = value.items() if isinstance(value, Mapping) else [("", value)]
-            for part, figure in parts:
-                figures["/".join(filter(None, ["own", name, part]))] = _call(name, "compute", float, figure)
-        return figures
+        return {name: _call("compute", float, it) for name, it in _call("compute", super().compute).items()}
 
     def reset(self) -> None:
-        for name, metric in self.items():
-            _call(name, "reset", metric.reset)
-
-    def alone(self, predictions: list[str], targets: list[str]) -> dict[str, float]:
-        """Every figure of these answers, computed without the other processes."""
-        copied = copy.deepcopy(self)
-        metrics: Any = copied.values()
-        for metric in metrics:
-            metric.distributed_available_fn = lambda: False
-        copied.reset()
-        copied.update(predictions, targets)
-        return copied.compute()
+        _call("reset", super().reset)
 
 
-def _call(name: str, what: str, method: Any, *arguments: Any) -> Any:
+def _call(what: str, method: Any, *arguments: Any) -> Any:
     # Lightning tests in inference mode, and a state made there could not be changed in place in a validation.
     with torch.inference_mode(False), torch.no_grad():
         try:
             return method(*arguments)
         except Exception as error:  # whatever the user's code raises
             raise UserError(
-                f"model.metrics: {what} of {name} failed: {type(error).__name__}: {first_line(error)} (update takes "
-                "two lists of texts, compute returns a number or numbers by name)"
+                f"model.metrics: {what} failed: {type(error).__name__}: {first_line(error)} (update takes two lists of "
+                "texts, compute returns a number or numbers by name)"
             ) from error
 
 

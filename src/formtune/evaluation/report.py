@@ -15,11 +15,10 @@ from formtune import __version__
 from formtune.base.row import Row
 from formtune.evaluation.baselines import best_prompt
 from formtune.evaluation.comparison import figures
-from formtune.evaluation.failures import LONGEST, MOST, failures
+from formtune.evaluation.failures import LONGEST, MOST, failures, slices
 from formtune.evaluation.outcomes import FIELD, VIEWS, Outcome, field_f1, paired, rate
 from formtune.evaluation.page import render
 from formtune.evaluation.selective import calibration, judged, risks
-from formtune.evaluation.slices import slices
 from formtune.evaluation.statistics import rate_difference, verdict, wilson
 from formtune.files import write_whole
 from formtune.formats import KINDS, Format

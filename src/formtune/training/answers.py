@@ -57,7 +57,7 @@ class Outcomes(Callback):
 
 
 class AnswerFile(Callback):
-    """Writes predictions as JSON Lines; on several devices each further process appends its rank to the file's name.
+    """Writes the predictions of all processes as JSON Lines.
 
     With a minimum confidence there are two files: the answers that reach it, and the others, for a person to review.
     """
@@ -74,26 +74,23 @@ class AnswerFile(Callback):
         self._answers += outputs
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        rank = f".{trainer.global_rank}" if trainer.global_rank else ""
         records: list[dict[str, Any]] = [
             {
                 "where": a.row.where, "prompt": a.row.input, "answer": a.text,
                 "compliant": a.verdict.exact, "kind": a.verdict.kind, "detail": a.verdict.detail,
                 "confidence": a.confidence, "field_confidences": a.field_confidences, **self._model,
             }
-            for a in sorted(self._answers, key=lambda a: a.row.number)
+            for a in sorted(gathered(trainer, self._answers), key=lambda a: a.row.number)
         ]  # fmt: skip
-        parts = {self.path: records}
+        files = {self.path: records}
         if self._minimum is not None:
             names = [self.path.with_stem(f"{self.path.stem}.{name}") for name in ("review", "accepted")]
-            parts = {path: [] for path in names}
+            files = {path: [] for path in names}
             for record in records:
-                parts[names[record["compliant"] and record["confidence"] >= self._minimum]].append(record)
-        files = {path.with_name(path.name + rank): part for path, part in parts.items()}
-        if len(files) > 1:
-            for path in files:
+                files[names[record["compliant"] and record["confidence"] >= self._minimum]].append(record)
+        self.written = {path: len(part) for path, part in files.items()}
+        if trainer.is_global_zero:
+            for path in files if len(files) > 1 else ():
                 path.unlink(missing_ok=True)  # after a kill between the two, no old file is beside a new one
-        for path, part in files.items():
-            write_lines(path, part)
-            self.written[path] = len(part)
-        self.written = dict(gathered(trainer, list(self.written.items())))  # of all processes
+            for path, part in files.items():
+                write_lines(path, part)

@@ -145,7 +145,7 @@ def choose(name: str | None, run: Path | None) -> Path | None:
             validations = Validations()  # as the newest checkpoint holds them
             validations.load_state_dict(read(files[step])["callbacks"][validations.state_key])
             chosen = best(validations.history)
-            step = chosen and chosen.step
+            step = chosen.step if chosen else None
         if step not in files:
             raise UserError(
                 f"ckpt_path: {run} has no {name or 'best'} checkpoint; measure the newest by --ckpt_path last, or the "

@@ -153,14 +153,17 @@ class Evaluator:
             "adapter": model.adapter.hash if model.adapter and name == "start" else None,
         }
         path = prompting.cache_entry(model.base, rows, settings, model.format)
-        # On several machines some might find it and others not, and these would wait for those without end.
-        return path, None if trainer.num_nodes > 1 or trainer.fast_dev_run else read_entry(path)
+        # The code of the user's own metrics may have changed since. On several machines some might find the entry and
+        # others not, and these would wait for those without end.
+        measured = bool(model.scores.own) or trainer.num_nodes > 1 or trainer.fast_dev_run
+        return path, None if measured else read_entry(path)
 
     def _baseline(self, name: str, rows: list[Row], constrained: bool = False) -> list[Outcome]:
         """Outcomes of the base or of `model.adapter` on the rows, from the cache if it has them."""
         path, entry = self._cached(name, rows, constrained)
         if entry:
             values, counts, records = entry
+            values = {name: values[name] for name in counts}  # without a user's own metrics, if another run had some
             outcomes = [Outcome(*record) for record in records]
         else:
             # One point of the curves belongs to step 0: the model as it will be trained.
@@ -169,9 +172,7 @@ class Evaluator:
             values, counts = self.model.evaluation, self.model.counts
             if self._writes:
                 write_entry(path, [values, counts, outcomes], prompting.KEPT)
-        # The code of the user's own metrics may have changed since.
-        own = self.model.scores.own.alone([o.answer for o in outcomes], [o.target for o in outcomes])
-        self._record(name, outcomes, {name: values[name] for name in counts} | own, counts)
+        self._record(name, outcomes, values, counts)
         return outcomes
 
     def _test(self, name: str | None, rows: list[Row], decoding: Decoding) -> list[Outcome]:

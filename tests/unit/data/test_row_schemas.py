@@ -23,10 +23,10 @@ from formtune.data.styles import mixtures
 from formtune.errors import UserError
 from formtune.evaluation.baselines import cache_entry, choose_shots, constant_answer, few_shot_rows, shots_by_schema
 from formtune.evaluation.comparison import FIELDS, compare, read_runs
+from formtune.evaluation.failures import slices
 from formtune.evaluation.metrics import FormatMetrics, ratios
 from formtune.evaluation.outcomes import Answer, outcome, write_outcomes
 from formtune.evaluation.probe import probe_rows
-from formtune.evaluation.slices import slices
 from formtune.formats import JsonSchema, Regex
 
 PER_ROW = JsonSchema()
