@@ -161,7 +161,7 @@ def test_baselines_are_measured_on_a_sample_and_print_how_long_they_take(task_ya
     rows = {name: result["counts"][name]["format/exact"][1] for name in ("before", "few_shot", "after")}
     assert rows["before"] == rows["few_shot"] == 9 < rows["after"]
     out = capsys.readouterr().out
-    assert f"baselines: 2 evaluations of 9 of {rows['after']} test rows" in out and "--baselines '[]'" in out
+    assert f"baselines: 1 more on 9 of {rows['after']} test rows, about 1 min" in out and "--baselines '[]'" in out
 
 
 def test_the_short_help_is_quick_and_prints_the_defaults(task_yaml, capfd):

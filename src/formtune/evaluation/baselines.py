@@ -12,7 +12,7 @@ from formtune.base.identity import identity
 from formtune.base.renderer import Renderer
 from formtune.base.row import SYSTEM_ROLES, Row
 from formtune.evaluation.outcomes import Outcome, field_f1, paired, rate
-from formtune.evaluation.statistics import wilson
+from formtune.evaluation.statistics import share
 from formtune.files import own_code
 from formtune.formats import Format
 from formtune.formats.content import leaves
@@ -100,15 +100,12 @@ def prompting_verdict(prompts: Mapping[str, Sequence[Outcome]], constrained: Seq
 
 
 def _reached(outcomes: Sequence[Outcome], by: str) -> str:
-    parts, left, rows = [], [], len(outcomes)
-    for name, what in (("exact", "valid format"), ("joint", "right")):
-        count, _ = rate(outcomes, name)
-        low, high = wilson(count, rows)
-        parts.append(f"{count / rows:.1%} {what} ({low:.1%} to {high:.1%})")
-        left.append(f"{100 * (1 - count / rows):.1f}")
+    (valid, rows), (right, _) = rate(outcomes, "exact"), rate(outcomes, "joint")
     cut = sum(outcome.kind == "truncated" for outcome in outcomes)
     return (
-        " and ".join(parts) + (f", {cut:,} of {rows:,} answers cut for length" if cut else "")
-        + f": fine-tuning has at most {left[0]} points of format and {left[1]} of right answers to win"
-        + (f", so {by} may be enough" if count / rows >= ENOUGH else "")
-    )  # fmt: skip
+        f"{share(valid, rows, ' valid format')} and {share(right, rows, ' right')}"
+        + (f", {cut:,} of {rows:,} answers cut for length" if cut else "")
+        + f": fine-tuning has at most {100 * (1 - valid / rows):.1f} points of format and "
+        f"{100 * (1 - right / rows):.1f} of right answers to win"
+        + (f", so {by} may be enough" if right / rows >= ENOUGH else "")
+    )

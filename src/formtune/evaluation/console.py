@@ -31,15 +31,12 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
         rows = counts[view]["format/exact"][1]
         sample = f"\n{rows:,} rows" if rows != result["rows"] else ""
         table.add_column((model or VIEWS.get(view, view).replace(" ", "\n")) + sample, justify="right")
-    few = len(views) <= 3  # with five columns, fields and counts would not fit into 80 characters
     own = [name for name in first if name.startswith("own/")]
     fields = sorted((name for name in first if name.startswith(FIELD)), key=result.get("after", first).__getitem__)
-    if few and len(fields) > WORST:
-        table.caption = f"the {WORST} worst of {len(fields)} fields{'; the report has all' if folder else ''}"
-    fields = fields[:WORST] if few else []
+    fields = fields[:WORST] if len(views) <= 3 else []  # with five columns they would not fit into 80 characters
     kinds = [name for name in first if name.startswith("fail/") and any(result[view][name] for view in views)]
     for name in (*HEADLINES, *own, *fields, *kinds):
-        cells = [_cell(name, result[view][name], few and counts[view].get(name)) for view in views]
+        cells = [_cell(name, result[view][name]) for view in views]
         table.add_row(name.replace(FIELD, "field "), *cells, end_section=name in ((own or HEADLINES)[-1], *fields[-1:]))
     Console().print(table)
     if folder is None:
@@ -55,9 +52,7 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
     print(f"{'curves':>14}: {'make tensorboard' if any(folder.glob('events.*')) else folder}")
 
 
-def _cell(name: str, value: float, count: Any) -> str:
+def _cell(name: str, value: float) -> str:
     if name.startswith("fail/"):
         return f"{value:,.0f}"
-    if name == "val/loss" or name.startswith("own/"):
-        return f"{value:.4f}"
-    return f"{value:.1%}" + (f" ({count[0]:,}/{count[1]:,})" if count and name != "content/field_f1" else "")
+    return f"{value:.4f}" if name == "val/loss" or name.startswith("own/") else f"{value:.1%}"

@@ -19,7 +19,7 @@ from formtune.evaluation.failures import LONGEST, MOST, failures, slices
 from formtune.evaluation.outcomes import FIELD, VIEWS, Outcome, field_f1, paired, rate
 from formtune.evaluation.page import render
 from formtune.evaluation.selective import calibration, judged, risks
-from formtune.evaluation.statistics import rate_difference, verdict, wilson
+from formtune.evaluation.statistics import rate_difference, share, verdict
 from formtune.files import write_whole
 from formtune.formats import KINDS, Format
 
@@ -68,7 +68,7 @@ def page(run: Run) -> str:
         gallery=gallery,
         limits=(LONGEST, MOST),
         failed_fields=Counter(field for failure in gallery for field in failure.fields).most_common(),
-        parity=_share(*run.result["counts"]["after"]["val/parity"]),
+        parity=share(*run.result["counts"]["after"]["val/parity"]),
     )
 
 
@@ -102,9 +102,9 @@ def headline(run: Run) -> list[str]:
     """Whether the tuned model is better than the best prompt and the constrained base: a line for each rate."""
     lines = []
     for name, what in (("exact", "have a valid format"), ("joint", "are right")):
-        tuned = _share(*rate(run.outcomes["after"], name), f" of the answers {what}")
+        tuned = share(*rate(run.outcomes["after"], name), f" of the answers {what}")
         if "after_constrained" in run.outcomes:
-            tuned += f", {_share(*rate(run.outcomes['after_constrained'], name), ' constrained')}"
+            tuned += f", {share(*rate(run.outcomes['after_constrained'], name), ' constrained')}"
         against = []
         for view in _compared(run):
             count, rows = rate(run.outcomes[view], name)
@@ -114,11 +114,6 @@ def headline(run: Run) -> list[str]:
             against.append(f"against {majority:.1%} for always giving the most frequent training answer")
         lines.append(f"{tuned}: {', '.join(against)}")
     return lines
-
-
-def _share(count: int, rows: int, of: str = "") -> str:
-    low, high = wilson(count, rows)
-    return f"{count / rows if rows else 0:.1%}{of} ({low:.1%} to {high:.1%})"
 
 
 def _verdict(run: Run, view: str, name: str) -> str:
@@ -165,7 +160,7 @@ def _slices(run: Run) -> Iterator[tuple[str, str, list[str], set[str]]]:
         before, _ = paired(run.outcomes["before"], after)
         cells = [f"{len(after):,}" if len(before) == len(after) else f"{len(after):,} (base {len(before):,})"]
         for right in ("exact", "joint"):
-            cells += [f"{rate(before, right)[0] / len(before):.1%}" if before else "", _share(*rate(after, right))]
+            cells += [f"{rate(before, right)[0] / len(before):.1%}" if before else "", share(*rate(after, right))]
         cells += [f"{field_f1(before):.1%}" if before else "", f"{field_f1(after):.1%}"]
         yield group, name, cells, {outcome.where for outcome in after}
 

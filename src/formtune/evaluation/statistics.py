@@ -37,6 +37,12 @@ def wilson(count: int, rows: int) -> Interval:
     return float(interval.low), float(interval.high)
 
 
+def share(count: int, rows: int, of: str = "") -> str:
+    """A rate with its interval, in words."""
+    low, high = wilson(count, rows)
+    return f"{count / rows if rows else 0:.1%}{of} ({low:.1%} to {high:.1%})"
+
+
 def mcnemar(gained: int, lost: int) -> float:
     """p of the exact two-sided McNemar test, from the rows that only the second or only the first run has right."""
     return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0

@@ -24,7 +24,6 @@ from formtune.training import callback
 from formtune.training.answers import Outcomes
 
 Baseline = Literal["few_shot", "constrained"]
-TIMED_ROWS = 8  # decoded to estimate the time of the baselines
 LONGEST = 2  # times the longest target: what a baseline may decode
 
 
@@ -51,9 +50,14 @@ class Evaluator:
         """Measure the plain base, and those of `kinds`, on at most so many test rows."""
         test, format, renderer, result = self.test_rows, self.model.format, self.settings.renderer, self.result
         sample = [test[i] for i in sorted(random.Random(0).sample(range(len(test)), min(most, len(test))))]
-        self._announce(sample, len(kinds) + (2 if self.model.adapter else 1))
-        prompts = {"zero-shot": sample}
+        prompts, started = {"zero-shot": sample}, time.monotonic()
         outcomes = {"zero-shot": self._baseline("before", sample)}
+        if more := len(kinds) + bool(self.model.adapter):
+            minutes = max(1, round(more * (time.monotonic() - started) / 60))
+            self._print(
+                f"baselines: {more} more on {len(sample)} of {len(test)} test rows, about {minutes} min; "
+                "--baselines '[]' measures the plain base alone"
+            )
         if "few_shot" in kinds:
             shots = prompting.shots_by_schema(self.train_rows, sample, format)
             rows, count = prompting.few_shot_rows(sample, shots, renderer, self.context)
@@ -127,19 +131,6 @@ class Evaluator:
             note=self.settings.renderer.note,
         )
         write_run_report(run, self.folder)
-
-    def _announce(self, sample: list[Row], evaluations: int) -> None:
-        """Print how long the baselines will take, estimated from a few rows, and how to skip them."""
-        if self.trainer.fast_dev_run or len(sample) <= TIMED_ROWS or self._cached("before", sample)[1]:
-            return
-        started = time.monotonic()
-        self._test(None, sample[:TIMED_ROWS], Decoding(max_new_tokens=self._limit, logged=False))
-        minutes = (time.monotonic() - started) / TIMED_ROWS * len(sample) * evaluations / 60
-        skip = "" if evaluations == 1 else "; --baselines '[]' measures the plain base alone"
-        self._print(
-            f"baselines: {evaluations} evaluations of {len(sample)} of {len(self.test_rows)} test rows, at most about "
-            f"{max(1, round(minutes))} min{skip}"
-        )
 
     def _cached(self, name: str, rows: list[Row], constrained: bool = False) -> tuple[Path, Any]:
         """The cache entry of a baseline: its path, and the figures, counts and outcomes if they are there."""

