@@ -135,7 +135,7 @@ MISTAKES = {
     ),
     "beginning of a key": (["--trainer.max_step", "3"], "max_step"),
     "accumulation": (["--trainer.accumulate_grad_batches", "4"], "set data.rows_per_step instead"),
-    "no such device": (["--trainer.accelerator", "cuda"], "trainer.accelerator: .*CUDA"),
+    "no such device": (["--trainer.accelerator", "cuda"], "trainer: .*CUDA"),
     "mistyped column": (["--data.columns.prompt", "Number {promt}"], "train.jsonl:1: no column `promt`"),
     "no data file": (["--data.train", "gone.jsonl"], "gone.jsonl: No such file"),
     "schema for a regex": (

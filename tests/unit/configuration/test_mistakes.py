@@ -146,7 +146,7 @@ NAMED = [
     (["--trainer.logger", "CometLogger"], "trainer.logger: CometLogger: "),
     (["--trainer.strategy", "ddpp"], "trainer: You selected an invalid strategy name: `strategy='ddpp'`"),
     (["--trainer.accelerator", "cud"], "trainer: You selected an invalid accelerator name: `accelerator='cud'`"),
-    (["--trainer.profiler", "simpel"], "passing a string value for the `profiler` parameter, it can only be one of"),
+    (["--trainer.profiler", "simpel"], "trainer: When passing string value for the `profiler` parameter"),
     (["--trainer.devices", "abc"], "trainer: "),
     (["--trainer.callbacks+=EarlyStoping"], "trainer.callbacks: no class 'EarlyStoping'; did you mean EarlyStopping?"),
     (["--trainer.callbacks+=EarlyStopping"], "trainer.callbacks: the argument monitor is missing"),
