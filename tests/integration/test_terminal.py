@@ -15,12 +15,11 @@ import pytest
 
 from formtune.audit.output import print_audit
 from formtune.cli import main
-from formtune.commands import COMMANDS, preflight, sweep
+from formtune.commands import COMMANDS
 from formtune.configuration.terminal import folded
 from formtune.evaluation.comparison import compare, print_comparison
 from formtune.evaluation.console import HEADLINES, print_result
 from formtune.evaluation.outcomes import VIEWS, Outcome, write_outcomes
-from formtune.sweep.choice import METRICS, Estimate, Measured
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 ROWS = [Outcome(f"t:{i}", "", 9, f"{i}", "{}", "{}", "ok", "", True, 1, 2, {"customer.name": i > 9}) for i in range(30)]
@@ -39,25 +38,11 @@ def audited():
     print_audit({"blockers": [SENTENCE], "warnings": [SENTENCE], "verdict": "blocked"}, settings, None, Path("logs"))
 
 
-def swept():
-    shares = dict.fromkeys(METRICS, Estimate(1.0, 0.012))
-    names = ("r8-lr1e-4", "r16-lr2e-4-targetsall-linear")
-    points = [Measured(name, 2, 1_234_567, 200, 0.1, shares, dict.fromkeys(METRICS, 0.5)) for name in names]
-    sweep._print(points, 3, names[0], SENTENCE, Path("logs/demo/sweep"))
-
-
-def planned():
-    checks = [preflight.Check("merge", "tied embeddings", "not tried", f"{SENTENCE}; {SENTENCE}")]
-    preflight._print_checks(checks, ["merge"], [], Path("logs/demo/preflight.json"))
-
-
 SHOWN = {
     "train": lambda: print_result(result([*VIEWS][:5]), Path("logs/demo/run")),
     "test": lambda: print_result(result([*VIEWS][:3]), Path("logs/demo/run")),
     "compare": lambda: print_comparison(compare([(f"logs/demo/2026112{n}-041835", ROWS) for n in range(3)])),
     "audit": audited,
-    "sweep": swept,
-    "preflight": planned,
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
-from formtune.export.gguf import QUANTIZATIONS, check_options
+from formtune.export.gguf import QUANTIZATIONS, WRITTEN, converter_script, quantizer
 from formtune.export.quantize import folder_name, lacking
 from formtune.training.manifest import KINDS
 
@@ -42,10 +42,12 @@ def run(command: str, args: list[str]) -> int:
         options = {"quant": config.quant or "q8_0", "converter": config.converter}
     elif config.quant or config.converter:
         raise UserError("--quant and --converter need --as gguf")
-    if missing := lacking(config.kind, config.converter):
+    if missing := lacking(config.kind):
         raise UserError(f"--as {config.kind}: {missing}")
     if options:
-        check_options(**options)
+        converter_script(config.converter)
+    if options and options["quant"] not in WRITTEN:
+        quantizer(config.converter)
     name = folder_name(config.kind, **options)
     target = config.run / name
     if config.kind != "adapter" and target.exists():

@@ -2,13 +2,8 @@
 
 import tempfile
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from formtune.base.folder import context_length, skeleton
 from formtune.base.row import quantile
@@ -76,18 +71,11 @@ def run(command: str, args: list[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = {"targets": targets, "failed": failed, "input_tokens": length}
     write_json(path, figures | {"checks": [it._asdict() for it in checks]})
-    _print_checks(checks, targets, failed, path)
+    for it in checks:
+        say(f"{it.target}, {it.check}, {it.verdict}: {it.detail}", COLORS[it.verdict])
+    print(f"figures: {path}")
+    untried = "".join(f", by the rules alone for {it.target}" for it in checks if it.verdict == "not tried")
+    verdict = f"fails for {', '.join(failed)}" if failed else f"no objection to {', '.join(targets)}"
+    say(f"verdict: {verdict}{untried}", "bold")
     print(f"next: {'change what fails' if failed else f'formtune train -c {config_paths(args)[0]}'}")
     return int(bool(failed))
-
-
-def _print_checks(checks: Sequence[Check], targets: Sequence[str], failed: Sequence[str], path: Path) -> None:
-    table = Table("target", "check", "verdict", "detail", title="Preflight", title_justify="left")
-    for it in checks:
-        table.add_row(it.target, it.check, f"[{COLORS[it.verdict]}]{it.verdict}[/]", escape(it.detail))
-    Console(highlight=False).print(table)
-    print(f"figures: {path}")
-    untried = [it.target for it in checks if it.verdict == "not tried"]
-    verdict = f"fails for {', '.join(failed)}" if failed else f"no objection to {', '.join(targets)}"
-    verdict += f", by the rules alone for {', '.join(untried)}" if untried else ""
-    say(f"verdict: {verdict}", "bold")

@@ -56,12 +56,10 @@ def _rollback(parser: CommandParser, args: list[str]) -> None:
     name = registry.full_name(config.name)
     with registry.locked(name) as deployment:
         version = config.to or deployment.previous
-        versions = {move["version"] for move in deployment.history}
-        names = ", ".join(sorted(versions))
-        if version is None:
-            raise UserError(f"{name}: no version before {deployment.current}; --to names one of {names}")
-        if version not in versions or version == deployment.current:
-            raise UserError(f"--to: {version} is not an earlier version of {name}; name one of {names}")
+        others = {move["version"] for move in deployment.history} - {deployment.current}
+        if version not in others:
+            there = ", ".join(sorted(others)) or "none"
+            raise UserError(f"{name}: no earlier version {version or ''}; --to names one of {there}")
         verify(deployment.version_folder(version))
         deployment.move("rollback", version, config.reason)
     _moved(deployment)

@@ -12,19 +12,17 @@ from pathlib import Path
 
 import yaml
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.table import Table
 
 from formtune.base.renderer import today
 from formtune.commands import COMMANDS
 from formtune.commands.lightning import run as lightning
 from formtune.configuration.parsing import CommandParser
-from formtune.configuration.terminal import folded, say
+from formtune.configuration.terminal import say
 from formtune.configuration.yaml_file import config_paths
 from formtune.errors import UserError
 from formtune.evaluation.page import render
 from formtune.files import LOGS, write_json, write_whole
-from formtune.sweep.choice import METRICS, Measured, choose, measure
+from formtune.sweep.choice import METRICS, choose, measure
 from formtune.sweep.runs import RANKS, Job, grid, seed_numbers
 from formtune.training.run_folder import RunFolder
 
@@ -95,7 +93,15 @@ def run(command: str, args: list[str]) -> int:
                 write_whole(folder / "config.yaml", configurations[taken])
     except Timeout:
         raise UserError(f"{folder}: this sweep is already running") from None
-    _print(measured, len(seeds), taken, why, folder)
+    print("The choice never sees the test rows. On validation (test):")
+    for point in measured:
+        shares = ", ".join(f"{metric} {point.validation[metric]} ({point.test[metric]:.1%})" for metric in METRICS)
+        seen = f"{point.seeds} of {len(seeds)} seeds, {point.trainable_parameters:,} trainable parameters"
+        print(f"{point.name}: {shares}, {seen}")
+    say(why)
+    print(f"report: {folder / 'report.html'}\nfigures: {folder / 'sweep.json'}")
+    remedy = f"look at {folder}/*/output.log, then repeat the command"
+    print(f"next: {f'formtune train -c {folder}/config.yaml' if taken else remedy}")
     return int(bool(failed))
 
 
@@ -130,20 +136,3 @@ def _train(jobs: Sequence[Job], folder: Path, same_rows: bool) -> list[str]:
         done = f"{len(results) + len(failed)}/{len(jobs)}"
         print(f"{job.folder.name}: {figures}, {seconds:.0f} s ({done})", flush=True)
     return failed
-
-
-def _print(measured: Sequence[Measured], seeds: int, taken: str | None, why: str, folder: Path) -> None:
-    table = Table("point", title="Sweep (the choice never sees the test rows)", title_justify="left")
-    for column in ("trainable\nparameters", "exact\nvalidation", "F1\nvalidation", "exact\ntest", "F1\ntest"):
-        table.add_column(column, justify="right", no_wrap=True, style="dim" if "test" in column else None)
-    for point in measured:
-        missing = f" ({point.seeds} of {seeds} seeds)" if point.seeds < seeds else ""
-        cells = [f"{point.trainable_parameters:,}", *(str(point.validation[metric]) for metric in METRICS)]
-        cells += [f"{point.test[metric]:.1%}" for metric in METRICS]
-        table.add_row(folded(point.name).append(missing), *cells, style="bold" if point.name == taken else None)
-    Console().print(table)
-    say(why)
-    print(f"report: {folder / 'report.html'}")
-    print(f"figures: {folder / 'sweep.json'}")
-    remedy = f"look at {folder}/*/output.log, then repeat the command"
-    print(f"next: {f'formtune train -c {folder}/config.yaml' if taken else remedy}")

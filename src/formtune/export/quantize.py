@@ -6,7 +6,6 @@ from functools import partial
 from importlib.metadata import distributions
 from typing import Any, NamedTuple
 
-from formtune.export.gguf import PACKAGE as CONVERTER_PACKAGE
 from formtune.export.gguf import to_gguf
 
 GROUPS = (128, 64, 32)  # inputs that share a scale in GPTQ and AWQ; all kernels of vLLM take these
@@ -20,15 +19,14 @@ class Scheme(NamedTuple):
     extra: str  # of `pip install`, with these packages
 
 
-def packages(kind: str, converter: str | None = None) -> tuple[str, ...]:
-    """Those that make and load a kind; without that of the converter if llama.cpp's own script is named."""
-    unused = CONVERTER_PACKAGE if converter else None
-    return tuple(name for name in (SCHEMES[kind].packages if kind in SCHEMES else ()) if name != unused)
+def packages(kind: str) -> tuple[str, ...]:
+    """Those that make and load a kind."""
+    return SCHEMES[kind].packages if kind in SCHEMES else ()
 
 
-def lacking(kind: str, converter: str | None = None) -> str | None:
+def lacking(kind: str) -> str | None:
     """The package that a kind needs and that is not installed, with the command that installs it."""
-    missing = (name for name in packages(kind, converter) if not list(distributions(name=name)))
+    missing = (name for name in packages(kind) if not list(distributions(name=name)))
     return next((f"needs {name}: pip install -e '.[{SCHEMES[kind].extra}]'" for name in missing), None)
 
 
@@ -95,5 +93,5 @@ SCHEMES = {
     "nf4": Scheme(partial(_transformers, "nf4"), ("bitsandbytes",), "quantize"),
     "gptq": Scheme(partial(_gptqmodel, "gptq"), ("gptqmodel", "optimum"), "gptq"),
     "awq": Scheme(partial(_gptqmodel, "awq"), ("gptqmodel", "optimum"), "gptq"),
-    "gguf": Scheme(to_gguf, ("xllamacpp", CONVERTER_PACKAGE), "gguf"),
+    "gguf": Scheme(to_gguf, ("xllamacpp",), "gguf"),
 }

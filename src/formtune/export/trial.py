@@ -57,7 +57,7 @@ class Trial:
 
         logging.disable_progress_bar()
         torch.manual_seed(0)
-        rows = [ids[:POSITIONS] for ids in self.rows[:COMPARED]]  # a merge does not depend on length
+        rows = [ids[:POSITIONS] for ids in self.rows[:COMPARED]]
         base = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         base.save_pretrained(self.folder / "base")
         tuned = add_lora(base, self.lora).eval()

