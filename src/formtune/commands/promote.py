@@ -55,11 +55,11 @@ def _rollback(parser: CommandParser, args: list[str]) -> None:
     config = parser.parse_args(args)
     name = registry.full_name(config.name)
     with registry.locked(name) as deployment:
-        version = config.to or deployment.previous
+        version = config.to or deployment.previous or ""
         others = {move["version"] for move in deployment.history} - {deployment.current}
         if version not in others:
             there = ", ".join(sorted(others)) or "none"
-            raise UserError(f"{name}: no earlier version {version or ''}; --to names one of {there}")
+            raise UserError(f"{name}: no earlier version {version}; --to names one of {there}")
         verify(deployment.version_folder(version))
         deployment.move("rollback", version, config.reason)
     _moved(deployment)
