@@ -59,7 +59,7 @@ def _rollback(parser: CommandParser, args: list[str]) -> None:
         others = {move["version"] for move in deployment.history} - {deployment.current}
         if version not in others:
             there = ", ".join(sorted(others)) or "none"
-            raise UserError(f"{name}: no earlier version {version}; --to names one of {there}")
+            raise UserError(f"{name}: {version or 'none'} is not an earlier version; --to names one of {there}")
         verify(deployment.version_folder(version))
         deployment.move("rollback", version, config.reason)
     _moved(deployment)

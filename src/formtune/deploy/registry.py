@@ -90,9 +90,7 @@ def full_name(name: str) -> str:
     matches = [full for full in names() if name in (full, full.partition("/")[2])]
     if len(matches) != 1:
         there = f"name one of {', '.join(matches or names()) or 'none so far'}"
-        raise UserError(
-            f"{name}: not the name of one deployment; {there}, or make it by formtune promote RUN --to NAME"
-        )
+        raise UserError(f"{name}: not the name of one deployment; {there}; formtune promote makes one")
     return matches[0]
 
 

@@ -113,10 +113,12 @@ def test_a_rollback_goes_back_one_by_one_or_to_a_version_and_verifies_it(logs, c
         assert promote(run) == 0
     assert rollback() == 0 and current() == "equal-adapter"
     assert rollback() == 0 and current() == "good-adapter"
-    assert rollback() == 2 and "no earlier version ; --to names one of equal-adapter" in capsys.readouterr().err
+    assert (
+        rollback() == 2 and "none is not an earlier version; --to names one of equal-adapter" in capsys.readouterr().err
+    )
     assert (
         rollback("--to", "never-adapter") == 2
-        and "no earlier version never-adapter; --to names" in capsys.readouterr().err
+        and "never-adapter is not an earlier version; --to names" in capsys.readouterr().err
     )
     assert rollback("--to", "good2-adapter") == 0
     assert rollback() == 0 and current() == "equal-adapter", "which good2 replaced when it was promoted"
