@@ -8,7 +8,7 @@ measured in the first run only. What OUT_DIR has already is kept. Written is OUT
 valid format, right answers and field F1 with their 95 % intervals, minutes and peak memory.
 
 DIR holds `snips` (spoken requests -> intent and slots; CC0) and `wnut17` (posts -> named entities; CC BY 4.0), each as
-JSON Lines of `{"prompt", "completion"}`. The test rows are the data set's own held-out rows; validation rows are drawn
+JSON Lines of `{"prompt", "completion"}`. The test rows are drawn from the data set's own held-out rows, the validation rows
 from its training rows.
 """
 
@@ -71,11 +71,13 @@ def prepare(task: str, arguments: argparse.Namespace, out: Path) -> Path:
     test, words = TASKS[task]
     schema, keys = {"snips": snips, "wnut17": wnut17}[task](source)
     lines = sorted(set((source / "train.jsonl").read_text(encoding="utf-8").splitlines()))
-    random.Random(0).shuffle(lines)
+    held_out = (source / test).read_text(encoding="utf-8").splitlines()
+    for rows in (lines, held_out):  # Snips' rows are sorted by intent
+        random.Random(0).shuffle(rows)
     parts = {
         "validation": lines[:count],
         "train": lines[count:][: arguments.rows],
-        "test": (source / test).read_text(encoding="utf-8").splitlines()[: arguments.test_rows],
+        "test": held_out[: arguments.test_rows],
     }
     for name, part in parts.items():
         (out / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")

@@ -3,9 +3,11 @@
     python quality_trl.py rows OUT CONFIG --steps 40 --seed 0     token ids of the first steps, in formtune's order
     python quality_trl.py time OUT BASE                           seconds of a step, both tools in turn, on these rows
     python quality_trl.py train OUT BASE                          TRL's adapter after these steps, in OUT/trl
+    python quality_trl.py plot OUT RUN --measured trl:16:24.6     docs/benchmarks/quality.svg: field F1 against minutes
 
 CONFIG is the task's YAML that quality.py wrote; the recipe is quality.py's. Needs the environment of `make bench`.
-Judge the adapter with `formtune validate -c CONFIG --model.adapter OUT/trl`.
+Judge the adapter with `formtune validate -c CONFIG --model.adapter OUT/trl`, and give `plot` its field F1 in percent. RUN is
+quality.py's run. Minutes are steps times the seconds of a step that `time` measured.
 """
 
 from __future__ import annotations
@@ -51,18 +53,58 @@ def run(script: str, out: Path, base: str, name: str, options: list[str]) -> dic
     return json.loads(result.read_text(encoding="utf-8"))
 
 
+def plot(out: Path, run: Path, measured: list[str]) -> None:
+    """Field F1 on validation rows against minutes of training."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    minutes, points = {}, {}
+    for tool in ("formtune", "trl"):
+        files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob(f"time-{tool}-*.json"))]
+        timed = list(chain.from_iterable(file["seconds"][1:] for file in files))
+        minutes[tool] = sum(timed) / len(timed) / 60
+        points[tool] = {0: 0.0}
+    history = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["training"]["history"]
+    points["formtune"] |= {entry["step"]: 100 * entry["field_f1"] for entry in history}
+    for text in measured:
+        tool, step, value = text.split(":")
+        points[tool][int(step)] = float(value)
+    plt.rcParams["svg.hashsalt"] = "formtune"  # the same file from the same figures
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for tool, color in (("formtune", "C0"), ("trl", "C1")):
+        steps = sorted(points[tool])
+        values = [points[tool][step] for step in steps]
+        axes.plot([step * minutes[tool] for step in steps], values, "o-", color=color, label=f"{tool}, measured")
+        for step, value in zip(steps[1:], values[1:], strict=True):
+            axes.annotate(f"step {step}", (step * minutes[tool], value), (5, -12), textcoords="offset points", size=8)
+    steps = sorted(points["formtune"])
+    values = [points["formtune"][step] for step in steps]
+    axes.plot([step * minutes["trl"] for step in steps], values, ":", color="C1", alpha=0.7,
+              label="formtune's quality at trl's seconds a step (not run)")  # fmt: skip
+    axes.set(xlabel="minutes of training", ylabel="field F1 in % (150 validation rows)", ylim=(0, 100))
+    axes.set_xlim(0, 1.5 * max(steps) * minutes["formtune"])
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(HERE.parent / "docs" / "benchmarks" / "quality.svg", metadata={"Date": None})
+
+
 def main() -> None:
-    """Run one of the three commands."""
+    """Run one of the four commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("rows", "time", "train"))
+    parser.add_argument("command", choices=("rows", "time", "train", "plot"))
     parser.add_argument("out", type=Path)
-    parser.add_argument("source", help="CONFIG, or BASE")
+    parser.add_argument("source", help="CONFIG, BASE or RUN")
+    parser.add_argument("--measured", nargs="+", default=[], metavar="TOOL:STEP:F1", help="more points for the plot")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     out, steps = arguments.out, ["--steps", str(arguments.steps)]
     if arguments.command == "rows":
         write_rows(out, Path(arguments.source), arguments.steps, arguments.seed)
+    elif arguments.command == "plot":
+        plot(out, Path(arguments.source), arguments.measured)
     elif arguments.command == "train":
         run("train_trl.py", out, arguments.source, "trl", ["--micro=4", "--save", str(out / "trl"), *steps])
     else:
