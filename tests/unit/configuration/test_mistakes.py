@@ -116,10 +116,7 @@ def test_a_value_of_a_class_in_a_yaml_is_named_with_its_line(refused):
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": "abc"}}
     line = refused(model={"optimizer": optimizer}, data={"bad_rows": "drop"})
     where = next(n for n, text in enumerate(Path("changed.yaml").read_text().splitlines(), 1) if "lr: abc" in text)
-    assert (
-        line
-        == f"changed.yaml:{where}: model.optimizer.lr: Expected float; Expected a dot import path string: abc; Given value: abc"
-    )
+    assert line == f"changed.yaml:{where}: model.optimizer.lr: Expected float; Expected a dot import path string: abc; Given value: abc"
 
 
 @pytest.mark.parametrize("command", ["fit", "audit"])
