@@ -5,6 +5,7 @@ import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 from lightning.pytorch.callbacks import Timer
@@ -14,13 +15,19 @@ from formtune.training.overfitting import CHANGE, LASTING, counts, diagnose
 from formtune.training.validations import Validation, best
 
 Step = tuple[str, dict[str, Any]]  # what to do, and the keys that change; none if the rows should
-LONGER = {"learning": 2, "too early": 3}  # times the steps
+MOST = 3  # times the steps: the last validations say nothing about a longer run
 LOWEST_RANK, HIGHEST_RANK = 4, 64
 # Shares
 FEW_WRONG = 0.01  # of the validation rows
 SPIKE = 0.1  # of the first training loss
 SLOW = 0.2  # of the first training loss; a useful learning rate takes off more
 GAP = 0.2  # of the validation loss
+ERRORS = {  # the first that still improves says how much longer to train
+    "joint/exact": lambda v: 1 - v.joint / v.rows,
+    "content/field_f1": lambda v: 1 - v.field_f1,
+    "format/exact": lambda v: 1 - v.exact / v.rows,
+    "validation loss": lambda v: v.val_loss,
+}
 
 
 def next_step(history: Sequence[Validation], trainer: Any, command: str) -> str:
@@ -37,31 +44,30 @@ def next_step(history: Sequence[Validation], trainer: Any, command: str) -> str:
 
 
 def _change(history: Sequence[Validation], chosen: Validation | None, trainer: Any) -> Step:
-    kind = diagnose(history).kind
+    kind, _, improving = diagnose(history)
+    measured = [v for v in history if v.is_finite]
     if kind == "diverged" or chosen is None:
         return _rate(trainer, 0.1, "training diverged")
-    measured = [v for v in history if v.is_finite]
     first, last = measured[0], measured[-1]
     for old, new in itertools.pairwise(history):
         if not new.is_finite or counts(new.train_loss - old.train_loss, first.train_loss, SPIKE):
-            return _rate(trainer, 1 / 3, f"training loss rose at step {new.step}")
+            change = f"from {old.train_loss:.3g} to {new.train_loss:.3g}"
+            return _rate(trainer, 1 / 3, f"training loss rose {change} at step {new.step}")
     fell = first.train_loss - last.train_loss
     if kind == "not learning":
         rose = counts(-fell, first.train_loss, CHANGE)
         return _rate(trainer, 1 / 3 if rose else 10, f"training loss has {'risen' if rose else 'not fallen'}")
     if kind == "learning" and len(measured) > LASTING and fell < SLOW * first.train_loss:
         return _rate(trainer, 3, f"training loss fell by only {fell / first.train_loss:.0%}")
-    done, epoch = trainer.global_step, trainer.num_training_batches
-    if kind in LONGER:
-        steps = LONGER[kind] * done
-        keys = _epochs(trainer, math.ceil(steps / epoch))
-        return "train longer", keys if steps >= epoch else keys | {"trainer.max_steps": steps}
+    if kind in ("learning", "too early"):
+        return _longer([v for v in measured if v.step], improving, trainer)
     # Each row once, whatever its weight.
     rows, rank = len(trainer.datamodule.splits.rows["train"]), trainer.lightning_module.lora.r
+    epoch = trainer.num_training_batches
     if kind == "memorising" and rows >= FEW_ROWS:
         lowest = min(measured, key=lambda v: v.val_loss)
         epochs = max(1, math.ceil(max(lowest.step, chosen.step) / epoch))
-        if epochs < math.ceil(done / epoch):
+        if epochs < math.ceil(trainer.global_step / epoch):
             what = "train shorter, so that the learning rate has fallen where validation was best"
             return what, _epochs(trainer, epochs)
         if rank > LOWEST_RANK:
@@ -71,6 +77,24 @@ def _change(history: Sequence[Validation], chosen: Validation | None, trainer: A
     if kind == "saturated" and near and rank < HIGHEST_RANK:
         return f"raise the rank, {losses}", _rank(trainer, 2 * rank)
     return f"add rows like those that the audit finds rare or missing, {losses} with {rows:,} rows", {}
+
+
+def _longer(trained: Sequence[Validation], improving: Sequence[str], trainer: Any) -> Step:
+    """Until the error halves, if it falls as a power of the steps, as it did in the last half of the validations."""
+    times, why = float(MOST), "too few validations to say how long"
+    name = next((name for name in ERRORS if name in improving), None)
+    late = trained[-max(LASTING, math.ceil(len(trained) / 2)) :]
+    if name and len(late) > 1:
+        errors = [max(ERRORS[name](v), 1e-6) for v in late]
+        power = -linear_regression([math.log(v.step) for v in late], list(map(math.log, errors))).slope
+        times = 2 ** (1 / power) if power > 1 / math.log2(MOST) else times
+        first, last = (f"{e:.3g}" if name == "validation loss" else f"{1 - e:.0%}" for e in (errors[0], errors[-1]))
+        why = f"{name} {first} at step {late[0].step}, {last} at step {late[-1].step}"
+        why += f" (format/exact {late[-1].exact / late[-1].rows:.0%})" if name != "format/exact" else ""
+    done, epoch = trainer.global_step, trainer.num_training_batches
+    steps = max(round(times * done), done + 1)
+    keys = _epochs(trainer, max(math.ceil(steps / epoch), done // epoch + 1))
+    return f"train longer, {why}", keys if steps >= epoch else keys | {"trainer.max_steps": steps}
 
 
 def _epochs(trainer: Any, number: int) -> dict[str, Any]:

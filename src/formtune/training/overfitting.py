@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from formtune.evaluation.metrics import ratios
 from formtune.training import callback
 from formtune.training.loggers import log_table
-from formtune.training.validations import Validation, Validations, fewer
+from formtune.training.validations import Validation, Validations, best, fewer
 
 LASTING = 3  # validations that a change must last: the last two of a run are close, and may be the same luck
 # Shares of a loss. Small gains add up and keep a run alive; to call it memorising takes more than the noise, a few
@@ -27,6 +27,7 @@ class Diagnosis(NamedTuple):
 
     kind: Literal["too early", "learning", "memorising", "saturated", "not learning", "diverged"]
     text: str  # one line, with its figures
+    improving: tuple[str, ...] = ()  # what has improved recently
 
 
 def diagnose(history: Sequence[Validation]) -> Diagnosis:
@@ -36,6 +37,7 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
     if not last.is_finite or counts(last.train_loss - start.train_loss, start.train_loss, FAR):
         figures = f"train {last.train_loss:.4g}, validation {last.val_loss:.4g}, {start.train_loss:.4g} at the start"
         return Diagnosis("diverged", f"diverged: losses {figures}")
+
     train, loss = [v.train_loss for v in finite], [v.val_loss for v in finite]
     gains = {  # index of the last improvement of each, 0 for none
         "validation loss": _last_gain(loss, _fell),
@@ -50,16 +52,25 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
     rise = f"validation loss {_change(loss[lowest], loss[-1])} from its lowest"
     if recent:
         text = f"learning: {' and '.join(recent)} still improve{'s' if len(recent) == 1 else ''}"
-        return Diagnosis("learning", text + (f", with the {rise}" if above else ""))
+        return Diagnosis("learning", text + (f", with the {rise}" if above else ""), tuple(recent))
     if len(finite) <= LASTING:
         text = f"too early to tell: validation {len(finite)} of the {LASTING + 1} that it takes, nothing improved yet"
         return Diagnosis("too early", text)
+    chosen = best(history)
     if above and counts(train[lowest] - train[-1], train[lowest], CHANGE):
-        fell = _change(train[lowest], train[-1])[1:]
-        return Diagnosis("memorising", f"memorising since step {finite[lowest].step}: {rise} while train fell {fell}")
+        at, fell = gains["format/exact"], _change(train[lowest], train[-1])[1:]
+        text = f"memorising since step {finite[lowest].step}: {rise} while train fell {fell}; format/exact "
+        text += f"saturated since step {finite[at].step}" if at else "has not risen"
+        return Diagnosis("memorising", text + (f"; the best checkpoint is of step {chosen.step}" if chosen else ""))
     if not any(gains.values()) and not _last_gain(train, _fell):
         return Diagnosis("not learning", f"not learning: neither loss has fallen in {len(finite)} validations")
-    return Diagnosis("saturated", f"saturated: nothing improved since step {finite[max(gains.values())].step}")
+    at = max(gains.values())
+    text = f"saturated: nothing improved since step {finite[at].step}"
+    if counts(train[at] - train[-1], train[at], CHANGE):
+        text += f", while train fell {_change(train[at], train[-1])[1:]}"
+    if chosen and chosen.step != finite[at].step:
+        text += f"; the best checkpoint is of step {chosen.step}, which can be chance"
+    return Diagnosis("saturated", text)
 
 
 def should_stop(history: Sequence[Validation], validations: int) -> bool:
@@ -127,7 +138,9 @@ class OverfittingWatch(Callback):
             return
         history = self.validations.history
         now = diagnose(history)
-        log_table(trainer, "diagnosis", ("diagnosis",), [(now.text,)])
+        changed = len(history) == 1 or diagnose(history[:-1]).kind != now.kind
+        if changed:
+            log_table(trainer, "diagnosis", ("diagnosis",), [(now.text,)])
         if self.patience and trainer.state.fn == "fit" and should_stop(history, self.patience):
             trainer.should_stop = True
             if trainer.is_global_zero:

@@ -77,17 +77,29 @@ def test_each_verdict_has_its_command(case):
     assert after(seen, **run)[1] == command
 
 
-def test_while_anything_still_improves_a_run_is_to_be_twice_as_long_even_if_the_loss_rises():
+def test_a_format_that_is_learned_while_content_rises_leads_to_training_longer_and_names_both():
+    seen = history([2, 1, 0.6, 0.5, 0.4], [2, 1.1, 0.7, 0.6, 0.5], [0, 10, 20, 30, 42], [0, 90, 97, 98, 98])
+    assert after(seen) == (
+        "train longer, joint/exact 20% at step 200, 42% at step 400 (format/exact 98%)",
+        TRAIN + "--trainer.max_epochs 10",
+    )
+    # Also where the loss rises already.
     rising = history([2, 1, 0.6, 0.5, 0.4], [2, 0.7, 0.8, 0.9, 1.0], [0, 10, 20, 30, 42], [0, 90, 97, 98, 98])
-    assert after(rising) == ("train longer", TRAIN + "--trainer.max_epochs 7")  # 800 steps of 125
+    assert after(rising)[1] == TRAIN + "--trainer.max_epochs 10"
+
+
+@pytest.mark.parametrize(("power", "epochs"), [(2.0, 12), (1.0, 16), (0.7, 22), (0.5, 24), (0.1, 24)])
+def test_longer_is_until_the_error_halves_and_at_most_three_times_as_long(power, epochs):
+    loss = [4.0, *((step / 100) ** -power for step in range(100, 900, 100))]
+    assert after(history(loss, loss), epoch=100)[1] == TRAIN + f"--trainer.max_epochs {epochs}"
 
 
 def test_less_than_an_epoch_is_counted_in_steps_and_other_limits_are_lifted():
     seen = history([2, 1], [2, 1], every=20)
-    assert after(seen, max_steps=20)[1] == TRAIN + "--trainer.max_epochs 1 --trainer.max_steps 40"
-    assert after(seen, epoch=30, max_steps=20)[1] == TRAIN + "--trainer.max_epochs 2 --trainer.max_steps -1"
+    assert after(seen, max_steps=20)[1] == TRAIN + "--trainer.max_epochs 1 --trainer.max_steps 60"
+    assert after(seen, epoch=50, max_steps=20)[1] == TRAIN + "--trainer.max_epochs 2 --trainer.max_steps -1"
     timed = after(seen, epoch=20, callbacks=[Timer(timedelta(minutes=1))])[1]
-    assert timed == TRAIN + "--trainer.max_epochs 2 --trainer.max_time null"
+    assert timed == TRAIN + "--trainer.max_epochs 3 --trainer.max_time null"
 
 
 def test_the_commands_work_as_they_are_printed(write_project, capsys):

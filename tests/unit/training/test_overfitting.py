@@ -43,11 +43,14 @@ def kind(*args, **kwargs):
 FALLING = [2.0, 1.0, 0.8, 0.7, 0.6, 0.5, 0.4]
 
 
-def test_memorising_names_its_figures():
+def test_memorising_names_its_figures_and_the_best_checkpoint():
     val = [2.0, 1.0, 0.80, 0.86, 0.88, 0.90]
     diagnosis = diagnose(history(FALLING[:6], val, exact=[10, 70, 90, 90, 91, 90]))
     assert diagnosis.kind == "memorising"
-    assert diagnosis.text == ("memorising since step 200: validation loss +12% from its lowest while train fell 38%")
+    assert diagnosis.text == (
+        "memorising since step 200: validation loss +12% from its lowest while train fell 38%; "
+        "format/exact saturated since step 200; the best checkpoint is of step 200"
+    )
 
 
 def test_a_run_that_gets_better_is_learning():
@@ -87,6 +90,13 @@ def test_more_rows_that_are_noise_are_no_change_and_more_right_rows_that_are_not
     )
 
 
+def test_a_saturated_run_names_the_best_checkpoint_where_it_is_another():
+    val = [2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert diagnose(history(val, val, right=[0, 20, 20, 20, 20, 21, 20])).text == (
+        "saturated: nothing improved since step 100; the best checkpoint is of step 500, which can be chance"
+    )
+
+
 def test_small_gains_add_up():
     slow = [2.0 * 0.996**i for i in range(12)]
     assert all(diagnose(history(slow, slow)[:n]).kind == "learning" for n in range(5, 13))
@@ -96,7 +106,7 @@ def test_saturated_names_the_last_step_that_brought_something():
     diagnosis = diagnose(history(FALLING, [2.0, 1.0, 0.9, 0.9, 0.9, 0.9, 0.9]))
     assert (diagnosis.kind, diagnosis.text) == (
         "saturated",
-        "saturated: nothing improved since step 200",
+        "saturated: nothing improved since step 200, while train fell 50%",
     )
     assert diagnose(history([2.0, *[1.0] * 4], [2.0, *[1.0] * 4])).text == "saturated: nothing improved since step 100"
 
@@ -386,7 +396,7 @@ def test_fit_prints_logs_and_writes_the_diagnosis_and_stops_only_if_asked_to(pro
     assert all(point["joint"] == 0 for point in result["history"])
     texts = curves(Path("logs/small/one")).Tensors("diagnosis/text_summary")
     shown = [event.tensor_proto.string_val[0].decode().partition("<code>")[2] for event in texts]
-    assert [*dict.fromkeys(text.partition("&#58;")[0] for text in shown)] == ["too early to tell", "not learning"]
+    assert [text.partition("&#58;")[0] for text in shown] == ["too early to tell", "not learning"]
 
 
 def test_early_stopping_is_a_key_of_the_run_and_is_refused_below_one(project, capfd):
