@@ -1,6 +1,7 @@
 """Checkpoints: which are written and kept, written atomically, checked when read, found by their step."""
 
 import io
+import re
 import time
 import zipfile
 from pathlib import Path
@@ -116,7 +117,8 @@ class CheckpointFiles(TorchCheckpointIO):
 
 def steps(folder: Path) -> dict[int, Path]:
     """The checkpoints of a folder by their step, in order."""
-    return dict(sorted((int(path.stem.removeprefix("step-")), path) for path in folder.glob("step-*.ckpt")))
+    matches = ((path, re.fullmatch(r"step-(\d+)\.ckpt", path.name)) for path in folder.glob("*"))
+    return dict(sorted((int(match[1]), path) for path, match in matches if match))
 
 
 def newest(folder: Path) -> Path | None:

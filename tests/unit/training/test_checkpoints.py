@@ -13,6 +13,7 @@ import torch
 from conftest import byte_tokenizer, tiny_model
 from formtune.cli import main
 from formtune.formats import JsonSchema
+from formtune.training.checkpoint import steps
 from formtune.training.validations import Validation, Validations, best, contenders, reason
 
 ROWS = 119
@@ -173,6 +174,12 @@ def test_few_are_kept_of_a_long_run_that_has_nothing_left_to_learn():
             history.append(measured(step, valid, rng.randrange(60, 70), rng.random()))
             most = max(most, len(contenders(history)))
         assert most <= 10
+
+
+def test_files_that_other_callbacks_write_are_not_among_the_steps(tmp_path):
+    for name in ("step-20.ckpt", "step-3.ckpt", "step-3-v1.ckpt", "step-step=4.ckpt", "step-5.ckpt.partial"):
+        (tmp_path / name).touch()
+    assert list(steps(tmp_path).items()) == [(3, tmp_path / "step-3.ckpt"), (20, tmp_path / "step-20.ckpt")]
 
 
 def test_the_verdicts_of_the_rows_survive_safe_loading(tmp_path):
