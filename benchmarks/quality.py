@@ -8,8 +8,8 @@ measured in the first run only. What OUT_DIR has already is kept. Written is OUT
 valid format, right answers and field F1 with their 95 % intervals, minutes and peak memory.
 
 DIR holds `snips` (spoken requests -> intent and slots; CC0) and `wnut17` (posts -> named entities; CC BY 4.0), each as
-JSON Lines of `{"prompt", "completion"}`. Test rows are drawn from the data set's own held-out rows, validation rows from
-its training rows.
+JSON Lines of `{"prompt", "completion"}`. Test rows are drawn from the data set's own held-out rows, validation rows
+from its training rows.
 """
 
 from __future__ import annotations

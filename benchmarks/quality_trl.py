@@ -6,8 +6,8 @@
     python quality_trl.py plot OUT RUN --measured trl:16:24.6     docs/benchmarks/quality.svg: field F1 against minutes
 
 CONFIG is the task's YAML that quality.py wrote; the recipe is quality.py's. Needs the environment of `make bench`.
-Judge the adapter with `formtune validate -c CONFIG --model.adapter OUT/trl`; `plot` takes its field F1 in percent. RUN is
-quality.py's run. Minutes are steps times the seconds of a step that `time` measured.
+Judge the adapter with `formtune validate -c CONFIG --model.adapter OUT/trl`; `plot` takes its field F1 in percent. RUN
+is quality.py's run. Minutes are steps times the seconds of a step that `time` measured.
 """
 
 from __future__ import annotations
