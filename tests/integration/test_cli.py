@@ -99,6 +99,8 @@ def test_the_best_checkpoint_gives_the_exported_figures_again_and_predict_judges
     assert sorted(a["where"] for a in map(json.loads, [*parts[0], *parts[1]])) == sorted(a["where"] for a in answers)
     assert len((run / "outcomes/validation.jsonl").read_text().splitlines()) > 5
     assert "Which answers to trust" in (run / "report.html").read_text()
+    assert main(["predict", str(run), "prompts.jsonl", "--target_precision", "0.999"]) == 2
+    assert "target_precision: no confidence gives 0.999 on the" in capsys.readouterr().err
 
 
 def test_validation_counts_optimizer_steps_and_ends_with_the_last_step(project):

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 import yaml
 from jsonargparse import Namespace
-from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, OpenUnitInterval, PositiveInt
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -37,7 +37,7 @@ from formtune.training.overfitting import OverfittingWatch, diagnose
 from formtune.training.pipeline import prepare, train
 from formtune.training.plan import Timing, plan
 from formtune.training.progress_bar import StepsBar, Throughput
-from formtune.training.run_folder import RunFolder, choose_run, measured_run
+from formtune.training.run_folder import RunFolder, choose_run, measured_run, minimum_confidence
 from formtune.training.signals import Signals
 from formtune.training.validations import Validations, reason
 
@@ -109,6 +109,8 @@ class FormtuneCLI(LightningCLI):
         parser.add_argument("--min_confidence", type=ClosedUnitInterval | None, help="predict writes answers of at "
                             "least this confidence to answers.accepted.jsonl, the others to answers.review.jsonl "
                             "(named after --answers)")  # fmt: skip
+        parser.add_argument("--target_precision", type=OpenUnitInterval | None, help="The same, from the confidence "
+                            "at which this share of the run's answers to its validation rows is right")  # fmt: skip
         parser.add_argument("--ckpt_path", type=str | None, help="Weights to measure: best, the run's best checkpoint "
                             "(the default with a run); last, its newest one; base, the untuned base (the default "
                             "without a run); or a checkpoint's file")  # fmt: skip
@@ -173,6 +175,8 @@ class FormtuneCLI(LightningCLI):
         best = ", the run's best checkpoint" if self.checkpoint and config.ckpt_path in (None, "best") else ""
         rank_zero_only(print)(f"measuring: {self.measured}{best}", flush=True)
         config.trainer.default_root_dir = str(LOGS / config.task)
+        if config.target_precision is not None and self.subcommand == "predict":
+            config.min_confidence = minimum_confidence(config, run)
         if self.checkpoint:
             config.data.date = config.data.date or RunFolder(self.checkpoint.parent.parent).date
 
@@ -274,7 +278,7 @@ class FormtuneCLI(LightningCLI):
     def _dump(self, config: Namespace) -> str:
         """The configuration as YAML: a record to start another run from, and what a resumed run is compared with."""
         config = config.clone()
-        for key in ("config", "ckpt_path", "answers", "min_confidence", "dry_run"):
+        for key in ("config", "ckpt_path", "answers", "min_confidence", "target_precision", "dry_run"):
             config.pop(key, None)
         config.run, config.resume, config.trainer.default_root_dir = None, False, None
         return self._parser(self.subcommand).dump(config, skip_none=False)

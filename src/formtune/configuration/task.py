@@ -15,7 +15,7 @@ from formtune.errors import UserError
 # Keys of a task that only training reads.
 TRAINING = {
     "seed_everything", "trainer", "logger", "checkpoint", "overfitting", "answer_table", "run", "resume",
-    "baselines", "quick", "dry_run", "baseline_rows", "answers", "min_confidence", "ckpt_path",
+    "baselines", "quick", "dry_run", "baseline_rows", "answers", "min_confidence", "target_precision", "ckpt_path",
     "model.lora", "model.optimizer", "model.scheduler", "model.max_grad_norm", "model.tokens_per_micro_batch",
     "model.gradient_checkpointing", "model.compile", "model.quantize", "model.metrics", "model.constrained",
     "model.format", "model.adapter",

@@ -11,6 +11,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from formtune.errors import UserError
+from formtune.evaluation.outcomes import read_outcomes
+from formtune.evaluation.selective import judged, threshold
 
 # Keys that change where a run is or how it is watched, and not what is trained.
 FREE = (
@@ -113,6 +115,25 @@ def measured_run(configs: Sequence[Path], named: Path | None) -> Path | None:
     """The run to measure: that of `--run`, else the one whose `config.yaml` is given; None if neither is a run."""
     folders = [*([named] if named else []), *(path.parent for path in reversed(configs) if path.name == "config.yaml")]
     return next((run for run in folders if RunFolder(run).begun and (run / "checkpoints").is_dir()), None)
+
+
+def minimum_confidence(config: Any, run: Path | None) -> float:
+    """The confidence from which a run's answers to its validation rows reach `--target_precision`."""
+    target, constrained = config.target_precision, config.model.constrained
+    if config.min_confidence is not None or run is None or config.ckpt_path not in (None, "best"):
+        fault = "it needs a finished run and its best checkpoint, and no min_confidence; name the run, or give "
+        fault += "--min_confidence alone"
+    elif not (path := run / "outcomes" / "validation.jsonl").is_file():
+        fault = f"{path} is missing; a run of formtune train has it"
+    elif RunFolder(run).config()["model.constrained"] != constrained:
+        fault = f"{run} was measured with model.constrained: {str(not constrained).lower()}"
+    else:
+        rows = judged(read_outcomes(path))
+        if (minimum := threshold(rows, target)) is not None:
+            return minimum
+        fault = f"no confidence gives {target} on the {len(rows):,} validation rows of {run}; take a lower one, or "
+        fault += "validate on more rows"
+    raise UserError(f"target_precision: {fault}")
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

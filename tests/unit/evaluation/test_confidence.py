@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from conftest import SCHEMA, byte_tokenizer
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
+from formtune.errors import UserError
 from formtune.evaluation.outcomes import Answer, Outcome, confidence, read_outcomes, write_outcomes
 from formtune.evaluation.report import page
 from formtune.evaluation.selective import (
@@ -28,6 +30,7 @@ from formtune.evaluation.selective import (
 from formtune.evaluation.statistics import wilson
 from formtune.formats import JsonSchema, Labels, Regex, Tagged
 from formtune.training.answers import AnswerFile
+from formtune.training.run_folder import minimum_confidence
 
 HALF = math.log(0.5)
 
@@ -185,7 +188,7 @@ def test_the_page_shows_what_to_accept_and_nothing_where_no_confidence_is_known(
     )
     assert "The validation rows show no confidence from which 99.5% are right." in text
     assert '<th scope="row">n</th><td class="n">89.6%</td><td class="n" colspan="3">not reached on the' in text
-    assert "--min_confidence 0.81</pre>" in text
+    assert "--target_precision 0.99</pre>" in text
     points = re.search(r'<polyline class="curve1" points="([^"]*)"', text)[1].split()
     assert points[-1] == "356.0,25.0" and points[0].endswith(",130.0"), "all accepted; the most confident one is right"
     assert text.count("<circle") == 3
@@ -260,3 +263,23 @@ def test_a_kill_between_the_two_files_leaves_no_old_one_beside_a_new_one(tmp_pat
         answers(tmp_path / "out.jsonl", 0.97).on_predict_end(trainer, None)
     assert [path.name for path in tmp_path.iterdir()] == ["out.review.jsonl"]
     assert len(read(tmp_path / "out.review.jsonl")) == 2
+
+
+def test_a_target_precision_takes_the_threshold_of_the_runs_validation_rows(tmp_path):
+    def minimum(run=tmp_path, target=0.98, given=None, ckpt=None, constrained=False):
+        model = SimpleNamespace(constrained=constrained)
+        config = SimpleNamespace(target_precision=target, min_confidence=given, ckpt_path=ckpt, model=model)
+        return minimum_confidence(config, run)
+
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"constrained": False}}))
+    with pytest.raises(UserError, match=r"validation.jsonl is missing; a run of formtune train has it"):
+        minimum()
+    write_outcomes(tmp_path / "outcomes/validation.jsonl", rows(10))
+    assert minimum() == minimum(ckpt="best") == 0.808 == threshold(judged(rows(10)), 0.98)
+    with pytest.raises(UserError, match=r"target_precision: no confidence gives 0.999 on the 201 validation rows of"):
+        minimum(target=0.999)
+    with pytest.raises(UserError, match=r"was measured with model.constrained: false"):
+        minimum(constrained=True)
+    for wrong in ({"run": None}, {"given": 0.9}, {"ckpt": "last"}, {"ckpt": "base"}):
+        with pytest.raises(UserError, match="it needs a finished run and its best checkpoint, and no min_confidence"):
+            minimum(**wrong)
