@@ -13,11 +13,10 @@ from datetime import datetime
 from datetime import time as clock
 from functools import cache, lru_cache
 from typing import Any
+from urllib.parse import unquote
 
-import referencing
-import referencing.jsonschema
 import regex
-from jsonschema import Draft4Validator, Draft202012Validator, FormatChecker
+from jsonschema import Draft202012Validator, FormatChecker
 from jsonschema.exceptions import ValidationError
 from jsonschema.validators import extend
 
@@ -94,8 +93,6 @@ def compile_pattern(pattern: str) -> Any:
 
 def _steps(pattern: str) -> int:
     """How large a pattern is with each repetition written out as often as it must match, as `regex` does."""
-    if re.search(r"\(\?\w*x", pattern):  # what such a pattern does not match
-        pattern = re.sub(r"(\\.)|\s+|#.*", r"\1", pattern)
     sizes, last = [0], 0  # of the open groups, and of what comes before a repetition
     for token, count in re.findall(r"(\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d{1,9})[\d,]*\}|.)", pattern, re.S):
         if count:
@@ -167,14 +164,23 @@ def _unique_items(validator: Any, unique: bool, value: Any, schema: Any) -> Iter
 
 
 def resolver(root: dict[str, Any]) -> Callable[[str], Any]:
-    """The function that looks up references within a schema in which all are pointers."""
-    resource = referencing.jsonschema.DRAFT202012.create_resource(root)
-    within = referencing.Registry().with_resource("", resource).resolver()
-    return cache(lambda reference: within.lookup(reference).contents)
+    """The function that looks up references, which are JSON pointers; of any other it returns None."""
+
+    def resolve(reference: str) -> Any:
+        start, *parts = unquote(reference).split("/")
+        node: Any = root if start == "#" else None
+        try:
+            for part in (part.replace("~1", "/").replace("~0", "~") for part in parts):
+                node = node[int(part) if isinstance(node, list) else part]
+        except (LookupError, TypeError, ValueError):
+            return None
+        return node
+
+    return cache(resolve)
 
 
-def bounded_validator(root: dict[str, Any], draft: str) -> Any:
-    """The validator of a schema that was read as draft 2020-12 from another draft."""
+def bounded_validator(root: dict[str, Any], formats: FormatChecker = FORMATS) -> Any:
+    """The validator of a schema of draft 2020-12 in which all references are plain pointers."""
     resolve = resolver(root)
 
     def follow(validator: Any, reference: str, value: Any, schema: Any) -> Iterator[ValidationError]:
@@ -183,6 +189,5 @@ def bounded_validator(root: dict[str, Any], draft: str) -> Any:
 
     keywords: dict[str, Any] = {"pattern": _pattern, "patternProperties": _pattern_properties, "$ref": follow}
     keywords |= {"additionalProperties": _additional, "uniqueItems": _unique_items}
-    checker = Draft4Validator.TYPE_CHECKER if draft == "4" else None  # 1.0 is an integer since draft 6
-    cls: Any = extend(Draft202012Validator, keywords, type_checker=checker)
-    return cls(root, registry=referencing.Registry(), format_checker=FORMATS)
+    cls: Any = extend(Draft202012Validator, keywords)
+    return cls(root, format_checker=formats)

@@ -1,6 +1,5 @@
 """The base class of formats, and the verdict that a format gives on a text."""
 
-import functools
 import inspect
 import re
 from abc import ABC, abstractmethod
@@ -88,10 +87,6 @@ class Format(ABC):
 
     def of_row(self, schema: str | None) -> "Format":
         """The format of one row, by the JSON text of its own schema; raises UserError if it cannot be read."""
-        return _of_row(self, schema) if self.per_row else self
-
-    def with_schema(self, schema: str | None) -> "Format":
-        """The format with a row's schema, if `per_row`; see `of_row`, which keeps it."""
         return self
 
     @abstractmethod
@@ -213,11 +208,6 @@ class Format(ABC):
             raise
         except Exception as error:  # your own parser may fail in any way on an unexpected text
             raise SyntaxProblem(f"{type(error).__name__}: {error}") from error
-
-
-@functools.lru_cache(maxsize=1000)
-def _of_row(format: Format, schema: str | None) -> Format:
-    return format.with_schema(schema)
 
 
 def answer_start(text: str) -> int:

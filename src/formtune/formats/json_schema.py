@@ -1,6 +1,7 @@
 """JSON that keeps a JSON Schema, judged by the `jsonschema` library and read strictly."""
 
 import copy
+import functools
 import importlib
 import json
 import re
@@ -14,11 +15,11 @@ from jsonschema.exceptions import ValidationError
 
 from formtune.errors import UserError
 from formtune.formats.bounded import bounded_validator, time_limit
-from formtune.formats.dialect import KEYWORDS, TYPES, Reading
+from formtune.formats.dialect import KEYWORDS, TYPES, read_draft
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
 from formtune.formats.grammar import closed, json_rules
 from formtune.formats.key_orders import OrderedRules, Orders
-from formtune.formats.places import Places, is_array, is_label
+from formtune.formats.places import Part, Places, is_array, is_label
 from formtune.formats.strict_json import find_documents, loads_strict, value_spans
 
 MAX_CHARACTERS = 2_000_000  # of a schema's file: to read it takes time
@@ -44,7 +45,7 @@ class JsonSchema(Format):
     What the schema allows is allowed: keys that it does not name too, unless it says `additionalProperties: false`.
 
     Args:
-        schema: File of the schema, the schema itself, or a Pydantic class as `module:Class`; draft 4 to 2020-12, all in
+        schema: File of the schema, the schema itself, or a Pydantic class as `module:Class`; draft 7 or 2020-12, all in
             one file. By default each row has its own, in the column that `data.columns.schema` names.
         canonical: Whether key order (the schema's, of alternatives one that the document keeps) and white space (none)
             are part of the format.
@@ -65,29 +66,23 @@ class JsonSchema(Format):
         if self.per_row:
             return
         name = schema if isinstance(schema, str) else "data.format.schema"
-        parts, is_cut = self._adopt(read_schema(schema), name)
-        if is_cut:
+        places = self._adopt(read_schema(schema), name)
+        if len(places) == MAX_PATHS:
             return
-        if unknown := self.sets - {path for path, parts_here in parts.items() if any(map(is_array, parts_here))}:
+        if unknown := self.sets - {path for path, parts, _ in places if any(map(is_array, parts))}:
             raise UserError(f"data.format.sets: {name} declares no array at {', '.join(sorted(unknown))}")
-        if unknown := self.derived - parts.keys():
+        if unknown := self.derived - {path for path, *_ in places}:
             raise UserError(f"data.format.derived: {name} declares no value at {', '.join(sorted(unknown))}")
 
-    def _adopt(self, schema: Any, name: str) -> tuple[dict[str, list[dict[str, Any]]], bool]:
-        """Judge by this schema; returns its parts for each path, and whether there are too many paths."""
+    def _adopt(self, schema: Any, name: str) -> list[tuple[str, list[Part], bool]]:
+        """Judge by this schema; returns its places, see `Places.paths`."""
         self.schema, keys = unwrap(schema)
         self.per_row = False
         try:
-            reading = Reading(self.schema, name)
-            self._root, notes = reading.root, reading.notes
-            self._validator = bounded_validator(self._root, reading.draft)
+            self._root, notes = read_draft(self.schema, name)
+            self._validator = bounded_validator(self._root)
             self._places = Places(self._validator)
-            fields: dict[str, None] = {}
-            parts: dict[str, list[dict[str, Any]]] = {}
-            paths = list(islice(self._places.paths([self._root]), MAX_PATHS))
-            for path, parts_here, in_array in paths:
-                parts.setdefault(path, []).extend(parts_here)
-                fields |= {path: None} if path and not in_array else {}
+            places = list(islice(self._places.paths([self._root]), MAX_PATHS))
             with time_limit():
                 self._validator.is_valid({})
         except RecursionError:
@@ -95,18 +90,19 @@ class JsonSchema(Format):
         except TimeoutError:
             raise UserError(f"{name}: the schema takes too long to check; its references multiply") from None
         notes += [f"the schema is what is within {keys!r}"] if keys else []
-        is_cut = len(paths) == MAX_PATHS
-        notes += [f"only the first {MAX_PATHS:,} fields are compared one by one"] if is_cut else []
+        notes += [f"only the first {MAX_PATHS:,} fields are compared one by one"] if len(places) == MAX_PATHS else []
         self.notes = tuple(f"{name}: {note}" for note in notes)
-        self.fields = tuple(fields)
+        self.fields = tuple(dict.fromkeys(path for path, _, in_array in places if path and not in_array))
         # One alternative with labels is enough: else each of its labels would be called made up.
-        labels = [path for path, parts_here in parts.items() if any(map(is_label, parts_here))]
-        self.derived |= frozenset(labels)
+        self.derived |= {path for path, parts, _ in places if any(map(is_label, parts))}
         # "See [1]" holds no document where the schema asks for an object.
         self._brackets = {"object": "{", "array": "["}.get(str(self._root.get("type")), "{[")
-        return parts, is_cut
+        return places
 
-    def with_schema(self, schema: str | None) -> Format:
+    @functools.lru_cache(maxsize=1000)  # noqa: B019 - a format is kept as long as the process
+    def of_row(self, schema: str | None) -> Format:
+        if not self.per_row:
+            return self
         if schema is None:
             remedy = "write it into the column that data.columns.schema names, or set data.format.init_args.schema"
             raise UserError(f"the row has no schema; {remedy}")

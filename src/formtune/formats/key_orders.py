@@ -3,7 +3,6 @@
 Objects whose targets agree on one order keep it. In others each key may come at any time, but once.
 """
 
-import copy
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -52,21 +51,18 @@ class OrderedRules:
 
     def __init__(self, root: dict[str, Any], orders: Orders | None) -> None:
         self._root, self._resolve = root, resolver(root)
-        self._options = {"x-guidance": root["x-guidance"]}
         self._names: dict[int, str] = {}  # of the rules, by schema
         self._rules: dict[str, str] = {}
         self._terminals: dict[str, str] = {}  # by key
+        self._objects: set[int] = set()
         self._free: set[int] = set()  # objects whose keys come in any order
         self._paths = {id(node): path for path, node in schema_nodes(root)}
         self.kept: list[str] = []
-        self.text: str | None = None
-        is_moved = self._arrange(orders)
+        self.text = f"answer: {self._json(root)}" if self._arrange(orders) else None
         if self._free and not self._starts_with_json(start := self._rule(root)):
             self.text = self._lark(start)
-            return
-        self.kept = ["$"] if self._free else []
-        if is_moved:
-            self.text = f"answer: {self._json(root)}"
+        elif self._free:
+            self.kept = ["$"]
 
     def _starts_with_json(self, name: str) -> bool:
         """Whether an alternative of the whole is a %json, before which llguidance would allow white space."""
@@ -99,10 +95,10 @@ class OrderedRules:
             stack += [(inner, holder) for inner in self._same_place(node)]
             stack += [(inner, key) for key, inner in node.get("properties", {}).items()]
             if node.get("properties"):
+                self._objects.add(id(node))
                 pairs = objects.setdefault(id(node), (node, Counter()))[1]
                 for key, following in (orders or {}).get(holder, {}).items():
                     pairs.update({(key, other): count for other, count in following.items()})
-        self._objects = {*objects}
         is_moved = False
         for number, (node, pairs) in objects.items():
             own = list(node["properties"])
@@ -155,8 +151,7 @@ class OrderedRules:
         elif kinds <= {"array", *_SCALARS} and keywords <= {"type", "items", "minItems", "maxItems"}:
             body = self._array(node)
         if not body:
-            if self._reaches(node, self._free):
-                self.kept.append(self._paths[id(node)])
+            self.kept += [self._paths[id(node)]] if self._reaches(node, self._free) else []
             return self._json(node)
         others = sorted(kinds & _SCALARS)
         return body + (f" | {self._json({'type': others})}" if others else "")
@@ -193,21 +188,13 @@ class OrderedRules:
         return f'OPEN {item} (COMMA {item}){{{count}}} "]"' + ("" if fewest else ' | OPEN "]"')
 
     def _json(self, node: Any) -> str:
-        if isinstance(node, dict):
-            if node is not self._root and '"$ref"' in json.dumps(node):
-                node = _referring(node) | {"$defs": {"root": _referring(self._root)}}
-            node = node | self._options
-        return f"%json {json.dumps(node)}"
-
-
-def _referring(schema: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which references lead to a root that is within `$defs`."""
-    schema = copy.deepcopy(schema)
-    for _, node in schema_nodes(schema):
-        node.pop("$id", None)
-        if "$ref" in node:
-            node["$ref"] = node["$ref"].replace("#", "#/$defs/root", 1)
-    return schema
+        if not isinstance(node, dict):
+            return f"%json {json.dumps(node)}"
+        text = json.dumps(node | {"x-guidance": self._root["x-guidance"]})
+        if node is not self._root and '"$ref"' in text:  # the whole is a definition of the part
+            text = json.dumps(json.loads(text) | {"$defs": {"root": self._root}})
+            text = text.replace('"$ref": "#', '"$ref": "#/$defs/root')
+        return f"%json {text}"
 
 
 def _arranged(keys: list[str], pairs: Pairs) -> tuple[list[str], bool]:

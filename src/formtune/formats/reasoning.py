@@ -29,8 +29,8 @@ class Reasoning(Format):
         self.fields, self.sets, self.derived = format.fields, format.sets, format.derived
         self.notes, self.per_row, self.tags = format.notes, format.per_row, (open, close)
 
-    def with_schema(self, schema: str | None) -> Format:
-        return Reasoning(self.format.with_schema(schema), self.open, self.close, self.required)
+    def of_row(self, schema: str | None) -> Format:
+        return Reasoning(self.format.of_row(schema), self.open, self.close, self.required) if self.per_row else self
 
     def split(self, text: str) -> tuple[str, str]:
         start = text.find(self.open)

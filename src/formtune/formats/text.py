@@ -105,18 +105,22 @@ class Tagged(Format):
         self.fields = tuple(sections)
 
     def parse(self, text: str) -> Any:
-        values: dict[str, str] = {}
+        return {name: text[start:end] for name, (start, end) in self._sections(text).items()}
+
+    def _sections(self, text: str) -> dict[str, tuple[int, int]]:
+        """Where the text of each section is."""
+        sections: dict[str, tuple[int, int]] = {}
         at = 0
         while at < len(text):  # stops where no section follows, so that time is linear
             tag = _TAG.match(text, at)
             if tag is None or (tag[1] and not at) or (tag[2] == "think" and "think" not in self.sections):
                 raise SyntaxProblem(f"text outside the sections: {text[at : at + 60]!r}")
             name, end = tag[2], text.find(f"</{tag[2]}>", tag.end())
-            if end < 0 or name in values:
+            if end < 0 or name in sections:
                 raise SyntaxProblem(f"<{name}> has no end" if end < 0 else f"duplicate section <{name}>")
-            values[name] = text[tag.end() : end]
+            sections[name] = tag.end(), end
             at = end + len(name) + 3
-        return values
+        return sections
 
     def problems(self, value: Any) -> list[Problem]:
         problems = [Problem("missing_key", f"no <{s}>") for s in self.sections if s not in value]
@@ -132,12 +136,7 @@ class Tagged(Format):
             yield start, end + len(self.sections[-1]) + 3
 
     def value_spans(self, text: str) -> dict[str, tuple[int, int]]:
-        spans, end = {}, 0
-        for name in self.sections:
-            start = text.index(f"<{name}>", end) + len(name) + 2
-            end = text.index(f"</{name}>", start)
-            spans[name] = start, end + 1
-        return spans
+        return {name: (start, end + 1) for name, (start, end) in self._sections(text).items()}
 
     def grammar(self) -> str | None:
         sections = " /[ \\t\\r\\n]+/? ".join(f'"<{name}>" section{i}' for i, name in enumerate(self.sections))

@@ -1,6 +1,7 @@
 """Tool calls as chat templates write them, judged by the tools that each row defines."""
 
 import copy
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -46,7 +47,8 @@ class ToolCalls(Format):
         self._calls, self.derived = JsonSchema(_CALLS), frozenset({"name"})
         self._tools: dict[str, JsonSchema] = {}  # the parameters of the row's tools
 
-    def with_schema(self, schema: str | None) -> "ToolCalls":
+    @functools.lru_cache(maxsize=1000)  # noqa: B019 - a format is kept as long as the process
+    def of_row(self, schema: str | None) -> "ToolCalls":
         own = copy.copy(self)
         own._tools = {}
         for tool in json.loads(schema or "[]"):

@@ -1,4 +1,4 @@
-"""A schema of any draft means here what its own draft says, and a schema that cannot be read is refused with all its problems."""
+"""A schema of draft 7 or 2020-12 means here what its own draft says, and a schema that cannot be read is refused with all its problems."""
 
 import json
 import sys
@@ -13,13 +13,10 @@ from formtune.errors import UserError
 from formtune.formats import JsonSchema
 
 DRAFTS = {
-    "http://json-schema.org/draft-04/schema#": jsonschema.Draft4Validator,
-    "http://json-schema.org/draft-06/schema#": jsonschema.Draft6Validator,
     "http://json-schema.org/draft-07/schema#": jsonschema.Draft7Validator,
-    "https://json-schema.org/draft/2019-09/schema": jsonschema.Draft201909Validator,
     "https://json-schema.org/draft/2020-12/schema": jsonschema.Draft202012Validator,
 }
-D4, D6, D7, D19, D20 = DRAFTS
+D7, D20 = DRAFTS
 TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
 
 
@@ -35,12 +32,9 @@ def judges_as_its_draft(schema, documents):
 @pytest.mark.parametrize(
     ("draft", "schema", "good", "bad"),
     [
-        (D4, {"minimum": 3, "exclusiveMinimum": True, "maximum": 5, "exclusiveMaximum": False}, [5, 3.5], [3, 6]),
-        (D4, {"type": "integer"}, [1], [1.0, 1.5]),
-        (D6, {"type": "integer"}, [1, 1.0], [1.5]),
-        (D4, {"properties": {"a": {"const": 1}}, "required": ["a"]}, [{"a": 2}], [{}]),  # draft 4 has no const
-        (D6, {"const": 1, "exclusiveMinimum": 0}, [1], [2]),
-        (D6, {"contains": WHOLE, "propertyNames": {"maxLength": 1}}, [[1], {"a": 1}], [["a"], {"ab": 1}]),
+        (D7, {"type": "integer"}, [1, 1.0], [1.5]),
+        (D7, {"const": 1, "exclusiveMinimum": 0}, [1], [2]),
+        (D7, {"contains": WHOLE, "propertyNames": {"maxLength": 1}}, [[1], {"a": 1}], [["a"], {"ab": 1}]),
         (D7, {"items": [WHOLE, TEXT], "additionalItems": False}, [[1, "a"], [1]], [["a"], [1, "a", 2]]),
         (D7, {"items": [WHOLE], "additionalItems": TEXT}, [[1, "a"]], [[1, 2]]),
         (D7, {"items": WHOLE, "additionalItems": False}, [[1, 2]], [["a"]]),
@@ -49,19 +43,14 @@ def judges_as_its_draft(schema, documents):
         (D7, {"if": {"required": ["a"]}, "then": {"required": ["b"]}}, [{"a": 1, "b": 1}, {}], [{"a": 1}]),
         (D7, {"definitions": {"t": TEXT}, "properties": {"a": {"$ref": "#/definitions/t", "maxLength": 1}}},
          [{"a": "long"}], [{"a": 1}]),  # what is beside a reference is ignored up to draft 7
-        (D19, {"$defs": {"t": TEXT}, "properties": {"a": {"$ref": "#/$defs/t", "maxLength": 1}}},
+        (D20, {"$defs": {"t": TEXT}, "properties": {"a": {"$ref": "#/$defs/t", "maxLength": 1}}},
          [{"a": "l"}], [{"a": "long"}, {"a": 1}]),
-        (D19, {"items": [WHOLE], "additionalItems": False}, [[1]], [[1, 2]]),
-        (D19, {"properties": {"v": WHOLE, "next": {"$recursiveRef": "#"}}, "required": ["v"]},
-         [{"v": 1, "next": {"v": 2}}], [{"v": 1, "next": {}}]),
-        (D19, {"$ref": "#/$defs/a", "$recursiveRef": "#/$defs/b", "$defs": {"a": WHOLE, "b": {"minimum": 2}}}, [], ["a"]),
-        (D19, {"dependentRequired": {"a": ["b"]}, "dependentSchemas": {"c": {"required": ["d"]}}},
+        (D20, {"dependentRequired": {"a": ["b"]}, "dependentSchemas": {"c": {"required": ["d"]}}},
          [{"a": 1, "b": 1}], [{"a": 1}, {"c": 1}]),
-        (D19, {"contains": WHOLE, "minContains": 2, "maxContains": 3}, [[1, 2]], [[1], [1, 2, 3, 4]]),
+        (D20, {"contains": WHOLE, "minContains": 2, "maxContains": 3}, [[1, 2]], [[1], [1, 2, 3, 4]]),
         (D20, {"prefixItems": [WHOLE], "items": TEXT, "unevaluatedItems": False}, [[1, "a"]], [["a"], [1, 2]]),
         (D20, {"allOf": [{"properties": {"a": WHOLE}}], "unevaluatedProperties": False}, [{"a": 1}], [{"b": 1}]),
-        (D20, {"$ref": "#/$defs/a", "$dynamicRef": "#b", "$defs": {"a": WHOLE, "b": {"$dynamicAnchor": "b", "minimum": 2}},
-               "allOf": [{"maximum": 3}]}, [2, 3], [1, 4, "a"]),
+        (D20, {"$ref": "#/$defs/a", "$defs": {"a": WHOLE}, "allOf": [{"maximum": 3}]}, [2, 3], [4, "a"]),
     ],
 )  # fmt: skip
 def test_each_draft_keeps_its_meaning(draft, schema, good, bad):
@@ -73,21 +62,14 @@ def test_each_draft_keeps_its_meaning(draft, schema, good, bad):
 @pytest.mark.parametrize(
     ("draft", "schema"),
     [
-        (D4, {"id": "http://a/b.json", "items": {"$ref": "b.json#/definitions/t"}, "definitions": {"t": TEXT}}),
-        (D4, {"definitions": {"t": {"id": "#text", **TEXT}}, "items": {"$ref": "#text"}}),
-        (D4, {"definitions": {"t": {"id": "http://a/t", **TEXT}}, "items": {"$ref": "http://a/t#"}}),
-        (D7, {"definitions": {"t": {"$id": "#text", **TEXT}}, "items": {"$ref": "#text"}}),
-        (D7, {"$id": "http://a/b/", "definitions": {"t": {"$id": "t.json", **TEXT}}, "items": {"$ref": "t.json"}}),
-        (D7, {"components": {"schemas": {"t": TEXT}}, "items": {"$ref": "#/components/schemas/t"}}),
+        (D7, {"definitions": {"t": TEXT}, "items": {"$ref": "#/definitions/t"}}),
         (D7, {"definitions": {"a/b~c d%": TEXT}, "items": {"$ref": "#/definitions/a~1b~0c%20d%25"}}),
-        (D7, {"items": [{"type": "string"}], "additionalItems": {"$ref": "#/items/0"}}),
-        (D19, {"$defs": {"t": {"$anchor": "text", **TEXT}}, "items": {"$ref": "#text"}}),
-        (D20, {"$id": "urn:x:y", "$defs": {"t": {"$anchor": "text", **TEXT}}, "items": {"$ref": "urn:x:y#text"}}),
-        (D20, {"$defs": {"t": {"$id": "t", "$defs": {"u": TEXT}, "$ref": "#/$defs/u"}}, "items": {"$ref": "t"}}),
-        (D20, {"x": {"y": [{"$ref": "#/$defs/t"}]}, "$defs": {"t": TEXT}, "items": {"$ref": "#/x/y/0"}}),
+        (D7, {"properties": {"a": TEXT}, "items": {"$ref": "#/properties/a"}}),
+        (D20, {"$id": "urn:x:y", "$defs": {"t": TEXT}, "items": {"$ref": "#/$defs/t"}}),
+        (D20, {"$defs": {"t": {"anyOf": [WHOLE, TEXT]}}, "items": {"$ref": "#/$defs/t/anyOf/1"}}),
     ],
 )  # fmt: skip
-def test_references_of_every_style_are_followed_within_the_schema(draft, schema):
+def test_pointers_are_followed_within_the_schema(draft, schema):
     format = judges_as_its_draft({"$schema": draft, **schema}, [["a"], [1], ["a", 1]])
     assert format.check('["a"]').exact and not format.check("[1]").exact
 
@@ -95,14 +77,14 @@ def test_references_of_every_style_are_followed_within_the_schema(draft, schema)
 def schemas_of(draft):
     """Schemas of keywords that two drafts read differently."""
     names = st.sampled_from("abc")
-    legacy, old = draft in (D4, D6, D7), draft in (D4, D6, D7, D19)
+    legacy = draft == D7
 
     def objects(inner):
         lists = st.lists(inner, min_size=1, max_size=2)
         either = {
             # The library fails on a boolean beside additionalItems.
-            "items": inner.filter(lambda schema: not isinstance(schema, bool)) | lists if old else inner,
-            "additionalItems" if old else "prefixItems": inner if old else lists,
+            "items": inner.filter(lambda schema: not isinstance(schema, bool)) | lists if legacy else inner,
+            "additionalItems" if legacy else "prefixItems": inner if legacy else lists,
             "definitions" if legacy else "$defs": st.fixed_dictionaries({"t": inner}),
             "anyOf": lists,
             "properties": st.dictionaries(names, inner, max_size=2),
@@ -111,11 +93,13 @@ def schemas_of(draft):
             "maximum": st.integers(1, 3),
             "not": inner,
         }
-        if draft == D4:
-            either |= {"exclusiveMinimum": st.booleans(), "exclusiveMaximum": st.booleans()}
-        else:
-            either |= {"exclusiveMinimum": st.integers(-1, 2), "const": st.integers(0, 2), "contains": inner}
-            either |= {"propertyNames": st.sampled_from([{"enum": ["a", "b"]}, True])}
+        either |= {"exclusiveMinimum": st.integers(-1, 2), "const": st.integers(0, 2), "contains": inner}
+        either |= {
+            "propertyNames": st.sampled_from([{"enum": ["a", "b"]}, True]),
+            "if": inner,
+            "then": inner,
+            "else": inner,
+        }
         if legacy:
             either["dependencies"] = st.dictionaries(
                 names, inner | st.lists(names, min_size=1, unique=True), max_size=2
@@ -124,12 +108,10 @@ def schemas_of(draft):
             either |= {"dependentSchemas": st.dictionaries(names, inner, max_size=1), "minContains": st.integers(0, 2)}
             either |= {"dependentRequired": st.dictionaries(names, st.lists(names, unique=True), max_size=1)}
             either |= {"maxContains": st.integers(0, 2), "unevaluatedItems": st.just(False)}
-        if draft not in (D4, D6):
-            either |= {"if": inner, "then": inner, "else": inner}
         return st.fixed_dictionaries({}, optional=either)
 
     leaves = [{"type": "integer"}, {"type": "object"}, {"type": ["string", "null"]}, {"minimum": 1}, {"enum": [1, "a"]}]
-    leaves += [] if draft == D4 else [True, False]
+    leaves += [True, False]
     leaves += [{"$ref": "#/definitions/t" if legacy else "#/$defs/t", "maximum": 1}]
     tree = st.recursive(st.sampled_from(leaves), objects, max_leaves=8)
     return tree.filter(lambda schema: isinstance(schema, dict)).map(lambda schema: {**schema, "$schema": draft})
@@ -158,48 +140,33 @@ def test_every_verdict_is_that_of_the_drafts_own_validator(draft, data):
     judges_as_its_draft(schema, documents)
 
 
-def test_without_a_draft_the_keywords_tell_which_one_is_meant():
-    assert JsonSchema({"type": "object"}).notes == ()
-    vendor = "https://example.com/provider.schema.json"
-    for schema, draft in (
-        ({"items": [WHOLE]}, "7"),
-        ({"dependencies": {"a": ["b"]}}, "7"),
-        ({"minimum": 1, "exclusiveMinimum": True}, "4"),
-        ({"$schema": vendor, "type": "object"}, "2020-12"),
-        ({"$schema": vendor, "items": [WHOLE], "additionalItems": False}, "7"),
-    ):
-        [note] = JsonSchema(schema).notes
-        assert note.endswith(f"its keywords are read as those of draft {draft}"), note
-    assert not JsonSchema({"dependencies": {"a": ["b"]}}).check('{"a":1}').exact
+def test_a_keyword_that_one_draft_alone_has_means_what_it_means_there():
+    for more in ({}, {"$schema": "https://example.com/provider.schema.json"}, {"$schema": D7}, {"$schema": D20}):
+        format = JsonSchema({**more, "items": [WHOLE], "additionalItems": False, "dependencies": {"a": ["b"]}})
+        assert format.notes == ()
+        assert format.check("[1]").exact and not format.check("[1,2]").exact and not format.check('{"a":1}').exact
     # A property of that name is none.
     assert JsonSchema({"properties": {"dependencies": {"type": "object"}, "items": {"enum": [[1]]}}}).notes == ()
-    with pytest.raises(UserError, match="prefixItems"):
-        JsonSchema({"$schema": D20, "items": [WHOLE]})
+
+
+@pytest.mark.parametrize("draft", ["draft-04/schema#", "draft-06/schema#", "draft/2019-09/schema"])
+def test_other_drafts_are_refused_with_what_to_write(draft):
+    with pytest.raises(UserError, match=r"draft [0-9-]+ is not read; write the schema as draft-07 or 2020-12"):
+        JsonSchema({"$schema": f"http://json-schema.org/{draft}", "type": "object"})
 
 
 @pytest.mark.parametrize(
-    "key",
-    ["example", "readonly", "markdownDescription", "x-note", "createOnlyProperties", "propertyOrder", "enumNames", "note",
-     "requiredOr", "nullable", "tsType", "jupyter.lab.menus", "readOnly", "contentEncoding", "discriminator", "when"],
+    ("schema", "message"),
+    [
+        ({"$dynamicRef": "#x", "$defs": {"x": {"$dynamicAnchor": "x"}}}, r"\$\.\$dynamicRef: not a keyword.*did you mean '\$ref'"),
+        ({"$ref": "#x", "$defs": {"x": {"$anchor": "x"}}}, r"\$\.\$ref: '#x' leads nowhere in the schema; copy what it names"),
+        ({"$id": "http://a/b", "$ref": "http://a/b#/$defs/x", "$defs": {"x": TEXT}}, "leads nowhere in the schema"),
+        ({"$ref": "#/$defs/x", "$defs": {"x": {"$id": "x"}}}, r"\$\.\$defs\.x\.\$id: an address within a schema is not read"),
+    ],
 )  # fmt: skip
-def test_annotations_and_keys_of_vendors_are_accepted(key):
-    format = JsonSchema({"type": "object", "properties": {"a": {**TEXT, key: ["anything"]}}, key: {"any": 1}})
-    assert format.check('{"a":"b"}').exact and not format.check('{"a":1}').exact and format.notes == ()
-
-
-@pytest.mark.parametrize(
-    ("key", "keyword"),
-    [("requried", "required"), ("require", "required"), ("propertys", "properties"), ("property", "properties"),
-     ("additionalProperty", "additionalProperties"), ("additional_properties", "additionalProperties"),
-     ("patern", "pattern"), ("minlength", "minLength"), ("maxLenght", "maxLength"), ("anyof", "anyOf"), ("tpye", "type"),
-     ("enums", "enum"), ("item", "items"), ("formats", "format"), ("ref", "$ref"), ("minimun", "minimum")],
-)  # fmt: skip
-def test_a_likely_typo_of_a_keyword_is_refused_with_what_was_meant(key, keyword):
-    with pytest.raises(
-        UserError, match=rf"\$\.properties\.a\.{key}: not a keyword.* did you mean '{keyword.replace('$', '.')}'"
-    ):
-        JsonSchema({"type": "object", "properties": {"a": {"type": "string", key: 1}}})
-    assert JsonSchema({"type": "object", "properties": {key: TEXT}}).fields == (key,)
+def test_references_that_are_not_pointers_are_refused(schema, message):
+    with pytest.raises(UserError, match=message):
+        JsonSchema(schema)
 
 
 def test_formats_that_are_annotations_are_listed_once_as_unchecked():
@@ -209,23 +176,22 @@ def test_formats_that_are_annotations_are_listed_once_as_unchecked():
     )
     assert format.notes == ("data.format.schema: not checked: format 'int64', format 'password'",)
     assert format.check('{"a":1,"c":"x","d":"2026-01-02"}').exact and not format.check('{"d":"x"}').exact
-    [note] = JsonSchema({"$schema": D7, "type": "object", "dependentRequired": {"a": ["b"]}}).notes
-    assert note.endswith("not checked: dependentRequired, which draft 7 does not have")
 
 
 def test_all_problems_are_named_at_once_up_to_ten():
     schema = {
         "type": "objct",
         "requried": ["a"],
-        "properties": {"a": {"minLength": "3"}, "b": {"pattern": "("}, "c": {"$ref": "#/$defs/gone"}, "d": []},
+        "properties": {"a": {"minLength": "3"}, "b": {"pattern": "("}, "d": []},
     }
     with pytest.raises(UserError) as error:
         JsonSchema(schema)
     text = str(error.value)
-    assert "6 problems: " in text and "\n" not in text
-    for part in ("$.type: not a JSON Schema (expected array, ", "$.requried: not a keyword", "$.properties.d: not a JSON",
-                 "$.properties.a.minLength: not a JSON Schema (expected a whole number", "$.properties.b.pattern: not a",
-                 "$.properties.c.$ref: $ref '#/$defs/gone' leads nowhere; fix it or add what it names"):  # fmt: skip
+    assert "5 problems: " in text and "\n" not in text
+    for part in ("$.type: not a JSON Schema (expected enum ('array', ", "found 'objct')", "$.requried: not a keyword",
+                 "$.properties.d: not a JSON Schema (expected type ['object', 'boolean'], found [])",
+                 "$.properties.a.minLength: not a JSON Schema (expected type 'integer', found '3')",
+                 "$.properties.b.pattern: not a JSON Schema (expected format 'regex': missing )"):  # fmt: skip
         assert part in text, part
     with pytest.raises(UserError, match=r"15 problems: .*\$\.properties\.k9\.type.* \| and 5 more$"):
         JsonSchema({"properties": {f"k{number}": {"type": "text"} for number in range(15)}})
@@ -236,22 +202,19 @@ def test_all_problems_are_named_at_once_up_to_ten():
     [("type", []), ("type", 3), ("enum", "a"), ("required", True), ("required", [1]), ("minimum", "1"), ("minLength", -1),
      ("maxItems", 1.5), ("multipleOf", 0), ("uniqueItems", "yes"), ("pattern", 1), ("properties", []), ("anyOf", {}),
      ("allOf", []), ("not", "x"), ("items", 1), ("dependentRequired", {"a": "b"}), ("$ref", 1), ("format", 1),
-     ("patternProperties", {"(": {}}), ("exclusiveMinimum", "x"), ("minContains", None), ("prefixItems", [1]), ("$id", 3),
-     ("$anchor", None), ("$id", "http://[ticket")],
+     ("patternProperties", {"(": {}}), ("exclusiveMinimum", "x"), ("minContains", None), ("prefixItems", [1])],
 )  # fmt: skip
 def test_a_value_that_no_keyword_may_have_is_refused(key, value):
     schema = {key: value, "type": "object", "contains": {}} | {key: value}
-    for more in ({}, {"$defs": {"a": {"$id": "a"}}}):  # with an identifier, all of the schema is searched for others
-        with pytest.raises(UserError, match="not a JSON Schema"):
-            JsonSchema(more | schema)
+    with pytest.raises(UserError, match="not a JSON Schema"):
+        JsonSchema(schema)
 
 
-@pytest.mark.parametrize("identifier", ["ticket", "My Schema", "schemas/ticket.json", "C:\\ticket.json", "[x]", ""])
-@pytest.mark.parametrize("schema", [D4, D7, D20])
-def test_an_identifier_need_not_be_a_whole_uri(schema, identifier):
-    key = "id" if schema is D4 else "$id"
+@pytest.mark.parametrize("identifier", ["ticket", "schemas/ticket.json", "C:\\ticket.json", "", "http://[ticket", 3])
+@pytest.mark.parametrize("draft", [D7, D20])
+def test_an_identifier_of_the_whole_may_be_anything(draft, identifier):
     inner = {"type": "object", "properties": {"n": {"type": "integer"}}, "additionalProperties": False}
-    format = JsonSchema({"$schema": schema, key: identifier, "definitions": {"a": inner}, "$ref": "#/definitions/a"})
+    format = JsonSchema({"$schema": draft, "$id": identifier, "definitions": {"a": inner}, "$ref": "#/definitions/a"})
     assert format.check('{"n":1}').exact and not format.check('{"n":"x"}').exact and format.grammar()
 
 
@@ -349,7 +312,7 @@ def test_a_pattern_of_many_repetitions_is_read_and_one_without_end_is_not():
     address = r"^((([0-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])\.){3}([0-9]){1,3}|(([0-9a-fA-F]{1,4}:){7,7}[0-9a-f]{1,4}))$"
     key = r"^-{5}BEGIN-{5}\n([A-Za-z0-9/+]{64}\n)*-{5}END-{5}$"
     assert JsonSchema({"anyOf": [{"pattern": address}, {"pattern": key}]}).check('"10.0.0.1"').exact
-    for pattern in (r"((a{99}){99}){99}", r"(?x)(a{999}) {999}", "[)]{999999}", r"(?:a|(b{5000})){5000}"):
+    for pattern in (r"((a{99}){99}){99}", "[)]{999999}", r"(?:a|(b{5000})){5000}"):
         started = time.process_time()
         with pytest.raises(UserError, match="its repetitions amount to more than"):
             JsonSchema({"pattern": pattern})
@@ -372,14 +335,4 @@ def test_a_large_schema_is_read_in_time():
 @given(st.just({"anyOf": [{"type": "integer"}, {"allOf": [{"$ref": "#"}]}]}))
 def test_a_schema_that_applies_itself_to_the_same_value_is_refused(schema):
     with pytest.raises(UserError, match="leads back to itself without end"):
-        JsonSchema(schema)
-
-
-def test_a_reference_that_depends_on_where_it_is_read_from_is_refused():
-    schema = {
-        "$dynamicRef": "#x",
-        "$defs": {n: {"$id": n, "$dynamicAnchor": "x", **TEXT} for n in "ab"},
-        "$dynamicAnchor": "x",
-    }
-    with pytest.raises(UserError, match=r"\$dynamicRef '#x' can mean more than one schema here; name the one by \$ref"):
         JsonSchema(schema)

@@ -266,7 +266,6 @@ WITHIN = {"type": "array", "items": {"anyOf": [A, B]}}
         ({"oneOf": [A, B, {"type": "null"}]}, "a b", "b"),
         ({"allOf": [A, B]}, "a b", "b"),
         (A | {"$ref": "#/$defs/x", "$defs": {"x": B}}, "a b", "b"),
-        (A | {"$dynamicRef": "#x", "$defs": {"x": B | {"$dynamicAnchor": "x"}}}, "a b", "b"),
         ({"if": {"properties": {"c": {"const": 1}}}, "then": A, "else": B}, "a b", "b"),  # `if` only asks
         (A | {"dependentSchemas": {"a": B}}, "a b", "b"),
         ({"anyOf": [{"anyOf": [A, {"$ref": "#/$defs/x"}]}, {"allOf": [B]}], "$defs": {"x": {"properties": {"c": {}}}}},
@@ -369,14 +368,17 @@ def test_fields_that_multiply_without_end_are_cut_in_time(within):
     ("schema", "message"),
     [
         ({"type": "strng"}, "not a JSON Schema"),
-        ({"$ref": "https://example.com/x.json"}, "leads out of the file"),
-        ({"properties": {"a": {"$ref": "other.json"}}}, "leads out of the file"),
+        ({"$ref": "https://example.com/x.json"}, "leads nowhere"),
+        ({"properties": {"a": {"$ref": "other.json"}}}, "leads nowhere"),
         ({"properties": {"a": {"$ref": "#/$defs/gone"}}}, "leads nowhere"),
         ({"$ref": "#"}, "leads back to itself"),
         ({"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"$ref": "#/$defs/x"}}}, "leads back to itself"),
         ({"pattern": "("}, "not a JSON Schema"),
         ({"items": {"requried": ["a"]}}, r"\$.items.requried: not a keyword.* did you mean 'required'"),
-        ({"$schema": "http://json-schema.org/draft-03/schema#", "type": "object"}, "draft 3 is not read, only 4, 6"),
+        (
+            {"$schema": "http://json-schema.org/draft-03/schema#", "type": "object"},
+            "draft 3 is not read; write the schema as draft-07",
+        ),
         ([], "expected an object"),
     ],
 )
