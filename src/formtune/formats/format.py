@@ -196,7 +196,7 @@ class Format(ABC):
             problems = [*self.problems(value)]
             if self.canonical and self.write(value) != text:
                 problems.append(Problem("layout", "key order or white space is not canonical"))
-        except (TimeoutError, RecursionError):
+        except (TimeoutError, RecursionError, MemoryError):  # the last of a pattern that calls itself
             why = f"the check took more than {CHECK_SECONDS} s of processor time or recursed too deeply"
             problems = [Problem("bad_value_form", why)]
         return value, problems

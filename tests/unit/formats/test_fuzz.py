@@ -215,6 +215,7 @@ def test_a_schema_is_refused_or_judges_as_the_reference_does(schema, documents):
 PATTERNS = st.lists(st.sampled_from(["a", "b", "(", ")", "(?:", "(?P<x>", "[", "]", "^", "-", "*", "+", "?", "{", "}", "{2}", "{9999}", "{1,}", "|", "\\", "d", "\\p{L}", ".", "$", "(?i)", "(?x)", "#", "(?=", "(?<!", "é", "\n", "(?R)", "(?1)", "\\1", "(?V1)", "&&", "(?e)", "{e<=1}"]), max_size=10).map("".join)  # fmt: skip
 
 
+@example("(?R)+b*", "")
 @settings(SETTINGS, deadline=None)  # the processor time is checked below; a busy machine takes longer
 @given(PATTERNS | st.text(max_size=15), st.text(alphabet="ab1é\n", max_size=30))
 def test_a_pattern_is_refused_or_matches_in_time(pattern, text):
