@@ -86,7 +86,7 @@ ROWS = [
     (8, "lone surrogate", row('"\\ud800"'), ["train.jsonl:2: not valid JSON", "surrogate"]),
     (9, "line of 5 MB", row(f'"{"x" * 5 * 2**20}"'), ["train.jsonl:2: the line is longer than 4 MiB"]),
     (10, "file is a JSON array", f"[{row()}]".encode(), ["train.jsonl:1: expected one JSON object per line"]),
-    (10, "file is a JSON array over several lines", f"[\n  {row()}\n]".encode(), ["train.jsonl:1: expected one JSON object per line"]),
+    (10, "file is a JSON array over several lines", f"[\n  {row()}\n]".encode(), ["train.jsonl:1: not valid JSON", "one JSON object per line, or is one array"]),
     (10, "file is one JSON object over several lines", json.dumps(pair(1), indent=2).encode(), ["train.jsonl:1: ", "per line"]),
     (11, "row is a list", "[1, 2]", ["train.jsonl:2: expected one JSON object per line"]),
     (11, "row is a number", "7", ["train.jsonl:2: expected one JSON object per line"]),

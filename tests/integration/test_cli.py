@@ -139,7 +139,7 @@ MISTAKES = {
     "accumulation": (["--trainer.accumulate_grad_batches", "4"], "set data.rows_per_step instead"),
     "no such device": (["--trainer.accelerator", "cuda"], "trainer: .*CUDA"),
     "mistyped column": (["--data.columns.prompt", "Number {promt}"], "train.jsonl:1: no column `promt`"),
-    "no data file": (["--data.train", "gone.jsonl"], "gone.jsonl: No such file"),
+    "no data file": (["--data.train", "gone.jsonl"], "gone.jsonl: no such file"),
     "schema for a regex": (
         ["--data.format", "Regex", "--data.format.pattern", ".*", "--data.system", "{schema}"],
         "data.system: {schema} needs a JsonSchema",

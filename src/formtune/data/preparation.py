@@ -51,6 +51,8 @@ def read_splits(settings: DataSettings) -> tuple[dict[str, list[Example]], Count
     """The conversations of each split that has its own source, and how many rows have columns that are not read."""
     if settings.sources["train"] is None:
         raise UserError("data.train: name a file to train on")
+    for entry in settings.weights.keys() - (entries([*settings.weights]).values() if settings.weights else ()):
+        raise UserError(f"data.train: all files of {entry} belong to entries before it; name each file once")
     ignored: Counter[str] = Counter()
     named = {name: source for name, source in settings.sources.items() if name not in settings.shares}
     examples = {name: read_examples(settings, source, ignored, split=name) for name, source in named.items()}
@@ -194,7 +196,7 @@ def _usual_style(settings: DataSettings, splits: Splits) -> dict[str, list[Examp
             details = dict.fromkeys(places, detail) | details
     for example in (e for e in all_examples if e.where in details):
         detail, fix = details[example.where], ""
-        if detail.startswith(("layout", "escapes", "key order")):
+        if detail.startswith(("layout", "key order")):
             fix = helpful_repair(example.target, settings.format.of_row(example.schema), settings.repair_answers)
         splits.quarantine.append(example.quarantined("style", detail, fix=fix))
     return {name: [e for e in rows if e.where not in details] for name, rows in splits.examples.items()}

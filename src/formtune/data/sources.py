@@ -17,12 +17,12 @@ import sys
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from formtune.errors import UserError, first_line
-from formtune.formats.strict_json import PLAIN, loads_strict
+from formtune.formats.strict_json import loads_strict
 
 MAX_LINE_BYTES = 4 * 2**20  # a million tokens
 ENDINGS = ".jsonl, .json, .csv, .tsv or .parquet, each also with .gz, .bz2, .xz or .zst"
@@ -31,9 +31,6 @@ SAVED = ("state.json", "dataset_dict.json")  # one of these is in a folder that 
 Records = Iterator[tuple[dict[str, Any], str]]  # each record with its place
 
 _DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what reading a damaged file raises
-# Of an array. White space is JSON's: `\s` would take more.
-_OPENING = re.compile(r"[ \t\r\n]*\[[ \t\r\n]*(?:][ \t\r\n]*\Z)?")
-_SEPARATOR = re.compile(r"[ \t\r\n]*(?:,[ \t\r\n]*(?=[^ \t\r\n])|][ \t\r\n]*\Z)")
 
 
 class Source(ABC):
@@ -82,11 +79,11 @@ def read_records(source: str | list[str] | Source) -> Records:
 
 def entries(source: str | list[str]) -> dict[str, str]:
     """Each file of a source, once, with the first name in the list that leads to it."""
-    files: dict[str, str] = {}
+    files: dict[Path, tuple[str, str]] = {}
     for name in [source] if isinstance(source, str) else source:
         for path in _files(name):
-            files.setdefault(path, name)
-    return files
+            files.setdefault(Path(path).resolve(), (path, name))
+    return dict(files.values())
 
 
 def _files(name: str) -> list[str]:
@@ -104,15 +101,15 @@ def _files(name: str) -> list[str]:
 
 
 def _read(source: str) -> Records:
-    path = Path(source)
-    if reader := _reader(source):
+    path, reader = Path(source), _reader(source)
+    if reader and path.exists():
         return reader(source)
     if path.is_file():
         raise UserError(f"{source}: unknown kind of file; use {ENDINGS}, a data set folder or hub id")
     looks_like_id = re.fullmatch(r"[\w-][\w.-]*/[\w-]+", source) and not path.parent.is_dir()
     if path.is_dir() or looks_like_id:
         return HuggingFace(source).records()
-    raise UserError(f"{source}: no such file or folder")
+    raise UserError(f"{source}: no such file or folder; name it as seen from {Path.cwd()}")
 
 
 def _reader(path: str) -> Callable[[str], Records] | None:
@@ -124,43 +121,29 @@ def _reader(path: str) -> Callable[[str], Records] | None:
 def _json_lines(path: str) -> Records:
     for where, line in _lines(path):
         if text := line.strip():
-            yield _record(text, where), where
+            record = _parse(text, where, "fix or remove the row; a file has one JSON object per line, or is one array")
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: expected one JSON object per line, found {json.dumps(record)[:40]}")
+            yield record, where
 
 
 def _json(path: str) -> Records:
     """One array of objects, or one object per line."""
-    text = "".join(line for _, line in _lines(path, sys.maxsize - 1))
-    if (opening := _OPENING.match(text)) is None:
-        yield from _json_lines(path)
-        return
-    at, line, counted, previous = opening.end(), 1, 0, 0
-    while at < len(text):
-        line, counted = line + text.count("\n", counted, at), at
-        # Each place is one row's: in a line where several rows begin, with the column.
-        where = f"{path}:{line}" if line != previous else f"{path}:{line}:{at - text.rfind(chr(10), 0, at)}"
-        previous = line
-        try:
-            end = PLAIN.raw_decode(text, at)[1]
-            if (separator := _SEPARATOR.match(text, end)) is None:
-                raise json.JSONDecodeError("Expecting ',' or the array's end", text, end)
-        except (json.JSONDecodeError, RecursionError) as error:
-            place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else where
-            raise UserError(f"{place}: not valid JSON ({first_line(error)}); fix the file") from None
-        yield _record(text[at:end], where), where
-        at = separator.end()
+    text = "".join(line for _, line in _lines(path, sys.maxsize - 1)).strip()
+    if not text.startswith("["):
+        return _json_lines(path)
+    records = _parse(text, path, "fix the file")
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:row {number}: expected an object, found {json.dumps(record)[:40]}")
+    return _numbered(records, {}, path)
 
 
-def _record(text: str, where: str) -> dict[str, Any]:
+def _parse(text: str, where: str, remedy: str) -> Any:
     try:
-        record = loads_strict(text, constants=True)
+        return loads_strict(text, constants=True)
     except ValueError as error:
-        if text[0] == "[" or text == "{":
-            remedy = "write each on its own line, or all as one array in a .json file"
-            raise UserError(f"{where}: expected one JSON object per line; {remedy}") from None
-        raise UserError(f"{where}: not valid JSON ({error}); fix or remove the row") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected one JSON object per line, found {json.dumps(record)[:40]}")
-    return record
+        raise UserError(f"{where}: not valid JSON ({error}); {remedy}") from None
 
 
 def _csv(path: str, delimiters: str = ",;") -> Records:
@@ -200,7 +183,8 @@ def _numbered(records: Iterable[dict[str, Any]], features: dict[str, Any], name:
     labels = {key: it["names"] for key, it in features.items() if isinstance(it, dict) and "names" in it}
     names = {key: dict(enumerate(texts)) for key, texts in labels.items()}
     for number, record in enumerate(records, 1):
-        yield record | {key: names[key].get(record[key]) for key in names.keys() & record.keys()}, f"{name}:{number}"
+        named = {key: names[key].get(record[key]) for key in names.keys() & record.keys()}
+        yield record | named, f"{name}:row {number}"
 
 
 def _zstd(path: str, mode: str) -> IO[bytes]:
@@ -220,29 +204,20 @@ _READERS: dict[str, Callable[[str], Records]] = {
 _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
 
 
+def _open(path: str) -> IO[bytes]:
+    return _COMPRESSED.get(Path(path).suffix.lower(), io.open)(path, "rb")
+
+
 def _lines(path: str, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[str, str]]:
     """Place and text of each line of a UTF-8 file, read line by line."""
-    with _open(path) as file:
-        for number in count(1):
-            where = f"{path}:{number}"
-            try:
-                line = file.readline(limit + 1)
-            except _DAMAGED as error:
-                raise UserError(f"{where}: not readable ({first_line(error)})") from None
-            if not line:
-                return
-            if len(line) > limit:
-                raise UserError(f"{where}: the line is longer than {limit >> 20} MiB; split the row")
-            try:
-                yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
-
-
-def _open(path: str) -> IO[bytes]:
+    number = 0
     try:
-        return _COMPRESSED.get(Path(path).suffix.lower(), io.open)(path, "rb")
-    except FileNotFoundError:
-        raise UserError(f"{path}: No such file; name it as seen from {Path.cwd()}") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or first_line(error)}") from None
+        with _open(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(limit + 1), b""), 1):
+                if len(line) > limit:
+                    raise UserError(f"{path}:{number}: the line is longer than {limit >> 20} MiB; split the row")
+                yield f"{path}:{number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
+    except _DAMAGED as error:
+        raise UserError(f"{path}:{number + 1}: not readable ({first_line(error)})") from None

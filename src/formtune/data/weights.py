@@ -19,7 +19,7 @@ def read_weights(train: Any) -> tuple[Any, dict[str, float]]:
         entry = {"path": given} if isinstance(given, str) else given
         path, weight = entry.get("path"), entry.get("weight", 1)
         if not isinstance(path, str) or entry.keys() - {"path", "weight"}:
-            raise UserError(f"data.train: {dict(entry)} is no entry; write {{path: FILE, weight: NUMBER}}")
+            raise UserError(f"data.train: expected {{path: FILE, weight: NUMBER}} or a file, found {dict(entry)}")
         if path in weights:
             raise UserError(f"data.train: {path} is named twice; name it once, with one weight")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MOST:

@@ -190,11 +190,8 @@ def test_styles_are_compared_within_a_schema_and_layouts_over_all():
     rows = [example(f"q {n}", answer, schema, f"f:{n}") for n, (answer, schema) in enumerate(answers)]
     fields = {schema: PER_ROW.of_row(schema).fields for schema in (first, second)}
     assert mixtures(rows, fields) == []
-    assert {m.what for m in mixtures([replace(e, schema=None) for e in rows], {None: ("a", "b")})} == {
-        "key order",
-        "number",
-        "case",
-    }
+    mixed = mixtures([replace(e, schema=None) for e in rows], {None: ("a", "b")})
+    assert {mixture.what for mixture in mixed} == {"key order", "number"}
     odd = [*rows, example("q", '{"b":"low", "a":1.0}', second, "f:8"), example("q", '{"b":"low","a":1}', second, "f:9")]
     assert {(m.what, m.path): m.minority for m in mixtures(odd, fields)} == {
         ("layout", ""): {"with spaces": ["f:8"]},

@@ -28,7 +28,6 @@ def minorities(answers, inputs=None, fields=()):
         ([{"a": ["1200"]}] * 4 + [{"a": ["1,200"]}], "number", "a", {"1,234.5": ["4"]}),
         ([{"a": "12.50"}] * 4 + [{"a": "12.50 EUR"}], "number", "a", {"with a unit": ["4"]}),
         ([{"a": 5}] * 4 + [{"a": 5.0}], "number", "a", {"5.0": ["4"]}),
-        ([{"a": "High"}, {"a": "low"}, {"a": "high"}, {"a": "high"}], "case", "a", {"High": ["0"]}),
         ([{"a": 1, "b": 2, "c": 3}] * 3 + [{"b": 2, "a": 1, "c": 3}], "key order", "", {"b before a": ["3"]}),
         ([{"o": {"a": 1, "b": 2}}] * 3 + [{"o": {"b": 2, "a": 1}}], "key order", "o", {"b before a": ["3"]}),
         ([{"a": None}] * 3 + [{}], "empty", "a", {"absent": ["3"]}),
@@ -67,51 +66,11 @@ def test_what_is_not_a_style_is_not_reported(answers, inputs):
     assert not minorities(answers, inputs, fields=["a"])
 
 
-@pytest.mark.parametrize(
-    ("answers", "minority"),
-    [
-        (['{"a":"é"}'] * 3 + [r'{"a":"\u00fc"}'], {r"\u00e9": ["3"]}),
-        ([r'{"a":"\u00fc"}'] * 3 + ['{"a":"x ü"}'], {"é": ["3"]}),
-        ([r'{"a":"\ud83d\ude00"}'] * 3 + ['{"a":"😀"}'], {"é": ["3"]}),
-        ([r'{"a":"\u00fc é"}'] + ['{"a":"é"}'] * 2, {r"\u00e9 and é": ["0"]}),
-        (['{"a":"x/y"}'] * 3 + [r'{"a":"x\/y"}'], {r"\/": ["3"]}),
-        (['{"a":"x&y"}'] * 3 + [r'{"a":"x\u0026y"}'], {r"\u0026": ["3"]}),
-        ([r'{"a":"x\ny"}'] * 3 + [r'{"a":"x\u000ay"}'], {r"\u000a": ["3"]}),
-    ],
-)
-def test_escapes_beside_the_characters_themselves_are_a_mixture(answers, minority):
-    assert minorities(answers) == {("escapes", ""): minority}
-
-
-@pytest.mark.parametrize(
-    "answers",
-    [
-        [r'{"a":"\u00e9"}', r'{"a":"\u00fc \"x\" \\u00e9"}', '{"a":"x"}'],
-        [r'{"a":"x\/y"}', '{"a":"x"}'],
-        [r'{"a":"x\ny \"z\" \\/"}', '{"a":"é"}', '{"a":"x/y"}'],
-        [r'{"a":"é\u2028"}', '{"a":"é"}'],
-    ],
-)
-def test_escapes_that_json_requires_or_that_all_answers_use_are_not_a_mixture(answers):
-    assert not minorities(answers)
-
-
-def minorities_below(rows):
-    examples = []
-    for n, (system, answer) in enumerate(rows):
-        turns = [("system", system), ("user", f"input {n}"), ("assistant", json.dumps({"d": answer}))]
-        examples.append(Example([{"role": r, "content": c} for r, c in turns], str(n), value={"d": answer}))
-    return {(m.what, m.path): m.minority for m in mixtures(examples, {})}
-
-
-def test_a_spelling_that_the_rows_own_system_prompt_gives_is_not_a_mixture():
-    upper, lower = 'one of ["Kitchen speaker", "TV"]', 'one of ["kitchen speaker", "TV"]'
-    rows = [(upper, "Kitchen speaker"), (lower, "kitchen speaker")] * 3
-    assert not minorities_below(rows)
-    # Only the whole word counts, and one prompt for all rows does not excuse those that break it.
-    assert minorities_below([("Highlights:", "High"), *[("Highlights:", "high")] * 3]) == {
-        ("case", "d"): {"High": ["0"]}
-    }
-    assert minorities_below([("low or high", "high")] * 3 + [("low or high", "High")]) == {
-        ("case", "d"): {"High": ["3"]}
-    }
+def test_the_arguments_of_two_tools_are_different_fields():
+    day, time = (
+        {"name": "book", "arguments": {"on": "2026-01-02"}},
+        {"name": "wake", "arguments": {"on": "2026-01-02T07:00"}},
+    )
+    assert not minorities([[day], [time], [day, time]])
+    odd = {"name": "book", "arguments": {"on": "02/01/2026"}}
+    assert minorities([[day], [time], [day], [odd]]) == {("date", "book.arguments.on"): {"D/M/YYYY": ["3"]}}

@@ -110,9 +110,11 @@ def test_a_repeated_synthetic_file_counts_as_often_as_it_is_used(options, task):
         ({"path": "a.jsonl", "weight": "twice"}, "weight twice of a.jsonl is not a number above 0 and up to 1000"),
         ({"path": "a.jsonl", "weight": True}, "weight True of a.jsonl is not a number above 0 and up to 1000"),
         ({"path": "a.jsonl", "weight": float("nan")}, "weight nan of a.jsonl is not a number above 0 and up to 1000"),
-        ({"path": "a.jsonl", "wieght": 2}, "{'path': 'a.jsonl', 'wieght': 2} is no entry; write {path: FILE, weight: NUMBER}"),
-        ({"weight": 2}, "{'weight': 2} is no entry; write {path: FILE, weight: NUMBER}"),
+        ({"path": "a.jsonl", "wieght": 2}, "expected {path: FILE, weight: NUMBER} or a file, found {'path': 'a.jsonl', 'wieght': 2}"),
+        ({"weight": 2}, "expected {path: FILE, weight: NUMBER} or a file, found {'weight': 2}"),
         ({"path": "b.jsonl"}, "b.jsonl is named twice; name it once, with one weight"),
+        ({"path": "./b.jsonl"}, "all files of ./b.jsonl belong to entries before it; name each file once"),
+        ({"path": "b.json*"}, "all files of b.json* belong to entries before it; name each file once"),
         ({"path": "a.jsonl", "weight": 0.001}, "weight 0.001 of a.jsonl leaves none of its 40 rows; raise it"),
     ],
 )  # fmt: skip
