@@ -15,10 +15,6 @@ from formtune.errors import UserError
 # Reasons that point to a mistake in the data or the settings; others, such as duplicates and leaks, are ordinary.
 BAD = ("schema", "format", "style", "too_long", "unfit")
 FEW = 0.1  # share of the rows below which dropping the bad ones is a remedy
-NEEDED = {
-    "validation": "fit chooses the best checkpoint on validation rows",
-    "test": "fit measures the base and the tuned model on test rows",
-}
 DEVIATIONS = 4  # standard deviations by which a share may miss what was asked for
 
 
@@ -66,39 +62,31 @@ def _kinds(rows: Sequence[Quarantined]) -> list[list[Quarantined]]:
 
 def _remedy(settings: DataSettings, rows: Sequence[Quarantined]) -> str:
     """What makes all rows of a kind usable."""
-    if rows[0].reason != "too_long":
-        return f"set {rows[0].fix}" if rows[0].fix else "fix them"
-    key, context = rows[0].fix.partition(":")[0], context_length(settings.base)
-    sizes = [int(row.fix.rpartition(" ")[2]) for row in rows]
-    if key != "data.max_length" or not context:
-        return f"set {key}: {max(sizes)}"
-    if max(sizes) <= context:
-        return f"set data.max_length: {max(sizes)} (the base's context is {context:,})"
-    fitting = sum(size <= context for size in sizes)
-    part = f"set data.max_length: {context}, the base's context, for {fitting:,} of them, or " if fitting else ""
-    return f"{part}take a base with a context of {max(sizes):,} tokens"
+    key, _, value = rows[0].fix.partition(": ")
+    if rows[0].reason == "too_long":
+        value = str(longest := max(int(row.fix.rpartition(" ")[2]) for row in rows))
+        if key == "data.max_length" and longest > (context_length(settings.base) or longest):
+            return f"take a base with a context of {longest:,} tokens"
+    return f"set {key}: {value}" if key else "fix them"
 
 
 def _empty_splits(settings: DataSettings, splits: Splits) -> Iterator[str]:
-    shares = settings.shares
-    total = sum(len(splits.rows[name]) for name in ("train", *shares))
-    for name, rows in splits.rows.items():
-        share = shares.get(name)
-        if rows or (share and not total):  # without rows to share, the line of train says why
-            continue
-        lost = [row for row in splits.quarantine if row.split in ((name, *shares) if name == "train" else (name,))]
-        read = f"{splits.read[name]:,} read" if name in splits.read else f"{len(lost):,} drawn from train"
-        left = f"no row is left to use ({read}; {Splits(quarantine=lost).quarantined or 'none quarantined'})"
-        if share == 0:
-            left = f"0 keeps no row, and {NEEDED[name]}; name a file, or a share such as 0.1"
+    cut = ("train", *settings.shares)  # the splits of one source
+    for name in [name for name, rows in splits.rows.items() if not rows]:
+        if name in settings.shares and not any(splits.rows[it] for it in cut):
+            continue  # the line of train says why
+        source = cut if name in cut else (name,)
+        lost = [row for row in splits.quarantine if row.split in source]
+        read = sum(splits.read[it] for it in source)
+        reasons = Splits(quarantine=lost).quarantined or "none quarantined"
+        line = f"data.{name}: no row is left to use ({read:,} read; {reasons})"
+        if name in settings.shares:
+            line += f": a share of {settings.shares[name]:.0%} came to none; add rows, or name a file or a larger share"
         elif lost:
             most = max(_kinds(lost), key=len)
-            left += f", such as {most[0].where}: {most[0].detail}"
-            left += f"; {_remedy(settings, most)}" if most[0].reason in BAD else ""
-        elif share:
-            left = f"no row is left to use ({splits.read.total()} read; {splits.quarantined or 'none quarantined'})"
-            left += f": {share:.0%} of {total:,} rows, drawn by hash, came to none; add rows, or name a file"
-        yield f"data.{name}: {left}"
+            line += f", such as {most[0].where}: {most[0].detail}"
+            line += f"; {_remedy(settings, most)}" if most[0].reason in BAD else ""
+        yield line
 
 
 def uneven_shares(splits: Splits, shares: Mapping[str, float]) -> list[str]:

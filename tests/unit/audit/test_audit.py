@@ -540,11 +540,13 @@ def test_an_empty_split_is_one_line_with_the_reason(task, capsys):
     assert main(["audit", "-c", "t.yaml"]) == 1
     lines = read(folder)["blockers"]
     assert [line.partition(": ")[0] for line in lines] == ["data.validation", "data.test"]
-    assert all("10% of 5 rows, drawn by hash, came to none; add rows, or name a file" in line for line in lines)
+    assert all(
+        "(5 read; none quarantined): a share of 10% came to none; add rows, or name a file" in line for line in lines
+    )
     task(rows, format=labels)
     assert main(["audit", "-c", "t.yaml", "--data.test", "0"]) == 1
     [line] = read(folder)["blockers"]
-    assert line.startswith("data.test: 0 keeps no row, and fit measures the base and the tuned model on test rows")
+    assert line.startswith("data.test: no row is left to use (60 read; none quarantined): a share of 0% came to none")
     assert main(["train", "-c", "t.yaml", "--data.test", "0"]) == 2
     assert line in capsys.readouterr().err
     assert main(["audit", "-c", "t.yaml", "--data.validation", "train.jsonl"]) == 1
