@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -24,13 +23,10 @@ from formtune.formats.key_orders import Orders
 
 COMPLEX_FIELDS = 8  # from this many fields on, or with nesting, a format is complex
 COMPLEX_ROWS = 2000  # needed for a complex format
+NAMED = 8  # labels or paths that a warning names
 RARE = 0.01  # share below which a label is rare
-LABELS = 30  # different labels of a field that are all listed; of more, the ENDS most and least frequent ones
-ENDS = 5
+LABELS = 30  # of a field that are listed, the most frequent ones
 BINS = 40  # of a histogram at most
-OPENING = 3  # words of an opening, and openings that are listed of each source
-VARIETY = 50  # rows of a source whose variety is measured, at least
-GRAVEST = 5  # warnings of a kind that are printed
 SAMPLE = 4000  # inputs of each side that a classifier compares
 FEATURES = 12  # words named for each side
 QUANTILES = {"P50": 50, "P95": 95, "P99": 99, "max": 100}
@@ -45,9 +41,10 @@ def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[st
     turns |= {example.where: example.messages for example in all_examples}
     reasons, production = blockers(settings, splits), production_rows(settings)
     labels, label_totals = _labels(examples, format)
+    encoded = splits.rows | {"production": production}
     sizes = {
         name: {"prompt": [len(row.prompt_ids) for row in rows], "answer": [len(row.target_ids) for row in rows]}
-        for name, rows in (splits.rows | {"production": production}).items()
+        for name, rows in encoded.items()
         if rows
     }
     lengths = {
@@ -58,8 +55,6 @@ def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[st
         "verdict": "blocked" if reasons else "ready",
         "data": splits.key,
         "blockers": reasons,
-        "warnings": [],
-        "more_warnings": {},
         "weights": splits.weights,
         "rows": {name: {"read": splits.read.get(name), "used": len(rows)} for name, rows in examples.items()},
         "repairs": dict(splits.repairs.most_common()),
@@ -69,18 +64,14 @@ def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[st
         "own_system": splits.own_system,
         "shared_text": splits.shared,
         "mixtures": [asdict(mixture) for mixture in splits.mixtures],
-        "lengths": lengths,
         "histograms": {side: _histogram(sizes, side) for side in ("prompt", "answer") if "train" in sizes},
         "limit": settings.limit,
         "max_new_tokens": settings.max_new_tokens,
         "labels": labels,
         "label_totals": label_totals,
-        "sources": sources(examples["train"]),
+        "sources": dict(Counter(example.origin for example in examples["train"]).most_common()),
         "ungrounded": ungrounded(all_examples, format),
-        "key_order": {
-            **_key_order(examples["train"], format, splits.orders),
-            "fix": f"data.repair_answers: [{', '.join(dict.fromkeys([*settings.repair_answers, 'canonical']))}]",
-        },
+        "key_order": _key_order(examples["train"], format, splits.orders),
         "suspects": _suspects(splits.suspects),
         "repeats": [
             {key: getattr(row, key) for key in ("split", "reason", "where", "other")} for row in splits.repeats
@@ -95,8 +86,7 @@ def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[st
             "ignored": dict(settings.ignored["production"].most_common()),
             **compare_inputs([example.input for example in examples["train"]], [row.input for row in production]),
         }
-    findings["warnings"] = list(_warnings(findings, format))
-    return findings, splits
+    return findings | {"lengths": lengths, "warnings": list(_warnings(findings, settings))}, splits
 
 
 def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[str, Any]]:
@@ -120,35 +110,16 @@ def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[st
 
 def _key_order(examples: Sequence[Example], format: Format, orders: Orders) -> dict[str, Any]:
     """Answers whose keys come in another order than the schema's, and parts that keep one order in a grammar."""
-    in_one_order: list[str] = []
-    if not format.per_row:
-        try:
-            in_one_order = format.ordered_grammar(orders)[1]
-        except UserError:  # no grammar, so that no order is forced
-            return {"rows": 0, "kept": []}
+    try:
+        kept = [] if format.per_row else format.ordered_grammar(orders)[1]
+    except UserError:  # no grammar, so that no order is forced
+        return {"rows": 0, "kept": []}
     reordered = 0
     for example in examples:
         own = (format.inner or format).of_row(example.schema)
         plain = json.dumps(example.value, ensure_ascii=False, separators=(",", ":"))
         reordered += isinstance(own, JsonSchema) and own.write(example.value) != plain
-    return {"rows": reordered, "kept": in_one_order}
-
-
-def sources(examples: Iterable[Example]) -> dict[str, dict[str, Any]]:
-    """For each source its rows, the shares of distinct answers and openings, and the most frequent openings."""
-    groups: dict[str, list[tuple[str, str]]] = {}
-    for example in examples:
-        opening = " ".join(re.findall(r"\w+", example.input.casefold())[:OPENING])
-        groups.setdefault(example.origin, []).append((example.target, opening))
-    # The shares fall with the number of rows: as many rows of each source are compared.
-    size = min((len(rows) for rows in groups.values() if len(rows) >= VARIETY), default=0)
-    entries = {}
-    for name, rows in sorted(groups.items(), key=lambda item: -len(item[1])):
-        sample = random.Random(0).sample(rows, size) if len(rows) >= VARIETY else []
-        distinct = [len(set(texts)) / size for texts in zip(*sample, strict=True)] or None
-        openings = Counter(opening for _, opening in rows).most_common(OPENING)
-        entries[name] = {"rows": len(rows), "distinct": distinct, "openings": dict(openings)}
-    return entries
+    return {"rows": reordered, "kept": kept}
 
 
 def compare_inputs(train: Sequence[str], production: Sequence[str]) -> dict[str, Any]:
@@ -160,8 +131,7 @@ def compare_inputs(train: Sequence[str], production: Sequence[str]) -> dict[str,
     # Slow to import, and needed only if production's inputs are given.
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import cross_val_predict
+    from sklearn.model_selection import cross_val_score
 
     rng = random.Random(0)
     train_texts, production_texts = (rng.sample(list(texts), min(SAMPLE, len(texts))) for texts in (train, production))
@@ -175,12 +145,12 @@ def compare_inputs(train: Sequence[str], production: Sequence[str]) -> dict[str,
     )
     vectors = vectorizer.fit_transform(texts)
     model = LogisticRegression(class_weight="balanced", max_iter=1000)
-    scores = cross_val_predict(model, vectors, sides, cv=folds, method="predict_proba")[:, 1]
+    auc = cross_val_score(model, vectors, sides, cv=folds, scoring="roc_auc").mean()
     order = model.fit(vectors, sides).coef_[0].argsort()
     typical = {"train": order[:FEATURES], "production": order[::-1][:FEATURES]}
     names = vectorizer.get_feature_names_out()
     return {
-        "auc": max(0.5, float(roc_auc_score(sides, scores))),  # below 0.5 is chance
+        "auc": max(0.5, float(auc)),  # below 0.5 is chance
         "features": {side: [str(names[i]) for i in best] for side, best in typical.items()},
     }
 
@@ -206,29 +176,29 @@ def _suspects(pairs: Sequence[tuple[Example, Example]]) -> list[dict[str, Any]]:
     return sorted(suspects.values(), key=lambda row: -len(row["others"]))
 
 
-def _labels(examples: dict[str, list[Example]], format: Format) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
-    """For each field that answers do not copy, how many rows of each split have which label, 0 for none; and totals."""
+def _labels(examples: dict[str, list[Example]], format: Format) -> tuple[dict[str, Any], dict[str, int]]:
+    """For each field that answers do not copy, how many rows of each split have which label, and how many there are."""
     counts: dict[str, dict[str, Counter[str]]] = {}
     for split, rows in examples.items():
         for example in rows:
             derived = format.of_row(example.schema).derived
             for _, (value, path) in leaves(example.value, format.sets):
                 if path in derived:
-                    counts.setdefault(path, {name: Counter() for name in examples})[split][str(value)] += 1
-    tables, totals = {}, {}
-    for path, table in counts.items():
-        total = sum(table.values(), Counter())
-        labels = [label for label, _ in total.most_common()]
-        totals[path or "answer"] = {"labels": len(labels), "values": total.total()}
-        labels = labels if len(labels) <= LABELS else labels[:ENDS] + labels[-ENDS:]
-        tables[path or "answer"] = {split: {label: c[label] for label in labels} for split, c in table.items()}
-    return tables, totals
+                    table = counts.setdefault(path or "answer", {name: Counter() for name in examples})
+                    table[split][str(value)] += 1
+    totals = {path: sum(table.values(), Counter()) for path, table in counts.items()}
+    tables = {
+        path: {split: {label: c[label] for label, _ in totals[path].most_common(LABELS)} for split, c in table.items()}
+        for path, table in counts.items()
+    }
+    return tables, {path: len(total) for path, total in totals.items()}
 
 
-def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
+def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]:
     """What does not block training and should be looked at, one line each."""
-    rows, suspects, production = findings["rows"]["train"]["used"], findings["suspects"], findings["production"]
-    order = findings["key_order"]
+    rows, suspects, order = findings["rows"]["train"]["used"], findings["suspects"], findings["key_order"]
+    format = settings.format
+    fix = f"data.repair_answers: [{', '.join(dict.fromkeys([*settings.repair_answers, 'canonical']))}]"
     is_complex = len(format.fields) >= COMPLEX_FIELDS or any("." in path for path in format.fields)
     if rows < FEW_ROWS:
         yield (
@@ -245,49 +215,39 @@ def _warnings(findings: dict[str, Any], format: Format) -> Iterator[str]:
             f"{order['rows']:,} of {rows:,} training answers have keys in another order than the schema's; formtune's "
             "constrained decoding allows it, but an engine that forces the schema's order (vLLM, llama.cpp, OpenAI's "
             "response_format) makes the model leave out each key that it has passed; if you serve with one, train on "
-            f"that order: {order['fix']}"
+            f"that order: {fix}"
         )
     if order["kept"]:
         yield (
-            f"key order: constrained decoding allows one order at {', '.join(order['kept'][:GRAVEST])}, and training "
-            f"answers have several; train on one: {order['fix']}"
+            f"key order: constrained decoding allows one order at {', '.join(order['kept'][:NAMED])}, and training "
+            f"answers have several; train on one: {fix}"
         )
     if suspects:
         row, others = suspects[0]["where"], suspects[0]["others"]
-        rest = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
         yield (
             f"{len(suspects):,} rows have nearly the same input as others and an answer whose difference it does not "
-            f"show ({row} and {others[0]['where']}{rest}): is one of them wrong?"
+            f"show (such as {row} and {others[0]['where']}): is one of them wrong?"
         )
-    for split in dict.fromkeys(row["split"] for row in findings["repeats"]):
-        repeats = [row for row in findings["repeats"] if row["split"] == split]
+    for split, count in Counter(row["split"] for row in findings["repeats"]).items():
+        first = next(row for row in findings["repeats"] if row["split"] == split)
         yield (
-            f"data.{split}: {len(repeats):,} rows repeat or nearly repeat another one of the file "
-            f"({repeats[0]['where']} and {repeats[0]['other']}); they are used, so that its figures stay comparable"
+            f"data.{split}: {count:,} rows repeat or nearly repeat another one of the file "
+            f"({first['where']} and {first['other']}); they are used, so that its figures stay comparable"
         )
-    by_kind: dict[str, list[tuple[int, str]]] = {"rare labels": [], "values that are not in their inputs": []}
     for path, splits in findings["labels"].items():
         least = RARE * sum(splits["train"].values())
         rare = sorted(label for label, count in splits["train"].items() if count < least)
-        if rare and findings["label_totals"][path]["labels"] <= LABELS:
-            line = f"{path}: fewer than {RARE:.0%} of the training rows have {', '.join(rare[:8])}"
-            by_kind["rare labels"].append((-len(rare), line))
+        if rare and findings["label_totals"][path] <= LABELS:
+            yield f"{path}: fewer than {RARE:.0%} of the training rows have {', '.join(rare[:NAMED])}"
     can_derive = "derived" in (format.inner or format).to_dict()["init_args"]
     derived = " If answers compute them, name the field in data.format.derived" if can_derive else ""
-    for path, entry in findings["ungrounded"].items():
+    for path, entry in sorted(findings["ungrounded"].items(), key=lambda item: -len(item[1]["rows"])):
         first = entry["rows"][0]
-        line = (
+        yield (
             f"{path or 'the answer'}: {len(entry['rows']):,} values ({entry['share']:.0%}) are not in their inputs "
             f"({first['where']}: {str(first['value'])[:40]!r}): invented, or derived?{derived}"
         )
-        by_kind["values that are not in their inputs"].append((-len(entry["rows"]), line))
-    for kind, entries in by_kind.items():
-        lines = [line for _, line in sorted(entries)]  # those of the most labels or values first
-        yield from lines[:GRAVEST]
-        if more := lines[GRAVEST:]:
-            findings["more_warnings"][kind] = more
-            yield f"{kind}: {len(more):,} more fields, {len(lines):,} in all; the report lists them"
-    if production and production["auc"] > 0.75:
+    if (production := findings["production"]) and production["auc"] > 0.75:
         words = ", ".join(map(repr, production["features"]["production"][:4]))
         yield (
             f"a simple classifier tells production's inputs from train's (AUC {production['auc']:.2f}; 0.5 would be "

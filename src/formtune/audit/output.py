@@ -10,6 +10,7 @@ from formtune.data.table import print_data
 from formtune.evaluation.page import render
 from formtune.files import write_json, write_lines, write_whole
 
+PRINTED = 10  # warnings; the page has all of them
 SHOWN = 200  # rows of a reason on the page; quarantine.jsonl has all of them
 
 
@@ -39,7 +40,10 @@ def print_audit(findings: dict[str, Any], settings: DataSettings, splits: Splits
 
 
 def print_problems(findings: dict[str, Any]) -> None:
-    """Print the blockers and the warnings, a line each."""
-    for kind, color in (("blockers", "red"), ("warnings", "yellow")):
-        for line in findings[kind]:
-            say(f"{kind[:-1]}: {line}", color)
+    """Print the blockers and the first warnings, a line each."""
+    for line in findings["blockers"]:
+        say(f"blocker: {line}", "red")
+    for line in findings["warnings"][:PRINTED]:
+        say(f"warning: {line}", "yellow")
+    if more := findings["warnings"][PRINTED:]:
+        say(f"warning: {len(more):,} more, in the report", "yellow")

@@ -19,7 +19,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from conftest import SCHEMA, SHARED, WORDY, pair
-from formtune.audit.findings import VARIETY, _histogram, audit, compare_inputs, sources, ungrounded
+from formtune.audit.findings import _histogram, audit, compare_inputs, ungrounded
 from formtune.audit.output import page
 from formtune.cli import main
 from formtune.data.blockers import uneven_shares
@@ -208,20 +208,8 @@ def test_values_that_are_not_in_the_input_are_listed_except_derived_ones():
     assert findings["who"]["share"] == pytest.approx(1 / 3)
 
 
-def test_sources_are_compared_on_equally_many_rows_and_their_openings_are_counted():
-    people = [example(str(n), f"Say {n % 40} {n % 40} times", {"who": str(n % 60)}, "human") for n in range(120)]
-    model = [example(str(n), "Could you please, now", {"who": str(n % 2)}, "m") for n in range(60)]
-    few = [example(str(n), f"a {n}", {}, "") for n in range(VARIETY - 1)]
-    findings = sources([*model, *people, *few])
-    assert list(findings) == ["human", "m", ""] and [entry["rows"] for entry in findings.values()] == [120, 60, 49]
-    assert findings["m"] == {"rows": 60, "distinct": [2 / 60, 1 / 60], "openings": {"could you please": 60}}
-    assert 0.5 < findings["human"]["distinct"][0] < 1 and findings["human"]["openings"]["say 0 0"] == 3
-    assert findings[""]["distinct"] is None and len(findings[""]["openings"]) == 3
-    assert sources([]) == {}
-
-
-def test_of_many_fields_the_five_gravest_warnings_of_a_kind_are_printed_and_all_are_in_the_report(task, capsys):
-    names = [f"f{n}" for n in range(8)]
+def test_of_many_warnings_the_first_are_printed_and_all_are_in_the_report(task, capsys):
+    names = [f"f{n}" for n in range(12)]
     rows = [
         {"prompt": f"word{at * 7919}", "completion": json.dumps({n: f"made{at}" if at < 5 + i else f"word{at * 7919}"
          for i, n in enumerate(names)}, separators=(",", ":"))}
@@ -231,13 +219,11 @@ def test_of_many_fields_the_five_gravest_warnings_of_a_kind_are_printed_and_all_
     schema = {"type": "object", "properties": {name: {"type": "string"} for name in names}, "required": names}
     (folder / "schema.json").write_text(json.dumps(schema))
     main(["audit", "-c", "t.yaml", "--model.max_new_tokens", "300"])
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: f")]
-    assert [line.split()[1:3] for line in printed] == [[f"f{n}:", str(n + 5)] for n in (7, 6, 5, 4, 3)]
-    findings = read(folder)
-    [total] = [line for line in findings["warnings"] if "more fields" in line]
-    assert total == "values that are not in their inputs: 3 more fields, 8 in all; the report lists them"
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert [line.split()[1:3] for line in printed[1:-1]] == [[f"f{n}:", str(n + 5)] for n in range(11, 2, -1)]
+    assert printed[-1] == "warning: 3 more, in the report" and len(read(folder)["warnings"]) == 13
     html = (folder / "logs/t/audit/report.html").read_text()
-    assert [int(n) for n in re.findall(r'class="warning">f(\d): ', html)] == [*range(7, -1, -1)]
+    assert [int(n) for n in re.findall(r'class="warning">f(\d+): ', html)] == [*range(11, -1, -1)]
 
 
 def test_lengths_are_counted_in_bins_of_equally_many_tokens():
