@@ -39,8 +39,6 @@ def pairs(*answers):
         ([{"x": "p", "y": "yes", "split": "train"}, {"x": "q", "y": "yes", "split": "test"}], {"prompt": "x", "completion": "y"}),
         ([{"Anfrage": "p", "Felder": '{"a": 1}'}], {"prompt": "Anfrage", "completion": "Felder"}),
         ([{"Anfrage": "p", "Felder": {"a": 1}}], {"prompt": "Anfrage", "completion": "Felder"}),
-        ([{"x": "p", "y": "yes"}, {"x": "q", "y": "yes"}], {"prompt": "x", "completion": "y"}),
-        ([{"y": "yes", "x": "p"}, {"y": "yes", "x": "q"}], {"prompt": "x", "completion": "y"}),
     ],
 )  # fmt: skip
 def test_each_shape_of_columns(rows, columns):
@@ -75,7 +73,6 @@ def test_a_mistake_within_turns_is_not_a_question_of_columns():
         (["yes", "no", "maybe"] * 10, "Labels", {"labels": ["maybe", "no", "yes"]}),
         ([0, 1] * 20, "Labels", {"labels": ["0", "1"]}),
         ([f"<why>because {n}</why>\n<label>ab</label>" for n in range(9)], "Tagged", {"sections": ["why", "label"]}),
-        ([f"AB-{n}" for n in range(100, 130)], "Regex", {"pattern": "[A-Z]{2}-[0-9]+"}),
     ],
 )  # fmt: skip
 def test_each_format_but_json(answers, kind, init_args):
