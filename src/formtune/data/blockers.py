@@ -80,7 +80,7 @@ def _empty_splits(settings: DataSettings, splits: Splits) -> Iterator[str]:
         read = sum(splits.read[it] for it in source)
         reasons = Splits(quarantine=lost).quarantined or "none quarantined"
         line = f"data.{name}: no row is left to use ({read:,} read; {reasons})"
-        if name in settings.shares:
+        if name in settings.shares and not any(row.reason in BAD for row in lost):
             line += f": a share of {settings.shares[name]:.0%} came to none; add rows, or name a file or a larger share"
         elif lost:
             most = max(_kinds(lost), key=len)

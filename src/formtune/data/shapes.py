@@ -22,6 +22,7 @@ SHAPES = {
     "questions on a text (context, question, answer)": ("context", "question", "answer"),
     "texts and labels (text, label)": ("text", "label"),
 }
+DEFAULT = ("prompt", "completion", "messages")
 _FIELD = re.compile(r"\{([\w .,()/%-]+)\}")  # of a template over columns
 
 
@@ -48,9 +49,7 @@ class Columns:
     ) -> None:
         self.prompt, self.completion, self.messages = prompt, completion, messages
         self.source, self.schema = source, schema
-        self._in_prompt = re.findall(_FIELD, prompt) if "{" in prompt else [prompt]
-        self.system = None if system in (*self._in_prompt, completion) else system
-        self._is_default = (prompt, completion, messages) == ("prompt", "completion", "messages")
+        self.system = None if system in (*_fields(prompt), completion) else system
         self.notes: dict[str, str] = {}  # what was recognized, each with the place of the first such row
 
     def conversation(
@@ -62,38 +61,42 @@ class Columns:
         """
         ignored = set() if ignored is None else ignored
         # In tables, NaN is a value that is missing.
-        record = {name: None if kind(value) == "float" and value != value else value for name, value in record.items()}
-        own = {*self._in_prompt, self.completion}
-        is_other = self._is_default and all(record.get(name) is None for name in (*own, self.messages))
-        if is_other and (shape := _recognize(record, where, bool(with_target))):
-            columns = Columns(**shape[1], system=self.system, source=self.source, schema=self.schema)
-            columns.notes = self.notes
-            if "messages" not in shape[1]:  # else the note on turns says more
-                self.notes.setdefault(shape[0], where)
-            return columns.conversation(record, where, with_target, ignored)
-        is_chat = self.messages in record and (record[self.messages] is not None or self.prompt not in record)
-        column = self.messages if is_chat else self.prompt
-        ignored |= unread(record, {*([column] if is_chat else own), self.system, self.source, "tools"}, REFUSED, where)
-        if is_chat or _is_turns(record.get(column)):
-            turns = self._chat(record, column, where, with_target, ignored)
-        else:
-            turns = [{"role": "user", "content": self._prompt(record, where)}]
+        record = {name: None if isinstance(it, float) and it != it else it for name, it in record.items()}
+        columns, shape = (self.prompt, self.completion, self.messages), ""
+        is_other = all(record.get(name) is None for name in (*_fields(self.prompt), *columns[1:]))
+        if columns == DEFAULT and is_other:
+            columns, shape = _recognize(record, where, bool(with_target)) or (columns, "")
+        prompt, completion, column = columns
+        is_chat = record.get(column) is not None
+        own = [column] if is_chat else [*_fields(prompt), completion]
+        ignored |= unread(record, {*own, self.system, self.source, "tools"}, REFUSED, where)
+        if not is_chat and not _is_turns(record.get(prompt)):
+            turns = [{"role": "user", "content": _filled(record, prompt, where)}]
             if with_target:
-                turns.append({"role": "assistant", "content": _read(record, self.completion, where, ANSWERS)})
+                turns.append({"role": "assistant", "content": _read(record, completion, where, ANSWERS)})
+        else:
+            turns = record[column if is_chat else prompt]
+            if not is_chat:
+                shape, column = f"TRL conversations ({prompt}, {completion})", f"{prompt}+{completion}"
+                if with_target:
+                    answer = _read(record, completion, where, ANSWERS)
+                    turns = [*turns, *(answer if _is_turns(answer) else [{"role": "assistant", "content": answer}])]
+            elif isinstance(turns, list) and (renamed := [*map(_from_sharegpt, turns)]) != turns:
+                turns, shape = renamed, f"ShareGPT {column} (from, value)"
+            turns = read_turns(turns, column, where, with_target, ignored)
+        if shape:
+            self.notes.setdefault(shape, where)
         if self.system is None or empty(record.get(self.system)):
             return turns
         remedy = "write the row's system prompt as a string, or set data.columns.system: null"
         system = _read(record, self.system, where, remedy=remedy)
         if turns[0]["role"] == "system":
-            raise UserError(
-                f"{where}: `{column}` and the column `{self.system}` both hold a system prompt; remove one, or "
-                "set data.columns.system: null"
-            )
+            raise UserError(f"{where}: the turns and the column `{self.system}` both hold a system prompt; {remedy}")
         return [{"role": "system", "content": system}, *turns]
 
     def tools(self, record: dict[str, Any], where: str) -> str | None:
         """The record's tools as JSON text, None where it has none or the prompt's template writes them."""
-        return None if "tools" in self._in_prompt else read_tools(record.get("tools"), "tools", where)
+        return None if "tools" in _fields(self.prompt) else read_tools(record.get("tools"), "tools", where)
 
     def origin(self, record: dict[str, Any], where: str) -> str:
         """Who wrote a record, "" where it does not say."""
@@ -103,30 +106,21 @@ class Columns:
         name = _read(record, self.source, where, remedy=remedy)
         return "human" if name.strip().casefold() == "human" else name
 
-    def _chat(
-        self, record: dict[str, Any], column: str, where: str, with_target: bool | str, ignored: set[str]
-    ) -> list[dict[str, Any]]:
-        turns, shape = record[column], f"{column} (role, content)"
-        if column != self.messages:
-            shape = f"TRL conversations ({column}, {self.completion})"
-            if with_target:
-                answer = _read(record, self.completion, where, ANSWERS)
-                turns = [*turns, *(answer if _is_turns(answer) else [{"role": "assistant", "content": answer}])]
-                column = f"{column}+{self.completion}"
-        if isinstance(turns, list) and (renamed := [*map(_from_sharegpt, turns)]) != turns:
-            turns, shape = renamed, f"ShareGPT {column} (from, value)"
-        if shape != "messages (role, content)":
-            self.notes.setdefault(shape, where)
-        return read_turns(turns, column, where, with_target, ignored)
 
-    def _prompt(self, record: dict[str, Any], where: str) -> str:
-        if "{" not in self.prompt:
-            return _read(record, self.prompt, where)
-        # A column may be null, but not all columns of the template.
-        null = [name for name in self._in_prompt if name in record and record[name] is None]
-        record = record | dict.fromkeys(null if len(null) < len(self._in_prompt) else (), "")
-        # Not str.format: it would look up attributes, and replace braces in the data.
-        return re.sub(_FIELD, lambda m: _read(record, m[1], where), self.prompt)
+def _fields(prompt: str) -> list[str]:
+    """The columns of a template, or the one column that is no template."""
+    return _FIELD.findall(prompt) if "{" in prompt else [prompt]
+
+
+def _filled(record: dict[str, Any], prompt: str, where: str) -> str:
+    """The text of a column, or of a template over columns."""
+    if "{" not in prompt:
+        return _read(record, prompt, where)
+    # A column may be null, but not all columns of the template.
+    if any(record.get(name) is not None for name in _fields(prompt)):
+        record = {name: "" if value is None else value for name, value in record.items()}
+    # Not str.format: it would look up attributes, and replace braces in the data.
+    return _FIELD.sub(lambda match: _read(record, match[1], where), prompt)
 
 
 def _read(record: dict[str, Any], column: str, where: str, types: tuple[type, ...] = (str,), remedy: str = "") -> Any:
@@ -139,26 +133,25 @@ def _read(record: dict[str, Any], column: str, where: str, types: tuple[type, ..
     return record[column]
 
 
-def _recognize(record: dict[str, Any], where: str, with_target: bool) -> tuple[str, dict[str, str]] | None:
-    """The shape of a row and the `data.columns` that read it, None if it has none; a UserError if it may have two."""
+def _recognize(record: dict[str, Any], where: str, with_target: bool) -> tuple[tuple[str, str, str], str] | None:
+    """The columns and the name of a row's shape, None if it has none; a UserError if it may have two."""
     needs = {shape: [name for name in names if name[-1] != "?"] for shape, names in SHAPES.items()}
-    shapes = [shape for shape, names in needs.items() if set(names) <= record.keys()]
+    shapes = [shape for shape, names in needs.items() if {*names} <= record.keys()]
     if not with_target:
-        shapes = shapes or [shape for shape, names in needs.items() if set(names[:-1] or names) <= record.keys()]
+        shapes = shapes or [shape for shape, names in needs.items() if {*(names[:-1] or names)} <= record.keys()]
     if len(shapes) > 1:  # a table may have columns for which a row has no value
         shapes = [it for it in shapes if not any(empty(record.get(name)) for name in needs[it])] or shapes
-    readings = []
-    for shape in shapes:
-        *inputs, answer = (name.rstrip("?") for name in SHAPES[shape])
-        if answer == "label" and not empty(record.get("label_text")):
-            answer = "label_text"
-        filled = [name for name in inputs if not empty(record.get(name))] or inputs[:1]
-        columns = {"prompt": "\n\n".join(f"{{{name}}}" for name in filled), "completion": answer}
-        readings.append((shape, columns if inputs else {"messages": answer}))
-    if len(readings) > 1:
-        one, other = (f"{shape}, data.columns: {columns}" for shape, columns in readings[:2])
-        raise UserError(f"{where}: the row may be {one}, or {other}; set data.columns to what it is")
-    return readings[0] if readings else None
+    if len(shapes) > 1:
+        raise UserError(f"{where}: the row may be {' or '.join(shapes)}; set data.columns to what it is")
+    if not shapes:
+        return None
+    *inputs, answer = (name.rstrip("?") for name in SHAPES[shapes[0]])
+    if not inputs:
+        return (*DEFAULT[:2], answer), f"{answer} (role, content)"
+    if answer == "label" and not empty(record.get("label_text")):
+        answer = "label_text"
+    filled = [name for name in inputs if not empty(record.get(name))] or inputs[:1]
+    return ("\n\n".join(f"{{{name}}}" for name in filled), answer, DEFAULT[2]), shapes[0]
 
 
 def _is_turns(value: Any) -> bool:

@@ -90,34 +90,27 @@ def kind(value: Any) -> str:
 
 def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[Message, set[str]]:
     """A turn, and the keys that are not read."""
-    if not isinstance(turn, dict) or "role" not in turn:
-        actual = f": no key `role` among {', '.join(turn)}" if isinstance(turn, dict) else f" is {kind(turn)}"
-        raise UserError(f"{here}{actual}; a turn is an object with `role` and `content`")
-    if turn["role"] not in ROLES:
-        raise UserError(f"{here}: the role {turn['role']!r} is not read; use {', '.join(ROLES)}")
+    if not isinstance(turn, dict) or turn.get("role") not in ROLES:
+        actual = f"has the role {turn.get('role')!r}" if isinstance(turn, dict) else f"is {kind(turn)}"
+        raise UserError(f"{here} {actual}; a turn is an object with `content` and a `role`: {', '.join(ROLES)}")
     message = {key: turn[key] for key in _OWN_KEYS.get(turn["role"], ()) if not empty(turn.get(key))}
     keys = unread(turn, {"role", "content", *message, *WEIGHTS}, _REFUSED_IN_TURNS, here)
     for key in WEIGHTS:
-        if (weight := turn.get(key)) not in (None, 0, 1):
-            raise UserError(f"{here}: `{key}` is {weight!r}; write 1, or 0 for an answer that is context only")
-        if weight == 0 and is_answer:
+        if (weight := turn.get(key)) not in (None, 0, 1) or (weight == 0 and is_answer):
             raise UserError(
-                f"{here}: `{key}` is {weight!r}, but the last answer is the one that is trained; set data.train_on: "
-                "all, end the row at the answer to train, or remove the row"
+                f"{here}: `{key}` is {weight!r}; write 1, or 0 for an answer that is context only, which the last one "
+                "may be with data.train_on: all; or remove the row"
             )
     if "tool_calls" in message:
         message["tool_calls"] = _read_calls(message["tool_calls"], f"{here}.tool_calls")
-        turn = turn | {"content": turn.get("content") or ""}  # null where there are only calls
-    if "content" not in turn:
-        raise UserError(f"{here}: no key `content` among {', '.join(turn)}; write the turn's text")
-    content = turn["content"]
+    content = turn.get("content")
+    if content is None and "tool_calls" in message:
+        content = ""
     if isinstance(content, list):
         for number, part in enumerate(content):
             place = f"{here}.content[{number}]"
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                actual = f"of type {part['type']!r}" if isinstance(part, dict) and "type" in part else kind(part)
-                only = 'only text is read, as a string or {"type": "text", "text": ...}'
-                raise UserError(f"{place} is {actual}; {only}")
+                raise UserError(f'{place}: only text is read, as a string or {{"type": "text", "text": ...}}')
             keys |= {f"content[].{key}" for key in unread(part, {"type", "text"}, _REFUSED_IN_TURNS, place)}
         content = "".join(part["text"] for part in content)
     if not isinstance(content, (str, dict, int, float) if is_answer else str):  # a format may write other answers
@@ -128,13 +121,13 @@ def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[Message, set[str]
 def _read_calls(calls: Any, here: str) -> list[dict[str, Any]]:
     """Tool calls with their arguments as an object, as chat templates expect them."""
     read = []
-    for number, call in enumerate(calls if isinstance(calls, list) else [calls]):
+    for call in calls if isinstance(calls, list) else [calls]:
         name, function = tool_name(call), call.get("function", call) if isinstance(call, dict) else {}
         arguments = parsed(function.get("arguments")) if name else None
         if not isinstance(arguments, dict):
             raise UserError(
-                f'{here}[{number}]: write {{"type": "function", "function": {{"name": ..., "arguments": ...}}}}, the '
-                "arguments as an object or as the JSON text of one"
+                f'{here}: write {{"type": "function", "function": {{"name": ..., "arguments": ...}}}}, the arguments '
+                "as an object or as the JSON text of one"
             )
         own = {"id": call["id"]} if call.get("id") else {}
         read.append(own | {"type": "function", "function": {"name": name, "arguments": arguments}})

@@ -63,7 +63,7 @@ def test_columns_that_may_be_several_are_asked_for(row):
 
 def test_a_mistake_within_turns_is_not_a_question_of_columns():
     row = {"messages": [{"role": "person", "content": "p"}]}
-    with pytest.raises(UserError, match="the role 'person' is not read"):
+    with pytest.raises(UserError, match="has the role 'person'"):
         guess_columns(placed(row), None, None)
 
 
