@@ -1,7 +1,7 @@
 """Everything that an audit finds, as plain data; the rows are prepared by the code that prepares them for training."""
 
 import json
-import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -21,14 +21,12 @@ from formtune.formats import Format, JsonSchema
 from formtune.formats.content import Words, leaves
 from formtune.formats.key_orders import Orders
 
-COMPLEX_FIELDS = 8  # from this many fields on, or with nesting, a format is complex
-COMPLEX_ROWS = 2000  # needed for a complex format
 NAMED = 8  # labels or paths that a warning names
 RARE = 0.01  # share below which a label is rare
 LABELS = 30  # of a field that are listed, the most frequent ones
 BINS = 40  # of a histogram at most
-SAMPLE = 4000  # inputs of each side that a classifier compares
-FEATURES = 12  # words named for each side
+WORDS = 12  # that are named of those in which production differs
+DIFFERENT = 0.25  # difference of a word's shares from which it is a warning
 QUANTILES = {"P50": 50, "P95": 95, "P99": 99, "max": 100}
 
 
@@ -84,7 +82,9 @@ def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[st
         findings["production"] = {
             "lengths": lengths.pop("production"),
             "ignored": dict(settings.ignored["production"].most_common()),
-            **compare_inputs([example.input for example in examples["train"]], [row.input for row in production]),
+            "words": compare_inputs(
+                [example.input for example in examples["train"]], [row.input for row in production]
+            ),
         }
     return findings | {"lengths": lengths, "warnings": list(_warnings(findings, settings))}, splits
 
@@ -122,37 +122,16 @@ def _key_order(examples: Sequence[Example], format: Format, orders: Orders) -> d
     return {"rows": reordered, "kept": kept}
 
 
-def compare_inputs(train: Sequence[str], production: Sequence[str]) -> dict[str, Any]:
-    """A classifier two-sample test (Lopez-Paz and Oquab, 2017).
-
-    `auc` is that of a logistic regression over words and word pairs, cross-validated: 0.5 if nothing tells the two
-    apart, 1.0 if everything does. `features` are the words and pairs most typical of each side.
-    """
-    # Slow to import, and needed only if production's inputs are given.
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import cross_val_score
-
-    rng = random.Random(0)
-    train_texts, production_texts = (rng.sample(list(texts), min(SAMPLE, len(texts))) for texts in (train, production))
-    texts, sides = train_texts + production_texts, [0] * len(train_texts) + [1] * len(production_texts)
-    folds = min(5, len(train_texts), len(production_texts))
-    if folds < 2 or not any(map(str.split, texts)):
-        return {"auc": 0.5, "features": {"train": [], "production": []}}
-    # The weights of words do not depend on the sides, so they need no separate folds.
-    vectorizer = TfidfVectorizer(
-        ngram_range=(1, 2), sublinear_tf=True, max_features=50_000, token_pattern=r"(?u)\b\w+\b"
-    )
-    vectors = vectorizer.fit_transform(texts)
-    model = LogisticRegression(class_weight="balanced", max_iter=1000)
-    auc = cross_val_score(model, vectors, sides, cv=folds, scoring="roc_auc").mean()
-    order = model.fit(vectors, sides).coef_[0].argsort()
-    typical = {"train": order[:FEATURES], "production": order[::-1][:FEATURES]}
-    names = vectorizer.get_feature_names_out()
-    return {
-        "auc": max(0.5, float(auc)),  # below 0.5 is chance
-        "features": {side: [str(names[i]) for i in best] for side, best in typical.items()},
-    }
+def compare_inputs(train: Sequence[str], production: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """The shares of train's and of production's inputs that hold a word, for the words whose shares differ most."""
+    counts = [
+        Counter(word for text in texts for word in set(re.findall(r"\w+", text.casefold())))
+        for texts in (train, production)
+    ]
+    sizes = max(len(train), 1), max(len(production), 1)
+    shares = {word: (counts[0][word] / sizes[0], counts[1][word] / sizes[1]) for word in counts[0] | counts[1]}
+    different = sorted(shares, key=lambda word: -abs(shares[word][1] - shares[word][0]))
+    return {word: shares[word] for word in different[:WORDS]}
 
 
 def _histogram(sizes: dict[str, dict[str, list[int]]], side: str) -> dict[str, Any]:
@@ -199,16 +178,10 @@ def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]
     rows, suspects, order = findings["rows"]["train"]["used"], findings["suspects"], findings["key_order"]
     format = settings.format
     fix = f"data.repair_answers: [{', '.join(dict.fromkeys([*settings.repair_answers, 'canonical']))}]"
-    is_complex = len(format.fields) >= COMPLEX_FIELDS or any("." in path for path in format.fields)
     if rows < FEW_ROWS:
         yield (
             f"{rows:,} training rows: below about {FEW_ROWS} a model learns the examples more than the task; "
             "collect more, from people where possible"
-        )
-    elif is_complex and rows < COMPLEX_ROWS:
-        yield (
-            f"{rows:,} training rows: 2,000 to 5,000 are usual for a format with many or nested fields "
-            f"({len(format.fields)} here); compare a run on half of them to see whether more would help"
         )
     if order["rows"]:
         yield (
@@ -247,9 +220,6 @@ def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]
             f"{path or 'the answer'}: {len(entry['rows']):,} values ({entry['share']:.0%}) are not in their inputs "
             f"({first['where']}: {str(first['value'])[:40]!r}): invented, or derived?{derived}"
         )
-    if (production := findings["production"]) and production["auc"] > 0.75:
-        words = ", ".join(map(repr, production["features"]["production"][:4]))
-        yield (
-            f"a simple classifier tells production's inputs from train's (AUC {production['auc']:.2f}; 0.5 would be "
-            f"alike), by their words: {words}; add rows like production's"
-        )
+    words = findings["production"]["words"] if findings["production"] else {}
+    if different := [f"{word} {b:.0%} (train {a:.0%})" for word, (a, b) in words.items() if abs(b - a) >= DIFFERENT]:
+        yield f"production's inputs differ: they hold {', '.join(different[:NAMED])}; add rows like production's"

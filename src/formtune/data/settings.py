@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 from collections import Counter
 from datetime import date as calendar_date
 from typing import Any, Literal
@@ -92,11 +91,6 @@ class DataSettings:
         self.shares = {name: share for name, share in shares.items() if isinstance(share, float)}
         if sum(self.shares.values()) >= 1:
             raise UserError("data.validation, data.test: the two shares leave no rows to train on")
-        for name, share in shares.items():
-            if isinstance(share, str) and re.fullmatch(r"[\d.,]+%?", share):
-                raise UserError(
-                    f"data.{name}: {share} is not a share of train's inputs; name one such as 0.1, or a file"
-                )
         self.format, self.prompts, self.production, self.base = format, prompts, production, tokenizer
         self.system, self.columns = system_prompt(system, format.to_dict()), columns or Columns()
         self.template, self.train_on, self.group = read_template(chat_template), train_on, group

@@ -59,14 +59,11 @@ class HuggingFace(Source):
         try:
             if Path(self.path).is_dir():
                 loaded = datasets.load_from_disk(self.path)
+                loaded = loaded[self.split] if isinstance(loaded, dict) else loaded
             else:
-                loaded = datasets.load_dataset(self.path, self.name)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.path}: not a readable data set ({first_line(error)})") from None
-        if isinstance(loaded, dict):
-            if self.split not in loaded:
-                raise UserError(f"{self.path}: no split {self.split!r}, only {', '.join(loaded)}; set `split`")
-            loaded = loaded[self.split]
+                loaded = datasets.load_dataset(self.path, self.name, split=self.split)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{self.path}: the split {self.split} is not readable ({first_line(error)})") from None
         yield from _numbered(loaded, loaded.features.to_dict(), f"{self.path}[{self.split}]")
 
 

@@ -1,7 +1,6 @@
 """The JSON Schema of a set of documents, all of which it takes. Where they leave a doubt, it is the laxer one."""
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 from formtune.formats.bounded import FORMATS
@@ -11,7 +10,6 @@ FEW = 10  # values that a rule about them needs
 RARE = 0.01  # share of values seen once, which is about the chance that the next one is new
 CHOICES, REPEATS = 200, 10  # values of an enum at most, and how often each is seen on average
 COPIED = 0.8  # share of a field's values that are in their inputs from which on another input may give a new one
-DERIVED = 0.5  # share of them below which answers work the field out
 NAMES = ("date", "date-time", "time", "uuid", "ipv4", "email", "uri")
 SCALARS = {str: "string", int: "integer", float: "number"}
 TYPES = SCALARS | {dict: "object", list: "array", bool: "boolean"}
@@ -61,17 +59,6 @@ class Observed:
         known = [key for key, count in counts.items() if count >= FEW or key in required or not is_open]
         schema = {"properties": {key: self.keys[key].schema() for key in known}, "required": required}
         return schema if is_open else schema | {"additionalProperties": False}
-
-    def derived(self, schema: Any, path: str = "") -> Iterator[str]:
-        """The paths of values that answers work out instead of copying them."""
-        total = self.values.total()
-        if path and total >= FEW and self.copied < DERIVED * total and "enum" not in schema:
-            yield path
-        for key, inner in schema.get("properties", {}).items():
-            if "." not in key:
-                yield from self.keys[key].derived(inner, f"{path}.{key}" if path else key)
-        if self.items and "items" in schema:
-            yield from self.items.derived(schema["items"], path)
 
 
 def has_more(counts: list[int], total: int) -> bool:

@@ -121,7 +121,7 @@ def test_production_that_is_longer_than_the_limit_blocks(task, tmp_path):
     assert main(["audit", "-c", "t.yaml"]) == 1
     findings = read(folder)
     assert "production's inputs have" in findings["blockers"][0] and "raise data.max_length" in findings["blockers"][0]
-    assert any("by their words" in line for line in findings["warnings"])
+    assert any(line.startswith("production's inputs differ: they hold") for line in findings["warnings"])
 
 
 def test_synthetic_rows_are_counted_and_capped(task):
@@ -235,13 +235,12 @@ def test_lengths_are_counted_in_bins_of_equally_many_tokens():
     assert answer == {"edges": [5, 6], "shares": {"train": [1.0]}}
 
 
-def test_a_classifier_names_the_words_that_differ():
+def test_the_words_in_which_production_differs_are_named_with_their_shares():
     texts = [f"please send {n} boxes to street {n * 7 % 50}" for n in range(300)]
-    same = compare_inputs(texts[:150], texts[150:])
-    assert same["auc"] < 0.7
-    other = compare_inputs(texts[:150], [text.replace("please", "urgent:") for text in texts[150:]])
-    assert other["auc"] > 0.95 and other["features"]["production"][0].startswith("urgent")
-    assert compare_inputs(["a"], ["b"])["auc"] == 0.5
+    assert all(abs(a - b) < 0.1 for a, b in compare_inputs(texts[:150], texts[150:]).values())
+    words = compare_inputs(texts[:150], [text.replace("please", "Urgent:") for text in texts[150:]])
+    assert {word: words[word] for word in ("please", "urgent")} == {"please": (1, 0), "urgent": (0, 1)}
+    assert compare_inputs([], ["a"]) == {"a": (0, 1)} and compare_inputs(["a"], []) == {"a": (1, 0)}
 
 
 class Page(HTMLParser):
@@ -313,7 +312,7 @@ def test_the_demos_production_inputs_are_longer(demo):
     findings, _, _ = demo
     production, train = findings["production"]["lengths"]["prompt"], findings["lengths"]["train"]["prompt"]
     assert production["P95"] > 1.3 * train["P95"]
-    assert any("classifier" in line for line in findings["warnings"])
+    assert set(findings["production"]) == {"lengths", "ignored", "words"} and findings["production"]["words"]
     assert not findings["ungrounded"]
 
 

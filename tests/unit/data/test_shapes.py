@@ -280,8 +280,3 @@ def test_other_shapes_and_objects_give_the_same_rows(tmp_path, base, monkeypatch
         "objects.jsonl: questions and answers (question, answer)",
         "objects.jsonl: answers were objects, written in the format's form",
     ]
-
-
-def test_a_number_of_rows_is_not_a_share():
-    with pytest.raises(UserError, match="data.validation: 200 is not a share of train's inputs; name one such as 0.1"):
-        DataSettings(Labels(["a"]), "train.jsonl", validation="200")

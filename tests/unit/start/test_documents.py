@@ -97,10 +97,3 @@ def test_values_that_inputs_hold_are_no_enum():
 def test_a_set_is_closed_if_its_values_repeat():
     assert is_closed(Counter("aabb" * 10)) and not is_closed(Counter("abcdefgh"))
     assert not is_closed(Counter(dict.fromkeys("abcde", 1)) + Counter("x" * 100))
-
-
-def test_what_answers_do_not_copy_is_derived():
-    observed = Observed()
-    for n in range(20):
-        observed.add({"cents": 100 * n + 50, "who": f"P{n}x", "kind": "ab"[n % 2]}, Words(f"P{n}x owes {n} euros 50"))
-    assert list(observed.derived(observed.schema())) == ["cents"]
