@@ -18,12 +18,10 @@ def read_weights(train: Any) -> tuple[Any, dict[str, float]]:
     for given in train:
         entry = {"path": given} if isinstance(given, str) else given
         path, weight = entry.get("path"), entry.get("weight", 1)
-        if not isinstance(path, str) or entry.keys() - {"path", "weight"}:
-            raise UserError(f"data.train: expected {{path: FILE, weight: NUMBER}} or a file, found {dict(entry)}")
-        if path in weights:
-            raise UserError(f"data.train: {path} is named twice; name it once, with one weight")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MOST:
-            raise UserError(f"data.train: weight {weight} of {path} is not a number above 0 and up to {MOST}")
+        is_weight = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight <= MOST
+        if not isinstance(path, str) or path in weights or not is_weight or entry.keys() - {"path", "weight"}:
+            rule = f"{{path: FILE, weight: NUMBER}}, each file once, with a weight above 0 and up to {MOST}"
+            raise UserError(f"data.train: expected a file or {rule}; found {dict(entry)}")
         weights[path] = float(weight)
     return list(weights), weights
 

@@ -103,16 +103,19 @@ def test_a_repeated_synthetic_file_counts_as_often_as_it_is_used(options, task):
         prepared(options, [{"path": "a.jsonl", "weight": 2}, "b.jsonl"], **columns)
 
 
+RULE = "expected a file or {path: FILE, weight: NUMBER}, each file once, with a weight above 0 and up to 1000; found "
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"path": "a.jsonl", "weight": -1}, "weight -1 of a.jsonl is not a number above 0 and up to 1000"),
-        ({"path": "a.jsonl", "weight": "twice"}, "weight twice of a.jsonl is not a number above 0 and up to 1000"),
-        ({"path": "a.jsonl", "weight": True}, "weight True of a.jsonl is not a number above 0 and up to 1000"),
-        ({"path": "a.jsonl", "weight": float("nan")}, "weight nan of a.jsonl is not a number above 0 and up to 1000"),
-        ({"path": "a.jsonl", "wieght": 2}, "expected {path: FILE, weight: NUMBER} or a file, found {'path': 'a.jsonl', 'wieght': 2}"),
-        ({"weight": 2}, "expected {path: FILE, weight: NUMBER} or a file, found {'weight': 2}"),
-        ({"path": "b.jsonl"}, "b.jsonl is named twice; name it once, with one weight"),
+        ({"path": "a.jsonl", "weight": -1}, RULE + "{'path': 'a.jsonl', 'weight': -1}"),
+        ({"path": "a.jsonl", "weight": "twice"}, RULE + "{'path': 'a.jsonl', 'weight': 'twice'}"),
+        ({"path": "a.jsonl", "weight": True}, RULE + "{'path': 'a.jsonl', 'weight': True}"),
+        ({"path": "a.jsonl", "weight": float("nan")}, RULE + "{'path': 'a.jsonl', 'weight': nan}"),
+        ({"path": "a.jsonl", "wieght": 2}, RULE + "{'path': 'a.jsonl', 'wieght': 2}"),
+        ({"weight": 2}, RULE + "{'weight': 2}"),
+        ({"path": "b.jsonl"}, RULE + "{'path': 'b.jsonl'}"),
         ({"path": "./b.jsonl"}, "all files of ./b.jsonl belong to entries before it; name each file once"),
         ({"path": "b.json*"}, "all files of b.json* belong to entries before it; name each file once"),
         ({"path": "a.jsonl", "weight": 0.001}, "weight 0.001 of a.jsonl leaves none of its 40 rows; raise it"),
@@ -131,6 +134,6 @@ def test_a_yaml_and_a_command_line_take_weights(write_project, capfd):
     rows, used = map(int, re.search(line, capfd.readouterr().out).groups())
     assert used == rows + round(rows / 2)
     assert main(["audit", "-c", "small.yaml", "--data.train", '[{"path": "train.jsonl", "weight": 0}]']) == 2
-    assert "data.train: weight 0 of train.jsonl is not a number above 0" in capfd.readouterr().err
+    assert "with a weight above 0 and up to 1000; found {'path': 'train.jsonl', 'weight': 0}" in capfd.readouterr().err
     assert main(["audit", "-c", "small.yaml", "--data.validation", '[{"path": "train.jsonl", "weight": 2}]']) == 2
     assert len(capfd.readouterr().err.splitlines()) == 1
