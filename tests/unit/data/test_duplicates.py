@@ -265,6 +265,13 @@ COUNT = (
 SHOTS = "\n".join(
     f"Message: the {a} beside my {b} broke\nAnswer: {{'item': '{a}'}}" for a, b in itertools.pairwise(WORDY)
 )
+FORM = [
+    "name age height weight blood pressure systolic",
+    "blood pressure diastolic",
+    "heart rate",
+    "insurance number",
+    "ward",
+]
 
 
 def messages(number, seed=0):
@@ -280,9 +287,10 @@ def messages(number, seed=0):
         lambda n, text: f"{ORDER} Message: {text} Context: {text[::-1]} Answer as JSON.",
         lambda n, text: f"{(ORDER, COUNT)[n % 2]}\nMessage: {text}\nAnswer:",
         lambda n, text: f"{ORDER}\n{SHOTS}\nMessage: {text}",
+        lambda n, text: "\n".join(f"{name}: {n * k % 997}" for k, name in enumerate(FORM, 3)),
         lambda n, text: f"请阅读以下客户消息并返回一个包含情绪物品和数量的对象不要添加任何其他文字 {text}",
     ],
-    ids=["before", "after", "around", "two instructions", "few-shot", "no spaces"],
+    ids=["before", "after", "around", "two instructions", "few-shot", "lines", "no spaces"],
 )
 def test_text_that_inputs_share_does_not_make_them_nearly_the_same(template):
     rows = [example(str(n), template(n, text), n % 3) for n, text in enumerate(messages(200))]
