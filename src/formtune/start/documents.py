@@ -1,5 +1,6 @@
 """The JSON Schema of a set of documents, all of which it takes. Where they leave a doubt, it is the laxer one."""
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -45,9 +46,8 @@ class Observed:
         if texts and is_closed(self.values) and self.copied < COPIED * self.values.total():
             return {"enum": [*sorted(self.values), *([None] if "null" in types else [])]}
         schema: dict[str, Any] = {"type": types[0] if len(types) == 1 else types}
-        if texts and len(self.values) >= FEW:
-            shared = [name for name in NAMES if all(FORMATS.conforms(text, name) for text in self.values)]
-            schema |= {"format": shared[0]} if shared else {}
+        if texts:
+            schema |= form([*self.values])
         if self.items and self.items.types:
             schema["items"] = self.items.schema()
         return schema | (self._object() if "object" in types else {})
@@ -70,3 +70,25 @@ def is_closed(values: Counter[Any]) -> bool:
     """Whether values repeat so often that no other one will follow."""
     total = values.total()
     return 0 < len(values) <= CHOICES and total >= REPEATS * len(values) and not has_more([*values.values()], total)
+
+
+def form(texts: list[str]) -> dict[str, str]:
+    """The format or the pattern that all texts have."""
+    for name in NAMES:
+        if len(texts) >= FEW and all(FORMATS.conforms(text, name) for text in texts):
+            return {"format": name}
+    pattern = common_pattern(texts)
+    return {"pattern": f"^{pattern}$"} if pattern else {}
+
+
+def common_pattern(texts: list[str]) -> str:
+    """The pattern of texts with numbers that all match, such as `[A-Z]{2}-[0-9]+`; "" if there is none."""
+    classes = {"0": "[0-9]+", "A": "[A-Z]", "a": "[a-z]"}
+    shapes = {re.sub("[a-z]", "a", re.sub("[A-Z]", "A", re.sub("[0-9]+", "0", text))) for text in texts}
+    if len(texts) < FEW or len(shapes) > 1 or "0" not in (shape := shapes.pop()):
+        return ""
+    pattern = ""
+    for run in re.finditer(r"(?s)(.)\1*", shape):
+        part = classes.get(run[1]) or re.sub(r"[\\^$.|?*+()\[\]{}/]", r"\\\g<0>", run[1])
+        pattern += part + (f"{{{len(run[0])}}}" if len(run[0]) > 1 else "")
+    return pattern

@@ -15,7 +15,7 @@ from formtune.data.turns import empty
 from formtune.errors import UserError
 from formtune.formats.content import Words
 from formtune.formats.strict_json import loads_strict
-from formtune.start.documents import FEW, Observed, is_closed
+from formtune.start.documents import FEW, Observed, common_pattern, is_closed
 
 FIT = 0.9  # share of the answers that a format must take
 LABEL = 80  # characters of a label at most
@@ -149,6 +149,8 @@ def guess_format(rows: Sequence[Example], template: str) -> tuple[str, dict[str,
         return "Labels", {"labels": sorted(labels)}, why
     if len(documents) >= FIT * total:
         return _schema(documents, total)
+    if pattern := common_pattern([*texts]):
+        return "Regex", {"pattern": pattern}, f"a suggestion, check it: answers look like {answers[0]!r:.40} ({first})"
     raise UserError(
         f"{first}: no format fits {FIT:.0%} of the answers, such as {answers[0]!r:.40}; formtune trains answers that "
         "code can check: JSON, labels, tagged sections, tool calls, a pattern, or a class of yours"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from formtune.formats import JsonSchema
 from formtune.formats.content import Words
-from formtune.start.documents import Observed, is_closed
+from formtune.start.documents import Observed, common_pattern, form, is_closed
 
 SCALARS = (
     st.none()
@@ -56,8 +56,8 @@ def test_the_schema_takes_all_documents(documents, times):
         ([1, 2, 3] * 20, {"type": "integer"}),
         (["yes", 1] * 20, {"type": ["integer", "string"]}),
         ([f"2026-03-{n}" for n in range(10, 20)], {"type": "string", "format": "date"}),
-        ([f"AB-{n}" for n in range(20)], {"type": "string"}),
-        (["2026-03-12"], {"type": "string"}),
+        ([f"{n:02}.03.2026" for n in range(1, 20)], {"type": "string", "pattern": r"^[0-9]+\.[0-9]+\.[0-9]+$"}),
+        ([f"AB-{n}" for n in range(20)], {"type": "string", "pattern": "^[A-Z]{2}-[0-9]+$"}),
         ([f"a{n}@b.org" for n in range(20)], {"type": "string", "format": "email"}),
         ([f"name {'abc'[n % 3] * n}" for n in range(20)], {"type": "string"}),
     ],
@@ -97,3 +97,8 @@ def test_values_that_inputs_hold_are_no_enum():
 def test_a_set_is_closed_if_its_values_repeat():
     assert is_closed(Counter("aabb" * 10)) and not is_closed(Counter("abcdefgh"))
     assert not is_closed(Counter(dict.fromkeys("abcde", 1)) + Counter("x" * 100))
+
+
+def test_forms_need_enough_texts():
+    assert form(["2026-03-12"]) == {}
+    assert common_pattern(["12.50", "3.10"]) == ""

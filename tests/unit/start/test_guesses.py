@@ -75,6 +75,7 @@ def test_a_mistake_within_turns_is_not_a_question_of_columns():
         (["yes", "no", "maybe"] * 10, "Labels", {"labels": ["maybe", "no", "yes"]}),
         ([0, 1] * 20, "Labels", {"labels": ["0", "1"]}),
         ([f"<why>because {n}</why>\n<label>ab</label>" for n in range(9)], "Tagged", {"sections": ["why", "label"]}),
+        ([f"AB-{n}" for n in range(100, 130)], "Regex", {"pattern": "[A-Z]{2}-[0-9]+"}),
     ],
 )  # fmt: skip
 def test_each_format_but_json(answers, kind, init_args):
