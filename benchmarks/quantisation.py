@@ -23,7 +23,8 @@ DOCS = Path(__file__).parents[1] / "docs" / "deployment.md"
 MARKS = ("<!-- quantisation: begin -->", "<!-- quantisation: end -->")
 MAX_LOSS = 0.01
 QUANTS = ("q8_0", "q4_k_m")  # of GGUF
-COLUMNS = ("kind", *JUDGED, "weights", "KL", "top-1")
+SPEEDS = ("tokens_per_second", "constrained_tokens_per_second")
+COLUMNS = ("kind", *JUDGED, "weights", "tokens/s", "KL", "top-1")
 
 
 def table(run: Path) -> str:
@@ -50,6 +51,7 @@ def _cells(kind: str, figures: dict[str, Any]) -> list[str]:
         kind + (" (refused)" if figures["refused"] else ""),
         *(f"{rate['right'] / rate['rows']:.1%}, +{rate['gained']} -{rate['lost']}" for rate in rates),
         f"{figures['bytes'] / 1e6:,.1f} MB",
+        " / ".join(f"{figures[name]:,.0f}" for name in SPEEDS if name in figures),
         f"{closeness['kl']:.1e}", f"{closeness['top1']:.1%}",
     ]  # fmt: skip
 

@@ -58,6 +58,10 @@ def run(command: str, args: list[str]) -> int:
 
     figures = export(FinishedRun(config.run), config.kind, config.max_loss, **options)
     print(f"{name}: {target}, {figures['bytes'] / 1e6:,.1f} MB of weights")
+    speed = f"{figures['tokens_per_second']:,.0f} tokens/s"
+    if constrained := figures.get("constrained_tokens_per_second"):
+        speed += f", {constrained:,.0f} by constrained decoding,"
+    print(f"{speed} of a single answer to an input as long as production's at P95")
     print(f"from the adapter in float32: {Closeness(**figures['closeness'])}")
     for rate in JUDGED:
         right, rows, gained, lost = figures[rate].values()

@@ -12,15 +12,16 @@ from typing import Any, Literal
 import torch
 
 from formtune.base.folder import context_length
+from formtune.base.row import quantile
 from formtune.configuration.task import read_run, task_parser
-from formtune.data.preparation import load_splits
+from formtune.data.preparation import load_splits, production_rows
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, outcome, rate, read_outcomes, write_outcomes
 from formtune.export.llama_cpp import measure_gguf
-from formtune.export.measure import COMPARED, Closeness, Sample, call_fresh, measure, merge, tolerance
+from formtune.export.measure import COMPARED, TIMED, Closeness, Sample, call_fresh, measure, merge, tolerance
 from formtune.export.quantize import SCHEMES, folder_name, packages
 from formtune.export.rules import refuse
-from formtune.export.usage import write_usage
+from formtune.export.usage import shared_schema, write_usage
 from formtune.files import write_json
 from formtune.model.lora import load_base
 from formtune.model.micro_batches import judge
@@ -66,8 +67,14 @@ class FinishedRun:
         context = context_length(self.base) or 10**9
         limits = [min(task.model.max_new_tokens, context - len(row.prompt_ids)) for row in self.test]
         of_all_lengths = sorted(self.test, key=len)[:: max(1, len(self.test) // COMPARED)][:COMPARED]
-        compared = [row.prompt_ids + row.target_ids for row in of_all_lengths]
-        self.sample = Sample(self.test, limits, list(self.renderer.stop_ids), compared, self.renderer.thinking)
+        prompts = [row.prompt_ids for row in production_rows(settings) or self.test]
+        p95 = quantile([len(ids) for ids in prompts], 95)
+        timed = next(ids for ids in prompts if len(ids) == p95)[: context - TIMED]
+        compared = [timed, *(row.prompt_ids + row.target_ids for row in of_all_lengths)]
+        self.sample = Sample(
+            self.test, limits, list(self.renderer.stop_ids), compared, self.renderer.thinking, timed,
+            shared_schema(self.format),
+        )  # fmt: skip
         self.calibration = [row.prompt_ids + row.target_ids for row in splits.rows["train"][:CALIBRATION]]
 
 
@@ -97,12 +104,13 @@ def measured(run: FinishedRun, kind: str, folder: Path) -> tuple[dict[str, Any],
     adapter = {"folder": str(run.adapter), "base": run.base, "quantize": run.quantize}
     renderer = run.renderer
     model = adapter if kind == "adapter" else {"folder": str(folder)}
-    closeness, answers = measure_fresh(kind, model, adapter, run.sample)
+    closeness, answers, speeds = measure_fresh(kind, model, adapter, run.sample)
     judged = [judge(row, answer, renderer, run.format) for row, answer in zip(run.test, answers, strict=True)]
     outcomes = [outcome(answer, run.format) for answer in judged]
     before = outcomes if run.constrained else run.outcomes
     figures: dict[str, Any] = {
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")),
+        **speeds,
         "closeness": asdict(closeness),
         "same_answers": sum(a.answer == b.answer for a, b in zip(before, outcomes, strict=True)),
     }

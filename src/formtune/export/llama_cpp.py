@@ -3,8 +3,10 @@
 import json
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -17,13 +19,14 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row, with_json_arguments
 from formtune.errors import UserError
 from formtune.export.gguf import FILE
-from formtune.export.measure import COMPARED, POSITIONS, Closeness, Sample, compare, last_logits, load
+from formtune.export.measure import COMPARED, POSITIONS, TIMED, TRIES, Closeness, Sample, compare, last_logits, load
 from formtune.model.micro_batches import Decoded
 
 HOST = "127.0.0.1"
 LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # requests to this machine go through no proxy
 LIKELIEST = 20  # tokens of which the server gives the log-probability, at each place of an answer
 SHOWN = 8  # tokens of a prompt
+CHATML = "<|im_start|>"  # in the template that llama.cpp takes for a file without one
 
 
 class LlamaServer:
@@ -51,9 +54,9 @@ class LlamaServer:
         """Those of a rendered prompt, with the BOS that the server adds."""
         return self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
 
-    def answer(self, prompt: list[int], tokens: int, **options: Any) -> Any:
+    def answer(self, prompt: Sequence[int], tokens: int, **options: Any) -> Any:
         """The greedy answer to a prompt in token ids."""
-        body = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "return_tokens": True}
+        body: dict[str, Any] = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "return_tokens": True}
         return self.post("/completion", body | options)
 
 
@@ -65,15 +68,31 @@ def chat_prompt(row: Row) -> dict[str, Any]:
 
 
 def prompt_fault(row: Row, ids: list[int], renderer: Renderer) -> str | None:
-    """Where a server's prompt begins to differ from the one of training; None if all tokens are the same."""
-    own = row.prompt_ids
+    """How a server's prompt differs from the one of training, and from where on; None if all tokens are the same."""
+    own, decode, bos = row.prompt_ids, renderer.tokenizer.decode, [renderer.tokenizer.bos_token_id]
     if ids == own:
         return None
+    text, trained = decode(ids), decode(own)
+    turns = [(turn["role"], turn["content"]) for turn in chat_prompt(row)["messages"] if turn["content"] in trained]
+    role, lost = next((turn for turn in turns if turn[1] not in text), ("", ""))
+    faults = {  # the first that applies
+        "a second BOS is in front": ids == bos + own,
+        "its BOS is missing": bos + ids == own,
+        "the same text is other tokens, by another tokenizer": text == trained,
+        "it is rendered by a default chat template (ChatML)": CHATML in text and CHATML not in trained,
+        f"the {role} turn is trimmed": lost and lost.strip() in text,
+        f"the {role} turn is missing or altered": lost,
+        "the switch that turns thinking on or off is lost": text.count("think") != trained.count("think"),
+        "the template writes today's date, and training another day (data.date)":
+            "strftime_now" in str(renderer.tokenizer.chat_template),
+        "it is rendered by another chat template": True,
+    }  # fmt: skip
+    fault = next(name for name, applies in faults.items() if applies)
     first = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, own, strict=False)))
-    theirs, ours = ([renderer.tokenizer.decode([token]) for token in part[first:][:SHOWN]] for part in (ids, own))
+    theirs, ours = ([decode([token]) for token in part[first:][:SHOWN]] for part in (ids, own))
     return (
-        f"the server's prompt has {len(ids):,} tokens and formtune's {len(own):,}; from token {first} on they are "
-        f"{theirs}, and formtune's {ours}"
+        f"the server's prompt has {len(ids):,} tokens and formtune's {len(own):,}: {fault}; from token {first} on "
+        f"they are {theirs}, and formtune's {ours}"
     )
 
 
@@ -90,14 +109,16 @@ def prove_prompts(server: LlamaServer, rows: Sequence[Row], renderer: Renderer) 
             raise UserError(f"{row.where}: {fault}")
 
 
-def measure_gguf(model: dict[str, Any], reference: dict[str, Any], sample: Sample) -> tuple[Closeness, list[Decoded]]:
+def measure_gguf(
+    model: dict[str, Any], reference: dict[str, Any], sample: Sample
+) -> tuple[Closeness, list[Decoded], dict[str, float]]:
     """As `measure`, of a GGUF file by llama.cpp, which must render every prompt as training did.
 
     Its server tells the log-probabilities of what it writes, not of a given text: so the reference reads its answers.
     """
     folder, renderer, stop = Path(model["folder"]), Renderer.load(model["folder"]), sample.stop
     pairs = list(zip(sample.rows, sample.limits, strict=True))
-    context = max(len(row.prompt_ids) + limit for row, limit in pairs)
+    context = max([len(row.prompt_ids) + limit for row, limit in pairs] + [len(sample.timed) + TIMED])
     server = LlamaServer(folder / FILE, context + 8, thinking=sample.thinking)
     prove_prompts(server, [row for row in sample.rows if row.messages], renderer)
     answers, sequences, likeliest = [], [], []
@@ -115,7 +136,11 @@ def measure_gguf(model: dict[str, Any], reference: dict[str, Any], sample: Sampl
         answers.append(Decoded([*ids, stop[0]] if ended else ids, [place["logprob"] for place in places]))
     expected = last_logits(load(**reference), sequences)
     logits = [_side_by_side(logits, places) for logits, places in zip(expected, likeliest, strict=True)]
-    return compare(*zip(*logits, strict=True)), answers
+    speeds = {"tokens_per_second": _speed(server, sample.timed, ignore_eos=True)} if sample.timed else {}
+    if speeds and sample.schema is not None:
+        with suppress(urllib.error.HTTPError):  # llama.cpp does not support every schema
+            speeds["constrained_tokens_per_second"] = _speed(server, sample.timed, json_schema=sample.schema)
+    return compare(*zip(*logits, strict=True)), answers, speeds
 
 
 def _side_by_side(logits: Tensor, places: list[list[dict[str, Any]]]) -> tuple[Tensor, Tensor]:
@@ -125,6 +150,13 @@ def _side_by_side(logits: Tensor, places: list[list[dict[str, Any]]]) -> tuple[T
     ids = torch.tensor([[token["id"] for token in place] for place in places[-count:]])
     given = torch.tensor([[token["logprob"] for token in place] for place in places[-count:]])
     return expected, expected.scatter(1, ids, given + expected.logsumexp(-1, keepdim=True))
+
+
+def _speed(server: LlamaServer, prompt: Sequence[int], **options: Any) -> float:
+    """Tokens per second of a single answer, prompt included; the best try, which other work slowed the least."""
+    times = [server.answer(prompt, TIMED, cache_prompt=False, **options)["timings"] for _ in range(TRIES)]
+    # A constrained answer may end early: its time for each token counts as if it had as many.
+    return TIMED / min(time["prompt_ms"] + TIMED * time["predicted_per_token_ms"] for time in times) * 1000
 
 
 if __name__ == "__main__":  # formtune serve starts it: FILE CONTEXT PORT NAME True|False

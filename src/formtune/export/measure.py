@@ -1,5 +1,5 @@
-"""Compare a model with the one that it should equal, logit by logit, and let it answer, in a fresh process with plain
-transformers and PEFT, as production will load it."""
+"""Compare a model with the one that it should equal, logit by logit, let it answer, and time it, all in a fresh process
+with plain transformers and PEFT, as production will load it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import logging
 import math
 import multiprocessing
 import os
+import timeit
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -25,6 +27,7 @@ from formtune.model.micro_batches import Decoded, MicroBatches
 POSITIONS = 64  # the last ones of each row: the answer, and the end of its prompt
 TOKENS = 16_384  # of one micro-batch, answers included
 COMPARED = 32  # rows
+TIMED, TRIES = 48, 5  # tokens of a timed answer, and how often it is timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,8 @@ class Sample:
     stop: list[int]  # tokens that end an answer
     compared: list[list[int]]  # token ids, on which two models' logits are compared
     thinking: bool = False  # whether thinking is on in the chat template
+    timed: Sequence[int] = ()  # token ids of a prompt; if empty, nothing is timed
+    schema: Any = None  # of a JSON answer, which llama.cpp is timed with and without
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +139,26 @@ def load(folder: str, base: str | None = None, dtype: Any = "auto", quantize: st
     return PeftModel.from_pretrained(model, folder).eval()
 
 
-def measure(model: dict[str, Any], reference: dict[str, Any], sample: Sample) -> tuple[Closeness, list[Decoded]]:
-    """How close a model is to its reference (both as `load` takes them), and its answers."""
+def measure(
+    model: dict[str, Any], reference: dict[str, Any], sample: Sample
+) -> tuple[Closeness, list[Decoded], dict[str, float]]:
+    """How close a model is to its reference (both as `load` takes them), its answers, and its tokens per second."""
     expected = last_logits(load(**reference), sample.compared)
     loaded = load(**model)
     closeness = compare(expected, last_logits(loaded, sample.compared))
     micro_batches, limits = MicroBatches(loaded), sample.limits
     split = micro_batches.split(sample.rows, TOKENS, max(limits, default=0))
-    return closeness, micro_batches.decode(sample.rows, split, sample.stop, limits)
+    answers = micro_batches.decode(sample.rows, split, sample.stop, limits)
+    return closeness, answers, {"tokens_per_second": _speed(loaded, sample.timed)} if sample.timed else {}
+
+
+@torch.no_grad()
+def _speed(model: Any, prompt: Sequence[int]) -> float:
+    """Tokens per second of a single answer, prompt included; the best try, which other work slowed the least."""
+    ids = torch.tensor([prompt], device=model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
+    answer = partial(model.generate, **inputs, min_new_tokens=TIMED, max_new_tokens=TIMED)
+    return TIMED / min(timeit.repeat(answer, repeat=TRIES, number=1))
 
 
 def call_fresh(function: Callable[..., Any], failure: str, **arguments: Any) -> Any:

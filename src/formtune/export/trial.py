@@ -82,7 +82,7 @@ class Trial:
         gguf = scheme == "gguf"
         rows = self.prompts if gguf else [Row(self.rows[0], [], "", None, "")]
         sample = Sample(rows, [ANSWER] * len(rows), [-1] if gguf else [0], self.rows[:COMPARED], self.renderer.thinking)
-        closeness, _ = measure_fresh(scheme, {"folder": str(target)}, {"folder": str(source)}, sample)
+        closeness, *_ = measure_fresh(scheme, {"folder": str(target)}, {"folder": str(source)}, sample)
         proven = f"; llama.cpp renders {len(rows)} prompts as training does" if gguf else ""
         measured = closeness.within(ROUNDED, "the quantized model")
         return f"{measured} in a fresh process, at {len(rows[0])} tokens{proven}"

@@ -31,11 +31,16 @@ def example(folder: Path, text: str) -> dict[str, Any]:
     return {"model": config["task"], "temperature": 0, "max_tokens": limit, "messages": turns}
 
 
+def shared_schema(format: Format) -> Any:
+    """The JSON Schema of every answer; None if there is none, or one for each row."""
+    return format.schema if isinstance(format, JsonSchema) and not format.per_row else None
+
+
 def write_usage(folder: Path, base: str, format: Format, rows: Sequence[Row]) -> None:
     """Write a `Modelfile` and a request for Ollama, and a card with the commands that serve the file."""
     renderer = Renderer.load(str(folder.resolve()), tags=format.tags)
     request = example(folder, rows[0].input)
-    schema = format.schema if isinstance(format, JsonSchema) and not format.per_row else None
+    schema = shared_schema(format)
     needed = max(len(row.prompt_ids) for row in rows) + request["max_tokens"]
     context = min(context_length(base) or 10**9, max(CONTEXT, needed))
     body = {"model": request["model"], "messages": request["messages"], "stream": False}

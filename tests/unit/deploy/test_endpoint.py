@@ -103,7 +103,10 @@ def test_as_many_but_other_tokens_are_found_where_the_server_shows_them(check, c
     assert "same number of tokens" in capsys.readouterr().out
     server.tokenize = True
     assert run() == 2
-    assert "tokens and formtune's 49; from token 15 on they are ['I', 'T', '.'" in capsys.readouterr().err
+    assert (
+        "tokens and formtune's 49: the system turn is missing or altered; from token 15 on they are ['I', 'T', '.'"
+        in capsys.readouterr().err
+    )
     server.system = None
     assert run() == 0 and "prompts: same tokens as formtune's in every row" in capsys.readouterr().out
 

@@ -117,7 +117,7 @@ def test_plain_peft_and_transformers_load_what_was_exported_where_there_is_no_fo
 def test_an_export_holds_its_figures_its_manifest_and_answers_that_compare_reads(run, capsys):
     assert export(run) == 0 and export(run, "--as", "merged") == 0
     output = capsys.readouterr().out
-    assert "top-1 100.0%" in output
+    assert "top-1 100.0%" in output and " tokens/s of a single answer" in output
     result = json.loads((run / "metrics.json").read_text())
     for kind in ("adapter", "merged"):
         manifest = verify(run / kind)
@@ -125,6 +125,7 @@ def test_an_export_holds_its_figures_its_manifest_and_answers_that_compare_reads
         assert manifest["format"] == file_hash(run / "adapter/format.json")
         figures = manifest["verification"]
         assert json.loads((run / f"outcomes/{kind}.json").read_text()) == figures | {"refused": None}
+        assert figures["tokens_per_second"] > 0 and "constrained_tokens_per_second" not in figures
         exact = figures["format/exact"]
         assert exact["right"] / exact["rows"] == result["after"]["format/exact"]
         assert exact["gained"] == exact["lost"] == 0 and figures["closeness"]["top1"] == 1

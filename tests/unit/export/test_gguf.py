@@ -114,23 +114,45 @@ def test_a_template_that_go_cannot_write_gives_a_modelfile_without_one():
 
 
 @pytest.mark.parametrize(
-    ("change", "theirs", "ours"),
+    ("fault", "change"),
     [
-        (lambda text: "<|im_end|>" + text, ["<|im_end|>", "<|im_start|>"], ["<|im_start|>", "s"]),  # a second BOS
-        (lambda text: text.replace(" Number it. ", "Number it."), ["N", "u"], [" ", "N"]),  # a trimmed turn
-        (lambda text: text + "<think>", ["<", "t"], []),  # another switch for thinking
+        ("a second BOS is in front; from token 1 on they are ['<pad>', '<', 's'", lambda text: "<pad>" + text),
+        ("its BOS is missing; from token 0 on they are ['<', 's'", lambda text: text.removeprefix("<pad>")),
+        ("the system turn is trimmed", lambda text: text.replace(" Number it. ", "Number it.")),
+        ("the system turn is missing or altered", lambda text: text.replace("<s> Number it. </s>", "")),
+        ("the switch that turns thinking on or off is lost", lambda text: text.removesuffix("<think>\n</think>\n")),
+        ("a default chat template (ChatML)", lambda text: text.replace("<s>", "<|im_start|>system\n")),
+        (
+            "another chat template; from token 19 on they are ['y', 's', '>'",
+            lambda text: text.replace("</s>", "</sys>"),
+        ),
     ],
 )
-def test_a_servers_prompt_is_shown_from_where_it_differs(change, theirs, ours):
-    renderer = renderer_of()
-    row = row_of(renderer)
-    text = renderer.tokenizer.decode(row.prompt_ids)
-    assert prompt_fault(row, row.prompt_ids, renderer) is None
-    message = prompt_fault(row, renderer._tokenize(change(text)).ids, renderer)
-    assert message and re.search(
-        f"they are {re.escape(str(theirs)[:-1])}.*, and formtune's {re.escape(str(ours)[:-1])}", message
+def test_what_a_server_does_to_a_prompt_is_named_and_shown_from_where_it_differs(fault, change):
+    template = (
+        "<pad>{% for m in messages %}{{ '<' + m.role[0] + '>' + m.content + '</' + m.role[0] + '>' }}\n{% endfor %}"
     )
-    assert f"formtune's {len(row.prompt_ids)}; from token" in message and "\n" not in message
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template + "{% if add_generation_prompt %}<think>\n</think>\n{% endif %}"
+    tokenizer.bos_token = "<pad>"
+    renderer = Renderer.__new__(Renderer)  # the template need not be one to train on
+    renderer.tokenizer, renderer.templated = tokenizer, True
+    text = tokenizer.apply_chat_template(CONVERSATION[:2], tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    row = Row(ids, [], "number 5", "x", "test.jsonl:1", messages=CONVERSATION)
+    assert prompt_fault(row, ids, renderer) is None
+    message = prompt_fault(row, tokenizer(change(text), add_special_tokens=False)["input_ids"], renderer)
+    assert message and fault in message and ", and formtune's [" in message and "\n" not in message
+
+
+def test_the_same_text_in_other_tokens_is_another_tokenizer():
+    renderer = Renderer.load(str(DEMO))
+    row = row_of(renderer)
+    tokens = [renderer.tokenizer.decode([id]) for id in row.prompt_ids]
+    place, letters = tokens.index("number"), renderer.tokenizer(list("number"), add_special_tokens=False)["input_ids"]
+    ids = [*row.prompt_ids[:place], *(id for [id] in letters), *row.prompt_ids[place + 1 :]]
+    message = prompt_fault(row, ids, renderer)
+    assert message and "the same text is other tokens, by another tokenizer; from token" in message
 
 
 def test_a_converter_that_was_not_reviewed_is_not_run(tmp_path, monkeypatch):
@@ -180,6 +202,7 @@ def test_an_export_answers_as_the_adapter_and_is_served_checked_and_promoted(tra
     out = capsys.readouterr().out
     rows = read_outcomes(run / "outcomes/after.jsonl")
     same = [a.answer == b.answer for a, b in zip(rows, read_outcomes(run / "outcomes/gguf-f16.jsonl"), strict=True)]
+    assert " tokens/s, " in out and " by constrained decoding, of a single answer" in out
     assert f"{sum(same)} of {len(rows)} answers are the run's word for word; every prompt has the same tokens" in out
     assert all(same), "16 bits change no answer of so small a model"
     manifest = verify(run / "gguf-f16")
@@ -215,10 +238,10 @@ def test_an_export_answers_as_the_adapter_and_is_served_checked_and_promoted(tra
     [
         # llama.cpp then writes the system prompt into the user's turn.
         (
-            r"from token 1 on they are \['u', 's', 'e', 'r'",
+            r"another chat template; from token 1 on they are \['user'",
             "{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}",
         ),
-        ("from token", TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")),
+        ("another chat template", TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")),
         (None, TEMPLATE),
     ],
 )
