@@ -18,10 +18,13 @@ _UNKNOWN = (  # in a message of argparse or jsonargparse: the group that holds a
 )
 # Lines of jsonargparse's messages that say nothing beside the others.
 _FRAME = r"\W*(Parser key|Type |Problem with given|Does not validate|Subtypes:|Errors:|Given value type|.*NoneType)"
-_REMEDIES = {  # by the type that a message expects
-    "str": "; put a text in quotes, also yes, no, on and off",
-    "list": "; write a list as [a, b]",
-}
+_EXPECTED = r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.*?)\])|Not of type (\w+)"
+_LIST = "a list such as [a, b]"
+_TYPES = {  # what a message expects, in words
+    "int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "dict": "a mapping",
+    "list": _LIST, "Sequence": _LIST, "Iterable": _LIST, "PositiveInt": "a positive integer",
+    "NonNegativeFloat": "a number of at least 0", "ClosedUnitInterval": "a number from 0 to 1",
+}  # fmt: skip
 
 
 class OneLine:
@@ -128,14 +131,23 @@ def _reason(message: str, classes: Collection[str]) -> str:
         return f"{match[0]}; pip install {match[1]}, or set PYTHONPATH to the folder that holds it"
     if match := re.search(r"arguments are required: (.*)", message):
         return f"the argument {match[1]} is missing"
-    match = re.search(r"dot import path string: (.*)", message)
-    if match and classes:
-        return f"no class {match[1]!r}" + (did_you_mean(match[1], classes) or "; name MODULE.CLASS")
-    message = re.sub(r"\. Got value: Namespace\(.*", "", message)
+    if match := re.search(r"correspond to a (subclass of \w+)", message):
+        return f"must name a {match[1]}"
+    found = re.findall(_EXPECTED, message)
+    choices = dict.fromkeys(choice for _, names, _ in found for choice in names.replace("'", "").split(", ") if choice)
+    types = dict.fromkeys(_TYPES[kind or own] for kind, _, own in found if (kind or own) in _TYPES)
+    named = re.search(r"dot import path string: (.*)|Not a valid subclass of (\w+)|(\w+) is abstract", message)
+    if named and ("NestedArg" in message or not (choices or types.keys() - {_LIST, "true or false"})):
+        few = f"one of {', '.join(sorted(classes))}, or " if 0 < len(classes) < 9 else ""
+        near = did_you_mean(named[1] or "", classes) or f"; name {few}MODULE.CLASS"
+        return (f"no class {named[1]!r}" if named[1] else f"{named[2] or named[3]} needs a class") + near
+    if expected := [*(["one of " * (len(choices) > 1) + ", ".join(choices)] if choices else []), *types]:
+        values = re.findall(r"(?m)(?:Got|Given) value: (.*?)(?:\. Got value: .*)?$", message)
+        shown = next((f", not {value}" for value in values if len(value) < 60 and "Namespace(" not in value), "")
+        quotes = "; put a text in quotes, also yes, no, on and off" if [*types] == ["a text"] else ""
+        return f"must be {' or '.join(expected)}{shown}{quotes}"
     lines = [line.strip(" -") for line in message.splitlines() if not re.match(_FRAME, line)]
-    text = "; ".join(dict.fromkeys(lines)).replace("a typing.Literal", "one of ")
-    text = re.sub(r"a <class '(?:\w+\.)*(\w+)'>", r"\1", text)
-    return text + "".join(remedy for kind, remedy in _REMEDIES.items() if f"Expected {kind}" in text)
+    return "; ".join(dict.fromkeys(lines))
 
 
 def _subclasses(hint: Any = None) -> Iterator[type]:

@@ -149,10 +149,9 @@ def choose(name: str | None, run: Path | None) -> Path | None:
             chosen = best(validations.history)
             step = chosen.step if chosen else None
         if step not in files:
-            raise UserError(
-                f"ckpt_path: {run} has no {name or 'best'} checkpoint; measure the newest by --ckpt_path last, or the "
-                "untuned base by --ckpt_path base"
-            )
+            last = "the newest by --ckpt_path last, or " if files else ""
+            remedy = f"measure {last}the untuned base by --ckpt_path base"
+            raise UserError(f"ckpt_path: {run} has no {name or 'best'} checkpoint; {remedy}")
         path = files[step]
     read(path)
     return path

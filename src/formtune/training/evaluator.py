@@ -50,9 +50,10 @@ class Evaluator:
         """Measure the plain base, and those of `kinds`, on at most so many test rows."""
         test, format, renderer, result = self.test_rows, self.model.format, self.settings.renderer, self.result
         sample = [test[i] for i in sorted(random.Random(0).sample(range(len(test)), min(most, len(test))))]
+        stored = self._cached("before", sample)[1]
         prompts, started = {"zero-shot": sample}, time.monotonic()
         outcomes = {"zero-shot": self._baseline("before", sample)}
-        if more := len(kinds) + bool(self.model.adapter):
+        if not stored and (more := len(kinds) + bool(self.model.adapter)):
             minutes = max(1, round(more * (time.monotonic() - started) / 60))
             self._print(
                 f"baselines: {more} more on {len(sample)} of {len(test)} test rows, about {minutes} min; "

@@ -95,15 +95,18 @@ def test_a_mistyped_name_has_the_letters_of_the_right_one():
 
 
 VALUES = [
-    ("model.optimizer.lr", "abc", "Expected float; Expected a dot import path string: abc; Given value: abc"),
-    ("data.bad_rows", "x", "Expected one of ['refuse', 'drop']. Got value: x"),
-    ("trainer.max_epochs", "three", "Expected int; Given value: three"),
-    ("data.max_length", "-4", "Not of type PositiveInt: -4 does not conform to restriction v>0"),
-    ("model.scheduler.warmup", "abc", "Not of type ClosedUnitInterval: could not convert string to float: 'abc'"),
-    ("model.constrained", "maybe", "Expected bool. Got value: maybe"),
-    ("model.quantize", "3bit", "Expected one of ['4bit']; Given value: 3bit"),
-    ("model.lora.targets", "q_proj,v_proj", "Expected one of ['attention', 'all-linear']; Expected list; Given value: q_proj,v_proj; write a list as [a, b]"),
-    ("data.clean", "[soap]", "Expected one of ['encoding', 'unicode', 'control', 'html', 'spaces', 'edges']. Got value: soap"),
+    ("model.optimizer.lr", "abc", "must be a number, not abc"),
+    ("data.bad_rows", "x", "must be one of refuse, drop, not x"),
+    ("data.validation", "[1, 2]", "must be a number from 0 to 1 or a text, not 1; put a text in quotes"),
+    ("trainer.max_epochs", "three", "must be an integer, not three"),
+    ("data.max_length", "-4", "must be a positive integer"),
+    ("model.scheduler.warmup", "abc", "must be a number from 0 to 1"),
+    ("model.constrained", "maybe", "must be true or false, not maybe"),
+    ("model.quantize", "3bit", "must be 4bit, not 3bit"),
+    ("model.lora.targets", "q_proj,v_proj", "must be one of attention, all-linear or a list such as [a, b], not q_proj,v_proj"),
+    ("model.base", "null", "must be a text, not None; put a text in quotes, also yes, no, on and off"),
+    ("data.clean", "[soap]", "must be one of encoding, unicode, control, html, spaces, edges, not soap"),
+    ("data.format", "null", "Format needs a class; name one of JsonSchema, Labels, Reasoning, Regex, Tagged, ToolCalls, or MODULE.CLASS"),
 ]  # fmt: skip
 
 
@@ -116,13 +119,13 @@ def test_a_value_of_a_class_in_a_yaml_is_named_with_its_line(refused):
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": "abc"}}
     line = refused(model={"optimizer": optimizer}, data={"bad_rows": "drop"})
     where = next(n for n, text in enumerate(Path("changed.yaml").read_text().splitlines(), 1) if "lr: abc" in text)
-    assert line == f"changed.yaml:{where}: model.optimizer.lr: Expected float; Expected a dot import path string: abc; Given value: abc"
+    assert line == f"changed.yaml:{where}: model.optimizer.lr: must be a number, not abc"
 
 
 @pytest.mark.parametrize("command", ["fit", "audit"])
 def test_booleans_in_a_list_of_texts_are_to_be_quoted(refused, command):
     line = refused(data={"format": {"class_path": "Labels", "init_args": {"labels": [True, False]}}}, command=command)
-    reason = "Expected str. Got value: True; put a text in quotes, also yes, no, on and off"
+    reason = "must be a text, not True; put a text in quotes, also yes, no, on and off"
     assert line.endswith(f"data.format.labels: {reason}")
 
 
@@ -150,11 +153,11 @@ NAMED = [
     (["--trainer.callbacks+=ModelSummary", "--trainer.callbacks.max_dept=1"], "did you mean trainer.callbacks.max_depth?"),
     (["--trainer.callbacks+=classes.Raises"], "trainer.callbacks: Raises: 'the table is empty'"),
     (["--trainer.callbacks+=classes.Raise"], "module 'classes' has no attribute 'Raise'; did you mean Raises?"),
-    (["--trainer.callbacks+=classes.Other"], "trainer.callbacks: Import path does not correspond to a subclass of Callback; Given value: classes.Other"),
+    (["--trainer.callbacks+=classes.Other"], "trainer.callbacks: must name a subclass of Callback"),
     (["--trainer.callbacks+=broken.Any"], "trainer.callbacks: No module named 'nothing_here'; pip install nothing_here, or"),
     (["--trainer.plugins+=nope"], "trainer.plugins: no class 'nope'"),
     (["--model.metrics", "[{class_path: torchmetrics.text.CharErrorRat}]"], "did you mean CharErrorRate?"),
-    (["--model.metrics", "[{class_path: torchmetrics.text.BLEUScore, init_args: {n_gram: x}}]"], "model.metrics.n_gram: Expected int. Got value: x"),
+    (["--model.metrics", "[{class_path: torchmetrics.text.BLEUScore, init_args: {n_gram: x}}]"], "model.metrics.n_gram: must be an integer, not x"),
     (["--data.format", "jsonschema"], "data.format: no class 'jsonschema'; did you mean JsonSchema?"),
     (["--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "trainer.max_epochs: -1 never ends; set it,"),
     (["--trainer.logger", "false", "--trainer.callbacks+=LearningRateMonitor"], "LearningRateMonitor needs a logger"),
