@@ -38,7 +38,8 @@ class OneLine:
         if not self.exit_on_error:  # the arguments of a class: the parser of the command reports the whole key
             near = did_you_mean(unknown[unknown.lastindex or 0], known_keys(self)) if unknown else ""
             return super().error(message + near, ex)  # type: ignore[misc]
-        key = ".".join(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', message)))  # through classes that values name
+        keys = re.findall(r'(?:Parser key|^Key) "([\w.]+)"', message)  # through classes that values name
+        key = ".".join(dict.fromkeys(keys))
         if unknown:
             parent = unknown[2] or key
             key = ".".join(filter(None, [parent, unknown[unknown.lastindex or 0]]))
@@ -131,6 +132,8 @@ def _reason(message: str, classes: Collection[str]) -> str:
         return f"{match[0]}; pip install {match[1]}, or set PYTHONPATH to the folder that holds it"
     if match := re.search(r"arguments are required: (.*)", message):
         return f"the argument {match[1]} is missing"
+    if message.startswith("Key "):
+        return "is missing; set it"
     if match := re.search(r"correspond to a (subclass of \w+)", message):
         return f"must name a {match[1]}"
     found = re.findall(_EXPECTED, message)
@@ -143,8 +146,10 @@ def _reason(message: str, classes: Collection[str]) -> str:
         return (f"no class {named[1]!r}" if named[1] else f"{named[2] or named[3]} needs a class") + near
     if expected := [*(["one of " * (len(choices) > 1) + ", ".join(choices)] if choices else []), *types]:
         values = re.findall(r"(?m)(?:Got|Given) value: (.*?)(?:\. Got value: .*)?$", message)
-        shown = next((f", not {value}" for value in values if len(value) < 60 and "Namespace(" not in value), "")
-        quotes = "; put a text in quotes, also yes, no, on and off" if [*types] == ["a text"] else ""
+        value = next((value for value in values if len(value) < 60 and "Namespace(" not in value), "")
+        shown = f", not {'null' if value == 'None' else value}" if value else ""
+        unquoted = [*types] == ["a text"] and value not in ("", "None")
+        quotes = "; put a text in quotes, also yes, no, on and off" if unquoted else ""
         return f"must be {' or '.join(expected)}{shown}{quotes}"
     lines = [line.strip(" -") for line in message.splitlines() if not re.match(_FRAME, line)]
     return "; ".join(dict.fromkeys(lines))

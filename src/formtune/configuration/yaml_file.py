@@ -57,7 +57,7 @@ def check_yaml(path: str) -> None:
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not valid YAML ({problem or error})") from None
     if not isinstance(content, dict) or not content:
-        raise UserError(f"{path}: expected keys such as model and data, found {type(content).__name__}")
+        raise UserError(f"{path}: expected keys such as model and data, each on a line")
     LINES.update({_key(key): f"{path}:{line}" for key, line in lines.items()})
 
 
