@@ -44,6 +44,8 @@ def run(command: str, args: list[str]) -> int:
                         "constrained decoding by the server")  # fmt: skip
     config, settings = read_task(parser, args)
     folder = LOGS / config.task / "endpoint"
+    if (folder / "checkpoints").exists():
+        raise UserError(f"{folder}: is a training run, whose answers would be overwritten; rename the folder")
     if not settings.renderer.templated:
         raise UserError(f"check-endpoint asks for chat completions, and {settings.renderer.note}")
     if settings.renderer.replaced:

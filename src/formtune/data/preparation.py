@@ -54,7 +54,7 @@ def read_splits(settings: DataSettings) -> tuple[dict[str, list[Example]], Count
     for entry in settings.weights.keys() - (entries([*settings.weights]).values() if settings.weights else ()):
         raise UserError(f"data.train: all files of {entry} belong to entries before it; name each file once")
     ignored: Counter[str] = Counter()
-    named = {name: source for name, source in settings.sources.items() if name not in settings.shares}
+    named = {name: source for name, source in settings.sources.items() if not isinstance(source, float)}
     examples = {name: read_examples(settings, source, ignored, split=name) for name, source in named.items()}
     if settings.split_column:
         rows = list(chain(*examples.values()))

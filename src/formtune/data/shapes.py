@@ -67,7 +67,7 @@ class Columns:
         if columns == DEFAULT and is_other:
             columns, shape = _recognize(record, where, bool(with_target)) or (columns, "")
         prompt, completion, column = columns
-        is_chat = record.get(column) is not None
+        is_chat = column in record and (record[column] is not None or not record.keys() & {*_fields(prompt)})
         own = [column] if is_chat else [*_fields(prompt), completion]
         ignored |= unread(record, {*own, self.system, self.source, "tools"}, REFUSED, where)
         if not is_chat and not _is_turns(record.get(prompt)):

@@ -59,11 +59,14 @@ class HuggingFace(Source):
         try:
             if Path(self.path).is_dir():
                 loaded = datasets.load_from_disk(self.path)
+                if isinstance(loaded, dict) and self.split not in loaded:
+                    raise ValueError(f"there are {', '.join(loaded)}")
                 loaded = loaded[self.split] if isinstance(loaded, dict) else loaded
             else:
                 loaded = datasets.load_dataset(self.path, self.name, split=self.split)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{self.path}: the split {self.split} is not readable ({first_line(error)})") from None
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = first_line(error)
+            raise UserError(f"{self.path}: the split {self.split} is not readable ({reason}); set `split`") from None
         yield from _numbered(loaded, loaded.features.to_dict(), f"{self.path}[{self.split}]")
 
 

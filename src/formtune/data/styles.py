@@ -129,11 +129,11 @@ def _empties(path: str, objects: Mapping[str, Sequence[Entry]]) -> Forms:
 def _values(entries: Sequence[Entry]) -> tuple[str, Forms]:
     """Texts that write dates or numbers in several ways, unless they are copied; whole numbers with a point or none."""
     texts = [(v, e) for v, e in entries if isinstance(v, str)]
-    if sum(v in e.text for v, e in texts) < COPIED * len(texts):
-        for what, patterns in (("date", _DATES), ("number", _NUMBERS)):
-            forms = [(form, e) for v, e in texts if (form := _form(v, patterns))]
-            if len(forms) >= MOST * len(texts):
-                return what, forms
+    for what, patterns in (("date", _DATES), ("number", _NUMBERS)):
+        forms = [(form, e) for v, e in texts if (form := _form(v, patterns))]
+        # In this order: the prompt's text takes time, and few fields are dates or numbers.
+        if len(forms) >= MOST * len(texts) and sum(v in e.text for v, e in texts) < COPIED * len(texts):
+            return what, forms
     whole = [(v, e) for v, e in entries if type(v) in (int, float) and v == v // 1]
     return "number", [("5.0" if isinstance(v, float) else "5", e) for v, e in whole]
 

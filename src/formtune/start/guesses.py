@@ -58,7 +58,7 @@ def guess_columns(records: Records, prompt: str | None, completion: str | None) 
     prompts = [prompt] if prompt else [name for name in texts if name.lower() in PROMPTS]
     prompts, are_known = prompts or texts, bool(prompts)
     if not targets and len(prompts) == 1:  # the only other column
-        targets = [name for name in record if name not in prompts]
+        targets = [name for name in record if name not in prompts and not re.fullmatch(SPLIT, name)]
     if not targets and len(prompts) == 2:  # the column whose values repeat is the answer
         prompts.sort(key=lambda name: -len({str(row.get(name)) for row, _ in records}))
         targets = [prompts.pop()]

@@ -189,7 +189,7 @@ def test_an_empty_or_unusable_group_column_is_refused(prepare, value, message):
         prepare([{"prompt": "p", "completion": answer(1), "doc": value}], group="doc")
 
 
-def test_a_column_says_in_which_split_a_row_is(prepare):
+def test_a_column_says_in_which_split_a_row_is(prepare, base):
     def rows(*names):
         return [{"prompt": f"{WORDY[n % 16]} {n * 7919} {WORDY[n * 7 % 16]} of {n * n}", "completion": answer(n), "part": names[n % 4]}
                 for n in range(80)]  # fmt: skip
@@ -201,6 +201,10 @@ def test_a_column_says_in_which_split_a_row_is(prepare):
     # A split that the column does not name is a share of train.
     splits = prepare(rows("train", "train", "train", "test"), split_column="part")
     assert splits.read == {"test": 20, "train": 60} and 0 < len(splits.rows["validation"]) < 30
+    # Settings are read more than once, by `formtune init` with other limits.
+    settings = DataSettings(JsonSchema("schema.json"), "train.jsonl", tokenizer=base, split_column="part")
+    read = [load_splits(settings, from_cache=False).read for _ in range(2)]
+    assert read == [{"test": 20, "train": 60}] * 2
     with pytest.raises(UserError, match="train.jsonl:4: `part` is 'x', not one of train, test, validation"):
         prepare(rows("train", "train", "train", "x"), split_column="part")
 

@@ -103,6 +103,7 @@ def test_inputs_without_answers_are_recognized_too(record, prompt):
         ({"prompt": CHAT[:1], "completion": CHAT[:1]}, r"the last turn of `prompt\+completion` must be the assistant's"),
         ({"question": "a", "answer": None}, "f.jsonl:1: `answer` is null, not text"),
         ({"question": "a"}, "f.jsonl:1: no column `prompt` among question; set data.columns"),
+        ({"messages": None}, "f.jsonl:1: `messages` is null; it must be a list of turns"),
         ({"prompt": "a", "answer": "b"}, "f.jsonl:1: no column `completion` among prompt, answer"),
         ({"prompt": ["a"], "completion": "b"}, "f.jsonl:1: `prompt` is list, not text"),
     ],

@@ -8,7 +8,7 @@ import lzma
 import pytest
 
 from conftest import shared
-from formtune.data.sources import read_records
+from formtune.data.sources import HuggingFace, read_records
 from formtune.errors import UserError
 
 RECORDS = [{"prompt": "a; b", "completion": "2026-01-02"}, {"prompt": 'q, "r"\ns', "completion": "7"}]
@@ -144,6 +144,17 @@ def test_a_saved_data_set_is_read_with_the_names_of_its_class_labels(tmp_path):
             {"text": "b", "label": "neg"},
             {"text": "c", "label": None},
         ]
+
+
+def test_a_split_that_a_saved_data_set_lacks_is_refused_with_those_that_it_has(tmp_path):
+    import datasets
+
+    part = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    datasets.DatasetDict({"train_sft": part, "test_sft": part}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"split train is not readable \(there are train_sft, test_sft\); set `split`"):
+        list(read_records(str(tmp_path / "saved")))
+    source = HuggingFace(str(tmp_path / "saved"), split="test_sft")
+    assert [record for record, _ in read_records(source)] == [{"prompt": "a", "completion": "b"}]
 
 
 def test_the_same_rows_in_other_files_are_the_same_records():

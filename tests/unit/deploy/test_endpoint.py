@@ -63,6 +63,13 @@ def test_served_answers_are_judged_as_a_runs_and_can_be_compared_with_it(check, 
     assert main(["compare", "logs/small/endpoint", "logs/small/endpoint"]) == 0
 
 
+def test_a_training_run_called_endpoint_is_not_overwritten(check, capsys):
+    run, server = check
+    Path("logs/small/endpoint/checkpoints").mkdir(parents=True)
+    assert run() == 2 and not server.requests
+    assert "logs/small/endpoint: is a training run" in capsys.readouterr().err
+
+
 def test_confidence_comes_from_log_probabilities_where_the_server_gives_them(check, capsys):
     run, server = check
     outcomes = Path("logs/small/endpoint/outcomes/after.jsonl")

@@ -50,6 +50,11 @@ def test_each_shape_of_columns(rows, columns):
     assert answer["role"] == "assistant"
 
 
+def test_a_split_column_is_not_the_target():
+    row = {"text": "x y", "verdict": "good", "split": "train"}
+    assert guess_columns(placed(row), None, None) == {"prompt": "text", "completion": "verdict"}
+
+
 def test_columns_that_are_named_are_taken():
     rows = placed({"a": "x", "b": "y", "c": "z"})
     assert guess_columns(rows, "{a} {c}", "b") == {"prompt": "{a} {c}", "completion": "b"}
