@@ -48,6 +48,9 @@ def check_trainer(config: Namespace) -> None:
     for flag, (values, reason) in REFUSED.items():
         if trainer[flag] in values:
             raise UserError(f"trainer.{flag}: {trainer[flag]} {reason}")
+    for unit in ("steps", "epochs"):
+        if 0 <= (trainer[f"max_{unit}"] or -1) < (trainer[f"min_{unit}"] or 0):
+            raise UserError(f"trainer.min_{unit}: more than trainer.max_{unit}, {trainer[f'max_{unit}']}")
     if trainer.max_steps == -1 and trainer.max_epochs == -1 and not trainer.max_time:
         raise UserError("trainer.max_epochs: -1 never ends; set it, trainer.max_steps or trainer.max_time")
     if trainer.gradient_clip_val:

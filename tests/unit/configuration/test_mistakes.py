@@ -164,6 +164,7 @@ NAMED = [
     (["--model.metrics", "[{class_path: torchmetrics.text.CharErrorRat}]"], "did you mean CharErrorRate?"),
     (["--model.metrics", "[{class_path: torchmetrics.text.BLEUScore, init_args: {n_gram: x}}]"], "model.metrics.n_gram: must be an integer, not x"),
     (["--data.format", "jsonschema"], "data.format: no class 'jsonschema'; did you mean JsonSchema?"),
+    (["--trainer.min_steps", "10"], "trainer.min_steps: more than trainer.max_steps, 2"),
     (["--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "trainer.max_epochs: -1 never ends; set it,"),
     (["--trainer.logger", "false", "--trainer.callbacks+=LearningRateMonitor"], "LearningRateMonitor needs a logger"),
 ]  # fmt: skip
