@@ -231,7 +231,7 @@ def table(results: dict[str, Any]) -> str:
         "# Near-duplicates",
         "",
         f"Written by `python benchmarks/duplicates.py` on {results['cores']} CPU cores, over shuffled utterances of "
-        "the Schema-Guided Dialogue data set; Jaccard index 0.8 over character 5-grams.",
+        "the Schema-Guided Dialogue dataset; Jaccard index 0.8 over character 5-grams.",
         "",
         f"All {whole['rows']:,} rows cleaned and selected: **{whole['seconds']:.1f} s**, of which cleaning "
         f"{whole['seconds_cleaning']:.1f} s, at most {whole['peak_mib']:,.0f} MiB of memory; {whole['kept']:,} kept, "

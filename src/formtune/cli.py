@@ -46,8 +46,8 @@ examples:
   formtune test logs/demo/RUN
   formtune compare logs/demo/r16 logs/demo/r32
 
-One YAML describes a task, and every key of it can be set on the command line too. README.md shows a whole run and how
-to start with your own rows; configs/ holds YAMLs to start from."""
+One YAML describes a task; every key can also be set on the command line. README.md shows a full run and how to start
+with your own rows; configs/ has example YAMLs."""
 
 
 def help_text() -> str:
@@ -100,8 +100,8 @@ def _run(args: list[str]) -> int:
         command = importlib.import_module(f"formtune.commands.{COMMANDS[name].module}")
         return command.run(name, rest) or 0
     elif name.startswith("-"):
-        raise UserError(f"a command comes first, before {name}; the commands are {', '.join(COMMANDS)}")
+        raise UserError(f"put the command first, before {name}; the commands are {', '.join(COMMANDS)}")
     else:
         near = did_you_mean(name, COMMANDS)
-        raise UserError(f"no command {name!r}{near or '; the commands are ' + ', '.join(COMMANDS)}")
+        raise UserError(f"unknown command {name!r}{near or '; the commands are ' + ', '.join(COMMANDS)}")
     return 0

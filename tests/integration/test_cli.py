@@ -120,20 +120,20 @@ def test_validation_counts_optimizer_steps_and_ends_with_the_last_step(project):
 
 
 MISTAKES = {
-    "nothing to judge by": (["--trainer.limit_val_batches", "0"], "limit_val_batches: 0 leaves nothing"),
+    "nothing to judge by": (["--trainer.limit_val_batches", "0"], "limit_val_batches: 0 leaves no rows"),
     "clipping in the trainer": (["--trainer.gradient_clip_val", "1"], "set model.max_grad_norm instead"),
-    "layers split otherwise": (["--trainer.strategy", "deepspeed"], "deepspeed splits the adapters too; use fsdp"),
+    "layers split otherwise": (["--trainer.strategy", "deepspeed"], "deepspeed shards the adapters too; use fsdp"),
     "spawned processes": (
         ["--trainer.strategy", "ddp_spawn"],
-        "trainer.strategy: ddp_spawn cannot hand back what it trained; use ddp",
+        "trainer.strategy: ddp_spawn cannot return the trained weights; use ddp",
     ),
     "spawned by a class": (
         ["--trainer.strategy", "DDPStrategy", "--trainer.strategy.start_method", "spawn"],
-        "cannot hand back what it trained; use ddp",
+        "cannot return the trained weights; use ddp",
     ),
     "layers split in 4 bits": (
         ["--trainer.strategy", "fsdp", "--model.quantize", "4bit"],
-        "fsdp takes neither model.quantize nor model.compile",
+        "fsdp supports neither model.quantize nor model.compile",
     ),
     "beginning of a key": (["--trainer.max_step", "3"], "max_step"),
     "accumulation": (["--trainer.accumulate_grad_batches", "4"], "set data.rows_per_step instead"),
@@ -172,7 +172,7 @@ def test_a_used_run_folder_is_not_overwritten(project, capfd):
     (project / "logs/small/one").mkdir(parents=True)
     (project / "logs/small/one/config.yaml").touch()
     assert fit() == 2
-    assert "already holds a run" in capfd.readouterr().err
+    assert "already has a run" in capfd.readouterr().err
 
 
 def test_a_trial_run_of_one_batch_leaves_no_result_and_no_traceback(project):
@@ -219,9 +219,13 @@ HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "numpy")
         (["--help"], 0, "commands:"),
         (["-h"], 0, "formtune fit -c configs/demo.yaml"),
         (["--version"], 0, r"formtune \d"),
-        (["fti", "-c", "small.yaml"], 2, "no command 'fti'; did you mean fit?"),
-        (["quux"], 2, "no command 'quux'; the commands are init, audit, synthesize, preflight, train, fit, validate"),
-        (["-c", "small.yaml", "fit"], 2, "a command comes first, before -c"),
+        (["fti", "-c", "small.yaml"], 2, "unknown command 'fti'; did you mean fit?"),
+        (
+            ["quux"],
+            2,
+            "unknown command 'quux'; the commands are init, audit, synthesize, preflight, train, fit, validate",
+        ),
+        (["-c", "small.yaml", "fit"], 2, "put the command first, before -c"),
         (["train", "-c"], 2, "-c: name the YAML of a task"),
         (["train", "-c", "gone.yaml"], 2, "gone.yaml: No such file"),
         (["train", "--config=broken.yaml"], 2, "broken.yaml:1: not valid YAML"),

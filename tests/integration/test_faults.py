@@ -221,7 +221,7 @@ def test_a_moved_run_keeps_its_best_and_resumes(interrupted, whole):
 
 def test_without_a_name_the_last_run_resumes_if_its_configuration_is_the_same(interrupted, capfd):
     assert main(["train", "-c", "small.yaml", "--model.lora.r", "2", "--resume"]) == 0
-    assert "began with model.lora.r 4, now 2: a new run begins" in capfd.readouterr().out
+    assert "was started with model.lora.r 4, now 2: starting a new run" in capfd.readouterr().out
     assert len(list(Path("logs/small").iterdir())) == 2 and not Path("logs/small/one/metrics.json").exists()
     shutil.rmtree(next(path for path in Path("logs/small").iterdir() if path.name != "one"))
     assert main(["train", "-c", "small.yaml", "--resume"]) == 0
@@ -240,7 +240,7 @@ def test_a_run_whose_template_writes_the_date_keeps_that_of_its_first_day(work, 
 
     today_is("2026-11-25")
     assert main(["train", "-c", "small.yaml", "--run", "whole"]) == 0
-    note = "the chat template writes the date; frozen at 2026-11-25 for this run; a server writes its own day"
+    note = "the chat template writes the date; fixed at 2026-11-25 for this run; a server writes the current date"
     assert capfd.readouterr().out.count(note) == 1
     card = " ".join(Path("logs/small/whole/adapter/README.md").read_text().split())
     assert "The template writes the date: 2026-11-25 in every row of this run." in card
@@ -386,7 +386,7 @@ def test_files_that_changed_under_a_run_are_refused(interrupted, capfd, change, 
 @pytest.mark.case("97", "a folder that holds a run, without --resume")
 def test_a_run_is_not_overwritten(interrupted, capfd):
     assert main([*FIT]) == 2
-    one_line(capfd, "already holds a run", "--resume", "another --run")
+    one_line(capfd, "already has a run", "--resume", "another --run")
 
 
 @pytest.mark.case("98", "two processes in one run's folder")

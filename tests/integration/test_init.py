@@ -144,7 +144,7 @@ def test_nothing_is_overwritten(folder, base, capsys, existing):
 @pytest.mark.parametrize(
     "content, args, message",
     [
-        ("", (), "trips.jsonl: holds no row"),
+        ("", (), "trips.jsonl: has no rows"),
         ('{"prompt": "p"', (), "trips.jsonl:1: not valid JSON"),
         ('{"a": "p", "b": "q", "c": "r"}\n', (), "trips.jsonl:1: which of the columns a, b, c is the prompt"),
         ('{"prompt": "p", "completion": "free text"}\n', (), "trips.jsonl:1: no format fits"),

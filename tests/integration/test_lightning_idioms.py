@@ -139,7 +139,7 @@ def test_commands_take_a_run_and_measure_its_best_checkpoint_and_try_shows_both_
     assert main(["predict", "logs/small/one", "prompts.jsonl", "--answers", "a.jsonl"]) == 0
     assert len(Path("a.jsonl").read_text().splitlines()) == 1
     assert main(["test", "logs/small/two"]) == 2
-    assert "logs/small/two: no run is there" in capsys.readouterr().err
+    assert "logs/small/two: not a run" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", io.StringIO("number 5\n"))
     assert main(["try", "logs/small/one"]) == 0
     out = capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""What a person should know of a data set before training on it. Needs no model, and no torch."""
+"""What a person should know of a dataset before training on it. Needs no model, and no torch."""

@@ -180,8 +180,8 @@ def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]
     fix = f"data.repair_answers: [{', '.join(dict.fromkeys([*settings.repair_answers, 'canonical']))}]"
     if rows < FEW_ROWS:
         yield (
-            f"{rows:,} training rows: below about {FEW_ROWS} a model learns the examples more than the task; "
-            "collect more, from people where possible"
+            f"{rows:,} training rows: with less than about {FEW_ROWS}, a model memorises the examples "
+            "rather than learning the task; collect more, from people where possible"
         )
     if order["rows"]:
         yield (

@@ -74,7 +74,7 @@ def base_folder(base: str) -> Path:
     try:
         return Path(str(cached_file(check_base(base), "config.json", local_files_only=True))).parent
     except OSError:
-        raise UserError(f"{base}: the base is neither a folder nor in the local cache of the hub") from None
+        raise UserError(f"{base}: the base is neither a folder nor in the local Hub cache") from None
 
 
 @functools.lru_cache(maxsize=4)

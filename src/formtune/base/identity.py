@@ -40,17 +40,17 @@ def check_identity(recorded: Any, current: dict[str, Any], resumes: bool) -> Non
     """Refuse a checkpoint of another base or template; to resume, also of another format or number of processes."""
     if not isinstance(recorded, dict) or not recorded.keys() >= current.keys():
         raise UserError(
-            "ckpt_path: the checkpoint was not written by this version of formtune; take the version that wrote it, or "
-            "begin a new run"
+            "ckpt_path: the checkpoint was not written by this version of formtune; use the version that wrote it, or "
+            "start a new run"
         )
     if recorded["base"] != current["base"]:
         raise UserError("model.base: the checkpoint was trained on another base")
     if recorded["template"] != current["template"]:
         raise UserError("model.chat_template: the checkpoint was trained with another chat template; name its file")
     if resumes and recorded["format"] != current["format"]:
-        raise UserError("data.format: the format has changed since this run began; begin a new run")
+        raise UserError("data.format: the format has changed since this run began; start a new run")
     if resumes and recorded["adapter"] != current["adapter"]:
-        raise UserError("model.adapter: the adapter has changed since this run began; begin a new run")
+        raise UserError("model.adapter: the adapter has changed since this run began; start a new run")
     if resumes and recorded["processes"] != current["processes"]:
         before, now = recorded["processes"], current["processes"]
         raise UserError(f"trainer.devices: this run began on {before} processes, not {now}; resume it on {before}")

@@ -91,7 +91,7 @@ class Renderer:
             prompt_ids = self._tokenize(prompt).ids
             target_ids = self._target(self.probe, None, prompt, prompt_ids)[1]
         except UnfitRow as error:
-            raise UserError(f"{self._key}: the chat template cannot be supervised: {error}") from None
+            raise UserError(f"{self._key}: the loss mask of the chat template cannot be verified: {error}") from None
         written = self._decode(target_ids[:-1])
         self._lead = written[: len(written) - len(written.lstrip())]
         if not self.thinking and (before := written.removesuffix(self.probe[1]["content"])) != self._lead:
@@ -111,8 +111,8 @@ class Renderer:
         """How prompts are rendered, where a chat server does not render them so; else empty."""
         if not self.templated:
             return (
-                "the base has no chat template, so chat servers cannot take it; a prompt is the system prompt, if any, "
-                f"and the input, each followed by a blank line, and {self.tokenizer.eos_token} ends the answer"
+                "the base has no chat template, so chat servers cannot render it; a prompt is the system prompt, if "
+                f"any, and the input, each followed by a blank line, and {self.tokenizer.eos_token} ends the answer"
             )
         notes = []
         if self.replaced:
@@ -176,7 +176,7 @@ class Renderer:
             if tools or any(len(turn) > 2 for turn in turns):
                 self._check_parts(turns, tools)
         elif tools or any(len(turn) > 2 or turn["role"] == "tool" for turn in turns):
-            raise UnfitRow("the base has no chat template for tools; take another base, or write them as text")
+            raise UnfitRow("the base has no chat template for tools; use another base, or write them as text")
         else:
             prompt = "".join(f"{turn['content']}\n\n" for turn in context)
         prompt_ids = self._bos + self._tokenize(prompt).ids
@@ -203,7 +203,7 @@ class Renderer:
             rest = [{name: value for name, value in turn.items() if name != key} for turn in turns]
             rest_of_tools = None if key == "tools" else tools
             if (rest, rest_of_tools) != (turns, tools) and self._try(rest, asks, rest_of_tools) == whole:
-                raise UnfitRow(f"the chat template leaves out `{key}`; remove it, or take a base whose template has it")
+                raise UnfitRow(f"the chat template leaves out `{key}`; remove it, or use a base whose template has it")
 
     def answer(self, ids: Sequence[int]) -> tuple[str, bool]:
         """Text of generated `ids` up to the first stop token, and whether there was one."""
@@ -269,7 +269,7 @@ class Renderer:
         ids, offsets = encoding.ids, encoding.offsets
         if not conversation.startswith(prompt) or ids[: len(prompt_ids)] != prompt_ids:
             is_off = "reasoning_content" in messages[-1] and not self.thinking
-            remedy = ", as thinking is off; remove `reasoning_content`, or take the format Reasoning" if is_off else ""
+            remedy = ", as thinking is off; remove `reasoning_content`, or use the format Reasoning" if is_off else ""
             raise UnfitRow(f"the prompt is not a token prefix of the conversation{remedy}")
         if len(messages[-1]) > 2 or self.thinking:  # all that the template writes up to the end of the turn
             stop = next((i for i in range(len(prompt_ids), len(ids)) if ids[i] in self.stop_ids), -1)

@@ -75,7 +75,7 @@ def check_turns(context: list[Message], prompt: str, closing: str) -> None:
             text = " ".join(content.split())[:40]
             raise UnfitRow(
                 f"the chat template leaves out the {message['role']} turn {text!r}; write it into the last user turn, "
-                "or take a base whose template has it"
+                "or use a base whose template has it"
             )
         prompt = prompt.replace(letters, "\0", 1)
 

@@ -10,7 +10,7 @@ class Command(NamedTuple):
 
 
 _ALL = {
-    "init": Command("init", "Look at rows, and write the YAML and the schema of a task that is ready to run."),
+    "init": Command("init", "Guess a task from rows: write its YAML and schema, ready to run."),
     "audit": Command("audit", "Check the rows before training. Needs only the base's tokenizer."),
     "synthesize": Command("synthesize", "Ask a teacher model to answer prompts; keep the answers with a valid format."),
     "preflight": Command("preflight", "Check before training whether the result can be merged, quantized and served."),
@@ -22,14 +22,14 @@ _ALL = {
     "test": Command("lightning", "Evaluate a run's best checkpoint, or the untuned base, on the test rows."),
     "predict": Command("lightning", "Answer a file of prompts and check the format of each answer."),
     "try": Command("try_run", "Type a prompt; see the answers of base and tuned model side by side."),
-    "sweep": Command("sweep", "Train a grid of settings (ranks by default) and take the smallest that is as good."),
-    "compare": Command("compare", "Say which run is better on the same test rows, or that the rows cannot tell."),
+    "sweep": Command("sweep", "Train a grid of settings (ranks by default); choose the smallest of the best."),
+    "compare": Command("compare", "Compare runs on the same test rows: better, worse, or cannot tell."),
     "export": Command("export", "Merge or quantize a run's adapter; refuse it if its answers got worse."),
-    "promote": Command("promote", "Point a name such as production to a run, if its test rows are not worse."),
-    "rollback": Command("promote", "Point the name to the previous version again."),
-    "deployments": Command("promote", "List what is deployed, and its history."),
+    "promote": Command("promote", "Deploy a run under a name such as production, if it is not worse on the test rows."),
+    "rollback": Command("promote", "Return a deployment to its previous version."),
+    "deployments": Command("promote", "List deployments and their history."),
     "serve": Command("serve", "Serve a run or a deployment on this machine, or print the vLLM command."),
-    "check-endpoint": Command("check_endpoint", "Send the test rows to a server; judge its answers and its speed."),
+    "check-endpoint": Command("check_endpoint", "Send the test rows to a server; check its answers and speed."),
 }
 # A command whose file was deleted with its optional folder is left out. Nothing is imported for the list.
 COMMANDS = {name: it for name, it in _ALL.items() if Path(__file__).with_name(f"{it.module}.py").is_file()}

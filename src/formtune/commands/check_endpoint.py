@@ -33,13 +33,13 @@ WORST = 3  # answers that are printed
 def run(command: str, args: list[str]) -> int:
     """Ask, judge, print, write `logs/<task>/endpoint/`; 1 if fewer answers than `--min_exact` have a valid format."""
     parser = task_parser(command, COMMANDS[command].description)
-    parser.add_argument("url", type=str, help="Base URL, such as http://127.0.0.1:8000/v1; the key, where one is "
+    parser.add_argument("url", type=str, help="Base URL, such as http://127.0.0.1:8000/v1; the API key, if "
                         "needed, is read from OPENAI_API_KEY")  # fmt: skip
     parser.add_argument("--served_model", type=str | None, help="Name of the model to ask for (default: the task's, as "
                         "formtune serve calls it)")  # fmt: skip
-    parser.add_argument("--at_once", type=PositiveInt, default=4, help="Requests at the same time")
-    parser.add_argument("--min_exact", type=ClosedUnitInterval, default=0.0, help="Share of answers in a valid "
-                        "format below which the exit code is 1")  # fmt: skip
+    parser.add_argument("--at_once", type=PositiveInt, default=4, help="Concurrent requests")
+    parser.add_argument("--min_exact", type=ClosedUnitInterval, default=0.0, help="Exit with code 1 if the "
+                        "share of answers with a valid format is lower")  # fmt: skip
     parser.add_argument("--constrained", type=bool, default=False, help="Send the schema as response_format, for "
                         "constrained decoding by the server")  # fmt: skip
     config, settings = read_task(parser, args)
@@ -58,7 +58,7 @@ def run(command: str, args: list[str]) -> int:
         inner = settings.format.inner or settings.format
         if not isinstance(inner, JsonSchema):
             kind = type(settings.format).__name__
-            raise UserError(f"--constrained: a server takes a JSON Schema, and data.format is {kind}")
+            raise UserError(f"--constrained: a server needs a JSON Schema, but data.format is {kind}")
         schemas = [json.loads(row.schema) if row.schema else inner.schema for row in rows]
     endpoint = Endpoint(config.url, config.served_model or config.task, settings.max_new_tokens, settings.renderer)
     endpoint.open(rows[0], schemas[0])
@@ -106,7 +106,7 @@ def _judge(row: Row, reply: Reply, format: Format) -> Outcome:
 
 def _show(result: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
     runs = [{"name": result["model"], "figures": result["figures"]}]
-    Console().print(figures_table(f"What is served, on {result['rows']:,} test rows", runs, [{}]))
+    Console().print(figures_table(f"Served model, on {result['rows']:,} test rows", runs, [{}]))
     print(f"prompts: {result['prompts']} as formtune's in every row")
     print("kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in result["kinds"].items()))
     confidence = "the server gives no log-probabilities"

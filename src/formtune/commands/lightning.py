@@ -72,7 +72,7 @@ def _with_named_run(command: str, args: list[str]) -> list[str]:
         return args
     config, words, prompts = Path(args[0], "config.yaml"), args[1:], []
     if not config.is_file():
-        raise UserError(f"{args[0]}: no run is there (no config.yaml); name its folder, such as logs/demo/RUN")
+        raise UserError(f"{args[0]}: not a run (no config.yaml); name its folder, such as logs/demo/RUN")
     if command == "predict" and words and not words[0].startswith("-"):
         prompts = ["--data.prompts", words.pop(0)]
     return ["-c", str(config), *prompts, *words]

@@ -37,7 +37,7 @@ def run(command: str, args: list[str]) -> int:
     parser = task_parser(command, COMMANDS[command].description)
     parser.add_class_arguments(Lora, "model.lora")
     parser.add_argument("--model.adapter", type=str | None, help="As in training")
-    parser.add_argument("--for", type=str, default="merge,vllm", dest="targets", help="What to do with the adapter, of "
+    parser.add_argument("--for", type=str, default="merge,vllm", dest="targets", help="Planned uses of the adapter, of "
                         f"{', '.join(TARGETS)} (default: merge,vllm)")  # fmt: skip
     config, settings = read_task(parser, args)
     take_settings(config.model)
@@ -75,7 +75,7 @@ def run(command: str, args: list[str]) -> int:
         say(f"{it.target}, {it.check}, {it.verdict}: {it.detail}", COLORS[it.verdict])
     print(f"figures: {path}")
     untried = "".join(f", by the rules alone for {it.target}" for it in checks if it.verdict == "not tried")
-    verdict = f"fails for {', '.join(failed)}" if failed else f"no objection to {', '.join(targets)}"
+    verdict = f"failed for {', '.join(failed)}" if failed else f"passed for {', '.join(targets)}"
     say(f"verdict: {verdict}{untried}", "bold")
     print(f"next: {'change what fails' if failed else f'formtune train -c {config_paths(args)[0]}'}")
     return int(bool(failed))

@@ -24,17 +24,17 @@ def _promote(parser: CommandParser, args: list[str]) -> None:
     parser.add_argument("--as", dest="kind", metavar="KIND", default="adapter", help="Which of the run's exported "
                         "folders (default: adapter)")  # fmt: skip
     parser.add_argument("--reason", help="Why, for the history")
-    parser.add_argument("--force", action="store_true", help="Whatever the evidence says; needs --reason")
+    parser.add_argument("--force", action="store_true", help="Promote despite worse test rows; needs --reason")
     config = parser.parse_args(args)
     if config.force and not config.reason:
-        raise UserError("--force: say why with --reason; the history keeps both")
+        raise UserError("--force: say why with --reason; the history records both")
     exported = registry.Exported(config.run / config.kind)
     version, name = f"{config.run.resolve().name}-{config.kind}", f"{exported.task}/{config.to}"
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(f"--to: {name!r}: use letters, digits, '.', '_' and '-', and begin with a letter or digit")
     with registry.locked(name) as deployment:
         if version == deployment.current:
-            raise UserError(f"{name}: points to {version} already")
+            raise UserError(f"{name}: already points to {version}")
         objections = weigh(deployment, exported.manifest["format"], exported.outcomes)
         if objections and not config.force:
             raise UserError(f"not promoted: {', and '.join(objections)}; or --force --reason '...'")
@@ -94,7 +94,7 @@ def weigh(deployment: registry.Deployment, format_hash: str, outcomes: Path) -> 
         if current is None:
             return []
         if read_manifest(deployment.version_folder(current))["format"] != format_hash:
-            objections.append(f"the format is not that of {current}, for which the answers are parsed")
+            objections.append(f"the format differs from that of {current}, which downstream code parses")
         comparison = compare(read_runs([str(deployment.outcomes(current)), str(outcomes)]))
         print_comparison(comparison)
         for name in IN_WORDS:

@@ -27,9 +27,9 @@ from formtune.sweep.runs import RANKS, Job, grid, seed_numbers
 from formtune.training.run_folder import RunFolder
 
 HELP = """\
-All other arguments are passed to `formtune train`, -c TASK.yaml first of all. A point is one value for each key.
+All other arguments, such as -c TASK.yaml, are passed to `formtune train`. A point is one value for each key.
 
-Runs are in logs/<task>/<sweep>/, with the configuration taken in config.yaml and all figures in report.html and
+Runs are in logs/<task>/<sweep>/, with the chosen configuration in config.yaml and all figures in report.html and
 sweep.json. The same command again keeps the finished runs and resumes the others, also with more values or seeds.
 
 examples:
@@ -48,7 +48,7 @@ def run(command: str, args: list[str]) -> int:
     parser.add_argument("--over", action="append", metavar="KEY=VALUES", help="A key of the task and the values to "
                         f"try; several make all combinations (default: {RANKS})")  # fmt: skip
     # With fewer, a better rank cannot be told from a luckier seed.
-    parser.add_argument("--seeds", default="0,1,2", help="Seeds that each point is trained with (default: %(default)s)")
+    parser.add_argument("--seeds", default="0,1,2", help="Seeds for each point (default: %(default)s)")
     options, arguments = parser.parse_known_args(args)
     points, seeds = grid(options.over or [RANKS]), seed_numbers(options.seeds)
     keys = next(iter(points.values())).keys()
@@ -82,7 +82,7 @@ def run(command: str, args: list[str]) -> int:
             measured = [measure(name, ended) for name, them in results.items() if (ended := [*filter(None, them)])]
             # A point that lost a seed would be judged by those that went well.
             complete = [point for point in measured if point.seeds == len(seeds)]
-            taken, why = choose(complete) if complete else (None, "Nothing is taken: no point has every seed.")
+            taken, why = choose(complete) if complete else (None, "Nothing is chosen: no point has finished all seeds.")
             figures = [asdict(point) for point in measured]
             summary = {"points": figures, "taken": taken, "reason": why, "seeds": seeds, "failed": failed}
             # The configuration last: a folder that has one and no sweep.json is a run.
@@ -93,7 +93,7 @@ def run(command: str, args: list[str]) -> int:
                 write_whole(folder / "config.yaml", configurations[taken])
     except Timeout:
         raise UserError(f"{folder}: this sweep is already running") from None
-    print("The choice never sees the test rows. On validation (test):")
+    print("Test rows are not used for the choice. On validation (test):")
     for point in measured:
         shares = ", ".join(f"{metric} {point.validation[metric]} ({point.test[metric]:.1%})" for metric in METRICS)
         seen = f"{point.seeds} of {len(seeds)} seeds, {point.trainable_parameters:,} trainable parameters"

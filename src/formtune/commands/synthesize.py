@@ -32,11 +32,11 @@ def run(command: str, args: list[str]) -> None:
     """Ask for the prompts that are new, and write the answers with a valid format."""
     parser = task_parser(command, COMMANDS[command].description)
     parser.add_argument("--endpoint", type=str, required=True, help="Base URL, such as http://localhost:8000/v1; the "
-                        "key, where one is needed, is read from OPENAI_API_KEY")  # fmt: skip
+                        "API key, if needed, is read from OPENAI_API_KEY")  # fmt: skip
     parser.add_argument("--teacher", type=str, required=True, help="Name of the model to ask; goes into the column "
                         "that data.columns.source names")  # fmt: skip
     parser.add_argument("--out", type=str, required=True, help="File of JSON Lines to write or to continue")
-    parser.add_argument("--at_once", type=PositiveInt, default=4, help="Requests at the same time")
+    parser.add_argument("--at_once", type=PositiveInt, default=4, help="Concurrent requests")
     config, settings = read_task(parser, args)
     format, columns, path = settings.format, settings.columns, Path(config.out)
     if format.per_row:
@@ -48,7 +48,7 @@ def run(command: str, args: list[str]) -> None:
     known += read_examples(settings, config.out, Counter()) if path.is_file() else []
     given = read_examples(settings, settings.prompts, Counter(), with_target=False)
     if any(example.tools for example in given):
-        raise UserError("data.prompts: a prompt has tools, which a teacher is not given; remove it")
+        raise UserError("data.prompts: a prompt has tools, which are not sent to a teacher; remove it")
     shots = [example for example in splits["train"] if format.check(example.target).exact][:SHOTS]
     given = [replace(it, messages=[*it.messages, {"role": "assistant", "content": ""}]) for it in given]
     # A new row must not repeat one of validation or test either.
@@ -76,7 +76,7 @@ def run(command: str, args: list[str]) -> None:
     reasons = "".join(f"; {count:,} with an invalid format: {kind}" for kind, count in refused.most_common())
     print(f"{path}: {len(rows):,} rows; not asked: {len(given) - len(new):,} near-duplicates{reasons}")
     if columns.source is None:
-        print("who wrote a row is read once the task names its column: data.columns.source: source")
+        print("to count rows by author, set data.columns.source: source in the task")
     print(f"next: read some of the rows, add {path} to data.train, then formtune audit -c {config_paths(args)[0]}")
 
 

@@ -47,11 +47,13 @@ class TaskFile(ActionConfigFile):
 def task_parser(command: str, description: str = "") -> TaskParser:
     """The parser of a command that needs a task's rows."""
     parser = TaskParser(prog=f"formtune {command}", description=description)
-    parser.add_argument("-c", "--config", action=TaskFile, help="YAML of the task; what only training needs is skipped")
+    parser.add_argument("-c", "--config", action=TaskFile, help="YAML of the task; keys for training alone are ignored")
     parser.add_argument("--task", type=str | None, help="Name of the task's folder in logs/ (default: the YAML's)")
     parser.add_argument("--model.base", type=str, required=True, help="Folder or hub id of the base: its tokenizer")
-    parser.add_argument("--model.chat_template", type=str | None, help="File of a chat template in place of the base's")
-    parser.add_argument("--model.max_new_tokens", type=int, default=256, help="Tokens that an answer may have")
+    parser.add_argument(
+        "--model.chat_template", type=str | None, help="File of a chat template that replaces the base's"
+    )
+    parser.add_argument("--model.max_new_tokens", type=int, default=256, help="Maximum tokens of an answer")
     parser.add_class_arguments(DataSettings, "data")
     parser.link_arguments("model.base", "data.tokenizer")
     parser.link_arguments("model.chat_template", "data.chat_template")

@@ -16,8 +16,8 @@ from formtune.configuration.parsing import OneLine, did_you_mean
 from formtune.errors import UserError
 
 REFUSED = {  # values that a flag cannot have, and why
-    "limit_val_batches": ((0,), "leaves nothing to judge the model by"),
-    "limit_test_batches": ((0,), "leaves nothing to judge the model by"),
+    "limit_val_batches": ((0,), "leaves no rows to evaluate the model on"),
+    "limit_test_batches": ((0,), "leaves no rows to evaluate the model on"),
     "max_steps": ((0,), "leaves nothing to train"),
     "max_epochs": ((0,), "leaves nothing to train"),
     "val_check_interval": ((0,), "is not a number of steps; leave it out for every 100"),
@@ -26,8 +26,8 @@ REFUSED = {  # values that a flag cannot have, and why
                   "16-mixed"),
 }  # fmt: skip
 # Parts of a strategy's name and start_method.
-REFUSED_STRATEGIES = dict.fromkeys(("spawn", "fork", "notebook"), "cannot hand back what it trained; use ddp")
-REFUSED_STRATEGIES |= dict.fromkeys(("fsdp", "deepspeed", "modelparallel"), "splits the adapters too; use fsdp or ddp")
+REFUSED_STRATEGIES = dict.fromkeys(("spawn", "fork", "notebook"), "cannot return the trained weights; use ddp")
+REFUSED_STRATEGIES |= dict.fromkeys(("fsdp", "deepspeed", "modelparallel"), "shards the adapters too; use fsdp or ddp")
 
 # `typing` caches a union in the order that is imported first; with float first, 1 batch would be 1.0, which is all.
 _HINTS: dict[str, Any] = inspect.unwrap(L.Trainer.__init__).__annotations__
@@ -56,10 +56,10 @@ def check_trainer(config: Namespace) -> None:
     if trainer.gradient_clip_val:
         raise UserError("trainer.gradient_clip_val: set model.max_grad_norm instead")
     if trainer.accumulate_grad_batches != 1:
-        raise UserError("trainer.accumulate_grad_batches: a batch is a whole step here; set data.rows_per_step instead")
+        raise UserError("trainer.accumulate_grad_batches: a batch is a full step here; set data.rows_per_step instead")
     strategy = trainer.strategy
     if strategy == "fsdp" and (config.model.quantize or config.model.compile):
-        raise UserError("trainer.strategy: fsdp takes neither model.quantize nor model.compile; use ddp with them")
+        raise UserError("trainer.strategy: fsdp supports neither model.quantize nor model.compile; use ddp with them")
     name = str(strategy)
     if isinstance(strategy, Namespace):
         name = f"{strategy.class_path} {strategy.get('init_args.start_method', '')}".strip()

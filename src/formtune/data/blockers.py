@@ -39,7 +39,7 @@ def blockers(settings: DataSettings, splits: Splits) -> list[str]:
     if inputs and inputs + answers > settings.limit:
         lines.append(
             f"data.max_length: production's inputs have {inputs} tokens at P95 and answers {answers} at P99, together "
-            f"more than the limit of {settings.limit}; raise data.max_length or take a base with more context"
+            f"more than the limit of {settings.limit}; raise data.max_length or use a base with a longer context"
         )
     origins = Counter(row.origin for row in splits.training if row.origin)
     total, by_models = origins.total(), origins.total() - origins["human"]
@@ -66,7 +66,7 @@ def _remedy(settings: DataSettings, rows: Sequence[Quarantined]) -> str:
     if rows[0].reason == "too_long":
         value = str(longest := max(int(row.fix.rpartition(" ")[2]) for row in rows))
         if key == "data.max_length" and longest > (context_length(settings.base) or longest):
-            return f"take a base with a context of {longest:,} tokens"
+            return f"use a base with a context of {longest:,} tokens"
     return f"set {key}: {value}" if key else "fix them"
 
 

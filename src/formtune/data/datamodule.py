@@ -104,9 +104,7 @@ class FormatDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
         if self.trainer is not None and self.trainer.state.fn == "fit" and state_dict["rows"] != self._content_hash:
-            raise UserError(
-                "data: the training or validation rows are not those that this run began with; begin a new run"
-            )
+            raise UserError("data: the training or validation rows have changed since this run began; start a new run")
 
     @functools.cached_property
     def _content_hash(self) -> str:

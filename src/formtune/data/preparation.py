@@ -218,7 +218,7 @@ def encode_inputs(settings: DataSettings, source: str | list[str] | Source, key:
         _of_row(settings.format, example.schema, example.where)
         rows.append(row)
     if not rows:
-        raise UserError(f"data.{key}: {source} holds no prompt")
+        raise UserError(f"data.{key}: {source} has no prompts")
     return rows
 
 

@@ -44,7 +44,7 @@ class _Row:
     def quarantined(self, reason: str, other: _Row, what: str = "") -> Quarantined:
         where, same = other.example.where, "same" if self.input == other.input else "nearly the same"
         detail = {
-            "conflict": f"{same} input as {where}, another answer",
+            "conflict": f"{same} input as {where}, different answer",
             "input": f"the input is also in {where}",
             "group": f"another row of its group, {self.example.group[:40]!r}, is in {where}",
             "cluster": f"the input is nearly the same as, or continues, that of {where}",

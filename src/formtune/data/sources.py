@@ -1,4 +1,4 @@
-"""Sources of rows: files, also compressed ones, data sets, and your own. Each row comes with its `file:line`.
+"""Sources of rows: files, also compressed ones, datasets, and your own. Each row comes with its `file:line`.
 
 Text files are not read by a data-frame library: those guess types (ISO dates become timestamps) and lose line numbers.
 """
@@ -42,7 +42,7 @@ class Source(ABC):
 
 
 class HuggingFace(Source):
-    """A data set of the `datasets` library: a folder written by `save_to_disk`, or a hub id.
+    """A dataset of the `datasets` library: a folder from `save_to_disk`, or a hub id.
 
     Args:
         path: Local folder or hub id (a hub id uses the network).
@@ -71,7 +71,7 @@ class HuggingFace(Source):
 
 
 def read_records(source: str | list[str] | Source) -> Records:
-    """Yield the records of a source; a path is read by its ending, or as a Hugging Face data set."""
+    """Yield the records of a source; a path is read by its ending, or as a Hugging Face dataset."""
     if isinstance(source, Source):
         return source.records()
     return chain.from_iterable(map(_read, entries(source)))
@@ -105,7 +105,7 @@ def _read(source: str) -> Records:
     if reader and path.exists():
         return reader(source)
     if path.is_file():
-        raise UserError(f"{source}: unknown kind of file; use {ENDINGS}, a data set folder or hub id")
+        raise UserError(f"{source}: unknown kind of file; use {ENDINGS}, a dataset folder or hub id")
     looks_like_id = re.fullmatch(r"[\w-][\w.-]*/[\w-]+", source) and not path.parent.is_dir()
     if path.is_dir() or looks_like_id:
         return HuggingFace(source).records()
@@ -158,7 +158,7 @@ def _csv(path: str, delimiters: str = ",;") -> Records:
         for record in reader:
             where = f"{path}:{reader.line_num}"
             if None in record or None in record.values():
-                raise UserError(f"{where}: the row does not have the header's {len(reader.fieldnames or ())} cells")
+                raise UserError(f"{where}: the row does not have {len(reader.fieldnames or ())} cells like the header")
             yield record, where
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not readable as CSV ({error})") from None

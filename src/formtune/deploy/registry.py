@@ -41,7 +41,7 @@ class Deployment:
                 if record["current"] != self.current:
                     raise ValueError
         except (ValueError, LookupError, TypeError):
-            path, remedy = self._path, "take it from a backup, or remove it and promote again"
+            path, remedy = self._path, "restore it from a backup, or remove it and promote again"
             raise UserError(f"{path}: not a deployment; {remedy}") from None
 
     @property
@@ -78,7 +78,7 @@ def locked(name: str) -> Iterator[Deployment]:
         with FileLock(folder / ".lock"):
             yield Deployment(name)
     except OSError as error:
-        raise UserError(f"{folder}: {first_line(error)}; {name} points to what it pointed to before") from None
+        raise UserError(f"{folder}: {first_line(error)}; {name} is unchanged") from None
 
 
 def names() -> list[str]:
@@ -120,7 +120,7 @@ def find_exported(name: str, kind: str) -> Exported:
         if (folder / NAME).is_file():
             return Exported(folder)
     if Path(name).is_dir():
-        raise UserError(f"{name}: neither an exported folder nor a run with {kind}/; formtune export makes one")
+        raise UserError(f"{name}: neither an exported folder nor a run with {kind}/; create it with formtune export")
     deployment = Deployment(full_name(name))
     version = str(deployment.current)
     return Exported(deployment.version_folder(version), deployment.outcomes(version))
@@ -130,7 +130,7 @@ def store(exported: Path, target: Path) -> None:
     """Copy an exported folder to a version's folder, which appears only when it is whole and verified."""
     if target.exists():
         if file_hash(target / NAME) != file_hash(exported / NAME):
-            raise UserError(f"{target}: holds another export of this name; rename the folder of the run")
+            raise UserError(f"{target}: already has another export of this name; rename the run's folder")
         verify(target)
         return
     partial = target.with_name(target.name + ".part")

@@ -38,7 +38,7 @@ def serve(models: dict[str, Exported], engine: str, port: int) -> int:
         raise UserError(f"--engine {engine} needs the extra ({', '.join(missing)} missing): {install}")
     for exported in models.values():
         if not exported.renderer.templated:  # the server would take another template
-            remedy = "serve it by vLLM (--engine vllm) or llama-server, and ask for completions"
+            remedy = "serve it with vLLM (--engine vllm) or llama-server, and ask for completions"
             raise UserError(f"{exported.folder}: {exported.renderer.note}; {remedy}")
     with socket.socket() as free:  # otherwise the server that is there already would seem to be this one
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
@@ -56,7 +56,7 @@ def serve(models: dict[str, Exported], engine: str, port: int) -> int:
             try:
                 _wait_until_loaded(process, port)
                 for name, exported in models.items():
-                    print(f"{exported.folder} is served as {name}; end with Ctrl-C")
+                    print(f"{exported.folder} is served as {name}; stop it with Ctrl-C")
                 rows = read_outcomes(exported.outcomes) if exported.outcomes.is_file() else []
                 body = example(exported.folder, rows[0].input if rows else "Hello") | {"model": name}
                 data = shlex.quote(json.dumps(body, ensure_ascii=False))
@@ -67,7 +67,7 @@ def serve(models: dict[str, Exported], engine: str, port: int) -> int:
                 _end(process)
     except KeyboardInterrupt:
         return 0
-    raise UserError(f"the server ended by itself with exit code {code}; its own lines above say why")
+    raise UserError(f"the server exited with code {code}; its output above says why")
 
 
 def loading(exported: Exported) -> list[str]:

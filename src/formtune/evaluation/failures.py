@@ -114,7 +114,7 @@ def _lengths(tokens: Sequence[int], longest: int, production_p95: int | None) ->
     edges[-1] += 1  # the last bucket includes the longest
     buckets = {f"{low} to {high - 1}": (sizes >= low) & (sizes < high) for low, high in pairwise(edges)}
     if production_p95 is not None:
-        buckets[f"from production's P95 ({production_p95}) on"] = sizes >= production_p95
+        buckets[f"production's P95 ({production_p95}) or more"] = sizes >= production_p95
     buckets[f"longer than any training row ({longest})"] = sizes > longest
     return [("prompt tokens", name, np.flatnonzero(rows).tolist()) for name, rows in buckets.items()]
 

@@ -47,9 +47,9 @@ class FinishedRun:
         self.data, self.training = manifest["data"], manifest.get("training")
         trained_on, now = manifest["base"]["files"], base_files(self.base)
         if changed := sorted(name for name in trained_on | now if trained_on.get(name) != now.get(name)):
-            raise UserError(f"model.base: {changed[0]} of {self.base} is not the one that the adapter was trained on")
+            raise UserError(f"model.base: {changed[0]} of {self.base} differs from the one the adapter was trained on")
         if json.loads((self.adapter / "format.json").read_text(encoding="utf-8")) != self.format.to_dict():
-            raise UserError(f"{folder / 'config.yaml'}: the format is not the one that judged the run; train again")
+            raise UserError(f"{folder / 'config.yaml'}: the format has changed since the run; train again")
         # An export is judged without constrained decoding, and so must be what it is compared with.
         path = folder / "outcomes" / "adapter.jsonl"
         self.constrained = task.model.constrained and not path.is_file()
@@ -61,7 +61,7 @@ class FinishedRun:
         self.test = splits.rows["test"][: len(self.outcomes)]
         judged = [(outcome.input, outcome.target, outcome.schema, outcome.prompt_tokens) for outcome in self.outcomes]
         if [(row.input, row.target, row.schema, len(row.prompt_ids)) for row in self.test] != judged:
-            raise UserError(f"{path}: {folder / 'config.yaml'} makes other test rows or prompts; train again")
+            raise UserError(f"{path}: {folder / 'config.yaml'} gives other test rows or prompts; train again")
         config = AutoConfig.from_pretrained(self.base, trust_remote_code=False)
         self.dtype = getattr(config, "dtype", None) or torch.float32  # that the base is stored in
         context = context_length(self.base) or 10**9
@@ -83,7 +83,7 @@ def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict
     name = folder_name(kind, **options)
     if run.constrained and kind != "adapter":
         remedy = f"run formtune export {run.folder} first, which measures the adapter without it"
-        raise UserError(f"--as {kind}: the run was judged under constrained decoding; {remedy}")
+        raise UserError(f"--as {kind}: the run was evaluated with constrained decoding; {remedy}")
     with tempfile.TemporaryDirectory(prefix=".export-", dir=run.folder) as scratch:
         folder = run.adapter if kind == "adapter" else _make(run, kind, Path(scratch), **options)
         figures, outcomes = measured(run, kind, folder)
@@ -126,7 +126,7 @@ def _refusal(run: FinishedRun, kind: str, figures: dict[str, Any], max_loss: flo
     """Why a measured export must not be used; None if it may be."""
     bounds = tolerance(kind, run.dtype, run.quantize)
     if broken := bounds.broken_by(Closeness(**figures["closeness"])):
-        return f"it is another model than the adapter: {broken}"
+        return f"it is not the same model as the adapter: {broken}"
     for name in JUDGED:
         right, rows, gained, lost = figures[name].values()
         # One row may always be lost: rounding costs one too, and of a hundred rows or fewer a share is less than one.

@@ -67,7 +67,7 @@ class Closeness:
     def within(self, bounds: Closeness, name: str) -> Self:
         """The same, if the model of this name keeps the bounds; else a UserError."""
         if broken := bounds.broken_by(self):
-            raise UserError(f"{name} is another one than the adapter: {broken}")
+            raise UserError(f"{name} is not the same model as the adapter: {broken}")
         return self
 
 

@@ -84,22 +84,23 @@ def _misfit(inputs: int, outputs: int) -> Callable[[Any, Any], str | None]:
 RULES = (
     Rule("tied embeddings", MERGED, "peft 0.21.2", _tied_target,
          "model.lora.targets: LoRA on {it}, whose weights this base shares between input and output, silently merges "
-         "into another model; leave it out of model.lora.targets"),
+         "into a different model; leave it out of model.lora.targets"),
     Rule("quantized base", MERGED, "peft 0.21.2", _quantized,
-         "model.base: weights quantized by {it} cannot be merged into; take the base that it was made from"),
+         "model.base: weights quantized by {it} cannot be merged into; use the original base"),
     Rule("rank", VLLM, "vllm 0.33.0", lambda _, adapter: None if vllm_rank(adapter.r) else adapter.r,
-         "model.lora.r: rank {it} is more than vLLM takes; take 512 at most, or serve the merged model (--as merged)"),
+         "model.lora.r: rank {it} is more than vLLM supports; use 512 at most, or serve "
+         "the merged model (--as merged)"),
     Rule("DoRA", VLLM, "vllm 0.33.0", lambda _, adapter: adapter.use_dora,
          "model.lora.dora is not supported by vLLM; set model.lora.dora: false, or serve the merged model (--as "
          "merged)"),
     Rule("Conv1D", CALIBRATED, "gptqmodel 7.6.0",
          lambda model, _: any(type(module).__name__ == "Conv1D" for module in model.modules()),
-         "a base with Conv1D layers (GPT-2) is saved and cannot be loaded again; take int8 or nf4, or another base"),
+         "a base with Conv1D layers (GPT-2) is saved and cannot be loaded again; use int8 or nf4, or another base"),
     Rule("group size", CALIBRATED, "gptqmodel 7.6.0", _misfit(GROUPS[-1], 1),
          f"{{it}} has inputs that are not a multiple of {GROUPS[-1]}: it is quantized and saved silently, and fails at "
-         "the first input; take int8 or nf4, or another base"),
+         "the first input; use int8 or nf4, or another base"),
     Rule("output width", CALIBRATED, "gptqmodel 7.6.0", _misfit(1, 16),
          "{it} has outputs that are not a multiple of 16: it is quantized and saved silently, and fails when it is "
-         "loaded; take int8 or nf4, or another base"),
+         "loaded; use int8 or nf4, or another base"),
 )
 # fmt: on

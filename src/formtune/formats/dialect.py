@@ -103,13 +103,13 @@ def read_draft(schema: Any, name: str) -> tuple[dict[str, Any], list[str]]:
 
 def _mistakes(schema: dict[str, Any], draft: str) -> Iterator[str]:
     if draft not in ("7", "2020-12"):
-        yield f"$.$schema: draft {draft} is not read; write the schema as draft-07 or 2020-12"
+        yield f"$.$schema: draft {draft} is not supported; write the schema as draft-07 or 2020-12"
     for error in _METASCHEMA.iter_errors(schema):
         expected = f"{error.validator} {error.validator_value!r}" + (f": {error.cause}" if error.cause else "")
         yield f"{error.json_path}: not a JSON Schema (expected {expected}, found {error.instance!r:.40})"
     for path, node in schema_nodes(schema):
         if node is not schema and not str(node.get("$id", "#")).startswith("#"):
-            yield f"{path}.$id: an address within a schema is not read; remove it, and write references as #/$defs/name"
+            yield f"{path}.$id: an address within a schema is not supported; remove it and refer by #/$defs/name"
         for key in node:
             if key not in KEYWORDS and not key.startswith("x-") and (keyword := _meant(key)):
                 hint = f"did you mean {keyword!r}? If not, write 'x-{key}'"
@@ -158,15 +158,15 @@ def _wrong_whole(root: dict[str, Any]) -> Iterator[str]:
             inner.append(resolve(node["$ref"]))
             if not isinstance(inner[-1], dict | bool):
                 remedy = "copy what it names into $defs, and write #/$defs/name"
-                yield f"{path}.$ref: {node['$ref']!r:.150} leads nowhere in the schema; {remedy}"
+                yield f"{path}.$ref: {node['$ref']!r:.150} points to nothing in the schema; {remedy}"
         applied[id(node)] = [*map(id, (*inner, *node.get("dependentSchemas", {}).values()))]
     if not root.keys() - _DEFINITIONS:
-        yield "the schema has no keyword that is checked, so every JSON text would be valid; say `type`"
+        yield "the schema checks nothing, so any JSON would be valid; add `type`"
     if {"patternProperties", "unevaluatedProperties"} <= {key for _, node in nodes for key in node}:
         # The library would match these by `re`.
-        yield "patternProperties with unevaluatedProperties is not read; use additionalProperties"
+        yield "patternProperties with unevaluatedProperties is not supported; use additionalProperties"
     try:
         TopologicalSorter(applied).prepare()
     except CycleError as error:
         path = next(path for path, node in nodes if id(node) in error.args[1] and "$ref" in node)
-        yield f"{path}: leads back to itself without end; put a property or items between"
+        yield f"{path}: refers to itself endlessly; put a property or items between"

@@ -149,13 +149,13 @@ class Format(ABC):
         is_document, value, problems = self._read(text)
         content, is_loose = None, finished and is_document and all(p.kind == "extra_text" for p in problems)
         if not finished:
-            why = "a document, then no end" if is_document else "cut before its end"
+            why = "the document is complete" if is_document else "cut before its end"
             problems.append(Problem("truncated", f"no stop token: {why}"))
         if target is not None:
             try:
                 expected = self._parse(target)
             except SyntaxProblem as error:
-                raise UserError(f"a target breaks its format ({error}): {target[:80]!r}") from None
+                raise UserError(f"a target has an invalid format ({error}): {target[:80]!r}") from None
             content = compare(value, expected, is_document, input, self.fields, self.sets, self.derived)
             if content.difference:
                 problems.append(Problem("content", content.difference))
@@ -181,7 +181,7 @@ class Format(ABC):
                 continue
             if end - start == len(text):
                 return (True, value, problems) if text or not problems else empty
-            extra = Problem("extra_text", f"{(text[:start] or text[end:])[:60]!r} is beside the document")
+            extra = Problem("extra_text", f"{(text[:start] or text[end:])[:60]!r} is outside the document")
             if not problems:
                 return True, value, [extra]
             # A part of a broken document is not the document.
@@ -195,9 +195,9 @@ class Format(ABC):
         try:
             problems = [*self.problems(value)]
             if self.canonical and self.write(value) != text:
-                problems.append(Problem("layout", "key order or white space is not canonical"))
+                problems.append(Problem("layout", "key order or whitespace is not canonical"))
         except (TimeoutError, RecursionError, MemoryError):  # the last of a pattern that calls itself
-            why = f"the check took more than {CHECK_SECONDS} s of processor time or recursed too deeply"
+            why = f"the check took more than {CHECK_SECONDS} s of CPU time or recursed too deeply"
             problems = [Problem("bad_value_form", why)]
         return value, problems
 

@@ -74,8 +74,8 @@ def _close(place: str, node: dict[str, Any], whole: bool) -> None:
             node.setdefault("additionalProperties", False)
         if node.get("additionalProperties") is not False or "patternProperties" in node:
             raise UserError(
-                f"{place}: a grammar cannot keep keys apart that the schema does not name; name them and say "
-                "additionalProperties: false, or decode without a grammar"
+                f"{place}: a grammar cannot rule out duplicates of keys that the schema does not name; name them, set "
+                "additionalProperties: false, or turn constrained decoding off"
             )
     first = node.get("prefixItems", ())
     if first and (whole or node.get("maxItems", math.inf) <= len(first)):
@@ -88,7 +88,7 @@ def _close(place: str, node: dict[str, Any], whole: bool) -> None:
     anything = next((below for below, value in inner.items() if value is True), "")
     if anything or not (node.keys() & says or re.search(r"\.allOf\[\d+\]$", place)):
         raise UserError(
-            f"{place}{anything}: a grammar needs the type of every value; add it or decode without a grammar"
+            f"{place}{anything}: a grammar needs the type of every value; add it or turn constrained decoding off"
         )
 
 
@@ -104,6 +104,6 @@ def check_pattern(pattern: str, place: str) -> None:
             refused = next((inner[1] for inner in _IN_SET.finditer(match["set"][1:-1]) if inner[1]), None)
         if refused:
             raise UserError(
-                f"{place}: {refused!r} has no place in a grammar or another meaning there; "
-                "change the format or decode without a grammar"
+                f"{place}: {refused!r} is not supported in a grammar or has another meaning there; "
+                "change the format or turn constrained decoding off"
             )

@@ -40,7 +40,7 @@ _WRAPPERS = ("schema", "json_schema", "response_format", "function", "parameters
 
 
 class JsonSchema(Format):
-    """One JSON document that keeps a JSON Schema, and nothing around it.
+    """One JSON document that conforms to a JSON Schema, with nothing around it.
 
     What the schema allows is allowed: keys that it does not name too, unless it says `additionalProperties: false`.
 
@@ -89,7 +89,7 @@ class JsonSchema(Format):
             raise UserError(f"{name}: the schema is nested too deeply; flatten it with $defs") from None
         except TimeoutError:
             raise UserError(f"{name}: the schema takes too long to check; its references multiply") from None
-        notes += [f"the schema is what is within {keys!r}"] if keys else []
+        notes += [f"the schema is read from {keys!r}"] if keys else []
         notes += [f"only the first {MAX_PATHS:,} fields are compared one by one"] if len(places) == MAX_PATHS else []
         self.notes = tuple(f"{name}: {note}" for note in notes)
         self.fields = tuple(dict.fromkeys(path for path, _, in_array in places if path and not in_array))
@@ -115,7 +115,7 @@ class JsonSchema(Format):
 
     def parse(self, text: str) -> Any:
         if text != text.strip(" \t\n\r"):
-            raise SyntaxProblem("white space around the document")
+            raise SyntaxProblem("whitespace around the document")
         return loads_strict(text)
 
     def problems(self, value: Any) -> list[Problem]:

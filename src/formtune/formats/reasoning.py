@@ -23,7 +23,7 @@ class Reasoning(Format):
 
     def __init__(self, format: Format, open: str = "<think>", close: str = "</think>", required: bool = False) -> None:
         if format.tags or not close or open == close or any(tag != tag.strip() for tag in (open, close)):
-            raise UserError("data.format: Reasoning takes another format, and two tags without spaces at their ends")
+            raise UserError("data.format: Reasoning needs another format, and two tags without surrounding spaces")
         self.inner = self.format = format
         self.open, self.close, self.required = open, close, required
         self.fields, self.sets, self.derived = format.fields, format.sets, format.derived

@@ -67,7 +67,7 @@ class Labels(Format):
 
     def __init__(self, labels: list[str]) -> None:
         if not labels or len(set(labels)) < len(labels) or any(x != x.strip() for x in labels):
-            raise UserError("data.format.labels: name at least one label; each once, without spaces at its ends")
+            raise UserError("data.format.labels: name at least one label; each once, without surrounding spaces")
         self.labels = labels
         self.derived = frozenset({""})
         longest_first = sorted(filter(None, labels), key=len, reverse=True)
@@ -126,7 +126,7 @@ class Tagged(Format):
         problems = [Problem("missing_key", f"no <{s}>") for s in self.sections if s not in value]
         problems += [Problem("extra_key", f"<{s}> is not declared") for s in value if s not in self.sections]
         if not problems and list(value) != self.sections:
-            problems.append(Problem("layout", "the sections are in another order"))
+            problems.append(Problem("layout", "the sections are in the wrong order"))
         return problems
 
     def documents(self, text: str) -> Iterator[tuple[int, int]]:

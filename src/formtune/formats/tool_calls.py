@@ -70,7 +70,7 @@ class ToolCalls(Format):
                 remedy = f"; set data.format.init_args.syntax: {name}" if name != self.syntax else ", without its end"
                 raise SyntaxProblem(f"a tool call in the syntax of {name}{remedy}")
         if text != text.strip() or (matches and rest.strip()):
-            raise SyntaxProblem("text or white space around the answer")
+            raise SyntaxProblem("text or whitespace around the answer")
         if not matches:
             return text
         calls = loads_strict(matches[0]) if self.syntax == "mistral" else [*map(loads_strict, matches)]
@@ -104,7 +104,7 @@ class ToolCalls(Format):
     def grammar(self) -> str:
         if self.syntax == "mistral" or self.tool_choice == "auto" or not self._tools:
             need = "every row has tools, syntax is hermes or llama and tool_choice is required"
-            raise UserError(f"model.constrained: ToolCalls has a grammar where {need}; decode without a grammar")
+            raise UserError(f"model.constrained: ToolCalls has a grammar only if {need}; turn constrained decoding off")
         return self._rules([parameters.grammar() for parameters in self._tools.values()])
 
     def ordered_grammar(self, orders: Orders | None) -> tuple[str | None, list[str]]:

@@ -23,7 +23,7 @@ FREE = {
     "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config",
 }  # fmt: skip
 ADDED = (True, False, None, "gaussian", "orthogonal", "eva")  # initializations that leave the base's weights alone
-MERGE = "merge it (formtune export RUN --as merged) and name the result as model.base"
+MERGE = "merge it (formtune export RUN --as merged) and set model.base to the result"
 
 
 class TrainedAdapter:
@@ -44,7 +44,7 @@ class TrainedAdapter:
         if self.config.peft_type != "LORA":
             raise UserError(f"model.adapter: {name} is {self.config.peft_type}, not LoRA; {MERGE}")
         if not all(torch.isfinite(tensor).all() for tensor in self.weights.values()):
-            raise UserError(f"model.adapter: {name} holds weights that are not finite numbers")
+            raise UserError(f"model.adapter: {name} has non-finite weights")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class TrainedAdapter:
         shapes = ({(name, tensor.shape) for name, tensor in state.items()} for state in states)
         if different := set.symmetric_difference(*shapes):
             raise UserError(
-                f"model.lora.targets: the adapter {self.name} has other layers (first {min(different)[0]}); set "
+                f"model.lora.targets: the adapter {self.name} has different layers (first {min(different)[0]}); set "
                 f"model.lora.targets: [{', '.join(self.settings['targets'])}], and model.base to its own base"
             )
 

@@ -33,7 +33,7 @@ def attention_forward(
     """An attention implementation of transformers; `attend` reaches it as a keyword argument of the decoder."""
     special = {"mask": attention_mask} | {name: options.get(name) for name in ("softcap", "s_aux", "position_bias")}
     if names := [name for name, value in special.items() if value is not None]:
-        raise NotImplementedError(f"the model's attention is a special one ({', '.join(names)})")
+        raise NotImplementedError(f"the model has a special attention implementation ({', '.join(names)})")
     if attend is not None:
         return attend(module.layer_idx, query, key, value, scaling, sliding_window).transpose(1, 2), None
     # A callback, say, calls the model on rows that are not packed.

@@ -62,13 +62,13 @@ class Grammar:
             raise UserError(f"model.constrained: {name} has no grammar; give it a `grammar` method")
         matcher = self._matcher(rules)
         if matcher.is_error():
-            raise UserError(f"model.constrained: the format cannot be put in a grammar ({_reason(matcher)})")
+            raise UserError(f"model.constrained: the format cannot be written as a grammar ({_reason(matcher)})")
         rules, _ = own.ordered_grammar(self._orders)  # right only where llguidance takes the schema as it is
         if not rules:
             return matcher
         ordered = self._matcher(rules)
         if ordered.is_error():
-            rank_zero_warn(f"constrained decoding keeps the schema's order of keys ({_reason(ordered)})")
+            rank_zero_warn(f"constrained decoding allows only the schema's key order ({_reason(ordered)})")
         return matcher if ordered.is_error() else ordered
 
     def _matcher(self, rules: str) -> Any:

@@ -19,7 +19,7 @@ class Lora:
 
     Args:
         r: Rank of the adapters; choose it by evidence among 8, 16, 32, 64.
-        alpha: Numerator of the scale alpha / r; twice the rank where it is not given.
+        alpha: Numerator of the scale alpha / r; twice the rank if not given.
         dropout: Share of the adapter's inputs that is dropped in training.
         targets: `attention` (query, key, value and output projections), `all-linear`, or names of layers.
         rslora: Scale by alpha / sqrt(r), which keeps high ranks stable (arXiv:2312.03732).
@@ -57,7 +57,7 @@ def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch
             words = name.replace("_", " ")
             raise UserError(f"model.base: {base} is incomplete ({len(keys)} {words}, first {min(keys)})")
     if any(p.is_floating_point() and not torch.isfinite(p).all() for p in model.parameters()):
-        raise UserError(f"model.base: {base} holds weights that are not finite numbers")
+        raise UserError(f"model.base: {base} has non-finite weights")
     # A base may ship sampling, penalties or forced tokens; `generate` would merge them into every call.
     model.generation_config = GenerationConfig()
     # Only adapters get dropout: the base's own from pre-training (GPT-2 ships 0.1) would only add noise to the loss.
@@ -125,9 +125,9 @@ def check_adapters(expected: Mapping[str, Tensor], loaded: Mapping[str, Tensor])
     shapes = ({(name, tensor.shape) for name, tensor in state.items()} for state in (expected, loaded))
     if different := set.symmetric_difference(*shapes):
         name = min(name for name, _ in different)
-        raise UserError(f"ckpt_path: the checkpoint has another model.lora (targets or rank); first {name}")
+        raise UserError(f"ckpt_path: the checkpoint has a different model.lora (targets or rank); first {name}")
     if not all(torch.isfinite(value).all() for value in loaded.values()):
-        raise UserError("ckpt_path: the checkpoint holds weights that are not finite numbers")
+        raise UserError("ckpt_path: the checkpoint has non-finite weights")
 
 
 def target_names(model: nn.Module, targets: str | list[str]) -> str | list[str]:
@@ -149,7 +149,7 @@ def target_names(model: nn.Module, targets: str | list[str]) -> str | list[str]:
     parents = {path: path.rpartition(".")[0] for path in linear}
     inside = {path for path in linear if "attention" in type(model.get_submodule(parents[path])).__name__.lower()}
     if not inside:
-        raise UserError("model.lora.targets: this model has no attention layers by that name; use all-linear or a list")
+        raise UserError("model.lora.targets: no attention layers recognized in this model; use all-linear or a list")
     outside = {path.rpartition(".")[2] for path in parents.keys() - inside}
     pairs = ((path.rpartition(".")[2], ".".join(path.split(".")[-2:])) for path in inside)
     return sorted({with_parent if name in outside else name for name, with_parent in pairs})

@@ -63,7 +63,7 @@ def choose_micro_batches(model: Any) -> MicroBatches:
     if difference is None:
         return shared
     shared.base.set_attn_implementation(usual)
-    rank_zero_warn(f"prefixes are not shared, each row is computed on its own: {difference}")
+    rank_zero_warn(f"prefixes are not shared, each row is computed separately: {difference}")
     return MicroBatches(model)
 
 
@@ -74,7 +74,7 @@ def _difference(shared: SharedPrefixes) -> str | None:
     base, config, head = shared.base, shared.base.config.get_text_config(), shared.base.get_output_embeddings()
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     if special := kinds - {"full_attention", "sliding_attention"}:
-        return f"the model has layers of other kinds ({', '.join(sorted(special))})"
+        return f"the model has unsupported layers ({', '.join(sorted(special))})"
     if hasattr(head, "lora_A"):
         return "its output layer has an adapter"
     ids = [1 + i * 7919 % (shared.vocabulary - 1) for i in range(48)]

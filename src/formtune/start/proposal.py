@@ -36,7 +36,7 @@ def propose(
     """The guesses for the YAML, the text of the schema's file if there is one, and the rows if the base is here."""
     records = [*read_records(rows)]
     if not records:
-        raise UserError(f"{rows}: holds no row")
+        raise UserError(f"{rows}: has no rows")
     folder, columns, by_column = local_folder(base), guess_columns(records, prompt, completion), guess_splits(records)
     files: dict[str, Any] = {"train": rows, **files_beside(rows)}
     others = [*chain(*map(read_records, [*files.values()][1:]))]
@@ -45,9 +45,9 @@ def propose(
     judged = examples + read_rows(others, Columns(**columns))
     tags, judged = guess_tags(judged)
     kind, init_args, why = guess_format(judged, str(Renderer.load(base).tokenizer.chat_template) if folder else "")
-    guesses = [Guess("model.base", base, "--base takes another one")]
+    guesses = [Guess("model.base", base, "choose another one with --base")]
     if folder and 0 < sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL:
-        reason = "so small a base learns content faster with more adapters and a higher rate (docs/training.md)"
+        reason = "a base this small learns content faster with more adapters and a higher rate (docs/training.md)"
         optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2.0e-3}}
         guesses += [Guess("model.lora.targets", "all-linear", reason), Guess("model.optimizer", optimizer, "likewise")]
     guesses += [Guess(f"data.{split}", file, f"{len(records):,} rows" if file == rows else f"beside {rows}")
@@ -57,7 +57,7 @@ def propose(
     system = None
     if not any(example.system for example in examples):
         instruction, reason = guess_system(examples), "no row has a system prompt"
-        reason += "; all prompts begin with this, and it is taken from there" if instruction else ""
+        reason += "; all prompts begin with this, and it is removed there" if instruction else ""
         system = instruction.rstrip() or asking(init_args)
         if tags and system and not instruction:
             system = f"Think first, between {tags['open']} and {tags['close']}. {system}"

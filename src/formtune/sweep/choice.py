@@ -69,7 +69,7 @@ def choose(points: Sequence[Measured]) -> tuple[str, str]:
     none_valid = not any(point.validation[FORMAT].mean for point in points)
     nothing = "No point has an answer with a valid format, so train longer first. " if none_valid else ""
     return taken.name, (
-        f"{nothing}{taken.name} is taken: none has fewer parameters ({taken.trainable_parameters:,}) of those "
+        f"{nothing}{taken.name} is chosen: it has the fewest parameters ({taken.trainable_parameters:,}) of those "
         f"within one standard error, or one row, of the best format/exact ({', '.join(p.name for p in in_format)}) and "
         f"then of the best field F1 ({', '.join(p.name for p in in_content)})."
     )

@@ -28,7 +28,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     Args:
         every_n_seconds: Seconds of training between two checkpoints: what a killed run loses at most.
-        save_last: Newest checkpoints to keep, to resume from; the second is for the case that the first is damaged.
+        save_last: Newest checkpoints to keep, to resume from; the second is used if the first is damaged.
     """
 
     def __init__(self, every_n_seconds: NonNegativeFloat = 30.0, save_last: PositiveInt = 2) -> None:
@@ -149,8 +149,8 @@ def choose(name: str | None, run: Path | None) -> Path | None:
             chosen = best(validations.history)
             step = chosen.step if chosen else None
         if step not in files:
-            last = "the newest by --ckpt_path last, or " if files else ""
-            remedy = f"measure {last}the untuned base by --ckpt_path base"
+            last = "the newest with --ckpt_path last, or " if files else ""
+            remedy = f"measure {last}the untuned base with --ckpt_path base"
             raise UserError(f"ckpt_path: {run} has no {name or 'best'} checkpoint; {remedy}")
         path = files[step]
     read(path)
@@ -168,7 +168,7 @@ def read(path: Path) -> dict[str, Any]:
     except Exception:  # whatever zipfile raises for a file that is not a zip, cut off or overwritten
         damaged = True
     if damaged:
-        raise UserError(f"{path}: the file is damaged; take another checkpoint of its folder")
+        raise UserError(f"{path}: the file is damaged; use another checkpoint in its folder")
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["state_dict"]

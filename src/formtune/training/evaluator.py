@@ -57,7 +57,7 @@ class Evaluator:
             minutes = max(1, round(more * (time.monotonic() - started) / 60))
             self._print(
                 f"baselines: {more} more on {len(sample)} of {len(test)} test rows, about {minutes} min; "
-                "--baselines '[]' measures the plain base alone"
+                "--baselines '[]' measures only the plain base"
             )
         if "few_shot" in kinds:
             shots = prompting.shots_by_schema(self.train_rows, sample, format)

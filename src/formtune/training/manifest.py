@@ -70,7 +70,7 @@ def verify(folder: Path) -> dict[str, Any]:
     for name, expected in manifest["files"].items():
         path = folder / name
         if "\0" in name or ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve()):
-            fault = f"{folder / NAME}: {name!r} leads out of {folder}"
+            fault = f"{folder / NAME}: {name!r} is outside {folder}"
         elif not path.is_file():
             fault = f"{path}: missing, but listed in {NAME}"
         elif file_hash(path) != expected:

@@ -118,11 +118,11 @@ def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> N
     print_data(settings, splits, Path(trainer.default_root_dir) if trainer.loggers else None)
     count = len(splits.rows.get("train", ())) if splits else 0
     if 0 < count < FEW_ROWS:
-        print(f"few rows: {count} to train on, where {FEW_ROWS} are the least for a task; see formtune audit")
+        print(f"few rows: {count} to train on, a task needs at least {FEW_ROWS}; see formtune audit")
     if splits and settings.date:
         print(
-            f"the chat template writes the date; frozen at {settings.date} for this run; a server writes its own day, "
-            "unless the date is written into the chat_template.jinja that it serves"
+            f"the chat template writes the date; fixed at {settings.date} for this run; a server writes the current "
+            "date, unless the date is written into the chat_template.jinja that it serves"
         )
 
 

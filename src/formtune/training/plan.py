@@ -92,7 +92,7 @@ def plan(
     trainer.fit(model, datamodule)
     steps = trainer.estimated_stepping_batches
     if math.isinf(steps):
-        raise UserError("dry_run: a limit of time has no number of steps; set trainer.max_epochs or trainer.max_steps")
+        raise UserError("dry_run: a time limit gives no number of steps; set trainer.max_epochs or trainer.max_steps")
     interval = (trainer.val_check_batch or math.inf) * (trainer.check_val_every_n_epoch or 1)
     validations, validated, tested = max(1, math.ceil(steps / interval)), len(rows["validation"]), len(rows["test"])
     sizes = [len(row.target_ids) for row in rows["train"]]

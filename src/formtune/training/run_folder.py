@@ -60,7 +60,7 @@ class RunFolder:
         try:
             return dict(_leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); begin another run") from None
+            raise UserError(f"{path}: cannot be read ({error}); start a new run") from None
 
     def hold(self) -> None:
         """Make the folder, and lock it for as long as this process lives."""
@@ -72,7 +72,7 @@ class RunFolder:
                 f"{self.path}: another process is running this run; wait for it or stop it, or name another --run"
             ) from None
         except OSError as error:
-            raise UserError(f"{self.path}: no run can write here ({error.strerror})") from None
+            raise UserError(f"{self.path}: not writable ({error.strerror})") from None
 
     def release(self) -> None:
         """Release the lock, and delete the folder if nothing was written."""
@@ -99,14 +99,14 @@ def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], 
     if path is None or not (folder := RunFolder(path)).begun or (folder.finished and not name):
         return name
     if not resume:
-        raise UserError(f"run: {folder.path} already holds a run; continue it with --resume, or choose another --run")
+        raise UserError(f"run: {folder.path} already has a run; continue it with --resume, or choose another --run")
     difference = folder.difference(config())
     if difference and name:
-        raise UserError(f"resume: {folder.path} began with {difference}; choose another --run for another run")
+        raise UserError(f"resume: {folder.path} was started with {difference}; choose another --run for a new run")
     if folder.finished:
         print(f"nothing to do: {folder.path} is finished")
         raise SystemExit(0)
-    new = f"{folder.path} began with {difference}: a new run begins"
+    new = f"{folder.path} was started with {difference}: starting a new run"
     print(new if difference else f"continuing {folder.path}", flush=True)
     return None if difference else name or folder.path.name
 

@@ -89,7 +89,7 @@ def reason(history: Sequence[Validation]) -> str:
     """The best checkpoint in words, beside those that other rules would take."""
     chosen, measured = best(history), _measured(history)
     if chosen is None:
-        return "no best checkpoint: no validation gave a finite loss"
+        return "no best checkpoint: no validation had a finite loss"
     parts = [f"best checkpoint: step {chosen.step} ({chosen.joint} of {chosen.rows} right, {chosen.exact} valid)"]
     others = {
         "most valid": _most_valid(measured),

@@ -506,7 +506,7 @@ def test_every_kind_of_bad_row_has_its_own_line_count_and_remedy(task):
         "train.jsonl:61: ": ("(3 such rows); set data.repair_answers: [fence]", "extra_text"),
         "train.jsonl:64: ": ("(1 such rows); fix them", "syntax"),
         "train.jsonl:65: ": ("(2 such rows); set data.repair_answers: [canonical]", "layout"),
-        "train.jsonl:67: ": ("(4 such rows); take a base with a context of 834 tokens", "the limit is 500"),
+        "train.jsonl:67: ": ("(4 such rows); use a base with a context of 834 tokens", "the limit is 500"),
         "train.jsonl:71: ": ("(2 such rows); set model.max_new_tokens: 145", "the answer has"),
         "train.jsonl:73: ": ("(1 such rows); fix them", "the text holds <|im_end|>"),
     }
@@ -515,7 +515,7 @@ def test_every_kind_of_bad_row_has_its_own_line_count_and_remedy(task):
         [line] = [line for line in lines if line.startswith(start)]
         assert all(part in line for part in parts) and line.endswith(parts[0].rpartition("; ")[2])  # 13 of 73: no drop
     assert main(["audit", "-c", "t.yaml", "--data.max_length", "4000"]) == 1  # the base's context is 512
-    assert sum("take a base with a context of 834 tokens" in line for line in read(folder)["blockers"]) == 1
+    assert sum("use a base with a context of 834 tokens" in line for line in read(folder)["blockers"]) == 1
 
 
 def test_an_empty_split_is_one_line_with_the_reason(task, capsys):

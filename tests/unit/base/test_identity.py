@@ -10,7 +10,7 @@ NOW = {"base": "a", "format": "b", "processes": 1, "orders": None, "adapter": No
 
 @pytest.mark.parametrize("recorded", [None, {"base": "a", "format": "b", "processes": 1}])
 def test_a_checkpoint_of_an_older_version_is_refused(recorded):
-    with pytest.raises(UserError, match="not written by this version .* begin a new run"):
+    with pytest.raises(UserError, match="not written by this version .* start a new run"):
         check_identity(recorded, NOW, resumes=False)
 
 

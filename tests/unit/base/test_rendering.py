@@ -119,13 +119,22 @@ def test_the_bases_own_template_given_by_its_file_needs_no_warning(mark, tmp_pat
     [
         ("", "FILE is empty; without the key, the base's own template is used"),
         (None, "FILE: No such file or directory"),
-        ("{% for m in messages %}", "the chat template cannot be supervised: the chat template refuses the conversa"),
-        ("{{ messages[0].content }}", "the chat template cannot be supervised: the chat template alters the answer"),
+        (
+            "{% for m in messages %}",
+            "the loss mask of the chat template cannot be verified: the chat template refuses the conversa",
+        ),
+        (
+            "{{ messages[0].content }}",
+            "the loss mask of the chat template cannot be verified: the chat template alters the answer",
+        ),
         (
             "{% for m in messages %}{{ m.content }} {% endfor %}",
-            "the chat template cannot be supervised: the chat temp",
+            "the loss mask of the chat template cannot be verified: the chat temp",
         ),
-        (TEMPLATE.replace("assistant", "assistant:"), "the chat template cannot be supervised: the prompt is not a"),
+        (
+            TEMPLATE.replace("assistant", "assistant:"),
+            "the loss mask of the chat template cannot be verified: the prompt is not a",
+        ),
     ],
 )
 def test_a_bad_template_of_ones_own_is_one_line_with_its_key(template, message, tmp_path):
@@ -195,7 +204,7 @@ def test_without_a_chat_template_a_prompt_is_the_system_prompt_and_the_input_bef
     assert renderer.tokenizer.decode(row.prompt_ids) == "Be brief.\n\nhéllo  wörld\nsecond line\n\n"
     assert renderer.tokenizer.decode(row.target_ids) == "yes<|endoftext|>"
     assert renderer.note == (
-        "the base has no chat template, so chat servers cannot take it; a prompt is the system prompt, if any, and the "
+        "the base has no chat template, so chat servers cannot render it; a prompt is the system prompt, if any, and the "
         "input, each followed by a blank line, and <|endoftext|> ends the answer"
     )
 

@@ -97,7 +97,7 @@ def test_other_test_rows_a_missing_evaluation_and_another_format_are_no_evidence
     format.write_text(format.read_text() + "\n")
     manifest["format"] = manifest["files"]["format.json"] = registry.file_hash(format)
     (logs / "good2/adapter/manifest.json").write_text(json.dumps(manifest))
-    assert promote("good2") == 2 and "the format is not that of good-adapter" in capsys.readouterr().err
+    assert promote("good2") == 2 and "the format differs from that of good-adapter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["changed", "missing"])
@@ -131,7 +131,7 @@ def test_a_run_of_the_same_name_with_other_content_does_not_replace_a_version(lo
     assert promote("good") == 0 and promote("equal") == 0
     shutil.rmtree(logs / "good")
     (logs / "good2").rename(logs / "good")
-    assert promote("good") == 2 and "holds another export of this name" in capsys.readouterr().err
+    assert promote("good") == 2 and "already has another export of this name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3, 4])
@@ -151,7 +151,7 @@ def test_a_rename_that_fails_leaves_the_old_pointer(logs, monkeypatch, capsys, f
         if failing == 4:
             assert promote("equal") == 0 and len(calls) == 3
             return
-        assert promote("equal") == 2 and "points to what it pointed to before" in capsys.readouterr().err
+        assert promote("equal") == 2 and "is unchanged" in capsys.readouterr().err
         assert POINTER.read_bytes() == before
     assert promote("equal") == 0 and not list(Path("deployments").rglob("*.part"))
 

@@ -117,7 +117,7 @@ def test_a_server_that_ends_by_itself_is_an_error(run, capsys, monkeypatch):
     monkeypatch.setitem(ENGINES, "transformers", ("serve", ()))
     monkeypatch.setattr(sys, "executable", "false")
     assert main(["serve", str(run), "--port", "0"]) == 2
-    assert "the server ended by itself with exit code 1" in capsys.readouterr().err
+    assert "the server exited with code 1" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

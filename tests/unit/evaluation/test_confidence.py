@@ -186,7 +186,7 @@ def test_the_page_shows_what_to_accept_and_nothing_where_no_confidence_is_known(
         '<th scope="row" class="n">98.0%</th><td class="n">0.808</td><td class="n">95.5%</td><td class="n">93.8% '
         "<small>89.4 to" in text
     )
-    assert "The validation rows show no confidence from which 99.5% are right." in text
+    assert "On the validation rows, no confidence threshold reaches 99.5% right." in text
     assert '<th scope="row">n</th><td class="n">89.6%</td><td class="n" colspan="3">not reached on the' in text
     assert "--target_precision 0.99</pre>" in text
     points = re.search(r'<polyline class="curve1" points="([^"]*)"', text)[1].split()

@@ -125,7 +125,7 @@ def test_the_verdict_names_the_better_prompt_with_its_interval():
     base, shots = answers(10, exact=5, right=5), answers(10, exact=8, right=7)
     assert prompting_verdict({"without examples": base, "with 3 examples": shots}) == (
         "prompting, with 3 examples, reaches 80.0% valid format (49.0% to 94.3%) and 70.0% right (39.7% to 89.2%): "
-        "fine-tuning has at most 20.0 points of format and 30.0 of right answers to win"
+        "fine-tuning can gain at most 20.0 points of format and 30.0 of right answers"
     )
     # Right answers decide, and not the format alone.
     assert "prompting, b," in prompting_verdict(
@@ -137,10 +137,10 @@ def test_constrained_decoding_that_gives_form_without_content_leaves_points_to_w
     plain = {"without examples": answers(100, exact=15, right=15)}
     assert prompting_verdict(plain, answers(100, exact=100, right=20)).endswith(
         ". With constrained decoding it reaches 100.0% valid format (96.3% to 100.0%) and 20.0% right (13.3% to 28.9%): "
-        "fine-tuning has at most 0.0 points of format and 80.0 of right answers to win"
+        "fine-tuning can gain at most 0.0 points of format and 80.0 of right answers"
     )
     assert prompting_verdict(plain, answers(100, exact=100, right=97)).endswith(
-        "at most 0.0 points of format and 3.0 of right answers to win, so constrained decoding may be enough"
+        "at most 0.0 points of format and 3.0 of right answers, so constrained decoding may be enough"
     )
     assert prompting_verdict({"p": answers(100, exact=97, right=97)}).endswith("so prompting may be enough")
     cut = [outcome(n, "truncated") for n in range(7)]
@@ -159,7 +159,7 @@ def test_slices_hold_the_rows_that_they_name():
     assert named["source", "human"] == list(range(1, 40, 2))
     assert named["s", "b"] == list(range(0, 40, 3))
     assert named["prompt tokens", "longer than any training row (40)"] == list(range(31, 40))
-    assert named["prompt tokens", "from production's P95 (45) on"] == list(range(35, 40))
+    assert named["prompt tokens", "production's P95 (45) or more"] == list(range(35, 40))
     buckets = [rows for (group, name), rows in named.items() if group == "prompt tokens" and " to " in name]
     assert len(buckets) == 4 and sorted(row for rows in buckets for row in rows) == list(range(40))
     assert not slices(outcomes[:3], FORMAT, longest=100)

@@ -180,12 +180,15 @@ def _append(path):
     ("change", "message"),
     [
         (_append("{run}/adapter/adapter_config.json"), "adapter_config.json: changed since it was exported"),
-        (_append("base/config.json"), "config.json of base is not the one that the adapter was trained on"),
-        (lambda run: Path("train.jsonl").write_text(json.dumps(pair(1)) + "\n"), "makes other test rows"),
+        (_append("base/config.json"), "config.json of base differs from the one the adapter was trained on"),
+        (lambda run: Path("train.jsonl").write_text(json.dumps(pair(1)) + "\n"), "gives other test rows"),
         (lambda run: (run / "outcomes/after.jsonl").unlink(), "after.jsonl: No such file"),
         (lambda run: (run / "config.yaml").unlink(), "name the folder of a run"),
         (lambda run: (run / "adapter/manifest.json").unlink(), "manifest.json: No such file"),
-        (_rewritten_adapter(layer_replication=[[0, 2], [1, 2]]), "the merged model is another one than the adapter"),
+        (
+            _rewritten_adapter(layer_replication=[[0, 2], [1, 2]]),
+            "the merged model is not the same model as the adapter",
+        ),
         (_rewritten_adapter(lora_bias=True), "the adapter cannot be merged: Impossible to merge"),
         (_rewritten_adapter(target_modules=["lm_head"]), "shares between input and output"),
         (_rewritten_adapter(target_modules=["embed_tokens"]), "shares between input and output"),
@@ -203,7 +206,7 @@ def test_what_is_not_what_was_trained_or_cannot_be_merged_is_refused_in_one_line
 def test_a_merge_that_went_wrong_is_refused_and_nothing_appears(run, monkeypatch, capsys):
     monkeypatch.setattr(measure_module, "compare", lambda *_: Closeness(0.5, 0.0, 1.0))
     assert export(run, "--as", "merged") == 2
-    assert "the merged model is another one than the adapter: logits 5.0e-01 apart" in capsys.readouterr().err
+    assert "the merged model is not the same model as the adapter: logits 5.0e-01 apart" in capsys.readouterr().err
     assert not (run / "merged").exists()
 
 
@@ -230,7 +233,7 @@ def test_a_run_judged_under_constrained_decoding_is_measured_without_before_anyt
     lines = [json.dumps(asdict(replace(it, kind="ok"))) + "\n" for it in after]
     (run / "outcomes/after.jsonl").write_text("".join(lines))
     assert export(run, "--as", "merged") == 2
-    assert "judged under constrained decoding" in capsys.readouterr().err
+    assert "evaluated with constrained decoding" in capsys.readouterr().err
     assert export(run) == 0 and export(run, "--as", "merged") == 0
     assert read_manifest(run / "merged")["verification"]["format/exact"]["lost"] == 0
 
@@ -318,7 +321,7 @@ def test_an_adapter_merged_into_a_base_of_4_bits_is_refused(tmp_path):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.2)
-    with pytest.raises(UserError, match="the merged model is another one than the adapter"):
+    with pytest.raises(UserError, match="the merged model is not the same model as the adapter"):
         merge(model.eval(), ROWS)
 
 

@@ -203,7 +203,7 @@ def test_an_export_answers_as_the_adapter_and_is_served_checked_and_promoted(tra
     rows = read_outcomes(run / "outcomes/after.jsonl")
     same = [a.answer == b.answer for a, b in zip(rows, read_outcomes(run / "outcomes/gguf-f16.jsonl"), strict=True)]
     assert " tokens/s, " in out and " by constrained decoding, of a single answer" in out
-    assert f"{sum(same)} of {len(rows)} answers are the run's word for word; every prompt has the same tokens" in out
+    assert f"{sum(same)} of {len(rows)} answers are identical to the run's; every prompt has the same tokens" in out
     assert all(same), "16 bits change no answer of so small a model"
     manifest = verify(run / "gguf-f16")
     assert manifest["kind"] == "gguf" and manifest["verification"]["closeness"]["kl"] < 1e-3

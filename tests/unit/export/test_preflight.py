@@ -100,7 +100,7 @@ def perturbed(model):
 )
 def test_the_comparison_finds_a_wrong_merge_and_passes_a_right_one(adapter, wrong):
     model = perturbed(get_peft_model(tiny_model(tie_word_embeddings=True), LoraConfig(**adapter)))
-    with pytest.raises(UserError, match="is another one than the adapter") if wrong else nullcontext():
+    with pytest.raises(UserError, match="is not the same model as the adapter") if wrong else nullcontext():
         merge(model, ROWS)
 
 
@@ -159,7 +159,7 @@ def test_preflight_says_what_fails_in_its_exit_code_and_in_json(project, capsys)
     code, result = preflight()
     assert code == 0 and result["failed"] == [] and result["targets"] == ["merge", "vllm"]
     assert [it["verdict"] for it in result["checks"]] == ["ok"] * 3
-    assert "verdict: no objection to merge, vllm" in capsys.readouterr().out
+    assert "verdict: passed for merge, vllm" in capsys.readouterr().out
     code, result = preflight("--model.lora.targets", '["lm_head"]', "--model.lora.dora", "true")
     assert code == 1 and result["failed"] == ["merge", "vllm"]
     fails = {(it["target"], it["check"]) for it in result["checks"] if it["verdict"] == "fails"}
@@ -215,4 +215,6 @@ def test_preflight_says_how_a_prompt_looks_that_chat_servers_cannot_render(proje
     code, result = preflight("--for", "vllm")
     [check] = [it for it in result["checks"] if it["check"] == "chat template"]
     assert code == 0 and check["verdict"] == "warning"
-    assert check["detail"].startswith("the base has no chat template, so chat servers cannot take it; a prompt is the")
+    assert check["detail"].startswith(
+        "the base has no chat template, so chat servers cannot render it; a prompt is the"
+    )

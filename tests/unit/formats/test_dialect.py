@@ -133,9 +133,9 @@ def test_every_verdict_is_that_of_the_drafts_own_validator(draft, data):
     try:
         JsonSchema(schema)
     except UserError as error:
-        assert any(why in str(error) for why in ("leads nowhere", "back to itself", "no keyword that is checked")), (
-            error
-        )
+        assert any(
+            why in str(error) for why in ("points to nothing", "to itself endlessly", "the schema checks nothing")
+        ), error
         return
     judges_as_its_draft(schema, documents)
 
@@ -151,7 +151,7 @@ def test_a_keyword_that_one_draft_alone_has_means_what_it_means_there():
 
 @pytest.mark.parametrize("draft", ["draft-04/schema#", "draft-06/schema#", "draft/2019-09/schema"])
 def test_other_drafts_are_refused_with_what_to_write(draft):
-    with pytest.raises(UserError, match=r"draft [0-9-]+ is not read; write the schema as draft-07 or 2020-12"):
+    with pytest.raises(UserError, match=r"draft [0-9-]+ is not supported; write the schema as draft-07 or 2020-12"):
         JsonSchema({"$schema": f"http://json-schema.org/{draft}", "type": "object"})
 
 
@@ -159,9 +159,9 @@ def test_other_drafts_are_refused_with_what_to_write(draft):
     ("schema", "message"),
     [
         ({"$dynamicRef": "#x", "$defs": {"x": {"$dynamicAnchor": "x"}}}, r"\$\.\$dynamicRef: not a keyword.*did you mean '\$ref'"),
-        ({"$ref": "#x", "$defs": {"x": {"$anchor": "x"}}}, r"\$\.\$ref: '#x' leads nowhere in the schema; copy what it names"),
-        ({"$id": "http://a/b", "$ref": "http://a/b#/$defs/x", "$defs": {"x": TEXT}}, "leads nowhere in the schema"),
-        ({"$ref": "#/$defs/x", "$defs": {"x": {"$id": "x"}}}, r"\$\.\$defs\.x\.\$id: an address within a schema is not read"),
+        ({"$ref": "#x", "$defs": {"x": {"$anchor": "x"}}}, r"\$\.\$ref: '#x' points to nothing in the schema; copy what it names"),
+        ({"$id": "http://a/b", "$ref": "http://a/b#/$defs/x", "$defs": {"x": TEXT}}, "points to nothing in the schema"),
+        ({"$ref": "#/$defs/x", "$defs": {"x": {"$id": "x"}}}, r"\$\.\$defs\.x\.\$id: an address within a schema is not supported"),
     ],
 )  # fmt: skip
 def test_references_that_are_not_pointers_are_refused(schema, message):
@@ -234,13 +234,13 @@ def test_a_schema_is_taken_out_of_the_request_that_holds_it(wrapped, keys):
     schema = {"type": "object", "properties": {"schema": TEXT, "name": TEXT}, "required": ["name"]}
     format = JsonSchema(wrapped(schema))
     assert format.schema == schema and format.fields == ("schema", "name")
-    assert format.notes == (f"data.format.schema: the schema is what is within {keys!r}",)
+    assert format.notes == (f"data.format.schema: the schema is read from {keys!r}",)
     assert JsonSchema(schema).schema == schema
 
 
 @pytest.mark.parametrize("schema", [{}, {"title": "t", "description": "d"}, {"$defs": {"a": TEXT}}, {"name": "x"}])
 def test_a_schema_that_accepts_everything_is_refused(schema):
-    with pytest.raises(UserError, match="no keyword that is checked, so every JSON text would be valid"):
+    with pytest.raises(UserError, match="the schema checks nothing, so any JSON would be valid"):
         JsonSchema(schema)
     with pytest.raises(UserError, match="expected an object as schema, found True"):
         JsonSchema(True)
@@ -334,5 +334,5 @@ def test_a_large_schema_is_read_in_time():
 @settings(max_examples=1)
 @given(st.just({"anyOf": [{"type": "integer"}, {"allOf": [{"$ref": "#"}]}]}))
 def test_a_schema_that_applies_itself_to_the_same_value_is_refused(schema):
-    with pytest.raises(UserError, match="leads back to itself without end"):
+    with pytest.raises(UserError, match="refers to itself endlessly"):
         JsonSchema(schema)

@@ -45,20 +45,20 @@ CASES = [
     (TARGET, "ok", "", True),
     ("", "empty", "the answer is empty", False),
     (" \n", "empty", "the answer is empty", False),
-    (f"```json\n{TARGET}\n```", "extra_text", r"'```json\n' is beside the document", True),
-    (f"Sure: {TARGET}", "extra_text", "'Sure: ' is beside", True),
-    (f"{TARGET} Done.", "extra_text", "' Done.' is beside", True),
-    (TARGET + "\n", "extra_text", r"'\n' is beside", True),
-    (" " + TARGET, "extra_text", "' ' is beside", True),
-    ("\ufeff" + TARGET, "extra_text", r"'\ufeff' is beside", True),
-    (f"<think>{{}}</think>{TARGET}", "extra_text", "'<think>{}</think>' is beside", True),
-    (f"Hm.</think>{TARGET}", "extra_text", "'Hm.</think>' is beside", True),  # the prompt opened the block
+    (f"```json\n{TARGET}\n```", "extra_text", r"'```json\n' is outside the document", True),
+    (f"Sure: {TARGET}", "extra_text", "'Sure: ' is outside", True),
+    (f"{TARGET} Done.", "extra_text", "' Done.' is outside", True),
+    (TARGET + "\n", "extra_text", r"'\n' is outside", True),
+    (" " + TARGET, "extra_text", "' ' is outside", True),
+    ("\ufeff" + TARGET, "extra_text", r"'\ufeff' is outside", True),
+    (f"<think>{{}}</think>{TARGET}", "extra_text", "'<think>{}</think>' is outside", True),
+    (f"Hm.</think>{TARGET}", "extra_text", "'Hm.</think>' is outside", True),  # the prompt opened the block
     (f"<think>{TARGET}", "syntax", "Expecting value at column 1", False),  # only thought, never answered
-    (f"See [1]: {TARGET}", "extra_text", "'See [1]: ' is beside", True),
+    (f"See [1]: {TARGET}", "extra_text", "'See [1]: ' is outside", True),
     ("See [1].", "syntax", "Expecting value at column 1", False),
     (f'{{"result":{TARGET},', "syntax", "Expecting property name enclosed in double quotes at column 91", False),
     (f"{TARGET}\n{TARGET}", "extra_text", "", True),
-    ('{"a": 1}nosj', "extra_text", "'nosj' is beside", False),
+    ('{"a": 1}nosj', "extra_text", "'nosj' is outside", False),
     (TARGET[:-1], "syntax", "Expecting ',' delimiter at column 79", False),
     (swap(":1,", ":1,,"), "syntax", "Expecting property name enclosed in double quotes at column 63", False),
     (f"```json\n{swap('null', 'None')}\n```", "syntax", "Expecting value at column 1", False),
@@ -109,10 +109,10 @@ def test_each_text_gets_its_kind(text, kind, detail, loose):
 @pytest.mark.parametrize(
     ("text", "detail"),
     [
-        (TARGET, "a document, then no end"),
+        (TARGET, "the document is complete"),
         (TARGET[:20], "cut before its end"),
-        (TARGET + " and", "a document, then no end"),
-        ("Sure: " + TARGET + " and", "a document, then no end"),
+        (TARGET + " and", "the document is complete"),
+        ("Sure: " + TARGET + " and", "the document is complete"),
         (f"<think>{TARGET}", "cut before its end"),
     ],
 )
@@ -368,16 +368,16 @@ def test_fields_that_multiply_without_end_are_cut_in_time(within):
     ("schema", "message"),
     [
         ({"type": "strng"}, "not a JSON Schema"),
-        ({"$ref": "https://example.com/x.json"}, "leads nowhere"),
-        ({"properties": {"a": {"$ref": "other.json"}}}, "leads nowhere"),
-        ({"properties": {"a": {"$ref": "#/$defs/gone"}}}, "leads nowhere"),
-        ({"$ref": "#"}, "leads back to itself"),
-        ({"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"$ref": "#/$defs/x"}}}, "leads back to itself"),
+        ({"$ref": "https://example.com/x.json"}, "points to nothing"),
+        ({"properties": {"a": {"$ref": "other.json"}}}, "points to nothing"),
+        ({"properties": {"a": {"$ref": "#/$defs/gone"}}}, "points to nothing"),
+        ({"$ref": "#"}, "refers to itself"),
+        ({"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"$ref": "#/$defs/x"}}}, "refers to itself"),
         ({"pattern": "("}, "not a JSON Schema"),
         ({"items": {"requried": ["a"]}}, r"\$.items.requried: not a keyword.* did you mean 'required'"),
         (
             {"$schema": "http://json-schema.org/draft-03/schema#", "type": "object"},
-            "draft 3 is not read; write the schema as draft-07",
+            "draft 3 is not supported; write the schema as draft-07",
         ),
         ([], "expected an object"),
     ],
@@ -559,7 +559,7 @@ class Separated(Format):
 def test_any_error_of_a_users_parser_is_a_syntax_problem():
     verdict = Separated().check("a=b=c", target="a=b")
     assert (verdict.kind, verdict.detail) == ("syntax", "ValueError: too many values to unpack (expected 2)")
-    with pytest.raises(UserError, match="a target breaks its format"):
+    with pytest.raises(UserError, match="a target has an invalid format"):
         Separated().check("a=b", target="a")
 
 

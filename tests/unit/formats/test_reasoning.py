@@ -26,15 +26,15 @@ JSON = Reasoning(JsonSchema(SCHEMA))
         (JSON, f"<think>{ANSWER} or <think> [1]</think> {ANSWER}", "ok", "", True),
         (JSON, '<think>a</think>{"n":2,"s":"x"}', "content", "n: 2 instead of 1", True),
         (JSON, ANSWER, "missing_key", "no <think>...</think> before the answer", False),
-        (JSON, f"Hm.</think>{ANSWER}", "extra_text", "'Hm.</think>' is beside", False),
+        (JSON, f"Hm.</think>{ANSWER}", "extra_text", "'Hm.</think>' is outside", False),
         (JSON, f"<think>a {ANSWER}", "syntax", "the reasoning has no </think>", False),
         (JSON, "", "empty", "the answer is empty", False),
         (JSON, "<think>a</think>\n", "empty", "the answer is empty", False),
         (JSON, f"So: <think>a</think>{ANSWER}", "extra_text", "'So: ' is before <think>", True),
         (JSON, f"\n<think>a</think>{ANSWER}", "extra_text", "'\\n' is before <think>", True),
-        (JSON, f"<think>a</think>{ANSWER}\n", "extra_text", "'\\n' is beside the document", True),
-        (JSON, f"<think>a</think>b</think>{ANSWER}", "extra_text", "'b</think>' is beside", True),
-        (JSON, f"<think>a</think>```json\n{ANSWER}\n```", "extra_text", "'```json\\n' is beside", True),
+        (JSON, f"<think>a</think>{ANSWER}\n", "extra_text", "'\\n' is outside the document", True),
+        (JSON, f"<think>a</think>b</think>{ANSWER}", "extra_text", "'b</think>' is outside", True),
+        (JSON, f"<think>a</think>```json\n{ANSWER}\n```", "extra_text", "'```json\\n' is outside", True),
         (JSON, '<think>a</think>{"n":1}', "missing_key", "$: 's' is a required property", False),
         (JSON, '<think>a</think>{"n":"1","s":"x"}', "wrong_type", "$.n: '1' is not of type", False),
         (JSON, "<think>a</think>[]", "wrong_root", "$: [] is not of type 'object'", False),
@@ -127,7 +127,7 @@ def test_it_is_written_to_a_file_with_the_answers_format():
     ],
 )
 def test_tags_and_formats_that_make_no_sense_are_refused(make):
-    with pytest.raises(UserError, match="Reasoning takes another format, and two tags without spaces"):
+    with pytest.raises(UserError, match="Reasoning needs another format, and two tags without surrounding spaces"):
         make()
 
 

@@ -69,8 +69,8 @@ def test_calls_are_read_in_the_syntax_of_each_template(syntax, text, value):
         (PARIS, "syntax", "in the syntax of llama; set data.format.init_args.syntax: llama"),
         (f"[TOOL_CALLS] [{PARIS}]", "syntax", "set data.format.init_args.syntax: mistral"),
         ("It rains.", "wrong_root", "text instead of a tool call; tool_choice: auto allows it"),
-        (f"Sure:\n{tag(PARIS)}", "extra_text", "'Sure:\\n' is beside the document"),
-        (tag(PARIS) + "\n", "extra_text", "is beside the document"),
+        (f"Sure:\n{tag(PARIS)}", "extra_text", "'Sure:\\n' is outside the document"),
+        (tag(PARIS) + "\n", "extra_text", "is outside the document"),
         ("", "empty", "the answer is empty"),
     ],
 )
@@ -107,7 +107,7 @@ def test_parameters_that_are_not_a_schema_are_refused_by_name():
 
 @pytest.mark.parametrize("format", [ToolCalls("mistral"), ToolCalls(tool_choice="auto")])
 def test_a_format_without_a_grammar_says_why(format):
-    with pytest.raises(UserError, match=r"has a grammar where every row has tools, syntax is hermes or llama"):
+    with pytest.raises(UserError, match=r"has a grammar only if every row has tools, syntax is hermes or llama"):
         format.of_row(TOOLS).grammar()
-    with pytest.raises(UserError, match="has a grammar where every row has tools"):
+    with pytest.raises(UserError, match="has a grammar only if every row has tools"):
         ToolCalls().of_row(None).grammar()

@@ -65,7 +65,7 @@ def test_training_begins_where_the_adapter_ended_and_compares_with_it_and_the_ba
     assert two["training"]["adapter"] == origin
     assert json.loads((project / "two/adapter/manifest.json").read_text())["training"]["adapter"] == origin
     card = (project / "two/adapter/README.md").read_text()
-    assert f"began from the adapter `logs/small/one` (SHA-256 of its weights `{sha256}`)" in card
+    assert f"started from the adapter `logs/small/one` (SHA-256 of its weights `{sha256}`)" in card
     assert "| adapter, " in card and ">adapter, " in (project / "two/report.html").read_text()
     assert "measuring: adapter, " in capfd.readouterr().out
     assert main(["compare", str(project / "two:start"), str(project / "two")]) == 0
@@ -81,7 +81,7 @@ def test_an_adapter_is_measured_without_a_checkpoint_and_the_base_if_asked(proje
     out = capfd.readouterr().out
     assert "measuring: untuned base\n" in out and f"{loss:.4f}" not in out
     assert main(["test", "logs/small/one", "--model.adapter", "logs/small/one"]) == 2
-    assert "is measured; name the task by -c to measure an adapter" in capfd.readouterr().err
+    assert "is measured; name the task with -c for an adapter" in capfd.readouterr().err
 
 
 def test_a_resumed_run_ends_with_the_same_bits_and_needs_the_adapter_it_began_with(project, capfd):
@@ -100,7 +100,7 @@ def test_a_resumed_run_ends_with_the_same_bits_and_needs_the_adapter_it_began_wi
     (project / "b/checkpoints/step-4.ckpt").unlink()
     shutil.copytree(foreign("other"), "logs/small/one/adapter")
     assert main(["fit", *FROM_ONE, "--run", "b", "--resume"]) == 2
-    assert "model.adapter: the adapter has changed since this run began; begin a new run" in capfd.readouterr().err
+    assert "model.adapter: the adapter has changed since this run began; start a new run" in capfd.readouterr().err
 
 
 def foreign(name, base="base", weights=True, **options):
@@ -139,7 +139,11 @@ def test_settings_come_from_the_adapter_unless_the_user_sets_them(project, capfd
             "model.lora.alpha: own was trained with lora_alpha: 16; set model.lora.alpha: 16",
         ),
         ({"use_rslora": True}, ["--model.lora.rslora", "false"], "set model.lora.rslora: true"),
-        ({}, ["--model.lora.targets", "[q_proj]"], "model.lora.targets: the adapter own has other layers (first base_"),
+        (
+            {},
+            ["--model.lora.targets", "[q_proj]"],
+            "model.lora.targets: the adapter own has different layers (first base_",
+        ),
         ({"bias": "all"}, [], "model.adapter: own was trained with bias: all; merge it (formtune export"),
         ({"rank_pattern": {"q_proj": 2}}, [], "model.adapter: own was trained with rank_pattern: {'q_proj': 2}; merge"),
         (
@@ -175,7 +179,7 @@ def test_a_pickle_damaged_weights_and_another_base_are_refused(project, capfd):
     file = Path(foreign("own"), "adapter_model.safetensors")
     weights = load_file(file)
     save_file({name: tensor * float("nan") for name, tensor in weights.items()}, file)
-    refused("model.adapter: own holds weights that are not finite numbers")
+    refused("model.adapter: own has non-finite weights")
     file.write_bytes(file.read_bytes()[:100])
     refused("model.adapter: own cannot be read (")
     file.unlink()

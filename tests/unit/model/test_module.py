@@ -121,7 +121,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_loads_without_pickle(train, tm
 def test_a_checkpoint_of_another_adapter_is_refused(train, other):
     state = train()[1].state_dict()
     module = train(steps=1, lora=other)[1]
-    with pytest.raises(UserError, match="has another model.lora"):
+    with pytest.raises(UserError, match="has a different model.lora"):
         module.load_state_dict(state)
 
 

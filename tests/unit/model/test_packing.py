@@ -180,7 +180,7 @@ def test_a_model_that_cannot_take_packed_rows_gets_padded_rows_and_a_warning():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **sizes))
     torch.nn.init.normal_(model.lm_head.weight, std=2.0)
     model = tuned(model)
-    with pytest.warns(UserWarning, match="prefixes are not shared, each row is computed on its own"):
+    with pytest.warns(UserWarning, match="prefixes are not shared, each row is computed separately"):
         micro_batches = choose_micro_batches(model)
     assert type(micro_batches) is MicroBatches
     rows = random_rows(1)

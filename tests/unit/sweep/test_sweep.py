@@ -252,8 +252,8 @@ def test_a_point_that_lost_a_seed_is_not_taken(fake_train, monkeypatch, capsys):
     assert ", 1 of 2 seeds, 800 trainable parameters\n" in capsys.readouterr().out
     monkeypatch.setenv("FAKE_TRAIN", "mistake")
     assert sweep("--seeds", "0,4", over="model.lora.r=8,16") == 1
-    assert read()["taken"] is None and "no point has every seed" in read()["reason"]
-    assert '<p class="verdict blocked">Nothing is taken' in (folder() / "report.html").read_text()
+    assert read()["taken"] is None and "no point has finished all seeds" in read()["reason"]
+    assert '<p class="verdict blocked">Nothing is chosen' in (folder() / "report.html").read_text()
     assert not (folder() / "config.yaml").exists()
 
 

@@ -87,7 +87,7 @@ def test_a_later_reference_brings_back_what_was_behind():
 def test_nan_is_never_best_and_without_finite_figures_there_is_no_best():
     nan = measured(1, first(119), 99, loss=math.nan)
     assert best([nan]) is None and contenders([nan]) == set() and best([]) is None
-    assert reason([nan]) == "no best checkpoint: no validation gave a finite loss"
+    assert reason([nan]) == "no best checkpoint: no validation had a finite loss"
     good = measured(2, first(1), 0, 0.0, 3.0)
     assert best([nan, good]) == best([good, nan]) == good and contenders([nan, good]) == {2}
     assert best([measured(1, 1, f1=math.nan), good]) == good

@@ -70,11 +70,11 @@ def _text(text):
     [
         (_changed, "format.json: changed since it was exported"),
         (_missing, "config.yaml: missing, but listed"),
-        (_link, "'format.json' leads out of"),
-        (_renamed("../outside"), "outside' leads out of"),
-        (_renamed("inner/../format.json"), "format.json' leads out of"),
-        (_renamed("/etc/hostname"), "/etc/hostname' leads out of"),
-        (_renamed("a\0b"), "leads out of"),
+        (_link, "'format.json' is outside"),
+        (_renamed("../outside"), "outside' is outside"),
+        (_renamed("inner/../format.json"), "format.json' is outside"),
+        (_renamed("/etc/hostname"), "/etc/hostname' is outside"),
+        (_renamed("a\0b"), "is outside"),
         (_text("{"), "manifest.json: not a manifest"),
         (_text("[]"), "manifest.json: not a manifest"),
         (_text('{"kind": "adapter", "files": {}, "base": {"path": 3, "files": {}}}'), "not a manifest"),
@@ -92,5 +92,5 @@ def test_a_folder_that_is_not_as_it_was_is_refused_in_one_line_that_names_the_fi
 def test_a_base_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match="no folder"):
         base_files(str(tmp_path / "gone"))
-    with pytest.raises(UserError, match="neither a folder nor in the local cache"):
+    with pytest.raises(UserError, match="neither a folder nor in the local"):
         base_files("nobody/nothing")
