@@ -80,7 +80,7 @@ def test_a_run_is_not_resumed_with_another_template(change, project, capfd):
     words, message = WORDS, "model.chat_template: the checkpoint was trained with another chat template"
     if change == "another file":
         Path("other.jinja").write_text(OWN)
-        words, message = [*WORDS[:-1], "other.jinja"], "began with model.chat_template own.jinja, now other.jinja"
+        words, message = [*WORDS[:-1], "other.jinja"], "was started with model.chat_template own.jinja, now other.jinja"
     else:
         Path("own.jinja").write_text(CHANGED if change == "other ids" else "{# #}" + OWN)
     assert main(["fit", *words, "--run", "one", "--resume"]) == 2

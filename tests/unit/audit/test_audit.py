@@ -65,7 +65,7 @@ def test_a_clean_task_is_ready_and_training_prepares_the_same_rows(task, capsys)
     assert findings["verdict"] == "ready" and sum(rows["used"] for rows in findings["rows"].values()) == 60
     assert len(list((folder / ".cache/encoded").glob("*.json"))) == 1
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-2].startswith("verdict: ready") and "below about 500" in printed
+    assert printed.splitlines()[-2].startswith("verdict: ready") and "with less than about 500" in printed
     assert not list(folder.glob("logs/t/audit/*.part"))
     base = yaml.safe_load((folder / "t.yaml").read_text())["model"]["base"]
     prepared = DataSettings(JsonSchema("schema.json"), "train.jsonl", tokenizer=base, max_new_tokens=128)

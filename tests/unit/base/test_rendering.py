@@ -75,7 +75,7 @@ def test_a_template_that_trims_the_answer_makes_the_row_unfit():
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ bos_token }}<|im_end|>{{ messages[0].content }}", "cannot be supervised"),
+        ("{{ bos_token }}<|im_end|>{{ messages[0].content }}", "cannot be verified"),
         ("{% for m in messages %}{{ m.content }} {% endfor %}", "no end-of-turn token"),
     ],
 )

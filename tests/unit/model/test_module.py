@@ -129,5 +129,5 @@ def test_a_checkpoint_that_is_not_finite_is_refused(train):
     _, module, _ = train(steps=1)
     state = {name: value.clone() for name, value in module.state_dict().items()}
     next(iter(state.values()))[0, 0] = float("nan")
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="non-finite weights"):
         module.load_state_dict(state)

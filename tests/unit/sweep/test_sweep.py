@@ -95,7 +95,7 @@ def test_a_standard_error_is_that_of_the_seeds_and_of_the_rows_where_there_is_on
 @pytest.mark.parametrize(("exact", "warned"), [(0.0, True), (0.005, False)])
 def test_a_choice_among_points_that_never_keep_the_format_says_so(exact, warned):
     _, why = choose([measured(8, exact), measured(16, exact)])
-    assert why.startswith("No point has an answer with a valid format, so train longer first. p8 is taken") == warned
+    assert why.startswith("No point has an answer with a valid format, so train longer first. p8 is chosen") == warned
 
 
 def test_a_grid_is_all_combinations_with_the_values_as_they_are_written():
@@ -190,7 +190,7 @@ def test_two_ranks_are_trained_from_the_command_line_to_a_configuration_that_tra
     assert sweep(*arguments, over="model.lora.r=2,4") == 0
     assert re.fullmatch(r"sweep-r-[0-9a-f]{8}", folder().name)
     summary, printed = read(), capsys.readouterr().out
-    assert summary["taken"] == "r2" and "r2 is taken" in printed and str(folder() / "sweep.json") in printed
+    assert summary["taken"] == "r2" and "r2 is chosen" in printed and str(folder() / "sweep.json") in printed
     small, large = summary["points"]
     assert large["trainable_parameters"] == 2 * small["trainable_parameters"] > 0
     runs = [folder() / "r2-seed3", folder() / "r4-seed3"]
