@@ -46,7 +46,7 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
 def write_entry(path: Path, value: Any, kept: int) -> None:
     """Write a cache entry, dataclasses as lists of their fields, and delete the least recently used beyond `kept`.
 
-    If the folder cannot be written, there is no entry, and no error.
+    If the folder cannot be written, the entry is left out without an error.
     """
     content = json.dumps(value, default=_field_values).encode("ascii")  # escaped: a lone surrogate survives too
     with contextlib.suppress(OSError):

@@ -108,7 +108,7 @@ class Columns:
 
 
 def _fields(prompt: str) -> list[str]:
-    """The columns of a template, or the one column that is no template."""
+    """The columns that a template names, or the column itself if it is not a template."""
     return _FIELD.findall(prompt) if "{" in prompt else [prompt]
 
 

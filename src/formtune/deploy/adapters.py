@@ -1,6 +1,6 @@
 """`transformers serve` for folders in the working directory, whose names are those of the models.
 
-Adapters of one base share its weights: each is another model for the server, and takes the memory of its own adapter.
+Adapters of one base share its weights: the server sees a model for each, but an adapter needs only its own memory.
 """
 
 import sys
