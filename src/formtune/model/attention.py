@@ -64,7 +64,11 @@ class PackedAttention:
         mask = self._masks[window]
         if query.is_cpu:
             return _Pieces.apply(query, key, value, mask, scaling)  # type: ignore[no-any-return]
-        return _flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)  # type: ignore[no-any-return]
+        # By default, sequences below 128 tokens get a kernel for decoding, which cannot be compiled for all shapes.
+        options: Any = {"BACKEND": "TRITON"}
+        return _flex()(  # type: ignore[no-any-return]
+            query, key, value, block_mask=mask, scale=scaling, enable_gqa=True, kernel_options=options
+        )
 
 
 class Piece(NamedTuple):
