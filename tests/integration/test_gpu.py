@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from conftest import tiny_model
+from conftest import byte_tokenizer, tiny_model
 from formtune.base.row import Row
 from formtune.cli import main
 from formtune.model.lora import Lora, add_lora
@@ -17,11 +17,21 @@ from formtune.training.checkpoint import BestCheckpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: make test-gpu")
 
+# FlexAttention has no kernel for heads of fewer than 16 numbers.
+WIDE = {"hidden_size": 64, "intermediate_size": 96}
 FIT = ("train", "-c", "small.yaml", "--baselines", "[]", "--seed_everything", "3")
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wide")
+    tiny_model(**WIDE).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 def losses_and_gradients(device, micro_batches_of, rows):
-    model = add_lora(tiny_model(hidden_size=64, intermediate_size=96), Lora(r=4, dropout=0.0)).to(device)
+    model = add_lora(tiny_model(**WIDE), Lora(r=4, dropout=0.0)).to(device)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -55,8 +65,7 @@ def test_shared_prefixes_give_the_losses_and_gradients_of_the_cpu():
         loss, gradients = losses_and_gradients("cuda", micro_batches_of, rows)
         assert abs(loss - expected[0]) <= 1e-4 * expected[0]
         assert (gradients - expected[1]).norm() <= 1e-3 * expected[1].norm()
-    # FlexAttention has no kernel for heads of fewer than 16 numbers.
-    model = add_lora(tiny_model(hidden_size=64), Lora(r=4)).to("cuda")
+    model = add_lora(tiny_model(**WIDE), Lora(r=4)).to("cuda")
     assert isinstance(choose_micro_batches(model), SharedPrefixes)
 
 
