@@ -70,7 +70,6 @@ def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[st
         "sources": dict(Counter(example.origin for example in examples["train"]).most_common()),
         "ungrounded": ungrounded(all_examples, format),
         "key_order": _key_order(examples["train"], format, splits.orders),
-        "suspects": _suspects(splits.suspects),
         "repeats": [
             {key: getattr(row, key) for key in ("split", "reason", "where", "other")} for row in splits.repeats
         ],
@@ -144,17 +143,6 @@ def _histogram(sizes: dict[str, dict[str, list[int]]], side: str) -> dict[str, A
     return {"edges": list(edges), "shares": shares}
 
 
-def _suspects(pairs: Sequence[tuple[Example, Example]]) -> list[dict[str, Any]]:
-    """Each pair once, by its row that is in most pairs: the row, and the others that it differs from."""
-    counts = Counter(example.where for pair in pairs for example in pair)
-    suspects: dict[str, dict[str, Any]] = {}
-    for pair in pairs:
-        row, other = sorted(pair, key=lambda example: -counts[example.where])
-        entry = suspects.setdefault(row.where, {"where": row.where, "messages": row.messages, "others": []})
-        entry["others"].append({"where": other.where, "messages": other.messages})
-    return sorted(suspects.values(), key=lambda row: -len(row["others"]))
-
-
 def _labels(examples: dict[str, list[Example]], format: Format) -> tuple[dict[str, Any], dict[str, int]]:
     """For each field that answers do not copy, how many rows of each split have which label, and how many there are."""
     counts: dict[str, dict[str, Counter[str]]] = {}
@@ -175,7 +163,7 @@ def _labels(examples: dict[str, list[Example]], format: Format) -> tuple[dict[st
 
 def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]:
     """What does not block training and should be looked at, one line each."""
-    rows, suspects, order = findings["rows"]["train"]["used"], findings["suspects"], findings["key_order"]
+    rows, order = findings["rows"]["train"]["used"], findings["key_order"]
     format = settings.format
     fix = f"data.repair_answers: [{', '.join(dict.fromkeys([*settings.repair_answers, 'canonical']))}]"
     if rows < FEW_ROWS:
@@ -194,12 +182,6 @@ def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]
         yield (
             f"key order: constrained decoding allows one order at {', '.join(order['kept'][:NAMED])}, and training "
             f"answers have several; train on one: {fix}"
-        )
-    if suspects:
-        row, others = suspects[0]["where"], suspects[0]["others"]
-        yield (
-            f"{len(suspects):,} rows have nearly the same input as others and an answer whose difference it does not "
-            f"show (such as {row} and {others[0]['where']}): is one of them wrong?"
         )
     for split, count in Counter(row["split"] for row in findings["repeats"]).items():
         first = next(row for row in findings["repeats"] if row["split"] == split)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
 from formtune.configuration.terminal import shown
 from formtune.configuration.yaml_file import config_paths
-from formtune.data.cleaning import repair, repair_answer
+from formtune.data.cleaning import Example, repair, repair_answer
 from formtune.data.duplicates import near_pairs
-from formtune.data.preparation import read_examples, read_splits
+from formtune.data.preparation import as_written, read_examples, read_splits
 from formtune.data.settings import DataSettings
 from formtune.data.sources import read_records
 from formtune.errors import UserError, first_line
@@ -49,7 +50,8 @@ def run(command: str, args: list[str]) -> None:
     given = read_examples(settings, settings.prompts, Counter(), with_target=False)
     if any(example.tools for example in given):
         raise UserError("data.prompts: a prompt has tools, which are not sent to a teacher; remove it")
-    shots = [example for example in splits["train"] if format.check(example.target).exact][:SHOTS]
+    written = (as_written(settings, example) for example in splits["train"])
+    shots = [*islice((e for e in written if isinstance(e, Example) and format.check(e.target).exact), SHOTS)]
     given = [replace(it, messages=[*it.messages, {"role": "assistant", "content": ""}]) for it in given]
     # A new row must not repeat one of validation or test either.
     keys = [replace(it, messages=repair(it.messages, settings.clean)).key for it in (*known, *given)]

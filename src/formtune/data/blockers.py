@@ -1,7 +1,7 @@
 """Why prepared rows must not be trained on: one line for each reason with its count, first place and remedy."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 
 from formtune.base.folder import context_length
@@ -32,8 +32,10 @@ def blockers(settings: DataSettings, splits: Splits) -> list[str]:
     drop = ", or set data.bad_rows: drop" if len(bad) < FEW * splits.read.total() else ""
     for rows in _kinds(bad):
         lines.append(f"{rows[0].where}: {rows[0].detail} ({len(rows):,} such rows); {_remedy(settings, rows)}{drop}")
-    empty = list(_empty_splits(settings, splits))
-    lines += empty or uneven_shares(splits, settings.shares)
+    empty = [name for name, rows in splits.rows.items() if not rows]
+    # If nothing is left to train on, shares of it are empty for the same reason.
+    empty = [name for name in empty if "train" not in empty or name not in settings.shares]
+    lines += [_empty_split(settings, splits, name) for name in empty] or uneven_shares(splits, settings.shares)
     inputs = quantile([len(row) for row in ([] if empty else production_rows(settings))], 95)
     answers = quantile([len(row.target_ids) for row in splits.rows.get("train", ())], 99)
     if inputs and inputs + answers > settings.limit:
@@ -70,36 +72,33 @@ def _remedy(settings: DataSettings, rows: Sequence[Quarantined]) -> str:
     return f"set {key}: {value}" if key else "fix them"
 
 
-def _empty_splits(settings: DataSettings, splits: Splits) -> Iterator[str]:
+def _empty_split(settings: DataSettings, splits: Splits, name: str) -> str:
+    """What became of the rows of a split that has none left."""
     cut = ("train", *settings.shares)  # the splits of one source
-    for name in [name for name, rows in splits.rows.items() if not rows]:
-        if name in settings.shares and not any(splits.rows[it] for it in cut):
-            continue  # the line of train says why
-        source = cut if name in cut else (name,)
-        lost = [row for row in splits.quarantine if row.split in source]
-        read = sum(splits.read[it] for it in source)
-        reasons = Splits(quarantine=lost).quarantined or "none quarantined"
-        line = f"data.{name}: no row is left to use ({read:,} read; {reasons})"
-        if name in settings.shares and not any(row.reason in BAD for row in lost):
-            line += f": a share of {settings.shares[name]:.0%} came to none; add rows, or name a file or a larger share"
-        elif lost:
-            most = max(_kinds(lost), key=len)
-            line += f", such as {most[0].where}: {most[0].detail}"
-            line += f"; {_remedy(settings, most)}" if most[0].reason in BAD else ""
-        yield line
+    source = cut if name in cut else (name,)
+    lost = [row for row in splits.quarantine if row.split in source]
+    read, reasons = sum(splits.read[it] for it in source), Splits(quarantine=lost).quarantined or "none quarantined"
+    line, remedy = f"data.{name}: no row is left to use ({read:,} read; {reasons})", ""
+    if lost:
+        most = max(_kinds(lost), key=len)
+        line += f", such as {most[0].where}: {most[0].detail}"
+        remedy = _remedy(settings, most) if most[0].reason in BAD else ""
+    return f"{line}; {remedy or 'add rows, or name a file or a larger share'}"
 
 
 def uneven_shares(splits: Splits, shares: Mapping[str, float]) -> list[str]:
     """A line if a split's share is further from what was asked for than chance explains."""
     total = sum(len(splits.rows[name]) for name in ("train", *shares))
-    draws = min(splits.draws or total, total)
-    actual = {name: len(splits.rows[name]) / total for name in shares}
-    tolerated = {name: max(share / 2, DEVIATIONS * sqrt(share * (1 - share) / draws)) for name, share in shares.items()}
-    if all(abs(actual[name] - share) <= tolerated[name] for name, share in shares.items()):
+    groups = min(splits.groups or total, total)
+    parts, is_even = [], True
+    for name, share in shares.items():
+        actual, deviation = len(splits.rows[name]) / total, sqrt(share * (1 - share) / groups)
+        is_even &= abs(actual - share) <= max(share / 2, DEVIATIONS * deviation)
+        parts.append(f"{name} {actual:.0%} where {share:.0%} was asked for")
+    if is_even:
         return []
-    parts = ", ".join(f"{name} {actual[name]:.0%} where {share:.0%} was asked for" for name, share in shares.items())
     return [
-        f"data.{next(iter(shares))}: of {total:,} rows {parts}, since many inputs are nearly the same, or many rows "
-        "are of one group, and stay in one split; set data.near_duplicates: 1, put shared text into data.system, or "
-        "name a file for each split"
+        f"data.{next(iter(shares))}: of {total:,} rows {', '.join(parts)}, since many inputs are nearly the same, or "
+        "many rows are of one group, and stay in one split; set data.near_duplicates: 1, put shared text into "
+        "data.system, or name a file for each split"
     ]

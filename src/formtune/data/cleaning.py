@@ -4,7 +4,7 @@ import html
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -60,10 +60,8 @@ class Example:
     written: str | None = None  # the answer as the chat template writes it, if that is more than the last turn's text
     schema: str | None = None  # JSON text of the row's own schema, or of its tools
     reasoning: int = 0  # characters of the target before its answer
-    unfit: str = ""  # why the chat template cannot write the answer
     group: str = ""  # rows of one group are never in two splits; "" for a group of one
     split: str = ""
-    entry: str = ""  # of `data.train`, that names its file
 
     @property
     def target(self) -> str:
@@ -96,12 +94,12 @@ class Example:
 
         Coarser than `text`: "call anna" and "Call Anna!" leak, but their answers may rightly differ.
         """
-        return _folded("\x1e".join(map(_single_spaced, self.spoken)))
+        return folded("\x1e".join(map(_single_spaced, self.spoken)))
 
     @property
     def turns(self) -> list[str]:
         """The same turn by turn."""
-        return [_folded(_single_spaced(content)) for content in self.spoken]
+        return [folded(_single_spaced(content)) for content in self.spoken]
 
     def quarantined(self, reason: str, detail: str, other: str = "", fix: str = "") -> Quarantined:
         return Quarantined(self.where, reason, detail, self.messages, other, fix, self.split)
@@ -111,9 +109,10 @@ def _single_spaced(text: str) -> str:
     return " ".join(text.split())
 
 
-def _folded(text: str) -> str:
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return _single_spaced(_MARKS.sub(" ", folded)) or folded
+def folded(text: str) -> str:
+    """The text without case, punctuation and spacing."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return _single_spaced(_MARKS.sub(" ", text)) or text
 
 
 def repair(messages: Sequence[Message], steps: Iterable[str], repairs: Counter[str] | None = None) -> list[Message]:
@@ -150,34 +149,24 @@ def repair_answer(answer: str, format: Format, steps: Sequence[str], repairs: Co
 
 
 def judge(
-    examples: Iterable[Example],
-    format: Format,
-    steps: Sequence[str],
-    answer_steps: Sequence[str],
-    repairs: Counter[str],
-) -> Iterator[Example | Quarantined]:
-    """Repair rows and judge their targets by the rule that will judge the model's answers; counts the repairs."""
-    for example in examples:
-        try:
-            own_format = format.of_row(example.schema)
-        except UserError as error:
-            yield example.quarantined("schema", str(error))
-            continue
-        repaired = replace(example, messages=repair(example.messages, steps, repairs))
-        if example.written is None:
-            answer = repair_answer(example.target, own_format, answer_steps, repairs)
-            repaired.messages[-1]["content"] = answer
-        verdict = own_format.check(repaired.target)
-        if example.unfit:
-            yield repaired.quarantined("unfit", example.unfit)
-        elif verdict.kind == "empty" or not repaired.input.strip():
-            yield repaired.quarantined("empty", "the input or the answer is empty")
-        elif verdict.exact:
-            repaired.value, repaired.reasoning = verdict.value, len(own_format.split(repaired.target)[0])
-            yield repaired
-        else:
-            fix = helpful_repair(repaired.target, own_format, answer_steps)
-            yield repaired.quarantined("format", f"{verdict.kind}: {verdict.detail}", fix=fix)
+    example: Example, format: Format, steps: Sequence[str], answer_steps: Sequence[str], repairs: Counter[str]
+) -> Example | Quarantined:
+    """Repair a row and judge its target by the rule that will judge the model's answers; counts the repairs."""
+    try:
+        format = format.of_row(example.schema)
+    except UserError as error:
+        return example.quarantined("schema", str(error))
+    example = replace(example, messages=repair(example.messages, steps, repairs))
+    if example.written is None:
+        example.messages[-1]["content"] = repair_answer(example.target, format, answer_steps, repairs)
+    verdict = format.check(example.target)
+    if verdict.kind == "empty" or not example.input.strip():
+        return example.quarantined("empty", "the input or the answer is empty")
+    if not verdict.exact:
+        fix = helpful_repair(example.target, format, answer_steps)
+        return example.quarantined("format", f"{verdict.kind}: {verdict.detail}", fix=fix)
+    example.value, example.reasoning = verdict.value, len(format.split(example.target)[0])
+    return example
 
 
 def helpful_repair(answer: str, format: Format, steps: Sequence[str]) -> str:

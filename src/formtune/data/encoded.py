@@ -20,7 +20,7 @@ from formtune.formats.key_orders import Orders
 FEW_ROWS = 500  # below this, fine-tuning mostly learns the examples; the guide's lower bound
 CACHE = Path(".cache/encoded")  # in the working directory, like `logs`
 KEPT = 8  # entries of the cache; the least recently used are removed
-CACHED = ("rows", "read", "repairs", "quarantine", "mixtures", "draws", "shared", "orders", "key")
+CACHED = ("rows", "read", "repairs", "quarantine", "mixtures", "groups", "shared", "orders", "key")
 PACKAGES = ("tokenizers", "transformers", "jinja2", "regex", "jsonschema", "referencing", "ftfy", "rensa")
 
 
@@ -33,7 +33,7 @@ class Splits:
     repairs: Counter[str] = field(default_factory=Counter)
     quarantine: list[Quarantined] = field(default_factory=list)
     mixtures: list[Mixture] = field(default_factory=list)
-    draws: float = 0.0  # how many groups of one size would make shares vary as these groups of rows do; 0 if unknown
+    groups: int = 0  # of train's rows, before splits were cut from them; a row without a group is one
     shared: float = 0.0  # share of the inputs' text that many share and the near comparison left out
     orders: Orders = field(default_factory=dict)  # of keys in training targets
     key: str = ""  # content hash of the rows
@@ -45,7 +45,6 @@ class Splits:
     # Empty if the rows were read from the cache:
     examples: dict[str, list[Example]] = field(default_factory=dict, compare=False)  # the conversation of each row
     cluster: dict[str, float] = field(default_factory=dict, compare=False)  # a row's cluster in [0, 1), by its place
-    suspects: list[tuple[Example, Example]] = field(default_factory=list, compare=False)  # see `selection`
     repeats: list[Quarantined] = field(default_factory=list, compare=False)  # used rows of given files, see `selection`
 
     @property

@@ -17,7 +17,6 @@ from formtune.data.settings import DataSettings
 from formtune.data.shapes import own_schema, written
 from formtune.data.sources import Source, entries, read_records
 from formtune.data.styles import mixtures
-from formtune.data.turns import kind
 from formtune.data.weights import weighted
 from formtune.errors import UserError
 from formtune.formats import Format, ToolCalls
@@ -28,7 +27,7 @@ SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "vali
 
 
 def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
-    """Train, validation and test rows; those from the cache come without their examples and suspects."""
+    """Train, validation and test rows; those from the cache come without their examples."""
     examples, ignored = read_splits(settings)
     path = cache_path(examples, settings)
     splits = read_cache(path) if path and from_cache else None
@@ -38,8 +37,7 @@ def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
             write_cache(path, splits)
     splits.ignored, splits.training = ignored, splits.rows["train"]
     if settings.weights:
-        entry_of = {example.where: example.entry for example in examples["train"]}
-        splits.training, splits.weights = weighted(splits.training, entry_of, settings.weights)
+        splits.training, splits.weights = weighted(splits.training, entries([*settings.weights]), settings.weights)
     splits.own_system = sum(
         e.messages[0]["role"] in SYSTEM_ROLES and e.messages[0]["content"] not in ("", settings.system_of(e.schema))
         for e in chain(*examples.values())
@@ -51,8 +49,6 @@ def read_splits(settings: DataSettings) -> tuple[dict[str, list[Example]], Count
     """The conversations of each split that has its own source, and how many rows have columns that are not read."""
     if settings.sources["train"] is None:
         raise UserError("data.train: name a file to train on")
-    for entry in settings.weights.keys() - (entries([*settings.weights]).values() if settings.weights else ()):
-        raise UserError(f"data.train: all files of {entry} belong to entries before it; name each file once")
     ignored: Counter[str] = Counter()
     named = {name: source for name, source in settings.sources.items() if not isinstance(source, float)}
     examples = {name: read_examples(settings, source, ignored, split=name) for name, source in named.items()}
@@ -65,16 +61,6 @@ def read_splits(settings: DataSettings) -> tuple[dict[str, list[Example]], Count
         raise UserError(f"data.group: no row has a value in the column `{settings.group}`; name another column")
     if settings.train_on == "all":
         examples = {name: list(chain(*map(_answers, rows))) for name, rows in examples.items()}
-    for example in chain(*examples.values()):
-        if len(example.messages[-1]) > 2 or settings.format.tags:  # only the template knows how it is written
-            messages = repair(example.messages, settings.clean)
-            [row] = settings.renderer.encode([(messages, example.where, None, example.tools)])
-            if not isinstance(row, Row):
-                example.unfit = str(row)
-            elif settings.format.tags and "tool_calls" not in messages[-1]:
-                example.messages[-1] = {"role": "assistant", "content": row.target}
-            else:
-                example.written = row.target
     return examples, ignored
 
 
@@ -88,8 +74,7 @@ def read_examples(
     """The conversations of a source, with the task's system prompt; counts in `ignored` the rows with unread keys."""
     examples, columns, format = [], settings.columns, settings.format.inner or settings.format
     targets = "all" if with_target and settings.train_on == "all" else with_target
-    files = {source: ""} if isinstance(source, Source) else entries(source)
-    for entry, record, where in ((entry, *record) for file, entry in files.items() for record in read_records(file)):
+    for record, where in read_records(source):
         unread: set[str] = set()
         messages, tools = columns.conversation(record, where, targets, unread), columns.tools(record, where)
         schema = tools if isinstance(format, ToolCalls) else None
@@ -97,25 +82,20 @@ def read_examples(
             schema = own_schema(record.get(columns.schema))
             unread.discard(columns.schema)
         if not isinstance(answer := messages[-1]["content"], str):
-            messages[-1]["content"], note = written(answer, _of_row(format, schema, where), where)
-            columns.notes.setdefault(note, where)
+            messages[-1]["content"] = written(answer, _of_row(format, schema, where), where)
         ignored.update(sorted(unread - {settings.group, settings.split_column}))
         if (system := settings.system_of(schema)) and messages[0]["role"] not in SYSTEM_ROLES:
             # An instruction in front of every input is not said twice.
             messages[0]["content"] = messages[0]["content"].removeprefix(system)
             messages.insert(0, {"role": "system", "content": system})
         group = record.get(settings.group) if settings.group else None
-        if not isinstance(group, str | int | float | None):
-            remedy = "data.group needs a column of texts or numbers"
-            raise UserError(f"{where}: `{settings.group}` is {kind(group)}; {remedy}")
-        group, origin = "" if group is None else str(group), columns.origin(record, where)
         own = split
         if settings.split_column and split == "train":
             value = record.get(settings.split_column)
             if not (own := SPLITS.get(str(value).lower(), "")):
                 raise UserError(f"{where}: `{settings.split_column}` is {value!r}, not one of {', '.join(SPLITS)}")
-        row = Example(messages, where, origin, tools=tools, schema=schema, group=group, split=own, entry=entry)
-        examples.append(row)
+        group, origin = "" if group is None else str(group), columns.origin(record, where)
+        examples.append(Example(messages, where, origin, tools=tools, schema=schema, group=group, split=own))
     return examples
 
 
@@ -143,14 +123,18 @@ def _answers(row: Example) -> Iterator[Example]:
 
 def _prepare(settings: DataSettings, examples: Mapping[str, Sequence[Example]]) -> Splits:
     """Judge, select, keep the usual style, split and encode."""
-    valid: dict[str, list[Example]] = {}
+    valid: dict[str, list[Example]] = {name: [] for name in examples}
     invalid: list[Quarantined] = []
     repairs: Counter[str] = Counter()
     for name, given in examples.items():
-        rows = judge(given, settings.format, settings.clean, settings.repair_answers, repairs)
-        judged = list(shown(rows, len(given), "judging"))
-        valid[name] = [row for row in judged if isinstance(row, Example)]
-        invalid += [row for row in judged if isinstance(row, Quarantined)]
+        for example in shown(given, len(given), "judging"):
+            row = as_written(settings, example)
+            if isinstance(row, Example):
+                row = judge(row, settings.format, settings.clean, settings.repair_answers, repairs)
+            if isinstance(row, Example):
+                valid[name].append(row)
+            else:
+                invalid.append(row)
     splits = select(valid, settings.near_duplicates, settings.format.sets, any(settings.shares.values()))
     splits.quarantine = invalid + splits.quarantine
     splits.read, splits.repairs = Counter({name: len(given) for name, given in examples.items()}), repairs
@@ -158,15 +142,14 @@ def _prepare(settings: DataSettings, examples: Mapping[str, Sequence[Example]]) 
     used |= _usual_style(settings, splits)
     test, validation = settings.shares.get("test", 0.0), settings.shares.get("validation", 0.0)
     train, used["train"] = used["train"], []
-    sizes = Counter(example.group or example.where for example in train).values()
-    splits.draws = sum(sizes) ** 2 / max(sum(size**2 for size in sizes), 1)
+    splits.groups = len({example.group or example.where for example in train})
     for example in train:
         at = splits.cluster[example.where]
         example.split = "test" if at < test else "validation" if at < test + validation else "train"
         used[example.split].append(example)
-    splits.examples = {}
+    splits.examples = {name: [] for name in used}
+    splits.rows = {name: [] for name in used}
     for name, members in used.items():
-        splits.examples[name], splits.rows[name] = [], []
         for example, row in _encode(settings, members):
             if not isinstance(row, Row):
                 splits.quarantine.append(example.quarantined("unfit", str(row)))
@@ -182,6 +165,19 @@ def _prepare(settings: DataSettings, examples: Mapping[str, Sequence[Example]]) 
     splits.orders = learn_orders(example.value for example in splits.examples["train"])
     splits.key = content_hash(splits.rows)
     return splits
+
+
+def as_written(settings: DataSettings, example: Example) -> Example | Quarantined:
+    """The row with its answer as the chat template writes it, if that is more than the text of its last turn."""
+    if len(example.messages[-1]) == 2 and not settings.format.tags:
+        return example
+    messages = repair(example.messages, settings.clean)
+    [row] = settings.renderer.encode([(messages, example.where, None, example.tools)])
+    if not isinstance(row, Row):
+        return example.quarantined("unfit", str(row))
+    if settings.format.tags and "tool_calls" not in messages[-1]:
+        return replace(example, messages=[*example.messages[:-1], {"role": "assistant", "content": row.target}])
+    return replace(example, written=row.target)
 
 
 def _usual_style(settings: DataSettings, splits: Splits) -> dict[str, list[Example]]:

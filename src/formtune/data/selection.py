@@ -6,18 +6,16 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
 from formtune.data.boilerplate import split_shared
-from formtune.data.cleaning import Example, Quarantined
+from formtune.data.cleaning import Example, Quarantined, folded
 from formtune.data.duplicates import components, near_pairs
 from formtune.data.encoded import Splits
-from formtune.formats.content import Words, leaves, typed
+from formtune.formats.content import typed
 
-WORD = 5  # letters of the shortest word in which one letter counts as mistyped: "now" and "not" are two words
 OPENING = 10  # an input that is continued in more ways, or is in more groups, is a mere "hello" and joins nothing
 
 
@@ -29,15 +27,23 @@ class _Row:
     task: str  # the instruction that its input shares with others
     text: int  # hash of the exact input
     answer: int  # hash of the answer's content
+    loose: int  # the same without case, punctuation and spacing
     cluster: int = -1  # number of its cluster
 
+    @property
+    def said(self) -> list[tuple[Any, int]]:
+        """The groups of rows that must have one answer, and this row's.
+
+        Inputs that differ only in case or punctuation may be answered by copies of them: "call Anna", "call anna".
+        """
+        task = self.example.system, self.example.schema
+        return [((self.split, self.text), self.answer), ((self.split, self.input, *task), self.loose)]
+
     def comparable(self, other: _Row) -> bool:
-        """Whether equal inputs of the two should have equal answers."""
+        """Whether the two have one split and task, and neither continues the other's conversation."""
         a, b = ((row.split, row.task, row.example.system, row.example.schema) for row in (self, other))
-        if a != b:
-            return False
-        if len(self.example.messages) == len(other.example.messages):
-            return True
+        if a != b or len(self.example.messages) == len(other.example.messages):
+            return a == b
         shorter, longer = sorted((self.example.turns, other.example.turns), key=len)
         return len(shorter) == len(longer) or longer[: len(shorter)] != shorter
 
@@ -65,17 +71,19 @@ def select(
     hashes = [_unit_hash(key) for key in inputs]
     parts = [(key, "") for key in inputs] if threshold >= 1 else list(split_shared(list(inputs), hashes))
     rows = [
-        _Row(example, split, inputs[key], parts[inputs[key]][1], hash(example.text), hash(typed(example.value, sets)))
+        _Row(
+            example, split, inputs[key], parts[inputs[key]][1], hash(example.text),
+            hash(typed(example.value, sets)), hash(typed(example.value, sets, scalar=_loose)),
+        )
         for example, split, key in keyed
-    ]
+    ]  # fmt: skip
     texts = [rest for rest, _ in parts]
     left, right, _ = near_pairs(texts if threshold < 1 else [], threshold)
     edges = list(zip(left.tolist(), right.tolist(), strict=True))
-    near: dict[int, list[int]] = defaultdict(list)  # for each input those that are nearly the same, same instruction
+    near: dict[int, list[int]] = defaultdict(list)  # for each input those that are nearly the same
     for i, j in edges:
-        if parts[i][1] == parts[j][1]:
-            near[i].append(j)
-            near[j].append(i)
+        near[i].append(j)
+        near[j].append(i)
     groups = {name: n for n, name in enumerate(dict.fromkeys(e.group for e, *_ in keyed if e.group), len(inputs))}
     members = {(row.input, groups[row.example.group]) for row in rows if row.example.group}
     openings = {number for number, count in Counter(number for number, _ in members).items() if count > OPENING}
@@ -83,8 +91,11 @@ def select(
     clusters = components(len(inputs) + len(groups), *np.array(pairs, np.int64).reshape(-1, 2).T).tolist()
     for row in rows:
         row.cluster = clusters[groups.get(row.example.group, row.input)]
-    conflicts, suspects = _conflicts(rows, near)
-    splits = Splits(examples={split: [] for split in examples}, suspects=suspects)
+    answers: dict[Any, dict[int, _Row]] = defaultdict(dict)
+    for row in rows:
+        for group, answer in row.said:
+            answers[group].setdefault(answer, row)
+    splits = Splits(examples={split: [] for split in examples})
     splits.shared = 1 - sum(map(len, texts)) / max(sum(map(len, inputs)), 1)
     owners: dict[tuple[str, Any], _Row] = {}
     used: dict[int, list[_Row]] = defaultdict(list)
@@ -97,8 +108,8 @@ def select(
         similar = (other for number in (row.input, *near.get(row.input, ())) for other in used.get(number, ()))
         twin = next((other for other in similar if other.answer == row.answer and other.comparable(row)), None)
         repeat = twin and row.quarantined("duplicate" if twin.text == row.text else "near_duplicate", twin)
-        if pair := conflicts.get((row.split, row.text)):
-            other = next(other for other in pair if other.answer != row.answer)
+        others = (other for group, own in row.said for answer, other in answers[group].items() if answer != own)
+        if other := next(others, None):
             splits.quarantine.append(row.quarantined("conflict", other))
         elif repeat and row.split == "train":
             splits.quarantine.append(repeat)
@@ -135,63 +146,8 @@ def _continuations(rows: Sequence[_Row]) -> Iterator[tuple[int, int]]:
             yield from ((inputs[start], inputs[turns]) for turns in conversations)
 
 
-def _conflicts(
-    rows: Sequence[_Row], near: Mapping[int, list[int]]
-) -> tuple[dict[tuple[str, int], tuple[_Row, _Row]], list[tuple[Example, Example]]]:
-    """Two rows with different answers for each split and exact input in conflict; and the suspects."""
-    groups: dict[int, list[_Row]] = defaultdict(list)
-    for row in rows:
-        groups[row.input].append(row)
-    conflicts: dict[tuple[str, int], tuple[_Row, _Row]] = {}
-    suspects = []
-    for number, group in groups.items():
-        firsts: dict[tuple[str, int], _Row] = {}
-        neighbors = [group, *(groups[other] for other in near.get(number, ()) if other > number)]
-        for row in group:
-            # With the first of the same text, and of each input the first that the row can be compared with.
-            others = [next((other for other in neighbor if row.comparable(other)), row) for neighbor in neighbors]
-            for other in (firsts.setdefault((row.split, row.text), row), *others):
-                if other.answer == row.answer or (other.text != row.text and _explained(other.example, row.example)):
-                    continue
-                if other.input == number or _mistyped(other.example.key, row.example.key):
-                    for either in (other, row):
-                        conflicts.setdefault((either.split, either.text), (other, row))
-                else:
-                    suspects.append((row.example, other.example))
-    return conflicts, suspects
-
-
-def _mistyped(a: str, b: str) -> bool:
-    """Whether two inputs differ in nothing but a letter in some of their longer words."""
-    words = a.split(), b.split()
-    return len(words[0]) == len(words[1]) and all(x == y or _one_letter(x, y) for x, y in zip(*words, strict=True))
-
-
-def _one_letter(x: str, y: str) -> bool:
-    """Whether one letter was added, left out, replaced or swapped with its neighbor; digits are not letters."""
-    if min(len(x), len(y)) < WORD or not (x.isalpha() and y.isalpha()):
-        return False
-    start = next(i for i, (p, q) in enumerate(zip_longest(x, y)) if p != q)
-    x, y = x[start:], y[start:]
-    return x[1:] in (y, y[1:]) or x in (y[1:], y[1:2] + y[:1] + y[2:])
-
-
-def _explained(a: Example, b: Example) -> bool:
-    """Whether every value in which two answers differ is in its own input, and not in both."""
-    values, texts = (dict(leaves(a.value)), dict(leaves(b.value))), ["\n".join(e.spoken) for e in (a, b)]
-    for path in values[0].keys() | values[1].keys():
-        x, y = (leaf[path][0] if path in leaf else None for leaf in values)
-        own, crossed = _holds(texts[0], x) and _holds(texts[1], y), _holds(texts[1], x) and _holds(texts[0], y)
-        if typed(x) != typed(y) and (crossed or not own):
-            return False
-    return True
-
-
-def _holds(text: str, value: Any) -> bool:
-    """Whether a text holds a value: a string letter for letter, a number by its value, null always."""
-    if isinstance(value, str):
-        return value in text
-    return value is None or (not isinstance(value, bool) and Words(text).hold(value))
+def _loose(value: Any) -> Any:
+    return folded(value) if isinstance(value, str) else (type(value).__name__, value)
 
 
 def _unit_hash(key: str) -> float:

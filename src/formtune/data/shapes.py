@@ -11,8 +11,7 @@ from formtune.errors import UserError
 from formtune.formats import Format
 from formtune.formats.bounded import time_limit
 
-KINDS = {dict: "objects", list: "arrays", bool: "booleans", int: "numbers", float: "numbers"}
-ANSWERS = (str, *KINDS)
+ANSWERS = (str, dict, list, bool, int, float)
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles; the others have the names that are read anyway
 # Columns that a row must have, `?` for those that it may have: the input's, and the answer's last.
 SHAPES = {
@@ -174,16 +173,14 @@ def own_schema(value: Any) -> str | None:
     return None if empty(value) else json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
-def written(value: Any, format: Format, where: str) -> tuple[str, str]:
-    """The text of an answer that is not text, as the format writes it, and a line that says what was done."""
-    note = f"answers were {KINDS.get(type(value), 'numbers')}, written in the format's form"
+def written(value: Any, format: Format, where: str) -> str:
+    """The text of an answer that is not text, as the format writes it."""
     try:
         text = format.write(value)
         if text and "null" in text and not format.check(text).exact:
             with suppress(TimeoutError):
                 shorter = format.write(_without_nulls(value, format))
-                if shorter and format.check(shorter).exact:
-                    return shorter, note + " without the nulls that it refuses"
+                text = shorter if shorter and format.check(shorter).exact else text
     except (TypeError, ValueError) as error:  # such as a date in a Parquet file
         raise UserError(f"{where}: the answer is not JSON ({error}); write it as a string") from None
     if text is None and type(value) is int and format.check(str(value)).exact:
@@ -191,7 +188,7 @@ def written(value: Any, format: Format, where: str) -> tuple[str, str]:
     if text is None:
         remedy = "write it as a string, or set data.columns.completion to the column that holds its text"
         raise UserError(f"{where}: the answer is {kind(value)}, not text; {remedy}")
-    return text, note
+    return text
 
 
 @time_limit()

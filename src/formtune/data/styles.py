@@ -8,8 +8,8 @@ from typing import Any
 
 from formtune.data.cleaning import Example
 
-MOST = 0.8  # share of a field's values that must be dates (or numbers) for it to be a field of dates
-COPIED = 0.95  # share of a field's values that must be in their prompts for it to be a copied one
+MOST = 0.8  # share of a field's texts that must be dates for it to be a field of dates
+COPIED = 0.95  # share of a field's texts that must be in their prompts for it to be a copied one
 ALWAYS = 0.95  # share of the objects that must have a key for its position to be a style
 
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')  # in JSON
@@ -27,12 +27,6 @@ _DATES = {
     "D-M-YYYY": r"\d\d?-\d\d?-(?:\d{4}|\d\d)",
     "D Month YYYY": rf"\d\d?(?:st|nd|rd|th)?\.? (?:of )?{_MONTH},? \d{{4}}",
     "Month D, YYYY": rf"{_MONTH} \d\d?(?:st|nd|rd|th)?,? \d{{4}}",
-}
-_NUMBERS = {
-    "1234.5": r"[+-]?\d+(?:\.\d+)?",
-    "1,234.5": r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?",
-    "1.234,5": r"[+-]?(?:\d{1,3}(?:\.\d{3})+(?:,\d+)?|\d+,\d+)",
-    "with a unit": r"(?:[^\w\s.,+-]|[A-Za-z]{1,4})? ?[+-]?\d[\d.,]*(?: ?(?:[^\w\s.,]|[A-Za-z]{1,4}))?",
 }
 
 
@@ -64,7 +58,8 @@ def mixtures(examples: Sequence[Example], fields: Mapping[str | None, Sequence[s
         objects = {path: [(v, e) for v, e in entries if isinstance(v, dict)] for path, entries in values.items()}
         compared += [(path, "key order", _key_orders(entries)) for path, entries in objects.items()]
         compared += [(path, "empty", _empties(path, objects)) for path in fields.get(schema, ())]
-        compared += [(path, *_values(entries)) for path, entries in values.items()]
+        compared += [(path, "date", _dates(entries)) for path, entries in values.items()]
+        compared += [(path, "number", _whole_numbers(entries)) for path, entries in values.items()]
     return [mixture for path, what, forms in compared if (mixture := _mixture(path, what, forms))]
 
 
@@ -126,17 +121,15 @@ def _empties(path: str, objects: Mapping[str, Sequence[Entry]]) -> Forms:
     return forms
 
 
-def _values(entries: Sequence[Entry]) -> tuple[str, Forms]:
-    """Texts that write dates or numbers in several ways, unless they are copied; whole numbers with a point or none."""
+def _dates(entries: Sequence[Entry]) -> Forms:
+    """A field of dates, unless its texts are copied from the prompts."""
     texts = [(v, e) for v, e in entries if isinstance(v, str)]
-    for what, patterns in (("date", _DATES), ("number", _NUMBERS)):
-        forms = [(form, e) for v, e in texts if (form := _form(v, patterns))]
-        # In this order: the prompt's text takes time, and few fields are dates or numbers.
-        if len(forms) >= MOST * len(texts) and sum(v in e.text for v, e in texts) < COPIED * len(texts):
-            return what, forms
+    forms = [(f, e) for v, e in texts for f, pattern in _DATES.items() if re.fullmatch(pattern, v, re.I)]
+    # In this order: the prompt's text takes time, and few fields are dates.
+    is_own = len(forms) >= MOST * len(texts) and sum(v in e.text for v, e in texts) < COPIED * len(texts)
+    return forms if is_own else []
+
+
+def _whole_numbers(entries: Sequence[Entry]) -> Forms:
     whole = [(v, e) for v, e in entries if type(v) in (int, float) and v == v // 1]
-    return "number", [("5.0" if isinstance(v, float) else "5", e) for v, e in whole]
-
-
-def _form(text: str, patterns: dict[str, str]) -> str | None:
-    return next((name for name, pattern in patterns.items() if re.fullmatch(pattern, text, re.I)), None)
+    return [("5.0" if isinstance(v, float) else "5", e) for v, e in whole]

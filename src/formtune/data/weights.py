@@ -16,12 +16,12 @@ def read_weights(train: Any) -> tuple[Any, dict[str, float]]:
         return train, {}
     weights: dict[str, float] = {}
     for given in train:
-        entry = {"path": given} if isinstance(given, str) else given
-        path, weight = entry.get("path"), entry.get("weight", 1)
-        is_weight = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight <= MOST
-        if not isinstance(path, str) or path in weights or not is_weight or entry.keys() - {"path", "weight"}:
+        entry = {"weight": 1} | ({"path": given} if isinstance(given, str) else given)
+        path, weight = entry.get("path"), entry["weight"]
+        is_weight = type(weight) in (int, float) and 0 < weight <= MOST
+        if not isinstance(path, str) or path in weights or not is_weight or len(entry) > 2:
             rule = f"{{path: FILE, weight: NUMBER}}, each file once, with a weight above 0 and up to {MOST}"
-            raise UserError(f"data.train: expected a file or {rule}; found {dict(entry)}")
+            raise UserError(f"data.train: expected a file or {rule}; found {given}")
         weights[path] = float(weight)
     return list(weights), weights
 
@@ -29,14 +29,17 @@ def read_weights(train: Any) -> tuple[Any, dict[str, float]]:
 def weighted(
     rows: Sequence[Row], entry_of: Mapping[str, str], weights: Mapping[str, float]
 ) -> tuple[list[Row], dict[str, dict[str, float]]]:
-    """Each row as often as the weight of its entry says, and counts by entry; `entry_of` is by a row's place.
+    """Each row as often as the weight of its entry says, and counts by entry; `entry_of` is by a row's file.
 
     All rows are used as often as the integer part says, and as large a share of them as the fraction says once more.
     These are drawn once, so that every epoch and a resumed run have the same rows.
     """
-    times, counts = [int(weights[entry_of[row.where]]) for row in rows], {}
+    entries = [entry_of[row.where.rpartition(":")[0].removesuffix("[train]")] for row in rows]
+    times, counts = [int(weights[entry]) for entry in entries], {}
     for name, weight in weights.items():
-        members = [at for at, row in enumerate(rows) if entry_of[row.where] == name]
+        if name not in entry_of.values():
+            raise UserError(f"data.train: all files of {name} belong to entries before it; name each file once")
+        members = [at for at, entry in enumerate(entries) if entry == name]
         for at in random.Random(0).sample(members, round(weight % 1 * len(members))):
             times[at] += 1
         used = sum(times[at] for at in members)

@@ -20,7 +20,7 @@ from formtune.data.duplicates import (
     shingles,
     similar,
 )
-from formtune.data.selection import _mistyped, select
+from formtune.data.selection import select
 
 WORDS = [
     "please",
@@ -134,11 +134,12 @@ LONG = "I would like to book a table for {} people in the old harbour restaurant
         ([(LONG.format(5), "x"), (LONG.format(5) + " thanks", "x")], ["", "near_duplicate"]),
         ([("call Anna", "x"), ("call Anna", "y")], ["conflict", "conflict"]),
         ([("call Anna", "x"), ("call anna.", "y"), ("call Anna", "x")], ["conflict"] * 3),
-        # The inputs say why the answers differ.
+        # Copied as the inputs write it.
         ([("call Anna", "Anna"), ("call anna", "anna")], ["", ""]),
+        ([("call Anna", "Anna"), ("call Anna", "anna")], ["conflict"] * 2),
         ([(LONG.format(5), 5), (LONG.format(6), 6)], ["", ""]),
-        # One letter in a long word is a mistake, a word or a number more may be the reason.
-        ([(LONG.format(5), "x"), (LONG.format(5).replace("restaurant", "restuarant"), "y")], ["conflict"] * 2),
+        # A letter, a word or a number more may be the reason.
+        ([(LONG.format(5), "x"), (LONG.format(5).replace("restaurant", "restuarant"), "y")], ["", ""]),
         ([(LONG.format(5), {"n": 5, "kind": "new"}), (LONG.format(6), {"n": 6, "kind": "old"})], ["", ""]),
         ([("number 8", "VIII"), ("number 82", "LXXXII")], ["", ""]),
         # Both inputs hold both values: nothing says which is right.
@@ -153,31 +154,6 @@ def test_the_rules_for_rows_of_one_split(rows, reasons):
     assert list(outcome(train=rows).values()) == reasons or outcome(train=rows) == {
         f"train:{i}": reason for i, reason in enumerate(reasons)
     }
-
-
-def test_answers_that_differ_for_no_visible_reason_are_suspects():
-    rows = [example("a", LONG.format(5), "x"), example("b", LONG.format(6), "y"), example("c", LONG.format(7), "x")]
-    assert [(a.where, b.where) for a, b in select({"train": rows}, 0.8).suspects] == [("a", "b"), ("b", "c")]
-    rows = [example("a", LONG.format(5), 5), example("b", LONG.format(6), 6)]
-    assert not select({"train": rows}, 0.8).suspects
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "same"),
-    [
-        ("receive", "recieve", True),
-        ("colour", "color", True),
-        ("color", "colour", True),
-        ("organise", "organize", True),
-        ("now", "not", False),
-        ("accept", "except", False),
-        ("order 12345", "order 12346", False),
-        ("a word", "a word more", False),
-        ("", "", True),
-    ],
-)
-def test_a_mistyped_letter_differs_from_another_word(a, b, same):
-    assert _mistyped(a, b) is same and _mistyped(b, a) is same
 
 
 def test_a_row_is_a_near_duplicate_only_of_a_used_row():
@@ -295,7 +271,7 @@ def messages(number, seed=0):
 def test_text_that_inputs_share_does_not_make_them_nearly_the_same(template):
     rows = [example(str(n), template(n, text), n % 3) for n, text in enumerate(messages(200))]
     selection = select({"train": rows}, 0.8)
-    assert len(selection.examples["train"]) == 200 and not selection.suspects
+    assert len(selection.examples["train"]) == 200
     assert len(set(selection.cluster.values())) > 190
     assert selection.shared > 0.3
     assert 0.15 < sum(place < 0.3 for place in selection.cluster.values()) / 200 < 0.45
@@ -321,7 +297,7 @@ def test_the_same_message_below_two_instructions_is_one_cluster_and_neither_a_du
             for k, order in enumerate((ORDER, COUNT))
         ]
         selection = select({"train": below}, 0.8)
-        assert len(selection.examples["train"]) == 120 and not selection.suspects
+        assert len(selection.examples["train"]) == 120
         assert all(selection.cluster[f"{n} 0"] == selection.cluster[f"{n} 1"] for n in range(60))
         split = select({"test": below[::2], "train": below[1::2]}, 0.8)
         assert {row.reason for row in split.quarantine} == {"leak"} and not split.examples["train"]
@@ -355,7 +331,7 @@ def test_a_row_that_continues_another_is_in_its_cluster_and_not_a_duplicate():
     turns = [opening, "find Oslo", "book it"]
     rows = [talk("a", [opening], "find Oslo"), talk("b", turns, "book"), talk("c", [*turns, "book", "thanks"], "book")]
     selection = select({"train": rows}, 0.8)
-    assert not selection.suspects and not selection.quarantine and len(set(selection.cluster.values())) == 1
+    assert not selection.quarantine and len(set(selection.cluster.values())) == 1
     # Also where what is added is long, and in another split it is a leak.
     rows[1] = talk("b", [*turns[:2], "something else altogether, " * 20], "book")
     assert len(set(select({"train": rows}, 0.8).cluster.values())) == 1

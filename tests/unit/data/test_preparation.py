@@ -131,7 +131,7 @@ def test_rows_are_judged_with_a_reason(task):
     turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": c}] for p, c in rows]
     repairs = Counter()
     examples = [Example(messages, f"f:{line}") for line, messages in enumerate(turns, 1)]
-    judged = list(judge(examples, JsonSchema(SCHEMA), ["edges"], [], repairs))
+    judged = [judge(example, JsonSchema(SCHEMA), ["edges"], [], repairs) for example in examples]
     assert [getattr(row, "reason", "") for row in judged] == ["", "", "", "empty", "format"]
     assert judged[1].input == "twice" and judged[1].value == {"n": 1, "s": "a"} and repairs == {"edges": 1}
 

@@ -149,7 +149,7 @@ def test_each_answer_is_judged_repaired_and_quarantined_by_its_own_schema():
     rows += [example("q", ANSWERS[NUMBER], COLOR, "f:4"), example("q", '{"n":4}', None, "f:5")]
     rows += [example("q", '{"n":4}', "{oops", "f:6"), example("q", '```json\n{ "n": 4 }\n```', NUMBER, "f:7")]
     repairs = Counter()
-    judged_rows = list(judge(rows, PER_ROW, [], ["fence", "canonical"], repairs))
+    judged_rows = [judge(row, PER_ROW, [], ["fence", "canonical"], repairs) for row in rows]
     valid = [row for row in judged_rows if isinstance(row, Example)]
     assert [(e.where, e.target, e.schema) for e in valid] == [
         *((f"f:{n}", answer, schema) for n, (schema, answer) in enumerate(ANSWERS.items(), 1)),
@@ -180,7 +180,6 @@ def test_rows_with_other_schemas_are_neither_conflicts_nor_duplicates():
         ("f:6", "conflict"),
         ("f:7", "conflict"),
     ]
-    assert selection.suspects == []
 
 
 def test_styles_are_compared_within_a_schema_and_layouts_over_all():
