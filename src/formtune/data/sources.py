@@ -3,18 +3,14 @@
 Text files are not read by a data-frame library: those guess types (ISO dates become timestamps) and lose line numbers.
 """
 
-import bz2
 import csv
 import functools
 import glob
-import gzip
 import io
 import json
-import lzma
 import os
 import re
 import sys
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -25,12 +21,10 @@ from formtune.errors import UserError, first_line
 from formtune.formats.strict_json import loads_strict
 
 MAX_LINE_BYTES = 4 * 2**20  # a million tokens
-ENDINGS = ".jsonl, .json, .csv, .tsv or .parquet, each also with .gz, .bz2, .xz or .zst"
+ENDINGS = ".jsonl, .json, .csv, .tsv or .parquet, each also with .gz, .bz2 or .zst"
 SAVED = ("state.json", "dataset_dict.json")  # one of these is in a folder that `save_to_disk` wrote
 
 Records = Iterator[tuple[dict[str, Any], str]]  # each record with its place
-
-_DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what reading a damaged file raises
 
 
 class Source(ABC):
@@ -173,7 +167,7 @@ def _parquet(path: str) -> Records:
             table = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read()))
         stored = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
         records = table.to_pylist()
-    except (pyarrow.ArrowException, ValueError, *_DAMAGED) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
     return _numbered(records, stored.get("info", {}).get("features", {}), path)
 
@@ -187,12 +181,6 @@ def _numbered(records: Iterable[dict[str, Any]], features: dict[str, Any], name:
         yield record | named, f"{name}:row {number}"
 
 
-def _zstd(path: str, mode: str) -> IO[bytes]:
-    import pyarrow
-
-    return io.BufferedReader(pyarrow.CompressedInputStream(path, "zstd"))  # type: ignore[arg-type]
-
-
 _READERS: dict[str, Callable[[str], Records]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
@@ -201,11 +189,14 @@ _READERS: dict[str, Callable[[str], Records]] = {
     ".tsv": functools.partial(_csv, delimiters="\t"),
     ".parquet": _parquet,
 }
-_COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
+_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
 
 def _open(path: str) -> IO[bytes]:
-    return _COMPRESSED.get(Path(path).suffix.lower(), io.open)(path, "rb")
+    import pyarrow
+
+    stream = pyarrow.input_stream(path, compression=_COMPRESSED.get(Path(path).suffix.lower()))
+    return io.BufferedReader(stream)  # type: ignore[arg-type]
 
 
 def _lines(path: str, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[str, str]]:
@@ -219,5 +210,5 @@ def _lines(path: str, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[str, str]]:
                 yield f"{path}:{number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{number}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
-    except _DAMAGED as error:
+    except OSError as error:
         raise UserError(f"{path}:{number + 1}: not readable ({first_line(error)})") from None

@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import json
-import lzma
 
 import pytest
 
@@ -33,7 +32,7 @@ def zstd(data: bytes) -> bytes:
     return pyarrow.compress(data, "zstd", asbytes=True)
 
 
-PACKED = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+PACKED = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstd}
 
 
 @pytest.mark.parametrize("packed", PACKED)
@@ -62,13 +61,13 @@ def test_a_parquet_file_may_be_compressed(tmp_path, packed):
     ("name", "content", "message"),
     [
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": \n', mtime=0), "a.jsonl.gz:2: not valid JSON"),
-        ("a.jsonl.xz", lzma.compress(b'{"a": 1}\n\xff\n'), "a.jsonl.xz:2: not UTF-8 at byte 0"),
+        ("a.jsonl.bz2", bz2.compress(b'{"a": 1}\n\xff\n'), "a.jsonl.bz2:2: not UTF-8 at byte 0"),
         ("a.csv.bz2", bz2.compress(b"a,b\n1,2\n1\n"), "a.csv.bz2:3: the row does not have 2 cells like the header"),
         ("semicolon.csv", b"a;b\n1;2\n1,2\n", "semicolon.csv:3: the row does not have 2 cells like the header"),
         ("a.tsv", b"a\tb\n1\t2\n1\n", "a.tsv:3: the row does not have 2 cells like the header"),
-        ("a.jsonl.gz", b'{"a": 1}\n', "a.jsonl.gz:1: not readable .Not a gzipped file"),
+        ("a.jsonl.gz", b'{"a": 1}\n', "a.jsonl.gz:1: not readable .zlib inflate failed"),
         ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], "a.jsonl.gz:[123]: not readable"),
-        ("a.json.xz", lzma.compress(LINES.encode())[:-12], "a.json.xz:[123]: not readable"),
+        ("a.json.zst", zstd(LINES.encode())[:-12], "a.json.zst:[123]: not readable"),
         ("a.csv.bz2", b"nothing", "a.csv.bz2:1: not readable"),
         ("a.jsonl.zst", b"nothing", "a.jsonl.zst:1: not readable"),
         ("a.parquet.gz", b"nothing", "a.parquet.gz: not a readable Parquet file"),
