@@ -173,12 +173,12 @@ def part_all(texts: list[str]) -> dict[str, Any]:
     began = time.perf_counter()
     examples = [example(text, number) for number, text in enumerate(texts)]
     cleaned = time.perf_counter()
-    done = select({"train": examples}, THRESHOLD)
+    kept, done = select(examples, THRESHOLD)
     reasons: dict[str, int] = defaultdict(int)
     for row in done.quarantine:
         reasons[row.reason] += 1
     return {"seconds": time.perf_counter() - began, "seconds_cleaning": cleaned - began, "rows": len(texts),
-            "kept": len(done.examples["train"]), **reasons}  # fmt: skip
+            "kept": len(kept), **reasons}  # fmt: skip
 
 
 def part_peer(texts: list[str], name: str) -> dict[str, Any]:

@@ -251,3 +251,15 @@ def write_run(folder: Path, base: str, rows: list[tuple[str, bool]], rank: int =
         ],
     )  # fmt: skip
     return folder
+
+
+def selected(cut=True, **splits):
+    """What is selected of the rows of these splits, with the rows that are used by split."""
+    from formtune.data.selection import select
+
+    for name, rows in splits.items():
+        for row in rows:
+            row.split = name
+    chosen, selection = select([row for rows in splits.values() for row in rows], 0.8, cut=cut)
+    selection.examples = {name: [row for row in chosen if row.split == name] for name in splits}
+    return selection

@@ -44,14 +44,13 @@ def run(command: str, args: list[str]) -> None:
         raise UserError("data.format: a teacher needs one schema for all rows; set data.format.init_args.schema")
     if settings.prompts is None:
         raise UserError("data.prompts: name a file of inputs for the teacher to answer")
-    splits, _ = read_splits(settings)
-    known = [example for examples in splits.values() for example in examples]
+    known, _ = read_splits(settings)
+    written = (as_written(settings, example) for example in known if example.split == "train")
+    shots = [*islice((e for e in written if isinstance(e, Example) and format.check(e.target).exact), SHOTS)]
     known += read_examples(settings, config.out, Counter()) if path.is_file() else []
     given = read_examples(settings, settings.prompts, Counter(), with_target=False)
     if any(example.tools for example in given):
         raise UserError("data.prompts: a prompt has tools, which are not sent to a teacher; remove it")
-    written = (as_written(settings, example) for example in splits["train"])
-    shots = [*islice((e for e in written if isinstance(e, Example) and format.check(e.target).exact), SHOTS)]
     given = [replace(it, messages=[*it.messages, {"role": "assistant", "content": ""}]) for it in given]
     # A new row must not repeat one of validation or test either.
     keys = [replace(it, messages=repair(it.messages, settings.clean)).key for it in (*known, *given)]

@@ -61,7 +61,7 @@ class Example:
     schema: str | None = None  # JSON text of the row's own schema, or of its tools
     reasoning: int = 0  # characters of the target before its answer
     group: str = ""  # rows of one group are never in two splits; "" for a group of one
-    split: str = ""
+    split: str = "train"
 
     @property
     def target(self) -> str:

@@ -69,7 +69,7 @@ def content_hash(rows: Mapping[str, Sequence[Row]]) -> str:
     return hashed.hexdigest()
 
 
-def cache_path(examples: Mapping[str, Sequence[Example]], settings: DataSettings) -> Path | None:
+def cache_path(examples: Sequence[Example], settings: DataSettings) -> Path | None:
     """The file of these rows, named by all that decides them; None for your own format, whose code may change."""
     format, tokenizer = settings.format, settings.renderer.tokenizer
     if not type(format.inner or format).__module__.startswith("formtune.formats."):
@@ -84,10 +84,9 @@ def cache_path(examples: Mapping[str, Sequence[Example]], settings: DataSettings
     hashed = hashlib.blake2b(json.dumps(inputs).encode(), digest_size=16)
     for path in own_code("base", "data", "formats"):
         hashed.update(path.read_bytes())
-    for name, rows in examples.items():
-        for e in rows:
-            row = [name, e.where, e.messages, e.origin, e.schema, e.tools, e.group]
-            hashed.update(json.dumps(row).encode())
+    for e in examples:
+        row = [e.split, e.where, e.messages, e.origin, e.schema, e.tools, e.group]
+        hashed.update(json.dumps(row).encode())
     return CACHE / f"{hashed.hexdigest()}.json"
 
 

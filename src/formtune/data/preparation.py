@@ -4,9 +4,8 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 
 from formtune.base.row import SYSTEM_ROLES, Row, UnfitRow
 from formtune.configuration.terminal import shown
@@ -40,27 +39,28 @@ def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
         splits.training, splits.weights = weighted(splits.training, entries([*settings.weights]), settings.weights)
     splits.own_system = sum(
         e.messages[0]["role"] in SYSTEM_ROLES and e.messages[0]["content"] not in ("", settings.system_of(e.schema))
-        for e in chain(*examples.values())
+        for e in examples
     )
     return splits
 
 
-def read_splits(settings: DataSettings) -> tuple[dict[str, list[Example]], Counter[str]]:
-    """The conversations of each split that has its own source, and how many rows have columns that are not read."""
+def read_splits(settings: DataSettings) -> tuple[list[Example], Counter[str]]:
+    """The conversations of all splits, test first and train last, and how many rows have columns that are not read."""
     if settings.sources["train"] is None:
         raise UserError("data.train: name a file to train on")
     ignored: Counter[str] = Counter()
-    named = {name: source for name, source in settings.sources.items() if not isinstance(source, float)}
-    examples = {name: read_examples(settings, source, ignored, split=name) for name, source in named.items()}
+    examples = []
+    for name, source in settings.sources.items():
+        if not isinstance(source, float):
+            examples += read_examples(settings, source, ignored, split=name)
     if settings.split_column:
-        rows = list(chain(*examples.values()))
-        present = {"train", *(row.split for row in rows)}
-        examples = {name: [e for e in rows if e.split == name] for name in settings.sources if name in present}
+        examples.sort(key=lambda example: [*settings.sources].index(example.split))
+        present = {example.split for example in examples}
         settings.shares = {name: share for name, share in settings.shares.items() if name not in present}
-    if settings.group and not any(example.group for example in chain(*examples.values())):
+    if settings.group and not any(example.group for example in examples):
         raise UserError(f"data.group: no row has a value in the column `{settings.group}`; name another column")
     if settings.train_on == "all":
-        examples = {name: list(chain(*map(_answers, rows))) for name, rows in examples.items()}
+        examples = [answer for example in examples for answer in _answers(example)]
     return examples, ignored
 
 
@@ -121,35 +121,31 @@ def _answers(row: Example) -> Iterator[Example]:
     )
 
 
-def _prepare(settings: DataSettings, examples: Mapping[str, Sequence[Example]]) -> Splits:
+def _prepare(settings: DataSettings, examples: Sequence[Example]) -> Splits:
     """Judge, select, keep the usual style, split and encode."""
-    valid: dict[str, list[Example]] = {name: [] for name in examples}
+    valid: list[Example] = []
     invalid: list[Quarantined] = []
     repairs: Counter[str] = Counter()
-    for name, given in examples.items():
-        for example in shown(given, len(given), "judging"):
-            row = as_written(settings, example)
-            if isinstance(row, Example):
-                row = judge(row, settings.format, settings.clean, settings.repair_answers, repairs)
-            if isinstance(row, Example):
-                valid[name].append(row)
-            else:
-                invalid.append(row)
-    splits = select(valid, settings.near_duplicates, settings.format.sets, any(settings.shares.values()))
+    for example in shown(examples, len(examples), "judging"):
+        row = as_written(settings, example)
+        if isinstance(row, Example):
+            row = judge(row, settings.format, settings.clean, settings.repair_answers, repairs)
+        if isinstance(row, Example):
+            valid.append(row)
+        else:
+            invalid.append(row)
+    chosen, splits = select(valid, settings.near_duplicates, settings.format.sets, any(settings.shares.values()))
     splits.quarantine = invalid + splits.quarantine
-    splits.read, splits.repairs = Counter({name: len(given) for name, given in examples.items()}), repairs
-    used: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
-    used |= _usual_style(settings, splits)
+    splits.read, splits.repairs = Counter(example.split for example in examples), repairs
+    chosen = _usual_style(settings, chosen, splits)
     test, validation = settings.shares.get("test", 0.0), settings.shares.get("validation", 0.0)
-    train, used["train"] = used["train"], []
+    train = [example for example in chosen if example.split == "train"]
     splits.groups = len({example.group or example.where for example in train})
     for example in train:
         at = splits.cluster[example.where]
         example.split = "test" if at < test else "validation" if at < test + validation else "train"
-        used[example.split].append(example)
-    splits.examples = {name: [] for name in used}
-    splits.rows = {name: [] for name in used}
-    for name, members in used.items():
+    for name in ("train", "validation", "test"):
+        members, splits.examples[name], splits.rows[name] = [e for e in chosen if e.split == name], [], []
         for example, row in _encode(settings, members):
             if not isinstance(row, Row):
                 splits.quarantine.append(example.quarantined("unfit", str(row)))
@@ -180,22 +176,21 @@ def as_written(settings: DataSettings, example: Example) -> Example | Quarantine
     return replace(example, written=row.target)
 
 
-def _usual_style(settings: DataSettings, splits: Splits) -> dict[str, list[Example]]:
+def _usual_style(settings: DataSettings, examples: Sequence[Example], splits: Splits) -> list[Example]:
     """The rows without those that write something in another way than most."""
-    all_examples = list(chain(*splits.examples.values()))
-    splits.mixtures = mixtures(all_examples, {e.schema: settings.format.of_row(e.schema).fields for e in all_examples})
+    splits.mixtures = mixtures(examples, {e.schema: settings.format.of_row(e.schema).fields for e in examples})
     details: dict[str, str] = {}
     for mixture in splits.mixtures:
         usual = next(iter(mixture.forms))
         for form, places in mixture.minority.items():
             detail = f"{mixture.what} of {mixture.path or 'the answer'}: {form}, most rows have {usual}"
             details = dict.fromkeys(places, detail) | details
-    for example in (e for e in all_examples if e.where in details):
+    for example in (e for e in examples if e.where in details):
         detail, fix = details[example.where], ""
         if detail.startswith(("layout", "key order")):
             fix = helpful_repair(example.target, settings.format.of_row(example.schema), settings.repair_answers)
         splits.quarantine.append(example.quarantined("style", detail, fix=fix))
-    return {name: [e for e in rows if e.where not in details] for name, rows in splits.examples.items()}
+    return [example for example in examples if example.where not in details]
 
 
 def _encode(settings: DataSettings, examples: Sequence[Example]) -> Iterator[tuple[Example, Row | UnfitRow]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ OPENING = 10  # an input that is continued in more ways, or is in more groups, i
 @dataclass(eq=False, slots=True)
 class _Row:
     example: Example
-    split: str
     input: int  # number of its input; the same for inputs that differ in case, punctuation and spacing only
     task: str  # the instruction that its input shares with others
     text: int  # hash of the exact input
@@ -36,12 +35,12 @@ class _Row:
 
         Inputs that differ only in case or punctuation may be answered by copies of them: "call Anna", "call anna".
         """
-        task = self.example.system, self.example.schema
-        return [((self.split, self.text), self.answer), ((self.split, self.input, *task), self.loose)]
+        split, task = self.example.split, (self.example.system, self.example.schema)
+        return [((split, self.text), self.answer), ((split, self.input, *task), self.loose)]
 
     def comparable(self, other: _Row) -> bool:
         """Whether the two have one split and task, and neither continues the other's conversation."""
-        a, b = ((row.split, row.task, row.example.system, row.example.schema) for row in (self, other))
+        a, b = ((r.example.split, r.task, r.example.system, r.example.schema) for r in (self, other))
         if a != b or len(self.example.messages) == len(other.example.messages):
             return a == b
         shorter, longer = sorted((self.example.turns, other.example.turns), key=len)
@@ -59,23 +58,23 @@ class _Row:
 
 
 def select(
-    examples: Mapping[str, Sequence[Example]], threshold: float, sets: frozenset[str] = frozenset(), cut: bool = True
-) -> Splits:
-    """Choose the rows to use; splits that come first own what they share with later ones.
+    examples: Sequence[Example], threshold: float, sets: frozenset[str] = frozenset(), cut: bool = True
+) -> tuple[list[Example], Splits]:
+    """Choose the rows to use; those that come first own what they share with later ones, of other splits.
 
     `threshold` is the Jaccard index of near-duplicates, 1 for none; `sets` are the paths of arrays without an order;
     `cut` says whether splits are then cut from train by cluster.
     """
-    keyed = [(example, split, example.key) for split, members in examples.items() for example in members]
-    inputs = {key: number for number, key in enumerate(dict.fromkeys(key for *_, key in keyed))}
+    keyed = [(example, example.key) for example in examples]
+    inputs = {key: number for number, key in enumerate(dict.fromkeys(key for _, key in keyed))}
     hashes = [_unit_hash(key) for key in inputs]
     parts = [(key, "") for key in inputs] if threshold >= 1 else list(split_shared(list(inputs), hashes))
     rows = [
         _Row(
-            example, split, inputs[key], parts[inputs[key]][1], hash(example.text),
+            example, inputs[key], parts[inputs[key]][1], hash(example.text),
             hash(typed(example.value, sets)), hash(typed(example.value, sets, scalar=_loose)),
         )
-        for example, split, key in keyed
+        for example, key in keyed
     ]  # fmt: skip
     texts = [rest for rest, _ in parts]
     left, right, _ = near_pairs(texts if threshold < 1 else [], threshold)
@@ -84,7 +83,7 @@ def select(
     for i, j in edges:
         near[i].append(j)
         near[j].append(i)
-    groups = {name: n for n, name in enumerate(dict.fromkeys(e.group for e, *_ in keyed if e.group), len(inputs))}
+    groups = {name: n for n, name in enumerate(dict.fromkeys(e.group for e in examples if e.group), len(inputs))}
     members = {(row.input, groups[row.example.group]) for row in rows if row.example.group}
     openings = {number for number, count in Counter(number for number, _ in members).items() if count > OPENING}
     pairs = [pair for pair in (*edges, *_continuations(rows), *sorted(members)) if openings.isdisjoint(pair)]
@@ -95,23 +94,24 @@ def select(
     for row in rows:
         for group, answer in row.said:
             answers[group].setdefault(answer, row)
-    splits = Splits(examples={split: [] for split in examples})
-    splits.shared = 1 - sum(map(len, texts)) / max(sum(map(len, inputs)), 1)
+    splits = Splits(shared=1 - sum(map(len, texts)) / max(sum(map(len, inputs)), 1))
     owners: dict[tuple[str, Any], _Row] = {}
     used: dict[int, list[_Row]] = defaultdict(list)
+    chosen = []
     for row in rows:
         keys = [("input", row.input), ("group", row.example.group or row), ("cluster", row.cluster)]
         owned = [(what, owners[what, which]) for what, which in keys if (what, which) in owners]
         # An opening can be in several clusters, each of which may be cut into another split.
-        is_cut = cut and row.split == "train"
-        leaks = [(what, o) for what, o in owned if o.split != row.split or (is_cut and o.cluster != row.cluster)]
+        split = row.example.split
+        is_cut = cut and split == "train"
+        leaks = [(what, o) for what, o in owned if o.example.split != split or (is_cut and o.cluster != row.cluster)]
         similar = (other for number in (row.input, *near.get(row.input, ())) for other in used.get(number, ()))
         twin = next((other for other in similar if other.answer == row.answer and other.comparable(row)), None)
         repeat = twin and row.quarantined("duplicate" if twin.text == row.text else "near_duplicate", twin)
         others = (other for group, own in row.said for answer, other in answers[group].items() if answer != own)
         if other := next(others, None):
             splits.quarantine.append(row.quarantined("conflict", other))
-        elif repeat and row.split == "train":
+        elif repeat and split == "train":
             splits.quarantine.append(repeat)
         elif leaks:
             what, owner = leaks[0]
@@ -121,12 +121,12 @@ def select(
             for key in keys:
                 owners.setdefault(key, row)
             used[row.input].append(row)
-            splits.examples[row.split].append(row.example)
+            chosen.append(row.example)
     lowest = {cluster: number for number, cluster in sorted(zip(hashes, clusters, strict=False), reverse=True)}
     # Not the lowest of a group's many inputs, which would be in the first split nearly always.
     lowest |= {clusters[groups[name]]: _unit_hash(name) for name in sorted(groups, reverse=True)}
     splits.cluster = {row.example.where: lowest[row.cluster] for group in used.values() for row in group}
-    return splits
+    return chosen, splits
 
 
 def _continuations(rows: Sequence[_Row]) -> Iterator[tuple[int, int]]:

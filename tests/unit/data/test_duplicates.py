@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import WORDY
+from conftest import WORDY, selected
 from formtune.data.boilerplate import split_shared
 from formtune.data.cleaning import Example
 from formtune.data.duplicates import (
@@ -20,7 +20,6 @@ from formtune.data.duplicates import (
     shingles,
     similar,
 )
-from formtune.data.selection import select
 
 WORDS = [
     "please",
@@ -116,7 +115,7 @@ def example(where, text, answer, system=None):
 
 def outcome(**splits):
     rows = {name: [example(f"{name}:{i}", *row) for i, row in enumerate(rows)] for name, rows in splits.items()}
-    selection = select(rows, 0.8)
+    selection = selected(**rows)
     reasons = {e.where: "" for examples in selection.examples.values() for e in examples}
     reasons |= {row.where: row.reason for row in selection.quarantine}
     assert len(reasons) == sum(map(len, rows.values()))
@@ -190,7 +189,7 @@ def test_a_cluster_belongs_to_the_split_that_comes_first():
 def test_rows_of_one_cluster_have_one_number_whatever_the_order_of_the_rows():
     texts = [LONG.format(n) for n in range(40)] + [f"something else number {n * n} of {n}" for n in range(40)]
     rows = [example(text, text, n) for n, text in enumerate(texts)]
-    places = [select({"train": order}, 0.8).cluster for order in (rows, rows[::-1])]
+    places = [selected(train=order).cluster for order in (rows, rows[::-1])]
     assert places[0] == places[1]
     assert len({places[0][text] for text in texts[:40]}) == 1
 
@@ -205,7 +204,7 @@ def test_no_row_is_lost_and_no_input_is_in_two_splits(rows):
     splits = {name: [] for name in ("test", "validation", "train")}
     for number, (name, text, answer) in enumerate(rows):
         splits[name].append(example(str(number), text, answer))
-    selection = select(splits, 0.8)
+    selection = selected(**splits)
     places = [e.where for rows in selection.examples.values() for e in rows] + [
         row.where for row in selection.quarantine
     ]
@@ -270,7 +269,7 @@ def messages(number, seed=0):
 )
 def test_text_that_inputs_share_does_not_make_them_nearly_the_same(template):
     rows = [example(str(n), template(n, text), n % 3) for n, text in enumerate(messages(200))]
-    selection = select({"train": rows}, 0.8)
+    selection = selected(train=rows)
     assert len(selection.examples["train"]) == 200
     assert len(set(selection.cluster.values())) > 190
     assert selection.shared > 0.3
@@ -282,7 +281,7 @@ def test_near_duplicates_below_a_shared_instruction_are_still_found():
     rows = [example(f"{n}", f"{ORDER}\nMessage: {text}", n) for n, text in enumerate(texts)]
     rows += [example(f"{n} again", f"{ORDER}\nMessage: {texts[n]} please", n) for n in range(50)]
     rows += [example(f"{n} conflict", f"{ORDER}\nMessage: {texts[n]}", -1) for n in range(50, 60)]
-    selection = select({"train": rows}, 0.8)
+    selection = selected(train=rows)
     reasons = {row.where: row.reason for row in selection.quarantine}
     conflicts = {f"{n}{more}": "conflict" for n in range(50, 60) for more in ("", " conflict")}
     assert reasons == {f"{n} again": "near_duplicate" for n in range(50)} | conflicts
@@ -296,17 +295,17 @@ def test_the_same_message_below_two_instructions_is_one_cluster_and_neither_a_du
             for n, text in enumerate(texts)
             for k, order in enumerate((ORDER, COUNT))
         ]
-        selection = select({"train": below}, 0.8)
+        selection = selected(train=below)
         assert len(selection.examples["train"]) == 120
         assert all(selection.cluster[f"{n} 0"] == selection.cluster[f"{n} 1"] for n in range(60))
-        split = select({"test": below[::2], "train": below[1::2]}, 0.8)
+        split = selected(test=below[::2], train=below[1::2])
         assert {row.reason for row in split.quarantine} == {"leak"} and not split.examples["train"]
 
 
 def test_an_input_that_is_nothing_but_shared_text_is_compared_by_all_of_it():
     rows = [example(f"{n}", f"{ORDER}\nMessage: {text}", n) for n, text in enumerate(messages(60))]
     rows += [example("order", ORDER, "x"), example("again", ORDER, "x"), example("count", COUNT, "y")]
-    selection = select({"train": rows}, 0.8)
+    selection = selected(train=rows)
     assert [(row.where, row.reason) for row in selection.quarantine] == [("again", "duplicate")]
     assert len(set(selection.cluster.values())) == 62
 
@@ -317,7 +316,7 @@ def test_frequent_words_of_short_utterances_are_not_shared_text():
     names = [text.casefold() for text in texts]
     rests = list(split_shared(names, [dice.random() for _ in names]))
     assert rests == [(name, "") for name in names]
-    assert select({"train": [example(text, text, text) for text in texts]}, 0.8).shared == 0
+    assert selected(train=[example(text, text, text) for text in texts]).shared == 0
 
 
 def talk(where, turns, answer):
@@ -330,19 +329,19 @@ def test_a_row_that_continues_another_is_in_its_cluster_and_not_a_duplicate():
     opening = "Good evening, I am looking for somewhere to eat Thai food in Oslo tonight, nothing too fancy if possible"
     turns = [opening, "find Oslo", "book it"]
     rows = [talk("a", [opening], "find Oslo"), talk("b", turns, "book"), talk("c", [*turns, "book", "thanks"], "book")]
-    selection = select({"train": rows}, 0.8)
+    selection = selected(train=rows)
     assert not selection.quarantine and len(set(selection.cluster.values())) == 1
     # Also where what is added is long, and in another split it is a leak.
     rows[1] = talk("b", [*turns[:2], "something else altogether, " * 20], "book")
-    assert len(set(select({"train": rows}, 0.8).cluster.values())) == 1
-    quarantine = select({"test": rows[:1], "train": rows[1:]}, 0.8).quarantine
+    assert len(set(selected(train=rows).cluster.values())) == 1
+    quarantine = selected(test=rows[:1], train=rows[1:]).quarantine
     assert [(row.where, row.reason) for row in quarantine] == [("b", "leak"), ("c", "leak")]
     # Two ways on from the same turns are compared as ever.
     rows = [talk("a", turns, "x"), talk("b", [*turns[:2], "book it!"], "y")]
-    assert {row.reason for row in select({"train": rows}, 0.8).quarantine} == {"conflict"}
+    assert {row.reason for row in selected(train=rows).quarantine} == {"conflict"}
 
 
 def test_conversations_that_only_open_alike_are_not_a_cluster():
     rows = [talk("hello", ["hello"], "hello, how can I help")]
     rows += [talk(text, ["hello", "hello, how can I help", text], text) for text in messages(40)]
-    assert len(set(select({"train": rows}, 0.8).cluster.values())) == 41
+    assert len(set(selected(train=rows).cluster.values())) == 41

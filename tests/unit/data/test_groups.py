@@ -5,14 +5,13 @@ from collections import defaultdict
 
 import pytest
 
-from conftest import WORDY
+from conftest import WORDY, selected
 from formtune.audit.findings import ungrounded
 from formtune.base.row import Row
 from formtune.data.blockers import _remedy, blockers, uneven_shares
 from formtune.data.cleaning import Example, Quarantined
 from formtune.data.encoded import Splits
 from formtune.data.preparation import load_splits
-from formtune.data.selection import select
 from formtune.data.settings import DataSettings
 from formtune.errors import UserError
 from formtune.formats import JsonSchema, Labels
@@ -207,14 +206,14 @@ def test_an_input_of_many_groups_joins_none_of_them():
             for g in range(20) for text in ("cancel my order", f"{WORDY[g % 16]} number {g * 7919}")]  # fmt: skip
     for row in rows[::2]:
         row.value = 0
-    selection = select({"train": rows}, 0.8)
+    selection = selected(train=rows)
     assert len(set(selection.cluster.values())) == 20
     assert [row.reason for row in selection.quarantine] == ["duplicate"] * 19
     # Below different system prompts it is no duplicate: where splits are cut it stays with its first group.
     for row in rows:
         row.messages.insert(0, {"role": "system", "content": f"You serve {row.group}."})
-    assert [row.reason for row in select({"train": rows}, 0.8).quarantine] == ["leak"] * 19
-    assert not select({"train": rows}, 0.8, cut=False).quarantine
+    assert [row.reason for row in selected(train=rows).quarantine] == ["leak"] * 19
+    assert not selected(train=rows, cut=False).quarantine
 
 
 def test_repeats_within_a_given_file_are_reported_and_used(prepare):
@@ -278,7 +277,7 @@ def test_a_tools_result_tells_two_rows_apart():
             value=result,
         )
 
-    assert not select({"train": [row("a", 41), row("b", 42)]}, 0.8).quarantine
+    assert not selected(train=[row("a", 41), row("b", 42)]).quarantine
 
 
 def too_long(*sizes, key="data.max_length"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, selected
 from formtune.audit.findings import audit
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
@@ -16,7 +16,6 @@ from formtune.data import Columns
 from formtune.data.cleaning import Example, Quarantined, judge
 from formtune.data.encoded import cache_path, content_hash
 from formtune.data.preparation import load_splits, prompt_rows
-from formtune.data.selection import select
 from formtune.data.settings import DataSettings
 from formtune.data.shapes import own_schema
 from formtune.data.styles import mixtures
@@ -173,7 +172,7 @@ def test_rows_with_other_schemas_are_neither_conflicts_nor_duplicates():
         example("a third", ANSWERS[NUMBER], NUMBER, "f:6"),
         example("a third", '{"n":5}', NUMBER, "f:7"),
     ]
-    selection = select({"train": rows}, 0.8)
+    selection = selected(train=rows)
     assert [e.where for e in selection.examples["train"]] == ["f:1", "f:2", "f:3", "f:4"]
     assert [(q.where, q.reason) for q in selection.quarantine] == [
         ("f:5", "duplicate"),
@@ -259,9 +258,7 @@ def test_prompts_have_their_schema_and_one_without_is_refused(settings, task):
 
 def test_hashes_and_caches_tell_schemas_apart(settings, base):
     prepared, open_object = settings([record(0)]), keys(n={"type": "integer"})
-    paths = {
-        cache_path({"train": [example("q", ANSWERS[NUMBER], schema)]}, prepared) for schema in (NUMBER, open_object)
-    }
+    paths = {cache_path([example("q", ANSWERS[NUMBER], schema)], prepared) for schema in (NUMBER, open_object)}
     assert len(paths) == 2
     rows = [row(NUMBER), replace(row(NUMBER), schema=open_object), replace(row(NUMBER), schema=None)]
     assert len({content_hash({"train": [one]}) for one in rows}) == 3
