@@ -2,15 +2,15 @@
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from formtune.base.row import quantile
+from formtune.base.row import Row, quantile
 from formtune.data.blockers import blockers
 from formtune.data.cleaning import Example
 from formtune.data.encoded import FEW_ROWS, Splits
@@ -22,8 +22,8 @@ from formtune.formats.content import Words, leaves
 from formtune.formats.key_orders import Orders
 
 NAMED = 8  # labels or paths that a warning names
-RARE = 0.01  # share below which a label is rare
-LABELS = 30  # of a field that are listed, the most frequent ones
+RARE = 0.1  # of the rows that each label would have if all had as many: below this a label is rare
+LABELS = 200  # of a field at most; one with more has values, not labels
 BINS = 40  # of a histogram at most
 WORDS = 12  # that are named of those in which production differs
 DIFFERENT = 0.25  # difference of a word's shares from which it is a warning
@@ -38,17 +38,7 @@ def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[st
     turns = {row.where: row.messages for row in splits.quarantine}
     turns |= {example.where: example.messages for example in all_examples}
     reasons, production = blockers(settings, splits), production_rows(settings)
-    labels, label_totals = _labels(examples, format)
-    encoded = splits.rows | {"production": production}
-    sizes = {
-        name: {"prompt": [len(row.prompt_ids) for row in rows], "answer": [len(row.target_ids) for row in rows]}
-        for name, rows in encoded.items()
-        if rows
-    }
-    lengths = {
-        name: {side: {q: quantile(values, p) for q, p in QUANTILES.items()} for side, values in sides.items()}
-        for name, sides in sizes.items()
-    }
+    sizes = _sizes(splits.rows | {"production": production})
     findings: dict[str, Any] = {
         "verdict": "blocked" if reasons else "ready",
         "data": splits.key,
@@ -62,30 +52,36 @@ def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[st
         "own_system": splits.own_system,
         "shared_text": splits.shared,
         "mixtures": [asdict(mixture) for mixture in splits.mixtures],
+        "lengths": {
+            name: {side: {q: quantile(values, p) for q, p in QUANTILES.items()} for side, values in sides.items()}
+            for name, sides in sizes.items()
+        },
         "histograms": {side: _histogram(sizes, side) for side in ("prompt", "answer") if "train" in sizes},
         "limit": settings.limit,
         "max_new_tokens": settings.max_new_tokens,
-        "labels": labels,
-        "label_totals": label_totals,
+        "labels": _labels(examples, format),
         "sources": dict(Counter(example.origin for example in examples["train"]).most_common()),
         "ungrounded": ungrounded(all_examples, format),
         "key_order": _key_order(examples["train"], format, splits.orders),
-        "repeats": [
-            {key: getattr(row, key) for key in ("split", "reason", "where", "other")} for row in splits.repeats
-        ],
+        "repeats": [asdict(row) for row in splits.repeats],
         "production": None,
         # With the turns of the row that it repeats or contradicts.
         "quarantine": [asdict(row) | {"other_messages": turns.get(row.other)} for row in splits.quarantine],
     }
     if production:
-        findings["production"] = {
-            "lengths": lengths.pop("production"),
-            "ignored": dict(settings.ignored["production"].most_common()),
-            "words": compare_inputs(
-                [example.input for example in examples["train"]], [row.input for row in production]
-            ),
-        }
-    return findings | {"lengths": lengths, "warnings": list(_warnings(findings, settings))}, splits
+        inputs = [example.input for example in examples["train"]], [row.input for row in production]
+        ignored = dict(settings.ignored["production"].most_common())
+        findings["production"] = {"ignored": ignored, "words": compare_inputs(*inputs)}
+    return findings | {"warnings": list(_warnings(findings, settings))}, splits
+
+
+def _sizes(rows: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[int]]]:
+    """Tokens of the prompts and answers of each split that has rows."""
+    return {
+        name: {"prompt": [len(row.prompt_ids) for row in members], "answer": [len(row.target_ids) for row in members]}
+        for name, members in rows.items()
+        if members
+    }
 
 
 def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[str, Any]]:
@@ -143,28 +139,26 @@ def _histogram(sizes: dict[str, dict[str, list[int]]], side: str) -> dict[str, A
     return {"edges": list(edges), "shares": shares}
 
 
-def _labels(examples: dict[str, list[Example]], format: Format) -> tuple[dict[str, Any], dict[str, int]]:
-    """For each field that answers do not copy, how many rows of each split have which label, and how many there are."""
-    counts: dict[str, dict[str, Counter[str]]] = {}
+def _labels(examples: Mapping[str, Sequence[Example]], format: Format) -> dict[str, dict[str, dict[str, int]]]:
+    """For each field that answers do not copy, how many rows of each split have which label."""
+    counts: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: {name: Counter() for name in examples})
     for split, rows in examples.items():
         for example in rows:
             derived = format.of_row(example.schema).derived
             for _, (value, path) in leaves(example.value, format.sets):
                 if path in derived:
-                    table = counts.setdefault(path or "answer", {name: Counter() for name in examples})
-                    table[split][str(value)] += 1
-    totals = {path: sum(table.values(), Counter()) for path, table in counts.items()}
-    tables = {
-        path: {split: {label: c[label] for label, _ in totals[path].most_common(LABELS)} for split, c in table.items()}
-        for path, table in counts.items()
-    }
-    return tables, {path: len(total) for path, total in totals.items()}
+                    counts[path or "answer"][split][str(value)] += 1
+    tables = {}
+    for path, by_split in counts.items():
+        labels = [label for label, _ in sum(by_split.values(), Counter()).most_common()]
+        if len(labels) <= LABELS:
+            tables[path] = {split: {label: count[label] for label in labels} for split, count in by_split.items()}
+    return tables
 
 
 def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]:
     """What does not block training and should be looked at, one line each."""
-    rows, order = findings["rows"]["train"]["used"], findings["key_order"]
-    format = settings.format
+    rows, order, format = findings["rows"]["train"]["used"], findings["key_order"], settings.format
     fix = f"data.repair_answers: [{', '.join(dict.fromkeys([*settings.repair_answers, 'canonical']))}]"
     if rows < FEW_ROWS:
         yield (
@@ -190,10 +184,9 @@ def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]
             f"({first['where']} and {first['other']}); they are used, so that its figures stay comparable"
         )
     for path, splits in findings["labels"].items():
-        least = RARE * sum(splits["train"].values())
-        rare = sorted(label for label, count in splits["train"].items() if count < least)
-        if rare and findings["label_totals"][path] <= LABELS:
-            yield f"{path}: fewer than {RARE:.0%} of the training rows have {', '.join(rare[:NAMED])}"
+        least = RARE * sum(splits["train"].values()) / len(splits["train"])
+        if rare := sorted(label for label, count in splits["train"].items() if count < least):
+            yield f"{path}: fewer than {least:.1f} training rows have {', '.join(rare[:NAMED])}"
     can_derive = "derived" in (format.inner or format).to_dict()["init_args"]
     derived = " If answers compute them, name the field in data.format.derived" if can_derive else ""
     for path, entry in sorted(findings["ungrounded"].items(), key=lambda item: -len(item[1]["rows"])):

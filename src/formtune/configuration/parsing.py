@@ -4,7 +4,6 @@ import argparse
 import difflib
 import re
 import sys
-from collections import Counter
 from collections.abc import Collection, Iterator
 from itertools import accumulate
 from typing import Any, get_args
@@ -100,17 +99,13 @@ def did_you_mean(name: str, names: Collection[str]) -> str:
         key, meaning = MEANT.get(".".join(words[start:]), ("", ""))
         if key and {key, key.rpartition(".")[0]} & {*names}:  # the argument of a class is not among the names
             return f"; did you mean {key} ({meaning})?"
-    split = [(other, *other.lower().rpartition(".")[::2]) for other in sorted(names)]
-    ends = Counter(end for *_, end in split)
-    anywhere = {end: other for other, _, end in split if ends[end] == 1}
-    beside = {end: other for other, group, end in split if group == ".".join(words[:-1])}
-    elsewhere = {end: key for end, (key, _) in MEANT.items() if key in names}
-    for near in (beside, anywhere, elsewhere):
-        for other in difflib.get_close_matches(words[-1], near, len(near) or 1):
-            # Few letters tell val_steps from max_steps: a mistyped name has the same ones, or nearly all of them.
-            if sorted(other) == sorted(words[-1]) or difflib.SequenceMatcher(None, words[-1], other).ratio() >= 0.8:
-                return f"; did you mean {near[other]}?"
-    return ""
+    ends = {end: key for end, (key, _) in MEANT.items() if key in names}
+    group = ".".join(words[:-1])
+    for other in sorted(names, key=lambda it: (it.rpartition(".")[0] == group, it)):  # last those of the same group
+        ends[other.lower().rpartition(".")[2]] = other
+    # Few letters tell val_steps from max_steps: a mistyped name has nearly all of the right one's.
+    near = difflib.get_close_matches(words[-1], ends, 1, cutoff=0.8)
+    return f"; did you mean {ends[near[0]]}?" if near else ""
 
 
 def known_keys(parser: Any) -> set[str]:

@@ -127,13 +127,13 @@ def _prepare(settings: DataSettings, examples: Sequence[Example]) -> Splits:
     invalid: list[Quarantined] = []
     repairs: Counter[str] = Counter()
     for example in shown(examples, len(examples), "judging"):
-        row = as_written(settings, example)
-        if isinstance(row, Example):
-            row = judge(row, settings.format, settings.clean, settings.repair_answers, repairs)
-        if isinstance(row, Example):
-            valid.append(row)
+        judged = as_written(settings, example)
+        if isinstance(judged, Example):
+            judged = judge(judged, settings.format, settings.clean, settings.repair_answers, repairs)
+        if isinstance(judged, Example):
+            valid.append(judged)
         else:
-            invalid.append(row)
+            invalid.append(judged)
     chosen, splits = select(valid, settings.near_duplicates, settings.format.sets, any(settings.shares.values()))
     splits.quarantine = invalid + splits.quarantine
     splits.read, splits.repairs = Counter(example.split for example in examples), repairs

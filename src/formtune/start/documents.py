@@ -1,7 +1,8 @@
 """The JSON Schema of a set of documents, all of which it takes. Where they leave a doubt, it is the laxer one."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from formtune.formats.bounded import FORMATS
@@ -12,53 +13,39 @@ RARE = 0.01  # share of values seen once, which is about the chance that the nex
 CHOICES, REPEATS = 200, 10  # values of an enum at most, and how often each is seen on average
 COPIED = 0.8  # share of a field's values that are in their inputs from which on another input may give a new one
 NAMES = ("date", "date-time", "time", "uuid", "ipv4", "email", "uri")
-SCALARS = {str: "string", int: "integer", float: "number"}
-TYPES = SCALARS | {dict: "object", list: "array", bool: "boolean"}
+TYPES = {str: "string", int: "integer", float: "number", dict: "object", list: "array", bool: "boolean"}
+
+Found = Sequence[tuple[Any, Words]]  # values, each with the input of its document
 
 
-class Observed:
-    """What documents have at one place."""
+def infer(found: Found) -> dict[str, Any]:
+    """The schema of the values that documents have at one place."""
+    kinds = {TYPES.get(type(value), "null") for value, _ in found}
+    types = sorted(kinds - ({"integer"} if "number" in kinds else set()))
+    schema: dict[str, Any] = {"type": types[0] if len(types) == 1 else types}
+    if {*types} <= {"string", "null"}:
+        texts = [(value, input) for value, input in found if value is not None]
+        values = Counter(text for text, _ in texts)
+        if is_closed(values) and sum(input.hold(text) for text, input in texts) < COPIED * len(texts):
+            return {"enum": [*sorted(values), *([None] if "null" in types else [])]}
+        schema |= form([*values])
+    if items := [(inner, input) for value, input in found if isinstance(value, list) for inner in value]:
+        schema["items"] = infer(items)
+    if objects := [(value, input) for value, input in found if isinstance(value, dict)]:
+        schema |= _object(objects)
+    return schema
 
-    def __init__(self) -> None:
-        self.types: Counter[str] = Counter()
-        self.keys: dict[str, Observed] = {}
-        self.items: Observed | None = None
-        self.values: Counter[Any] = Counter()  # texts and numbers
-        self.copied = 0  # of these, those that are in their inputs
 
-    def add(self, value: Any, input: Words) -> None:
-        kind = type(value)
-        self.types[TYPES.get(kind, "null")] += 1
-        if kind is dict:
-            for key, inner in value.items():
-                self.keys.setdefault(key, Observed()).add(inner, input)
-        elif kind is list:
-            self.items = self.items or Observed()
-            for inner in value:
-                self.items.add(inner, input)
-        elif kind in SCALARS:
-            self.copied += input.hold(value)
-            self.values[value] += 1
-
-    def schema(self) -> dict[str, Any]:
-        types = sorted(self.types.keys() - ({"integer"} if self.types["number"] else set()))
-        texts = {*types} <= {"string", "null"}
-        if texts and is_closed(self.values) and self.copied < COPIED * self.values.total():
-            return {"enum": [*sorted(self.values), *([None] if "null" in types else [])]}
-        schema: dict[str, Any] = {"type": types[0] if len(types) == 1 else types}
-        if texts:
-            schema |= form([*self.values])
-        if self.items and self.items.types:
-            schema["items"] = self.items.schema()
-        return schema | (self._object() if "object" in types else {})
-
-    def _object(self) -> dict[str, Any]:
-        total, counts = self.types["object"], {key: inner.types.total() for key, inner in self.keys.items()}
-        required = [key for key, count in counts.items() if count == total]
-        is_open = has_more([*counts.values()], total)
-        known = [key for key, count in counts.items() if count >= FEW or key in required or not is_open]
-        schema = {"properties": {key: self.keys[key].schema() for key in known}, "required": required}
-        return schema if is_open else schema | {"additionalProperties": False}
+def _object(found: Found) -> dict[str, Any]:
+    keys: dict[str, list[tuple[Any, Words]]] = defaultdict(list)
+    for value, input in found:
+        for key, inner in value.items():
+            keys[key].append((inner, input))
+    required = [key for key, inner in keys.items() if len(inner) == len(found)]
+    is_open = has_more([*map(len, keys.values())], len(found))
+    known = [key for key, inner in keys.items() if len(inner) >= FEW or key in required or not is_open]
+    schema = {"properties": {key: infer(keys[key]) for key in known}, "required": required}
+    return schema if is_open else schema | {"additionalProperties": False}
 
 
 def has_more(counts: list[int], total: int) -> bool:

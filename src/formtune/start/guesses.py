@@ -15,7 +15,7 @@ from formtune.data.turns import empty
 from formtune.errors import UserError
 from formtune.formats.content import Words
 from formtune.formats.strict_json import loads_strict
-from formtune.start.documents import FEW, Observed, common_pattern, is_closed
+from formtune.start.documents import FEW, common_pattern, infer, is_closed
 
 FIT = 0.9  # share of the answers that a format must take
 LABEL = 80  # characters of a label at most
@@ -51,18 +51,15 @@ def guess_columns(records: Records, prompt: str | None, completion: str | None) 
         except UserError:
             if {"messages", "conversations"} & record.keys():  # the turns are wrong, not the columns
                 raise
-    targets = [completion] if completion else [name for name in record if name.lower() in TARGETS and name != prompt]
-    targets = targets or [name for name, value in record.items() if isinstance(_document(value), dict | list)]
-    texts = [name for name in record if name not in targets and isinstance(record[name], str)]
-    texts = [name for name in texts if not re.fullmatch(SPLIT, name)]
-    prompts = [prompt] if prompt else [name for name in texts if name.lower() in PROMPTS]
-    prompts, are_known = prompts or texts, bool(prompts)
+    names = [name for name in record if not re.fullmatch(SPLIT, name)]
+    targets = [completion] if completion else [name for name in names if name.lower() in TARGETS and name != prompt]
+    targets = targets or [name for name in names if isinstance(_document(record[name]), dict | list)]
+    texts = [name for name in names if name not in targets and isinstance(record[name], str)]
+    known = [prompt] if prompt else [name for name in texts if name.lower() in PROMPTS]
+    prompts = known or texts
     if not targets and len(prompts) == 1:  # the only other column
-        targets = [name for name in record if name not in prompts and not re.fullmatch(SPLIT, name)]
-    if not targets and len(prompts) == 2:  # the column whose values repeat is the answer
-        prompts.sort(key=lambda name: -len({str(row.get(name)) for row, _ in records}))
-        targets = [prompts.pop()]
-    if len(targets) != 1 or not prompts or (len(prompts) > 1 and not are_known):
+        targets = [name for name in names if name not in prompts]
+    if len(targets) != 1 or not prompts or len(prompts) > max(len(known), 1):
         raise UserError(
             f"{where}: which of the columns {', '.join(record)} is the prompt, and which the target? Name them: "
             "--prompt COLUMN --completion COLUMN (the prompt may be a template such as 'Title: {title}')"
@@ -168,9 +165,7 @@ def _document(answer: Any) -> Any:
 
 
 def _schema(documents: Sequence[tuple[Any, Example]], total: int) -> tuple[str, dict[str, Any], str]:
-    observed = Observed()
-    for value, row in documents:
-        observed.add(value, Words(row.input))
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **observed.schema()}
+    schema = infer([(value, Words(row.input)) for value, row in documents])
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
     why = f"{len(documents):,} of {total:,} answers are such JSON ({documents[0][1].where})"
     return "JsonSchema", {"schema": schema}, why

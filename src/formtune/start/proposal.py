@@ -37,31 +37,29 @@ def propose(
     records = [*read_records(rows)]
     if not records:
         raise UserError(f"{rows}: has no rows")
-    folder, columns, by_column = local_folder(base), guess_columns(records, prompt, completion), guess_splits(records)
+    folder, by_column = local_folder(base), guess_splits(records)
+    columns = guess_columns(records, prompt, completion)
     files: dict[str, Any] = {"train": rows, **files_beside(rows)}
-    others = [*chain(*map(read_records, [*files.values()][1:]))]
     examples = read_rows(records, Columns(**columns))
+    others = chain(*(read_records(file) for split, file in files.items() if split != "train"))
     # The format takes the rows of all splits.
-    judged = examples + read_rows(others, Columns(**columns))
-    tags, judged = guess_tags(judged)
+    tags, judged = guess_tags(examples + read_rows([*others], Columns(**columns)))
     kind, init_args, why = guess_format(judged, str(Renderer.load(base).tokenizer.chat_template) if folder else "")
     guesses = [Guess("model.base", base, "choose another one with --base")]
     if folder and 0 < sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL:
         reason = "a base this small learns content faster with more adapters and a higher rate (docs/training.md)"
         optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2.0e-3}}
         guesses += [Guess("model.lora.targets", "all-linear", reason), Guess("model.optimizer", optimizer, "likewise")]
-    guesses += [Guess(f"data.{split}", file, f"{len(records):,} rows" if file == rows else f"beside {rows}")
-                for split, file in files.items()]  # fmt: skip
+    for split, file in files.items():
+        guesses.append(Guess(f"data.{split}", file, f"{len(records):,} rows" if file == rows else f"beside {rows}"))
     guesses += [Guess("data.columns", columns, f"of the columns {', '.join(records[0][0])}")] if columns else []
     guesses += by_column
     system = None
     if not any(example.system for example in examples):
-        instruction, reason = guess_system(examples), "no row has a system prompt"
-        reason += "; all prompts begin with this, and it is removed there" if instruction else ""
-        system = instruction.rstrip() or asking(init_args)
-        if tags and system and not instruction:
-            system = f"Think first, between {tags['open']} and {tags['close']}. {system}"
-        guesses += [Guess("data.system", system, reason)] if system else []
+        instruction = guess_system(examples)
+        reason = "all prompts begin with this, and it is removed there" if instruction else "no row has a system prompt"
+        if system := instruction.rstrip() or asking(init_args, tags):
+            guesses.append(Guess("data.system", system, reason))
     prepared = None
     if folder:
         format = getattr(formats, kind)(**init_args)
@@ -75,9 +73,7 @@ def propose(
         schema = json.dumps(init_args["schema"], indent=2, ensure_ascii=False) + "\n"
         init_args["schema"] = str(schema_file)
     value = {"class_path": kind, "init_args": init_args} if init_args else kind
-    if tags:
-        value = {"class_path": "Reasoning", "init_args": {"format": value, **tags}}
-        why = f"the answers after {tags['open']}...{tags['close']}: {why}"
+    value = {"class_path": "Reasoning", "init_args": {"format": value, **tags}} if tags else value
     guesses.append(Guess("data.format", value, why))
     return sorted(guesses, key=lambda guess: not guess.key.startswith("model.")), schema, prepared
 
@@ -102,43 +98,42 @@ def files_beside(rows: str) -> dict[str, str]:
     return files
 
 
-def asking(init_args: dict[str, Any]) -> str | None:
+def asking(init_args: dict[str, Any], tags: dict[str, Any]) -> str | None:
     """A system prompt that says what the format allows, None if it would be long."""
-    if len(json.dumps(init_args)) > LONGEST:
+    think = f"Think first, between {tags['open']} and {tags['close']}. " if tags else ""
+    if len(json.dumps(init_args)) > LONGEST or not init_args.keys() & {"labels", "schema"}:
         return None
-    if labels := init_args.get("labels"):
-        return f"Answer with one of: {', '.join(labels)}"
-    return "Answer with one JSON document that matches this schema: {schema}" if "schema" in init_args else None
+    if "labels" in init_args:
+        return f"{think}Answer with one of: {', '.join(init_args['labels'])}"
+    return think + "Answer with one JSON document that matches this schema: {schema}"
 
 
 def measure(settings: DataSettings, guesses: list[Guess]) -> Splits:
     """Prepare the rows; guess repairs that make answers valid, limits that rows keep, and what to do with bad rows."""
     most, most_new = settings.max_length, settings.max_new_tokens  # the defaults
+    settings.max_length = settings.max_new_tokens = NO_LIMIT
     splits = load_splits(settings, from_cache=False)
     if fixes := [row for row in splits.quarantine if row.fix.startswith("data.repair_answers")]:
         settings.repair_answers = sorted({step for row in fixes for step in re.findall(r"\w+", row.fix)[2:]})  # type: ignore[misc]
         reason = f"makes {len(fixes):,} answers valid, such as {fixes[0].where} ({fixes[0].detail})"
         guesses.append(Guess("data.repair_answers", settings.repair_answers, reason))
-    is_long = any(row.reason == "too_long" for row in splits.quarantine)
-    if fixes or is_long:
-        settings.max_length = settings.max_new_tokens = NO_LIMIT
-        vars(settings).pop("limit", None)  # as it was before
         splits = load_splits(settings, from_cache=False)
     bad = [row for row in splits.quarantine if row.reason in BAD]
     # Which of several styles is right is not for a guess: the audit names these rows.
     if 0 < len(bad) < FEW * splits.read.total() and all(row.reason != "style" for row in bad):
         settings.bad_rows, reason = "drop", f"{len(bad):,} rows do not fit, first {bad[0].where} ({bad[0].detail})"
         guesses.append(Guess("data.bad_rows", "drop", reason))
-    if not (rows := [*chain(*splits.rows.values())]):
-        return splits
-    longest, answer = max(rows, key=len), max(rows, key=lambda row: len(row.target_ids))
-    settings.max_length, settings.max_new_tokens = max(most, len(longest)), most_new
-    if len(longest) > most:
-        guesses.append(Guess("data.max_length", len(longest), f"the longest row, {longest.where}"))
-    limit = min(max(2 * len(answer.target_ids), SHORTEST), settings.limit)
-    if not most_new / 2 < limit <= most_new:
-        settings.max_new_tokens = limit
-        guesses.append(Guess("model.max_new_tokens", limit, f"twice the longest answer, {answer.where}"))
+    settings.max_length, settings.max_new_tokens = most, most_new
+    vars(settings).pop("limit", None)  # it follows from max_length
+    if rows := [*chain(*splits.rows.values())]:
+        longest, answer = max(rows, key=len), max(rows, key=lambda row: len(row.target_ids))
+        if len(longest) > most:
+            settings.max_length = len(longest)
+            guesses.append(Guess("data.max_length", len(longest), f"the longest row, {longest.where}"))
+        limit = min(max(2 * len(answer.target_ids), SHORTEST), settings.limit)
+        if not most_new / 2 < limit <= most_new:
+            settings.max_new_tokens = limit
+            guesses.append(Guess("model.max_new_tokens", limit, f"twice the longest answer, {answer.where}"))
     return splits
 
 

@@ -310,9 +310,9 @@ def test_every_planted_defect_is_detected_and_no_clean_row_is_lost(demo):
 
 def test_the_demos_production_inputs_are_longer(demo):
     findings, _, _ = demo
-    production, train = findings["production"]["lengths"]["prompt"], findings["lengths"]["train"]["prompt"]
+    production, train = findings["lengths"]["production"]["prompt"], findings["lengths"]["train"]["prompt"]
     assert production["P95"] > 1.3 * train["P95"]
-    assert set(findings["production"]) == {"lengths", "ignored", "words"} and findings["production"]["words"]
+    assert set(findings["production"]) == {"ignored", "words"} and findings["production"]["words"]
     assert not findings["ungrounded"]
 
 
@@ -341,7 +341,7 @@ def test_the_page_draws_lengths_labels_and_quarantine_to_scale(demo):
     findings, _, _ = demo
     text = page(findings)
     prompts, answers, *_ = text.split("<svg viewBox=")[1:]
-    production = findings["production"]["lengths"]["prompt"]["P95"]
+    production = findings["lengths"]["production"]["prompt"]["P95"]
     left, right = (findings["histograms"]["prompt"]["edges"][at] for at in (0, -1))
     at = round(40 + 316 * (production - left) / (right - left), 1)
     assert f'<line class="curve2" x1="{at}" x2="{at}" y1="25" y2="130" stroke-dasharray="4"/>' in prompts

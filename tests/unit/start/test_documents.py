@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from formtune.formats import JsonSchema
 from formtune.formats.content import Words
-from formtune.start.documents import Observed, common_pattern, form, is_closed
+from formtune.start import documents as inferred
+from formtune.start.documents import common_pattern, form, is_closed
 
 SCALARS = (
     st.none()
@@ -24,10 +25,8 @@ JSON = st.recursive(
 
 
 def infer(documents, inputs=None):
-    observed = Observed()
-    for document, text in zip(documents, inputs or [""] * len(documents), strict=True):
-        observed.add(document, Words(text))
-    return observed.schema()
+    texts = inputs or [""] * len(documents)
+    return inferred.infer([(document, Words(text)) for document, text in zip(documents, texts, strict=True)])
 
 
 def accepts(schema, document):

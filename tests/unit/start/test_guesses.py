@@ -36,11 +36,8 @@ def pairs(*answers):
         ([{"context": "c", "question": "p", "answer": "a"}], {"prompt": "{context}\n\n{question}", "completion": "answer"}),
         ([{"id": 7, "premise": "p", "hypothesis": "h", "label": 1}], {"prompt": "{premise}\n\n{hypothesis}", "completion": "label"}),
         ([{"text": "p", "toxic": False}], {"prompt": "text", "completion": "toxic"}),
-        ([{"x": "p", "y": "yes", "split": "train"}, {"x": "q", "y": "yes", "split": "test"}], {"prompt": "x", "completion": "y"}),
         ([{"Anfrage": "p", "Felder": '{"a": 1}'}], {"prompt": "Anfrage", "completion": "Felder"}),
         ([{"Anfrage": "p", "Felder": {"a": 1}}], {"prompt": "Anfrage", "completion": "Felder"}),
-        ([{"x": "p", "y": "yes"}, {"x": "q", "y": "yes"}], {"prompt": "x", "completion": "y"}),
-        ([{"y": "yes", "x": "p"}, {"y": "yes", "x": "q"}], {"prompt": "x", "completion": "y"}),
     ],
 )  # fmt: skip
 def test_each_shape_of_columns(rows, columns):
