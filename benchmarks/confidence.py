@@ -90,10 +90,10 @@ def answered(run: Path, limit: int | None, constrained: bool, tokens: int) -> li
     for row, one in zip(rows, decoded, strict=True):
         answer = judge(row, one, settings.renderer, settings.format)
         sure = None
-        if answer.verdict.exact:
+        if answer.exact:
             own = settings.format.of_row(row.schema)
-            sure = definitions(one.logprobs, value_tokens(settings.renderer.pieces(one.ids), answer.text, own))
-        result.append((sure, answer.verdict.joint))
+            sure = definitions(one.logprobs, value_tokens(settings.renderer.pieces(one.ids), answer.answer, own))
+        result.append((sure, answer.joint))
     return result
 
 

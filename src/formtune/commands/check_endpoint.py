@@ -21,7 +21,7 @@ from formtune.data.preparation import load_splits
 from formtune.deploy.endpoint import Endpoint, Reply
 from formtune.errors import UserError
 from formtune.evaluation.comparison import figures, figures_table
-from formtune.evaluation.outcomes import Answer, Outcome, confidence, outcome, worst_first, write_outcomes
+from formtune.evaluation.outcomes import Outcome, confidence, outcome, worst_first, write_outcomes
 from formtune.evaluation.selective import aurc, calibration_error, judged
 from formtune.files import LOGS, write_json
 from formtune.formats import KINDS, Format
@@ -100,8 +100,8 @@ def run(command: str, args: list[str]) -> int:
 def _judge(row: Row, reply: Reply, format: Format) -> Outcome:
     own = format.of_row(row.schema)
     verdict = own.check(reply.text, finished=reply.finished, target=row.target, input=row.context)
-    sure = confidence(**reply.tokens, answer=reply.text, verdict=verdict, format=own) if reply.tokens else ()
-    return outcome(Answer(row, reply.text, verdict, *sure), format)
+    sure = confidence(**reply.tokens, answer=reply.text, verdict=verdict, format=own) if reply.tokens else None
+    return outcome(row, reply.text, verdict, own, sure)
 
 
 def _show(result: dict[str, Any], outcomes: Sequence[Outcome]) -> None:

@@ -58,7 +58,6 @@ def _answer(model: Any, settings: Any, prompt: str, schema: str | None) -> None:
             micro_batches = MicroBatches(model)
             [decoded] = micro_batches.decode([row], micro_batches.split([row], 10**6), stop, [limit])
         answer = judge(row, decoded, settings.renderer, settings.format)
-        verdict, confidence = answer.verdict, f"{answer.confidence:.4f}"
-        detail = "valid format" if verdict.exact else f"{verdict.kind}: {verdict.detail}"
-        say(f"{name}, confidence {confidence}: {detail}", "green" if verdict.exact else "red")
-        print(answer.text)
+        detail = "valid format" if answer.exact else f"{answer.kind}: {answer.detail}"
+        say(f"{name}, confidence {answer.confidence:.4f}: {detail}", "green" if answer.exact else "red")
+        print(answer.answer)

@@ -13,11 +13,10 @@ from rich.text import Text
 
 from formtune.configuration.terminal import folded, say
 from formtune.errors import UserError
-from formtune.evaluation.outcomes import FIELD, RATES, VIEWS, Outcome, field_f1, read_outcomes
+from formtune.evaluation.outcomes import F1, FIELD, RATES, VIEWS, Outcome, field_f1, read_outcomes
 from formtune.evaluation.statistics import f1_difference, f1_interval, rate_difference, verdict, wilson
 
 FIELDS = 20  # most frequent fields of rows with their own schemas
-F1 = "content/field_f1"
 IN_WORDS = ("format/exact", "joint/exact")  # figures in the sentence below the table
 
 Run = tuple[str, list[Outcome]]  # as named on the command line, and its test rows in the same order for all runs

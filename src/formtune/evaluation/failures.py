@@ -43,12 +43,12 @@ class Failure:
 def failures(outcomes: Sequence[Outcome], format: Format, train: Sequence[Row]) -> list[Failure]:
     """The worst failures first, with each kind among them."""
     kinds = (list(same) for _, same in groupby(worst_first(outcomes), attrgetter("kind")))
-    in_turn = [outcome for turn in zip_longest(*kinds) for outcome in turn if outcome][:SHOWN]
-    shown = []
-    for outcome, rows in zip(in_turn, nearest([o.input for o in in_turn], train), strict=True):
-        target, answer = marked(outcome.target[:LONGEST], outcome.answer[:LONGEST])
-        shown.append(Failure(outcome, target, answer, *differences(outcome, format), rows))
-    return worst_first(shown, attrgetter("outcome.kind"))
+    shown = worst_first([outcome for turn in zip_longest(*kinds) for outcome in turn if outcome][:SHOWN])
+    rows = nearest([outcome.input for outcome in shown], train)
+    return [
+        Failure(one, *marked(one.target[:LONGEST], one.answer[:LONGEST]), *differences(one, format), near)
+        for one, near in zip(shown, rows, strict=True)
+    ]
 
 
 def marked(target: str, answer: str) -> tuple[Markup, Markup]:
@@ -92,10 +92,15 @@ def nearest(texts: Sequence[str], train: Sequence[Row]) -> list[list[tuple[float
     return [[(line[i], rows[i]) for i in places if line[i]] for line, places in zip(similar, best, strict=True)]
 
 
-def slices(outcomes: Sequence[Outcome], format: Format, longest: int, production_p95: int | None = None) -> list[Slice]:
+def slices(outcomes: Sequence[Outcome], format: Format, longest: int) -> list[Slice]:
     """The slices with at least `FEW` rows that do not hold all rows; `longest` is the longest training prompt."""
-    parts = _lengths([o.prompt_tokens for o in outcomes], longest, production_p95)
-    parts += _groups("source", [o.origin for o in outcomes])
+    sizes = np.array([outcome.prompt_tokens for outcome in outcomes])
+    edges = np.unique(np.percentile(sizes, np.linspace(0, 100, BUCKETS + 1), method="higher")).tolist()
+    edges[-1] += 1  # the last bucket includes the longest
+    lengths = {f"{low} to {high - 1}": (sizes >= low) & (sizes < high) for low, high in pairwise(edges)}
+    lengths[f"longer than any training row ({longest})"] = sizes > longest
+    parts: list[Slice] = [("prompt tokens", name, np.flatnonzero(rows).tolist()) for name, rows in lengths.items()]
+    parts += _groups("source", [outcome.origin for outcome in outcomes])
     labels: dict[str, list[str]] = {}
     for number, outcome in enumerate(outcomes):
         own = format.of_row(outcome.schema)
@@ -106,17 +111,6 @@ def slices(outcomes: Sequence[Outcome], format: Format, longest: int, production
         if len(set(values)) <= LABELS:
             parts += _groups(path or "label", values)
     return [part for part in parts if FEW <= len(part[2]) < len(outcomes)]
-
-
-def _lengths(tokens: Sequence[int], longest: int, production_p95: int | None) -> list[Slice]:
-    sizes = np.array(tokens)
-    edges = np.unique(np.percentile(sizes, np.linspace(0, 100, BUCKETS + 1), method="higher")).tolist()
-    edges[-1] += 1  # the last bucket includes the longest
-    buckets = {f"{low} to {high - 1}": (sizes >= low) & (sizes < high) for low, high in pairwise(edges)}
-    if production_p95 is not None:
-        buckets[f"production's P95 ({production_p95}) or more"] = sizes >= production_p95
-    buckets[f"longer than any training row ({longest})"] = sizes > longest
-    return [("prompt tokens", name, np.flatnonzero(rows).tolist()) for name, rows in buckets.items()]
 
 
 def _groups(group: str, names: Sequence[str]) -> list[Slice]:

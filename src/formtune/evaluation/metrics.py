@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from formtune.errors import UserError, first_line
-from formtune.evaluation.outcomes import Answer
-from formtune.formats import KINDS, Format, Verdict
+from formtune.evaluation.outcomes import F1, FIELD, RATES, Outcome
+from formtune.formats import KINDS, Format
 
 EXACT = torch.float32 if torch.backends.mps.is_available() else torch.double  # Apple GPUs have no float64
-_RATES = (
-    "format/exact", "format/loose", "joint/exact", "content/exact_match",
-    "content/invented_rate", "content/omitted_rate", "content/ungrounded_rate",
-)  # fmt: skip
+_RATES = RATES | {
+    "content/exact_match": "equal",
+    "content/invented_rate": "invented",
+    "content/omitted_rate": "omitted",
+    "content/ungrounded_rate": "ungrounded",
+}
 
 Counts = dict[str, tuple[float, int]]  # numerator and denominator of each figure
 
@@ -46,24 +48,18 @@ class FormatMetrics(_Sums):
     """Rates of format and content, accuracies of fields (one of all with a schema per row), and failures by kind."""
 
     def __init__(self, format: Format) -> None:
-        accuracies = [f"content/field_acc/{field}" for field in format.fields]
-        self._fields, self._rates = len(accuracies), (*_RATES, *accuracies, *(f"fail/{kind}" for kind in KINDS))
-        super().__init__(*self._rates, "content/field_f1", *(["content/field_acc"] if format.per_row else []))
+        fields = (FIELD + name for name in format.fields)
+        kinds = (f"fail/{kind}" for kind in KINDS)
+        super().__init__(*_RATES, *fields, *kinds, F1, *(["content/field_acc"] if format.per_row else []))
 
-    def update(self, verdicts: Sequence[Verdict]) -> None:
-        """Count verdicts on answers to rows that have a target."""
-        for verdict in verdicts:
-            content = verdict.content
-            if content is None:
-                raise ValueError("content can only be measured against a target: check(..., target=...)")
-            rates = (
-                verdict.exact, verdict.loose, verdict.joint, content.equal, content.invented, content.omitted,
-                content.ungrounded, *content.fields[: self._fields], *(verdict.kind == kind for kind in KINDS),
-            )  # fmt: skip
-            counts = {name: (int(rate), 1) for name, rate in zip(self._rates, rates, strict=True)}
-            counts["content/field_f1"] = (2 * content.matched, content.predicted + content.expected)
-            counts["content/field_acc"] = (sum(content.fields), len(content.fields))
-            self._add(counts)
+    def update(self, outcomes: Sequence[Outcome]) -> None:
+        """Count answers to rows that have a target."""
+        for one in outcomes:
+            right = one.fields.values()
+            counts = {name: (getattr(one, attribute), 1) for name, attribute in _RATES.items()}
+            counts |= {FIELD + name: (is_right, 1) for name, is_right in one.fields.items()}
+            counts |= {f"fail/{kind}": (one.kind == kind, 1) for kind in KINDS}
+            self._add(counts | {F1: (2 * one.matched, one.values), "content/field_acc": (sum(right), len(right))})
 
 
 class LossMetrics(_Sums):
@@ -137,9 +133,9 @@ class Scores(nn.Module):
         # By their classes: called on the metrics, torchmetrics would keep the result.
         return {*LossMetrics.compute(self.losses), *FormatMetrics.compute(self.verdicts)}
 
-    def update(self, answers: Sequence[Answer]) -> None:
-        self.verdicts.update([answer.verdict for answer in answers])
-        self.own.update([answer.text for answer in answers], [answer.row.target or "" for answer in answers])
+    def update(self, outcomes: Sequence[Outcome]) -> None:
+        self.verdicts.update(outcomes)
+        self.own.update([one.answer for one in outcomes], [one.target for one in outcomes])
 
     def compute(self) -> tuple[dict[str, float], Counts]:
         """Every figure, and its counts unless it is the user's own, over all processes; then begin anew."""

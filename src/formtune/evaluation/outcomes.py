@@ -1,19 +1,18 @@
-"""The outcome of each test row, kept on disk: every figure and comparison can be computed from it again."""
+"""The outcome of each row: one record from decoding to disk, from which every figure and comparison is computed."""
 
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import accumulate
-from operator import attrgetter
 from pathlib import Path
-from typing import TypeVar
 
 from formtune.base.row import Row
 from formtune.errors import UserError
 from formtune.files import write_lines
 from formtune.formats import KINDS, Format, Verdict
+from formtune.formats.content import Comparison
 
 VIEWS = {  # the evaluations of the test rows, and how they are displayed
     "before": "base",
@@ -25,32 +24,20 @@ VIEWS = {  # the evaluations of the test rows, and how they are displayed
 }
 RATES = {"format/exact": "exact", "format/loose": "loose", "joint/exact": "joint"}  # attributes of `Outcome`
 FIELD = "content/field_acc/"  # before a field's name
+F1 = "content/field_f1"
 
 DIGITS = 6  # of a probability
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The model's answer to a row, and the format's verdict on it."""
-
-    row: Row
-    text: str
-    verdict: Verdict
-    confidence: float | None = None  # as in `Outcome`
-    field_confidences: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """An answer to a test row, as it is kept on disk."""
+    """The answer to a row and the format's verdict on it; without a target, only the format is judged."""
 
     where: str  # file:line of the row
     origin: str  # author of the row: "human", the name of a model, or ""
     prompt_tokens: int
     input: str  # the last user turn
-    target: str
+    target: str  # "" without one
     answer: str
     kind: str  # primary kind of failure, "ok" for none
     detail: str  # what is wrong, in one line
@@ -61,6 +48,10 @@ class Outcome:
     schema: str | None = None  # JSON text of the row's own schema
     confidence: float | None = None  # probability of the answer by the model's own account, None if unknown
     field_confidences: dict[str, float] | None = None  # of each field's value; None for an invalid format
+    equal: bool = False  # the last four as in `Comparison`
+    omitted: bool = False
+    invented: bool = False
+    ungrounded: bool = False
 
     @property
     def exact(self) -> bool:
@@ -73,16 +64,18 @@ class Outcome:
         return self.kind == "ok"
 
 
-def outcome(answer: Answer, format: Format) -> Outcome:
-    """The outcome of a row that has a target."""
-    row, verdict, content = answer.row, answer.verdict, answer.verdict.content
-    assert content is not None and row.target is not None, "an outcome needs a target"
+def outcome(
+    row: Row, answer: str, verdict: Verdict, format: Format, sure: tuple[float, dict[str, float]] | None = None
+) -> Outcome:
+    """The outcome of an answer, by the verdict of the row's own format and its `confidence`."""
+    content = verdict.content or Comparison()
+    whole, by_field = sure or (None, None)
     return Outcome(
-        where=row.where, origin=row.origin, prompt_tokens=len(row.prompt_ids), input=row.input, target=row.target,
-        answer=answer.text, kind=verdict.kind, detail=verdict.detail, loose=verdict.loose,
-        matched=content.matched, values=content.predicted + content.expected,
-        fields=dict(zip(format.of_row(row.schema).fields, content.fields, strict=True)), schema=row.schema,
-        confidence=answer.confidence, field_confidences=answer.field_confidences or None,
+        where=row.where, origin=row.origin, prompt_tokens=len(row.prompt_ids), input=row.input, target=row.target or "",
+        answer=answer, kind=verdict.kind, detail=verdict.detail, loose=verdict.loose, matched=content.matched,
+        values=content.values, fields=dict(zip(format.fields, content.fields, strict=False)), schema=row.schema,
+        confidence=whole, field_confidences=by_field or None, equal=content.equal, omitted=content.omitted,
+        invented=content.invented, ungrounded=content.ungrounded,
     )  # fmt: skip
 
 
@@ -154,6 +147,6 @@ def paired(*evaluations: Sequence[Outcome]) -> list[list[Outcome]]:
     return [[outcomes[where] for where in common] for outcomes in by_place]
 
 
-def worst_first(judged: Iterable[T], kind: Callable[[T], str] = attrgetter("kind")) -> list[T]:
+def worst_first(outcomes: Iterable[Outcome]) -> list[Outcome]:
     """The failed answers, in the order of their kinds in `KINDS`."""
-    return sorted((item for item in judged if kind(item) != "ok"), key=lambda item: KINDS.index(kind(item)))
+    return sorted((one for one in outcomes if one.kind != "ok"), key=lambda one: KINDS.index(one.kind))

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from formtune.files import write_whole
 from formtune.formats import KINDS, Format
 
 POINTS = 100  # of the risk-coverage curve
+WHAT = {"exact": "have a valid format", "joint": "are right"}  # rates of outcomes in words
 PACKAGES = ("torch", "lightning", "transformers", "peft", "tokenizers")
 
 
@@ -35,8 +37,6 @@ class Run:
     result: dict[str, Any]  # of metrics.json
     outcomes: Mapping[str, Sequence[Outcome]]  # by evaluation, `before` and `after` at least
     format: Format
-    longest: int  # tokens of the longest prompt in training
-    production_p95: int | None  # tokens of production's prompts at P95, None if unknown
     quarantined: dict[str, int]  # rows by reason
     config: str  # as YAML
     base: str  # folder or hub id
@@ -84,12 +84,11 @@ def conclusion(run: Run) -> tuple[bool, str]:
         always = f"always giving the most frequent training answer is right in {majority:.1%}"
         return False, f"Do not use it: {count / rows:.1%} of the answers are right, and {always}."
     parts = []
-    for name, what in (("joint", "are right"), ("exact", "have a valid format")):
-        shares = {view: np.divide(*rate(run.outcomes[view], name)) for view in ("after", *_compared(run))}
-        tuned, best = shares.pop("after"), max(shares, key=shares.__getitem__)
-        sentence = f"{tuned:.1%} of the answers {what}, against {shares[best]:.1%} before ({VIEWS[best]})"
-        parts += [_verdict(run, best, name), sentence]
-    content, right, form, valid = parts
+    for name, what in WHAT.items():
+        count, rows = rate(run.outcomes["after"], name)
+        view, best, _, compared = max(_against(run, name), key=itemgetter(1))
+        parts += [compared, f"{count / rows:.1%} of the answers {what}, against {best:.1%} before ({VIEWS[view]})"]
+    form, valid, content, right = parts
     if content in ("better", "worse"):
         helped = content == "better"
         return helped, f"Fine-tuning {'helped' if helped else 'made the answers worse'}: {right}."
@@ -101,31 +100,32 @@ def conclusion(run: Run) -> tuple[bool, str]:
 def headline(run: Run) -> list[str]:
     """Whether the tuned model is better than the best prompt and the constrained base: a line for each rate."""
     lines = []
-    for name, what in (("exact", "have a valid format"), ("joint", "are right")):
-        tuned = share(*rate(run.outcomes["after"], name), f" of the answers {what}")
+    for name, what in WHAT.items():
+        count, total = rate(run.outcomes["after"], name)
+        tuned = share(count, total, f" of the answers {what}")
         if "after_constrained" in run.outcomes:
             tuned += f", {share(*rate(run.outcomes['after_constrained'], name), ' constrained')}"
-        against = []
-        for view in _compared(run):
-            count, rows = rate(run.outcomes[view], name)
-            sample = f" of {rows:,} rows" if rows != len(run.outcomes["after"]) else ""
-            against.append(f"against {count / rows:.1%}{sample} ({VIEWS[view]}) {_verdict(run, view, name)}")
+        against = [
+            f"against {before:.1%}{f' of {rows:,} rows' if rows != total else ''} ({VIEWS[view]}) {compared}"
+            for view, before, rows, compared in _against(run, name)
+        ]
         if name == "joint" and (majority := _majority(run)):
             against.append(f"against {majority:.1%} for always giving the most frequent training answer")
         lines.append(f"{tuned}: {', '.join(against)}")
     return lines
 
 
-def _verdict(run: Run, view: str, name: str) -> str:
-    """Whether the tuned model is better, on the rows that both were measured on."""
-    before, after = paired(run.outcomes[view], run.outcomes["after"])
-    return verdict(rate_difference([getattr(o, name) for o in before], [getattr(o, name) for o in after]))
+def _against(run: Run, name: str) -> Iterator[tuple[str, float, int, str]]:
+    """Each way to use the base: its rate, its rows, and whether the tuned model is better on the rows of both.
 
-
-def _compared(run: Run) -> list[str]:
-    """The best prompt, and the constrained base and the adapter at the start if they were measured."""
+    They are the best prompt, and the constrained base and the adapter at the start if they were measured.
+    """
     prompts = {view: run.outcomes[view] for view in ("before", "few_shot") if view in run.outcomes}
-    return [best_prompt(prompts), *(view for view in ("before_constrained", "start") if view in run.outcomes)]
+    for view in (best_prompt(prompts), "before_constrained", "start"):
+        if view in run.outcomes:
+            right = ([getattr(o, name) for o in rows] for rows in paired(run.outcomes[view], run.outcomes["after"]))
+            count, rows = rate(run.outcomes[view], name)
+            yield view, count / rows, rows, verdict(rate_difference(*right))
 
 
 def _majority(run: Run) -> float:
@@ -155,7 +155,8 @@ def _facts(run: Run) -> dict[str, Any]:
 def _slices(run: Run) -> Iterator[tuple[str, str, list[str], set[str]]]:
     """Group and name of each slice, the number of its rows with three figures of base and tuned model, its rows."""
     tuned = run.outcomes["after"]
-    for group, name, rows in slices(tuned, run.format, run.longest, run.production_p95):
+    longest = max((len(row.prompt_ids) for row in run.train), default=0)
+    for group, name, rows in slices(tuned, run.format, longest):
         after = [tuned[i] for i in rows]
         before, _ = paired(run.outcomes["before"], after)
         cells = [f"{len(after):,}" if len(before) == len(after) else f"{len(after):,} (base {len(before):,})"]

@@ -117,21 +117,16 @@ def _interval(drawn: Any) -> Interval:
 
 
 def _swapped(counts: np.ndarray) -> float:
-    """p of a difference as large if each row's two answers were swapped at random; exact up to 13 differing rows."""
+    """p of a difference as large if each row's two answers were swapped at random; exact up to 12 differing rows."""
     differs = (counts[:2] != counts[2:]).any(axis=0)
     if differs.sum() < 2:
         return 1.0
-    shared, values = counts[:2, ~differs].sum(axis=1)  # of the other rows, where swapping changes nothing
-    both, either = np.concatenate([counts[:2, differs], counts[2:, differs]], axis=1)
-
-    def gain(before: np.ndarray, after: np.ndarray, axis: int) -> Any:
-        first, second = (
-            2 * (shared + both[rows].sum(axis)) / np.maximum(values + either[rows].sum(axis), 1)
-            for rows in (before, after)
-        )
-        return second - first
-
+    rest = counts[:, ~differs].sum(axis=1, keepdims=True)  # of the other rows, where swapping changes nothing
+    counts = np.concatenate([counts[:, differs], rest], axis=1)
+    both, either = np.concatenate([counts[:2], counts[2:]], axis=1)
     rows = np.arange(len(both)).reshape(2, -1)
-    batch = max(1, _ELEMENTS // len(both))
-    test = stats.permutation_test(tuple(rows), gain, permutation_type="samples", vectorized=True, batch=batch, rng=0)
+    test = stats.permutation_test(
+        tuple(rows), lambda before, after, axis: _gain(both[before], either[before], both[after], either[after], axis),
+        permutation_type="samples", vectorized=True, batch=max(1, _ELEMENTS // len(both)), rng=0,
+    )  # fmt: skip
     return float(test.pvalue)

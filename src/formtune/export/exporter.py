@@ -16,7 +16,7 @@ from formtune.base.row import quantile
 from formtune.configuration.task import read_run, task_parser
 from formtune.data.preparation import load_splits, production_rows
 from formtune.errors import UserError
-from formtune.evaluation.outcomes import RATES, Outcome, outcome, rate, read_outcomes, write_outcomes
+from formtune.evaluation.outcomes import RATES, Outcome, rate, read_outcomes, write_outcomes
 from formtune.export.llama_cpp import measure_gguf
 from formtune.export.measure import COMPARED, TIMED, Closeness, Sample, call_fresh, measure, merge, tolerance
 from formtune.export.quantize import SCHEMES, folder_name, packages
@@ -105,8 +105,7 @@ def measured(run: FinishedRun, kind: str, folder: Path) -> tuple[dict[str, Any],
     renderer = run.renderer
     model = adapter if kind == "adapter" else {"folder": str(folder)}
     closeness, answers, speeds = measure_fresh(kind, model, adapter, run.sample)
-    judged = [judge(row, answer, renderer, run.format) for row, answer in zip(run.test, answers, strict=True)]
-    outcomes = [outcome(answer, run.format) for answer in judged]
+    outcomes = [judge(row, answer, renderer, run.format) for row, answer in zip(run.test, answers, strict=True)]
     before = outcomes if run.constrained else run.outcomes
     figures: dict[str, Any] = {
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")),

@@ -15,15 +15,14 @@ _MISSING = object()
 class Comparison:
     """How a document compares with the target; values are counted without nulls."""
 
-    equal: bool  # whether they are the same
-    matched: int  # values that both have at the same path
-    predicted: int  # values of the document
-    expected: int  # values of the target
-    fields: tuple[bool, ...]  # for each field of the format, whether both agree on it
-    omitted: bool  # whether a value of the target is null or absent
-    invented: bool  # whether there is a value where the target has none
-    ungrounded: bool  # whether a wrong value does not even occur in the input
-    difference: str  # one line on the first difference, "" if there is none
+    equal: bool = False  # whether they are the same
+    matched: int = 0  # values that both have at the same path
+    values: int = 0  # values of the document and values of the target
+    fields: tuple[bool, ...] = ()  # for each field of the format, whether both agree on it
+    omitted: bool = False  # whether a value of the target is null or absent
+    invented: bool = False  # whether there is a value where the target has none
+    ungrounded: bool = False  # whether a wrong value does not even occur in the input
+    difference: str = ""  # one line on the first difference, "" if there is none
 
 
 def compare(
@@ -49,8 +48,7 @@ def compare(
     return Comparison(
         equal=equal,
         matched=len(expected) - len(omitted) - len(mismatched),
-        predicted=len(got),
-        expected=len(expected),
+        values=len(got) + len(expected),
         fields=tuple(is_document and typed(_at(value, f), sets, f) == typed(_at(target, f), sets, f) for f in fields),
         omitted=bool(omitted),
         invented=bool(invented),

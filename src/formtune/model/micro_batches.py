@@ -14,7 +14,7 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.errors import Fault
 from formtune.evaluation.metrics import LossMetrics
-from formtune.evaluation.outcomes import Answer, confidence
+from formtune.evaluation.outcomes import Outcome, confidence, outcome
 from formtune.formats import Format
 from formtune.model.constrained import Grammar
 from formtune.model.loss import Predictions, log_probabilities, predict, summed_loss
@@ -217,13 +217,13 @@ def _pad(rows: Sequence[Row], group: list[int]) -> Padded:
     return Padded(group, list(map(len, labels)), ids, predicting, targets[predicting])
 
 
-def judge(row: Row, decoded: Decoded, renderer: Renderer, format: Format) -> Answer:
+def judge(row: Row, decoded: Decoded, renderer: Renderer, format: Format) -> Outcome:
     """The answer to a row, with its verdict and confidence."""
     text, finished = renderer.answer(decoded.ids)
     own = format.of_row(row.schema)
     verdict = own.check(text, finished=finished, target=row.target, input=row.context)
     pieces = renderer.pieces(decoded.ids) if verdict.exact else ()  # an invalid format has confidence 0
-    return Answer(row, text, verdict, *confidence(pieces, decoded.logprobs, text, verdict, own))
+    return outcome(row, text, verdict, own, confidence(pieces, decoded.logprobs, text, verdict, own))
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from formtune.base.renderer import Renderer, read_template
 from formtune.base.row import Row
 from formtune.errors import Fault, UserError
 from formtune.evaluation.metrics import LossMetrics, Scores, ratios
-from formtune.evaluation.outcomes import Answer
+from formtune.evaluation.outcomes import Outcome
 from formtune.formats import Format
 from formtune.formats.key_orders import Orders
 from formtune.model.adapter import TrainedAdapter
@@ -215,7 +215,7 @@ class FormatModule(L.LightningModule):
                 "earlier checkpoints are kept; lower the learning rate or look at the rows with formtune audit"
             )
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> list[Answer]:  # type: ignore[override]
+    def validation_step(self, batch: Batch, batch_idx: int) -> list[Outcome]:  # type: ignore[override]
         """Loss and greedy answers of the rows from the same forward passes."""
         rows, self.logged = batch.rows, batch.decoding.logged
         decoded = self._decode(batch, self.scores.losses)
@@ -228,7 +228,7 @@ class FormatModule(L.LightningModule):
 
     test_step = validation_step  # type: ignore[assignment]
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[Answer]:
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Outcome]:
         return self._judge(batch.rows, self._decode(batch))
 
     def on_validation_epoch_end(self) -> None:
@@ -249,7 +249,7 @@ class FormatModule(L.LightningModule):
         with uneven_counts(self.trainer, self.micro_batches), model:
             return self.micro_batches.decode(batch.rows, batch.micro_batches, stop, batch.limits, grammar, losses)
 
-    def _judge(self, rows: Sequence[Row], decoded: Sequence[Decoded]) -> list[Answer]:
+    def _judge(self, rows: Sequence[Row], decoded: Sequence[Decoded]) -> list[Outcome]:
         return [judge(row, answer, self.renderer, self.format) for row, answer in zip(rows, decoded, strict=True)]
 
     @torch.no_grad()

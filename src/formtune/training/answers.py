@@ -1,12 +1,12 @@
 """What is done with the answers of an evaluation: a table in the logger, outcomes of the test rows, a file."""
 
-from operator import attrgetter
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from formtune.evaluation.outcomes import Answer, Outcome, outcome, worst_first
+from formtune.evaluation.outcomes import Outcome, worst_first
 from formtune.files import write_lines
 from formtune.model.ranks import gathered
 from formtune.training.loggers import log_table
@@ -21,18 +21,16 @@ class AnswerTable(Callback):
 
     def __init__(self, rows: int = 12) -> None:
         self.rows = rows
-        self._failed: list[Answer] = []
+        self._failed: list[Outcome] = []
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any, **__: Any) -> None:
-        self._failed = worst_first([*self._failed, *outputs], attrgetter("verdict.kind"))[: self.rows]
+        self._failed = worst_first([*self._failed, *outputs])[: self.rows]
 
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if pl_module.logged:
-            rows = [
-                (f"{a.verdict.kind}: {a.verdict.detail}", a.row.input, a.row.target or "", a.text) for a in self._failed
-            ]
+            rows = [(f"{one.kind}: {one.detail}", one.input, one.target, one.answer) for one in self._failed]
             tag = "answers/test" if trainer.testing else "answers/validation"
             nothing = [("every answer is right", "", "", "")]
             log_table(trainer, tag, ("why", "input", "target", "answer"), rows or nothing)
@@ -48,11 +46,11 @@ class Outcomes(Callback):
         self.outcomes: list[Outcome] = []
         self._numbered: list[tuple[int, Outcome]] = []
 
-    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
-        self._numbered += [(answer.row.number, outcome(answer, pl_module.format)) for answer in outputs]
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        self._numbered += [(row.number, outcome) for row, outcome in zip(batch.rows, outputs, strict=True)]
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        numbered = sorted(gathered(trainer, self._numbered), key=lambda pair: pair[0])
+        numbered = sorted(gathered(trainer, self._numbered), key=itemgetter(0))
         self.outcomes, self._numbered = [outcome for _, outcome in numbered], []
 
 
@@ -64,23 +62,23 @@ class AnswerFile(Callback):
 
     def __init__(self, path: str, untuned: str | None = None, minimum: float | None = None) -> None:
         self.path, self._model, self._minimum = Path(path), {"model": untuned} if untuned else {}, minimum
-        self._answers: list[Answer] = []
+        self._numbered: list[tuple[int, Outcome]] = []
         self.written: dict[Path, int] = {}  # answers in each file
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after all the work
 
-    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
-        self._answers += outputs
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        self._numbered += [(row.number, outcome) for row, outcome in zip(batch.rows, outputs, strict=True)]
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         records: list[dict[str, Any]] = [
             {
-                "where": a.row.where, "prompt": a.row.input, "answer": a.text,
-                "compliant": a.verdict.exact, "kind": a.verdict.kind, "detail": a.verdict.detail,
-                "confidence": a.confidence, "field_confidences": a.field_confidences, **self._model,
+                "where": one.where, "prompt": one.input, "answer": one.answer,
+                "compliant": one.exact, "kind": one.kind, "detail": one.detail,
+                "confidence": one.confidence, "field_confidences": one.field_confidences or {}, **self._model,
             }
-            for a in sorted(gathered(trainer, self._answers), key=lambda a: a.row.number)
+            for _, one in sorted(gathered(trainer, self._numbered), key=itemgetter(0))
         ]  # fmt: skip
         files = {self.path: records}
         if self._minimum is not None:

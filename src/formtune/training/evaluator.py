@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from formtune.base.folder import context_length
-from formtune.base.row import Row, quantile
+from formtune.base.row import Row
 from formtune.data.datamodule import FormatDataModule
 from formtune.data.preparation import production_rows
 from formtune.errors import UserError
@@ -116,14 +116,11 @@ class Evaluator:
         return probes
 
     def report(self) -> None:
-        production = production_rows(self.settings)
         run = Run(
             name=f"{self.folder.parent.name}/{self.folder.name}",
             result=self.result,
             outcomes=self.outcomes,
             format=self.model.format,
-            longest=max(len(row.prompt_ids) for row in self.train_rows),
-            production_p95=quantile([len(row.prompt_ids) for row in production], 95) if production else None,
             quarantined=dict(self.splits.reasons.most_common()),
             config=(self.folder / "config.yaml").read_text(encoding="utf-8"),
             base=self.model.base,

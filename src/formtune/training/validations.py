@@ -128,8 +128,9 @@ class Validations(Callback):
             for record in state_dict["history"]
         ]
 
-    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
-        self._verdicts += [(a.row.number, a.verdict.exact, a.verdict.joint) for a in outputs]
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        pairs = zip(batch.rows, outputs, strict=True)
+        self._verdicts += [(row.number, outcome.exact, outcome.joint) for row, outcome in pairs]
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         rows, metrics = sorted(gathered(trainer, self._verdicts)), trainer.callback_metrics

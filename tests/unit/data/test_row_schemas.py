@@ -24,7 +24,7 @@ from formtune.evaluation.baselines import cache_entry, choose_shots, constant_an
 from formtune.evaluation.comparison import FIELDS, compare, read_runs
 from formtune.evaluation.failures import slices
 from formtune.evaluation.metrics import FormatMetrics, ratios
-from formtune.evaluation.outcomes import Answer, outcome, write_outcomes
+from formtune.evaluation.outcomes import outcome, write_outcomes
 from formtune.evaluation.probe import probe_rows
 from formtune.formats import JsonSchema, Regex
 
@@ -265,15 +265,18 @@ def test_hashes_and_caches_tell_schemas_apart(settings, base):
     assert len({cache_entry(base, [one], {}, PER_ROW) for one in rows}) == 3
 
 
+def answered(schema, target, answer, where="f:1", prompt="a question"):
+    one, own = row(schema, where, prompt, target), PER_ROW.of_row(schema)
+    return outcome(one, answer, own.check(answer, target=target, input=prompt), own)
+
+
 def test_one_accuracy_counts_the_fields_of_all_rows():
     wide = keys(**{f"k{n}": DIGIT for n in range(8)})
     right = json.dumps({f"k{n}": n for n in range(8)})
     wrong = json.dumps({f"k{n}": min(n, 5) for n in range(8)})
     metrics = FormatMetrics(PER_ROW)
-    metrics.update(
-        [PER_ROW.of_row(wide).check(wrong, target=right), PER_ROW.of_row(NUMBER).check("?", target='{"n":4}')]
-    )
-    metrics.update([PER_ROW.of_row(COLOR).check(ANSWERS[COLOR], target=ANSWERS[COLOR])])
+    metrics.update([answered(wide, right, wrong), answered(NUMBER, '{"n":4}', "?")])
+    metrics.update([answered(COLOR, ANSWERS[COLOR], ANSWERS[COLOR])])
     counts = metrics.compute()
     assert [name for name in counts if "field_acc" in name] == ["content/field_acc"]
     assert counts["content/field_acc"] == (6 + 0 + 1, 8 + 1 + 1)
@@ -283,14 +286,12 @@ def test_one_accuracy_counts_the_fields_of_all_rows():
         "fail/ok": 1, "fail/content": 1, "fail/syntax": 1,
     }  # fmt: skip
     fixed = FormatMetrics(JsonSchema(json.loads(wide)))
-    fixed.update([PER_ROW.of_row(wide).check(wrong, target=right)])
+    fixed.update([answered(wide, right, wrong)])
     assert "content/field_acc" not in fixed.compute() and fixed.compute()["content/field_acc/k7"] == (0, 1)
 
 
 def judged(schema, answer, where, prompt="a question"):
-    one = row(schema, where, prompt)
-    verdict = PER_ROW.of_row(schema).check(answer, target=one.target, input=prompt)
-    return outcome(Answer(one, answer, verdict), PER_ROW)
+    return answered(schema, ANSWERS[schema], answer, where, prompt)
 
 
 def test_outcomes_keep_the_schema_and_runs_are_compared_field_by_field_of_it(tmp_path):
@@ -314,10 +315,7 @@ def test_a_table_has_the_most_frequent_fields_of_many_schemas(tmp_path):
     schemas = [keys(**{f"only{n}": DIGIT, "n": DIGIT}) for n in range(3 * FIELDS)]
     answers = [json.dumps({f"only{n}": 1, "n": 2}) for n in range(3 * FIELDS)]
     pairs = zip(schemas, answers, strict=True)
-    outcomes = [
-        outcome(Answer(row(s, f"f:{n}", target=a), a, PER_ROW.of_row(s).check(a, target=a)), PER_ROW)
-        for n, (s, a) in enumerate(pairs)
-    ]
+    outcomes = [answered(schema, answer, answer, f"f:{n}") for n, (schema, answer) in enumerate(pairs)]
     write_outcomes(tmp_path / "a.jsonl", outcomes)
     [run] = compare(read_runs([str(tmp_path / "a.jsonl")]))["runs"]
     fields = [name for name in run["figures"] if name.startswith("content/field_acc/")]

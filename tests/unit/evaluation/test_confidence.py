@@ -15,7 +15,8 @@ from conftest import SCHEMA, byte_tokenizer
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.errors import UserError
-from formtune.evaluation.outcomes import Answer, Outcome, confidence, read_outcomes, write_outcomes
+from formtune.evaluation.outcomes import Outcome, confidence, read_outcomes, write_outcomes
+from formtune.evaluation.outcomes import outcome as judge
 from formtune.evaluation.report import page
 from formtune.evaluation.selective import (
     accepted,
@@ -224,7 +225,8 @@ def answers(path, minimum):
     good = '{"n":1,"s":"a"}'
     for number, (text, probability) in enumerate([(good, 0.99), ("no", 0.0), (good, 0.5), (good, 0.97)]):
         row = Row([1], [], f"p {number}", None, f"f:{number}", number)
-        file._answers.append(Answer(row, text, format.check(text), probability, {"n": probability}))
+        sure = probability, {"n": probability}
+        file._numbered.append((number, judge(row, text, format.check(text), format, sure)))
     return file
 
 

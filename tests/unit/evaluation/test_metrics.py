@@ -8,44 +8,52 @@ import torch
 from torchmetrics import Metric
 from torchmetrics.text import CharErrorRate
 
+from formtune.base.row import Row
 from formtune.errors import UserError
 from formtune.evaluation.metrics import FormatMetrics, LossMetrics, OwnMetrics, ratios
+from formtune.evaluation.outcomes import outcome
 from formtune.formats import KINDS
 from test_formats import CASES, FORMAT, TARGET
 
-VERDICTS = [FORMAT.check(text, target=TARGET, input="Ann") for text, *_ in CASES]
-VERDICTS += [FORMAT.check(text, target=TARGET, finished=False) for text in (TARGET, TARGET[:9])]
+ROW = Row([], [], "Ann", TARGET, "f:1")
 
 
-def measured(verdicts):
+def answered(text, **how):
+    return outcome(ROW, text, FORMAT.check(text, target=TARGET, **how), FORMAT)
+
+
+OUTCOMES = [answered(text, input="Ann") for text, *_ in CASES]
+OUTCOMES += [answered(text, finished=False) for text in (TARGET, TARGET[:9])]
+
+
+def measured(outcomes):
     metrics = FormatMetrics(FORMAT)
-    metrics.update(verdicts)
+    metrics.update(outcomes)
     return ratios(metrics.compute())
 
 
 def test_figures_equal_a_plain_loop():
-    values, n = measured(VERDICTS), len(VERDICTS)
-    assert values["format/exact"] == pytest.approx(sum(v.kind in ("ok", "content") for v in VERDICTS) / n)
-    assert values["format/loose"] == pytest.approx(sum(v.loose for v in VERDICTS) / n)
-    assert values["joint/exact"] == pytest.approx(sum(v.kind == "ok" for v in VERDICTS) / n)
-    assert values["content/exact_match"] == pytest.approx(sum(v.content.equal for v in VERDICTS) / n)
+    values, n = measured(OUTCOMES), len(OUTCOMES)
+    assert values["format/exact"] == pytest.approx(sum(v.kind in ("ok", "content") for v in OUTCOMES) / n)
+    assert values["format/loose"] == pytest.approx(sum(v.loose for v in OUTCOMES) / n)
+    assert values["joint/exact"] == pytest.approx(sum(v.kind == "ok" for v in OUTCOMES) / n)
+    assert values["content/exact_match"] == pytest.approx(sum(v.equal for v in OUTCOMES) / n)
     for kind in KINDS:
-        assert values[f"fail/{kind}"] == sum(v.kind == kind for v in VERDICTS)
-    names = ("matched", "predicted", "expected")
-    matched, predicted, expected = (sum(getattr(v.content, name) for v in VERDICTS) for name in names)
-    precision, recall = matched / predicted, matched / expected
-    assert expected == 6 * n  # p, name, two items, n, d; the null is no value
+        assert values[f"fail/{kind}"] == sum(v.kind == kind for v in OUTCOMES)
+    matched, both = (sum(getattr(v, name) for v in OUTCOMES) for name in ("matched", "values"))
+    expected = 6 * n  # p, name, two items, n, d; the null is no value
+    precision, recall = matched / (both - expected), matched / expected
     assert values["content/field_f1"] == pytest.approx(2 * precision * recall / (precision + recall))
-    assert values["content/field_acc/c.name"] == pytest.approx(sum(v.content.fields[1] for v in VERDICTS) / n)
+    assert values["content/field_acc/c.name"] == pytest.approx(sum(v.fields["c.name"] for v in OUTCOMES) / n)
 
 
 def test_failures_sum_to_the_rows():
-    assert sum(value for name, value in measured(VERDICTS).items() if name.startswith("fail/")) == len(VERDICTS)
+    assert sum(value for name, value in measured(OUTCOMES).items() if name.startswith("fail/")) == len(OUTCOMES)
 
 
 def test_an_unparseable_answer_lowers_every_rate():
-    good = FORMAT.check(TARGET, target=TARGET)
-    all_good, one_bad = measured([good] * 4), measured([good] * 3 + [FORMAT.check("no", target=TARGET)])
+    good = answered(TARGET)
+    all_good, one_bad = measured([good] * 4), measured([good] * 3 + [answered("no")])
     for name, value in all_good.items():
         if value == 1:
             assert one_bad[name] < 1, name
@@ -57,40 +65,35 @@ def test_an_unparseable_answer_lowers_every_rate():
 
 
 def test_two_shards_equal_one_set():
-    shuffled = random.Random(0).sample(VERDICTS, len(VERDICTS))
+    shuffled = random.Random(0).sample(OUTCOMES, len(OUTCOMES))
     one, two = FormatMetrics(FORMAT), FormatMetrics(FORMAT)
     one.update(shuffled[:5])
     two.update(shuffled[5:])
     one.merge_state(two)
-    assert ratios(one.compute()) == measured(VERDICTS)
+    assert ratios(one.compute()) == measured(OUTCOMES)
 
 
 def test_processes_get_the_figures_and_counts_of_the_whole_and_continue_with_their_own():
     ranks = [FormatMetrics(FORMAT), FormatMetrics(FORMAT)]
-    ranks[0].update(VERDICTS[:7])
-    ranks[1].update(VERDICTS[7:])
+    ranks[0].update(OUTCOMES[:7])
+    ranks[1].update(OUTCOMES[7:])
     sums = [rank.sums.clone() for rank in ranks]
     for rank in ranks:
         rank.dist_sync_fn, rank.distributed_available_fn = (lambda tensor, group: sums), lambda: True
-        assert ratios(rank.compute()) == measured(VERDICTS)
-    assert [int(rank.sums[0, 1]) for rank in ranks] == [7, len(VERDICTS) - 7]
+        assert ratios(rank.compute()) == measured(OUTCOMES)
+    assert [int(rank.sums[0, 1]) for rank in ranks] == [7, len(OUTCOMES) - 7]
 
 
 def test_counts_explain_every_rate():
     metrics = FormatMetrics(FORMAT)
-    metrics.update(VERDICTS)
+    metrics.update(OUTCOMES)
     for name, (k, n) in metrics.compute().items():
-        assert measured(VERDICTS)[name] == (k if name.startswith("fail/") else pytest.approx(k / n))
+        assert measured(OUTCOMES)[name] == (k if name.startswith("fail/") else pytest.approx(k / n))
 
 
 def test_no_rows_give_nan_and_no_value_gives_zero():
     assert all(math.isnan(value) for name, value in measured([]).items() if not name.startswith("fail/"))
-    assert measured([FORMAT.check("no", target=TARGET)])["content/field_f1"] == 0
-
-
-def test_content_without_a_target_is_refused():
-    with pytest.raises(ValueError, match="target"):
-        FormatMetrics(FORMAT).update([FORMAT.check(TARGET)])
+    assert measured([answered("no")])["content/field_f1"] == 0
 
 
 def test_loss_is_weighted_by_tokens_and_rows_are_exact_only_as_a_whole():

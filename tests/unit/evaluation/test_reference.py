@@ -6,7 +6,9 @@ import random
 import pytest
 from jsonschema import Draft202012Validator, FormatChecker
 
+from formtune.base.row import Row
 from formtune.evaluation.metrics import FormatMetrics
+from formtune.evaluation.outcomes import outcome
 from formtune.formats import JsonSchema
 
 CLOSED = {"type": "object", "additionalProperties": False}
@@ -153,7 +155,7 @@ def test_verdicts_and_figures_are_those_of_jsonschema_and_of_a_plain_count(name)
         text = json.dumps(answer, ensure_ascii=dice.random() < 0.5, indent=dice.choice([None, 1]))
         verdict = format.check(text, target=json.dumps(target))
         assert verdict.exact == judge.is_valid(json.loads(text)), (text, verdict.detail)
-        metrics.update([verdict])
+        metrics.update([outcome(Row([], [], "", json.dumps(target), "f:1"), text, verdict, format)])
         # `repr` tells 1, 1.0 and True apart; keys have no order.
         same = repr(sorted_keys(answer)) == repr(sorted_keys(target))
         valid, right, equal = valid + verdict.exact, right + (verdict.exact and same), equal + same

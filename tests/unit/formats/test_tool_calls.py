@@ -92,7 +92,7 @@ def test_content_is_compared_value_by_value():
     format = ToolCalls().of_row(TOOLS)
     target, answer = call("get_weather", city="Paris", unit="C"), call("get_weather", city="Rome", unit="C")
     content = format.check(answer, target=target, input="Paris").content
-    assert (content.matched, content.expected, content.ungrounded) == (2, 3, True)
+    assert (content.matched, content.values, content.ungrounded) == (2, 6, True)
     assert content.difference == "[0].arguments.city: 'Rome' instead of 'Paris'"
     assert format.derived == {"name", "arguments.unit"}
     content = format.check(call("now"), target=target, input="Paris").content

@@ -16,7 +16,7 @@ import torch
 from conftest import byte_tokenizer, pair, tiny_model
 from formtune.cli import main
 from formtune.data.datamodule import FormatDataModule
-from formtune.evaluation.outcomes import Answer
+from formtune.evaluation.outcomes import outcome
 from formtune.formats import JsonSchema
 from formtune.model import FormatModule, Lora
 from formtune.training import checkpoint
@@ -282,7 +282,7 @@ class Half(L.Callback):
     def setup(self, trainer, pl_module, stage):
         def judge(row):
             text = ("no JSON", row.target, '{"n":-1,"s":""}')[row.number % 3]
-            return Answer(row, text, pl_module.format.check(text, finished=True, target=row.target, input=row.input))
+            return outcome(row, text, pl_module.format.check(text, target=row.target), pl_module.format)
 
         pl_module._judge = lambda rows, decoded: list(map(judge, rows))
 
