@@ -3,7 +3,7 @@
 Replaced are keywords that hand patterns to `re`, compare all pairs of items, or follow references (up to 2**depth).
 """
 
-import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -23,12 +23,11 @@ from jsonschema.validators import extend
 from formtune.formats.content import typed
 
 CHECK_SECONDS = 0.5  # of processor time, so that a busy machine changes no verdict; an ordinary check needs 0.0001
-MAX_STEPS = 100_000  # of a pattern with its repetitions written out, some 30 MB
+MAX_REPEATS = 100_000  # of a pattern, which the `regex` package writes out as often as they must match
 
 _END: ContextVar[float] = ContextVar("end", default=1e9)
 
 _ECMA = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|[$.]", re.S)
-_SURROGATES = re.compile(r"(?:\\u[dD][89abAB][0-9a-fA-F]{2})(?:\\u[dD][c-fC-F][0-9a-fA-F]{2})")  # of one character
 _SETS = {  # ASCII digits and words, and the white space of ECMA-262
     r"\d": "0-9",
     r"\D": r"\x00-/:-\U0010ffff",
@@ -43,7 +42,6 @@ _ANCHORS = {r"\A": "^", r"\Z": "$", r"\z": "$"}  # which ECMA-262 does not have,
 _ENDS = {"$": r"\Z", r"\b": r"(?a:\b)", r"\B": r"(?a:\B)"}
 
 _TIME = r"\d\d:\d\d:\d\d(?:\.\d+)?(?:[zZ]|[+-]\d\d:\d\d)"
-_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 
 
 def _shape(pattern: str, parse: Callable[[str], Any] = bool) -> tuple[Callable[[Any], Any], type[Exception]]:
@@ -51,15 +49,13 @@ def _shape(pattern: str, parse: Callable[[str], Any] = bool) -> tuple[Callable[[
     return lambda value: not isinstance(value, str) or (compiled.fullmatch(value) and parse(value.upper())), ValueError
 
 
-FORMATS = FormatChecker(("date", "ipv4", "ipv6"))
+FORMATS = FormatChecker(("date", "ipv4", "ipv6", "uuid"))
 FORMATS.checkers |= {  # which the library leaves to other packages, or does not check to the end
     "time": _shape(_TIME, clock.fromisoformat),
     "date-time": _shape(rf"\d{{4}}-\d\d-\d\d[Tt]{_TIME}", datetime.fromisoformat),
     "duration": _shape(r"P(?=.)(?:\d+W|(?:\d+Y)?(?:\d+M)?(?:\d+D)?(?:T(?=.)(?:\d+H)?(?:\d+M)?(?:\d+S)?)?)"),
     "email": _shape(r"[^@\s]+@[^@\s]+"),
-    "hostname": _shape(rf"(?=.{{1,253}}\Z){_NAME}(?:\.{_NAME})*"),
     "uri": _shape(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s<>\"{}|\\^`]+"),
-    "uuid": _shape(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"),
 }
 
 
@@ -83,30 +79,13 @@ def seconds_left() -> float:
 
 def compile_pattern(pattern: str) -> Any:
     """Compile a pattern of the `regex` package; raises `regex.error` also if it is too large."""
-    if _steps(pattern) > MAX_STEPS:
-        raise regex.error(f"its repetitions amount to more than {MAX_STEPS:,} steps")
+    single, grouped = (map(int, re.findall(before + r"\{(\d{1,9})", pattern)) for before in (r"(?<!\))", r"\)"))
+    if max(single, default=1) * math.prod(count or 1 for count in grouped) > MAX_REPEATS:
+        raise regex.error(f"repetitions within each other amount to more than {MAX_REPEATS:,}")
     try:
         return regex.compile(pattern)
     except RecursionError:
         raise regex.error("nested too deeply") from None
-
-
-def _steps(pattern: str) -> int:
-    """How large a pattern is with each repetition written out as often as it must match, as `regex` does."""
-    sizes, last = [0], 0  # of the open groups, and of what comes before a repetition
-    for token, count in re.findall(r"(\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d{1,9})[\d,]*\}|.)", pattern, re.S):
-        if count:
-            sizes[-1] += last * max(int(count) - 1, 0)
-            last *= max(int(count), 1)
-        elif token == "(":
-            sizes.append(1)
-        elif token == ")" and len(sizes) > 1:
-            last = sizes.pop()
-            sizes[-1] += last
-        elif token not in "?*+":
-            last = 1
-            sizes[-1] += 1
-    return sum(sizes)
 
 
 @lru_cache(maxsize=1000)
@@ -124,7 +103,7 @@ def ecma(pattern: str) -> str:
             return re.sub(r"\\.", lambda escape: _SETS.get(escape[0], escape[0]), token, flags=re.S)
         return f"[{_SETS[token]}]" if token in _SETS else _ANCHORS.get(token, token)
 
-    return _ECMA.sub(write_out, _SURROGATES.sub(lambda match: json.loads(f'"{match[0]}"'), pattern))
+    return _ECMA.sub(write_out, pattern)
 
 
 def _matches(pattern: str, text: str) -> bool:

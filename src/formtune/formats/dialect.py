@@ -1,5 +1,7 @@
 """Reads a JSON Schema of draft 7 or 2020-12 as one of 2020-12, and finds everything wrong with it."""
 
+import copy
+import difflib
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -13,32 +15,32 @@ from formtune.errors import UserError
 from formtune.formats.bounded import FORMATS, bounded_validator, compile_ecma, resolver
 
 MAX_PROBLEMS = 10  # of a schema, named at once
+ALIKE = 0.85  # of the letters, from which a key is likely a misspelt keyword
 TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 
-_NEEDS = {"then": "if", "else": "if", "minContains": "contains", "maxContains": "contains"}
+_REFUSED = {  # keywords that no tool writes for language models, and what to write instead
+    "additionalItems": "prefixItems and items",
+    "dependencies": "dependentRequired, or if and then",
+    "dependentSchemas": "if and then",
+    "unevaluatedItems": "items",
+    "unevaluatedProperties": "additionalProperties",
+    "$dynamicRef": "$ref",
+    "$recursiveRef": "$ref",
+}
 _DEFINITIONS = {"$defs", "definitions"}
-KEYWORDS = {*Draft7Validator.VALIDATORS, *Draft202012Validator.VALIDATORS, *_NEEDS, *_DEFINITIONS} - {"$dynamicRef"}
-_MAPS = {"properties", "patternProperties", "dependentSchemas", "dependencies", *_DEFINITIONS}
+KEYWORDS = {*Draft202012Validator.VALIDATORS, "then", "else", "minContains", "maxContains", *_DEFINITIONS} - {*_REFUSED}
+_MAPS = {"properties", "patternProperties", *_DEFINITIONS}
 _LISTS = {"allOf", "anyOf", "oneOf", "prefixItems"}
-_SINGLES = {"items", "contains", "unevaluatedItems", "additionalItems", "additionalProperties", "propertyNames"}
-_SINGLES |= {"unevaluatedProperties", "not", "if", "then", "else"}
-
-
-def _list_or(items: Any, single: Any) -> dict[str, Any]:
-    return {"if": {"type": "array"}, "then": {"items": items}, "else": single}
-
+_SINGLES = {"items", "contains", "additionalProperties", "propertyNames", "not", "if", "then", "else"}
 
 # What keywords hold. The library's metaschema of 2020-12 takes ten times as long.
 _DRAFT7: Any = Draft7Validator.META_SCHEMA["properties"]
 _VALUES = {key: value for key, value in _DRAFT7.items() if key in KEYWORDS} | {
-    "type": {"minItems": 1} | _list_or({"enum": TYPES}, {"enum": TYPES}),
-    "items": _list_or({"$ref": "#"}, {"$ref": "#"}),
-    "dependencies": {"additionalProperties": _list_or({"type": "string"}, {"$ref": "#"})},
-    "dependentRequired": {"type": "object", "additionalProperties": _DRAFT7["required"]},
     "prefixItems": _DRAFT7["allOf"],
-    **dict.fromkeys(("$defs", "dependentSchemas"), _DRAFT7["definitions"]),
-    **dict.fromkeys(("unevaluatedItems", "unevaluatedProperties"), _DRAFT7["not"]),
-    **dict.fromkeys(("minContains", "maxContains"), _DRAFT7["maxItems"]),
+    "dependentRequired": {"additionalProperties": _DRAFT7["required"]},
+    "$defs": _DRAFT7["definitions"],
+    "minContains": _DRAFT7["maxItems"],
+    "maxContains": _DRAFT7["maxItems"],
 }
 _PATTERNS = FormatChecker(())
 _PATTERNS.checkers["regex"] = (lambda value: not isinstance(value, str) or compile_ecma(value), regex.error)
@@ -65,87 +67,74 @@ def schema_nodes(node: Any, path: str = "$") -> Iterator[tuple[str, dict[str, An
             yield from schema_nodes(value, f"{path}.{key}")
 
 
-@cache
-def _spellings(key: str) -> set[str]:
-    """A key without case and number, and the same with one letter less."""
-    word = re.sub(r"(?:ies|y|s)$", "", re.sub("[^a-z]", "", key.lower()))
-    return {word, *(word[:index] + word[index + 1 :] for index in range(1, len(word)))}
-
-
-@cache
-def _meant(key: str) -> str | None:
-    """The keyword that a key is likely to mean: a letter more, less, wrong or moved after the first."""
-    if key in ("$dynamicRef", "$recursiveRef"):
-        return "$ref"
-    checked = sorted(KEYWORDS - {*_DEFINITIONS, "not", "if"})
-    return next((keyword for keyword in checked if _spellings(key) & _spellings(keyword)), None)
-
-
 def read_draft(schema: Any, name: str) -> tuple[dict[str, Any], list[str]]:
     """A schema in draft 2020-12, with checked keywords only, and notes on what is not checked.
 
-    No object may be in it twice. A keyword that only one of the two drafts has means what it means there. Raises
-    UserError with all that is wrong.
+    No object may be in it twice. Raises UserError with all that is wrong.
     """
     if not isinstance(schema, dict):
         raise UserError(f"{name}: expected an object as schema, found {schema!r:.40}")
     draft = re.match(r"https?://json-schema\.org/draft[-/]0?([\d-]+)", str(schema.get("$schema")))
-    root, unchecked = schema, dict[str, None]()
-    if not (problems := [*_mistakes(schema, draft[1] if draft else "2020-12")]):
-        root = _translated(schema, draft is not None and draft[1] == "7", unchecked)
+    number = draft[1] if draft else "2020-12"
+    root, unchecked = copy.deepcopy(schema), list[str]()
+    if not (problems := [*_mistakes(schema, number)]):
+        unchecked = _translate(root, number == "7")
         problems = [*_wrong_whole(root)]
     if problems:
         count = f"{len(problems)} problems: " if len(problems) > 1 else ""
         more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
         raise UserError(f"{name}: {count}{' | '.join([*problems[:MAX_PROBLEMS], *more])}")
-    return root, [f"not checked: {', '.join(unchecked)}"] if unchecked else []
+    return root, [f"not checked: {', '.join(dict.fromkeys(unchecked))}"] if unchecked else []
 
 
 def _mistakes(schema: dict[str, Any], draft: str) -> Iterator[str]:
     if draft not in ("7", "2020-12"):
         yield f"$.$schema: draft {draft} is not supported; write the schema as draft-07 or 2020-12"
     for error in _METASCHEMA.iter_errors(schema):
-        expected = f"{error.validator} {error.validator_value!r}" + (f": {error.cause}" if error.cause else "")
-        yield f"{error.json_path}: not a JSON Schema (expected {expected}, found {error.instance!r:.40})"
+        while error.context:  # of several types that a keyword may have, the first is the usual one
+            error = error.context[0]
+        cause = f": {error.cause}" if error.cause else ""
+        yield f"{error.json_path}: not a JSON Schema ({error.message:.150}{cause})"
     for path, node in schema_nodes(schema):
         if node is not schema and not str(node.get("$id", "#")).startswith("#"):
             yield f"{path}.$id: an address within a schema is not supported; remove it and refer by #/$defs/name"
         for key in node:
-            if key not in KEYWORDS and not key.startswith("x-") and (keyword := _meant(key)):
+            if key in _REFUSED:
+                yield f"{path}.{key}: not supported; use {_REFUSED[key]}"
+            elif key not in KEYWORDS and not key.startswith("x-") and (keyword := _meant(key)):
                 hint = f"did you mean {keyword!r}? If not, write 'x-{key}'"
                 yield f"{path}.{key}: not a keyword, so it would be ignored; {hint}"
 
 
-def _translated(node: Any, is_draft7: bool, unchecked: dict[str, None]) -> Any:
-    """A schema in draft 2020-12; what it says without a check is added to `unchecked`."""
+@cache
+def _meant(key: str) -> str | None:
+    """The keyword that a key is likely to mean."""
+    word = _letters(key)
+    spelled = {_letters(keyword): keyword for keyword in KEYWORDS - {*_DEFINITIONS, "not", "if"}}
+    close = difflib.get_close_matches(word, spelled, 1, ALIKE)
+    moved = [other for other in spelled if sorted(other) == sorted(word)]
+    return next((spelled[other] for other in [*close, *moved]), None)
 
-    def read(inner: Any) -> Any:
-        return _translated(inner, is_draft7, unchecked)
 
-    if not isinstance(node, dict):
-        return node
-    out: dict[str, Any] = {}
-    for key, value in node.items():
-        if is_draft7 and "$ref" in node and key in KEYWORDS - {"$ref", *_DEFINITIONS}:
-            unchecked[f"{key} beside $ref, which draft 7 ignores"] = None
-        elif key == "format" and value not in FORMATS.checkers:
-            unchecked[f"format {value!r:.40}"] = None
-        elif key == "dependencies":
-            out["dependentRequired"] = {name: inner for name, inner in value.items() if isinstance(inner, list)}
-            out["dependentSchemas"] = {
-                name: read(inner) for name, inner in value.items() if not isinstance(inner, list)
-            }
-        elif key == "items" and isinstance(value, list):
-            out["prefixItems"] = [*map(read, value)]
-        elif key == "additionalItems":
-            out |= {"items": read(value)} if isinstance(node.get("items"), list) else {}
-        elif key in _MAPS:
-            out[key] = {name: read(inner) for name, inner in value.items()}
-        elif key in _LISTS:
-            out[key] = [*map(read, value)]
-        elif key == "discriminator" or (key in KEYWORDS and _NEEDS.get(key, key) in node):  # grammars need the first
-            out[key] = read(value) if key in _SINGLES else value
-    return out
+def _letters(key: str) -> str:
+    return re.sub("[^a-z]", "", key.lower())
+
+
+def _translate(root: dict[str, Any], is_draft7: bool) -> list[str]:
+    """Turn a schema into one of 2020-12 with checked keywords only; returns what it says without a check."""
+    unchecked = []
+    for _, node in schema_nodes(root):
+        if isinstance(node.get("items"), list):
+            node["prefixItems"] = node.pop("items")
+        for key in [*node]:
+            if is_draft7 and "$ref" in node and key in KEYWORDS - {"$ref", *_DEFINITIONS}:
+                unchecked.append(f"{key} beside $ref, which draft 7 ignores")
+            elif key == "format" and node[key] not in FORMATS.checkers:
+                unchecked.append(f"format {node[key]!r:.40}")
+            elif key in KEYWORDS or key == "discriminator":  # grammars need the last
+                continue
+            del node[key]
+    return unchecked
 
 
 def _wrong_whole(root: dict[str, Any]) -> Iterator[str]:
@@ -159,12 +148,9 @@ def _wrong_whole(root: dict[str, Any]) -> Iterator[str]:
             if not isinstance(inner[-1], dict | bool):
                 remedy = "copy what it names into $defs, and write #/$defs/name"
                 yield f"{path}.$ref: {node['$ref']!r:.150} points to nothing in the schema; {remedy}"
-        applied[id(node)] = [*map(id, (*inner, *node.get("dependentSchemas", {}).values()))]
+        applied[id(node)] = [*map(id, inner)]
     if not root.keys() - _DEFINITIONS:
         yield "the schema checks nothing, so any JSON would be valid; add `type`"
-    if {"patternProperties", "unevaluatedProperties"} <= {key for _, node in nodes for key in node}:
-        # The library would match these by `re`.
-        yield "patternProperties with unevaluatedProperties is not supported; use additionalProperties"
     try:
         TopologicalSorter(applied).prepare()
     except CycleError as error:

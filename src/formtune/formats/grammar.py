@@ -1,7 +1,7 @@
 """Formats as grammars: Lark rules in llguidance's dialect, of which `answer` is the whole text.
 
-A grammar may allow less than its format, never more: what cannot be expressed is refused in one line.
-llguidance itself refuses most of it; this file refuses what it would read in another sense.
+A grammar may allow less than its format, never more, except that it reads possessive quantifiers as greedy ones.
+llguidance refuses most of what it cannot express; this file refuses what it would read in another sense.
 """
 
 import copy
@@ -14,12 +14,6 @@ from formtune.errors import UserError
 from formtune.formats.bounded import ecma
 from formtune.formats.dialect import schema_nodes, types
 from formtune.formats.key_orders import WHITE_SPACE
-
-# Escapes and sets are read as one; the rest is what the `regex` package and Rust's take for different things.
-_TOKEN = re.compile(
-    r"\\.|(?P<set>\[\^?\]?(?:\\.|[^\\\]])*\])|(?P<possessive>[*+?}]\+)|(?P<group>\(\?(?!:|P?<\w|[ims]+[:)])..?)", re.S
-)
-_IN_SET = re.compile(r"\\.|(\[|&&|--|~~)", re.S)
 
 _DAYS = "(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
 _LEAP = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
@@ -52,7 +46,6 @@ def closed(schema: dict[str, Any], canonical: bool) -> dict[str, Any]:
         place = f"data.format.schema: {path}"
         if "pattern" in node:
             node["pattern"] = ecma(node["pattern"])
-            check_pattern(node["pattern"], f"{place}.pattern")
         for key in node.keys() & {"enum", "const"} if canonical else ():  # keys without a schema are sorted
             node[key] = json.loads(json.dumps(node[key], sort_keys=True))
         _close(place, node, whole)
@@ -94,16 +87,3 @@ def _close(place: str, node: dict[str, Any], whole: bool) -> None:
 
 def _is_object(node: dict[str, Any]) -> bool:
     return bool({"properties", "patternProperties"} & node.keys()) or "object" in types(node)
-
-
-def check_pattern(pattern: str, place: str) -> None:
-    """Refuse what is outside of regular languages, and what llguidance would read in another sense."""
-    for match in _TOKEN.finditer(pattern):
-        refused = match["possessive"] or match["group"]
-        if match["set"]:
-            refused = next((inner[1] for inner in _IN_SET.finditer(match["set"][1:-1]) if inner[1]), None)
-        if refused:
-            raise UserError(
-                f"{place}: {refused!r} is not supported in a grammar or has another meaning there; "
-                "change the format or turn constrained decoding off"
-            )

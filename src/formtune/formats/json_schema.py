@@ -22,19 +22,12 @@ from formtune.formats.key_orders import OrderedRules, Orders
 from formtune.formats.places import Part, Places, is_array, is_label
 from formtune.formats.strict_json import find_documents, loads_strict, value_spans
 
-MAX_CHARACTERS = 2_000_000  # of a schema's file: to read it takes time
 MAX_PROBLEMS = 20  # per text: more do not help a reader
 MAX_PATHS = 2000  # of a format: references can multiply without end
 PER_ROW = "per row"  # as a schema: each row has its own
 
-_KINDS = {
-    "required": "missing_key",
-    "dependentRequired": "missing_key",
-    "additionalProperties": "extra_key",
-    "unevaluatedProperties": "extra_key",
-    "propertyNames": "extra_key",
-    "type": "wrong_type",
-}
+_KINDS = dict.fromkeys(("required", "dependentRequired"), "missing_key") | {"type": "wrong_type"}
+_KINDS |= dict.fromkeys(("additionalProperties", "propertyNames"), "extra_key")
 # What holds the schema in a request to OpenAI (response_format, tool) or Anthropic, and in a tool of MCP.
 _WRAPPERS = ("schema", "json_schema", "response_format", "function", "parameters", "input_schema", "inputSchema")
 
@@ -69,10 +62,10 @@ class JsonSchema(Format):
         places = self._adopt(read_schema(schema), name)
         if len(places) == MAX_PATHS:
             return
-        if unknown := self.sets - {path for path, parts, _ in places if any(map(is_array, parts))}:
-            raise UserError(f"data.format.sets: {name} declares no array at {', '.join(sorted(unknown))}")
-        if unknown := self.derived - {path for path, *_ in places}:
-            raise UserError(f"data.format.derived: {name} declares no value at {', '.join(sorted(unknown))}")
+        arrays = {path for path, parts, _ in places if any(map(is_array, parts))}
+        if unknown := (self.sets - arrays) | (self.derived - {path for path, *_ in places}):
+            paths = ", ".join(sorted(unknown))
+            raise UserError(f"data.format.sets, derived: {name} declares no array, or no value, at {paths}")
 
     def _adopt(self, schema: Any, name: str) -> list[tuple[str, list[Part], bool]]:
         """Judge by this schema; returns its places, see `Places.paths`."""
@@ -170,11 +163,7 @@ def read_schema(source: str | dict[str, Any]) -> Any:
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) and not Path(source).exists():
         return read_schema(_class_schema(*source.split(":")))
     try:
-        with Path(source).open(encoding="utf-8-sig") as file:
-            text = file.read(MAX_CHARACTERS + 1)
-        if len(text) > MAX_CHARACTERS:
-            raise UserError(f"{source}: longer than {MAX_CHARACTERS:,} characters; a format is not that large")
-        return loads_strict(text.strip())
+        return loads_strict(Path(source).read_text(encoding="utf-8-sig").strip())
     except OSError as error:
         raise UserError(f"data.format.schema: {source}: {error.strerror}") from None
     except ValueError as error:
@@ -182,17 +171,11 @@ def read_schema(source: str | dict[str, Any]) -> Any:
 
 
 def _class_schema(module: str, name: str) -> Any:
-    place = f"data.format.schema: {module}:{name}"
     try:
-        cls = getattr(importlib.import_module(module), name)
-        if not hasattr(cls, "model_json_schema"):
-            raise UserError(f"{place} is not a Pydantic model: name a subclass of pydantic.BaseModel")
-        return cls.model_json_schema()
-    except UserError:
-        raise
+        return getattr(importlib.import_module(module), name).model_json_schema()
     except Exception as error:  # the module is the user's
-        hint = "; pip install pydantic" if getattr(error, "name", "") == "pydantic" else ""
-        raise UserError(f"{place}: {' '.join(f'{type(error).__name__}: {error}'.split())}{hint}") from None
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"data.format.schema: {module}:{name} must be a Pydantic model ({why})") from None
 
 
 def unwrap(schema: Any) -> tuple[Any, str]:

@@ -1,8 +1,8 @@
 """What a JSON Schema says of each place in a document, however it is composed.
 
-Several parts can describe one place: the schema itself, and what `$ref`, allOf, anyOf, oneOf, then, else and
-dependentSchemas add to it. The fields are those of all parts. Keys come in the order of the parts, read from top to
-bottom with one alternative of each union that the document keeps; llguidance writes them in the same order.
+Several parts can describe one place: the schema itself, and what `$ref`, allOf, anyOf, oneOf, then and else add to it.
+The fields are those of all parts. Keys come in the order of the parts, read from top to bottom with one alternative of
+each union that the document keeps; llguidance writes them in the same order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -75,11 +75,10 @@ class Places:
                 yield from ([part] for part in inner)
             elif key in ("anyOf", "oneOf"):
                 yield [option for option in inner if self._holds(option, value)] or inner
-            elif key in ("then", "else"):  # `if` itself declares nothing
-                if value is _ANY or self._holds(node.get("if", True), value) == (key == "then"):
+            elif key in ("then", "else"):
+                holds = self._holds(node.get("if", True), value)  # `if` itself declares nothing
+                if value is _ANY or holds == (key == "then"):
                     yield [inner]
-            elif key == "dependentSchemas":
-                yield from ([part] for name, part in inner.items() if value is _ANY or name in value)
 
     def _holds(self, node: Any, value: Any) -> bool:
         return value is _ANY or self._validator.evolve(schema=node).is_valid(value)

@@ -11,7 +11,6 @@ import regex
 from formtune.errors import UserError
 from formtune.formats.bounded import CHECK_SECONDS, compile_pattern, seconds_left
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
-from formtune.formats.grammar import check_pattern
 
 MAX_MATCHES = 64  # of a pattern looked at within other text
 
@@ -52,7 +51,6 @@ class Regex(Format):
         return {name: (start, end + 1) for name, start, end in spans if start >= 0}
 
     def grammar(self) -> str | None:
-        check_pattern(self.pattern, "data.format.pattern")
         escapes = {"/": r"\/", "\n": r"\n"}
         escaped = re.sub(r"\\.|[/\n]", lambda match: escapes.get(match[0], match[0]), self.pattern, flags=re.S)
         return f"answer: /(?:{escaped})/"

@@ -1,7 +1,7 @@
 """A schema of draft 7 or 2020-12 means here what its own draft says, and a schema that cannot be read is refused with all its problems."""
 
 import json
-import sys
+import re
 import time
 
 import jsonschema
@@ -35,21 +35,15 @@ def judges_as_its_draft(schema, documents):
         (D7, {"type": "integer"}, [1, 1.0], [1.5]),
         (D7, {"const": 1, "exclusiveMinimum": 0}, [1], [2]),
         (D7, {"contains": WHOLE, "propertyNames": {"maxLength": 1}}, [[1], {"a": 1}], [["a"], {"ab": 1}]),
-        (D7, {"items": [WHOLE, TEXT], "additionalItems": False}, [[1, "a"], [1]], [["a"], [1, "a", 2]]),
-        (D7, {"items": [WHOLE], "additionalItems": TEXT}, [[1, "a"]], [[1, 2]]),
-        (D7, {"items": WHOLE, "additionalItems": False}, [[1, 2]], [["a"]]),
-        (D7, {"dependencies": {"a": ["b"], "c": {"required": ["d"]}, "e": False}}, [{"a": 1, "b": 1}, {"c": 1, "d": 1}],
-         [{"a": 1}, {"c": 1}, {"e": 1}]),
+        (D7, {"items": [WHOLE, TEXT], "maxItems": 2}, [[1, "a"], [1]], [["a"], [1, "a", 2]]),
         (D7, {"if": {"required": ["a"]}, "then": {"required": ["b"]}}, [{"a": 1, "b": 1}, {}], [{"a": 1}]),
         (D7, {"definitions": {"t": TEXT}, "properties": {"a": {"$ref": "#/definitions/t", "maxLength": 1}}},
          [{"a": "long"}], [{"a": 1}]),  # what is beside a reference is ignored up to draft 7
         (D20, {"$defs": {"t": TEXT}, "properties": {"a": {"$ref": "#/$defs/t", "maxLength": 1}}},
          [{"a": "l"}], [{"a": "long"}, {"a": 1}]),
-        (D20, {"dependentRequired": {"a": ["b"]}, "dependentSchemas": {"c": {"required": ["d"]}}},
-         [{"a": 1, "b": 1}], [{"a": 1}, {"c": 1}]),
+        (D20, {"dependentRequired": {"a": ["b"]}}, [{"a": 1, "b": 1}], [{"a": 1}]),
         (D20, {"contains": WHOLE, "minContains": 2, "maxContains": 3}, [[1, 2]], [[1], [1, 2, 3, 4]]),
-        (D20, {"prefixItems": [WHOLE], "items": TEXT, "unevaluatedItems": False}, [[1, "a"]], [["a"], [1, 2]]),
-        (D20, {"allOf": [{"properties": {"a": WHOLE}}], "unevaluatedProperties": False}, [{"a": 1}], [{"b": 1}]),
+        (D20, {"prefixItems": [WHOLE], "items": TEXT}, [[1, "a"]], [["a"], [1, 2]]),
         (D20, {"$ref": "#/$defs/a", "$defs": {"a": WHOLE}, "allOf": [{"maximum": 3}]}, [2, 3], [4, "a"]),
     ],
 )  # fmt: skip
@@ -82,9 +76,7 @@ def schemas_of(draft):
     def objects(inner):
         lists = st.lists(inner, min_size=1, max_size=2)
         either = {
-            # The library fails on a boolean beside additionalItems.
-            "items": inner.filter(lambda schema: not isinstance(schema, bool)) | lists if legacy else inner,
-            "additionalItems" if legacy else "prefixItems": inner if legacy else lists,
+            "items": inner | lists if legacy else inner,
             "definitions" if legacy else "$defs": st.fixed_dictionaries({"t": inner}),
             "anyOf": lists,
             "properties": st.dictionaries(names, inner, max_size=2),
@@ -100,14 +92,9 @@ def schemas_of(draft):
             "then": inner,
             "else": inner,
         }
-        if legacy:
-            either["dependencies"] = st.dictionaries(
-                names, inner | st.lists(names, min_size=1, unique=True), max_size=2
-            )
-        else:
-            either |= {"dependentSchemas": st.dictionaries(names, inner, max_size=1), "minContains": st.integers(0, 2)}
+        if not legacy:
+            either |= {"prefixItems": lists, "minContains": st.integers(0, 2), "maxContains": st.integers(0, 2)}
             either |= {"dependentRequired": st.dictionaries(names, st.lists(names, unique=True), max_size=1)}
-            either |= {"maxContains": st.integers(0, 2), "unevaluatedItems": st.just(False)}
         return st.fixed_dictionaries({}, optional=either)
 
     leaves = [{"type": "integer"}, {"type": "object"}, {"type": ["string", "null"]}, {"minimum": 1}, {"enum": [1, "a"]}]
@@ -140,13 +127,27 @@ def test_every_verdict_is_that_of_the_drafts_own_validator(draft, data):
     judges_as_its_draft(schema, documents)
 
 
-def test_a_keyword_that_one_draft_alone_has_means_what_it_means_there():
+def test_a_list_of_items_is_that_of_draft_7_in_any_draft():
     for more in ({}, {"$schema": "https://example.com/provider.schema.json"}, {"$schema": D7}, {"$schema": D20}):
-        format = JsonSchema({**more, "items": [WHOLE], "additionalItems": False, "dependencies": {"a": ["b"]}})
-        assert format.notes == ()
-        assert format.check("[1]").exact and not format.check("[1,2]").exact and not format.check('{"a":1}').exact
+        format = JsonSchema({**more, "items": [WHOLE], "maxItems": 1})
+        assert format.notes == () and format.check("[1]").exact
+        assert not format.check("[1,2]").exact and not format.check('["a"]').exact
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "instead"),
+    [
+        ("additionalItems", False, "prefixItems and items"),
+        ("dependencies", {"a": ["b"]}, "dependentRequired, or if and then"),
+        ("unevaluatedProperties", False, "additionalProperties"),
+        ("$dynamicRef", "#x", r"\$ref"),
+    ],
+)
+def test_rare_keywords_are_refused_with_what_to_write_instead(key, value, instead):
+    with pytest.raises(UserError, match=rf"\$\.items\.{re.escape(key)}: not supported; use {instead}$"):
+        JsonSchema({"type": "array", "items": {"type": "object", key: value}})
     # A property of that name is none.
-    assert JsonSchema({"properties": {"dependencies": {"type": "object"}, "items": {"enum": [[1]]}}}).notes == ()
+    assert JsonSchema({"properties": {key: {"type": "object"}, "items": {"enum": [[1]]}}}).notes == ()
 
 
 @pytest.mark.parametrize("draft", ["draft-04/schema#", "draft-06/schema#", "draft/2019-09/schema"])
@@ -158,7 +159,7 @@ def test_other_drafts_are_refused_with_what_to_write(draft):
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ({"$dynamicRef": "#x", "$defs": {"x": {"$dynamicAnchor": "x"}}}, r"\$\.\$dynamicRef: not a keyword.*did you mean '\$ref'"),
+        ({"$dynamicRef": "#x", "$defs": {"x": {"$dynamicAnchor": "x"}}}, r"\$\.\$dynamicRef: not supported; use \$ref"),
         ({"$ref": "#x", "$defs": {"x": {"$anchor": "x"}}}, r"\$\.\$ref: '#x' points to nothing in the schema; copy what it names"),
         ({"$id": "http://a/b", "$ref": "http://a/b#/$defs/x", "$defs": {"x": TEXT}}, "points to nothing in the schema"),
         ({"$ref": "#/$defs/x", "$defs": {"x": {"$id": "x"}}}, r"\$\.\$defs\.x\.\$id: an address within a schema is not supported"),
@@ -188,10 +189,10 @@ def test_all_problems_are_named_at_once_up_to_ten():
         JsonSchema(schema)
     text = str(error.value)
     assert "5 problems: " in text and "\n" not in text
-    for part in ("$.type: not a JSON Schema (expected enum ('array', ", "found 'objct')", "$.requried: not a keyword",
-                 "$.properties.d: not a JSON Schema (expected type ['object', 'boolean'], found [])",
-                 "$.properties.a.minLength: not a JSON Schema (expected type 'integer', found '3')",
-                 "$.properties.b.pattern: not a JSON Schema (expected format 'regex': missing )"):  # fmt: skip
+    for part in ("$.type: not a JSON Schema ('objct' is not one of ['array', ", "$.requried: not a keyword",
+                 "$.properties.d: not a JSON Schema ([] is not of type 'object', 'boolean')",
+                 "$.properties.a.minLength: not a JSON Schema ('3' is not of type 'integer')",
+                 "$.properties.b.pattern: not a JSON Schema ('(' is not a 'regex': missing )"):  # fmt: skip
         assert part in text, part
     with pytest.raises(UserError, match=r"15 problems: .*\$\.properties\.k9\.type.* \| and 5 more$"):
         JsonSchema({"properties": {f"k{number}": {"type": "text"} for number in range(15)}})
@@ -257,17 +258,13 @@ def test_a_pydantic_class_is_read_by_its_name(tmp_path, monkeypatch):
     assert format.fields == ("name", "age") and format.check('{"name":"Ann","age":null}').exact
     assert format.to_dict()["init_args"]["schema"]["title"] == "Who"
     for name, message in {
-        "forms_of_test:Plain": "forms_of_test:Plain is not a Pydantic model",
+        "forms_of_test:Plain": "forms_of_test:Plain must be a Pydantic model",
         "forms_of_test:Gone": "has no attribute 'Gone'",
         "needs_more_of_test:Who": "No module named 'a_package_nobody_has'",
         "gone_of_test:Who": "No module named 'gone_of_test'",
     }.items():
         with pytest.raises(UserError, match=message):
             JsonSchema(name)
-    monkeypatch.setitem(sys.modules, "pydantic", None)
-    monkeypatch.delitem(sys.modules, "forms_of_test")
-    with pytest.raises(UserError, match="pip install pydantic"):
-        JsonSchema("forms_of_test:Who")
 
 
 @pytest.mark.parametrize(
@@ -285,7 +282,6 @@ def test_a_pydantic_class_is_read_by_its_name(tmp_path, monkeypatch):
         (r"^[.\\d]$", [".", "d"], ["1"]),
         (r"\bx\b", ["éxé"], ["axa"]),
         (r"\Aab\Z", ["ab"], ["ab\n", "xab"]),
-        (r"^[\uD800\uDC00-\uDBFF\uDFFF]$", ["😀"], ["a"]),
         (r"^\$[$.]$", ["$$", "$."], ["$a"]),
     ],
 )
@@ -314,7 +310,7 @@ def test_a_pattern_of_many_repetitions_is_read_and_one_without_end_is_not():
     assert JsonSchema({"anyOf": [{"pattern": address}, {"pattern": key}]}).check('"10.0.0.1"').exact
     for pattern in (r"((a{99}){99}){99}", "[)]{999999}", r"(?:a|(b{5000})){5000}"):
         started = time.process_time()
-        with pytest.raises(UserError, match="its repetitions amount to more than"):
+        with pytest.raises(UserError, match="repetitions within each other amount to more"):
             JsonSchema({"pattern": pattern})
         assert time.process_time() - started < 1
 
@@ -330,7 +326,6 @@ def test_a_large_schema_is_read_in_time():
 
 @example({"$ref": "#/$defs/a", "$defs": {"a": {"not": {"$ref": "#/$defs/a"}}}})
 @example({"if": {"$ref": "#"}})
-@example({"dependentSchemas": {"a": {"$ref": "#"}}})
 @settings(max_examples=1)
 @given(st.just({"anyOf": [{"type": "integer"}, {"allOf": [{"$ref": "#"}]}]}))
 def test_a_schema_that_applies_itself_to_the_same_value_is_refused(schema):

@@ -267,7 +267,6 @@ WITHIN = {"type": "array", "items": {"anyOf": [A, B]}}
         ({"allOf": [A, B]}, "a b", "b"),
         (A | {"$ref": "#/$defs/x", "$defs": {"x": B}}, "a b", "b"),
         ({"if": {"properties": {"c": {"const": 1}}}, "then": A, "else": B}, "a b", "b"),  # `if` only asks
-        (A | {"dependentSchemas": {"a": B}}, "a b", "b"),
         ({"anyOf": [{"anyOf": [A, {"$ref": "#/$defs/x"}]}, {"allOf": [B]}], "$defs": {"x": {"properties": {"c": {}}}}},
          "a c b", "b"),
         (A | {"type": ["object", "null"]}, "a", ""),
@@ -301,9 +300,9 @@ def test_what_lies_in_arrays_may_be_derived_or_a_set():
     target = '{"lines":[{"day":"2026-01-02","tags":[1,2]}]}'
     assert format.check(target.replace("[1,2]", "[2,1]"), target=target).joint
     assert not format.check(target.replace("01-02", "02-01"), target=target, input="1 2").content.ungrounded
-    with pytest.raises(UserError, match=r"no array at lines\.day"):
+    with pytest.raises(UserError, match=r"no array, or no value, at lines\.day"):
         JsonSchema({"properties": {"lines": lines}}, sets=["lines.day"])
-    with pytest.raises(UserError, match=r"no value at lines\.night"):
+    with pytest.raises(UserError, match=r"no array, or no value, at lines\.night"):
         JsonSchema({"properties": {"lines": lines}}, derived=["lines.night"])
 
 
@@ -322,8 +321,6 @@ def test_what_lies_in_arrays_may_be_derived_or_a_set():
         ({"properties": {"k": {}}, "if": {"properties": {"k": {"const": 1}}},
           "then": {"properties": {"b": {}, "a": {}}}, "else": {"properties": {"a": {}, "b": {}}}},
          {'{"k":1,"b":1,"a":1}': 1, '{"k":1,"a":1,"b":1}': 0, '{"k":2,"a":1,"b":1}': 1, '{"k":2,"b":1,"a":1}': 0}),
-        ({"properties": {"k": {}}, "dependentSchemas": {"k": {"properties": {"b": {}, "a": {}}}}},
-         {'{"k":1,"b":1,"a":1}': 1, '{"k":1,"a":1,"b":1}': 0, '{"a":1,"b":1}': 1, '{"b":1,"a":1}': 0}),
         # Parts that hold together come as the schema writes them.
         ({"properties": {"z": {}}, "allOf": [{"properties": {"b": {}}}, {"properties": {"a": {}, "z": {}}}]},
          {'{"z":1,"b":1,"a":1}': 1, '{"b":1,"a":1,"z":1}': 0}),
@@ -402,7 +399,6 @@ def test_what_only_looks_like_a_mistake_in_a_schema_is_accepted():
         ("date-time", "2024-01-02T03:04:05.678+02:00", "2024-01-02 03:04"),
         ("duration", "P1DT2H", "P"),
         ("email", "a@b.c", "a@"),
-        ("hostname", "a-b.example", "-a.example"),
         ("ipv4", "1.2.3.4", "1.2.3.256"),
         ("ipv6", "::1", "fe80::1%eth0"),
         ("uri", "https://a.b/c?d#e", "a b"),
@@ -528,7 +524,7 @@ def test_texts_that_are_not_json_are_judged_alike(format, text, kind, detail, lo
         (lambda: Labels(["a", "a"]), "labels"),
         (lambda: Regex("("), "pattern"),
         (lambda: Tagged(["a b"]), "sections"),
-        (lambda: JsonSchema(SCHEMA, sets=["nope"]), "declares no array at nope"),
+        (lambda: JsonSchema(SCHEMA, sets=["nope"]), "declares no array, or no value, at nope"),
     ],
 )
 def test_a_format_that_makes_no_sense_is_refused(make, message):

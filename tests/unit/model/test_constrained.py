@@ -415,10 +415,8 @@ def test_a_format_of_ones_own_may_have_a_grammar():
     "format, message",
     [
         (Custom(), "Custom has no grammar"),
-        (Regex(pattern="(?=a).*"), "pattern: '(?=a' is not supported"),
-        (Regex(pattern="(?<!a)b"), "pattern: '(?<!' is not supported"),
-        (Regex(pattern="a++b"), "pattern: '++' is not supported"),
-        (Regex(pattern="[[a-z]--b]+"), "another meaning"),
+        (Regex(pattern="(?=a).*"), "look-ahead and look-behind, is not supported"),
+        (Regex(pattern="(?<!a)b"), "look-ahead and look-behind, is not supported"),
         (Regex(pattern=r"(a)\1"), "backreferences are not supported"),
         (Regex(pattern=r"\bword"), "cannot be written as a grammar"),
         (JsonSchema(schema={"type": "object", "properties": {"a": {}}}), "needs the type of every value"),
@@ -428,7 +426,7 @@ def test_a_format_of_ones_own_may_have_a_grammar():
             JsonSchema(schema={"type": "object", "additionalProperties": {"type": "integer"}}),
             "cannot rule out duplicates",
         ),
-        (JsonSchema(schema={"type": "string", "pattern": "a(?!b)"}), "$.pattern: '(?!b' is not supported"),
+        (JsonSchema(schema={"type": "string", "pattern": "a(?!b)"}), "look-behind, is not supported"),
         (JsonSchema(schema={"type": "array", "items": {"type": "null"}, "uniqueItems": True}), "uniqueItems"),
         (JsonSchema(schema={"anyOf": [{"type": "null"}, True]}), "$.anyOf[1]: a grammar needs the type"),
         (JsonSchema(schema={"type": "array", "prefixItems": [True]}), "$.prefixItems[0]: a grammar needs the type"),
@@ -437,7 +435,7 @@ def test_a_format_of_ones_own_may_have_a_grammar():
             "$.anyOf[0]: a grammar cannot rule out duplicates",
         ),
         (JsonSchema(schema=NUMBERED | {"if": True, "then": True}, canonical=True), "Unimplemented keys"),
-        (JsonSchema(schema=NUMBERED | {"dependentSchemas": {"n": True}}, canonical=True), "Unimplemented keys"),
+        (JsonSchema(schema=NUMBERED | {"dependentRequired": {"n": []}}, canonical=True), "Unimplemented keys"),
     ],
 )
 def test_a_format_that_no_grammar_expresses_is_refused_in_one_line(format, message):
