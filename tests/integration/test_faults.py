@@ -266,7 +266,7 @@ def test_a_run_whose_template_writes_the_date_keeps_that_of_its_first_day(work, 
     # What judges the adapter again, whenever it does, sees the rows of the run.
     from formtune.export.exporter import FinishedRun
 
-    assert len(FinishedRun(Path("logs/small/one")).test) == 5
+    assert len(FinishedRun(Path("logs/small/one")).tuned.rows) == 5
 
 
 def test_a_run_without_a_date_in_its_template_records_none(whole):

@@ -10,10 +10,9 @@ from transformers import AutoTokenizer
 from chat_server import ChatServer
 from conftest import SCHEMA, byte_tokenizer, pair, tiny_model
 from formtune.cli import main
-from formtune.commands.serve import vllm_command
-from formtune.deploy.registry import Exported
-from formtune.deploy.server import _command
+from formtune.deploy.server import command
 from formtune.evaluation.outcomes import read_outcomes
+from formtune.export.exported import Exported
 from formtune.formats import JsonSchema, Reasoning
 
 pytestmark = pytest.mark.slow
@@ -141,5 +140,5 @@ def test_a_server_may_give_the_reasoning_apart(run, apart, capfd):
 
 def test_a_served_model_thinks(run):
     models = {"small": Exported(run / "adapter")}
-    assert vllm_command(models, 8000)[-1] == '{"enable_thinking": true}'
-    assert _command(models, "transformers", 8000)[-2:] == ["on", "small"]
+    assert command(models, "vllm", 8000)[-1] == '{"enable_thinking": true}'
+    assert command(models, "transformers", 8000)[-2:] == ["on", "small"]

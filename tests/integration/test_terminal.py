@@ -119,4 +119,4 @@ def test_every_command_says_what_to_do_next():
     for name, command in COMMANDS.items():
         text = (SOURCE / f"formtune/commands/{command.module}.py").read_text()
         text += (SOURCE / "formtune/commands/formtune_cli.py").read_text() * (command.module == "lightning")
-        assert re.search(r"\"\\?n?n?next: |CHECK\.format|serve it: |formtune compare RUN", text), name
+        assert re.search(r"\"\\?n?n?next: |CHECK\.format|formtune compare RUN", text), name

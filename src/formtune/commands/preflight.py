@@ -1,9 +1,7 @@
 """`formtune preflight`: whether what a task would train can go to production, before it is trained."""
 
-import tempfile
 import warnings
-from pathlib import Path
-from typing import NamedTuple
+from collections import namedtuple
 
 from formtune.base.folder import context_length, skeleton
 from formtune.base.row import quantile
@@ -15,20 +13,14 @@ from formtune.data.preparation import encode_inputs, production_rows
 from formtune.errors import UserError
 from formtune.export.quantize import lacking
 from formtune.export.rules import MERGED, TARGETS, check
-from formtune.export.trial import Trial
+from formtune.export.trial import ANSWER, attempt
 from formtune.files import LOGS, write_json
 from formtune.model.adapter import take_settings
 from formtune.model.lora import Lora, lora_config
 
 RENDERED = 16  # prompts that llama.cpp must render as training does
+Check = namedtuple("Check", ["target", "check", "verdict", "detail"])
 COLORS = {"ok": "green", "warning": "yellow", "fails": "red", "not tried": "yellow"}  # by verdict
-
-
-class Check(NamedTuple):
-    target: str
-    check: str
-    verdict: str
-    detail: str
 
 
 def run(command: str, args: list[str]) -> int:
@@ -37,33 +29,28 @@ def run(command: str, args: list[str]) -> int:
     parser = task_parser(command, COMMANDS[command].description)
     parser.add_class_arguments(Lora, "model.lora")
     parser.add_argument("--model.adapter", type=str | None, help="As in training")
-    parser.add_argument("--for", type=str, default="merge,vllm", dest="targets", help="Planned uses of the adapter, of "
-                        f"{', '.join(TARGETS)} (default: merge,vllm)")  # fmt: skip
+    uses = f"Planned uses of the adapter, of {', '.join(TARGETS)}"
+    parser.add_argument("--for", type=str, default="merge,vllm", dest="targets", help=uses)
     config, settings = read_task(parser, args)
     take_settings(config.model)
-    names = [name.strip() for name in config.targets.split(",") if name.strip()]
-    if not names or set(names) - set(TARGETS):
-        unknown = "".join(f"no target {name!r}; " for name in names if name not in TARGETS)
-        raise UserError(f"--for: {unknown}name some of {', '.join(TARGETS)}")
-    targets, base = [name for name in TARGETS if name in names], config.model.base
+    targets, base = [name.strip() for name in config.targets.split(",")], config.model.base
+    if unknown := [name for name in targets if name not in TARGETS]:
+        raise UserError(f"--for: no target {unknown[0]!r}; name some of {', '.join(TARGETS)}")
     lora, model = parser.instantiate_classes(config).model.lora, skeleton(base)
     adapter = lora_config(model, lora)
     if settings.production is None and settings.sources["train"] is None:
         raise UserError("data.train: name a file to train on")
     prompts = production_rows(settings) or encode_inputs(settings, settings.sources["train"], "train")
-    length = min(quantile([len(row) for row in prompts], 95), (context_length(base) or 10**9) - 8)
-    short = sorted((row for row in prompts if len(row) <= length), key=len, reverse=True)
+    length = min(quantile([len(row) for row in prompts], 95), (context_length(base) or 10**9) - ANSWER)
+    rendered = sorted((row for row in prompts if len(row) <= length), key=len, reverse=True)[:RENDERED]
     checks = []
-    with tempfile.TemporaryDirectory() as folder:
-        rendered = short[:RENDERED] if "gguf" in targets else ()
-        trial = Trial(base, lora, length, Path(folder), settings.renderer, rendered)
-        for target in targets:
-            broken = [Check(target, name, "fails", line) for name, line in check(model, adapter, target)]
-            checks += broken or [Check(target, "rules", "ok", "no rule applies")]
-            if missing := lacking(target):
-                checks.append(Check(target, "trial", "not tried", f"{missing}; only the rules were checked"))
-            elif target in MERGED:
-                checks.append(Check(target, "trial", *trial.attempt(target)))
+    for target in targets:
+        broken = [Check(target, name, "fails", line) for name, line in check(model, adapter, target)]
+        checks += broken or [Check(target, "rules", "ok", "no rule applies")]
+        if missing := lacking(target):
+            checks.append(Check(target, "trial", "not tried", f"{missing}; only the rules were checked"))
+        elif target in MERGED:
+            checks.append(Check(target, "trial", *attempt(target, base, lora, length, settings.renderer, rendered)))
     if settings.renderer.note and "vllm" in targets:
         checks.append(Check("vllm", "chat template", "warning", settings.renderer.note))
     failed = [name for name in targets if any(it.target == name and it.verdict == "fails" for it in checks)]
@@ -74,8 +61,6 @@ def run(command: str, args: list[str]) -> int:
     for it in checks:
         say(f"{it.target}, {it.check}, {it.verdict}: {it.detail}", COLORS[it.verdict])
     print(f"figures: {path}")
-    untried = "".join(f", by the rules alone for {it.target}" for it in checks if it.verdict == "not tried")
-    verdict = f"failed for {', '.join(failed)}" if failed else f"passed for {', '.join(targets)}"
-    say(f"verdict: {verdict}{untried}", "bold")
+    say(f"verdict: {'failed' if failed else 'passed'} for {', '.join(failed or targets)}", "bold")
     print(f"next: {'change what fails' if failed else f'formtune train -c {config_paths(args)[0]}'}")
     return int(bool(failed))

@@ -9,6 +9,7 @@ from formtune.deploy import registry
 from formtune.errors import UserError
 from formtune.evaluation.comparison import IN_WORDS, compare, print_comparison, read_runs
 from formtune.evaluation.outcomes import read_outcomes, write_outcomes
+from formtune.export.exported import Exported
 from formtune.training.manifest import read_manifest, verify
 
 
@@ -21,81 +22,74 @@ def run(command: str, args: list[str]) -> int:
 def _promote(parser: CommandParser, args: list[str]) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a run")
     parser.add_argument("--to", metavar="NAME", required=True, help="Name that points to it, such as production")
-    parser.add_argument("--as", dest="kind", metavar="KIND", default="adapter", help="Which of the run's exported "
-                        "folders (default: adapter)")  # fmt: skip
+    parser.add_argument("--as", dest="kind", default="adapter", help="Which of the run's folders (default: adapter)")
     parser.add_argument("--reason", help="Why, for the history")
     parser.add_argument("--force", action="store_true", help="Promote despite worse test rows; needs --reason")
     config = parser.parse_args(args)
     if config.force and not config.reason:
         raise UserError("--force: say why with --reason; the history records both")
-    exported = registry.Exported(config.run / config.kind)
+    exported = Exported(config.run / config.kind)
     version, name = f"{config.run.resolve().name}-{config.kind}", f"{exported.task}/{config.to}"
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(f"--to: {name!r}: use letters, digits, '.', '_' and '-', and begin with a letter or digit")
     with registry.locked(name) as deployment:
         if version == deployment.current:
             raise UserError(f"{name}: already points to {version}")
-        objections = weigh(deployment, exported.manifest["format"], exported.outcomes)
+        objections = weigh(deployment, exported)
         if objections and not config.force:
             raise UserError(f"not promoted: {', and '.join(objections)}; or --force --reason '...'")
         registry.store(exported.folder, deployment.version_folder(version))
         if exported.outcomes.is_file():
             write_outcomes(deployment.outcomes(version), read_outcomes(exported.outcomes))
         deployment.move("promote", version, config.reason, objections)
-    _moved(deployment)
-    for objection in objections:
-        print(f"overruled: {objection}")
+    _print(deployment, moves=0)
 
 
 def _rollback(parser: CommandParser, args: list[str]) -> None:
-    parser.add_argument("name", metavar="NAME", help="Such as demo/production, or production if only one task has "
-                        "it")  # fmt: skip
+    parser.add_argument("name", metavar="NAME", help="Such as demo/production, or production if one task has it")
     parser.add_argument("--to", metavar="VERSION", help="Which version (default: the one before the current)")
     parser.add_argument("--reason", required=True, help="Why, for the history")
     config = parser.parse_args(args)
     name = registry.full_name(config.name)
     with registry.locked(name) as deployment:
-        version = config.to or deployment.previous or ""
+        version = config.to or deployment.previous or "none"
         others = {move["version"] for move in deployment.history} - {deployment.current}
         if version not in others:
             there = ", ".join(sorted(others)) or "none"
-            raise UserError(f"{name}: {version or 'none'} is not an earlier version; --to names one of {there}")
+            raise UserError(f"{name}: {version} is not an earlier version; --to names one of {there}")
         verify(deployment.version_folder(version))
         deployment.move("rollback", version, config.reason)
-    _moved(deployment)
-
-
-def _moved(deployment: registry.Deployment) -> None:
-    replaced = deployment.history[-1]["replaced"]
-    print(f"{deployment.name}: {deployment.current}" + (f" (before: {replaced})" if replaced else ""))
-    print(f"serve it: formtune serve {deployment.name}")
+    _print(deployment, moves=0)
 
 
 def _deployments(parser: CommandParser, args: list[str]) -> None:
     parser.parse_args(args)
+    for name in registry.names():
+        _print(registry.Deployment(name))
     if not registry.names():
         print("nothing is deployed yet; formtune promote RUN --to production deploys a run")
-    for name in registry.names():
-        deployment = registry.Deployment(name)
-        print(f"{name}: {deployment.current}")
-        for move in reversed(deployment.history):
-            forced = " (forced)" if move["overruled"] else ""
-            reason = f": {move['reason']}" if move["reason"] else ""
-            print(f"  {move['at']}  {move['action']:8}  {move['version']}{forced} by {move['by']}{reason}")
-        print(f"next: formtune serve {name}, or formtune rollback {name} --reason '...'")
 
 
-def weigh(deployment: registry.Deployment, format_hash: str, outcomes: Path) -> list[str]:
+def _print(deployment: registry.Deployment, moves: int | None = None) -> None:
+    """Print the current version and its last moves, by default all."""
+    replaced = deployment.history[-1]["replaced"]
+    print(f"{deployment.name}: {deployment.current}" + (f" (before: {replaced})" if replaced else ""))
+    for move in deployment.history[::-1][:moves]:
+        reasons = [move["reason"] or "no reason given", *(f"overruled: {objection}" for objection in move["overruled"])]
+        print(f"  {move['at']}  {move['action']:8}  {move['version']} by {move['by']}: {'; '.join(reasons)}")
+    print(f"next: formtune serve {deployment.name}, or formtune rollback {deployment.name} --reason '...'")
+
+
+def weigh(deployment: registry.Deployment, exported: Exported) -> list[str]:
     """The objections to promoting an export; prints how it compares with the current version."""
-    current, objections = deployment.current, []
+    current, objections = deployment.current, list[str]()
     try:
-        if not read_outcomes(outcomes):
-            return [f"{outcomes}: no test rows"]
+        read_runs([str(exported.outcomes)])  # which must be there
         if current is None:
             return []
-        if read_manifest(deployment.version_folder(current))["format"] != format_hash:
+        if read_manifest(deployment.version_folder(current))["format"] != exported.manifest["format"]:
             objections.append(f"the format differs from that of {current}, which downstream code parses")
-        comparison = compare(read_runs([str(deployment.outcomes(current)), str(outcomes)]))
+        comparison = compare(read_runs([str(deployment.outcomes(current)), str(exported.outcomes)]))
         print_comparison(comparison)
         for name in IN_WORDS:
             difference = comparison["comparisons"][0]["differences"][name]

@@ -1,9 +1,7 @@
 """`formtune synthesize`: a teacher model's answers to prompts, each checked against the format before it is written."""
 
 import json
-import os
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -19,23 +17,21 @@ from formtune.configuration.yaml_file import config_paths
 from formtune.data.cleaning import Example, repair, repair_answer
 from formtune.data.duplicates import near_pairs
 from formtune.data.preparation import as_written, read_examples, read_splits
-from formtune.data.settings import DataSettings
 from formtune.data.sources import read_records
-from formtune.errors import UserError, first_line
+from formtune.deploy.endpoint import Client
+from formtune.errors import UserError
 from formtune.files import write_lines
 
 SHOTS = 4  # training rows that the teacher sees
-RETRIES = 5  # of a request that fails because of the server or the network
 REPAIRS = ("edges", "fence", "canonical")  # of an answer, made only if it then has a valid format
 
 
 def run(command: str, args: list[str]) -> None:
     """Ask for the prompts that are new, and write the answers with a valid format."""
     parser = task_parser(command, COMMANDS[command].description)
-    parser.add_argument("--endpoint", type=str, required=True, help="Base URL, such as http://localhost:8000/v1; the "
-                        "API key, if needed, is read from OPENAI_API_KEY")  # fmt: skip
-    parser.add_argument("--teacher", type=str, required=True, help="Name of the model to ask; goes into the column "
-                        "that data.columns.source names")  # fmt: skip
+    url = "Such as http://localhost:8000/v1; the API key is in OPENAI_API_KEY"
+    parser.add_argument("--endpoint", type=str, required=True, help=url)
+    parser.add_argument("--teacher", type=str, required=True, help="Name of the model, for the rows' source column")
     parser.add_argument("--out", type=str, required=True, help="File of JSON Lines to write or to continue")
     parser.add_argument("--at_once", type=PositiveInt, default=4, help="Concurrent requests")
     config, settings = read_task(parser, args)
@@ -57,7 +53,17 @@ def run(command: str, args: list[str]) -> None:
     repeats = set(near_pairs(keys, settings.near_duplicates)[1].tolist())
     new = [example for i, example in enumerate(given, len(known)) if i not in repeats]
 
-    ask = _teacher(config, settings, [turn for shot in shots for turn in shot.messages])
+    client = Client(config.endpoint, config.teacher)
+    rule = json.dumps(format.to_dict()["init_args"], ensure_ascii=False)
+    before = [turn for shot in shots for turn in shot.messages if turn["role"] != "system"]
+
+    def ask(prompt: list[Any]) -> str:
+        own = [turn["content"] for turn in prompt if turn["role"] == "system"]
+        system = "\n\n".join([*own, f"Nothing is around an answer, and it keeps this format: {rule}"])
+        turns = [*before, *(turn for turn in prompt if turn["role"] != "system")]
+        reply = client.complete(messages=[{"role": "system", "content": system}, *turns])
+        return reply.choices[0].message.content or ""
+
     rows = [row for row, _ in read_records(config.out)] if path.is_file() else []
     added = {"role": "system", "content": settings.system}  # to each row, by the task
     refused, pool = Counter[str](), ThreadPoolExecutor(config.at_once)
@@ -79,27 +85,3 @@ def run(command: str, args: list[str]) -> None:
     if columns.source is None:
         print("to count rows by author, set data.columns.source: source in the task")
     print(f"next: read some of the rows, add {path} to data.train, then formtune audit -c {config_paths(args)[0]}")
-
-
-def _teacher(config: Any, settings: DataSettings, shots: list[Any]) -> Callable[[list[Any]], str]:
-    """A function that asks for the answer to a prompt, after training rows as earlier turns."""
-    try:
-        import openai
-    except ImportError:
-        raise UserError("formtune synthesize needs the extra: pip install -e '.[synthesize]'") from None
-    key = os.environ.get("OPENAI_API_KEY", "none")  # local servers take any
-    client = openai.OpenAI(base_url=config.endpoint, api_key=key, max_retries=RETRIES)
-    rule = json.dumps(settings.format.to_dict()["init_args"], ensure_ascii=False)
-
-    def ask(prompt: list[Any]) -> str:
-        own = [turn["content"] for turn in prompt if turn["role"] == "system"]
-        system = "\n\n".join([*own, f"Nothing is around an answer, and it keeps this format: {rule}"])
-        messages: Any = [{"role": "system", "content": system}]
-        messages += [turn for turn in [*shots, *prompt] if turn["role"] != "system"]
-        try:
-            reply = client.chat.completions.create(model=config.teacher, messages=messages, temperature=0)
-        except openai.APIError as error:
-            raise UserError(f"endpoint: {config.endpoint} gave no answer: {first_line(error)}") from None
-        return (reply.choices[0].message.content or "") if reply.choices else ""
-
-    return ask

@@ -1,23 +1,22 @@
-"""An OpenAI-compatible server, which must show that it renders the prompts that the model was trained on: a second BOS,
-thinking left on or another template gives no error, only worse answers."""
+"""OpenAI-compatible servers: a client, and the proof that a server renders the prompts that the model was trained on. A
+second BOS, thinking left on or another template gives no error, only worse answers."""
 
 import contextlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.errors import UserError, first_line
-from formtune.export.llama_cpp import chat_prompt, prompt_fault
+from formtune.export.llama_cpp import chat_prompt, llama_cpp_tokens, prompt_fault
+from formtune.export.quantize import lacking
 
-TIMEOUT = 120  # seconds for an answer
-REFUSED = (400, 422)  # statuses with which a server may refuse to give log-probabilities
-RETRIES = 2  # of a request that fails because of the server or the network
+TIMEOUT = 300  # seconds for an answer
+RETRIES = 3  # of a request that fails because of the server or the network
 UNANSWERED = (
-    "start the server and wait for its model to load; check the URL, which usually ends in /v1, --served_model and "
+    "start the server and wait for its model to load; check the URL, which usually ends in /v1, the model's name and "
     "OPENAI_API_KEY; lower --at_once if it is too slow"
 )
 REMEDY = (
@@ -27,93 +26,99 @@ REMEDY = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Client:
+    """A model on a server; the key, where one is needed, is read from OPENAI_API_KEY."""
+
+    def __init__(self, url: str, model: str) -> None:
+        if missing := lacking("chat"):
+            raise UserError(f"a request for chat completions {missing}")
+        import openai
+
+        self.url, self.model, self._error = url, model, openai.APIError
+        key = os.environ.get("OPENAI_API_KEY", "none")  # local servers take any
+        self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
+
+    def complete(self, **body: Any) -> Any:
+        """The server's reply to a request for a greedy chat completion."""
+        reply = self._send(self._client.chat.completions.create, model=self.model, temperature=0, **body)
+        if not getattr(reply, "choices", None):
+            raise UserError(f"{self.url}: the reply is not a chat completion; {UNANSWERED}")
+        return reply
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The reply to a request beside the chat completions."""
+        url = f"{self.url.rstrip('/').removesuffix('/v1')}{path}"
+        return self._send(self._client.post, path=url, cast_to=object, body=body, options={"max_retries": 0})
+
+    def _send(self, send: Callable[..., Any], **arguments: Any) -> Any:
+        try:
+            return send(**arguments)
+        except self._error as error:
+            reason = " ".join(first_line(part) for part in (error, error.__cause__) if part)
+            raise UserError(f"{self.url}: {reason}; {UNANSWERED}") from None
+
+
+class Reply(NamedTuple):
     text: str
     finished: bool  # False if it was cut for length
     seconds: float  # from sending the request to having the whole answer
-    count: int  # tokens of the answer
-    tokens: dict[str, list[Any]] | None  # their texts and log-probabilities, None if the server does not give them
+    size: int  # tokens of the answer
+    tokens: list[Any]  # each with its text and log-probability, if the server gives them
 
 
-class Endpoint:
-    """A server and a model on it; the key, where one is needed, is read from OPENAI_API_KEY."""
+class Endpoint(Client):
+    """A server whose prompts must have the tokens of training."""
 
     def __init__(self, url: str, model: str, max_tokens: int, renderer: Renderer) -> None:
-        try:
-            import openai
-        except ImportError:
-            raise UserError("formtune check-endpoint needs the extra: pip install -e '.[synthesize]'") from None
-        self._error = openai.APIError
-        key = os.environ.get("OPENAI_API_KEY", "none")  # local servers take any
-        self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
-        self.url, self.model, self.max_tokens, self._renderer = url, model, max_tokens, renderer
+        super().__init__(url, model)
+        self._renderer = renderer
         self.ids: Callable[[dict[str, Any]], list[int]] | None = None  # how the server shows a prompt's tokens
-        self._logprobs = True  # whether to ask for log-probabilities
+        self._options: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": True}
 
     def open(self, row: Row, schema: Any = None) -> None:
         """Ask once, so that what is wrong for all rows is found first and loading the model is not timed."""
         for ids in (self._ids_of_vllm, self._ids_of_llama_cpp):
-            with contextlib.suppress(self._error, LookupError, TypeError):  # most servers have no such route
+            with contextlib.suppress(UserError, LookupError, TypeError):  # most servers have no such route
                 self.ids = self.ids or (ids if ids(chat_prompt(row)) else None)
-        self.ask(row, schema)
+        try:
+            self.ask(row, schema)
+        except UserError:  # some servers refuse a request for log-probabilities
+            del self._options["logprobs"]
+            self.ask(row, schema)
 
     def ask(self, row: Row, schema: Any = None) -> Reply:
         """The greedy answer to a row, by constrained decoding if there is a schema, once its prompt is proven."""
-        prompt, started = chat_prompt(row), time.perf_counter()
-        options: dict[str, Any] = prompt | ({"logprobs": True} if self._logprobs else {})
+        prompt, options, started = chat_prompt(row), self._options, time.perf_counter()
         if schema is not None:
             json_schema = {"name": "answer", "schema": schema, "strict": True}
-            options["response_format"] = {"type": "json_schema", "json_schema": json_schema}
-        try:
-            completion: Any = self._client.chat.completions.create(
-                model=self.model, temperature=0, max_tokens=self.max_tokens, **options
-            )
-            seconds = time.perf_counter() - started
-            choice, usage = completion.choices[0], completion.usage
-            ids = self.ids(prompt) if self.ids else None
-        except self._error as error:
-            if self._logprobs and getattr(error, "status_code", None) in REFUSED:
-                self._logprobs = False
-                return self.ask(row, schema)
-            reason = " ".join(first_line(part) for part in (error, error.__cause__) if part)
-            raise UserError(f"{self.url}: {reason}; {UNANSWERED}") from None
-        except (AttributeError, LookupError, TypeError):
-            raise UserError(f"{self.url}: the reply is not a chat completion; {UNANSWERED}") from None
-        message, tags = choice.message, self._renderer.tags
+            options = options | {"response_format": {"type": "json_schema", "json_schema": json_schema}}
+        reply = self.complete(**prompt, **options)
+        seconds = time.perf_counter() - started
+        choice, tags = reply.choices[0], self._renderer.tags
+        message, content = choice.message, getattr(choice.logprobs, "content", None) or []
         reasoning = tags and (getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None))
         if tags and reasoning:  # the server took the answer apart
-            message.content = f"{tags[0]}{reasoning}{tags[1]}{message.content or ''}"
-        if fault := self._fault(row, message, getattr(usage, "prompt_tokens", None), ids):
-            raise UserError(f"{row.where}: {fault}")
-        content = getattr(choice.logprobs, "content", None) or []
-        tokens = {"tokens": [token.token for token in content], "logprobs": [token.logprob for token in content]}
-        return Reply(
-            message.content or "", choice.finish_reason != "length", seconds,
-            getattr(usage, "completion_tokens", 0), tokens if content and not reasoning else None,
-        )  # fmt: skip
+            message.content, content = f"{tags[0]}{reasoning}{tags[1]}{message.content or ''}", []
+        ids = self.ids(prompt) if self.ids else None
+        if fault := self._fault(row, message, getattr(reply.usage, "prompt_tokens", None), ids):
+            raise UserError(f"{row.where}: {fault}; {REMEDY}")
+        size = getattr(reply.usage, "completion_tokens", 0)
+        return Reply(message.content or "", choice.finish_reason != "length", seconds, size, content)
 
     def _fault(self, row: Row, message: Any, count: int | None, ids: list[int] | None) -> str | None:
         """Why a reply says nothing of the model: it is not the answer, or its prompt is not proven to be formtune's."""
         parsed = [name for name in ("reasoning_content", "reasoning", "tool_calls") if getattr(message, name, None)]
         if parsed and not message.content:
-            return f"the server took the answer for {parsed[0]}; start it without such a parser; {REMEDY}"
+            return f"the server took the answer for {parsed[0]}; start it without such a parser"
         if ids is not None:
-            fault = prompt_fault(row, ids, self._renderer)
-        elif count is None:
+            return prompt_fault(row, ids, self._renderer)
+        if count is None:
             return "the server does not say how many tokens the prompt has (usage.prompt_tokens); have it report usage"
-        else:
-            own = len(row.prompt_ids)
-            fault = f"the server's prompt has {count:,} tokens and formtune's {own:,}" if count != own else None
-        return fault and f"{fault}; {REMEDY}"
+        own = len(row.prompt_ids)
+        return f"the server's prompt has {count:,} tokens and formtune's {own:,}" if count != own else None
 
     def _ids_of_vllm(self, prompt: dict[str, Any]) -> list[int]:
-        return self._post("/tokenize", {"model": self.model, **prompt, "add_generation_prompt": True})["tokens"]
+        return self.post("/tokenize", {"model": self.model, **prompt, "add_generation_prompt": True})["tokens"]
 
     def _ids_of_llama_cpp(self, prompt: dict[str, Any]) -> list[int]:
-        text = self._post("/apply-template", prompt)["prompt"]
-        return self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
-
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
-        url = f"{self.url.rstrip('/').removesuffix('/v1')}{path}"
-        return self._client.post(url, cast_to=object, body=body, options={"max_retries": 0})
+        return llama_cpp_tokens(self.post, self.post("/apply-template", prompt)["prompt"])

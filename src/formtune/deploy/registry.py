@@ -10,7 +10,6 @@ The file changes in one rename: a kill at any moment leaves the old or the new s
 
 import contextlib
 import datetime
-import functools
 import json
 import os
 import shutil
@@ -18,11 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock
 
-from formtune.base.renderer import Renderer
 from formtune.errors import UserError, first_line
+from formtune.export.exported import Exported
 from formtune.files import write_json
 from formtune.training.manifest import NAME, file_hash, verify
 
@@ -38,11 +36,11 @@ class Deployment:
             if self._path.is_file():
                 record: Any = json.loads(self._path.read_text(encoding="utf-8"))
                 self.history = record["history"]
-                if record["current"] != self.current:
+                if record["current"] != self.history[-1]["version"]:
                     raise ValueError
         except (ValueError, LookupError, TypeError):
-            path, remedy = self._path, "restore it from a backup, or remove it and promote again"
-            raise UserError(f"{path}: not a deployment; {remedy}") from None
+            remedy = "restore it from a backup, or remove it and promote again"
+            raise UserError(f"{self._path}: not a deployment; {remedy}") from None
 
     @property
     def current(self) -> str | None:
@@ -63,9 +61,10 @@ class Deployment:
     def move(self, action: str, version: str, reason: str | None, overruled: Sequence[str] = ()) -> None:
         """Point to a version whose folder is there and verified."""
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        by = os.environ.get("USER") or os.environ.get("USERNAME", "unknown")
-        move = {"action": action, "version": version, "replaced": self.current, "at": at, "by": by, "reason": reason}
-        self.history.append(move | {"overruled": list(overruled)})
+        self.history.append({
+            "action": action, "version": version, "replaced": self.current, "at": at,
+            "by": os.environ.get("USER", "unknown"), "reason": reason, "overruled": list(overruled),
+        })  # fmt: skip
         write_json(self._path, {"current": version, "history": self.history})
 
 
@@ -92,26 +91,6 @@ def full_name(name: str) -> str:
         there = f"name one of {', '.join(matches or names()) or 'none so far'}"
         raise UserError(f"{name}: not the name of one deployment; {there}; formtune promote makes one")
     return matches[0]
-
-
-class Exported:
-    """An exported folder, verified: of a run, deployed, or named itself."""
-
-    def __init__(self, folder: Path, outcomes: Path | None = None) -> None:
-        self.folder, self.manifest = folder, verify(folder)
-        self.config: Any = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        self.task = str(self.config["task"])
-        self.kind = self.manifest["kind"]
-        self.base = self.manifest["base"]["path"] if self.kind == "adapter" else None  # that it needs
-        answers = "after" if folder.name == "adapter" else folder.name
-        self.outcomes = outcomes or folder.parent / "outcomes" / f"{answers}.jsonl"  # of the test rows
-
-    @functools.cached_property
-    def renderer(self) -> Renderer:
-        """Its renderer, with thinking on if its format has reasoning."""
-        format = json.loads((self.folder / "format.json").read_text(encoding="utf-8"))["init_args"]
-        tags = (format["open"], format["close"]) if "close" in format else None
-        return Renderer.load(str(self.folder.resolve()), tags=tags)
 
 
 def find_exported(name: str, kind: str) -> Exported:

@@ -1,4 +1,4 @@
-"""Serve an exported folder by `transformers serve` or llama.cpp, so that it answers as the evaluation did."""
+"""Serve exported folders by `transformers serve`, llama.cpp or vLLM, so that they answer as the evaluation did."""
 
 import contextlib
 import json
@@ -10,64 +10,87 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from formtune.base.folder import base_folder
-from formtune.deploy.registry import Exported
+from formtune.base.folder import base_folder, skeleton
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import read_outcomes
+from formtune.export.exported import Exported
 from formtune.export.gguf import FILE
 from formtune.export.llama_cpp import HOST, LOCAL
-from formtune.export.usage import example
+from formtune.export.quantize import lacking
+from formtune.export.rules import refuse, vllm_rank
 from formtune.files import write_json
+from formtune.training.manifest import base_files
 
-# The extra that brings a server, and its packages.
-ENGINES = {"transformers": ("serve", ("fastapi", "uvicorn", "openai")), "llamacpp": ("gguf", ("xllamacpp",))}
 DTYPES = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}  # of the base under an adapter, by the run's precision
 CHECK = "check it: formtune check-endpoint http://{}:{}/v1 -c TASK.yaml --served_model {}"
-ENDING = 10  # seconds in which the server may end by itself
+
+
+def named(runs: Sequence[str], models: Sequence[Exported]) -> dict[str, Exported]:
+    """What is served by its name for clients: the task, and of several models also the last part of RUN."""
+    several, first = len(models) > 1, models[0]
+    for model in models:
+        base = model.manifest["base"]["files"]
+        if model.base is not None and base_files(model.base) != base:
+            raise UserError(f"{model.base}: not the base that {model.folder} was trained on; its files differ")
+        same = base == first.manifest["base"]["files"] and model.manifest["template"] == first.manifest["template"]
+        if several and (model.base is None or not same or loading(model) != loading(first)):
+            what = f"adapters that share base, chat template, precision and thinking with {first.folder}"
+            raise UserError(f"{model.folder}: only {what} are served together; start a server for each run")
+    names = [f"{it.task}-{Path(run).name}" if several else it.task for run, it in zip(runs, models, strict=True)]
+    if len(set(names)) < len(names):
+        raise UserError(f"{' '.join(runs)}: several would be called {max(names, key=names.count)}; rename one")
+    return dict(zip(names, models, strict=True))
 
 
 def serve(models: dict[str, Exported], engine: str, port: int) -> int:
     """Start the server of models by their names, print a request, and wait for the signal that ends it."""
-    extra, packages = ENGINES[engine]
-    if missing := [name for name in packages if find_spec(name) is None]:
-        install = f"pip install -e '.[{extra}]'"
-        raise UserError(f"--engine {engine} needs the extra ({', '.join(missing)} missing): {install}")
+    if missing := lacking(engine):
+        raise UserError(f"--engine {engine} {missing}")
     for exported in models.values():
         if not exported.renderer.templated:  # the server would take another template
             remedy = "serve it with vLLM (--engine vllm) or llama-server, and ask for completions"
             raise UserError(f"{exported.folder}: {exported.renderer.note}; {remedy}")
-    with socket.socket() as free:  # otherwise the server that is there already would seem to be this one
-        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
-        try:
-            free.bind((HOST, port))
-        except OSError as error:
-            raise UserError(f"--port: {HOST}:{port}: {error.strerror}; choose another") from None
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    # Otherwise the server that is there already would seem to be this one.
+    with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
+        raise UserError(f"--port: {HOST}:{port} is in use; choose another")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    try:
-        with tempfile.TemporaryDirectory(prefix="formtune-serve-") as links:
-            for name, exported in models.items() if engine == "transformers" else ():
-                link(exported, Path(links, name))  # the path is the model's name for clients
-            process = subprocess.Popen(_command(models, engine, port), cwd=links, env=environment)
-            try:
-                _wait_until_loaded(process, port)
-                for name, exported in models.items():
-                    print(f"{exported.folder} is served as {name}; stop it with Ctrl-C")
-                rows = read_outcomes(exported.outcomes) if exported.outcomes.is_file() else []
-                body = example(exported.folder, rows[0].input if rows else "Hello") | {"model": name}
-                data = shlex.quote(json.dumps(body, ensure_ascii=False))
-                print(f"\ncurl http://{HOST}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d {data}\n"
-                      f"\n{CHECK.format(HOST, port, name)}", flush=True)  # fmt: skip
-                code = process.wait()
-            finally:
-                _end(process)
-    except KeyboardInterrupt:
-        return 0
-    raise UserError(f"the server exited with code {code}; its output above says why")
+    with contextlib.ExitStack() as ended:
+        links = ended.enter_context(tempfile.TemporaryDirectory(prefix="formtune-serve-"))
+        for name, exported in models.items() if engine == "transformers" else ():
+            link(exported, Path(links, name))  # the path is the model's name for clients
+        ended.enter_context(contextlib.suppress(KeyboardInterrupt))
+        process = subprocess.Popen(command(models, engine, port), cwd=links, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        ended.callback(process.wait)
+        ended.callback(process.kill)
+        while process.poll() is None:  # the server listens once the model is loaded
+            with contextlib.suppress(OSError), LOCAL.open(f"http://{HOST}:{port}/health", timeout=5):
+                break
+            time.sleep(0.2)
+        for name, exported in models.items():
+            print(f"{exported.folder} is served as {name}; stop it with Ctrl-C")
+        rows = read_outcomes(exported.outcomes) if exported.outcomes.is_file() else []
+        body = exported.request(rows[0].input if rows else "Hello") | {"model": name}
+        data = shlex.quote(json.dumps(body, ensure_ascii=False))
+        print(f"\ncurl http://{HOST}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d {data}\n"
+              f"\n{CHECK.format(HOST, port, name)}", flush=True)  # fmt: skip
+        raise UserError(f"the server exited with code {process.wait()}; its output above says why")
+    return 0
+
+
+def command(models: dict[str, Exported], engine: str, port: int) -> list[str]:
+    """The command line of the server."""
+    name, exported = next(iter(models.items()))
+    if engine == "vllm":
+        return _vllm(models, port)
+    if engine == "llamacpp":
+        request = json.loads((exported.folder / "request.json").read_text(encoding="utf-8"))
+        words = [exported.folder.resolve() / FILE, request["options"]["num_ctx"], port, name]
+        return [sys.executable, "-m", "formtune.export.llama_cpp", *map(str, words), str(exported.renderer.thinking)]
+    return [sys.executable, "-m", "formtune.deploy.adapters", str(port), *loading(exported), *models]
 
 
 def loading(exported: Exported) -> list[str]:
@@ -79,13 +102,27 @@ def loading(exported: Exported) -> list[str]:
     return [dtype, "bnb-4bit" if exported.config["model"]["quantize"] else "", reasoning]
 
 
-def _command(models: dict[str, Exported], engine: str, port: int) -> list[str]:
-    name, exported = next(iter(models.items()))
-    if engine == "llamacpp":
-        request = json.loads((exported.folder / "request.json").read_text(encoding="utf-8"))
-        words = [exported.folder.resolve() / FILE, request["options"]["num_ctx"], port, name]
-        return [sys.executable, "-m", "formtune.export.llama_cpp", *map(str, words), str(exported.renderer.thinking)]
-    return [sys.executable, "-m", "formtune.deploy.adapters", str(port), *loading(exported), *models]
+def _vllm(models: dict[str, Exported], port: int) -> list[str]:
+    """For adapters on their base, or for a merged model; refuses an adapter that vLLM cannot serve."""
+    folders = {name: str(exported.folder.resolve()) for name, exported in models.items()}
+    [(name, folder), *_], first = folders.items(), next(iter(models.values()))
+    base, thinking = first.base, str(first.renderer.thinking).lower()
+    words = [folder, "--served-model-name", name]
+    if base is not None:
+        from peft import PeftConfig
+
+        adapters = [PeftConfig.from_pretrained(folder) for folder in folders.values()]
+        for adapter in adapters:
+            refuse(skeleton(base), adapter, "vllm")
+        template = f"{folder}/chat_template.jinja"
+        words = [
+            str(Path(base).resolve()) if Path(base).is_dir() else base,
+            "--enable-lora", "--max-lora-rank", str(vllm_rank(max(adapter.r for adapter in adapters))),
+            "--max-loras", str(len(folders)), "--lora-modules", *map("=".join, folders.items()),
+            *(["--chat-template", template] if Path(template).is_file() else []),  # completions need none
+        ]  # fmt: skip
+    words += ["--host", HOST, "--port", str(port)]
+    return ["vllm", "serve", *words, "--default-chat-template-kwargs", f'{{"enable_thinking": {thinking}}}']
 
 
 def link(exported: Exported, folder: Path) -> None:
@@ -102,20 +139,3 @@ def link(exported: Exported, folder: Path) -> None:
     greedy = {key: value for key, value in settings.items() if key not in ("temperature", "top_k", "top_p", "min_p")}
     generation.unlink(missing_ok=True)  # the link: the base's own file stays as it is
     write_json(generation, greedy | {"eos_token_id": list(exported.renderer.stop_ids), "do_sample": False})
-
-
-def _wait_until_loaded(process: subprocess.Popen[bytes], port: int) -> None:
-    """Wait until the server listens, which it does once the model is loaded, or has ended."""
-    while process.poll() is None:
-        with contextlib.suppress(OSError), LOCAL.open(f"http://{HOST}:{port}/health", timeout=5):
-            return
-        time.sleep(0.2)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()  # does nothing if it has ended
-    try:
-        process.wait(ENDING)
-    except subprocess.TimeoutExpired:  # a generation that does not check for it
-        process.kill()
-        process.wait()

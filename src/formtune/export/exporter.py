@@ -1,6 +1,5 @@
 """Export a run's adapter as production loads it, if it still answers as the adapter did."""
 
-import json
 import operator
 import shutil
 import tempfile
@@ -11,28 +10,28 @@ from typing import Any, Literal
 
 import torch
 
-from formtune.base.folder import context_length
+from formtune.base.folder import context_length, skeleton
 from formtune.base.row import quantile
 from formtune.configuration.task import read_run, task_parser
 from formtune.data.preparation import load_splits, production_rows
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, rate, read_outcomes, write_outcomes
+from formtune.export.exported import Exported, write_usage
 from formtune.export.llama_cpp import measure_gguf
-from formtune.export.measure import COMPARED, TIMED, Closeness, Sample, call_fresh, measure, merge, tolerance
-from formtune.export.quantize import SCHEMES, folder_name, packages
+from formtune.export.measure import COMPARED, TIMED, Tuned, call_fresh, measure, merge, tolerance
+from formtune.export.quantize import EXTRAS, SCHEMES, folder_name
 from formtune.export.rules import refuse
-from formtune.export.usage import shared_schema, write_usage
 from formtune.files import write_json
 from formtune.model.lora import load_base
 from formtune.model.micro_batches import judge
-from formtune.training.manifest import CARD, NAME, base_files, verify, write_manifest
+from formtune.training.manifest import CARD, NAME, base_files, write_manifest
 
 JUDGED = ("format/exact", "joint/exact")
 CALIBRATION = 128  # rows
 
 
 class FinishedRun:
-    """What an export needs of a run, whose adapter, base, format and rows must be the ones that it was judged with."""
+    """A run, whose adapter, base, format and rows must be the ones that it was judged with."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoConfig
@@ -41,133 +40,121 @@ class FinishedRun:
         parser.add_argument("--model.quantize", type=Literal["4bit"] | None)
         parser.add_argument("--model.constrained", type=bool, default=False)
         task, settings = read_run(folder, parser)
-        self.folder, self.adapter, self.base = folder, folder / "adapter", task.model.base
-        self.quantize, self.format, self.renderer = task.model.quantize, settings.format, settings.renderer
-        manifest = verify(self.adapter)
-        self.data, self.training = manifest["data"], manifest.get("training")
-        trained_on, now = manifest["base"]["files"], base_files(self.base)
-        if changed := sorted(name for name in trained_on | now if trained_on.get(name) != now.get(name)):
-            raise UserError(f"model.base: {changed[0]} of {self.base} differs from the one the adapter was trained on")
-        if json.loads((self.adapter / "format.json").read_text(encoding="utf-8")) != self.format.to_dict():
+        base, exported = task.model.base, Exported(folder / "adapter")
+        self.folder, self.exported = folder, exported
+        self.format, self.renderer = settings.format, settings.renderer
+        if base_files(base) != exported.manifest["base"]["files"]:
+            raise UserError(f"model.base: {base} is not the base of {exported.folder}; its files differ")
+        if exported.format != self.format.to_dict():
             raise UserError(f"{folder / 'config.yaml'}: the format has changed since the run; train again")
         # An export is judged without constrained decoding, and so must be what it is compared with.
-        path = folder / "outcomes" / "adapter.jsonl"
-        self.constrained = task.model.constrained and not path.is_file()
-        if self.constrained or not task.model.constrained:
-            path = path.with_name("after.jsonl")
+        unconstrained = folder / "outcomes" / "adapter.jsonl"
+        self.constrained = task.model.constrained and not unconstrained.is_file()
+        path = unconstrained if task.model.constrained and not self.constrained else exported.outcomes
         self.outcomes = read_outcomes(path)  # of the test rows
         # Compared by content: the hash of the run's rows changes with every version of formtune.
         splits = load_splits(settings)
-        self.test = splits.rows["test"][: len(self.outcomes)]
+        rows = splits.rows["test"][: len(self.outcomes)]
         judged = [(outcome.input, outcome.target, outcome.schema, outcome.prompt_tokens) for outcome in self.outcomes]
-        if [(row.input, row.target, row.schema, len(row.prompt_ids)) for row in self.test] != judged:
+        if [(row.input, row.target, row.schema, len(row.prompt_ids)) for row in rows] != judged:
             raise UserError(f"{path}: {folder / 'config.yaml'} gives other test rows or prompts; train again")
-        config = AutoConfig.from_pretrained(self.base, trust_remote_code=False)
-        self.dtype = getattr(config, "dtype", None) or torch.float32  # that the base is stored in
-        context = context_length(self.base) or 10**9
-        limits = [min(task.model.max_new_tokens, context - len(row.prompt_ids)) for row in self.test]
-        of_all_lengths = sorted(self.test, key=len)[:: max(1, len(self.test) // COMPARED)][:COMPARED]
-        prompts = [row.prompt_ids for row in production_rows(settings) or self.test]
+        context = context_length(base) or 10**9
+        of_all_lengths = sorted(rows, key=len)[:: max(1, len(rows) // COMPARED)][:COMPARED]
+        prompts = [row.prompt_ids for row in production_rows(settings) or rows]
         p95 = quantile([len(ids) for ids in prompts], 95)
         timed = next(ids for ids in prompts if len(ids) == p95)[: context - TIMED]
-        compared = [timed, *(row.prompt_ids + row.target_ids for row in of_all_lengths)]
-        self.sample = Sample(
-            self.test, limits, list(self.renderer.stop_ids), compared, self.renderer.thinking, timed,
-            shared_schema(self.format),
+        self.tuned = Tuned(
+            adapter=exported.folder, base=base, quantize=task.model.quantize,
+            dtype=getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "dtype", None) or torch.float32,
+            calibration=[row.prompt_ids + row.target_ids for row in splits.rows["train"][:CALIBRATION]],
+            compared=[timed, *(row.prompt_ids + row.target_ids for row in of_all_lengths)],
+            rows=rows, limits=[min(task.model.max_new_tokens, context - len(row.prompt_ids)) for row in rows],
+            stop=self.renderer.stop_ids, thinking=self.renderer.thinking, timed=timed,
+            schema=getattr(self.format, "schema", None) if not self.format.per_row else None,
         )  # fmt: skip
-        self.calibration = [row.prompt_ids + row.target_ids for row in splits.rows["train"][:CALIBRATION]]
 
 
 def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict[str, Any]:
     """Make and measure one kind; its folder appears only if it loses at most `max_loss` of the rows. The figures."""
-    name = folder_name(kind, **options)
+    from peft import PeftConfig
+
+    name, tuned = folder_name(kind, **options), run.tuned
     if run.constrained and kind != "adapter":
         remedy = f"run formtune export {run.folder} first, which measures the adapter without it"
         raise UserError(f"--as {kind}: the run was evaluated with constrained decoding; {remedy}")
+    refuse(skeleton(tuned.base), PeftConfig.from_pretrained(str(tuned.adapter)), "merge" if kind == "merged" else kind)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=run.folder) as scratch:
-        folder = run.adapter if kind == "adapter" else _make(run, kind, Path(scratch), **options)
-        figures, outcomes = measured(run, kind, folder)
-        write_outcomes(run.folder / "outcomes" / f"{name}.jsonl", outcomes)
-        refusal = _refusal(run, kind, figures, max_loss)
+        folder = tuned.adapter if kind == "adapter" else make(tuned, kind, Path(scratch), **options)
+        if kind == "gguf":
+            write_usage(folder, run.exported, tuned.schema, tuned.rows)
+        figures, outcomes = measured(run, kind, folder, max_loss)
         # Of refused exports too, which have no manifest.
-        write_json(run.folder / "outcomes" / f"{name}.json", figures | {"refused": refusal})
-        if refusal:
-            raise UserError(f"--as {kind}: refused, {refusal}")
-        write_manifest(folder, kind, run.base, run.data, figures, packages(kind), run.training)
+        write_outcomes(run.folder / "outcomes" / f"{name}.jsonl", outcomes)
+        write_json(run.folder / "outcomes" / f"{name}.json", figures)
+        if figures["refused"]:
+            raise UserError(f"--as {kind}: refused, {figures['refused']}")
+        trained, packages = run.exported.manifest, EXTRAS.get(kind, ("", ()))[1]
+        write_manifest(folder, kind, tuned.base, trained["data"], figures, packages, trained.get("training"))
         if kind != "adapter":
             folder.replace(run.folder / name)
     return figures
 
 
-def measured(run: FinishedRun, kind: str, folder: Path) -> tuple[dict[str, Any], list[Outcome]]:
-    """The figures of a folder of this kind, measured in a fresh process, and the outcomes of the test rows."""
-    adapter = {"folder": str(run.adapter), "base": run.base, "quantize": run.quantize}
-    renderer = run.renderer
-    model = adapter if kind == "adapter" else {"folder": str(folder)}
-    closeness, answers, speeds = measure_fresh(kind, model, adapter, run.sample)
-    outcomes = [judge(row, answer, renderer, run.format) for row, answer in zip(run.test, answers, strict=True)]
-    before = outcomes if run.constrained else run.outcomes
+def measured(run: FinishedRun, kind: str, folder: Path, max_loss: float) -> tuple[dict[str, Any], list[Outcome]]:
+    """The figures of a folder of this kind, and why it is refused, and the outcomes of the test rows."""
+    rows = run.tuned.rows
+    closeness, answers, speeds = measure_fresh(run.tuned, kind, folder)
+    outcomes = [judge(row, answer, run.renderer, run.format) for row, answer in zip(rows, answers, strict=True)]
+    pairs = list(zip(outcomes if run.constrained else run.outcomes, outcomes, strict=True))
+    broken = tolerance(kind, run.tuned.dtype, run.tuned.quantize).broken_by(closeness)
     figures: dict[str, Any] = {
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")),
         **speeds,
         "closeness": asdict(closeness),
-        "same_answers": sum(a.answer == b.answer for a, b in zip(before, outcomes, strict=True)),
+        "same_answers": sum(a.answer == b.answer for a, b in pairs),
+        "refused": f"it is not the same model as the adapter: {broken}" if broken else None,
     }
     for name in JUDGED:
         right = operator.attrgetter(RATES[name])
-        changes = Counter((right(a), right(b)) for a, b in zip(before, outcomes, strict=True))
-        count, number = rate(outcomes, RATES[name])
-        figures[name] = {"right": count, "rows": number, "gained": changes[False, True], "lost": changes[True, False]}
+        changes = Counter((right(a), right(b)) for a, b in pairs)
+        count, gained, lost = rate(outcomes, RATES[name])[0], changes[False, True], changes[True, False]
+        figures[name] = {"right": count, "rows": len(rows), "gained": gained, "lost": lost}
+        # One row may always be lost: rounding costs one too, and of a hundred rows or fewer a share is less than one.
+        if lost - gained > max(1, max_loss * len(rows)):
+            fall = f"falls from {count + lost - gained} to {count} of {len(rows)} rows"
+            figures["refused"] = figures["refused"] or f"{name} {fall}, more than --max_loss {max_loss}"
     return figures, outcomes
 
 
-def _refusal(run: FinishedRun, kind: str, figures: dict[str, Any], max_loss: float) -> str | None:
-    """Why a measured export must not be used; None if it may be."""
-    bounds = tolerance(kind, run.dtype, run.quantize)
-    if broken := bounds.broken_by(Closeness(**figures["closeness"])):
-        return f"it is not the same model as the adapter: {broken}"
-    for name in JUDGED:
-        right, rows, gained, lost = figures[name].values()
-        # One row may always be lost: rounding costs one too, and of a hundred rows or fewer a share is less than one.
-        if lost - gained > max(1, max_loss * rows):
-            before = right + lost - gained
-            return f"{name} falls from {before} to {right} of {rows} rows, more than --max_loss {max_loss}"
-    return None
-
-
-def _make(run: FinishedRun, kind: str, scratch: Path, **options: Any) -> Path:
-    """A folder of this kind: the adapter merged into the base, and quantized if the kind is a scheme."""
-    from peft import PeftConfig, PeftModel
-    from transformers import GenerationConfig
+def merged(tuned: Tuned) -> Any:
+    """The adapter merged into its base in float32; a UserError if that is another model."""
+    from peft import PeftModel
 
     # The full-precision base: PEFT merges into a 4-bit one silently, and the result is another model.
-    base = load_base(run.base, torch.float32, None, torch.device("cpu"))
-    refuse(base, PeftConfig.from_pretrained(str(run.adapter)), "merge" if kind == "merged" else kind)
-    model = merge(PeftModel.from_pretrained(base, run.adapter).eval(), run.sample.compared).to(run.dtype)
+    base = load_base(tuned.base, torch.float32, None, torch.device("cpu"))
+    return merge(PeftModel.from_pretrained(base, tuned.adapter).eval(), tuned.compared)
+
+
+def make(tuned: Tuned, kind: str, scratch: Path, **options: Any) -> Path:
+    """A folder of this kind: the merged model, quantized in a fresh process if the kind is a scheme."""
+    from transformers import GenerationConfig
+
+    model, source, target = merged(tuned).to(tuned.dtype), scratch / "merged", scratch / kind
     # As it was judged: greedy, to the end of the turn, without the sampling or penalties that a base may ship.
-    stop = run.sample.stop
+    stop = list(tuned.stop)
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stop, pad_token_id=stop[0])
-    folder = scratch / "merged"
-    model.save_pretrained(folder)
+    model.save_pretrained(source)
     # Tokenizer, chat template, format and configuration
     ignored = shutil.ignore_patterns("adapter_*", NAME, CARD)
-    shutil.copytree(run.adapter, folder, ignore=ignored, dirs_exist_ok=True)
+    shutil.copytree(tuned.adapter, source, ignore=ignored, dirs_exist_ok=True)
     if kind != "merged":
-        source, folder = folder, scratch / kind
-        convert(kind, source, folder, run.calibration, **options)
-        shutil.copytree(run.adapter, folder, ignore=ignored, dirs_exist_ok=True)
-    if kind == "gguf":
-        write_usage(folder, run.base, run.format, run.test)
-    return folder
+        arguments = {"source": str(source), "target": str(target), "rows": tuned.calibration, **options}
+        call_fresh(SCHEMES[kind], f"{kind} cannot be made", **arguments)
+        shutil.copytree(tuned.adapter, target, ignore=ignored, dirs_exist_ok=True)
+    return target
 
 
-def convert(kind: str, source: Path, target: Path, rows: list[list[int]], **options: Any) -> None:
-    """Make another kind of a merged model's folder in a fresh process, calibrated on rows of token ids."""
-    arguments = {"source": str(source), "target": str(target), "rows": rows, **options}
-    call_fresh(SCHEMES[kind].convert, f"{kind} cannot be made", **arguments)
-
-
-def measure_fresh(kind: str, model: dict[str, Any], reference: dict[str, Any], sample: Sample) -> Any:
-    """What `measure` returns in a fresh process; the reference is loaded in float32."""
-    function, reference = measure_gguf if kind == "gguf" else measure, reference | {"dtype": torch.float32}
-    return call_fresh(function, f"{model['folder']} does not load", model=model, reference=reference, sample=sample)
+def measure_fresh(tuned: Tuned, kind: str, folder: Path) -> Any:
+    """What `measure` returns of a folder of this kind, in a fresh process."""
+    function = measure_gguf if kind == "gguf" else measure
+    return call_fresh(function, f"{folder} does not load", tuned=tuned, kind=kind, folder=folder)

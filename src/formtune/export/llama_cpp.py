@@ -5,7 +5,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import takewhile
@@ -19,7 +19,7 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row, with_json_arguments
 from formtune.errors import UserError
 from formtune.export.gguf import FILE
-from formtune.export.measure import COMPARED, POSITIONS, TIMED, TRIES, Closeness, Sample, compare, last_logits, load
+from formtune.export.measure import COMPARED, POSITIONS, TIMED, TRIES, Closeness, Tuned, compare, last_logits, load
 from formtune.model.micro_batches import Decoded
 
 HOST = "127.0.0.1"
@@ -50,14 +50,15 @@ class LlamaServer:
         with LOCAL.open(urllib.request.Request(self.url + path, data, headers)) as reply:
             return json.load(reply)
 
-    def tokens(self, text: str) -> list[int]:
-        """Those of a rendered prompt, with the BOS that the server adds."""
-        return self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
-
     def answer(self, prompt: Sequence[int], tokens: int, **options: Any) -> Any:
         """The greedy answer to a prompt in token ids."""
         body: dict[str, Any] = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "return_tokens": True}
         return self.post("/completion", body | options)
+
+
+def llama_cpp_tokens(post: Callable[[str, dict[str, Any]], Any], text: str) -> list[int]:
+    """Those of a rendered prompt, with the BOS that the server adds."""
+    return post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
 
 
 def chat_prompt(row: Row) -> dict[str, Any]:
@@ -83,8 +84,6 @@ def prompt_fault(row: Row, ids: list[int], renderer: Renderer) -> str | None:
         f"the {role} turn is trimmed": lost and lost.strip() in text,
         f"the {role} turn is missing or altered": lost,
         "the switch that turns thinking on or off is lost": text.count("think") != trained.count("think"),
-        "the template writes today's date, and training another day (data.date)":
-            "strftime_now" in str(renderer.tokenizer.chat_template),
         "it is rendered by another chat template": True,
     }  # fmt: skip
     fault = next(name for name, applies in faults.items() if applies)
@@ -105,41 +104,38 @@ def prove_prompts(server: LlamaServer, rows: Sequence[Row], renderer: Renderer) 
         else:
             bos = row.prompt_ids[:1] == [renderer.tokenizer.bos_token_id]
             text = renderer.tokenizer.decode(row.prompt_ids[bos:])
-        if fault := prompt_fault(row, server.tokens(text), renderer):
+        if fault := prompt_fault(row, llama_cpp_tokens(server.post, text), renderer):
             raise UserError(f"{row.where}: {fault}")
 
 
-def measure_gguf(
-    model: dict[str, Any], reference: dict[str, Any], sample: Sample
-) -> tuple[Closeness, list[Decoded], dict[str, float]]:
+def measure_gguf(tuned: Tuned, kind: str, folder: Path) -> tuple[Closeness, list[Decoded], dict[str, float]]:
     """As `measure`, of a GGUF file by llama.cpp, which must render every prompt as training did.
 
-    Its server tells the log-probabilities of what it writes, not of a given text: so the reference reads its answers.
+    Its server tells the log-probabilities of what it writes, not of a given text: so the adapter reads its answers.
     """
-    folder, renderer, stop = Path(model["folder"]), Renderer.load(model["folder"]), sample.stop
-    pairs = list(zip(sample.rows, sample.limits, strict=True))
-    context = max([len(row.prompt_ids) + limit for row, limit in pairs] + [len(sample.timed) + TIMED])
-    server = LlamaServer(folder / FILE, context + 8, thinking=sample.thinking)
-    prove_prompts(server, [row for row in sample.rows if row.messages], renderer)
+    renderer, stop = Renderer.load(str(folder)), tuned.stop
+    pairs = list(zip(tuned.rows, tuned.limits, strict=True))
+    context = max([len(row.prompt_ids) + limit for row, limit in pairs] + [len(tuned.timed) + TIMED])
+    server = LlamaServer(folder / FILE, context + 8, thinking=tuned.thinking)
+    prove_prompts(server, [row for row in tuned.rows if row.messages], renderer)
     answers, sequences, likeliest = [], [], []
     every = max(1, len(pairs) // COMPARED)
     for number, (row, limit) in enumerate(pairs):
         reply = server.answer(row.prompt_ids, limit, n_probs=LIKELIEST)
-        ids = reply["tokens"]
+        ids, places = reply["tokens"], reply["completion_probabilities"]
         if any(token in stop for token in ids[:-1]):
             raise UserError(f"{row.where}: llama.cpp does not end its answer at {renderer.tokenizer.decode(stop[:1])}")
-        places = reply["completion_probabilities"]
         if number % every == 0 and ids:
             sequences.append(row.prompt_ids + ids)
             likeliest.append([place["top_logprobs"] for place in places[: len(ids)]])
-        ended = reply["stop_type"] == "eos" and ids[-1:] != stop[:1]
+        ended = reply["stop_type"] == "eos" and ids[-1:] != [stop[0]]
         answers.append(Decoded([*ids, stop[0]] if ended else ids, [place["logprob"] for place in places]))
-    expected = last_logits(load(**reference), sequences)
+    expected = last_logits(load(tuned.adapter, tuned.base, torch.float32, tuned.quantize), sequences)
     logits = [_side_by_side(logits, places) for logits, places in zip(expected, likeliest, strict=True)]
-    speeds = {"tokens_per_second": _speed(server, sample.timed, ignore_eos=True)} if sample.timed else {}
-    if speeds and sample.schema is not None:
+    speeds = {"tokens_per_second": _speed(server, tuned.timed, ignore_eos=True)} if tuned.timed else {}
+    if speeds and tuned.schema is not None:
         with suppress(urllib.error.HTTPError):  # llama.cpp does not support every schema
-            speeds["constrained_tokens_per_second"] = _speed(server, sample.timed, json_schema=sample.schema)
+            speeds["constrained_tokens_per_second"] = _speed(server, tuned.timed, json_schema=tuned.schema)
     return compare(*zip(*logits, strict=True)), answers, speeds
 
 

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -31,16 +32,21 @@ TIMED, TRIES = 48, 5  # tokens of a timed answer, and how often it is timed
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """What a model is measured on."""
+class Tuned:
+    """An adapter on its base, and what an export of it is calibrated and measured on."""
 
+    adapter: Path
+    base: str
+    quantize: str | None  # of the base in training
+    dtype: torch.dtype  # that the base is stored in
+    calibration: Sequence[list[int]]  # rows of token ids
+    compared: Sequence[list[int]]  # token ids, on which two models' logits are compared
     rows: Sequence[Row]  # to answer
-    limits: list[int]  # tokens that each answer may have
-    stop: list[int]  # tokens that end an answer
-    compared: list[list[int]]  # token ids, on which two models' logits are compared
+    limits: Sequence[int]  # tokens that each answer may have
+    stop: Sequence[int]  # tokens that end an answer
     thinking: bool = False  # whether thinking is on in the chat template
     timed: Sequence[int] = ()  # token ids of a prompt; if empty, nothing is timed
-    schema: Any = None  # of a JSON answer, which llama.cpp is timed with and without
+    schema: Any = None  # of every answer, which llama.cpp is timed with and without
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +61,9 @@ class Closeness:
         return f"logits {self.relative_max:.1e} apart, KL {self.kl:.1e}, top-1 {self.top1:.1%}"
 
     def broken_by(self, closeness: Closeness) -> str | None:
-        """The first of these bounds that a model breaks, in words; NaN breaks every bound."""
-        if not closeness.relative_max <= self.relative_max:
-            return f"logits {closeness.relative_max:.1e} apart (at most {self.relative_max:.0e})"
-        if not closeness.kl <= self.kl:
-            return f"KL {closeness.kl:.1e} (at most {self.kl:.0e})"
-        if not closeness.top1 >= self.top1:
-            return f"top-1 {closeness.top1:.1%} (at least {self.top1:.0%})"
-        return None
+        """What a model has that breaks one of these bounds, as NaN does, and the bounds; else None."""
+        kept = closeness.relative_max <= self.relative_max and closeness.kl <= self.kl and closeness.top1 >= self.top1
+        return None if kept else f"{closeness}; the limits are {self}"
 
     def within(self, bounds: Closeness, name: str) -> Self:
         """The same, if the model of this name keeps the bounds; else a UserError."""
@@ -123,7 +124,7 @@ def merge(model: Any, rows: Sequence[Sequence[int]]) -> Any:
     return merged
 
 
-def load(folder: str, base: str | None = None, dtype: Any = "auto", quantize: str | None = None) -> Any:
+def load(folder: Path, base: str | None = None, dtype: Any = "auto", quantize: str | None = None) -> Any:
     """The model in a folder, or the adapter there on its base (quantized as in training), ready to answer."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -139,17 +140,15 @@ def load(folder: str, base: str | None = None, dtype: Any = "auto", quantize: st
     return PeftModel.from_pretrained(model, folder).eval()
 
 
-def measure(
-    model: dict[str, Any], reference: dict[str, Any], sample: Sample
-) -> tuple[Closeness, list[Decoded], dict[str, float]]:
-    """How close a model is to its reference (both as `load` takes them), its answers, and its tokens per second."""
-    expected = last_logits(load(**reference), sample.compared)
-    loaded = load(**model)
-    closeness = compare(expected, last_logits(loaded, sample.compared))
-    micro_batches, limits = MicroBatches(loaded), sample.limits
-    split = micro_batches.split(sample.rows, TOKENS, max(limits, default=0))
-    answers = micro_batches.decode(sample.rows, split, sample.stop, limits)
-    return closeness, answers, {"tokens_per_second": _speed(loaded, sample.timed)} if sample.timed else {}
+def measure(tuned: Tuned, kind: str, folder: Path) -> tuple[Closeness, list[Decoded], dict[str, float]]:
+    """How close an export is to the adapter in float32, its answers, and its tokens per second."""
+    expected = last_logits(load(tuned.adapter, tuned.base, torch.float32, tuned.quantize), tuned.compared)
+    loaded = load(folder, tuned.base, quantize=tuned.quantize) if kind == "adapter" else load(folder)
+    closeness = compare(expected, last_logits(loaded, tuned.compared))
+    micro_batches, limits = MicroBatches(loaded), tuned.limits
+    split = micro_batches.split(tuned.rows, TOKENS, max(limits, default=0))
+    answers = micro_batches.decode(tuned.rows, split, tuned.stop, limits)
+    return closeness, answers, {"tokens_per_second": _speed(loaded, tuned.timed)} if tuned.timed else {}
 
 
 @torch.no_grad()

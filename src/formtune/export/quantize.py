@@ -4,30 +4,28 @@ import os
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import distributions
-from typing import Any, NamedTuple
+from typing import Any
 
 from formtune.export.gguf import to_gguf
 
 GROUPS = (128, 64, 32)  # inputs that share a scale in GPTQ and AWQ; all kernels of vLLM take these
+EXTRAS = {  # of `pip install`, with the packages that they bring, by what needs them: kinds, servers, the chat client
+    "int8": ("quantize", ("torchao",)),
+    "nf4": ("quantize", ("bitsandbytes",)),
+    "gptq": ("gptq", ("gptqmodel", "optimum")),
+    "awq": ("gptq", ("gptqmodel", "optimum")),
+    "gguf": ("gguf", ("xllamacpp",)),
+    "llamacpp": ("gguf", ("xllamacpp",)),
+    "transformers": ("serve", ("fastapi", "uvicorn", "openai")),
+    "chat": ("synthesize", ("openai",)),
+}
 
 
-class Scheme(NamedTuple):
-    """A way to store a merged model. A new one is an entry in `SCHEMES` and a name in `training.manifest.KINDS`."""
-
-    convert: Callable[..., None]  # from one folder to another, with rows to calibrate on
-    packages: tuple[str, ...]  # that make and load it
-    extra: str  # of `pip install`, with these packages
-
-
-def packages(kind: str) -> tuple[str, ...]:
-    """Those that make and load a kind."""
-    return SCHEMES[kind].packages if kind in SCHEMES else ()
-
-
-def lacking(kind: str) -> str | None:
-    """The package that a kind needs and that is not installed, with the command that installs it."""
-    missing = (name for name in packages(kind) if not list(distributions(name=name)))
-    return next((f"needs {name}: pip install -e '.[{SCHEMES[kind].extra}]'" for name in missing), None)
+def lacking(what: str) -> str | None:
+    """The package that something needs and that is not installed, with the command that installs it."""
+    extra, packages = EXTRAS.get(what, ("", ()))
+    missing = (name for name in packages if not list(distributions(name=name)))
+    return next((f"needs {name}: pip install -e '.[{extra}]'" for name in missing), None)
 
 
 def folder_name(kind: str, quant: str | None = None, **_: Any) -> str:
@@ -88,10 +86,12 @@ def _gptqmodel(scheme: str, source: str, target: str, rows: list[list[int]]) -> 
     model.save(target)
 
 
-SCHEMES = {
-    "int8": Scheme(partial(_transformers, "int8"), ("torchao",), "quantize"),
-    "nf4": Scheme(partial(_transformers, "nf4"), ("bitsandbytes",), "quantize"),
-    "gptq": Scheme(partial(_gptqmodel, "gptq"), ("gptqmodel", "optimum"), "gptq"),
-    "awq": Scheme(partial(_gptqmodel, "awq"), ("gptqmodel", "optimum"), "gptq"),
-    "gguf": Scheme(to_gguf, ("xllamacpp",), "gguf"),
+# How each kind is made of a merged model's folder, with rows to calibrate on. A new one also needs a name in
+# `training.manifest.KINDS`, and an entry in `EXTRAS` if it needs packages.
+SCHEMES: dict[str, Callable[..., None]] = {
+    "int8": partial(_transformers, "int8"),
+    "nf4": partial(_transformers, "nf4"),
+    "gptq": partial(_gptqmodel, "gptq"),
+    "awq": partial(_gptqmodel, "awq"),
+    "gguf": to_gguf,
 }

@@ -83,7 +83,9 @@ def test_a_worse_run_is_refused_unless_forced_with_a_reason_which_is_recorded(lo
     assert last["reason"] == "the old one leaks" and "joint/exact is worse" in last["overruled"][1]
     assert main(["deployments"]) == 0
     output = capsys.readouterr().out
-    assert "bad-adapter" in output and "good-adapter" in output and "forced" in output
+    assert (
+        "bad-adapter" in output and "good-adapter" in output and "the old one leaks; overruled: format/exact" in output
+    )
 
 
 def test_other_test_rows_a_missing_evaluation_and_another_format_are_no_evidence(logs, base, capsys):

@@ -17,8 +17,9 @@ import torch
 
 from conftest import byte_tokenizer, tiny_model, write_run, write_splits
 from formtune.cli import main
-from formtune.deploy.registry import Exported
-from formtune.deploy.server import ENGINES, link
+from formtune.deploy.server import link
+from formtune.export import quantize
+from formtune.export.exported import Exported
 from formtune.training.manifest import write_manifest
 
 SOURCE = Path(__file__).resolve().parents[3] / "src"
@@ -87,7 +88,7 @@ def test_another_base_or_a_changed_adapter_is_not_served(run, capsys):
 
 
 def test_a_base_without_a_chat_template_is_served_by_no_chat_server(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("formtune.deploy.server.find_spec", lambda name: name)
+    monkeypatch.setattr(quantize, "EXTRAS", {})
     for folder in (run / "adapter", tmp_path / "base"):
         (folder / "chat_template.jinja").unlink()
     base = str(tmp_path / "base")
@@ -101,20 +102,20 @@ def test_a_base_without_a_chat_template_is_served_by_no_chat_server(run, tmp_pat
 
 
 def test_missing_packages_and_a_port_in_use_are_one_line(run, capsys, monkeypatch):
-    monkeypatch.setitem(ENGINES, "transformers", ("serve", ("no_such_package",)))
+    monkeypatch.setitem(quantize.EXTRAS, "transformers", ("serve", ("no_such_package",)))
     assert main(["serve", str(run)]) == 2
-    assert "(no_such_package missing): pip install -e '.[serve]'" in capsys.readouterr().err
-    monkeypatch.setitem(ENGINES, "transformers", ("serve", ()))
+    assert "transformers needs no_such_package: pip install -e '.[serve]'" in capsys.readouterr().err
+    monkeypatch.setitem(quantize.EXTRAS, "transformers", ("serve", ()))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         assert main(["serve", str(run), "--port", port]) == 2
-        assert f"--port: 127.0.0.1:{port}: Address already in use; choose another" in capsys.readouterr().err
+        assert f"--port: 127.0.0.1:{port} is in use; choose another" in capsys.readouterr().err
 
 
 def test_a_server_that_ends_by_itself_is_an_error(run, capsys, monkeypatch):
-    monkeypatch.setitem(ENGINES, "transformers", ("serve", ()))
+    monkeypatch.setitem(quantize.EXTRAS, "transformers", ("serve", ()))
     monkeypatch.setattr(sys, "executable", "false")
     assert main(["serve", str(run), "--port", "0"]) == 2
     assert "the server exited with code 1" in capsys.readouterr().err
@@ -161,14 +162,16 @@ def test_what_cannot_be_served_together_is_refused(run, tmp_path, capsys):
     byte_tokenizer().save_pretrained("other")
     second = write_run(Path("more/r4"), str(tmp_path / "other"), [("it's number 5", True)])
     assert main(["serve", str(run), str(second)]) == 2
-    line = "more/r4/adapter: another base, chat template, precision or switch for thinking than logs/small/r4/adapter;"
+    line = (
+        "more/r4/adapter: only adapters that share base, chat template, precision and thinking with logs/small/r4/ada"
+    )
     assert line in capsys.readouterr().err
     write_run(second, str(tmp_path / "base"), [("it's number 5", True)])
     assert main(["serve", str(run), str(second)]) == 2
     assert "several would be called small-r4; rename one" in capsys.readouterr().err
     write_manifest(second / "adapter", "gguf", str(tmp_path / "base"), None)
     assert main(["serve", str(run), str(second)]) == 2
-    assert "more/r4/adapter: only adapters are served together; start a server for each" in capsys.readouterr().err
+    assert line in capsys.readouterr().err
 
 
 def test_adapters_share_the_weights_of_their_base_and_answer_as_they_do_alone(run, tmp_path):
@@ -224,7 +227,7 @@ def test_a_deployment_is_served_answers_the_printed_request_passes_the_check_and
         capsys.readouterr()
         check = ["check-endpoint", f"http://127.0.0.1:{port}/v1", "-c", "small.yaml", "--served_model"]
         assert main([*check, "/etc"]) == 2
-        assert "--served_model and OPENAI_API_KEY" in capsys.readouterr().err
+        assert "the model's name and OPENAI_API_KEY" in capsys.readouterr().err
         assert main([*check, "small-production", "--min_exact", "0.5"]) == 1
         assert "prompts: same number of tokens as formtune's in every row" in capsys.readouterr().out
         server.send_signal(signal.SIGTERM)

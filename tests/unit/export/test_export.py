@@ -28,7 +28,7 @@ from formtune.export.measure import (
     QUANTIZED,
     ROUNDED,
     Closeness,
-    Sample,
+    Tuned,
     call_fresh,
     compare,
     last_logits,
@@ -124,7 +124,7 @@ def test_an_export_holds_its_figures_its_manifest_and_answers_that_compare_reads
         assert manifest["kind"] == kind and manifest["data"] == result["data"]
         assert manifest["format"] == file_hash(run / "adapter/format.json")
         figures = manifest["verification"]
-        assert json.loads((run / f"outcomes/{kind}.json").read_text()) == figures | {"refused": None}
+        assert json.loads((run / f"outcomes/{kind}.json").read_text()) == figures and figures["refused"] is None
         assert figures["tokens_per_second"] > 0 and "constrained_tokens_per_second" not in figures
         exact = figures["format/exact"]
         assert exact["right"] / exact["rows"] == result["after"]["format/exact"]
@@ -149,8 +149,7 @@ def test_a_quantized_export_is_loaded_in_a_fresh_process_and_judged(run, kind, p
 def test_a_package_that_is_not_there_is_one_line_with_the_command(run, monkeypatch, capsys):
     from formtune.export import quantize
 
-    scheme = quantize.SCHEMES["int8"]._replace(packages=("no-such-package",))
-    monkeypatch.setitem(quantize.SCHEMES, "int8", scheme)
+    monkeypatch.setitem(quantize.EXTRAS, "int8", ("quantize", ("no-such-package",)))
     assert export(run, "--as", "int8") == 2
     assert "needs no-such-package: pip install -e '.[quantize]'" in capsys.readouterr().err
 
@@ -180,7 +179,7 @@ def _append(path):
     ("change", "message"),
     [
         (_append("{run}/adapter/adapter_config.json"), "adapter_config.json: changed since it was exported"),
-        (_append("base/config.json"), "config.json of base differs from the one the adapter was trained on"),
+        (_append("base/config.json"), "model.base: base is not the base of logs/small/one/adapter; its files differ"),
         (lambda run: Path("train.jsonl").write_text(json.dumps(pair(1)) + "\n"), "gives other test rows"),
         (lambda run: (run / "outcomes/after.jsonl").unlink(), "after.jsonl: No such file"),
         (lambda run: (run / "config.yaml").unlink(), "name the folder of a run"),
@@ -259,9 +258,8 @@ def test_tolerances_break_at_what_they_name_and_at_numbers_that_are_none():
 
 def measured(folder, reference):
     return call_fresh(
-        measure, f"{folder} does not load", model={"folder": str(folder)},
-        reference={"folder": str(reference), "dtype": torch.float32},
-        sample=Sample([Row(ROWS[0], [], "", None, "")], [4], [0], ROWS),
+        measure, f"{folder} does not load", kind="nf4", folder=folder,
+        tuned=Tuned(reference, None, None, torch.float32, [], ROWS, [Row(ROWS[0], [], "", None, "")], [4], [0]),
     )  # fmt: skip
 
 
@@ -335,7 +333,6 @@ def test_an_adapter_trained_on_4_bits_is_merged_into_the_whole_base(run, monkeyp
 
     monkeypatch.setattr(exporting, "load_base", watched)
     finished = FinishedRun(run)
-    finished.quantize = "4bit"
-    folder = exporting._make(finished, "merged", run)
+    folder = exporting.make(replace(finished.tuned, quantize="4bit"), "merged", run)
     assert loads == [(torch.float32, None)]
-    assert load(str(folder)).dtype == torch.float32
+    assert load(folder).dtype == torch.float32

@@ -15,9 +15,9 @@ from formtune.cli import main
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import read_outcomes
 from formtune.export import gguf, quantize
+from formtune.export.exported import go_template
 from formtune.export.llama_cpp import LlamaServer, prompt_fault, prove_prompts
 from formtune.export.measure import call_fresh
-from formtune.export.usage import go_template
 from formtune.training.manifest import verify
 
 DEMO = Path(__file__).parents[3] / "src/formtune/demo/base"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig
 
 from command import fork_fresh_processes
 from conftest import byte_tokenizer, tiny_model
@@ -15,9 +16,9 @@ from formtune.base.renderer import Renderer
 from formtune.cli import main
 from formtune.errors import UserError
 from formtune.export.measure import merge
-from formtune.export.quantize import SCHEMES, group_size
-from formtune.export.rules import RULES, TARGETS, check, vllm_rank
-from formtune.export.trial import Trial, shrink
+from formtune.export.quantize import EXTRAS, group_size
+from formtune.export.rules import MERGED, TARGETS, check, vllm_rank
+from formtune.export.trial import attempt, shrink
 from formtune.model.lora import Lora, lora_config
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 259}
@@ -28,7 +29,7 @@ def findings(adapter, shape="llama", targets=TARGETS, **changes):
     """Names of the rules that an adapter on a model of the shape breaks."""
     model = tiny_model(shape, **({"tie_word_embeddings": False} | (WIDE if shape == "llama" else {}) | changes))
     findings = dict(found for target in targets for found in check(model, adapter, target))
-    assert all(len(line.splitlines()) == 1 and re.search(r"\(\w+ [\d.]+\)$", line) for line in findings.values())
+    assert all(re.fullmatch(r".*\(\w+ [\d.]+\)", line) for line in findings.values())
     return [*findings]
 
 
@@ -44,14 +45,16 @@ def test_a_plain_adapter_on_a_plain_base_breaks_no_rule():
         ({"target_modules": ["embed_tokens"]}, {"tie_word_embeddings": True}, "tied embeddings", "int8"),
         ({"r": 1024}, {}, "rank", "vllm"),
         ({"use_dora": True}, {}, "DoRA", "vllm"),
-        ({}, {"hidden_size": 120, "head_dim": 32}, "group size", "gptq"),
-        ({}, {"intermediate_size": 264}, "output width", "awq"),
+        ({}, {"hidden_size": 120, "head_dim": 32}, "layer size", "gptq"),
+        ({}, {"intermediate_size": 264}, "layer size", "awq"),
     ],
 )
 def test_a_rule_finds_what_fails(adapter, changes, name, targets):
     config = LoraConfig(**{"target_modules": ["q_proj", "v_proj"]} | adapter)
     assert name in findings(config, targets=[targets], **changes)
-    others = [target for target in TARGETS if not any(r.name == name and target in r.targets for r in RULES)]
+    others = {"vllm": MERGED, "gptq": ("merge", "int8", "vllm"), "awq": ("merge", "int8", "vllm")}.get(
+        targets, ["vllm"]
+    )
     assert name not in findings(config, targets=others, **changes)
 
 
@@ -115,12 +118,11 @@ def test_the_trial_goes_through_on_every_family_with_two_layers_and_a_small_voca
     layers = {"n_layer": 5} if shape == "gpt2" else {"num_hidden_layers": 5}
     tiny_model(shape, **layers, vocab_size=10_003, tie_word_embeddings=True).config.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    trial = Trial(str(tmp_path / "base"), Lora(r=4), 40, tmp_path, Renderer.load(str(tmp_path / "base")))
-    text = trial.config.get_text_config()
+    text = shrink(AutoConfig.from_pretrained(tmp_path / "base")).get_text_config()
     assert (text.num_hidden_layers, text.vocab_size) == (2, 4096 + 10_003 % 4096) and text.tie_word_embeddings
-    verdict, detail = trial.attempt("merge")
+    base = str(tmp_path / "base")
+    verdict, detail = attempt("merge", base, Lora(r=4), 40, Renderer.load(base))
     assert verdict == "ok", detail
-    assert (tmp_path / "merged/model.safetensors").is_file()
 
 
 def test_a_small_vocabulary_is_kept_and_a_wide_one_keeps_what_does_not_divide_evenly():
@@ -131,13 +133,13 @@ def test_a_small_vocabulary_is_kept_and_a_wide_one_keeps_what_does_not_divide_ev
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", "nf4", "gptq", "awq"])
 def test_the_trial_quantizes_and_loads_again_in_a_fresh_process(scheme, tmp_path, monkeypatch):
-    pytest.importorskip(SCHEMES[scheme].packages[0], reason="an optional package")
+    pytest.importorskip(EXTRAS[scheme][1][0], reason="an optional package")
     if scheme != "int8":
         fork_fresh_processes(monkeypatch)
     tiny_model(**WIDE).config.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    trial = Trial(str(tmp_path / "base"), Lora(r=4), 40, tmp_path, Renderer.load(str(tmp_path / "base")))
-    verdict, detail = trial.attempt(scheme)
+    base = str(tmp_path / "base")
+    verdict, detail = attempt(scheme, base, Lora(r=4), 40, Renderer.load(base))
     assert verdict == "ok" and "in a fresh process, at 40 tokens" in detail, detail
 
 
@@ -171,19 +173,18 @@ def test_preflight_says_what_fails_in_its_exit_code_and_in_json(project, capsys)
 def test_a_package_that_is_not_there_is_a_line_and_no_failure(project, monkeypatch, capsys):
     from formtune.export import quantize
 
-    scheme = quantize.SCHEMES["int8"]._replace(packages=("no-such-package",))
-    monkeypatch.setitem(quantize.SCHEMES, "int8", scheme)
+    monkeypatch.setitem(quantize.EXTRAS, "int8", ("quantize", ("no-such-package",)))
     code, result = preflight("--for", "int8")
     assert code == 0 and quantize.lacking("int8") == "needs no-such-package: pip install -e '.[quantize]'"
     assert [it["verdict"] for it in result["checks"]] == ["ok", "not tried"]
-    assert "by the rules alone for int8" in " ".join(capsys.readouterr().out.split())
+    assert "only the rules were checked" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--for", "onnx"], "--for: no target 'onnx'"),
-        (["--for", ","], "--for: name some of"),
+        (["--for", ","], "--for: no target ''; name some of"),
         (["--model.lora.targets", '["nope"]'], "no layer is called 'nope'"),
         (["--model.lora.layer_replication", "x"], "layer_replication"),
         (["--model.base", "gone"], "no folder gone"),

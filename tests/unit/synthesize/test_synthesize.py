@@ -108,11 +108,11 @@ def test_the_same_command_again_asks_what_has_no_answer_yet(serve, task):
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "nonsense"])
 def test_an_endpoint_that_does_not_answer_is_named_in_one_line(task, capsys, monkeypatch, url):
-    monkeypatch.setattr("formtune.commands.synthesize.RETRIES", 0)
+    monkeypatch.setattr("formtune.deploy.endpoint.RETRIES", 0)
     run, *_ = task
     assert run(SimpleNamespace(url=url)) == 2
     output = capsys.readouterr().err
-    assert output.startswith(f"formtune: error: endpoint: {url} gave no answer") and len(output.splitlines()) == 1
+    assert output.startswith(f"formtune: error: {url}: Connection error.") and len(output.splitlines()) == 1
 
 
 def test_a_file_of_something_else_is_not_touched_and_prompts_are_needed(task, capsys):

@@ -1,0 +1,87 @@
+"""An exported folder: what it holds, and the files that say how to use a GGUF file elsewhere."""
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from formtune.base.folder import context_length
+from formtune.base.renderer import Renderer
+from formtune.base.row import Message, Row
+from formtune.data.settings import system_prompt
+from formtune.evaluation.page import render
+from formtune.files import write_json, write_whole
+from formtune.training.manifest import CARD, verify
+
+CONTEXT = 8192  # tokens that a server keeps, or as many as the test rows need: a longer context costs memory
+PIECES = ("system", "after_system", "answer", "after_answer", "end")  # of a template, between the texts of the turns
+
+
+class Exported:
+    """An exported folder, verified: of a run, deployed, or named itself."""
+
+    def __init__(self, folder: Path, outcomes: Path | None = None) -> None:
+        self.folder, self.manifest = folder, verify(folder)
+        self.config: Any = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        self.format: Any = json.loads((folder / "format.json").read_text(encoding="utf-8"))
+        self.task, self.kind = str(self.config["task"]), self.manifest["kind"]
+        self.base = self.manifest["base"]["path"] if self.kind == "adapter" else None  # that it needs
+        answers = "after" if folder.name == "adapter" else folder.name
+        self.outcomes = outcomes or folder.parent / "outcomes" / f"{answers}.jsonl"  # of the test rows
+
+    @functools.cached_property
+    def renderer(self) -> Renderer:
+        """Its renderer, with thinking on if its format has reasoning."""
+        options = self.format["init_args"]
+        tags = (options["open"], options["close"]) if "close" in options else None
+        return Renderer.load(str(self.folder.resolve()), tags=tags)
+
+    def request(self, text: str) -> dict[str, Any]:
+        """A request for a chat completion: model, messages, limit."""
+        system = system_prompt(self.config["data"]["system"], self.format)
+        turns: list[Message] = [{"role": "system", "content": system}] if system is not None else []
+        turns = self.renderer.turns([*turns, {"role": "user", "content": text}])
+        limit = self.config["model"]["max_new_tokens"]
+        return {"model": self.task, "temperature": 0, "max_tokens": limit, "messages": turns}
+
+
+def write_usage(folder: Path, adapter: Exported, schema: Any, rows: Sequence[Row]) -> None:
+    """Write a `Modelfile` and a request for Ollama, and a card with the commands that serve the file."""
+    renderer, request = adapter.renderer, adapter.request(rows[0].input)
+    needed = max(len(row.prompt_ids) for row in rows) + request["max_tokens"]
+    context = min(context_length(adapter.base) or 10**9, max(CONTEXT, needed))
+    body = {"model": request["model"], "messages": request["messages"], "stream": False}
+    body |= {"options": {"temperature": 0, "num_ctx": context}} | ({"format": schema} if schema else {})
+    write_json(folder / "request.json", body)
+    facts = {
+        "request": request, "schema": schema, "context": context, "thinking": renderer.thinking,
+        "template": go_template(renderer, rows), "stop": [renderer.tokenizer.decode([id]) for id in renderer.stop_ids],
+    }  # fmt: skip
+    for name, source in (("Modelfile", "Modelfile.jinja"), (CARD, "gguf.md.jinja")):
+        write_whole(folder / name, render(f"export/{source}", **facts))
+
+
+def go_template(renderer: Renderer, rows: Sequence[Row]) -> str | None:
+    """The chat template in Go's syntax, as Ollama reads it; None if that does not render the rows' prompts."""
+    texts = {role: f"formtune-{role}-turn" for role in ("system", "user", "assistant", "last")}
+    turns = [{"role": role.replace("last", "user"), "content": text} for role, text in texts.items()]
+    try:
+        whole, alone = (renderer._render(part, True) for part in (turns, turns[3:]))
+        pieces = dict(zip(PIECES, re.split("|".join(texts.values()), whole), strict=True))
+    except ValueError:  # a turn is missing, or the template refuses this order
+        return None
+    pieces["first"] = alone.removesuffix(texts["last"] + pieces["end"])
+    for row in rows:
+        turns = renderer.turns(row.messages[:-1])
+        before = ("system", "after_system") if len(turns) == 2 else ("first",) * len(turns)
+        text = "".join(pieces[name] + turn["content"] for name, turn in zip(before, turns, strict=True))
+        if len(turns) > 2 or text + pieces["end"] != renderer._render(turns, True, row.tools):
+            return None
+    if renderer.tokenizer("a")["input_ids"][:1] == [renderer.tokenizer.bos_token_id]:  # Ollama adds it as well
+        pieces |= {name: pieces[name].removeprefix(renderer.tokenizer.bos_token) for name in ("first", "system")}
+    escaped = {name: text.replace("{{", '{{ "{{" }}') for name, text in pieces.items()}
+    return render("export/turns.go.jinja", **escaped)
