@@ -4,9 +4,10 @@ import contextlib
 import hashlib
 import io
 import itertools
+import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,18 +24,15 @@ from formtune.errors import UserError
 from formtune.evaluation.page import render
 from formtune.files import LOGS, write_json, write_whole
 from formtune.sweep.choice import METRICS, choose, measure
-from formtune.sweep.runs import RANKS, Job, grid, seed_numbers
+from formtune.sweep.runs import RANKS, grid, result, train
 from formtune.training.run_folder import RunFolder
 
 HELP = """\
-All other arguments, such as -c TASK.yaml, are passed to `formtune train`. A point is one value for each key.
+All other arguments, such as -c TASK.yaml, are passed to `formtune train`. A point is one value for each key. The same
+command again keeps the finished runs and resumes the others, also with more values or seeds.
 
-Runs are in logs/<task>/<sweep>/, with the chosen configuration in config.yaml and all figures in report.html and
-sweep.json. The same command again keeps the finished runs and resumes the others, also with more values or seeds.
-
-examples:
+example:
   formtune sweep -c configs/demo.yaml --over model.lora.r=8,16 --over model.optimizer.lr=1e-4,2e-4 --seeds 0,1
-  formtune train -c logs/demo/SWEEP/config.yaml
 """
 RESERVED = {"run", "resume", "seed_everything", "print_config"}  # keys that the sweep sets
 # Keys on which the encoded rows depend
@@ -50,7 +48,9 @@ def run(command: str, args: list[str]) -> int:
     # With fewer, a better rank cannot be told from a luckier seed.
     parser.add_argument("--seeds", default="0,1,2", help="Seeds for each point (default: %(default)s)")
     options, arguments = parser.parse_known_args(args)
-    points, seeds = grid(options.over or [RANKS]), seed_numbers(options.seeds)
+    if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
+        raise UserError(f"--seeds {options.seeds}: expected whole numbers from 0, as in --seeds 0,1,2")
+    points, seeds = grid(options.over or [RANKS]), list(dict.fromkeys(map(int, options.seeds.split(","))))
     keys = next(iter(points.values())).keys()
     given = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
     for key in given & keys | RESERVED & (given | keys):
@@ -59,9 +59,9 @@ def run(command: str, args: list[str]) -> int:
     settings = yaml.safe_load(configuration)
     task = settings.get("task") or Path(["task", *config_paths(arguments)][-1]).stem
     arguments += ["--task", task]
-    point_arguments = {name: [f"--{key}={value}" for key, value in point.items()] for name, point in points.items()}
+    words = {name: [f"--{key}={value}" for key, value in point.items()] for name, point in points.items()}
     # All of them, so that a mistake is found before the first run.
-    configurations = {name: _configuration([*arguments, *words]) for name, words in point_arguments.items()}
+    configurations = {name: _configuration([*arguments, *own]) for name, own in words.items()}
     digest = hashlib.sha256("\n".join([configuration, *keys]).encode()).hexdigest()[:8]
     folder = LOGS / task / f"sweep-{'-'.join(key.rpartition('.')[2] for key in keys)}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,13 +72,10 @@ def run(command: str, args: list[str]) -> int:
                 begun = (RunFolder(path.parent).date for path in folder.glob("*/config.yaml"))
                 arguments.append(f"--data.date={next(filter(None, begun), today())}")
             # All points once before any of them twice: an interrupted sweep shows the most.
-            jobs = []
-            for seed, (name, words) in itertools.product(seeds, point_arguments.items()):
-                run_name = f"{name}-seed{seed}"
-                of_run = [f"--seed_everything={seed}", f"--run={folder.name}/{run_name}", "--resume"]
-                jobs.append(Job(name, folder / run_name, [*arguments, *words, *of_run]))
-            failed = _train(jobs, folder, same_rows=not any(key.startswith(CHANGES_ROWS) for key in keys))
-            results = {name: [job.result() for job in jobs if job.point == name] for name in points}
+            runs = {folder / f"{name}-seed{seed}": [*arguments, *words[name], f"--seed_everything={seed}"]
+                    for seed, name in itertools.product(seeds, points)}  # fmt: skip
+            failed = _train(runs, folder, same_rows=not any(key.startswith(CHANGES_ROWS) for key in keys))
+            results = {name: [result(folder / f"{name}-seed{seed}") for seed in seeds] for name in points}
             measured = [measure(name, ended) for name, them in results.items() if (ended := [*filter(None, them)])]
             # A point that lost a seed would be judged by those that went well.
             complete = [point for point in measured if point.seeds == len(seeds)]
@@ -113,26 +110,26 @@ def _configuration(arguments: Sequence[str]) -> str:
     return out.getvalue()
 
 
-def _train(jobs: Sequence[Job], folder: Path, same_rows: bool) -> list[str]:
-    """Run what is not finished, one run after the other; a line for each that failed."""
-    results, failed = [result for job in jobs if (result := job.result())], list[str]()
-    print(f"{len(jobs)} runs in {folder}, {len(results)} of them already finished", flush=True)
+def _train(runs: Mapping[Path, list[str]], folder: Path, same_rows: bool) -> list[str]:
+    """Train what is not finished, one run after the other; a line for each that failed."""
+    rows, failed = {path: ended["data"] for path in runs if (ended := result(path))}, list[str]()
+    print(f"{len(runs)} runs in {folder}, {len(rows)} of them already finished", flush=True)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` has it ignored
             signal.signal(number, signal.default_int_handler)  # so that no run outlives its sweep
-    for job in [job for job in jobs if not job.result()]:
-        code, result = job.run(), job.result()
-        if result is None:
-            if code == 2 and not results and not failed:
-                raise UserError(job.why(code))  # a mistake that the other runs have too
-            failed.append(f"{job.folder.name} failed: {job.why(code)} (see {job.log})")
+    for path in [path for path in runs if path not in rows]:
+        code, why = train(path, [*runs[path], f"--run={folder.name}/{path.name}", "--resume"])
+        ended = result(path)
+        if ended is None:
+            if code == 2 and not rows and not failed:
+                raise UserError(why)  # a mistake that the other runs have too
+            failed.append(f"{path.name} failed: {why} (see {path}/output.log)")
             print(failed[-1], file=sys.stderr, flush=True)
             continue
-        results.append(result)
-        if same_rows and len({each["data"] for each in results}) > 1:
+        rows[path] = ended["data"]
+        if same_rows and len(set(rows.values())) > 1:
             raise UserError(f"{folder}: the rows changed after its first runs; delete it to begin again")
-        best, seconds = result["training"]["best"], result["training"]["seconds"]
+        best, seconds = ended["training"]["best"], ended["training"]["seconds"]
         figures = f"format/exact {best['exact'] / best['rows']:.1%}, field F1 {best['field_f1']:.1%} on validation"
-        done = f"{len(results) + len(failed)}/{len(jobs)}"
-        print(f"{job.folder.name}: {figures}, {seconds:.0f} s ({done})", flush=True)
+        print(f"{path.name}: {figures}, {seconds:.0f} s ({len(rows) + len(failed)}/{len(runs)})", flush=True)
     return failed

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from formtune.errors import UserError
 
@@ -41,46 +41,29 @@ def _slug(value: str) -> str:
     return plain if plain[:1].isdigit() else f"-{plain}"
 
 
-def seed_numbers(text: str) -> list[int]:
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise UserError(f"--seeds {text}: expected whole numbers from 0, as in --seeds 0,1,2")
-    return list(dict.fromkeys(map(int, text.split(","))))
+def result(run: Path) -> dict[str, Any] | None:
+    """The `metrics.json` of a run; None if it is not finished."""
+    path = run / "metrics.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-class Job(NamedTuple):
-    """One run: a point trained with one seed."""
+def train(run: Path, arguments: Sequence[str]) -> tuple[int, str]:
+    """Run `formtune train`: its exit code, and why it failed, in one line.
 
-    point: str
-    folder: Path
-    arguments: list[str]
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "output.log"
-
-    def result(self) -> dict[str, Any] | None:
-        """Its `metrics.json`; None if it is not finished."""
-        path = self.folder / "metrics.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-    def run(self) -> int:
-        """Train, and return the exit code; an interruption kills the run, which loses seconds when it is resumed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as log:
-            process = subprocess.Popen(
-                [*TRAIN, *self.arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
-        try:
-            return process.wait()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with its own processes
-            process.wait()
-
-    def why(self, code: int) -> str:
-        """Why it ended with this exit code, in one line."""
-        if code < 0:
-            return f"ended by {signal.Signals(-code).name}"
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().rsplit("\n", 1)
-        return lines[-1].removeprefix("formtune: error: ") or f"exit code {code}"
+    An interruption kills the run, which loses seconds when it is resumed.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    path = run / "output.log"
+    with path.open("wb") as log:
+        process = subprocess.Popen(
+            [*TRAIN, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        code = process.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with its own processes
+        process.wait()
+    last = path.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+    why = last.removeprefix("formtune: error: ") or f"exit code {code}"
+    return code, f"ended by {signal.Signals(-code).name}" if code < 0 else why
