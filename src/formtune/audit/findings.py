@@ -19,7 +19,6 @@ from formtune.data.settings import DataSettings
 from formtune.errors import UserError
 from formtune.formats import Format, JsonSchema
 from formtune.formats.content import Words, leaves
-from formtune.formats.key_orders import Orders
 
 NAMED = 8  # labels or paths that a warning names
 RARE = 0.1  # of the rows that each label would have if all had as many: below this a label is rare
@@ -62,7 +61,7 @@ def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[st
         "labels": _labels(examples, format),
         "sources": dict(Counter(example.origin for example in examples["train"]).most_common()),
         "ungrounded": ungrounded(all_examples, format),
-        "key_order": _key_order(examples["train"], format, splits.orders),
+        "reordered": _reordered(examples["train"], format),
         "repeats": [asdict(row) for row in splits.repeats],
         "production": None,
         # With the turns of the row that it repeats or contradicts.
@@ -103,18 +102,19 @@ def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[st
     return {path: {"share": len(invented) / counts[path], "rows": invented} for path, invented in rows.items()}
 
 
-def _key_order(examples: Sequence[Example], format: Format, orders: Orders) -> dict[str, Any]:
-    """Answers whose keys come in another order than the schema's, and parts that keep one order in a grammar."""
+def _reordered(examples: Sequence[Example], format: Format) -> int:
+    """The number of answers whose keys come in another order than the schema's; 0 if no grammar can force it."""
     try:
-        kept = [] if format.per_row else format.ordered_grammar(orders)[1]
-    except UserError:  # no grammar, so that no order is forced
-        return {"rows": 0, "kept": []}
+        if not format.per_row:
+            format.grammar()
+    except UserError:
+        return 0
     reordered = 0
     for example in examples:
         own = (format.inner or format).of_row(example.schema)
         plain = json.dumps(example.value, ensure_ascii=False, separators=(",", ":"))
         reordered += isinstance(own, JsonSchema) and own.write(example.value) != plain
-    return {"rows": reordered, "kept": kept}
+    return reordered
 
 
 def compare_inputs(train: Sequence[str], production: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -158,24 +158,19 @@ def _labels(examples: Mapping[str, Sequence[Example]], format: Format) -> dict[s
 
 def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]:
     """What does not block training and should be looked at, one line each."""
-    rows, order, format = findings["rows"]["train"]["used"], findings["key_order"], settings.format
+    rows, reordered, format = findings["rows"]["train"]["used"], findings["reordered"], settings.format
     fix = f"data.repair_answers: [{', '.join(dict.fromkeys([*settings.repair_answers, 'canonical']))}]"
     if rows < FEW_ROWS:
         yield (
             f"{rows:,} training rows: with less than about {FEW_ROWS}, a model memorises the examples "
             "rather than learning the task; collect more, from people where possible"
         )
-    if order["rows"]:
+    if reordered:
         yield (
-            f"{order['rows']:,} of {rows:,} training answers have keys in another order than the schema's; formtune's "
+            f"{reordered:,} of {rows:,} training answers have keys in another order than the schema's; formtune's "
             "constrained decoding allows it, but an engine that forces the schema's order (vLLM, llama.cpp, OpenAI's "
             "response_format) makes the model leave out each key that it has passed; if you serve with one, train on "
             f"that order: {fix}"
-        )
-    if order["kept"]:
-        yield (
-            f"key order: constrained decoding allows one order at {', '.join(order['kept'][:NAMED])}, and training "
-            f"answers have several; train on one: {fix}"
         )
     for split, count in Counter(row["split"] for row in findings["repeats"]).items():
         first = next(row for row in findings["repeats"] if row["split"] == split)

@@ -43,14 +43,14 @@ def check_identity(recorded: Any, current: dict[str, Any], resumes: bool) -> Non
             "ckpt_path: the checkpoint was not written by this version of formtune; use the version that wrote it, or "
             "start a new run"
         )
-    if recorded["base"] != current["base"]:
-        raise UserError("model.base: the checkpoint was trained on another base")
-    if recorded["template"] != current["template"]:
-        raise UserError("model.chat_template: the checkpoint was trained with another chat template; name its file")
-    if resumes and recorded["format"] != current["format"]:
-        raise UserError("data.format: the format has changed since this run began; start a new run")
-    if resumes and recorded["adapter"] != current["adapter"]:
-        raise UserError("model.adapter: the adapter has changed since this run began; start a new run")
-    if resumes and recorded["processes"] != current["processes"]:
-        before, now = recorded["processes"], current["processes"]
-        raise UserError(f"trainer.devices: this run began on {before} processes, not {now}; resume it on {before}")
+    before, now = recorded["processes"], current["processes"]
+    differing = {
+        "base": "model.base: the checkpoint was trained on another base",
+        "template": "model.chat_template: the checkpoint was trained with another chat template; name its file",
+        "format": "data.format: the format has changed since this run began; start a new run",
+        "adapter": "model.adapter: the adapter has changed since this run began; start a new run",
+        "processes": f"trainer.devices: this run began on {before} processes, not {now}; resume it on {before}",
+    }
+    for name in differing if resumes else ("base", "template"):
+        if recorded[name] != current[name]:
+            raise UserError(differing[name])

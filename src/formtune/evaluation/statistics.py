@@ -1,7 +1,7 @@
 """Intervals of the figures on the test rows, and paired tests of two runs on the same rows."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,6 @@ class Difference:
     rows: int
     needed: int | None  # rows with which the test would have 80 % power, None for no difference
     p: float
-    interval: Interval | None = None  # of the value; None for a rate
 
 
 def wilson(count: int, rows: int) -> Interval:
@@ -69,21 +68,37 @@ def rate_difference(first: Sequence[bool], second: Sequence[bool]) -> Difference
 
 def f1_interval(counts: np.ndarray) -> Interval:
     """95 % interval of micro F1 by bootstrap; `counts`, of shape (2, rows), are shared values and values of both."""
-    return _interval(_bootstrap(_f1, counts)) if counts.shape[1] > 1 else (0.0, 1.0)
+    if counts.shape[1] < 2:
+        return 0.0, 1.0
+    # Not BCa: it is undefined if no resample is below or above the figure, as often near an F1 of 1.
+    drawn = stats.bootstrap(
+        tuple(counts), _f1, paired=True, vectorized=True, confidence_level=CONFIDENCE, method="percentile",
+        batch=max(1, _ELEMENTS // counts.size), rng=0,
+    )  # fmt: skip
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
 def f1_difference(first: np.ndarray, second: np.ndarray) -> Difference:
-    """Compare micro F1 (counts: see `f1_interval`): interval by paired bootstrap, test by randomization (Yeh, 2000)."""
-    counts, rows = np.concatenate([first, second]), first.shape[1]
-    value = float(_gain(*counts))
-    if rows < 2:
-        return Difference(value, False, rows, None, 1.0, (-1.0, 1.0))
-    drawn, p = _bootstrap(_gain, counts), _swapped(counts)
-    sure, needed = p < 1 - CONFIDENCE, None
+    """Compare micro F1 (counts: see `f1_interval`) by randomization (Yeh, 2000): each row's two answers are swapped.
+
+    The test is exact up to 12 differing rows.
+    """
+    value, rows = float(_f1(*second) - _f1(*first)), first.shape[1]
+    differs = (first != second).any(axis=0)
+    if not differs.any():
+        return Difference(value, False, rows, None, 1.0)
+    rest = first[:, ~differs].sum(axis=1, keepdims=True)  # the other rows as one, where swapping changes nothing
+    both, either = np.concatenate([first[:, differs], rest, second[:, differs], rest], axis=1)
+    test = stats.permutation_test(
+        tuple(np.arange(len(both)).reshape(2, -1)),
+        lambda before, after, axis: _f1(both[after], either[after], axis) - _f1(both[before], either[before], axis),
+        permutation_type="samples", vectorized=True, batch=max(1, _ELEMENTS // len(both)), rng=0,
+    )  # fmt: skip
+    sure, needed = bool(test.pvalue < 1 - CONFIDENCE), None
     if value:  # F1 is nearly a mean, whose standard error falls with the square root of the rows
-        needed = math.ceil(rows * (sum(_QUANTILES) * drawn.standard_error / value) ** 2)
+        needed = math.ceil(rows * (sum(_QUANTILES) * float(np.std(test.null_distribution)) / value) ** 2)
         needed = needed if sure else max(needed, rows + 1)
-    return Difference(value, sure, rows, needed, p, _interval(drawn))
+    return Difference(value, sure, rows, needed, float(test.pvalue))
 
 
 def verdict(difference: Difference) -> str:
@@ -98,35 +113,3 @@ def verdict(difference: Difference) -> str:
 
 def _f1(both: Any, either: Any, axis: int = -1) -> Any:
     return 2 * both.sum(axis) / np.maximum(either.sum(axis), 1)
-
-
-def _gain(both: Any, either: Any, both_after: Any, either_after: Any, axis: int = -1) -> Any:
-    return _f1(both_after, either_after, axis) - _f1(both, either, axis)
-
-
-def _bootstrap(statistic: Callable[..., Any], samples: np.ndarray) -> Any:
-    # Not BCa: it is undefined if no resample is below or above the figure, as often near an F1 of 1.
-    return stats.bootstrap(
-        tuple(samples), statistic, paired=True, vectorized=True, confidence_level=CONFIDENCE, method="percentile",
-        batch=max(1, _ELEMENTS // samples.size), rng=0,
-    )  # fmt: skip
-
-
-def _interval(drawn: Any) -> Interval:
-    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
-
-
-def _swapped(counts: np.ndarray) -> float:
-    """p of a difference as large if each row's two answers were swapped at random; exact up to 12 differing rows."""
-    differs = (counts[:2] != counts[2:]).any(axis=0)
-    if differs.sum() < 2:
-        return 1.0
-    rest = counts[:, ~differs].sum(axis=1, keepdims=True)  # of the other rows, where swapping changes nothing
-    counts = np.concatenate([counts[:, differs], rest], axis=1)
-    both, either = np.concatenate([counts[:2], counts[2:]], axis=1)
-    rows = np.arange(len(both)).reshape(2, -1)
-    test = stats.permutation_test(
-        tuple(rows), lambda before, after, axis: _gain(both[before], either[before], both[after], either[after], axis),
-        permutation_type="samples", vectorized=True, batch=max(1, _ELEMENTS // len(both)), rng=0,
-    )  # fmt: skip
-    return float(test.pvalue)

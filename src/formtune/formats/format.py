@@ -120,12 +120,9 @@ class Format(ABC):
         """
         return None
 
-    def ordered_grammar(self, orders: Orders | None) -> tuple[str | None, list[str]]:
-        """As `grammar`, with JSON keys in the orders that training targets use; None for any order.
-
-        The rules are None if those of `grammar` allow these orders. The list names the parts for which they do not.
-        """
-        return None, []
+    def ordered_grammar(self, orders: Orders | None) -> str | None:
+        """As `grammar`, with JSON keys in the orders that targets use, None for any; None if `grammar` allows these."""
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """The format as plain data, complete without other files: `class_path` and `init_args`."""

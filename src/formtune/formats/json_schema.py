@@ -79,7 +79,7 @@ class JsonSchema(Format):
             with time_limit():
                 self._validator.is_valid({})
         except RecursionError:
-            raise UserError(f"{name}: the schema is nested too deeply; flatten it with $defs") from None
+            raise UserError(f"{name}: the schema refers to itself endlessly, or is nested too deeply") from None
         except TimeoutError:
             raise UserError(f"{name}: the schema takes too long to check; its references multiply") from None
         notes += [f"the schema is read from {keys!r}"] if keys else []
@@ -130,11 +130,9 @@ class JsonSchema(Format):
     def grammar(self) -> str:
         return json_rules(self._root, self.canonical)
 
-    def ordered_grammar(self, orders: Orders | None) -> tuple[str | None, list[str]]:
-        if self.canonical:  # the order is part of the format
-            return None, []
-        rules = OrderedRules(closed(self._root, canonical=False), orders)
-        return rules.text, rules.kept
+    def ordered_grammar(self, orders: Orders | None) -> str | None:
+        # Of a canonical format the order is a part.
+        return None if self.canonical else OrderedRules(closed(self._root, canonical=False), orders).text
 
 
 def _problem(error: ValidationError) -> Problem:

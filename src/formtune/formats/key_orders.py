@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from formtune.formats.bounded import resolver
-from formtune.formats.dialect import KEYWORDS, schema_nodes, types
+from formtune.formats.dialect import KEYWORDS, types
 
 # By the key that holds the objects, "" for the whole: how often a key comes right before another one.
 Orders = dict[str, dict[str, dict[str, int]]]
@@ -44,9 +44,9 @@ def learn_orders(values: Iterable[Any]) -> Orders:
 class OrderedRules:
     """Rules for a schema as `closed` gives it, with the keys of its objects in these orders; None allows any order.
 
-    `text` is None if the schema's own order is right. `kept` names the parts that keep one order although targets use
-    several. The rules allow no other values than the schema, if llguidance takes it as it is: that proves that the
-    alternatives of each `oneOf` exclude one another.
+    `text` is None if the schema's own order is right. Parts of allOf, keys beside a union or `$ref`, objects in tuples
+    or of more than 64 keys, and a root that may be a scalar keep one order. The rules allow no other values than the schema,
+    if llguidance takes it as it is: that proves that the alternatives of each `oneOf` exclude one another.
     """
 
     def __init__(self, root: dict[str, Any], orders: Orders | None) -> None:
@@ -56,13 +56,9 @@ class OrderedRules:
         self._terminals: dict[str, str] = {}  # by key
         self._objects: set[int] = set()
         self._free: set[int] = set()  # objects whose keys come in any order
-        self._paths = {id(node): path for path, node in schema_nodes(root)}
-        self.kept: list[str] = []
         self.text = f"answer: {self._json(root)}" if self._arrange(orders) else None
         if self._free and not self._starts_with_json(start := self._rule(root)):
             self.text = self._lark(start)
-        elif self._free:
-            self.kept = ["$"]
 
     def _starts_with_json(self, name: str) -> bool:
         """Whether an alternative of the whole is a %json, before which llguidance would allow white space."""
@@ -151,7 +147,6 @@ class OrderedRules:
         elif kinds <= {"array", *_SCALARS} and keywords <= {"type", "items", "minItems", "maxItems"}:
             body = self._array(node)
         if not body:
-            self.kept += [self._paths[id(node)]] if self._reaches(node, self._free) else []
             return self._json(node)
         others = sorted(kinds & _SCALARS)
         return body + (f" | {self._json({'type': others})}" if others else "")

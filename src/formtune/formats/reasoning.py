@@ -45,21 +45,21 @@ class Reasoning(Format):
         return self.format.parse(answer)
 
     def grammar(self) -> str | None:
-        rules = self.format.grammar()
-        return rules and self._rules(rules)
+        return self._around(self.format.grammar())
 
-    def ordered_grammar(self, orders: Orders | None) -> tuple[str | None, list[str]]:
-        rules, kept = self.format.ordered_grammar(orders)
-        return rules and self._rules(rules), kept
+    def ordered_grammar(self, orders: Orders | None) -> str | None:
+        return self._around(self.format.ordered_grammar(orders))
 
-    def _rules(self, answer: str) -> str:
+    def _around(self, rules: str | None) -> str | None:
+        if rules is None:
+            return None
         opening, closing = (json.dumps(tag, ensure_ascii=False) if tag else "" for tag in (self.open, self.close))
         text, some = ("TEXT", r"[^\s\x1c-\x1f]") if self.required else ("TEXT?", ".")
         # A tag may be a single token, which then is not part of a text. Lazy: the first closing tag ends the reasoning.
         return (
             f"answer: {opening} reasoning SPACE? body\nreasoning: tagged | ( {text} {closing} )\n"
             f"tagged[lazy]: {text} {closing}\nTEXT: /(?s:.*{some}.*)/ & ~(ANY?{closing}ANY?)\nANY: /(?s:.+)/\n"
-            f"SPACE: /[ \\t\\r\\n]{{1,4}}/\nbody: %lark {{\nstart: answer\n{answer}\n}}"
+            f"SPACE: /[ \\t\\r\\n]{{1,4}}/\nbody: %lark {{\nstart: answer\n{rules}\n}}"
         )
 
     def _read(self, text: str) -> tuple[bool, Any, list[Problem]]:

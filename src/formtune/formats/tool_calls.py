@@ -107,9 +107,8 @@ class ToolCalls(Format):
             raise UserError(f"model.constrained: ToolCalls has a grammar only if {need}; turn constrained decoding off")
         return self._rules([parameters.grammar() for parameters in self._tools.values()])
 
-    def ordered_grammar(self, orders: Orders | None) -> tuple[str | None, list[str]]:
-        pairs = [(tool.ordered_grammar(orders)[0], tool.grammar()) for tool in self._tools.values()]
-        return self._rules([ordered or own for ordered, own in pairs]), []
+    def ordered_grammar(self, orders: Orders | None) -> str:
+        return self._rules([tool.ordered_grammar(orders) or tool.grammar() for tool in self._tools.values()])
 
     def _rules(self, arguments: list[str]) -> str:
         key, calls, rules = "parameters" if self.syntax == "llama" else "arguments", [], []

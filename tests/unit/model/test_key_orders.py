@@ -111,17 +111,13 @@ def test_unions_too_accept_every_target(name):
     for value in targets:
         text = json.dumps(value, separators=(",", ":"))
         assert takes(canonical, text) == takes(plain, text)
-    _, kept = format.ordered_grammar(orders)
-    assert kept == [] or name in composed
 
 
-def test_an_object_with_too_many_keys_keeps_the_most_frequent_order_and_is_named():
+def test_an_object_with_too_many_keys_keeps_the_most_frequent_order():
     names = [f"k{i}" for i in range(MAX_KEYS + 1)]
     schema = closed("", "", wide=closed(names, ""), n=DIGIT)
     targets = [{"wide": {"k1": 1, "k0": 1}, "n": 1}, {"wide": {"k1": 1, "k0": 1}}, {"n": 1, "wide": {"k0": 1, "k1": 1}}]
-    _, kept = JsonSchema(schema=schema).ordered_grammar(learn_orders(targets))
     grammar = grammar_for(schema, *targets)
-    assert kept == ["$.properties.wide"]
     assert [takes(grammar, json.dumps(target)) for target in targets] == [True, True, False]
     del schema["properties"]["wide"]["properties"]["k2"]
     assert takes(grammar_for(schema, *targets), json.dumps({"n": 1, "wide": dict.fromkeys(reversed(names[:2]), 1)}))
