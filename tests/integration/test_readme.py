@@ -11,9 +11,12 @@ import torch
 import yaml
 
 from formtune import formats
+from formtune.base.row import Row
 from formtune.cli import main
 from formtune.commands import COMMANDS as COMMANDS_OF_FORMTUNE
-from formtune.evaluation.metrics import OwnMetrics
+from formtune.evaluation.metrics import Scores
+from formtune.evaluation.outcomes import outcome
+from formtune.formats import Regex
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
@@ -108,13 +111,14 @@ def test_the_format_of_ones_own_works_as_shown(monkeypatch):
 def test_the_metric_of_ones_own_works_as_shown_in_tests_and_then_in_validations():
     namespace: dict = {}
     exec(next(text for text in PYTHON if "LengthRatio" in text), namespace)
-    metrics = OwnMetrics([namespace["LengthRatio"]()])
+    format = Regex(".*")
+    scores = Scores(format, [namespace["LengthRatio"]()])
     for mode in (torch.inference_mode, torch.no_grad):
         with mode():
-            metrics.reset()
-            metrics.update(["abc", "d"], ["ab", ""])
-            metrics.update(["", "x"], ["", "yz"])
-            assert metrics.compute() == {"own/LengthRatio": 1.25}
+            for pairs in ([("abc", "ab"), ("d", "")], [("", ""), ("x", "yz")]):
+                rows = [(Row([], [], "", target, ""), answer) for answer, target in pairs]
+                scores.update([outcome(row, answer, format.check(answer), format) for row, answer in rows])
+            assert scores.compute()[0]["own/LengthRatio"] == 1.25
 
 
 def test_the_notebooks_cells_make_a_task_whose_targets_have_its_format(monkeypatch, tmp_path):

@@ -1,8 +1,8 @@
 """Metrics as sums and counts over all rows, so that the number of processes and uneven batches change nothing."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -88,31 +88,12 @@ def ratios(counts: Counts) -> dict[str, float]:
     }
 
 
-class OwnMetrics(MetricCollection):
-    """The user's own metrics on texts: `own/` and the class, or the figure's name if `compute` returns several."""
-
-    def __init__(self, metrics: Sequence[Metric]) -> None:
-        names = [type(metric).__name__ for metric in metrics]
-        numbered = (f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1))
-        super().__init__(dict(zip(numbered, metrics, strict=True)), prefix="own/", compute_groups=False)
-
-    def update(self, predictions: list[str], targets: list[str]) -> None:  # type: ignore[override]
-        if predictions:  # a process may get no row
-            _call("update", super().update, predictions, targets)
-
-    def compute(self) -> dict[str, float]:
-        """Every figure, over all processes; NaN before the first answer."""
-        return {name: _call("compute", float, it) for name, it in _call("compute", super().compute).items()}
-
-    def reset(self) -> None:
-        _call("reset", super().reset)
-
-
-def _call(what: str, method: Any, *arguments: Any) -> Any:
+@contextmanager
+def _own(what: str) -> Iterator[None]:
     # Lightning tests in inference mode, and a state made there could not be changed in place in a validation.
     with torch.inference_mode(False), torch.no_grad():
         try:
-            return method(*arguments)
+            yield
         except Exception as error:  # whatever the user's code raises
             raise UserError(
                 f"model.metrics: {what} failed: {type(error).__name__}: {first_line(error)} (update takes two lists of "
@@ -121,11 +102,18 @@ def _call(what: str, method: Any, *arguments: Any) -> Any:
 
 
 class Scores(nn.Module):
-    """All metrics of an evaluation: verdicts, losses and the user's own."""
+    """All metrics of an evaluation: verdicts, losses and the user's own.
+
+    The user's are named by `own/` and the class, or the figure's name if `compute` returns several.
+    """
 
     def __init__(self, format: Format, metrics: Sequence[Metric]) -> None:
         super().__init__()
-        self.verdicts, self.losses, self.own = FormatMetrics(format), LossMetrics(), OwnMetrics(metrics)
+        self.verdicts, self.losses = FormatMetrics(format), LossMetrics()
+        names = [type(metric).__name__ for metric in metrics]
+        numbered = (f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1))
+        own = dict(zip(numbered, metrics, strict=True))
+        self.own = MetricCollection(own, prefix="own/", compute_groups=False)  # type: ignore[arg-type]
 
     @property
     def names(self) -> set[str]:
@@ -135,12 +123,17 @@ class Scores(nn.Module):
 
     def update(self, outcomes: Sequence[Outcome]) -> None:
         self.verdicts.update(outcomes)
-        self.own.update([one.answer for one in outcomes], [one.target for one in outcomes])
+        if outcomes:  # a process may get no row
+            with _own("update"):
+                self.own.update([one.answer for one in outcomes], [one.target for one in outcomes])
 
     def compute(self) -> tuple[dict[str, float], Counts]:
         """Every figure, and its counts unless it is the user's own, over all processes; then begin anew."""
         counts = self.losses.compute() | self.verdicts.compute()
-        figures = ratios(counts) | self.own.compute()
-        for metrics in (self.losses, self.verdicts, self.own):
-            metrics.reset()
+        with _own("compute"):
+            figures = ratios(counts) | {name: float(value) for name, value in self.own.compute().items()}
+        with _own("reset"):
+            self.own.reset()
+        self.losses.reset()
+        self.verdicts.reset()
         return figures, counts

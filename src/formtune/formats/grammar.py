@@ -1,4 +1,4 @@
-"""Formats as grammars: Lark rules in llguidance's dialect, of which `answer` is the whole text.
+"""JSON Schemas as llguidance has to be given them.
 
 A grammar may allow less than its format, never more, except that it reads possessive quantifiers as greedy ones.
 llguidance refuses most of what it cannot express; this file refuses what it would read in another sense.
@@ -23,11 +23,6 @@ _CLOCK = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 _TIME = rf"{_CLOCK}:[0-5][0-9](?:\.[0-9]{{1,6}})?(?:[zZ]|[+-]{_CLOCK})"
 # llguidance knows these formats too, with days and seconds that the format does not: 29 February of every year.
 _FORMATS = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}[Tt]{_TIME}", "uri": "[^:]+:.+"}
-
-
-def json_rules(schema: dict[str, Any], canonical: bool) -> str:
-    """The grammar of JSON that keeps a valid schema, its keys in the schema's order."""
-    return f"answer: %json {json.dumps(closed(schema, canonical))}"
 
 
 def closed(schema: dict[str, Any], canonical: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from formtune.errors import UserError
 from formtune.formats.bounded import bounded_validator, time_limit
 from formtune.formats.dialect import KEYWORDS, TYPES, read_draft
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
-from formtune.formats.grammar import closed, json_rules
+from formtune.formats.grammar import closed
 from formtune.formats.key_orders import OrderedRules, Orders
 from formtune.formats.places import Part, Places, is_array, is_label
 from formtune.formats.strict_json import find_documents, loads_strict, value_spans
@@ -128,7 +128,7 @@ class JsonSchema(Format):
         return dict(value_spans(text))
 
     def grammar(self) -> str:
-        return json_rules(self._root, self.canonical)
+        return f"answer: %json {json.dumps(closed(self._root, self.canonical))}"
 
     def ordered_grammar(self, orders: Orders | None) -> str | None:
         # Of a canonical format the order is a part.

@@ -44,9 +44,9 @@ def learn_orders(values: Iterable[Any]) -> Orders:
 class OrderedRules:
     """Rules for a schema as `closed` gives it, with the keys of its objects in these orders; None allows any order.
 
-    `text` is None if the schema's own order is right. Parts of allOf, keys beside a union or `$ref`, objects in tuples
-    or of more than 64 keys, and a root that may be a scalar keep one order. The rules allow no other values than the schema,
-    if llguidance takes it as it is: that proves that the alternatives of each `oneOf` exclude one another.
+    `text` is None if the schema's own order is right. One order is kept in parts of allOf, beside a union or `$ref`, in
+    tuples, in objects of more than 64 keys, and in a root that may be a scalar. The rules allow no other values than
+    the schema, if llguidance takes it as it is: that proves that the alternatives of each `oneOf` exclude one another.
     """
 
     def __init__(self, root: dict[str, Any], orders: Orders | None) -> None:
@@ -193,17 +193,13 @@ class OrderedRules:
 
 
 def _arranged(keys: list[str], pairs: Pairs) -> tuple[list[str], bool]:
-    """The keys in an order that keeps these pairs, or most of them, and whether it keeps all; else as they are."""
-    names = {*keys}
-    pairs = {(a, b): count for (a, b), count in pairs.items() if a in names and b in names}
-    majority = {(a, b) for (a, b), count in pairs.items() if count > pairs.get((b, a), 0)}
-    for pairs_kept in ({*pairs}, majority):
-        before = {key: {a for a, b in pairs_kept if b == key} for key in keys}
-        order: list[str] = []
-        rest = dict.fromkeys(keys)  # keys without a pair stay near their place
-        while (first := next((key for key in rest if before[key].isdisjoint(rest)), None)) is not None:
-            order.append(first)
-            del rest[first]
-        if not rest:
-            return order, len(pairs_kept) == len(pairs)
-    return keys, False
+    """The keys in the order that most pairs have, and whether all have it; as they are if there is no such order."""
+    own = {(a, b): count for (a, b), count in pairs.items() if a in keys and b in keys}
+    majority = {(a, b) for (a, b), count in own.items() if count > own.get((b, a), 0)}
+    before = {key: {a for a, b in majority if b == key} for key in keys}
+    order: list[str] = []
+    rest = dict.fromkeys(keys)  # keys without a pair stay near their place
+    while (first := next((key for key in rest if before[key].isdisjoint(rest)), None)) is not None:
+        order.append(first)
+        del rest[first]
+    return (keys, False) if rest else (order, len(majority) == len(own))

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torchmetrics.text import CharErrorRate
 
 from formtune.base.row import Row
 from formtune.errors import UserError
-from formtune.evaluation.metrics import FormatMetrics, LossMetrics, OwnMetrics, ratios
+from formtune.evaluation.metrics import FormatMetrics, LossMetrics, Scores, ratios
 from formtune.evaluation.outcomes import outcome
 from formtune.formats import KINDS
 from test_formats import CASES, FORMAT, TARGET
@@ -119,15 +120,19 @@ class Lengths(Metric):
         return {"characters": self.characters, "doubled": 2 * self.characters}
 
 
+def own(scores, answer, target):
+    scores.update([outcome(replace(ROW, target=target), answer, FORMAT.check(answer), FORMAT)])
+
+
 def test_metrics_of_ones_own_are_named_by_class_and_number_or_by_figure_and_begin_anew():
-    metrics = OwnMetrics([Lengths(), CharErrorRate(), CharErrorRate()])
-    metrics.update(["ab"], ["ac"])
-    metrics.update([], [])  # a process may get no row
+    scores = Scores(FORMAT, [Lengths(), CharErrorRate(), CharErrorRate()])
+    own(scores, "ab", "ac")
+    scores.update([])  # a process may get no row
+    figures = {name: value for name, value in scores.compute()[0].items() if name.startswith("own/")}
     lengths = {"own/characters": 2, "own/doubled": 4}
-    assert metrics.compute() == lengths | {"own/CharErrorRate-2": 0.5, "own/CharErrorRate-3": 0.5}
-    metrics.reset()
-    metrics.update(["x"], ["y"])
-    assert metrics.compute()["own/characters"] == 1
+    assert figures == lengths | {"own/CharErrorRate-2": 0.5, "own/CharErrorRate-3": 0.5}
+    own(scores, "x", "y")
+    assert scores.compute()[0]["own/characters"] == 1
 
 
 class Broken(Metric):
@@ -141,8 +146,8 @@ class Broken(Metric):
 
 
 def test_a_metric_of_ones_own_that_fails_is_named_in_one_line():
-    metrics = OwnMetrics([Broken()])
+    scores = Scores(FORMAT, [Broken()])
     with pytest.raises(UserError, match=r"^model.metrics: update failed: TypeError: list indices .*two lists"):
-        metrics.update(["a"], ["b"])
+        own(scores, "a", "b")
     with pytest.raises(UserError, match="compute failed: ValueError: could not"):
-        metrics.compute()
+        scores.compute()
