@@ -65,20 +65,16 @@ def run(command: str, args: list[str]) -> int:
     outcomes = [_judge(row, reply, format) for row, reply in zip(rows, replies, strict=True)]
     rated, kinds = judged(outcomes), Counter(outcome.kind for outcome in outcomes)
     result = {
-        "endpoint": endpoint.url,
-        "model": endpoint.model,
-        "data": splits.key,
-        "rows": len(outcomes),
+        "endpoint": endpoint.url, "model": endpoint.model, "data": splits.key, "rows": len(outcomes),
+        "at_once": config.at_once, "constrained": config.constrained,
         "prompts": "same tokens" if endpoint.ids else "same number of tokens",
         "figures": figures(outcomes),
         "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
         "confidence": {"aurc": aurc(rated), "calibration_error": calibration_error(rated)} if rated else None,
-        "at_once": config.at_once,
         "latency_s": {f"P{p}": float(np.percentile([reply.seconds for reply in replies], p)) for p in (50, 95)},
         "requests_per_s": len(replies) / seconds,
         "tokens_per_s": sum(reply.size for reply in replies) / seconds,
-        "constrained": config.constrained,
-    }
+    }  # fmt: skip
     write_outcomes(folder / "outcomes" / "after.jsonl", outcomes)
     write_json(folder / "endpoint.json", result)
     title, column = f"Served model, on {len(rows):,} test rows", {"name": endpoint.model, "figures": result["figures"]}

@@ -16,10 +16,6 @@ Each further RUN is compared with the first one, row by row, so all must have be
   better, p = 0.002      equal runs differ this much in 2 of 1,000 repetitions; below 0.05 the verdict is better or
                          worse (exact McNemar test for rates, randomization test for field F1)
   cannot tell            chance alone can explain the difference; about how many test rows would show a real one
-
-examples:
-  formtune compare logs/demo/r16 logs/demo/r32 logs/demo/r64
-  formtune compare logs/demo/r16:before logs/demo/r16 --out gain.json
 """
 
 

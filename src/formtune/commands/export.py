@@ -11,17 +11,10 @@ from formtune.export.gguf import QUANTIZATIONS, WRITTEN, converter_script, quant
 from formtune.export.quantize import folder_name, lacking
 from formtune.training.manifest import KINDS
 
-HELP = """\
-Every export is loaded in a fresh process, compared with the adapter logit by logit, and answers the run's test rows.
-RUN/outcomes/KIND.json holds the figures, also of a refused export, and KIND.jsonl the answers (formtune compare).
-docs/deployment.md describes the kinds.
-"""
-
 
 def run(command: str, args: list[str]) -> int:
     warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by its result
-    usage = "formtune export RUN [--as KIND] [--max_loss SHARE]"
-    parser = CommandParser(command, COMMANDS[command].description, usage, HELP)
+    parser = CommandParser(command, COMMANDS[command].description, "formtune export RUN [--as KIND] [--max_loss SHARE]")
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a finished run")
     parser.add_argument("--as", metavar="KIND", dest="kind", choices=KINDS, default="adapter", help=", ".join(KINDS))
     parser.add_argument("--max_loss", metavar="SHARE", type=float, default=0.01, help="Share of the test rows that "

@@ -1,7 +1,9 @@
 """`formtune preflight`: whether what a task would train can go to production, before it is trained."""
 
+import tempfile
 import warnings
 from collections import namedtuple
+from pathlib import Path
 
 from formtune.base.folder import context_length, skeleton
 from formtune.base.row import quantile
@@ -10,7 +12,7 @@ from formtune.configuration.task import read_task, task_parser
 from formtune.configuration.terminal import say
 from formtune.configuration.yaml_file import config_paths
 from formtune.data.preparation import encode_inputs, production_rows
-from formtune.errors import UserError
+from formtune.errors import UserError, first_line
 from formtune.export.quantize import lacking
 from formtune.export.rules import MERGED, TARGETS, check
 from formtune.export.trial import ANSWER, attempt
@@ -50,7 +52,12 @@ def run(command: str, args: list[str]) -> int:
         if missing := lacking(target):
             checks.append(Check(target, "trial", "not tried", f"{missing}; only the rules were checked"))
         elif target in MERGED:
-            checks.append(Check(target, "trial", *attempt(target, base, lora, length, settings.renderer, rendered)))
+            try:
+                with tempfile.TemporaryDirectory(prefix="formtune-preflight-") as folder:
+                    detail = attempt(target, base, lora, length, settings.renderer, rendered, Path(folder))
+                checks.append(Check(target, "trial", "ok", detail))
+            except Exception as error:  # whatever a library raises here it would raise after training
+                checks.append(Check(target, "trial", "fails", first_line(error)))
     if settings.renderer.note and "vllm" in targets:
         checks.append(Check("vllm", "chat template", "warning", settings.renderer.note))
     failed = [name for name in targets if any(it.target == name and it.verdict == "fails" for it in checks)]

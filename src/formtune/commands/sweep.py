@@ -23,8 +23,7 @@ from formtune.configuration.yaml_file import config_paths
 from formtune.errors import UserError
 from formtune.evaluation.page import render
 from formtune.files import LOGS, write_json, write_whole
-from formtune.sweep.choice import METRICS, choose, measure
-from formtune.sweep.runs import RANKS, grid, result, train
+from formtune.sweep.points import METRICS, RANKS, choose, grid, measure, result, train
 from formtune.training.run_folder import RunFolder
 
 HELP = """\

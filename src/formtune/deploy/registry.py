@@ -87,10 +87,10 @@ def names() -> list[str]:
 def full_name(name: str) -> str:
     """The deployment called `task/name`, or `name` if only one task has it."""
     matches = [full for full in names() if name in (full, full.partition("/")[2])]
-    if len(matches) != 1:
-        there = f"name one of {', '.join(matches or names()) or 'none so far'}"
-        raise UserError(f"{name}: not the name of one deployment; {there}; formtune promote makes one")
-    return matches[0]
+    if len(matches) == 1:
+        return matches[0]
+    there = ", ".join(matches or names()) or "none so far"
+    raise UserError(f"{name}: not the name of one deployment; name one of {there}; formtune promote makes one")
 
 
 def find_exported(name: str, kind: str) -> Exported:

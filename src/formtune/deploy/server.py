@@ -50,10 +50,10 @@ def serve(models: dict[str, Exported], engine: str, port: int) -> int:
     """Start the server of models by their names, print a request, and wait for the signal that ends it."""
     if missing := lacking(engine):
         raise UserError(f"--engine {engine} {missing}")
-    for exported in models.values():
-        if not exported.renderer.templated:  # the server would take another template
-            remedy = "serve it with vLLM (--engine vllm) or llama-server, and ask for completions"
-            raise UserError(f"{exported.folder}: {exported.renderer.note}; {remedy}")
+    exported = next(iter(models.values()))
+    if not exported.renderer.templated:  # the server would take another template
+        remedy = "serve it with vLLM (--engine vllm) or llama-server, and ask for completions"
+        raise UserError(f"{exported.folder}: {exported.renderer.note}; {remedy}")
     # Otherwise the server that is there already would seem to be this one.
     with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
         raise UserError(f"--port: {HOST}:{port} is in use; choose another")

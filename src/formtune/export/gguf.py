@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import runpy
 import shutil
 import subprocess
@@ -27,24 +28,21 @@ def to_gguf(source: str, target: str, rows: Any, quant: str = "q8_0", converter:
     model, whole = Path(target, FILE), Path(target, "whole.gguf")
     if quant in WRITTEN:
         return run_converter(converter, [source, "--outtype", quant, "--outfile", str(model)])
-    program = quantizer(converter)
     run_converter(converter, [source, "--outtype", "auto", "--outfile", str(whole)])
-    process = subprocess.run([str(program), str(whole), str(model), quant], capture_output=True, text=True)
+    command = [quantizer(converter), str(whole), str(model), quant]
+    process = subprocess.run(command, capture_output=True, text=True)
     whole.unlink()
-    if process.returncode or not model.is_file():
-        raise UserError(f"{program}: {' '.join(process.stderr.split())[-200:] or 'it wrote no file'}")
+    if process.returncode:
+        raise UserError(f"{command[0]}: {' '.join(process.stderr.split())[-200:]}")
 
 
-def quantizer(converter: str | None) -> Path:
+def quantizer(converter: str | None) -> str:
     """llama.cpp's program that quantizes: of the checkout that holds the converter, or on PATH."""
-    built = Path(converter or "").parent / "build/bin/llama-quantize"
-    program = built if converter and built.is_file() else shutil.which("llama-quantize")
-    if program is None:
-        raise UserError(
-            f"--quant: all but {', '.join(WRITTEN)} need llama.cpp's program llama-quantize; put it on PATH, or name "
-            "the script of a checkout that has built it (--converter)"
-        )
-    return Path(program)
+    built = f"{Path(converter).parent}/build/bin{os.pathsep}" if converter else ""
+    if program := shutil.which("llama-quantize", path=built + os.environ["PATH"]):
+        return program
+    remedy = "put it on PATH, or name the script of a checkout that has built it (--converter)"
+    raise UserError(f"--quant: all but {', '.join(WRITTEN)} need llama.cpp's program llama-quantize; {remedy}")
 
 
 def run_converter(script: str | None, arguments: list[str]) -> None:

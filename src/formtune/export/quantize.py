@@ -33,18 +33,12 @@ def folder_name(kind: str, quant: str | None = None, **_: Any) -> str:
     return f"{kind}-{quant}" if quant else kind
 
 
-def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of each linear layer but the output embeddings, which no scheme quantizes."""
+def group_size(model: Any) -> int | None:
+    """The largest group that divides the inputs of every linear layer; None if none does."""
     from torch import nn
 
-    head = model.get_output_embeddings()
-    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    return {path: (layer.in_features, layer.out_features) for path, layer in layers.items() if layer is not head}
-
-
-def group_size(model: Any) -> int | None:
-    """The largest group that divides the inputs of every layer; None if none does."""
-    widths = [inputs for inputs, _ in linear_layers(model).values()]
+    head = model.get_output_embeddings()  # which no scheme quantizes
+    widths = {layer.in_features for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head}
     return next((group for group in GROUPS if all(width % group == 0 for width in widths)), None)
 
 

@@ -4,13 +4,12 @@ from typing import Any
 
 from formtune.base.folder import skeleton
 from formtune.errors import UserError
-from formtune.export.quantize import GROUPS, SCHEMES, linear_layers
+from formtune.export.quantize import SCHEMES
 from formtune.model.lora import Lora, lora_config
 
 MERGED = ("merge", *SCHEMES)  # every scheme begins with the merged model
 TARGETS = (*MERGED, "vllm")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank; 16 is its default
-OUTPUTS = 16  # of which each layer's outputs must be a multiple for GPTQ and AWQ
 RULES = {  # what, why, the remedy and the version with which it was seen; `it` is what was found
     "tied embeddings": "model.lora.targets: LoRA on {it}, whose weights this base shares between input and output, "
     "silently merges into a different model; leave it out of model.lora.targets (peft 0.21.2)",
@@ -20,10 +19,6 @@ RULES = {  # what, why, the remedy and the version with which it was seen; `it` 
     "(vllm 0.33.0)",
     "DoRA": "model.lora.dora is not supported by vLLM; set model.lora.dora: false, or serve the merged model "
     "(vllm 0.33.0)",
-    "Conv1D": "a base with Conv1D layers (GPT-2) is saved and cannot be loaded again; use int8 or nf4, or another base "
-    "(gptqmodel 7.6.0)",
-    "layer size": f"{{it}}: inputs must be multiples of {GROUPS[-1]} and outputs of {OUTPUTS}, or it is quantized and "
-    "saved silently, and fails later; use int8 or nf4, or another base (gptqmodel 7.6.0)",
 }
 
 
@@ -57,11 +52,6 @@ def check(model: Any, adapter: Any, target: str) -> list[tuple[str, str]]:
         found = {"tied embeddings": _tied_target(model, adapter), "quantized base": method}
     if target == "vllm":
         found = {"rank": None if vllm_rank(adapter.r) else adapter.r, "DoRA": adapter.use_dora}
-    if target in ("gptq", "awq"):
-        sizes = linear_layers(model).items()
-        misfits = (f"{path} ({i} in, {o} out)" for path, (i, o) in sizes if i % GROUPS[-1] or o % OUTPUTS)
-        found["Conv1D"] = any(type(module).__name__ == "Conv1D" for module in model.modules())
-        found["layer size"] = next(misfits, None)
     return [(name, RULES[name].format(it=it)) for name, it in found.items() if it]
 
 

@@ -2,7 +2,6 @@
 shapes, packages and the machine, not on what was learned."""
 
 import random
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
-from formtune.errors import UserError, first_line
 from formtune.export.exporter import make, measure_fresh, merged
 from formtune.export.measure import EXACT, Closeness, Tuned, compare, last_logits
 from formtune.model.lora import Lora, add_lora
@@ -25,24 +23,12 @@ ROUNDED = Closeness(relative_max=0.6)
 
 
 def attempt(
-    target: str, base: str, lora: Lora, length: int, renderer: Renderer, prompts: Sequence[Row] = ()
-) -> tuple[str, str]:
-    """Whether merging and, for a scheme, quantizing is `ok` or `fails`, and what was measured or went wrong.
+    target: str, base: str, lora: Lora, length: int, renderer: Renderer, prompts: Sequence[Row], folder: Path
+) -> str:
+    """Merge and, for a scheme, quantize in a folder: what was measured, in words; raises whatever a library raises.
 
     Of the base only configuration and tokenizer are read. `prompts` are those that llama.cpp must render.
     """
-    try:
-        with tempfile.TemporaryDirectory(prefix="formtune-preflight-") as folder:
-            return "ok", _attempt(target, base, lora, length, renderer, prompts, Path(folder))
-    except UserError as error:
-        return "fails", str(error)
-    except Exception as error:  # whatever a library raises here it would raise after training
-        return "fails", f"{type(error).__name__}: {first_line(error)}"
-
-
-def _attempt(
-    target: str, base: str, lora: Lora, length: int, renderer: Renderer, prompts: Sequence[Row], folder: Path
-) -> str:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     gguf = target == "gguf"

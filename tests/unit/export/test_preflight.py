@@ -45,8 +45,6 @@ def test_a_plain_adapter_on_a_plain_base_breaks_no_rule():
         ({"target_modules": ["embed_tokens"]}, {"tie_word_embeddings": True}, "tied embeddings", "int8"),
         ({"r": 1024}, {}, "rank", "vllm"),
         ({"use_dora": True}, {}, "DoRA", "vllm"),
-        ({}, {"hidden_size": 120, "head_dim": 32}, "layer size", "gptq"),
-        ({}, {"intermediate_size": 264}, "layer size", "awq"),
     ],
 )
 def test_a_rule_finds_what_fails(adapter, changes, name, targets):
@@ -61,12 +59,6 @@ def test_a_rule_finds_what_fails(adapter, changes, name, targets):
 @pytest.mark.parametrize(("width", "group"), [(256, 128), (64, 64), (96, 32), (48, None)])
 def test_a_group_divides_the_inputs_of_every_layer(width, group):
     assert group_size(tiny_model(hidden_size=width, intermediate_size=256, num_attention_heads=4)) == group
-
-
-def test_conv1d_layers_cannot_be_calibrated():
-    adapter = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
-    assert findings(adapter, "gpt2", ["gptq"], n_embd=128) == ["Conv1D"]
-    assert findings(adapter, "gpt2", ["merge", "int8"], n_embd=128) == []
 
 
 def test_a_rank_gets_the_lowest_one_that_vllm_takes():
@@ -121,8 +113,8 @@ def test_the_trial_goes_through_on_every_family_with_two_layers_and_a_small_voca
     text = shrink(AutoConfig.from_pretrained(tmp_path / "base")).get_text_config()
     assert (text.num_hidden_layers, text.vocab_size) == (2, 4096 + 10_003 % 4096) and text.tie_word_embeddings
     base = str(tmp_path / "base")
-    verdict, detail = attempt("merge", base, Lora(r=4), 40, Renderer.load(base))
-    assert verdict == "ok", detail
+    detail = attempt("merge", base, Lora(r=4), 40, Renderer.load(base), [], tmp_path / "trial")
+    assert re.fullmatch("logits .* after saving, loading and merging in float32", detail)
 
 
 def test_a_small_vocabulary_is_kept_and_a_wide_one_keeps_what_does_not_divide_evenly():
@@ -139,8 +131,9 @@ def test_the_trial_quantizes_and_loads_again_in_a_fresh_process(scheme, tmp_path
     tiny_model(**WIDE).config.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     base = str(tmp_path / "base")
-    verdict, detail = attempt(scheme, base, Lora(r=4), 40, Renderer.load(base))
-    assert verdict == "ok" and "in a fresh process, at 40 tokens" in detail, detail
+    (tmp_path / "trial").mkdir()
+    detail = attempt(scheme, base, Lora(r=4), 40, Renderer.load(base), [], tmp_path / "trial")
+    assert "in a fresh process, at 40 tokens" in detail
 
 
 @pytest.fixture
@@ -167,7 +160,6 @@ def test_preflight_says_what_fails_in_its_exit_code_and_in_json(project, capsys)
     fails = {(it["target"], it["check"]) for it in result["checks"] if it["verdict"] == "fails"}
     assert fails == {("merge", "tied embeddings"), ("merge", "trial"), ("vllm", "DoRA")}
     assert preflight("--for", "vllm", "--model.lora.targets", '["lm_head"]')[0] == 0
-    assert preflight("--for", "gptq")[0] == 1  # 32 wide, 48 between
 
 
 def test_a_package_that_is_not_there_is_a_line_and_no_failure(project, monkeypatch, capsys):

@@ -22,9 +22,8 @@ from conftest import pair
 from formtune.cli import main
 from formtune.commands import sweep as command
 from formtune.errors import UserError
-from formtune.sweep import runs as processes
-from formtune.sweep.choice import CONTENT, FORMAT, METRICS, Estimate, Measured, choose, estimate
-from formtune.sweep.runs import grid
+from formtune.sweep import points as sweep_points
+from formtune.sweep.points import CONTENT, FORMAT, METRICS, Estimate, Measured, choose, estimate, grid
 
 ROWS = 200
 
@@ -167,7 +166,7 @@ def fake_train(project, monkeypatch):
     """The same with a fake of `train`; the function returns the names of the runs so far."""
     monkeypatch.setattr(command, "_configuration", lambda words: parsed(tuple(words)))
     Path("fake_train.py").write_text(FAKE_TRAIN)
-    monkeypatch.setattr(processes, "TRAIN", [sys.executable, "fake_train.py"])
+    monkeypatch.setattr(sweep_points, "TRAIN", [sys.executable, "fake_train.py"])
     return lambda: [line.split()[0] for line in Path("ran.txt").read_text().splitlines()]
 
 

@@ -1,0 +1,142 @@
+"""The points of a grid, their runs, and the point to take: the smallest within one standard error of the best (Breiman
+et al. 1984). Only validation rows decide: a choice that has seen the test rows would flatter its test figures."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from formtune.errors import UserError
+
+FORMAT, CONTENT = METRICS = ("format/exact", "content/field_f1")
+RANKS = "model.lora.r=8,16,32,64"
+TRAIN = [sys.executable, "-m", "formtune", "train"]
+
+
+def grid(over: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The points, all combinations of `key=value,value,...`, by a name that is fit for a folder: `r8-lr1e-4`."""
+    keys: dict[str, list[str]] = {}
+    for text in over:
+        key, _, values = text.partition("=")
+        if key in keys:
+            raise UserError(f"--over {key}: duplicate key; name all its values at once")
+        # Commas inside brackets belong to a value. Values stay text: `train` reads 1e-4 as a number, YAML does not.
+        keys[key] = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", values)]
+        if not re.fullmatch(r"\w+(\.\w+)*", key) or not all(keys[key]) or len(set(keys[key])) < max(2, len(keys[key])):
+            raise UserError(f"--over {text}: expected a key and two or more different values, as in --over {RANKS}")
+    points = [dict(zip(keys, values, strict=True)) for values in itertools.product(*keys.values())]
+    return {"-".join(key.rpartition(".")[2] + _slug(value) for key, value in it.items()): it for it in points}
+
+
+def _slug(value: str) -> str:
+    plain = re.sub(r"[^\w.+]+", "-", value).strip("-")[:40]
+    if plain != value:  # values that differ only in characters that a folder name cannot have need different names
+        plain += f"-{hashlib.sha256(value.encode()).hexdigest()[:4]}"
+    return plain if plain[:1].isdigit() else f"-{plain}"
+
+
+def result(run: Path) -> dict[str, Any] | None:
+    """The `metrics.json` of a run; None if it is not finished."""
+    path = run / "metrics.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def train(run: Path, arguments: Sequence[str]) -> tuple[int, str]:
+    """Run `formtune train`: its exit code, and why it failed, in one line.
+
+    An interruption kills the run, which loses seconds when it is resumed.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    path = run / "output.log"
+    with path.open("wb") as log:
+        process = subprocess.Popen(
+            [*TRAIN, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        code = process.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with its own processes
+        process.wait()
+    last = path.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+    why = last.removeprefix("formtune: error: ") or f"exit code {code}"
+    return code, f"ended by {signal.Signals(-code).name}" if code < 0 else why
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Mean of a share over seeds, and its standard error."""
+
+    mean: float
+    standard_error: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1%} ± {100 * self.standard_error:.1f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The figures of a point's finished runs: those of their best checkpoints, and the means on the test rows."""
+
+    name: str
+    seeds: int
+    trainable_parameters: int
+    rows: int  # for validation
+    loss: float  # nats per token
+    validation: dict[str, Estimate]  # by metric
+    test: dict[str, float]
+
+
+def measure(name: str, results: Sequence[dict[str, Any]]) -> Measured:
+    training = [result["training"] for result in results]
+    best, rows = [each["best"] for each in training], training[0]["best"]["rows"]
+    shares = {FORMAT: [b["exact"] / rows for b in best], CONTENT: [b["field_f1"] for b in best]}
+    return Measured(
+        name, len(results), training[0]["trainable_parameters"], rows, fmean(b["loss"] for b in best),
+        validation={metric: estimate(values, rows) for metric, values in shares.items()},
+        test={metric: fmean(result["after"][metric] for result in results) for metric in METRICS},
+    )  # fmt: skip
+
+
+def estimate(shares: Sequence[float], rows: int) -> Estimate:
+    """Mean and standard error over seeds; with one seed the error of a rate over rows, an approximation for F1."""
+    mean = fmean(shares)
+    if len(shares) > 1:
+        return Estimate(mean, stdev(shares) / math.sqrt(len(shares)))
+    return Estimate(mean, math.sqrt(mean * (1 - mean) / rows))
+
+
+def choose(points: Sequence[Measured]) -> tuple[str, str]:
+    """The name of the point to take, and why."""
+    in_format = _equal_to_the_best(points, FORMAT)
+    in_content = _equal_to_the_best(in_format, CONTENT)
+
+    def smallest(point: Measured) -> tuple[float, ...]:
+        return (point.trainable_parameters, *(-point.validation[metric].mean for metric in METRICS), point.loss)
+
+    taken = min(in_content, key=smallest)
+    none_valid = not any(point.validation[FORMAT].mean for point in points)
+    nothing = "No point has an answer with a valid format, so train longer first. " if none_valid else ""
+    return taken.name, (
+        f"{nothing}{taken.name} is chosen: it has the fewest parameters ({taken.trainable_parameters:,}) of those "
+        f"within one standard error, or one row, of the best format/exact ({', '.join(p.name for p in in_format)}) and "
+        f"then of the best field F1 ({', '.join(p.name for p in in_content)})."
+    )
+
+
+def _equal_to_the_best(points: Sequence[Measured], metric: str) -> list[Measured]:
+    best = max((p.validation[metric] for p in points), key=lambda e: (e.mean, e.standard_error))
+    # One row never decides, as among checkpoints: seeds that happen to agree have a standard error of 0.
+    margin = max(best.standard_error, 1 / points[0].rows) + 1e-9  # a row's share is rounded
+    return [point for point in points if point.validation[metric].mean >= best.mean - margin]
