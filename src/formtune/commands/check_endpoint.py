@@ -17,7 +17,7 @@ from formtune.configuration.task import read_task, task_parser
 from formtune.configuration.terminal import shown
 from formtune.data.blockers import check_rows
 from formtune.data.preparation import load_splits
-from formtune.deploy.endpoint import Endpoint, Reply
+from formtune.deploy.endpoint import Endpoint
 from formtune.errors import UserError
 from formtune.evaluation.comparison import figures, figures_table
 from formtune.evaluation.outcomes import Outcome, confidence, outcome, worst_first, write_outcomes
@@ -25,8 +25,6 @@ from formtune.evaluation.selective import aurc, calibration_error, judged
 from formtune.files import LOGS, write_json
 from formtune.formats import KINDS, Format
 from formtune.formats.json_schema import JsonSchema
-
-WORST = 3  # answers that are printed
 
 
 def run(command: str, args: list[str]) -> int:
@@ -62,7 +60,8 @@ def run(command: str, args: list[str]) -> int:
     finally:
         pool.shutdown(cancel_futures=True)
     seconds = time.perf_counter() - started
-    outcomes = [_judge(row, reply, format) for row, reply in zip(rows, replies, strict=True)]
+    choices, sizes, latencies = zip(*replies, strict=True)
+    outcomes = [_judge(row, choice, format) for row, choice in zip(rows, choices, strict=True)]
     rated, kinds = judged(outcomes), Counter(outcome.kind for outcome in outcomes)
     result = {
         "endpoint": endpoint.url, "model": endpoint.model, "data": splits.key, "rows": len(outcomes),
@@ -71,9 +70,9 @@ def run(command: str, args: list[str]) -> int:
         "figures": figures(outcomes),
         "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
         "confidence": {"aurc": aurc(rated), "calibration_error": calibration_error(rated)} if rated else None,
-        "latency_s": {f"P{p}": float(np.percentile([reply.seconds for reply in replies], p)) for p in (50, 95)},
+        "latency_s": {f"P{p}": float(np.percentile(latencies, p)) for p in (50, 95)},
         "requests_per_s": len(replies) / seconds,
-        "tokens_per_s": sum(reply.size for reply in replies) / seconds,
+        "tokens_per_s": sum(sizes) / seconds,
     }  # fmt: skip
     write_outcomes(folder / "outcomes" / "after.jsonl", outcomes)
     write_json(folder / "endpoint.json", result)
@@ -86,7 +85,7 @@ def run(command: str, args: list[str]) -> int:
     speed = "P50 {P50:.2f} s, P95 {P95:.2f} s".format(**result["latency_s"])
     speed += f"; {result['requests_per_s']:.2f} requests/s, {result['tokens_per_s']:.0f} tokens/s"
     print(f"latency with {config.at_once} at once: {speed}")
-    for failed in worst_first(outcomes)[:WORST]:
+    for failed in worst_first(outcomes)[:3]:
         print(f"{failed.where}: {failed.kind}: {failed.detail}\n  target {failed.target!r}\n  answer {failed.answer!r}")
     print(f"answers: {folder / 'outcomes/after.jsonl'} (formtune compare RUN {folder})")
     exact = result["figures"]["format/exact"]["value"]
@@ -95,9 +94,9 @@ def run(command: str, args: list[str]) -> int:
     return int(exact < config.min_exact)
 
 
-def _judge(row: Row, reply: Reply, format: Format) -> Outcome:
-    own = format.of_row(row.schema)
-    verdict = own.check(reply.text, finished=reply.finished, target=row.target, input=row.context)
-    texts, logprobs = [token.token for token in reply.tokens], [token.logprob for token in reply.tokens]
-    sure = confidence(texts, logprobs, reply.text, verdict, own) if texts else None
-    return outcome(row, reply.text, verdict, own, sure)
+def _judge(row: Row, choice: Any, format: Format) -> Outcome:
+    own, text = format.of_row(row.schema), choice.message.content or ""
+    verdict = own.check(text, finished=choice.finish_reason != "length", target=row.target, input=row.context)
+    tokens = getattr(choice.logprobs, "content", None) or []
+    texts, logprobs = [token.token for token in tokens], [token.logprob for token in tokens]
+    return outcome(row, text, verdict, own, confidence(texts, logprobs, text, verdict, own) if texts else None)

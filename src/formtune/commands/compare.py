@@ -19,7 +19,7 @@ Each further RUN is compared with the first one, row by row, so all must have be
 """
 
 
-def run(command: str, args: list[str]) -> int:
+def run(command: str, args: list[str]) -> None:
     usage = "formtune compare RUN RUN [RUN ...] [--out FILE.json]"
     parser = CommandParser(command, COMMANDS[command].description, usage, HELP)
     parser.add_argument("runs", metavar="RUN", nargs="*", help="Folder of a run, for its tuned model; FOLDER:NAME for "
@@ -37,4 +37,3 @@ def run(command: str, args: list[str]) -> int:
             write_json(config.out, comparison)
         except OSError as error:
             raise UserError(f"--out: {config.out}: {error.strerror}") from None
-    return 0

@@ -12,7 +12,7 @@ from formtune.export.quantize import folder_name, lacking
 from formtune.training.manifest import KINDS
 
 
-def run(command: str, args: list[str]) -> int:
+def run(command: str, args: list[str]) -> None:
     warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by its result
     parser = CommandParser(command, COMMANDS[command].description, "formtune export RUN [--as KIND] [--max_loss SHARE]")
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a finished run")
@@ -42,9 +42,9 @@ def run(command: str, args: list[str]) -> int:
 
     figures = export(FinishedRun(config.run), config.kind, config.max_loss, **options)
     print(f"{name}: {target}, {figures['bytes'] / 1e6:,.1f} MB of weights")
+    constrained = figures.get("constrained_tokens_per_second")
     speed = f"{figures['tokens_per_second']:,.0f} tokens/s"
-    if constrained := figures.get("constrained_tokens_per_second"):
-        speed += f", {constrained:,.0f} by constrained decoding,"
+    speed += f", {constrained:,.0f} by constrained decoding," if constrained else ""
     print(f"{speed} of a single answer to an input as long as production's at P95")
     print(f"from the adapter in float32: {Closeness(**figures['closeness'])}")
     for rate in JUDGED:
@@ -53,4 +53,3 @@ def run(command: str, args: list[str]) -> int:
     rest = "; every prompt has the same tokens, so the rest differ by rounding" if options else ""
     print(f"{figures['same_answers']:,} of {rows:,} answers are identical to the run's{rest}")
     print(f"next: formtune promote {config.run} --as {name} --to production, or formtune serve {target}")
-    return 0

@@ -22,7 +22,6 @@ from formtune.model.lora import Lora, lora_config
 
 RENDERED = 16  # prompts that llama.cpp must render as training does
 Check = namedtuple("Check", ["target", "check", "verdict", "detail"])
-COLORS = {"ok": "green", "warning": "yellow", "fails": "red", "not tried": "yellow"}  # by verdict
 
 
 def run(command: str, args: list[str]) -> int:
@@ -66,7 +65,7 @@ def run(command: str, args: list[str]) -> int:
     figures = {"targets": targets, "failed": failed, "input_tokens": length}
     write_json(path, figures | {"checks": [it._asdict() for it in checks]})
     for it in checks:
-        say(f"{it.target}, {it.check}, {it.verdict}: {it.detail}", COLORS[it.verdict])
+        say(f"{it.target}, {it.check}, {it.verdict}: {it.detail}", "green" if it.verdict == "ok" else "yellow")
     print(f"figures: {path}")
     say(f"verdict: {'failed' if failed else 'passed'} for {', '.join(failed or targets)}", "bold")
     print(f"next: {'change what fails' if failed else f'formtune train -c {config_paths(args)[0]}'}")

@@ -13,10 +13,9 @@ from formtune.export.exported import Exported
 from formtune.training.manifest import read_manifest, verify
 
 
-def run(command: str, args: list[str]) -> int:
+def run(command: str, args: list[str]) -> None:
     functions = {"promote": _promote, "rollback": _rollback, "deployments": _deployments}
     functions[command](CommandParser(command, COMMANDS[command].description), args)
-    return 0
 
 
 def _promote(parser: CommandParser, args: list[str]) -> None:

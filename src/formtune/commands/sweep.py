@@ -29,9 +29,6 @@ from formtune.training.run_folder import RunFolder
 HELP = """\
 All other arguments, such as -c TASK.yaml, are passed to `formtune train`. A point is one value for each key. The same
 command again keeps the finished runs and resumes the others, also with more values or seeds.
-
-example:
-  formtune sweep -c configs/demo.yaml --over model.lora.r=8,16 --over model.optimizer.lr=1e-4,2e-4 --seeds 0,1
 """
 RESERVED = {"run", "resume", "seed_everything", "print_config"}  # keys that the sweep sets
 # Keys on which the encoded rows depend

@@ -1,7 +1,5 @@
-"""`transformers serve` for folders in the working directory, whose names are those of the models.
-
-Adapters of one base share its weights: the server sees a model for each, but an adapter needs only its own memory.
-"""
+"""`transformers serve` for folders in the working directory, whose names are those of the models. Adapters of one base
+share its weights: the server sees a model for each, but an adapter needs only its own memory."""
 
 import sys
 from typing import Any

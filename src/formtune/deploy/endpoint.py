@@ -5,7 +5,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
@@ -20,9 +20,8 @@ UNANSWERED = (
     "OPENAI_API_KEY; lower --at_once if it is too slow"
 )
 REMEDY = (
-    "serve the tokenizer and the chat template of the exported folder, add no second BOS, and switch thinking off, or "
-    "on for the format Reasoning (transformers: --reasoning off; vLLM: --default-chat-template-kwargs "
-    "'{\"enable_thinking\": false}'); if the template writes the date, check with today's (--data.date)"
+    "serve the tokenizer and the chat template of the exported folder as formtune serve does, with one BOS, and "
+    "with thinking on only for the format Reasoning; if the template writes the date, check with today's (--data.date)"
 )
 
 
@@ -58,14 +57,6 @@ class Client:
             raise UserError(f"{self.url}: {reason}; {UNANSWERED}") from None
 
 
-class Reply(NamedTuple):
-    text: str
-    finished: bool  # False if it was cut for length
-    seconds: float  # from sending the request to having the whole answer
-    size: int  # tokens of the answer
-    tokens: list[Any]  # each with its text and log-probability, if the server gives them
-
-
 class Endpoint(Client):
     """A server whose prompts must have the tokens of training."""
 
@@ -86,24 +77,22 @@ class Endpoint(Client):
             del self._options["logprobs"]
             self.ask(row, schema)
 
-    def ask(self, row: Row, schema: Any = None) -> Reply:
-        """The greedy answer to a row, by constrained decoding if there is a schema, once its prompt is proven."""
+    def ask(self, row: Row, schema: Any = None) -> tuple[Any, int, float]:
+        """The greedy answer to a row, by a schema if there is one, its tokens and its seconds; the prompt is proven."""
         prompt, options, started = chat_prompt(row), self._options, time.perf_counter()
         if schema is not None:
             json_schema = {"name": "answer", "schema": schema, "strict": True}
             options = options | {"response_format": {"type": "json_schema", "json_schema": json_schema}}
         reply = self.complete(**prompt, **options)
         seconds = time.perf_counter() - started
-        choice, tags = reply.choices[0], self._renderer.tags
-        message, content = choice.message, getattr(choice.logprobs, "content", None) or []
+        choice, message, tags = reply.choices[0], reply.choices[0].message, self._renderer.tags
         reasoning = tags and (getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None))
         if tags and reasoning:  # the server took the answer apart
-            message.content, content = f"{tags[0]}{reasoning}{tags[1]}{message.content or ''}", []
+            message.content, choice.logprobs = f"{tags[0]}{reasoning}{tags[1]}{message.content or ''}", None
         ids = self.ids(prompt) if self.ids else None
         if fault := self._fault(row, message, getattr(reply.usage, "prompt_tokens", None), ids):
             raise UserError(f"{row.where}: {fault}; {REMEDY}")
-        size = getattr(reply.usage, "completion_tokens", 0)
-        return Reply(message.content or "", choice.finish_reason != "length", seconds, size, content)
+        return choice, getattr(reply.usage, "completion_tokens", 0), seconds
 
     def _fault(self, row: Row, message: Any, count: int | None, ids: list[int] | None) -> str | None:
         """Why a reply says nothing of the model: it is not the answer, or its prompt is not proven to be formtune's."""

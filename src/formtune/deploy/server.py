@@ -133,9 +133,7 @@ def link(exported: Exported, folder: Path) -> None:
         target = folder / path.name
         target.unlink(missing_ok=True)  # the adapter's own tokenizer and template replace the base's
         target.symlink_to(path.resolve())
-    # Servers stop at the tokens named here: those that end an answer in training must be among them.
+    # As in evaluation: without the sampling or penalties of the base, and to the tokens that end an answer in training.
     generation = folder / "generation_config.json"
-    settings = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
-    greedy = {key: value for key, value in settings.items() if key not in ("temperature", "top_k", "top_p", "min_p")}
     generation.unlink(missing_ok=True)  # the link: the base's own file stays as it is
-    write_json(generation, greedy | {"eos_token_id": list(exported.renderer.stop_ids), "do_sample": False})
+    write_json(generation, {"eos_token_id": list(exported.renderer.stop_ids), "do_sample": False})

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from formtune.base.folder import context_length
 from formtune.base.renderer import Renderer
 from formtune.base.row import Message, Row
 from formtune.data.settings import system_prompt
@@ -45,22 +44,20 @@ class Exported:
         system = system_prompt(self.config["data"]["system"], self.format)
         turns: list[Message] = [{"role": "system", "content": system}] if system is not None else []
         turns = self.renderer.turns([*turns, {"role": "user", "content": text}])
-        limit = self.config["model"]["max_new_tokens"]
-        return {"model": self.task, "temperature": 0, "max_tokens": limit, "messages": turns}
+        limits = {"temperature": 0, "max_tokens": self.config["model"]["max_new_tokens"]}
+        return {"model": self.task, **limits, "messages": turns}
 
 
 def write_usage(folder: Path, adapter: Exported, schema: Any, rows: Sequence[Row]) -> None:
     """Write a `Modelfile` and a request for Ollama, and a card with the commands that serve the file."""
     renderer, request = adapter.renderer, adapter.request(rows[0].input)
-    needed = max(len(row.prompt_ids) for row in rows) + request["max_tokens"]
-    context = min(context_length(adapter.base) or 10**9, max(CONTEXT, needed))
+    context = max(CONTEXT, max(len(row.prompt_ids) for row in rows) + request["max_tokens"])
     body = {"model": request["model"], "messages": request["messages"], "stream": False}
     body |= {"options": {"temperature": 0, "num_ctx": context}} | ({"format": schema} if schema else {})
     write_json(folder / "request.json", body)
-    facts = {
-        "request": request, "schema": schema, "context": context, "thinking": renderer.thinking,
-        "template": go_template(renderer, rows), "stop": [renderer.tokenizer.decode([id]) for id in renderer.stop_ids],
-    }  # fmt: skip
+    facts = {"request": request, "schema": schema, "context": context, "thinking": renderer.thinking}
+    facts["template"] = go_template(renderer, rows)
+    facts["stop"] = [renderer.tokenizer.decode([id]) for id in renderer.stop_ids]
     for name, source in (("Modelfile", "Modelfile.jinja"), (CARD, "gguf.md.jinja")):
         write_whole(folder / name, render(f"export/{source}", **facts))
 

@@ -11,14 +11,13 @@ from typing import Any, Literal
 import torch
 
 from formtune.base.folder import context_length, skeleton
-from formtune.base.row import quantile
 from formtune.configuration.task import read_run, task_parser
 from formtune.data.preparation import load_splits, production_rows
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, rate, read_outcomes, write_outcomes
 from formtune.export.exported import Exported, write_usage
 from formtune.export.llama_cpp import measure_gguf
-from formtune.export.measure import COMPARED, TIMED, Tuned, call_fresh, measure, merge, tolerance
+from formtune.export.measure import COMPARED, TIMED, Tuned, call_fresh, measure, merge
 from formtune.export.quantize import EXTRAS, SCHEMES, folder_name
 from formtune.export.rules import refuse
 from formtune.files import write_json
@@ -60,9 +59,8 @@ class FinishedRun:
             raise UserError(f"{path}: {folder / 'config.yaml'} gives other test rows or prompts; train again")
         context = context_length(base) or 10**9
         of_all_lengths = sorted(rows, key=len)[:: max(1, len(rows) // COMPARED)][:COMPARED]
-        prompts = [row.prompt_ids for row in production_rows(settings) or rows]
-        p95 = quantile([len(ids) for ids in prompts], 95)
-        timed = next(ids for ids in prompts if len(ids) == p95)[: context - TIMED]
+        prompts = sorted((row.prompt_ids for row in production_rows(settings) or rows), key=len)
+        timed = prompts[len(prompts) * 95 // 100][: context - TIMED]
         self.tuned = Tuned(
             adapter=exported.folder, base=base, quantize=task.model.quantize,
             dtype=getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "dtype", None) or torch.float32,
@@ -106,7 +104,7 @@ def measured(run: FinishedRun, kind: str, folder: Path, max_loss: float) -> tupl
     closeness, answers, speeds = measure_fresh(run.tuned, kind, folder)
     outcomes = [judge(row, answer, run.renderer, run.format) for row, answer in zip(rows, answers, strict=True)]
     pairs = list(zip(outcomes if run.constrained else run.outcomes, outcomes, strict=True))
-    broken = tolerance(kind, run.tuned.dtype, run.tuned.quantize).broken_by(closeness)
+    broken = run.tuned.bounds(kind).broken_by(closeness)
     figures: dict[str, Any] = {
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")),
         **speeds,

@@ -67,10 +67,9 @@ def _accept_other_tokenizers() -> None:
     original = TextModel.get_vocab_base_pre
 
     def name(self: Any, tokenizer: Any) -> str:
-        try:
+        with contextlib.suppress(NotImplementedError):
             return original(self, tokenizer)
-        except NotImplementedError:
-            return "gpt-2"
+        return "gpt-2"
 
     TextModel.get_vocab_base_pre = name
 

@@ -25,7 +25,6 @@ from formtune.model.micro_batches import Decoded
 HOST = "127.0.0.1"
 LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # requests to this machine go through no proxy
 LIKELIEST = 20  # tokens of which the server gives the log-probability, at each place of an answer
-SHOWN = 8  # tokens of a prompt
 CHATML = "<|im_start|>"  # in the template that llama.cpp takes for a file without one
 
 
@@ -88,7 +87,7 @@ def prompt_fault(row: Row, ids: list[int], renderer: Renderer) -> str | None:
     }  # fmt: skip
     fault = next(name for name, applies in faults.items() if applies)
     first = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, own, strict=False)))
-    theirs, ours = ([decode([token]) for token in part[first:][:SHOWN]] for part in (ids, own))
+    theirs, ours = ([decode([token]) for token in part[first : first + 8]] for part in (ids, own))
     return (
         f"the server's prompt has {len(ids):,} tokens and formtune's {len(own):,}: {fault}; from token {first} on "
         f"they are {theirs}, and formtune's {ours}"

@@ -48,6 +48,11 @@ class Tuned:
     timed: Sequence[int] = ()  # token ids of a prompt; if empty, nothing is timed
     schema: Any = None  # of every answer, which llama.cpp is timed with and without
 
+    def bounds(self, kind: str) -> Closeness:
+        """How close an export of this kind must be."""
+        stored = EXACT if self.dtype is torch.float32 else ROUNDED
+        return {"adapter": stored, "merged": QLORA if self.quantize else stored}.get(kind, QUANTIZED)
+
 
 @dataclass(frozen=True, slots=True)
 class Closeness:
@@ -81,12 +86,6 @@ QLORA = Closeness(kl=1e-2, top1=0.97)  # trained on a 4-bit base, merged into th
 QUANTIZED = Closeness(kl=0.05, top1=0.95)
 
 
-def tolerance(kind: str, dtype: torch.dtype, quantize: str | None) -> Closeness:
-    """How close an export must be, of a base that is stored in this type and was quantized so in training."""
-    stored = EXACT if dtype is torch.float32 else ROUNDED
-    return {"adapter": stored, "merged": QLORA if quantize else stored}.get(kind, QUANTIZED)
-
-
 @torch.no_grad()
 def last_logits(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
     """Logits of the last positions of each row of token ids, in float32 on the CPU; one row at a time, no padding."""
@@ -111,10 +110,8 @@ def compare(reference: Sequence[Tensor], logits: Sequence[Tensor]) -> Closeness:
 
 
 def merge(model: Any, rows: Sequence[Sequence[int]]) -> Any:
-    """Merge a float32 `PeftModel`, which is used up; raise a UserError if the result differs on rows of token ids.
-
-    PEFT's own `safe_merge` only looks for non-finite numbers; a wrong merge into shared embeddings passes it.
-    """
+    """Merge a float32 `PeftModel`, which is used up; raise a UserError if the result differs on rows of token ids."""
+    # PEFT's own `safe_merge` only looks for non-finite numbers; a wrong merge into shared embeddings passes it.
     unmerged = last_logits(model, rows)
     try:
         merged = model.merge_and_unload(safe_merge=True)
@@ -134,10 +131,8 @@ def load(folder: Path, base: str | None = None, dtype: Any = "auto", quantize: s
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map={"": device}, trust_remote_code=False, use_safetensors=True
         ).eval()
-    model = load_base(base, dtype, quantize, device)
-    if quantize is None:  # a quantized base is on its device already
-        model = model.to(device)
-    return PeftModel.from_pretrained(model, folder).eval()
+    model = load_base(base, dtype, quantize, device)  # which is on its device if it is quantized
+    return PeftModel.from_pretrained(model if quantize else model.to(device), folder).eval()
 
 
 def measure(tuned: Tuned, kind: str, folder: Path) -> tuple[Closeness, list[Decoded], dict[str, float]]:
@@ -161,10 +156,7 @@ def _speed(model: Any, prompt: Sequence[int]) -> float:
 
 
 def call_fresh(function: Callable[..., Any], failure: str, **arguments: Any) -> Any:
-    """What a module's function returns in a fresh process; `failure` begins the message if it raises.
-
-    A model that was measured where it was quantized would hold what it was made from.
-    """
+    """What a module's function returns in a fresh process; `failure` begins the message if it raises."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _quiet_and_offline) as pool:
         try:
             return pool.submit(function, **arguments).result()

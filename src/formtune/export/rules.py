@@ -23,11 +23,7 @@ RULES = {  # what, why, the remedy and the version with which it was seen; `it` 
 
 
 def before_training(base: str, lora: Lora) -> list[str]:
-    """What to know before training, a line each.
-
-    Raises:
-        UserError: The adapter would merge into another model, or not at all.
-    """
+    """What to know before training, a line each; a UserError if the adapter would merge into another model."""
     model = skeleton(base)
     adapter = lora_config(model, lora)
     refuse(model, adapter, "merge")
@@ -41,10 +37,7 @@ def refuse(model: Any, adapter: Any, target: str) -> None:
 
 
 def check(model: Any, adapter: Any, target: str) -> list[tuple[str, str]]:
-    """The rules that a base and PEFT's configuration of an adapter break: the name of each, and its line.
-
-    Weights are not read.
-    """
+    """The rules that a base, without its weights, and an adapter's configuration break: the name and line of each."""
     found: dict[str, Any] = {}
     if target in MERGED:
         config = getattr(model.config, "quantization_config", None) or {}

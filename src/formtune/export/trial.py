@@ -25,10 +25,7 @@ ROUNDED = Closeness(relative_max=0.6)
 def attempt(
     target: str, base: str, lora: Lora, length: int, renderer: Renderer, prompts: Sequence[Row], folder: Path
 ) -> str:
-    """Merge and, for a scheme, quantize in a folder: what was measured, in words; raises whatever a library raises.
-
-    Of the base only configuration and tokenizer are read. `prompts` are those that llama.cpp must render.
-    """
+    """Make a target in a folder, without the base's weights: what was measured; llama.cpp must render the prompts."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     gguf = target == "gguf"
@@ -43,9 +40,8 @@ def attempt(
     model.save_pretrained(folder / "base")
     model = add_lora(model, lora).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += NOISE * torch.randn_like(parameter)
+        for parameter in (it for it in model.parameters() if it.requires_grad):
+            parameter += NOISE * torch.randn_like(parameter)
     model.save_pretrained(folder / "adapter", save_embedding_layers=False)
     renderer.tokenizer.save_pretrained(folder / "adapter")
     tuned = Tuned(
