@@ -103,8 +103,9 @@ def did_you_mean(name: str, names: Collection[str]) -> str:
     group = ".".join(words[:-1])
     for other in sorted(names, key=lambda it: (it.rpartition(".")[0] == group, it)):  # last those of the same group
         ends[other.lower().rpartition(".")[2]] = other
-    # Few letters tell val_steps from max_steps: a mistyped name has nearly all of the right one's.
-    near = difflib.get_close_matches(words[-1], ends, 1, cutoff=0.8)
+    # Few letters tell val_steps from max_steps: a mistyped name has all or nearly all of the right one's.
+    letters = [end for end in ends if sorted(end) == sorted(words[-1])]
+    near = letters or difflib.get_close_matches(words[-1], ends, 1, cutoff=0.8)
     return f"; did you mean {ends[near[0]]}?" if near else ""
 
 
