@@ -77,7 +77,7 @@ def run(command: str, args: list[str]) -> int:
     write_outcomes(folder / "outcomes" / "after.jsonl", outcomes)
     write_json(folder / "endpoint.json", result)
     title, column = f"Served model, on {len(rows):,} test rows", {"name": endpoint.model, "figures": result["figures"]}
-    Console().print(figures_table(title, [column], [{}]))
+    Console().print(figures_table(title, [column]))
     print(f"prompts: {result['prompts']} as formtune's in every row")
     print("kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in result["kinds"].items()))
     sure = f"AURC {aurc(rated):.4f}, expected calibration error {calibration_error(rated):.1%}" if rated else None

@@ -90,9 +90,10 @@ def weigh(deployment: registry.Deployment, exported: Exported) -> list[str]:
             objections.append(f"the format differs from that of {current}, which downstream code parses")
         comparison = compare(read_runs([str(deployment.outcomes(current)), str(exported.outcomes)]))
         print_comparison(comparison)
-        differences = comparison["comparisons"][0]["differences"]
-        worse = [(name, differences[name]["p"]) for name in IN_WORDS if differences[name]["verdict"] == "worse"]
-        objections += [f"{name} is worse than {current}'s (p = {p:.2g})" for name, p in worse]
+        for name in IN_WORDS:
+            difference = comparison["runs"][1]["figures"][name]["difference"]
+            if difference["verdict"] == "worse":
+                objections.append(f"{name} is worse than {current}'s (p = {difference['p']:.2g})")
     except UserError as error:
         objections.append(str(error))
     return objections

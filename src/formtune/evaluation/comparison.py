@@ -42,47 +42,48 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
-    """Every figure of every run, and the differences of each further run from the first."""
-    (first, before), *others = runs
-    return {
-        "rows": len(before),
-        "runs": [{"name": name, "figures": figures(outcomes)} for name, outcomes in runs],
-        "comparisons": [
-            {"run": name, "against": first, "differences": _differences(before, outcomes)} for name, outcomes in others
-        ],
-    }
+    """Every figure of every run, those of each further run with their differences from the first."""
+    first = runs[0][1]
+    columns = [{"name": runs[0][0], "figures": figures(first)}]
+    columns += [{"name": name, "figures": figures(outcomes, first)} for name, outcomes in runs[1:]]
+    return {"rows": len(first), "runs": columns}
+
+
+def figures(outcomes: Sequence[Outcome], first: Sequence[Outcome] = ()) -> dict[str, Any]:
+    """Every rate and field F1 as `value` and `interval`, with the `difference` from a first run on the same rows."""
+    result: dict[str, Any] = {}
+    before = _by_row(first)
+    for name, rows in _by_row(outcomes).items():
+        if name == F1:
+            result[name] = {"value": field_f1(outcomes), "interval": f1_interval(rows)}
+        else:
+            result[name] = {"value": sum(rows) / len(rows), "interval": wilson(sum(rows), len(rows))}
+        if name in before:
+            difference = (f1_difference if name == F1 else rate_difference)(before[name], rows)
+            result[name]["difference"] = {"verdict": verdict(difference), **asdict(difference)}
+    return result
 
 
 def print_comparison(comparison: dict[str, Any]) -> None:
     """Print what `compare` returns: one table, and one sentence for each run after the first."""
-    pairs, title = comparison["comparisons"], f"Comparison on {comparison['rows']:,} test rows"
-    Console().print(figures_table(title, comparison["runs"], [{}, *(pair["differences"] for pair in pairs)]))
-    for pair in pairs:
+    first, *others = comparison["runs"]
+    Console().print(figures_table(f"Comparison on {comparison['rows']:,} test rows", comparison["runs"]))
+    for run in others:
         parts = []
         for name in IN_WORDS:
-            difference = pair["differences"][name]
+            difference = run["figures"][name]["difference"]
             size = f" by {100 * abs(difference['value']):.1f} points ({_p(difference)})" if difference["sure"] else ""
             parts.append(f"{name} {difference['verdict']}{size}")
-        say(f"{pair['run']} against {pair['against']}: {'; '.join(parts)}")
+        say(f"{run['name']} against {first['name']}: {'; '.join(parts)}")
 
 
-def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Every rate and field F1, each as `value` and `interval`."""
-    by_row = _by_row(outcomes)
-    f1 = {"value": field_f1(outcomes), "interval": f1_interval(by_row[F1])}
-    return {
-        name: f1 if name == F1 else {"value": sum(rows) / len(rows), "interval": wilson(sum(rows), len(rows))}
-        for name, rows in by_row.items()
-    }
-
-
-def figures_table(title: str, runs: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> Table:
-    """A column for each run's `name` and `figures`, with its differences from the first run ({} for none)."""
+def figures_table(title: str, runs: Sequence[dict[str, Any]]) -> Table:
+    """A column for each run's `name` and `figures`."""
     table = Table(Column("metric", no_wrap=True), title=title, title_justify="left")
     for run in runs:
         table.add_column(folded(run["name"]), justify="right")
     for name in dict.fromkeys(name for run in runs for name in run["figures"]):
-        cells = [_cell(run["figures"].get(name), d.get(name)) for run, d in zip(runs, differences, strict=True)]
+        cells = [_cell(run["figures"].get(name)) for run in runs]
         table.add_row(Text(name.replace(FIELD, "field ")), *cells, end_section=name == F1)
     return table
 
@@ -99,6 +100,8 @@ def _path(argument: str) -> Path:
 
 def _by_row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """For each rate whether each row is right, and for field F1 its counts; in the order of the table."""
+    if not outcomes:
+        return {}
     fields = Counter(name for o in outcomes for name in o.fields).most_common(FIELDS if outcomes[0].schema else None)
     return {
         **{name: [getattr(o, attribute) for o in outcomes] for name, attribute in RATES.items()},
@@ -107,21 +110,11 @@ def _by_row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def _differences(first: Sequence[Outcome], second: Sequence[Outcome]) -> dict[str, Any]:
-    before, after = _by_row(first), _by_row(second)
-    differences = {
-        name: (f1_difference if name == F1 else rate_difference)(before[name], after[name])
-        for name in before
-        if name in after
-    }
-    return {name: {"verdict": verdict(difference), **asdict(difference)} for name, difference in differences.items()}
-
-
-def _cell(figure: dict[str, Any] | None, difference: dict[str, Any] | None) -> str:
+def _cell(figure: dict[str, Any] | None) -> str:
     if figure is None:
         return "-"
     low, high = figure["interval"]
-    cell = f"{figure['value']:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+    cell, difference = f"{figure['value']:.1%} ({100 * low:.1f} to {100 * high:.1f})", figure.get("difference")
     return cell + (f"\n{difference['verdict'].partition(' with ')[0]}, {_p(difference)}" if difference else "")
 
 

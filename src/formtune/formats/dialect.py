@@ -14,7 +14,7 @@ from formtune.errors import UserError
 from formtune.formats.bounded import FORMATS, bounded_validator, compile_ecma, resolver
 
 MAX_PROBLEMS = 10  # of a schema, named at once
-ALIKE = 0.85  # of the letters, from which a key is likely a misspelt keyword
+ALIKE = 0.84  # of the letters, from which a key is likely a misspelt keyword
 TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 
 _REFUSED = {  # keywords that no tool writes for language models, and what to write instead

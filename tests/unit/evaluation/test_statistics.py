@@ -249,8 +249,9 @@ def test_a_run_against_itself_cannot_be_told(runs, capsys):
         in output
     )
     assert re.search(r"format/exact .* 90.0% \(86.1 to 92.9\) ", output) and "cannot tell, p = 1.000" in output
-    [comparison] = json.loads(Path("new/comparison.json").read_text())["comparisons"]
-    assert {d["verdict"] for d in comparison["differences"].values()} == {"cannot tell with 300 rows"}
+    first, second = (run["figures"].values() for run in json.loads(Path("new/comparison.json").read_text())["runs"])
+    assert {figure["difference"]["verdict"] for figure in second} == {"cannot tell with 300 rows"}
+    assert not any("difference" in figure for figure in first)
     assert [p.name for p in Path("new").iterdir()] == ["comparison.json"]
 
 
@@ -273,7 +274,7 @@ def test_clearly_better_and_worse_and_before_and_a_file(runs, capsys):
     ]  # fmt: skip
     assert comparison["rows"] == 300 and [list(one["figures"]) for one in comparison["runs"]] == [names] * 4
     assert [one["name"] for one in comparison["runs"]] == [one, two, f"{two}:before", f"{two}/outcomes/after.jsonl"]
-    first = comparison["comparisons"][0]["differences"]
+    first = {name: figure["difference"] for name, figure in comparison["runs"][1]["figures"].items()}
     assert first["format/exact"]["p"] == pytest.approx(2 / 2**20)
     assert first["format/loose"]["verdict"] == "cannot tell with 300 rows"
     assert first["content/field_acc/b"]["verdict"] == first["content/field_f1"]["verdict"] == "better"
@@ -314,8 +315,8 @@ def test_fields_that_only_one_run_has_are_shown_and_not_compared(runs, capsys):
     assert main(["compare", one, two, "--out", "comparison.json"]) == 0
     output = capsys.readouterr().out
     assert re.search(r"field b .* 92.0% \(.*\) │ +- │", output) and re.search(r"field c .* - │ +94.0% \(", output)
-    [comparison] = json.loads(Path("comparison.json").read_text())["comparisons"]
-    assert [name for name in comparison["differences"] if "acc" in name] == ["content/field_acc/a"]
+    figures = json.loads(Path("comparison.json").read_text())["runs"][1]["figures"]
+    assert [name for name in figures if "acc" in name and "difference" in figures[name]] == ["content/field_acc/a"]
 
 
 def test_names_in_brackets_stay_readable(runs, capsys):
