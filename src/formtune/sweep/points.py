@@ -29,10 +29,8 @@ def grid(over: Sequence[str]) -> dict[str, dict[str, str]]:
     keys: dict[str, list[str]] = {}
     for text in over:
         key, _, values = text.partition("=")
-        if key in keys:
-            raise UserError(f"--over {key}: duplicate key; name all its values at once")
         # Commas inside brackets belong to a value. Values stay text: `train` reads 1e-4 as a number, YAML does not.
-        keys[key] = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", values)]
+        keys[key] = keys.get(key, []) + [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", values)]
         if not re.fullmatch(r"\w+(\.\w+)*", key) or not all(keys[key]) or len(set(keys[key])) < max(2, len(keys[key])):
             raise UserError(f"--over {text}: expected a key and two or more different values, as in --over {RANKS}")
     points = [dict(zip(keys, values, strict=True)) for values in itertools.product(*keys.values())]

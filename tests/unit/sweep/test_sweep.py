@@ -104,6 +104,7 @@ def test_a_grid_is_all_combinations_with_the_values_as_they_are_written():
     targets = grid(["model.lora.targets=attention, [q_proj, v_proj], [q_proj v_proj]"])
     assert [it["model.lora.targets"] for it in targets.values()] == ["attention", "[q_proj, v_proj]", "[q_proj v_proj]"]
     assert next(iter(targets)) == "targets-attention"
+    assert [*grid(["a.r=1,2", "a.r=3,4"])] == ["r1", "r2", "r3", "r4"]
     assert [*grid(["a.r=1,2", "b.r=3,4"])] == ["r1-r3", "r1-r4", "r2-r3", "r2-r4"]
 
 
@@ -331,7 +332,10 @@ def test_other_settings_are_another_sweep_and_a_running_one_is_refused(fake_trai
         (["--over", "model.lora.r=8"], "expected a key and two or more different values"),
         (["--over", "model.lora.r=[8,16]"], "expected a key and two or more different values"),
         (["--over", "model.lora.r=8,16,8"], "expected a key and two or more different values"),
-        (["--over", "model.lora.r=8,16", "--over", "model.lora.r=32,64"], "duplicate key"),
+        (
+            ["--over", "model.lora.r=8,16", "--over", "model.lora.r=16,64"],
+            "expected a key and two or more different values",
+        ),
         (["--seeds", "0-2"], "expected whole numbers"),
         (["--over", "seed_everything=0,1"], "seed_everything: the sweep sets it"),
         (["--run", "r1"], "run: the sweep sets it"),
