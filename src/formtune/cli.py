@@ -99,9 +99,7 @@ def _run(args: list[str]) -> int:
         check_configs(args)
         command = importlib.import_module(f"formtune.commands.{COMMANDS[name].module}")
         return command.run(name, rest) or 0
-    elif name.startswith("-"):
-        raise UserError(f"put the command first, before {name}; the commands are {', '.join(COMMANDS)}")
     else:
-        near = did_you_mean(name, COMMANDS)
-        raise UserError(f"unknown command {name!r}{near or '; the commands are ' + ', '.join(COMMANDS)}")
+        near = did_you_mean(name, COMMANDS) or f"; put one of these first: {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command {name!r}{near}")
     return 0

@@ -223,9 +223,9 @@ HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "numpy")
         (
             ["quux"],
             2,
-            "unknown command 'quux'; the commands are init, audit, synthesize, preflight, train, fit, validate",
+            "unknown command 'quux'; put one of these first: init, audit, synthesize, preflight, train, fit, validate",
         ),
-        (["-c", "small.yaml", "fit"], 2, "put the command first, before -c"),
+        (["-c", "small.yaml", "fit"], 2, "unknown command '-c'; put one of these first: init"),
         (["train", "-c"], 2, "-c: name the YAML of a task"),
         (["train", "-c", "gone.yaml"], 2, "gone.yaml: No such file"),
         (["train", "--config=broken.yaml"], 2, "broken.yaml:1: not valid YAML"),

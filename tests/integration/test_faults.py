@@ -27,7 +27,8 @@ from formtune.cli import main
 from formtune.errors import UserError
 from formtune.model import FormatModule
 from formtune.training import checkpoint
-from formtune.training.validations import Validations, best
+from formtune.training.callbacks import OverfittingWatch
+from formtune.training.validations import best
 from interrupting import (
     FIT,
     SCHEMA,
@@ -309,8 +310,8 @@ def test_the_untuned_base_is_named(whole, monkeypatch, capfd):
 
 def test_an_interrupted_run_is_measured_by_its_best_so_far(interrupted, capfd):
     config, folder = "logs/small/one/config.yaml", Path("logs/small/one/checkpoints")
-    state = checkpoint.read(checkpoint.newest(folder))["callbacks"]["Validations"]
-    validations = Validations()
+    state = checkpoint.read(checkpoint.newest(folder))["callbacks"]["OverfittingWatch"]
+    validations = OverfittingWatch()
     validations.load_state_dict(state)
     chosen = best(validations.history)
     capfd.readouterr()

@@ -49,7 +49,7 @@ def test_rows_become_a_task_that_is_audited_planned_and_trained(folder, base, ca
     }
     assert output.endswith("next: formtune train -c configs/tickets.yaml --quick\n")
     assert re.search(
-        r"^steps: \d+ of 16 rows, 3 epochs; .*\n(.*\n)+?time: about .* min .*, estimated on this machine now\npeak memory: ",
+        r"^steps: \d+ of 16 rows, 3 epochs; .*\n(.*\n)+?time: about \d+:\d\d:\d\d .*, estimated on this machine now\npeak memory: ",
         output,
         re.M,
     )

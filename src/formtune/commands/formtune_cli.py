@@ -1,5 +1,6 @@
 """LightningCLI with one folder per run."""
 
+import contextlib
 import os
 import shlex
 import sys
@@ -23,23 +24,21 @@ from formtune.configuration.yaml_file import LINES
 from formtune.data.datamodule import FormatDataModule
 from formtune.errors import UserError
 from formtune.evaluation.console import print_result
+from formtune.evaluation.outcomes import write_answers
 from formtune.files import LOGS
 from formtune.model import FormatModule
 from formtune.model.adapter import take_settings
 from formtune.model.ranks import ShardedBase
 from formtune.training import callback
-from formtune.training.answers import AnswerFile, AnswerTable, Outcomes
+from formtune.training.callbacks import AnswerTable, OverfittingWatch, Signals, StepsBar
 from formtune.training.checkpoint import BestCheckpoint, CheckpointFiles, choose, newest
+from formtune.training.diagnosis import diagnose, next_step
 from formtune.training.evaluator import Baseline
 from formtune.training.loggers import Name, make_loggers, record
-from formtune.training.next_step import next_step
-from formtune.training.overfitting import OverfittingWatch, diagnose
 from formtune.training.pipeline import prepare, train
 from formtune.training.plan import Timing, plan
-from formtune.training.progress_bar import StepsBar, Throughput
 from formtune.training.run_folder import RunFolder, choose_run, measured_run, minimum_confidence
-from formtune.training.signals import Signals
-from formtune.training.validations import Validations, reason
+from formtune.training.validations import reason
 
 TRAINS = ("train", "fit")
 QUICK_ROWS = 50  # validation and test rows of `train --quick`
@@ -183,21 +182,18 @@ class FormtuneCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self.config_init[self.subcommand]
         options = dict(config.trainer)
-        # The recorder comes before those that look at what it recorded, and formtune's checkpoints before a user's own,
-        # so that `trainer.checkpoint_callback` and `ckpt_path="best"` mean them.
-        callbacks: list[Any] = [config.answer_table, Outcomes(), self.signals]
+        # formtune's checkpoints come before a user's own, so that `trainer.checkpoint_callback` and `ckpt_path="best"`
+        # mean them.
+        callbacks: list[Any] = [config.answer_table, self.signals]
         if config.dry_run and self.subcommand in TRAINS:
             callbacks.append(Timing())
         elif self.subcommand in TRAINS:
-            callbacks += [Validations(), config.overfitting, config.checkpoint, Throughput()]
+            callbacks += [config.overfitting, config.checkpoint]
             if options["logger"] in (None, True):
                 again = int(self.checkpoint.stem.removeprefix("step-")) + 1 if self.checkpoint else None
                 options["logger"] = make_loggers(config.logger, config.task, config.run, again)
         else:
             options["logger"] = False
-        if self.subcommand == "predict":
-            untuned = None if self.checkpoint else self.measured
-            callbacks.append(AnswerFile(config.answers, untuned, config.min_confidence))
         if options["enable_progress_bar"] is not False:
             # 0: nothing is drawn into a file, or where standard output is closed.
             callbacks.append(StepsBar(int(bool(sys.stdout and sys.stdout.isatty()))))
@@ -211,43 +207,39 @@ class FormtuneCLI(LightningCLI):
         try:
             trainer = self.trainer_class(**options | kwargs)
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
-            named = (f".{flag}" for flag, it in options.items() if isinstance(it, str) and repr(it) in str(error))
-            raise UserError(f"trainer{next(named, '')}: {error}") from error
+            raise UserError(f"trainer: {error}") from error
         trainer_checks.check_callbacks(trainer, self.model.scores.names)
         return trainer
 
     def train(self, model: FormatModule, datamodule: FormatDataModule) -> None:
-        config, trainer = self.config.train, self.trainer
-        if config.dry_run:
-            return plan(trainer, model, datamodule, self._record, config.baselines, config.baseline_rows, _checks())
-        try:
-            result = train(
-                trainer, model, datamodule, self.folder, self._record, config.baselines, config.baseline_rows,
-                self.checkpoint, _checks(), longer_inputs=not config.quick,
-            )  # fmt: skip
-            if result:
-                rank_zero_only(print_result)(result, self.folder.path)
-        finally:
-            self.folder.release()
-
-    def fit(self, model: FormatModule, datamodule: FormatDataModule) -> None:
+        """The whole job of `train`, or `fit` alone; under --dry_run what it would take."""
+        config, whole = self.config[self.subcommand], self.subcommand == "train"
         trainer: Any = self.trainer
-        if self.config.fit.dry_run:
-            return plan(trainer, model, datamodule, self._record)
+        for line in _preflight(model) if whole else ():
+            rank_zero_only(print)(f"preflight: {line}")
+        if config.dry_run:
+            baselines = config.baselines if whole else None
+            return plan(trainer, model, datamodule, self._record, baselines, config.baseline_rows)
         writes = trainer.is_global_zero and not trainer.fast_dev_run
-        try:
-            if writes:
-                self.folder.hold()
-            prepare(trainer, datamodule)
-            if writes and not self.folder.begun:
-                record(trainer, self.folder.path / "config.yaml", self._record())
-            trainer.fit(model, datamodule, ckpt_path=self.checkpoint)
-        finally:
-            self.folder.release()
-        if writes:
-            history = callback(trainer, Validations).history
+        with self.folder.held() if writes else contextlib.nullcontext():
+            if whole:
+                result: Any = train(
+                    trainer, model, datamodule, self.folder, self._record, config.baselines, config.baseline_rows,
+                    self.checkpoint, longer_inputs=not config.quick,
+                )  # fmt: skip
+            else:
+                prepare(trainer, datamodule)
+                if writes and not self.folder.begun:
+                    record(trainer, self.folder.path / "config.yaml", self._record())
+                trainer.fit(model, datamodule, ckpt_path=self.checkpoint)
+        if writes and whole:
+            print_result(result, self.folder.path)
+        elif writes:
+            history = callback(trainer, OverfittingWatch).history
             print(f"{reason(history)}\ndiagnosis: {diagnose(history).text}")
             print(f"next: {next_step(history, trainer, 'fit')}\nrun: {self.folder.path}")
+
+    fit = train
 
     def test(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         """Evaluate on the test rows, or those of validation for `validate`, and print the figures."""
@@ -264,12 +256,15 @@ class FormtuneCLI(LightningCLI):
     validate = test
 
     def predict(self, model: FormatModule, datamodule: FormatDataModule) -> None:
+        config, path = self.config.predict, Path(self.config.predict.answers)
         prepare(self.trainer, datamodule, "predict")
+        path.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after all the work
         self.trainer.predict(model, datamodule, return_predictions=False, ckpt_path=self.checkpoint)
-        files = ", ".join(f"{count:,} in {path}" for path, count in callback(self.trainer, AnswerFile).written.items())
-        rank_zero_only(print)(f"answers of {self.measured}: {files}")
-        rank_zero_only(print)("next: look at answers whose format is not valid or whose confidence is low; "
-                              "--min_confidence puts them into a separate file")  # fmt: skip
+        more = {} if self.checkpoint else {"model": self.measured}
+        if self.trainer.is_global_zero:
+            files = write_answers(path, model.outcomes, config.min_confidence, more).items()
+            print(f"answers of {self.measured}: {', '.join(f'{count:,} in {file}' for file, count in files)}")
+            print("next: look at answers with an invalid format or a low confidence; --min_confidence separates them")
 
     def _record(self) -> str:
         config = self.config[self.subcommand]
@@ -285,10 +280,10 @@ class FormtuneCLI(LightningCLI):
         return self._parser(self.subcommand).dump(config, skip_none=False)
 
 
-def _checks() -> list[Any]:
-    """Checks before training that an optional folder brings: what could not be merged or served is refused now."""
+def _preflight(model: FormatModule) -> list[str]:
+    """What the optional folder `export` says of merging and serving the result; it refuses what would fail."""
     if not Path(__file__).parents[1].joinpath("export/rules.py").is_file():
         return []
     from formtune.export.rules import before_training
 
-    return [lambda model: before_training(model.base, model.lora)]
+    return before_training(model.base, model.lora)

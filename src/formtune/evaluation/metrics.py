@@ -1,7 +1,7 @@
 """Metrics as sums and counts over all rows, so that the number of processes and uneven batches change nothing."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,50 +23,30 @@ _RATES = RATES | {
 Counts = dict[str, tuple[float, int]]  # numerator and denominator of each figure
 
 
-class _Sums(Metric):
-    """Numerators and denominators of figures, in one tensor: one exchange between processes."""
-
-    full_state_update = False
-    sums: Tensor
-
-    def __init__(self, *names: str) -> None:
-        super().__init__()
-        self._names = names
-        self.add_state("sums", torch.zeros(len(names), 2, dtype=EXACT), dist_reduce_fx="sum")
-
-    def _add(self, counts: Mapping[str, tuple[float, float]]) -> None:
-        pairs = [counts.get(name, (0, 0)) for name in self._names]
-        # Not in place: Lightning tests in inference mode and validates outside it, on the same states.
-        self.sums = self.sums + torch.tensor(pairs, dtype=EXACT, device=self.sums.device)
-
-    def compute(self) -> Counts:
-        pairs = zip(self._names, self.sums.tolist(), strict=True)
-        return {name: (int(count) if count.is_integer() else count, int(whole)) for name, (count, whole) in pairs}
-
-
-class FormatMetrics(_Sums):
+def count(outcomes: Sequence[Outcome], format: Format) -> Counts:
     """Rates of format and content, accuracies of fields (one of all with a schema per row), and failures by kind."""
-
-    def __init__(self, format: Format) -> None:
-        fields = (FIELD + name for name in format.fields)
-        kinds = (f"fail/{kind}" for kind in KINDS)
-        super().__init__(*_RATES, *fields, *kinds, F1, *(["content/field_acc"] if format.per_row else []))
-
-    def update(self, outcomes: Sequence[Outcome]) -> None:
-        """Count answers to rows that have a target."""
-        for one in outcomes:
-            right = one.fields.values()
-            counts = {name: (getattr(one, attribute), 1) for name, attribute in _RATES.items()}
-            counts |= {FIELD + name: (is_right, 1) for name, is_right in one.fields.items()}
-            counts |= {f"fail/{kind}": (one.kind == kind, 1) for kind in KINDS}
-            self._add(counts | {F1: (2 * one.matched, one.values), "content/field_acc": (sum(right), len(right))})
+    rows = len(outcomes)
+    counts: Counts = {name: (sum(getattr(one, what) for one in outcomes), rows) for name, what in _RATES.items()}
+    fields = {FIELD + name: [one.fields[name] for one in outcomes if name in one.fields] for name in format.fields}
+    counts |= {name: (sum(right), len(right)) for name, right in fields.items()}
+    counts |= {f"fail/{kind}": (sum(one.kind == kind for one in outcomes), rows) for kind in KINDS}
+    counts[F1] = (2 * sum(one.matched for one in outcomes), sum(one.values for one in outcomes))
+    if format.per_row:
+        right = [is_right for one in outcomes for is_right in one.fields.values()]
+        counts["content/field_acc"] = (sum(right), len(right))
+    return counts
 
 
-class LossMetrics(_Sums):
+class LossMetrics(Metric):
     """Loss of the targets under teacher forcing, and how often it predicts the whole target."""
 
+    full_state_update = False
+    names = ("val/loss", "val/tf_exact", "val/parity")
+    sums: Tensor  # numerator and denominator of each
+
     def __init__(self) -> None:
-        super().__init__("val/loss", "val/tf_exact", "val/parity")
+        super().__init__()
+        self.add_state("sums", torch.zeros(len(self.names), 2, dtype=EXACT), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor, correct: Tensor, sizes: list[int]) -> None:
         """Add rows of these sizes: each target token's negative log-likelihood, and if it is the most likely."""
@@ -77,6 +57,15 @@ class LossMetrics(_Sums):
     def compare(self, same: list[bool]) -> None:
         """Record whether full generation agrees with the answers read from the teacher-forced pass."""
         self._add({"val/parity": (sum(same), len(same))})
+
+    def _add(self, counts: Counts) -> None:
+        pairs = [counts.get(name, (0, 0)) for name in self.names]
+        # Not in place: Lightning tests in inference mode and validates outside it, on the same states.
+        self.sums = self.sums + torch.tensor(pairs, dtype=EXACT, device=self.sums.device)
+
+    def compute(self) -> Counts:
+        pairs = zip(self.names, self.sums.tolist(), strict=True)
+        return {name: (int(value) if value.is_integer() else value, int(whole)) for name, (value, whole) in pairs}
 
 
 def ratios(counts: Counts) -> dict[str, float]:
@@ -102,14 +91,14 @@ def _own(what: str) -> Iterator[None]:
 
 
 class Scores(nn.Module):
-    """All metrics of an evaluation: verdicts, losses and the user's own.
+    """All figures of an evaluation: of the outcomes, the losses and the user's own metrics.
 
     The user's are named by `own/` and the class, or the figure's name if `compute` returns several.
     """
 
     def __init__(self, format: Format, metrics: Sequence[Metric]) -> None:
         super().__init__()
-        self.verdicts, self.losses = FormatMetrics(format), LossMetrics()
+        self.format, self.losses = format, LossMetrics()
         names = [type(metric).__name__ for metric in metrics]
         numbered = (f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1))
         own = dict(zip(numbered, metrics, strict=True))
@@ -118,22 +107,20 @@ class Scores(nn.Module):
     @property
     def names(self) -> set[str]:
         """Names of all figures of a validation but the user's own, for checks before the run."""
-        # By their classes: called on the metrics, torchmetrics would keep the result.
-        return {*LossMetrics.compute(self.losses), *FormatMetrics.compute(self.verdicts)}
+        return {*LossMetrics.names, *count((), self.format)}
 
-    def update(self, outcomes: Sequence[Outcome]) -> None:
-        self.verdicts.update(outcomes)
-        if outcomes:  # a process may get no row
+    def compute(self, outcomes: Sequence[Outcome], own: Sequence[Outcome]) -> tuple[dict[str, float], Counts]:
+        """Every figure, and its counts unless it is the user's own; then begin anew.
+
+        `outcomes` are those of all processes, `own` those of this one, which may be none.
+        """
+        counts = self.losses.compute() | count(outcomes, self.format)
+        if own:
             with _own("update"):
-                self.own.update([one.answer for one in outcomes], [one.target for one in outcomes])
-
-    def compute(self) -> tuple[dict[str, float], Counts]:
-        """Every figure, and its counts unless it is the user's own, over all processes; then begin anew."""
-        counts = self.losses.compute() | self.verdicts.compute()
+                self.own.update([one.answer for one in own], [one.target for one in own])
         with _own("compute"):
             figures = ratios(counts) | {name: float(value) for name, value in self.own.compute().items()}
         with _own("reset"):
             self.own.reset()
         self.losses.reset()
-        self.verdicts.reset()
         return figures, counts

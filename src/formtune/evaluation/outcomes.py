@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from formtune.base.row import Row
 from formtune.errors import UserError
@@ -112,6 +113,32 @@ def _product(logprobs: Iterable[float]) -> float:
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
     """Write outcomes as JSON Lines, atomically."""
     write_lines(path, map(asdict, outcomes))
+
+
+def write_answers(
+    path: Path, outcomes: Sequence[Outcome], minimum: float | None, more: dict[str, str]
+) -> dict[Path, int]:
+    """Write predictions as JSON Lines, each with `more`; returns the number in each file.
+
+    With a minimum confidence there are two files: the answers that reach it, and the others, for a person to review.
+    """
+    records: list[dict[str, Any]] = [
+        {
+            "where": one.where, "prompt": one.input, "answer": one.answer,
+            "compliant": one.exact, "kind": one.kind, "detail": one.detail,
+            "confidence": one.confidence, "field_confidences": one.field_confidences or {}, **more,
+        }
+        for one in outcomes
+    ]  # fmt: skip
+    files = {path: records}
+    if minimum is not None:
+        review, accepted = (path.with_stem(f"{path.stem}.{name}") for name in ("review", "accepted"))
+        files = {review: [], accepted: []}
+        for record in records:
+            files[accepted if record["compliant"] and record["confidence"] >= minimum else review].append(record)
+    for file, part in files.items():
+        write_lines(file, part)
+    return {file: len(part) for file, part in files.items()}
 
 
 def read_outcomes(path: Path) -> list[Outcome]:

@@ -1,19 +1,17 @@
-"""A trained adapter that training begins from: a run's, or a folder or hub id of PEFT's. Only safetensors are read."""
+"""A trained adapter that training begins from: a run's, or a plain LoRA adapter of PEFT. Only safetensors are read."""
 
 import hashlib
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from formtune.base.folder import check_base
 from formtune.base.identity import identity
 from formtune.configuration.yaml_file import is_set
 from formtune.errors import UserError, first_line
-from formtune.model.lora import Lora, lora_config
+from formtune.model.lora import Lora, difference
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEYS = {"r": "r", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}  # PEFT's, and those of model.lora
@@ -21,28 +19,34 @@ KEYS = {"r": "r", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "do
 FREE = {
     "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type", "inference_mode",
     "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config",
+    "fan_in_fan_out",
 }  # fmt: skip
-ADDED = (True, False, None, "gaussian", "orthogonal", "eva")  # initializations that leave the base's weights alone
-MERGE = "merge it (formtune export RUN --as merged) and set model.base to the result"
+MERGE = "merge it with PEFT's merge_and_unload and set model.base to the result"
 
 
 class TrainedAdapter:
-    """An adapter on disk: its settings, and its weights."""
+    """A plain LoRA adapter on disk: its settings, and its weights."""
 
     def __init__(self, name: str) -> None:
-        from peft import PeftConfig
+        from peft import LoraConfig, PeftConfig
         from safetensors.torch import load
 
-        self.name, folder = name, _folder(name)
+        self.name, run = name, Path(name, "adapter")
         try:
+            folder = run if run.is_dir() else _folder(name)
             self.config: Any = PeftConfig.from_pretrained(str(folder))
             content, manifest = (folder / WEIGHTS).read_bytes(), folder / "manifest.json"
             self.weights, self.hash = load(content), hashlib.sha256(content).hexdigest()
             self._base = json.loads(manifest.read_bytes())["base"].get("identity") if manifest.is_file() else None
+        except UserError:
+            raise
         except Exception as error:  # a damaged file can raise anything
-            raise UserError(f"model.adapter: {folder} cannot be read ({first_line(error)})") from None
-        if self.config.peft_type != "LORA":
-            raise UserError(f"model.adapter: {name} is {self.config.peft_type}, not LoRA; {MERGE}")
+            remedy = "name a finished run, or a PEFT adapter saved as safetensors"
+            raise UserError(f"model.adapter: {name} cannot be read ({first_line(error)}); {remedy}") from None
+        plain = vars(LoraConfig(init_lora_weights=getattr(self.config, "init_lora_weights", True) is True))
+        for key, value in vars(self.config).items():
+            if key not in FREE and key not in KEYS and (value or None) != (plain.get(key) or None):
+                raise UserError(f"model.adapter: {name} is not plain LoRA ({key}: {value}); {MERGE}")
         if not all(torch.isfinite(tensor).all() for tensor in self.weights.values()):
             raise UserError(f"model.adapter: {name} has non-finite weights")
 
@@ -52,31 +56,17 @@ class TrainedAdapter:
         values = {key: getattr(self.config, field) for field, key in KEYS.items()}
         values["alpha"] = None if values["alpha"] == 2 * values["r"] else values["alpha"]
         targets = self.config.target_modules
-        # PEFT may write a pattern, or the path of each layer.
-        if isinstance(targets, str) or any("layers." in target for target in targets):
+        if isinstance(targets, str):  # a pattern
             targets = {name.partition(".lora_")[0].rpartition(".")[2] for name in self.weights}
         return values | {"targets": sorted(targets)}
 
-    def check(self, model: nn.Module, lora: Lora) -> None:
-        """Refuse other settings than `model.lora`, and weights that are not those of adapters on this model."""
-        from peft import get_peft_model, get_peft_model_state_dict
-
-        expected, how = lora_config(model, lora), self.config.init_lora_weights
-        given = vars(self.config) | {"init_lora_weights": how in ADDED or how}
-        for field in (it.name for it in fields(expected) if it.name not in FREE):
-            if (given[field] or None) != (getattr(expected, field) or None):
-                key = f"model.lora.{KEYS[field]}" if field in KEYS else "model.adapter"
-                remedy = f"set {key}: {str(given[field]).lower()}" if field in KEYS else MERGE
-                raise UserError(f"{key}: {self.name} was trained with {field}: {given[field]}; {remedy}")
-        expected.init_lora_weights = False  # there are no weights
-        adapted = get_peft_model(model, expected, low_cpu_mem_usage=True)  # type: ignore[arg-type]
-        states = (get_peft_model_state_dict(adapted, save_embedding_layers=False), self.weights)
-        shapes = ({(name, tensor.shape) for name, tensor in state.items()} for state in states)
-        if different := set.symmetric_difference(*shapes):
-            raise UserError(
-                f"model.lora.targets: the adapter {self.name} has different layers (first {min(different)[0]}); set "
-                f"model.lora.targets: [{', '.join(self.settings['targets'])}], and model.base to its own base"
-            )
+    def check(self, lora: Lora) -> None:
+        """Refuse other settings in `model.lora`."""
+        settings = {"r": lora.r, "alpha": lora.alpha or 2 * lora.r, "rslora": lora.rslora, "dora": lora.dora}
+        for field, key in KEYS.items():
+            if (value := getattr(self.config, field)) != settings[key]:
+                remedy = f"set model.lora.{key}: {str(value).lower()}"
+                raise UserError(f"model.lora.{key}: {self.name} was trained with {field}: {value}; {remedy}")
 
     def check_base(self, base: str, base_identity: str) -> None:
         """Refuse another base than the adapter's: by its weights where these are known, else by its name."""
@@ -89,9 +79,14 @@ class TrainedAdapter:
             )
 
     def load(self, model: Any) -> None:
-        """Put the weights into the adapters of a model."""
-        from peft import set_peft_model_state_dict
+        """Put the weights into the adapters of a model; refuse the weights of other layers."""
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+        if name := difference(get_peft_model_state_dict(model, save_embedding_layers=False), self.weights):
+            raise UserError(
+                f"model.lora.targets: the adapter {self.name} has different layers (first {name}); set "
+                f"model.lora.targets: [{', '.join(self.settings['targets'])}], and model.base to its own base"
+            )
         set_peft_model_state_dict(model, self.weights)
 
 
@@ -105,14 +100,8 @@ def take_settings(model: Any) -> None:
 
 
 def _folder(name: str) -> Path:
-    """The folder of an adapter: a run's `adapter`, the folder itself, or that of a hub id in the local cache."""
-    from transformers.utils.hub import cached_file
+    """An adapter's folder; of a hub id the one in the local cache."""
+    from huggingface_hub import snapshot_download
 
-    run = Path(name, "adapter")
-    source = str(run) if run.is_dir() else check_base(name, "model.adapter")
-    try:
-        return [Path(str(cached_file(source, file))).parent for file in (CONFIG, WEIGHTS)][-1]
-    except OSError as error:
-        what = first_line(error).partition(". ")[0]
-        remedy = "name a finished run, or a PEFT adapter saved as safetensors"
-        raise UserError(f"model.adapter: {what}; {remedy}") from None
+    known = check_base(name, "model.adapter")
+    return Path(known if Path(known).is_dir() else snapshot_download(known, allow_patterns=[CONFIG, WEIGHTS]))

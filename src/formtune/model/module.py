@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -24,10 +26,10 @@ from formtune.formats import Format
 from formtune.formats.key_orders import Orders
 from formtune.model.adapter import TrainedAdapter
 from formtune.model.constrained import Grammar
-from formtune.model.lora import Lora, add_lora, check_adapters, decoder_layers, load_base, lora_config
+from formtune.model.lora import Lora, add_lora, decoder_layers, difference, load_base, lora_config
 from formtune.model.micro_batches import Batch, Decoded, Decoding, MicroBatches, judge, out_of_memory_named
 from formtune.model.optimization import CosineWithWarmup, build_optimizer, check_optimizer
-from formtune.model.ranks import ShardedBase, padded, uneven_counts, unsynced
+from formtune.model.ranks import ShardedBase, gathered, padded, uneven_counts, unsynced
 from formtune.model.shared_prefixes import choose_micro_batches
 
 EVALUATION = 16  # an evaluation micro-batch has so many times the tokens of a training one, answers included
@@ -83,11 +85,10 @@ class FormatModule(L.LightningModule):
         metrics: Sequence[Metric] = (),
     ) -> None:
         super().__init__()
-        model = skeleton(base)
-        lora_config(model, lora)  # checks the layers' names before the weights are read
+        lora_config(skeleton(base), lora)  # checks the layers' names before the weights are read
         self.adapter = TrainedAdapter(adapter) if adapter else None
         if self.adapter:
-            self.adapter.check(model, lora)
+            self.adapter.check(lora)
         check_optimizer(optimizer)
         # No save_hyperparameters(): on resume the checkpoint's values would silently override YAML and flags.
         self.automatic_optimization = False  # the number of micro-batches differs from step to step
@@ -96,13 +97,14 @@ class FormatModule(L.LightningModule):
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
         self.max_new_tokens, self.tokens_per_micro_batch = max_new_tokens, tokens_per_micro_batch
         self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile
-        self.constrained = constrained
         self.orders: Orders | None = None  # of keys, for constrained decoding; None allows any
         self.model: Any = None
         self.scores = Scores(format, metrics)
-        self.max_grad_norm = max_grad_norm or float("inf")
+        self.constrained, self.max_grad_norm = constrained, max_grad_norm or float("inf")
         self.skipped = self.skipped_in_a_row = 0  # steps with a non-finite gradient
         self.logged = True  # whether the evaluation in progress goes to the logger
+        self.outcomes: list[Outcome] = []  # of the last evaluation on all processes, in the order of the rows
+        self._judged: list[tuple[int, Outcome]] = []  # of the evaluation in progress on this process
 
     def configure_model(self) -> None:
         """Load the base and add the adapters; Lightning calls this before every fit, test and predict."""
@@ -165,17 +167,17 @@ class FormatModule(L.LightningModule):
         decoding = decoding or Decoding()
         most = min(self.max_new_tokens, decoding.max_new_tokens or self.max_new_tokens)
         limits = [min(most, self.context - len(row.prompt_ids)) for row in rows]
-        budget = EVALUATION * self.tokens_per_micro_batch
-        return Batch(rows, list(self.micro_batches.split(rows, budget, max(limits, default=0))), limits, decoding)
+        parts = self.micro_batches.split(rows, EVALUATION * self.tokens_per_micro_batch, max(limits, default=0))
+        return Batch(rows, list(parts), limits, decoding)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step over the batch's rows; a step with a non-finite gradient is skipped and counted."""
         optimizer: Any = self.optimizers()
-        strategy = self.trainer.strategy
+        strategy, started = self.trainer.strategy, time.perf_counter()
         # Dropout is a function of seed, step and rank: nothing that happens between two steps changes the next one.
         torch.manual_seed((self.seed * 1_000_003 + self.trainer.global_step) * 8191 + self.trainer.global_rank)
-        tokens = torch.tensor(sum(len(row.target_ids) for row in batch.rows), device=self.device)
-        tokens = strategy.reduce(tokens, reduce_op="sum")
+        sizes = [sum(len(row.target_ids) for row in batch.rows), sum(map(len, batch.rows))]
+        tokens, all_tokens = strategy.reduce(torch.tensor(sizes, device=self.device), reduce_op="sum")
         # DDP averages gradients over the ranks; the step's gradient is their sum, divided by the tokens of all ranks.
         scale = self.trainer.world_size / tokens
         nats = torch.zeros((), device=self.device)
@@ -193,6 +195,7 @@ class FormatModule(L.LightningModule):
         optimizer.zero_grad(set_to_none=True)
         self.lr_schedulers().step()  # type: ignore[union-attr]
         figures = {"train/loss": strategy.reduce(nats, reduce_op="sum") / tokens, "train/learning_rate": rate}
+        figures["train/tokens_per_second"] = all_tokens / (time.perf_counter() - started)
         if self.skipped:
             figures["train/skipped_steps"] = float(self.skipped)
         self.log_dict(figures, prog_bar=True, batch_size=1)
@@ -215,24 +218,31 @@ class FormatModule(L.LightningModule):
                 "earlier checkpoints are kept; lower the learning rate or look at the rows with formtune audit"
             )
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> list[Outcome]:  # type: ignore[override]
+    def on_validation_epoch_start(self) -> None:
+        self._judged = []
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and greedy answers of the rows from the same forward passes."""
         rows, self.logged = batch.rows, batch.decoding.logged
         decoded = self._decode(batch, self.scores.losses)
         sample = sorted({len(rows) * i // PARITY for i in range(PARITY)}) if rows else []
         in_full = self._decode(self.collate([replace(rows[i], target_ids=[]) for i in sample], True, batch.decoding))
         self.scores.losses.compare([answer.ids == decoded[i].ids for i, answer in zip(sample, in_full, strict=True)])
-        answers = self._judge(rows, decoded)
-        self.scores.update(answers)
-        return answers
+        self._judged += self._judge(rows, decoded)
 
-    test_step = validation_step  # type: ignore[assignment]
+    test_step = validation_step
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[Outcome]:
-        return self._judge(batch.rows, self._decode(batch))
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+        self._judged += self._judge(batch.rows, self._decode(batch))
+
+    def on_predict_epoch_end(self) -> None:
+        self.outcomes = [one for _, one in sorted(gathered(self.trainer, self._judged), key=itemgetter(0))]
 
     def on_validation_epoch_end(self) -> None:
-        self.evaluation, self.counts = self.scores.compute()
+        self.on_predict_epoch_end()
+        self.evaluation, self.counts = self.scores.compute(self.outcomes, [one for _, one in self._judged])
         if self.logged:
             for name, value in self.evaluation.items():
                 shown = f"test/{name.removeprefix('val/')}" if self.trainer.testing else name
@@ -249,8 +259,8 @@ class FormatModule(L.LightningModule):
         with uneven_counts(self.trainer, self.micro_batches), model:
             return self.micro_batches.decode(batch.rows, batch.micro_batches, stop, batch.limits, grammar, losses)
 
-    def _judge(self, rows: Sequence[Row], decoded: Sequence[Decoded]) -> list[Outcome]:
-        return [judge(row, answer, self.renderer, self.format) for row, answer in zip(rows, decoded, strict=True)]
+    def _judge(self, rows: Sequence[Row], decoded: Sequence[Decoded]) -> list[tuple[int, Outcome]]:
+        return [(row.number, judge(row, it, self.renderer, self.format)) for row, it in zip(rows, decoded, strict=True)]
 
     @torch.no_grad()
     def teacher_forced_loss(self, rows: Sequence[Row]) -> float:
@@ -258,9 +268,7 @@ class FormatModule(L.LightningModule):
         losses, batch = LossMetrics().to(self.device), self.collate(rows, evaluation=True)
         # Precision and micro-batches as in validation: equal rows get an equal loss.
         with self.trainer.precision_plugin.forward_context(), uneven_counts(self.trainer, self.micro_batches):
-            for micro_batch in batch.micro_batches:
-                predictions = self.micro_batches.predictions(micro_batch)[0]
-                losses.update(predictions.nats, predictions.tokens == predictions.targets, micro_batch.sizes)
+            self.micro_batches.decode(rows, batch.micro_batches, (), [0] * len(rows), losses=losses)
         return ratios(losses.compute())["val/loss"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -281,5 +289,8 @@ class FormatModule(L.LightningModule):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load exactly these adapters."""
-        check_adapters(self.state_dict(), state_dict)
+        if name := difference(self.state_dict(), state_dict):
+            raise UserError(f"ckpt_path: the checkpoint has a different model.lora (targets or rank); first {name}")
+        if not all(torch.isfinite(value).all() for value in state_dict.values()):
+            raise UserError("ckpt_path: the checkpoint has non-finite weights")
         return super().load_state_dict(state_dict, strict=False, assign=assign)

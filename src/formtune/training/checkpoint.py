@@ -16,8 +16,8 @@ from formtune.errors import Fault, Stopped, UserError, first_line
 from formtune.files import write_whole
 from formtune.model.ranks import highest
 from formtune.training import callback
-from formtune.training.signals import Signals
-from formtune.training.validations import Validations, best, contenders
+from formtune.training.callbacks import OverfittingWatch, Signals
+from formtune.training.validations import best, contenders
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -39,7 +39,7 @@ class BestCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.folder = Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints"
         self.dirpath = str(self.folder)
-        self._validations, self._signals = callback(trainer, Validations), callback(trainer, Signals)
+        self._watch, self._signals = callback(trainer, OverfittingWatch), callback(trainer, Signals)
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
@@ -49,18 +49,13 @@ class BestCheckpoint(ModelCheckpoint):
         self._set_paths()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._counted = self._saved = time.monotonic()
-
-    def _count_time(self) -> float:
-        """The seconds since the last checkpoint."""
-        before, self._counted = self._counted, time.monotonic()
-        self.seconds += self._counted - before
-        return self._counted - self._saved
+        self._saved = time.monotonic()
+        self._began = self._saved - self.seconds
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step >= trainer.estimated_stepping_batches:
             trainer.should_stop = True  # makes Lightning validate the last weights too, whatever the interval
-        signal, due = highest(trainer, self._signals.number, self._count_time() >= self.every_n_seconds)
+        signal, due = highest(trainer, self._signals.number, time.monotonic() - self._saved >= self.every_n_seconds)
         loop = trainer.fit_loop
         # Lightning cannot resume at the end of an epoch or before a validation: the next step is soon enough.
         unsafe = trainer.is_last_batch or loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
@@ -71,7 +66,6 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._count_time()
             self._save(trainer)
 
     def on_train_epoch_end(self, *_: Any) -> None:
@@ -84,16 +78,17 @@ class BestCheckpoint(ModelCheckpoint):
             return
         if trainer.is_global_zero and not self.folder.parent.exists():
             raise Fault(f"{self.folder}: No such file or directory: the run's folder was removed")
+        self.seconds = time.monotonic() - self._began
         trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt")
         self._saved = time.monotonic()
         self._set_paths()
         if trainer.is_global_zero:
             files = steps(self.folder)
-            for step in files.keys() - contenders(self._validations.history) - set(list(files)[-self.newest :]):
+            for step in files.keys() - contenders(self._watch.history) - set(list(files)[-self.newest :]):
                 files[step].unlink(missing_ok=True)
 
     def _set_paths(self) -> None:
-        files, chosen = steps(self.folder), best(self._validations.history)
+        files, chosen = steps(self.folder), best(self._watch.history)
         self.best_model_path = str(files.get(chosen.step, "")) if chosen else ""
         self.last_model_path = str(files[max(files)]) if files else ""
 
@@ -136,21 +131,19 @@ def choose(name: str | None, run: Path | None) -> Path | None:
     """The intact checkpoint that `--ckpt_path` names, of a run's folder if there is one; None for the untuned base."""
     if name == "base" or (name is None and run is None):
         return None
-    if name not in (None, "best", "last"):
-        path = Path(str(name))
-    elif run is None:
-        raise UserError(f"ckpt_path: {name} of which run? Give its configuration: -c logs/TASK/RUN/config.yaml")
-    else:
-        files = steps(run / "checkpoints")
+    path = Path(str(name))
+    if name in (None, "best", "last"):
+        if run is None:
+            raise UserError(f"ckpt_path: {name} of which run? Give its configuration: -c logs/TASK/RUN/config.yaml")
+        files, watch = steps(run / "checkpoints"), OverfittingWatch()
         step = max(files, default=None)
         if step and name != "last":
-            validations = Validations()  # as the newest checkpoint holds them
-            validations.load_state_dict(read(files[step])["callbacks"][validations.state_key])
-            chosen = best(validations.history)
+            # The newest checkpoint holds the validations of all steps before it.
+            watch.load_state_dict(read(files[step])["callbacks"][watch.state_key])
+            chosen = best(watch.history)
             step = chosen.step if chosen else None
         if step not in files:
-            last = "the newest with --ckpt_path last, or " if files else ""
-            remedy = f"measure {last}the untuned base with --ckpt_path base"
+            remedy = "measure the newest with --ckpt_path last, or the untuned base with --ckpt_path base"
             raise UserError(f"ckpt_path: {run} has no {name or 'best'} checkpoint; {remedy}")
         path = files[step]
     read(path)
@@ -164,14 +157,11 @@ def read(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             # Compares CRC-32, which torch.load does not; nor does it read a record that is marked as a folder.
-            damaged = archive.testzip() is not None or any(it.external_attr for it in archive.infolist())
-    except Exception:  # whatever zipfile raises for a file that is not a zip, cut off or overwritten
-        damaged = True
-    if damaged:
-        raise UserError(f"{path}: the file is damaged; use another checkpoint in its folder")
-    try:
+            if archive.testzip() is not None or any(it.external_attr for it in archive.infolist()):
+                raise ValueError("its content has changed")
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["state_dict"]
-    except Exception as error:  # whatever a foreign archive or its pickle raises
-        raise UserError(f"{path}: not a checkpoint of formtune ({first_line(error)})") from None
+    except Exception as error:  # whatever a file that was cut off or overwritten, or a foreign archive, raises
+        what = f"damaged, or not a checkpoint of formtune ({first_line(error)})"
+        raise UserError(f"{path}: {what}; use another checkpoint in its folder") from None
     return checkpoint

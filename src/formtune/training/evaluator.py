@@ -20,8 +20,6 @@ from formtune.files import read_entry, write_entry
 from formtune.model import FormatModule
 from formtune.model.constrained import Grammar
 from formtune.model.micro_batches import Decoding
-from formtune.training import callback
-from formtune.training.answers import Outcomes
 
 Baseline = Literal["few_shot", "constrained"]
 LONGEST = 2  # times the longest target: what a baseline may decode
@@ -43,18 +41,15 @@ class Evaluator:
         self.outcomes: dict[str, list[Outcome]] = {}
         self._writes = trainer.is_global_zero and not trainer.fast_dev_run
         self._longest = max(len(row.target_ids) for row in self.test_rows)
-        # An untuned base often does not stop.
-        self._limit = min(model.max_new_tokens, LONGEST * self._longest)
+        self._seconds = 0.0  # that the last baseline took; 0 if it came from the cache
 
     def baselines(self, kinds: Sequence[Baseline], most: int) -> None:
         """Measure the plain base, and those of `kinds`, on at most so many test rows."""
         test, format, renderer, result = self.test_rows, self.model.format, self.settings.renderer, self.result
         sample = [test[i] for i in sorted(random.Random(0).sample(range(len(test)), min(most, len(test))))]
-        stored = self._cached("before", sample)[1]
-        prompts, started = {"zero-shot": sample}, time.monotonic()
-        outcomes = {"zero-shot": self._baseline("before", sample)}
-        if not stored and (more := len(kinds) + bool(self.model.adapter)):
-            minutes = max(1, round(more * (time.monotonic() - started) / 60))
+        prompts, outcomes = {"zero-shot": sample}, {"zero-shot": self._baseline("before", sample)}
+        if self._seconds and (more := len(kinds) + bool(self.model.adapter)):
+            minutes = max(1, round(more * self._seconds / 60))
             self._print(
                 f"baselines: {more} more on {len(sample)} of {len(test)} test rows, about {minutes} min; "
                 "--baselines '[]' measures only the plain base"
@@ -130,14 +125,16 @@ class Evaluator:
         )
         write_run_report(run, self.folder)
 
-    def _cached(self, name: str, rows: list[Row], constrained: bool = False) -> tuple[Path, Any]:
-        """The cache entry of a baseline: its path, and the figures, counts and outcomes if they are there."""
-        model, trainer = self.model, self.trainer
+    def _baseline(self, name: str, rows: list[Row], constrained: bool = False) -> list[Outcome]:
+        """Outcomes of the base or of `model.adapter` on the rows, from the cache if it has them."""
+        model, trainer, started = self.model, self.trainer, time.monotonic()
+        # An untuned base often does not stop.
+        limit = min(model.max_new_tokens, LONGEST * self._longest)
         settings = {
             "precision": trainer.precision,
             "quantize": model.quantize,
             "constrained": [self.splits.orders] if model.constrained or constrained else None,
-            "max_new_tokens": self._limit,
+            "max_new_tokens": limit,
             "batches": trainer.limit_test_batches,
             "adapter": model.adapter.hash if model.adapter and name == "start" else None,
         }
@@ -145,30 +142,26 @@ class Evaluator:
         # The code of the user's own metrics may have changed since. On several machines some might find the entry and
         # others not, and these would wait for those without end.
         measured = bool(model.scores.own) or trainer.num_nodes > 1 or trainer.fast_dev_run
-        return path, None if measured else read_entry(path)
-
-    def _baseline(self, name: str, rows: list[Row], constrained: bool = False) -> list[Outcome]:
-        """Outcomes of the base or of `model.adapter` on the rows, from the cache if it has them."""
-        path, entry = self._cached(name, rows, constrained)
+        entry = None if measured else read_entry(path)
         if entry:
             values, counts, records = entry
             values = {name: values[name] for name in counts}  # without a user's own metrics, if another run had some
             outcomes = [Outcome(*record) for record in records]
         else:
             # One point of the curves belongs to step 0: the model as it will be trained.
-            first, untuned = ("start", name != "start") if self.model.adapter else ("before", False)
-            outcomes = self._test(VIEWS[name], rows, Decoding(constrained, self._limit, name == first, untuned))
-            values, counts = self.model.evaluation, self.model.counts
+            first, untuned = ("start", name != "start") if model.adapter else ("before", False)
+            outcomes = self._test(VIEWS[name], rows, Decoding(constrained, limit, name == first, untuned))
+            values, counts = model.evaluation, model.counts
             if self._writes:
                 write_entry(path, [values, counts, outcomes], prompting.KEPT)
+        self._seconds = 0.0 if entry else time.monotonic() - started
         self._record(name, outcomes, values, counts)
         return outcomes
 
-    def _test(self, name: str | None, rows: list[Row], decoding: Decoding) -> list[Outcome]:
-        if name:  # a bar shows nothing in a log file
-            self._print(f"measuring: {name}, {len(rows)} rows")
+    def _test(self, name: str, rows: list[Row], decoding: Decoding) -> list[Outcome]:
+        self._print(f"measuring: {name}, {len(rows)} rows")  # a bar shows nothing in a log file
         self.trainer.test(self.model, self.datamodule.evaluation_loader(rows, decoding), verbose=False)
-        return callback(self.trainer, Outcomes).outcomes
+        return self.model.outcomes
 
     def _record(self, name: str, outcomes: list[Outcome], values: dict[str, float], counts: dict[str, Any]) -> None:
         self.outcomes[name], self.result[name], self.result["counts"][name] = outcomes, values, counts

@@ -4,7 +4,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -37,13 +37,17 @@ class OneEventFile(TensorBoardLogger):
 class LazyMLflow(MLFlowLogger):
     """Opens its store when the first value is logged: a refused run leaves nothing."""
 
-    store = ""
+    def __init__(self, task: str, run: str, folder: Path) -> None:
+        server, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), (folder / "mlflow").resolve().as_uri()
+        self._store = server or f"sqlite:///{folder / 'mlflow.db'}"
+        # The address opens no connection.
+        super().__init__(task, run, "http://127.0.0.1", artifact_location=None if server else artifacts)
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         if not self._initialized:
-            self._tracking_uri, self._mlflow_client = self.store, type(self._mlflow_client)(self.store)
+            self._tracking_uri, self._mlflow_client = self._store, type(self._mlflow_client)(self._store)
         return super().experiment
 
 
@@ -53,24 +57,17 @@ def make_loggers(names: Name | Sequence[Name], task: str, run: str, step: int | 
     for name in {"wandb", "mlflow"} & {*names}:
         if find_spec(name) is None:
             raise UserError(f"logger: {name} is not installed; pip install {name}")
-    folder = LOGS / task / run
-    loggers: list[Logger] = []
-    if "tensorboard" in names:
+    folder, wandb_id = LOGS / task / run, f"{task}-{run}".replace("/", "-")
+    mode = os.environ.get("WANDB_MODE", "offline")
+    makers: dict[Name, Callable[[], Logger]] = {
         # What was logged after the checkpoint is logged again, and TensorBoard shows it once.
-        loggers.append(OneEventFile(LOGS, task, run, purge_step=step))
-    if "csv" in names:
-        # Lightning deletes the file that is there.
-        loggers.append(CSVLogger(folder, "csv", "" if step is None else f"from-step-{step}"))
-    if "wandb" in names:
-        mode, version = os.environ.get("WANDB_MODE", "offline"), f"{task}-{run}".replace("/", "-")
-        loggers.append(WandbLogger(run, folder, version=version, project=task, mode=mode))
-    if "mlflow" in names:
-        server, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), (folder / "mlflow").resolve().as_uri()
-        # The address opens no connection.
-        logger = LazyMLflow(task, run, "http://127.0.0.1", artifact_location=None if server else artifacts)
-        logger.store = server or f"sqlite:///{folder / 'mlflow.db'}"
-        loggers.append(logger)
-    return loggers
+        "tensorboard": lambda: OneEventFile(LOGS, task, run, purge_step=step),
+        # In another folder for a resumed run: Lightning deletes the file that is there.
+        "csv": lambda: CSVLogger(folder, "csv", "" if step is None else f"from-step-{step}"),
+        "wandb": lambda: WandbLogger(run, folder, version=wandb_id, project=task, mode=mode),
+        "mlflow": lambda: LazyMLflow(task, run, folder),
+    }
+    return [makers[name]() for name in names]
 
 
 def record(trainer: Any, file: Path, configuration: str) -> None:

@@ -69,15 +69,10 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         path = folder / name
-        if "\0" in name or ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve()):
-            fault = f"{folder / NAME}: {name!r} is outside {folder}"
-        elif not path.is_file():
-            fault = f"{path}: missing, but listed in {NAME}"
-        elif file_hash(path) != expected:
-            fault = f"{path}: changed since it was exported"
-        else:
-            continue
-        raise UserError(f"{fault}; export the folder again")
+        outside = "\0" in name or ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve())
+        if outside or not path.is_file() or file_hash(path) != expected:
+            what = "changed since it was exported, missing, or outside the folder"
+            raise UserError(f"{path}: {what}; export the folder again")
     return manifest
 
 

@@ -8,7 +8,6 @@ from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 
 from formtune.data.datamodule import FormatDataModule
 from formtune.data.encoded import FEW_ROWS
@@ -17,14 +16,14 @@ from formtune.errors import UserError
 from formtune.files import read_entry, write_json
 from formtune.model import FormatModule
 from formtune.training import callback
+from formtune.training.callbacks import OverfittingWatch
 from formtune.training.checkpoint import BestCheckpoint, read
+from formtune.training.diagnosis import diagnose, next_step
 from formtune.training.evaluator import Baseline, Evaluator
 from formtune.training.loggers import record
 from formtune.training.manifest import write_manifest
-from formtune.training.next_step import next_step
-from formtune.training.overfitting import diagnose
 from formtune.training.run_folder import RunFolder, plan_entry
-from formtune.training.validations import Validations, best, reason
+from formtune.training.validations import best, reason
 
 
 def train(
@@ -36,23 +35,16 @@ def train(
     baselines: Sequence[Baseline],  # what to measure beside the plain base
     baseline_rows: int,  # test rows that the baselines are measured on, at most
     checkpoint: Path | None,  # to resume from
-    checks: Sequence[Callable[[FormatModule], list[str]]] = (),  # each returns lines to print, or refuses the run
-    longer_inputs: bool = True,  # whether to test on longer inputs too
+    longer_inputs: bool,  # whether to test on longer inputs too
 ) -> dict[str, Any] | None:
     """Measure the base, fit, test the best checkpoint, export the adapter and write the report.
 
     Returns what `metrics.json` holds; None under `fast_dev_run`, which writes nothing.
     """
-    writes = trainer.is_global_zero and not trainer.fast_dev_run
-    if writes:
-        folder.hold()
-
-    # Rows, and checks that need no training
+    # Rows
     prepare(trainer, datamodule)
     evaluator = Evaluator(trainer, model, datamodule, folder.path)
-    for check in checks:
-        for line in check(model):
-            rank_zero_only(print)(f"preflight: {line}")
+    writes = trainer.is_global_zero and not trainer.fast_dev_run
     if writes and not folder.begun:
         record(trainer, folder.path / "config.yaml", config())
 
@@ -70,7 +62,7 @@ def train(
         return None
 
     # The best checkpoint and its adapter, which is safe before anything else can fail
-    history, checkpoints = callback(trainer, Validations).history, callback(trainer, BestCheckpoint)
+    history, checkpoints = callback(trainer, OverfittingWatch).history, callback(trainer, BestCheckpoint)
     chosen, advice = best(history), next_step(history, trainer, "train")
     if chosen is None:
         raise UserError(f"{reason(history)}; {advice}")
@@ -120,10 +112,8 @@ def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> N
     if 0 < count < FEW_ROWS:
         print(f"few rows: {count} to train on, a task needs at least {FEW_ROWS}; see formtune audit")
     if splits and settings.date:
-        print(
-            f"the chat template writes the date; fixed at {settings.date} for this run; a server writes the current "
-            "date, unless the date is written into the chat_template.jinja that it serves"
-        )
+        fixed = f"fixed at {settings.date} for this run"
+        print(f"the chat template writes the date; {fixed}; a server writes the current date")
 
 
 def peak_memory() -> float:

@@ -62,8 +62,9 @@ class RunFolder:
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{path}: cannot be read ({error}); start a new run") from None
 
-    def hold(self) -> None:
-        """Make the folder, and lock it for as long as this process lives."""
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder and lock it, for this process alone; if nothing was written, delete it in the end."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
@@ -73,10 +74,9 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise UserError(f"{self.path}: not writable ({error.strerror})") from None
-
-    def release(self) -> None:
-        """Release the lock, and delete the folder if nothing was written."""
-        if self._lock.is_locked:
+        try:
+            yield
+        finally:
             if not self.begun:
                 (self.path / ".lock").unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
@@ -119,21 +119,22 @@ def measured_run(configs: Sequence[Path], named: Path | None) -> Path | None:
 
 def minimum_confidence(config: Any, run: Path | None) -> float:
     """The confidence from which a run's answers to its validation rows reach `--target_precision`."""
-    target, constrained = config.target_precision, config.model.constrained
-    if config.min_confidence is not None or run is None or config.ckpt_path not in (None, "best"):
-        fault = "it needs a finished run and its best checkpoint, and no min_confidence; name the run, or give "
-        fault += "--min_confidence alone"
-    elif not (path := run / "outcomes" / "validation.jsonl").is_file():
-        fault = f"{path} is missing; a run of formtune train has it"
-    elif RunFolder(run).config()["model.constrained"] != constrained:
-        fault = f"{run} was measured with model.constrained: {str(not constrained).lower()}"
-    else:
-        rows = judged(read_outcomes(path))
-        if (minimum := threshold(rows, target)) is not None:
-            return minimum
-        fault = f"no confidence gives {target} on the {len(rows):,} validation rows of {run}; take a lower one, or "
-        fault += "validate on more rows"
-    raise UserError(f"target_precision: {fault}")
+    path = Path(run or "", "outcomes", "validation.jsonl")
+    if (
+        run is None or not path.is_file()
+        or config.min_confidence is not None or config.ckpt_path not in (None, "best")
+        or RunFolder(run).config()["model.constrained"] != config.model.constrained
+    ):  # fmt: skip
+        raise UserError(
+            "target_precision: it needs a finished run of formtune train, its best checkpoint and its "
+            "model.constrained, and no min_confidence; name the run, or give --min_confidence alone"
+        )
+    rows = judged(read_outcomes(path))
+    minimum = threshold(rows, config.target_precision)
+    if minimum is None:
+        what = f"{config.target_precision} on the {len(rows):,} validation rows of {run}"
+        raise UserError(f"target_precision: no confidence gives {what}; take a lower one, or validate on more rows")
+    return minimum
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

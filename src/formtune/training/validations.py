@@ -2,14 +2,8 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
-
-from lightning.pytorch.callbacks import Callback
-
-from formtune.model.ranks import gathered
-
-PRINTED = ("val/loss", "format/exact", "joint/exact", "content/field_f1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +60,11 @@ def best(history: Iterable[Validation]) -> Validation | None:
 def contenders(history: Iterable[Validation]) -> set[int]:
     """Steps of the checkpoints that are the best now, or can be after later validations.
 
-    A checkpoint cannot win any more if it is too far behind every possible reference, or if another one comes before it
-    in the order and is a candidate whenever it is. `tests/unit/training/test_checkpoints.py` has the proof.
+    A checkpoint cannot win any more if another one comes before it in the order and is a candidate whenever it is.
+    `tests/unit/training/test_checkpoints.py` has the proof.
     """
     measured = _measured(history)
     top = max((v.exact for v in measured), default=0)
-
-    def too_far(a: Validation) -> bool:
-        behind = top - a.exact
-        return behind**2 - behind > 2 * min(a.exact, a.rows - top)
 
     def beaten(a: Validation, b: Validation) -> bool:
         lowest = max(top, b.exact + 2)
@@ -82,7 +72,7 @@ def contenders(history: Iterable[Validation]) -> set[int]:
         lacking = a.rows - (a.valid | b.valid).bit_count()
         return b.order < a.order and behind**2 - apart >= min(gap**2, 2 * lacking - gap + 1)
 
-    return {a.step for a in measured if not too_far(a) and not any(beaten(a, b) for b in measured)}
+    return {a.step for a in measured if not any(beaten(a, b) for b in measured)}
 
 
 def reason(history: Sequence[Validation]) -> str:
@@ -109,40 +99,3 @@ def _measured(history: Iterable[Validation]) -> list[Validation]:
 
 def _most_valid(measured: Sequence[Validation]) -> Validation:
     return min(measured, key=lambda v: (-v.exact, *v.order))
-
-
-class Validations(Callback):
-    """Records and prints what each validation of a run measured; the record is the same on all processes."""
-
-    def __init__(self) -> None:
-        self.history: list[Validation] = []
-        self._verdicts: list[tuple[int, bool, bool]] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        # As text: safe loading takes no integers of more than 255 bytes.
-        return {"history": [asdict(v) | {"valid": f"{v.valid:x}", "right": f"{v.right:x}"} for v in self.history]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = [
-            Validation(**record | {name: int(record[name], 16) for name in ("valid", "right")})
-            for record in state_dict["history"]
-        ]
-
-    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        pairs = zip(batch.rows, outputs, strict=True)
-        self._verdicts += [(row.number, outcome.exact, outcome.joint) for row, outcome in pairs]
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        rows, metrics = sorted(gathered(trainer, self._verdicts)), trainer.callback_metrics
-        self._verdicts = []
-        if trainer.sanity_checking:
-            return
-        # Each time the same rows, in the order of the file, however many processes share them.
-        valid, right = (int("".join("01"[row[i]] for row in rows) or "0", 2) for i in (1, 2))
-        names = ("train/eval_loss", "val/loss", "content/field_f1")
-        train, loss, f1 = (float(metrics.get(name, math.nan)) for name in names)
-        self.history.append(Validation(trainer.global_step, train, loss, f1, len(rows), valid, right))
-        if trainer.state.fn == "fit" and trainer.is_global_zero:
-            figures = "  ".join(f"{name} {float(metrics[name]):.4f}" for name in PRINTED)
-            pl_module.print(f"step {trainer.global_step}  {figures}")  # above the progress bar
-            print(end="", flush=True)

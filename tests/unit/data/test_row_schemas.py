@@ -23,7 +23,7 @@ from formtune.errors import UserError
 from formtune.evaluation.baselines import cache_entry, choose_shots, constant_answer, few_shot_rows, shots_by_schema
 from formtune.evaluation.comparison import FIELDS, compare, read_runs
 from formtune.evaluation.failures import slices
-from formtune.evaluation.metrics import FormatMetrics, ratios
+from formtune.evaluation.metrics import count, ratios
 from formtune.evaluation.outcomes import outcome, write_outcomes
 from formtune.evaluation.probe import probe_rows
 from formtune.formats import JsonSchema, Regex
@@ -274,10 +274,8 @@ def test_one_accuracy_counts_the_fields_of_all_rows():
     wide = keys(**{f"k{n}": DIGIT for n in range(8)})
     right = json.dumps({f"k{n}": n for n in range(8)})
     wrong = json.dumps({f"k{n}": min(n, 5) for n in range(8)})
-    metrics = FormatMetrics(PER_ROW)
-    metrics.update([answered(wide, right, wrong), answered(NUMBER, '{"n":4}', "?")])
-    metrics.update([answered(COLOR, ANSWERS[COLOR], ANSWERS[COLOR])])
-    counts = metrics.compute()
+    outcomes = [answered(wide, right, wrong), answered(NUMBER, '{"n":4}', "?")]
+    counts = count([*outcomes, answered(COLOR, ANSWERS[COLOR], ANSWERS[COLOR])], PER_ROW)
     assert [name for name in counts if "field_acc" in name] == ["content/field_acc"]
     assert counts["content/field_acc"] == (6 + 0 + 1, 8 + 1 + 1)
     assert ratios(counts)["content/field_acc"] == pytest.approx(0.7)
@@ -285,9 +283,8 @@ def test_one_accuracy_counts_the_fields_of_all_rows():
     assert {name: n for name, (n, _) in counts.items() if name.startswith("fail/") and n} == {
         "fail/ok": 1, "fail/content": 1, "fail/syntax": 1,
     }  # fmt: skip
-    fixed = FormatMetrics(JsonSchema(json.loads(wide)))
-    fixed.update([answered(wide, right, wrong)])
-    assert "content/field_acc" not in fixed.compute() and fixed.compute()["content/field_acc/k7"] == (0, 1)
+    fixed = count([answered(wide, right, wrong)], JsonSchema(json.loads(wide)))
+    assert "content/field_acc" not in fixed and fixed["content/field_acc/k7"] == (0, 1)
 
 
 def judged(schema, answer, where, prompt="a question"):

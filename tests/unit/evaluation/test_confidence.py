@@ -15,7 +15,7 @@ from conftest import SCHEMA, byte_tokenizer
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.errors import UserError
-from formtune.evaluation.outcomes import Outcome, confidence, read_outcomes, write_outcomes
+from formtune.evaluation.outcomes import Outcome, confidence, read_outcomes, write_answers, write_outcomes
 from formtune.evaluation.outcomes import outcome as judge
 from formtune.evaluation.report import page
 from formtune.evaluation.selective import (
@@ -30,7 +30,6 @@ from formtune.evaluation.selective import (
 )
 from formtune.evaluation.statistics import wilson
 from formtune.formats import JsonSchema, Labels, Regex, Tagged
-from formtune.training.answers import AnswerFile
 from formtune.training.run_folder import minimum_confidence
 
 HALF = math.log(0.5)
@@ -219,15 +218,14 @@ def test_the_benchmark_ranks_the_same_answers_by_each_definition():
     assert figures["random order"]["aurc"] == 2 / 3 and figures["a perfect order"]["aurc"] == figures["minimum"]["aurc"]
 
 
-def answers(path, minimum):
-    """A file of four predictions, one of an invalid format, that a trainer has finished."""
-    file, format = AnswerFile(str(path), None, minimum), JsonSchema(SCHEMA)
-    good = '{"n":1,"s":"a"}'
+def written(path, minimum):
+    """Four predictions, one of an invalid format, in files."""
+    format, good, answers = JsonSchema(SCHEMA), '{"n":1,"s":"a"}', []
     for number, (text, probability) in enumerate([(good, 0.99), ("no", 0.0), (good, 0.5), (good, 0.97)]):
         row = Row([1], [], f"p {number}", None, f"f:{number}", number)
         sure = probability, {"n": probability}
-        file._numbered.append((number, judge(row, text, format.check(text), format, sure)))
-    return file
+        answers.append(judge(row, text, format.check(text), format, sure))
+    return write_answers(path, answers, minimum, {})
 
 
 def read(path):
@@ -235,36 +233,14 @@ def read(path):
 
 
 def test_predictions_are_split_by_their_confidence(tmp_path):
-    trainer = SimpleNamespace(is_global_zero=True, world_size=1)
     for minimum, numbers in ((0.97, [0, 3]), (0.0, [0, 2, 3]), (1.0, [])):
-        file = answers(tmp_path / "out.jsonl", minimum)
-        file.on_predict_end(trainer, None)
+        files = written(tmp_path / "out.jsonl", minimum)
         good, rest = read(tmp_path / "out.accepted.jsonl"), read(tmp_path / "out.review.jsonl")
         assert [one["where"] for one in good] == [f"f:{n}" for n in numbers]
         assert [one["where"] for one in rest] == [f"f:{n}" for n in range(4) if n not in numbers]
         assert not (tmp_path / "out.jsonl").exists()
-        assert file.written == {tmp_path / "out.review.jsonl": len(rest), tmp_path / "out.accepted.jsonl": len(good)}
+        assert files == {tmp_path / "out.review.jsonl": len(rest), tmp_path / "out.accepted.jsonl": len(good)}
     assert rest[3]["confidence"] == 0.97 and rest[3]["field_confidences"] == {"n": 0.97}
-
-
-def test_a_kill_between_the_two_files_leaves_no_old_one_beside_a_new_one(tmp_path, monkeypatch):
-    trainer = SimpleNamespace(is_global_zero=True, world_size=1)
-    answers(tmp_path / "out.jsonl", 0.0).on_predict_end(trainer, None)
-    from formtune.training import answers as module
-
-    write, calls = module.write_lines, []
-
-    def killed(path, lines):
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(path)
-        write(path, lines)
-
-    monkeypatch.setattr(module, "write_lines", killed)
-    with pytest.raises(KeyboardInterrupt):
-        answers(tmp_path / "out.jsonl", 0.97).on_predict_end(trainer, None)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.review.jsonl"]
-    assert len(read(tmp_path / "out.review.jsonl")) == 2
 
 
 def test_a_target_precision_takes_the_threshold_of_the_runs_validation_rows(tmp_path):
@@ -274,14 +250,13 @@ def test_a_target_precision_takes_the_threshold_of_the_runs_validation_rows(tmp_
         return minimum_confidence(config, run)
 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"constrained": False}}))
-    with pytest.raises(UserError, match=r"validation.jsonl is missing; a run of formtune train has it"):
+    needs = "it needs a finished run of formtune train, its best checkpoint and its model.constrained, and no min"
+    with pytest.raises(UserError, match=needs):
         minimum()
     write_outcomes(tmp_path / "outcomes/validation.jsonl", rows(10))
     assert minimum() == minimum(ckpt="best") == 0.808 == threshold(judged(rows(10)), 0.98)
     with pytest.raises(UserError, match=r"target_precision: no confidence gives 0.999 on the 201 validation rows of"):
         minimum(target=0.999)
-    with pytest.raises(UserError, match=r"was measured with model.constrained: false"):
-        minimum(constrained=True)
-    for wrong in ({"run": None}, {"given": 0.9}, {"ckpt": "last"}, {"ckpt": "base"}):
-        with pytest.raises(UserError, match="it needs a finished run and its best checkpoint, and no min_confidence"):
+    for wrong in ({"run": None}, {"given": 0.9}, {"ckpt": "last"}, {"ckpt": "base"}, {"constrained": True}):
+        with pytest.raises(UserError, match=needs):
             minimum(**wrong)

@@ -1,7 +1,6 @@
-"""Figures are sums over all rows: the same for one process, for shards and for a plain loop."""
+"""Figures are sums over all rows, as a plain loop computes them."""
 
 import math
-import random
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ from torchmetrics.text import CharErrorRate
 
 from formtune.base.row import Row
 from formtune.errors import UserError
-from formtune.evaluation.metrics import FormatMetrics, LossMetrics, Scores, ratios
+from formtune.evaluation.metrics import LossMetrics, Scores, count, ratios
 from formtune.evaluation.outcomes import outcome
 from formtune.formats import KINDS
 from test_formats import CASES, FORMAT, TARGET
@@ -28,9 +27,7 @@ OUTCOMES += [answered(text, finished=False) for text in (TARGET, TARGET[:9])]
 
 
 def measured(outcomes):
-    metrics = FormatMetrics(FORMAT)
-    metrics.update(outcomes)
-    return ratios(metrics.compute())
+    return ratios(count(outcomes, FORMAT))
 
 
 def test_figures_equal_a_plain_loop():
@@ -65,30 +62,19 @@ def test_an_unparseable_answer_lowers_every_rate():
     }
 
 
-def test_two_shards_equal_one_set():
-    shuffled = random.Random(0).sample(OUTCOMES, len(OUTCOMES))
-    one, two = FormatMetrics(FORMAT), FormatMetrics(FORMAT)
-    one.update(shuffled[:5])
-    two.update(shuffled[5:])
-    one.merge_state(two)
-    assert ratios(one.compute()) == measured(OUTCOMES)
-
-
-def test_processes_get_the_figures_and_counts_of_the_whole_and_continue_with_their_own():
-    ranks = [FormatMetrics(FORMAT), FormatMetrics(FORMAT)]
-    ranks[0].update(OUTCOMES[:7])
-    ranks[1].update(OUTCOMES[7:])
+def test_processes_get_the_loss_of_the_whole_and_continue_with_their_own():
+    ranks, correct = [LossMetrics(), LossMetrics()], torch.tensor([True])
+    for rank, nats in zip(ranks, (1.0, 3.0), strict=True):
+        rank.update(torch.tensor([nats]), correct, [1])
     sums = [rank.sums.clone() for rank in ranks]
     for rank in ranks:
         rank.dist_sync_fn, rank.distributed_available_fn = (lambda tensor, group: sums), lambda: True
-        assert ratios(rank.compute()) == measured(OUTCOMES)
-    assert [int(rank.sums[0, 1]) for rank in ranks] == [7, len(OUTCOMES) - 7]
+        assert ratios(rank.compute())["val/loss"] == 2.0
+    assert [float(rank.sums[0, 0]) for rank in ranks] == [1.0, 3.0]
 
 
 def test_counts_explain_every_rate():
-    metrics = FormatMetrics(FORMAT)
-    metrics.update(OUTCOMES)
-    for name, (k, n) in metrics.compute().items():
+    for name, (k, n) in count(OUTCOMES, FORMAT).items():
         assert measured(OUTCOMES)[name] == (k if name.startswith("fail/") else pytest.approx(k / n))
 
 
@@ -120,19 +106,19 @@ class Lengths(Metric):
         return {"characters": self.characters, "doubled": 2 * self.characters}
 
 
-def own(scores, answer, target):
-    scores.update([outcome(replace(ROW, target=target), answer, FORMAT.check(answer), FORMAT)])
+def own(scores, *pairs):
+    """The figures of the user's own metrics for answers and their targets."""
+    rows = [(replace(ROW, target=target), answer, FORMAT.check(answer)) for answer, target in pairs]
+    outcomes = [outcome(*row, FORMAT) for row in rows]
+    figures, _ = scores.compute(outcomes, outcomes)
+    return {name: value for name, value in figures.items() if name.startswith("own/")}
 
 
 def test_metrics_of_ones_own_are_named_by_class_and_number_or_by_figure_and_begin_anew():
     scores = Scores(FORMAT, [Lengths(), CharErrorRate(), CharErrorRate()])
-    own(scores, "ab", "ac")
-    scores.update([])  # a process may get no row
-    figures = {name: value for name, value in scores.compute()[0].items() if name.startswith("own/")}
     lengths = {"own/characters": 2, "own/doubled": 4}
-    assert figures == lengths | {"own/CharErrorRate-2": 0.5, "own/CharErrorRate-3": 0.5}
-    own(scores, "x", "y")
-    assert scores.compute()[0]["own/characters"] == 1
+    assert own(scores, ("ab", "ac")) == lengths | {"own/CharErrorRate-2": 0.5, "own/CharErrorRate-3": 0.5}
+    assert own(scores, ("x", "y"))["own/characters"] == 1
 
 
 class Broken(Metric):
@@ -148,6 +134,6 @@ class Broken(Metric):
 def test_a_metric_of_ones_own_that_fails_is_named_in_one_line():
     scores = Scores(FORMAT, [Broken()])
     with pytest.raises(UserError, match=r"^model.metrics: update failed: TypeError: list indices .*two lists"):
-        own(scores, "a", "b")
+        own(scores, ("a", "b"))
     with pytest.raises(UserError, match="compute failed: ValueError: could not"):
-        scores.compute()
+        scores.compute([], [])  # a process may get no row

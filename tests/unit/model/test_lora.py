@@ -5,8 +5,7 @@ import torch
 
 from conftest import SHAPES, tiny_model
 from formtune.errors import UserError
-from formtune.model.lora import Lora, add_lora, load_base, target_names
-from formtune.model.shared_lora import LoraLinear
+from formtune.model.lora import Lora, LoraLinear, add_lora, load_base, target_names
 
 CPU = torch.device("cpu")
 ATTENTION = {

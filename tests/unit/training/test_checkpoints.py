@@ -13,8 +13,10 @@ import torch
 from conftest import byte_tokenizer, tiny_model
 from formtune.cli import main
 from formtune.formats import JsonSchema
+from formtune.model import FormatModule
+from formtune.training.callbacks import OverfittingWatch
 from formtune.training.checkpoint import steps
-from formtune.training.validations import Validation, Validations, best, contenders, reason
+from formtune.training.validations import Validation, best, contenders, reason
 
 ROWS = 119
 
@@ -122,20 +124,16 @@ def test_the_best_of_all_is_always_among_the_kept_and_what_was_removed_is_never_
     """`contenders` leaves out none that can win.
 
     Let the reference have t valid rows now; a later one has r >= t. A checkpoint A with a valid rows cannot be the best,
-    now or later, if one of these is true:
+    now or later, if another checkpoint B, with b valid rows, comes before A in the order and is a candidate whenever A
+    is. A is a candidate if (r - a)² is at most the number of rows in which it differs from the reference. One row less
+    is never too few, so this needs proof for r >= b + 2 only. Let h rows differ between A and B, let both lack n rows,
+    and let the reference have s <= n of these and lack j of those that only B has. It differs from A in
+    h - (r - b) + 2 (s - j) rows, and from B in at most h less. So if A is a candidate, (r - a)² <= h + 2 n - (r - b),
+    and B differs from the reference in at least (r - a)² - h rows. B is a candidate too if that is at least (r - b)².
+    Where one of the two settles it for the lowest r, it does for every r: the difference of both sides does not fall as
+    r rises. It does not matter whether B's own file is kept.
 
-    1. It is too far behind. A is a candidate if (r - a)² <= b + c, where b - c = r - a, c <= a and c <= rows - r. So it
-       takes m² - m <= 2 min(a, rows - r) for m = r - a. With r the left side rises and the right side does not: if this
-       is false for t, it is false for every r.
-    2. Another checkpoint B, with b valid rows, comes before A in the order and is a candidate whenever A is. This needs
-       proof for r >= b + 2 only: one row less is never too few. Let h rows differ between A and B, let both lack n rows,
-       and let the reference have s <= n of these and lack j of those that only B has. It differs from A in
-       h - (r - b) + 2 (s - j) rows, and from B in at most h less. So if A is a candidate,
-       (r - a)² <= h + 2 n - (r - b), and B differs from the reference in at least (r - a)² - h rows. B is a candidate
-       too if that is at least (r - b)². Where one of the two settles it for the lowest r, it does for every r: the
-       difference of both sides does not fall as r rises. It does not matter whether B's own file is kept.
-
-    Both are sufficient and cheap, so a few that cannot win may be kept. A fixed limit would give a best one away, since
+    It is sufficient and cheap, so a few that cannot win may be kept. A fixed limit would give a best one away, since
     there are verdicts for which each of many may still win.
     """
     rng = random.Random(1)
@@ -183,7 +181,7 @@ def test_files_that_other_callbacks_write_are_not_among_the_steps(tmp_path):
 
 
 def test_the_verdicts_of_the_rows_survive_safe_loading(tmp_path):
-    record, again = Validations(), Validations()
+    record, again = OverfittingWatch(), OverfittingWatch()
     record.history = [EARLY, LATE, measured(300, rows((1, 5000)), 3, rows=5000)]
     torch.save(record.state_dict(), tmp_path / "state")
     again.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
@@ -191,28 +189,22 @@ def test_the_verdicts_of_the_rows_survive_safe_loading(tmp_path):
 
 
 def test_the_rows_are_in_the_order_of_the_file_whichever_process_has_them(monkeypatch):
-    answers = [
-        SimpleNamespace(row=SimpleNamespace(number=n), verdict=SimpleNamespace(exact=n % 3 > 0, joint=n % 3 > 1))
-        for n in range(1, 8)
-    ]
+    verdicts = {n: SimpleNamespace(exact=n % 3 > 0, joint=n % 3 > 1) for n in range(1, 8)}
     trainer = SimpleNamespace(
         sanity_checking=False, global_step=5, callback_metrics={"val/loss": torch.tensor(0.5), "content/field_f1": 0.25},
-        state=SimpleNamespace(fn="validate"),
+        state=SimpleNamespace(fn="validate"), is_global_zero=False,
     )  # fmt: skip
-
-    def recorded(own, others):
-        record = Validations()
-        for batch in own:
-            record.on_validation_batch_end(trainer, None, batch, None, 0)
-        gathered = [(a.row.number, a.verdict.exact, a.verdict.joint) for a in others]
-        monkeypatch.setattr("formtune.training.validations.gathered", lambda _, part: gathered + part)
-        record.on_validation_end(trainer, None)
-        return record.history[0]
-
-    one = recorded([answers], [])
-    assert (one.rows, one.valid, one.right) == (7, 0b1101101, 0b0100100) and (one.val_loss, one.field_f1) == (0.5, 0.25)
-    parts = [recorded([answers[::2][:2], answers[::2][2:]], answers[1::2]), recorded([[]], answers)]
-    assert all((v.rows, v.valid, v.right) == (7, one.valid, one.right) for v in parts)
+    for numbers, others in (([1, 2, 3, 4, 5, 6, 7], []), ([7, 3, 1, 5], [6, 4, 2]), ([], [2, 1, 3, 7, 6, 5, 4])):
+        module = SimpleNamespace(trainer=trainer, _judged=[(n, verdicts[n]) for n in numbers])
+        monkeypatch.setattr(
+            "formtune.model.module.gathered", lambda _, part, others=others: [(n, verdicts[n]) for n in others] + part
+        )
+        FormatModule.on_predict_epoch_end(module)
+        record = OverfittingWatch()
+        record.on_validation_end(trainer, module)
+        [one] = record.history
+        assert (one.rows, one.valid, one.right) == (7, 0b1101101, 0b0100100)
+        assert (one.val_loss, one.field_f1) == (0.5, 0.25)
 
 
 @pytest.mark.slow
@@ -280,7 +272,7 @@ def test_the_adapter_that_keeps_the_format_is_exported_and_not_the_one_of_the_lo
         ]
         *answer, last = output.tolist()
         verdicts += str(int(format.check(tokenizer.decode(answer), finished=last == tokenizer.eos_token_id).exact))
-    [kept] = [v for v in checkpoint["callbacks"]["Validations"]["history"] if v["step"] == chosen["step"]]
+    [kept] = [v for v in checkpoint["callbacks"]["OverfittingWatch"]["history"] if v["step"] == chosen["step"]]
     assert verdicts.count("1") == chosen["exact"] and int(verdicts, 2) == int(kept["valid"], 16)
 
 

@@ -20,8 +20,9 @@ from formtune.evaluation.outcomes import outcome
 from formtune.formats import JsonSchema
 from formtune.model import FormatModule, Lora
 from formtune.training import checkpoint
-from formtune.training.overfitting import LASTING, OverfittingWatch, diagnose, should_stop
-from formtune.training.validations import Validation, Validations
+from formtune.training.callbacks import OverfittingWatch
+from formtune.training.diagnosis import LASTING, diagnose, should_stop
+from formtune.training.validations import Validation
 
 
 def history(train, val, exact=None, f1=None, right=None, rows=100):
@@ -43,14 +44,11 @@ def kind(*args, **kwargs):
 FALLING = [2.0, 1.0, 0.8, 0.7, 0.6, 0.5, 0.4]
 
 
-def test_memorising_names_its_figures_and_the_best_checkpoint():
+def test_memorising_names_its_figures():
     val = [2.0, 1.0, 0.80, 0.86, 0.88, 0.90]
     diagnosis = diagnose(history(FALLING[:6], val, exact=[10, 70, 90, 90, 91, 90]))
     assert diagnosis.kind == "memorising"
-    assert diagnosis.text == (
-        "memorising since step 200: validation loss +12% from its lowest while train fell 38%; "
-        "format/exact saturated since step 200; the best checkpoint is of step 200"
-    )
+    assert diagnosis.text == ("memorising since step 200: validation loss +12% from its lowest while train fell 38%")
 
 
 def test_a_run_that_gets_better_is_learning():
@@ -87,13 +85,6 @@ def test_more_rows_that_are_noise_are_no_change_and_more_right_rows_that_are_not
     assert kind(loss, loss, exact=noise) == kind(loss, loss, right=noise) == "saturated"
     assert (
         diagnose(history(loss, loss, right=[20, 20, 20, 20, 20, 21, 22])).text == "learning: joint/exact still improves"
-    )
-
-
-def test_a_saturated_run_names_the_best_checkpoint_where_it_is_another():
-    val = [2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
-    assert diagnose(history(val, val, right=[0, 20, 20, 20, 20, 21, 20])).text == (
-        "saturated: nothing improved since step 100; the best checkpoint is of step 500, which can be chance"
     )
 
 
@@ -196,13 +187,12 @@ def run(
         base=base, format=format, lora=Lora(r=8, dropout=0.1, targets="all-linear"), max_new_tokens=24,
         optimizer=lambda p: torch.optim.AdamW(p, lr=lr),
     )  # fmt: skip
-    record = Validations()
     watch = OverfittingWatch(patience) if watched else None
     trainer = L.Trainer(
         **{
             "max_steps": steps, "max_epochs": -1, "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
             "enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False, "num_sanity_val_steps": 0,
-            "val_check_interval": interval, "check_val_every_n_epoch": None, "default_root_dir": folder, "callbacks": [record, watch] if watch else [],
+            "val_check_interval": interval, "check_val_every_n_epoch": None, "default_root_dir": folder, "callbacks": [watch] if watch else [],
         } | options
     )  # fmt: skip
     if after:
@@ -233,23 +223,20 @@ def train(teachable, task):
 
 def test_few_rows_and_a_high_rate_memorise_and_are_stopped(train):
     trainer, _, watch = train(patience=3, steps=400, lr=0.02, interval=40)
-    assert diagnose(watch.validations.history).kind == "memorising"
-    assert trainer.global_step == watch.validations.history[-1].step < 400
-    assert (
-        watch.validations.history[0].step == 0
-        and watch.validations.history[-1].val_loss - watch.validations.history[-1].train_loss > 0.1
-    )
+    assert diagnose(watch.history).kind == "memorising"
+    assert trainer.global_step == watch.history[-1].step < 400
+    assert watch.history[0].step == 0 and watch.history[-1].val_loss - watch.history[-1].train_loss > 0.1
 
 
 def test_a_tiny_rate_does_not_learn(train):
     _, _, watch = train(lr=1e-7, steps=80)
-    assert diagnose(watch.validations.history).kind == "not learning"
+    assert diagnose(watch.history).kind == "not learning"
 
 
 def test_many_rows_and_a_usual_rate_learn_and_are_not_stopped(train):
     trainer, _, watch = train(rows=200, lr=5e-3, steps=120, patience=1)
-    assert diagnose(watch.validations.history).kind == "learning" and trainer.global_step == 120
-    assert [v.step for v in watch.validations.history] == list(range(0, 121, 20))
+    assert diagnose(watch.history).kind == "learning" and trainer.global_step == 120
+    assert [v.step for v in watch.history] == list(range(0, 121, 20))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -261,8 +248,8 @@ def test_the_same_rows_have_the_same_loss_as_validation_rows_and_dropout_is_off(
         data.rows["validation"] = data.rows["train"]
 
     trainer, module, watch = train(steps=20, rows=24, after=same_rows, precision=precision)
-    assert len(watch.validations.history) == 2
-    assert all(v.train_loss == pytest.approx(v.val_loss, abs=1e-12) for v in watch.validations.history)
+    assert len(watch.history) == 2
+    assert all(v.train_loss == pytest.approx(v.val_loss, abs=1e-12) for v in watch.history)
     assert float(trainer.callback_metrics["val/loss_gap"]) == pytest.approx(0.0, abs=1e-12)
     if precision == "32-true":
         nats, tokens = 0.0, 0
@@ -273,7 +260,7 @@ def test_the_same_rows_have_the_same_loss_as_validation_rows_and_dropout_is_off(
             ]
             nats += float(torch.nn.functional.cross_entropy(logits, torch.tensor(row.target_ids), reduction="sum"))
             tokens += len(row.target_ids)
-        assert watch.validations.history[-1].train_loss == pytest.approx(nats / tokens, abs=1e-5)
+        assert watch.history[-1].train_loss == pytest.approx(nats / tokens, abs=1e-5)
 
 
 class Half(L.Callback):
@@ -284,7 +271,7 @@ class Half(L.Callback):
             text = ("no JSON", row.target, '{"n":-1,"s":""}')[row.number % 3]
             return outcome(row, text, pl_module.format.check(text, target=row.target), pl_module.format)
 
-        pl_module._judge = lambda rows, decoded: list(map(judge, rows))
+        pl_module._judge = lambda rows, decoded: [(row.number, judge(row)) for row in rows]
 
 
 def test_a_limited_validation_records_the_rows_that_it_saw(train, monkeypatch):
@@ -293,7 +280,7 @@ def test_a_limited_validation_records_the_rows_that_it_saw(train, monkeypatch):
         _, module, watch = train(
             steps=20, limit_val_batches=batches, after=lambda trainer, *_: trainer.callbacks.append(Half())
         )
-        for one in watch.validations.history:
+        for one in watch.history:
             assert (one.rows, f"{one.valid:0{one.rows}b}") == (len(valid), valid)
             assert f"{one.right:0{one.rows}b}" == "".join("010"[n % 3] for n in range(one.rows))
             assert [tuple(module.counts[name]) for name in ("format/exact", "joint/exact")] == [
@@ -377,7 +364,7 @@ def test_two_processes_measure_the_same_as_one(project, monkeypatch):
     ]
     assert lines[0] == lines[1]
     rows = [
-        [(v["rows"], v["valid"], v["right"]) for v in checkpoint.read(path)["callbacks"]["Validations"]["history"]]
+        [(v["rows"], v["valid"], v["right"]) for v in checkpoint.read(path)["callbacks"]["OverfittingWatch"]["history"]]
         for path in (checkpoint.newest(project / f"logs/small/on{n}/checkpoints") for n in (1, 2))
     ]
     (count, valid, right), *others = rows[0]

@@ -1,23 +1,28 @@
-"""The next command after a run: what its diagnosis asks for, with the run's own configuration (docs/training.md)."""
+"""What the validations of a run show together, and the command to run next (docs/training.md has the rules)."""
 
 import itertools
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import linear_regression
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from lightning.pytorch.callbacks import Timer
 
 from formtune.data.encoded import FEW_ROWS
-from formtune.training.overfitting import CHANGE, LASTING, counts, diagnose
-from formtune.training.validations import Validation, best
+from formtune.training.validations import Validation, best, fewer
 
-Step = tuple[str, dict[str, Any]]  # what to do, and the keys that change; none if the rows should
+LASTING = 3  # validations that a change must last: the last two of a run are close, and may be the same luck
+# Shares of a loss. Small gains add up and keep a run alive; to call it memorising takes more than the noise, a few
+# percent from validation to validation.
+GAIN = 0.01
+CHANGE = 0.05
+FAR = 1.0  # a training loss that has doubled does not come back
+FLOOR = 0.001  # nats per token; a smaller change does not count
+# For the next command
 MOST = 3  # times the steps: the last validations say nothing about a longer run
 LOWEST_RANK, HIGHEST_RANK = 4, 64
-# Shares
 FEW_WRONG = 0.01  # of the validation rows
 SPIKE = 0.1  # of the first training loss
 SLOW = 0.2  # of the first training loss; a useful learning rate takes off more
@@ -28,6 +33,61 @@ ERRORS = {  # the first that still improves says how much longer to train
     "format/exact": lambda v: 1 - v.exact / v.rows,
     "validation loss": lambda v: v.val_loss,
 }
+
+T = TypeVar("T")
+Step = tuple[str, dict[str, Any]]  # what to do, and the keys that change; none if the rows should
+
+
+class Diagnosis(NamedTuple):
+    """What the validations so far show together."""
+
+    kind: Literal["too early", "learning", "memorising", "saturated", "not learning", "diverged"]
+    text: str  # one line, with its figures
+    improving: tuple[str, ...] = ()  # what has improved recently
+
+
+def diagnose(history: Sequence[Validation]) -> Diagnosis:
+    """Diagnose a run from its validations in the order of their steps, at least one."""
+    finite = [v for v in history if v.is_finite]
+    start, last = (finite or history)[0], history[-1]
+    if not last.is_finite or _counts(last.train_loss - start.train_loss, start.train_loss, FAR):
+        figures = f"train {last.train_loss:.4g}, validation {last.val_loss:.4g}, {start.train_loss:.4g} at the start"
+        return Diagnosis("diverged", f"diverged: losses {figures}")
+
+    train, loss = [v.train_loss for v in finite], [v.val_loss for v in finite]
+    gains = {  # index of the last improvement of each, 0 for none
+        "validation loss": _last_gain(loss, _fell),
+        "format/exact": _last_rise([v.valid for v in finite], fewer, int.bit_count),
+        "joint/exact": _last_rise([v.right for v in finite], fewer, int.bit_count),
+        # At least by one row's worth.
+        "content/field_f1": _last_rise([v.field_f1 for v in finite], lambda old, new: new - old > 1 / last.rows, float),
+    }
+    recent = [name for name, at in gains.items() if at and len(finite) - 1 - at < LASTING]
+    lowest = loss.index(min(loss))
+    above = all(_counts(value - loss[lowest], loss[lowest], CHANGE) for value in loss[-LASTING:])
+    rise = f"validation loss {_percent(loss[lowest], loss[-1])} from its lowest"
+    if recent:
+        text = f"learning: {' and '.join(recent)} still improve{'s' if len(recent) == 1 else ''}"
+        return Diagnosis("learning", text + (f", with the {rise}" if above else ""), tuple(recent))
+    if len(finite) <= LASTING:
+        text = f"too early to tell: validation {len(finite)} of the {LASTING + 1} needed, nothing improved yet"
+        return Diagnosis("too early", text)
+    if above and _counts(train[lowest] - train[-1], train[lowest], CHANGE):
+        fell = _percent(train[lowest], train[-1])[1:]
+        return Diagnosis("memorising", f"memorising since step {finite[lowest].step}: {rise} while train fell {fell}")
+    if not any(gains.values()) and not _last_gain(train, _fell):
+        return Diagnosis("not learning", f"not learning: neither loss has fallen in {len(finite)} validations")
+    at = max(gains.values())
+    text = f"saturated: nothing improved since step {finite[at].step}"
+    if _counts(train[at] - train[-1], train[at], CHANGE):
+        text += f", while train fell {_percent(train[at], train[-1])[1:]}"
+    return Diagnosis("saturated", text)
+
+
+def should_stop(history: Sequence[Validation], validations: int) -> bool:
+    """Whether each of the last `validations` found the run memorising or saturated; a run that learns never stops."""
+    ends = range(len(history), len(history) - validations, -1)
+    return all(end > 0 and diagnose(history[:end]).kind in ("memorising", "saturated") for end in ends)
 
 
 def next_step(history: Sequence[Validation], trainer: Any, command: str) -> str:
@@ -50,12 +110,12 @@ def _change(history: Sequence[Validation], chosen: Validation | None, trainer: A
         return _rate(trainer, 0.1, "training diverged")
     first, last = measured[0], measured[-1]
     for old, new in itertools.pairwise(history):
-        if not new.is_finite or counts(new.train_loss - old.train_loss, first.train_loss, SPIKE):
+        if not new.is_finite or _counts(new.train_loss - old.train_loss, first.train_loss, SPIKE):
             change = f"from {old.train_loss:.3g} to {new.train_loss:.3g}"
             return _rate(trainer, 1 / 3, f"training loss rose {change} at step {new.step}")
     fell = first.train_loss - last.train_loss
     if kind == "not learning":
-        rose = counts(-fell, first.train_loss, CHANGE)
+        rose = _counts(-fell, first.train_loss, CHANGE)
         return _rate(trainer, 1 / 3 if rose else 10, f"training loss has {'risen' if rose else 'not fallen'}")
     if kind == "learning" and len(measured) > LASTING and fell < SLOW * first.train_loss:
         return _rate(trainer, 3, f"training loss fell by only {fell / first.train_loss:.0%}")
@@ -73,7 +133,7 @@ def _change(history: Sequence[Validation], chosen: Validation | None, trainer: A
         if rank > LOWEST_RANK:
             return "lower the rank, training is short already", _rank(trainer, rank // 2)
     losses = f"training loss {last.train_loss:.3g}, validation loss {last.val_loss:.3g}"
-    near = not counts(last.val_loss - last.train_loss, last.val_loss, GAP)
+    near = not _counts(last.val_loss - last.train_loss, last.val_loss, GAP)
     if kind == "saturated" and near and rank < HIGHEST_RANK:
         return f"raise the rank, {losses}", _rank(trainer, 2 * rank)
     return f"add rows like those that the audit finds rare or missing, {losses} with {rows:,} rows", {}
@@ -114,3 +174,32 @@ def _rank(trainer: Any, rank: int) -> dict[str, Any]:
 def _rate(trainer: Any, times: float, why: str) -> Step:
     lr = times * trainer.optimizers[0].defaults["lr"]
     return f"{'lower' if times < 1 else 'raise'} the learning rate, {why}", {"model.optimizer.lr": f"{lr:.1e}"}
+
+
+def _counts(change: float, value: float, share: float) -> bool:
+    """Whether a change is more than a share of a value, and not too small to matter."""
+    return change > max(share * value, FLOOR)
+
+
+def _fell(lowest: float, new: float) -> bool:
+    return _counts(lowest - new, lowest, GAIN)
+
+
+def _last_rise(scores: Sequence[T], rose: Callable[[T, T], bool], size: Callable[[T], float]) -> int:
+    # Medians of neighbors count as well: one lucky validation would hide a rise that continues.
+    near = [sorted(scores[max(i - 1, 0) : i + 2], key=size) for i in range(len(scores))]
+    medians = [group[(len(group) - 1) // 2] for group in near]
+    return max(_last_gain(series, rose) for series in (scores, medians))
+
+
+def _last_gain(values: Sequence[T], gained: Callable[[T, T], bool]) -> int:
+    """Index of the last value that gained on the best before it, 0 if none did."""
+    best, last = values[0], 0
+    for i, value in enumerate(values):
+        if gained(best, value):
+            best, last = value, i
+    return last
+
+
+def _percent(before: float, after: float) -> str:
+    return f"{after / before - 1:+.0%}" if before else f"{after - before:+.4f}"

@@ -1,0 +1,179 @@
+"""The callbacks of formtune, besides that of the checkpoints: answers, overfitting, signals, progress."""
+
+import math
+import os
+import signal
+import threading
+from dataclasses import asdict
+from typing import Any
+
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import convert_inf
+
+from formtune.errors import Stopped
+from formtune.evaluation.metrics import ratios
+from formtune.evaluation.outcomes import worst_first
+from formtune.model.ranks import highest
+from formtune.training.diagnosis import diagnose, should_stop
+from formtune.training.loggers import log_table
+from formtune.training.validations import Validation
+
+# From a terminal, a shell, a batch system (SLURM can announce a preemption by SIGUSR1), and the end of a session.
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+PRINTED = ("val/loss", "format/exact", "joint/exact", "content/field_f1")
+
+
+class AnswerTable(Callback):
+    """A table of the worst answers of each evaluation beside their targets, in the loggers.
+
+    Args:
+        rows: Number of answers, invalid formats first.
+    """
+
+    def __init__(self, rows: int = 12) -> None:
+        self.rows = rows
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if pl_module.logged:
+            failed = worst_first(pl_module.outcomes)[: self.rows]
+            rows = [(f"{one.kind}: {one.detail}", one.input, one.target, one.answer) for one in failed]
+            tag = "answers/test" if trainer.testing else "answers/validation"
+            nothing = [("every answer is right", "", "", "")]
+            log_table(trainer, tag, ("why", "input", "target", "answer"), rows or nothing)
+
+    on_test_end = on_validation_end
+
+
+class OverfittingWatch(Callback):
+    """Measures a sample of training rows in each validation, and diagnoses the history of both.
+
+    The loss of a step cannot be compared with the validation loss: it has dropout, other rows and older weights. The
+    cost is a forward pass over as many rows as validation has; nothing is decoded.
+
+    Args:
+        patience: Validations in a row that must find the run memorising or saturated before it is stopped; None
+            never stops it.
+    """
+
+    def __init__(self, patience: PositiveInt | None = None) -> None:
+        self.patience = patience
+        self.history: list[Validation] = []  # the same on all processes
+
+    def state_dict(self) -> dict[str, Any]:
+        # As text: safe loading takes no integers of more than 255 bytes.
+        return {"history": [asdict(v) | {"valid": f"{v.valid:x}", "right": f"{v.right:x}"} for v in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = [
+            Validation(**record | {name: int(record[name], 16) for name in ("valid", "right")})
+            for record in state_dict["history"]
+        ]
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        # Not in a later hook: the model is still in evaluation mode, and its metrics are not yet reset.
+        if not trainer.sanity_checking:
+            loss = pl_module.teacher_forced_loss(trainer.datamodule.training_sample())
+            gap = ratios(pl_module.scores.losses.compute())["val/loss"] - loss
+            pl_module.log_dict({"train/eval_loss": loss, "val/loss_gap": gap}, batch_size=1)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
+        outcomes, metrics, history = pl_module.outcomes, trainer.callback_metrics, self.history
+        # Each time the same rows, in the order of the file, however many processes share them.
+        bits = ("".join("01"[getattr(one, name)] for one in outcomes) for name in ("exact", "joint"))
+        valid, right = (int(row_bits or "0", 2) for row_bits in bits)
+        names = ("train/eval_loss", "val/loss", "content/field_f1")
+        train, loss, f1 = (float(metrics.get(name, math.nan)) for name in names)
+        history.append(Validation(trainer.global_step, train, loss, f1, len(outcomes), valid, right))
+        now = diagnose(history)
+        if len(history) == 1 or diagnose(history[:-1]).kind != now.kind:
+            log_table(trainer, "diagnosis", ("diagnosis",), [(now.text,)])
+        if trainer.state.fn != "fit":
+            return
+        figures = "  ".join(f"{name} {float(metrics[name]):.4f}" for name in PRINTED)
+        lines = [f"step {trainer.global_step}  {figures}"]
+        if self.patience and should_stop(history, self.patience):
+            trainer.should_stop = True
+            lines.append(f"stopped at step {trainer.global_step}: {now.text}")
+        if trainer.is_global_zero:
+            pl_module.print("\n".join(lines))  # above the progress bar
+            print(end="", flush=True)
+
+
+class Signals(Callback):
+    """Notes a signal in `number` while a step could be lost; elsewhere, and at a second Ctrl-C, stops at once."""
+
+    def __init__(self) -> None:
+        self.remedy = ""  # how to continue, for the last line
+        self.number = 0
+        self._in_loop = False
+        self._before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Install the handlers, except for ignored signals (`nohup`)."""
+        if threading.current_thread() is threading.main_thread():
+            for number in NUMBERS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before.setdefault(number, signal.signal(number, self._note))
+
+    def restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _note(self, number: int, frame: Any) -> None:
+        if not self._in_loop:
+            self.number = number  # for the next poll, if the exception is swallowed where it is raised
+            raise Stopped(number, self.remedy)
+        if self.number and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.number = number
+
+    def _poll(self, trainer: Any, *_: Any, **__: Any) -> None:
+        """Stop if any process has noted a signal."""
+        [number] = highest(trainer, self.number)
+        if number:
+            raise Stopped(int(number), self.remedy)
+
+    def _end(self, *_: Any, **__: Any) -> None:
+        self._in_loop = False
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.install()  # again: Lightning has just installed its own, which communicate and kill
+        self._in_loop = True
+
+    # An evaluation has nothing to save and a batch of it can take minutes, so a single process stops at once.
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self.install()
+        self._in_loop = trainer.world_size > 1
+
+    on_test_start = on_predict_start = on_validation_start
+
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _poll
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._in_loop = trainer.state.fn == "fit"
+
+    on_train_end = on_test_end = on_predict_end = on_exception = _end
+
+
+class StepsBar(TQDMProgressBar):
+    """Lightning's bar, but of the whole fit: steps, training loss, and the time left, validations included."""
+
+    def init_train_tqdm(self) -> Any:
+        bar = super().init_train_tqdm()
+        bar.total = convert_inf(self.trainer.estimated_stepping_batches)
+        bar.initial = bar.n = self.trainer.global_step
+        clock = "left={remaining}" if bar.total else "{elapsed}"
+        bar.bar_format = "{desc}{n_fmt}/{total_fmt} steps{postfix}, " + clock + " |{bar}|"
+        return bar
+
+    def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
+        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
+
+    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+        return {"loss": f"{float(trainer.callback_metrics.get('train/loss', math.nan)):.4f}"}
