@@ -47,7 +47,6 @@ def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[st
         "repairs": dict(splits.repairs.most_common()),
         "quarantined": dict(splits.reasons.most_common()),
         "ignored": dict(splits.ignored.most_common()),
-        "notes": settings.columns.notes,
         "own_system": splits.own_system,
         "shared_text": splits.shared,
         "mixtures": [asdict(mixture) for mixture in splits.mixtures],

@@ -1,4 +1,4 @@
-"""How a record becomes a conversation: by its columns, or by the shape in which another tool wrote it."""
+"""How a record becomes a conversation: by its columns, or by the layout in which another tool wrote it."""
 
 import json
 import re
@@ -12,15 +12,6 @@ from formtune.formats import Format
 from formtune.formats.bounded import time_limit
 
 ANSWERS = (str, dict, list, bool, int, float)
-SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles; the others have the names that are read anyway
-# Columns that a row must have, `?` for those that it may have: the input's, and the answer's last.
-SHAPES = {
-    "conversations": ("conversations",),
-    "Alpaca rows (instruction, input, output)": ("instruction", "input?", "output"),
-    "questions and answers (question, answer)": ("question", "answer"),
-    "questions on a text (context, question, answer)": ("context", "question", "answer"),
-    "texts and labels (text, label)": ("text", "label"),
-}
 DEFAULT = ("prompt", "completion", "messages")
 _FIELD = re.compile(r"\{([\w .,()/%-]+)\}")  # of a template over columns
 
@@ -49,7 +40,6 @@ class Columns:
         self.prompt, self.completion, self.messages = prompt, completion, messages
         self.source, self.schema = source, schema
         self.system = None if system in (*_fields(prompt), completion) else system
-        self.notes: dict[str, str] = {}  # what was recognized, each with the place of the first such row
 
     def conversation(
         self, record: dict[str, Any], where: str, with_target: bool | str, ignored: set[str] | None = None
@@ -61,30 +51,20 @@ class Columns:
         ignored = set() if ignored is None else ignored
         # In tables, NaN is a value that is missing.
         record = {name: None if isinstance(it, float) and it != it else it for name, it in record.items()}
-        columns, shape = (self.prompt, self.completion, self.messages), ""
-        is_other = all(record.get(name) is None for name in (*_fields(self.prompt), *columns[1:]))
-        if columns == DEFAULT and is_other:
-            columns, shape = _recognize(record, where, bool(with_target)) or (columns, "")
-        prompt, completion, column = columns
+        prompt, completion, column = self._layout(record)
         is_chat = column in record and (record[column] is not None or not record.keys() & {*_fields(prompt)})
         own = [column] if is_chat else [*_fields(prompt), completion]
         ignored |= unread(record, {*own, self.system, self.source, "tools"}, REFUSED, where)
-        if not is_chat and not _is_turns(record.get(prompt)):
+        if is_chat:
+            turns = read_turns(record[column], column, where, with_target, ignored)
+        elif _is_turns(record.get(prompt)):  # TRL's conversations
+            turns, answer = record[prompt], _read(record, completion, where, ANSWERS) if with_target else []
+            turns = [*turns, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
+            turns = read_turns(turns, f"{prompt}+{completion}", where, with_target, ignored)
+        else:
             turns = [{"role": "user", "content": _filled(record, prompt, where)}]
             if with_target:
                 turns.append({"role": "assistant", "content": _read(record, completion, where, ANSWERS)})
-        else:
-            turns = record[column if is_chat else prompt]
-            if not is_chat:
-                shape, column = f"TRL conversations ({prompt}, {completion})", f"{prompt}+{completion}"
-                if with_target:
-                    answer = _read(record, completion, where, ANSWERS)
-                    turns = [*turns, *(answer if _is_turns(answer) else [{"role": "assistant", "content": answer}])]
-            elif isinstance(turns, list) and (renamed := [*map(_from_sharegpt, turns)]) != turns:
-                turns, shape = renamed, f"ShareGPT {column} (from, value)"
-            turns = read_turns(turns, column, where, with_target, ignored)
-        if shape:
-            self.notes.setdefault(shape, where)
         if self.system is None or empty(record.get(self.system)):
             return turns
         remedy = "write the row's system prompt as a string, or set data.columns.system: null"
@@ -92,6 +72,18 @@ class Columns:
         if turns[0]["role"] == "system":
             raise UserError(f"{where}: the turns and the column `{self.system}` both hold a system prompt; {remedy}")
         return [{"role": "system", "content": system}, *turns]
+
+    def _layout(self, record: dict[str, Any]) -> tuple[str, str, str]:
+        """The columns of the prompt, the answer and the turns: those of ShareGPT or Alpaca if the row has no others."""
+        columns = self.prompt, self.completion, self.messages
+        if columns != DEFAULT or any(record.get(name) is not None for name in columns):
+            return columns
+        if not empty(record.get("conversations")):
+            return self.prompt, self.completion, "conversations"
+        if "instruction" in record:
+            prompt = "instruction" if empty(record.get("input")) else "{instruction}\n\n{input}"
+            return prompt, "output", self.messages
+        return columns
 
     def tools(self, record: dict[str, Any], where: str) -> str | None:
         """The record's tools as JSON text, None where it has none or the prompt's template writes them."""
@@ -132,37 +124,8 @@ def _read(record: dict[str, Any], column: str, where: str, types: tuple[type, ..
     return record[column]
 
 
-def _recognize(record: dict[str, Any], where: str, with_target: bool) -> tuple[tuple[str, str, str], str] | None:
-    """The columns and the name of a row's shape, None if it has none; a UserError if it may have two."""
-    needs = {shape: [name for name in names if name[-1] != "?"] for shape, names in SHAPES.items()}
-    shapes = [shape for shape, names in needs.items() if {*names} <= record.keys()]
-    if not with_target:
-        shapes = shapes or [shape for shape, names in needs.items() if {*(names[:-1] or names)} <= record.keys()]
-    if len(shapes) > 1:  # a table may have columns for which a row has no value
-        shapes = [it for it in shapes if not any(empty(record.get(name)) for name in needs[it])] or shapes
-    if len(shapes) > 1:
-        raise UserError(f"{where}: the row may be {' or '.join(shapes)}; set data.columns to what it is")
-    if not shapes:
-        return None
-    *inputs, answer = (name.rstrip("?") for name in SHAPES[shapes[0]])
-    if not inputs:
-        return (*DEFAULT[:2], answer), f"{answer} (role, content)"
-    if answer == "label" and not empty(record.get("label_text")):
-        answer = "label_text"
-    filled = [name for name in inputs if not empty(record.get(name))] or inputs[:1]
-    return ("\n\n".join(f"{{{name}}}" for name in filled), answer, DEFAULT[2]), shapes[0]
-
-
 def _is_turns(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(it, dict) and "role" in it for it in value)
-
-
-def _from_sharegpt(turn: Any) -> Any:
-    """A turn with `from` and `value` as one with `role` and `content`; any other as it is."""
-    if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys() or {"role", "content"} & turn.keys():
-        return turn
-    rest = {key: turn[key] for key in turn.keys() - {"from", "value"}}
-    return {"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn["value"], **rest}
 
 
 def own_schema(value: Any) -> str | None:

@@ -17,7 +17,6 @@ def print_data(settings: DataSettings, splits: Splits | None, folder: Path | Non
     """Print rows per split with their lengths in tokens, and what was ignored, repaired and quarantined."""
     ignored = settings.ignored
     lines = [*settings.format.notes]
-    lines += [f"{where.rpartition(':')[0]}: {text}" for text, where in settings.columns.notes.items()]
     if splits is not None:
         table = Table("split", "rows", title="Data", title_justify="left")
         for column in ("prompt P50", "P95", "max", "answer P50", "P95", "max"):

@@ -10,6 +10,7 @@ from formtune.formats.strict_json import loads_strict
 from formtune.formats.tool_calls import tool_name
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles; the others have the names that are read anyway
 WEIGHTS = ("weight", "loss", "loss_scale", "train", "training")  # names that other tools give a turn's weight
 
 _OWN_KEYS = {"assistant": ("tool_calls", "reasoning_content"), "tool": ("tool_call_id", "name")}  # by role
@@ -27,6 +28,7 @@ def read_turns(turns: Any, column: str, where: str, with_target: bool | str, ign
     """The turns in a column; a prompt has no answer at the end, and of "all" targets those of weight 0 are marked."""
     if not isinstance(turns, list):
         raise UserError(f"{where}: `{column}` is {kind(turns)}; it must be a list of turns with `role` and `content`")
+    turns = [*map(_from_sharegpt, turns)]
     if not with_target and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":
         turns = turns[:-1]
     messages = []
@@ -86,6 +88,14 @@ def parsed(value: Any) -> Any:
 
 def kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
+
+
+def _from_sharegpt(turn: Any) -> Any:
+    """A turn with `from` and `value` as one with `role` and `content`; any other as it is."""
+    if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys() or {"role", "content"} & turn.keys():
+        return turn
+    rest = {key: turn[key] for key in turn.keys() - {"from", "value"}}
+    return {"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn["value"], **rest}
 
 
 def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[Message, set[str]]:

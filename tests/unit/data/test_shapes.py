@@ -12,7 +12,6 @@ from formtune.data.cleaning import judge
 from formtune.data.preparation import load_splits, read_examples
 from formtune.data.settings import DataSettings
 from formtune.data.sources import read_records
-from formtune.data.table import print_data
 from formtune.errors import UserError
 from formtune.formats import JsonSchema, Labels, Regex
 
@@ -22,105 +21,85 @@ SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 
 
 def read(record, with_target=True, **columns):
-    """Turns of a record as pairs, and the notes on its shape."""
-    reader = Columns(**columns)
-    turns = reader.conversation(record, "f.jsonl:1", with_target)
-    return [(turn["role"], turn["content"]) for turn in turns], list(reader.notes)
+    """Turns of a record as pairs."""
+    turns = Columns(**columns).conversation(record, "f.jsonl:1", with_target)
+    return [(turn["role"], turn["content"]) for turn in turns]
 
 
 RECOGNIZED = [
-    ({"conversations": SHAREGPT, "id": 1}, [USER, ANSWER], ["ShareGPT conversations (from, value)"]),
-    ({"messages": SHAREGPT}, [USER, ANSWER], ["ShareGPT messages (from, value)"]),
-    ({"conversations": CHAT}, [USER, ANSWER], ["conversations (role, content)"]),
+    ({"conversations": SHAREGPT, "id": 1}, [USER, ANSWER]),
+    ({"messages": SHAREGPT}, [USER, ANSWER]),
+    ({"conversations": CHAT}, [USER, ANSWER]),
     (
         {"conversations": [{"from": "system", "value": "s"}, {"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]},
         [("system", "s"), USER, ANSWER],
-        ["ShareGPT conversations (from, value)"],
     ),
-    ({"conversations": SHAREGPT, "system": "s"}, [("system", "s"), USER, ANSWER], ["ShareGPT conversations (from, value)"]),
-    (
-        {"instruction": "a", "input": "more", "output": "b"},
-        [("user", "a\n\nmore"), ANSWER],
-        ["Alpaca rows (instruction, input, output)"],
-    ),
-    ({"instruction": "a", "input": "", "output": "b"}, [USER, ANSWER], ["Alpaca rows (instruction, input, output)"]),
-    ({"instruction": "a", "input": None, "output": "b"}, [USER, ANSWER], ["Alpaca rows (instruction, input, output)"]),
-    (
-        {"instruction": "a", "output": "b", "system": "s", "text": "rendered"},
-        [("system", "s"), USER, ANSWER],
-        ["Alpaca rows (instruction, input, output)"],
-    ),
-    ({"prompt": CHAT[:1], "completion": CHAT[1:]}, [USER, ANSWER], ["TRL conversations (prompt, completion)"]),
+    ({"conversations": SHAREGPT, "system": "s"}, [("system", "s"), USER, ANSWER]),
+    ({"instruction": "a", "input": "more", "output": "b"}, [("user", "a\n\nmore"), ANSWER]),
+    ({"instruction": "a", "input": "", "output": "b"}, [USER, ANSWER]),
+    ({"instruction": "a", "input": None, "output": "b"}, [USER, ANSWER]),
+    ({"instruction": "a", "output": "b", "system": "s", "text": "rendered"}, [("system", "s"), USER, ANSWER]),
+    ({"prompt": CHAT[:1], "completion": CHAT[1:]}, [USER, ANSWER]),
     (
         {"prompt": [{"role": "system", "content": "s"}, *CHAT, CHAT[0]], "completion": CHAT[1:]},
         [("system", "s"), USER, ANSWER, USER, ANSWER],
-        ["TRL conversations (prompt, completion)"],
     ),
-    ({"prompt": CHAT[:1], "completion": "b"}, [USER, ANSWER], ["TRL conversations (prompt, completion)"]),
-    ({"messages": CHAT}, [USER, ANSWER], []),
-    ({"messages": None, "prompt": "a", "completion": "b"}, [USER, ANSWER], []),
-    ({"question": "a", "answer": "b"}, [USER, ANSWER], ["questions and answers (question, answer)"]),
-    ({"question": "a", "answer": "b", "context": None}, [USER, ANSWER], ["questions and answers (question, answer)"]),
-    ({"text": "a", "label": "b", "idx": 4}, [USER, ANSWER], ["texts and labels (text, label)"]),
-    ({"text": "a", "label": 1, "label_text": "b"}, [USER, ANSWER], ["texts and labels (text, label)"]),
+    ({"prompt": CHAT[:1], "completion": "b"}, [USER, ANSWER]),
+    ({"messages": CHAT}, [USER, ANSWER]),
+    ({"messages": None, "prompt": "a", "completion": "b"}, [USER, ANSWER]),
     # A table with the columns of two kinds of rows.
-    ({"conversations": None, "question": "a", "answer": "b"}, [USER, ANSWER], ["questions and answers (question, answer)"]),
+    ({"conversations": None, "instruction": "a", "output": "b"}, [USER, ANSWER]),
     # What was read before is read as before, whatever else the row has.
-    ({"prompt": "a", "completion": "b", "question": "q", "answer": "r", "conversations": SHAREGPT}, [USER, ANSWER], []),
+    ({"prompt": "a", "completion": "b", "instruction": "q", "output": "r", "conversations": SHAREGPT}, [USER, ANSWER]),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("record", "turns", "notes"), RECOGNIZED)
-def test_a_row_of_a_known_shape_is_read_with_a_note(record, turns, notes):
-    assert read(record) == (turns, notes)
-    prompt = turns[:-1]
-    assert read(record, with_target=False)[0] == prompt
+@pytest.mark.parametrize(("record", "turns"), RECOGNIZED)
+def test_a_row_of_a_known_layout_is_read(record, turns):
+    assert read(record) == turns
+    assert read(record, with_target=False) == turns[:-1]
 
 
 @pytest.mark.parametrize(
     ("record", "prompt"),
     [
-        ({"question": "a"}, "a"),
-        ({"text": "a"}, "a"),
+        ({"instruction": "a"}, "a"),
         ({"instruction": "a", "input": "more"}, "a\n\nmore"),
         ({"prompt": CHAT[:1]}, "a"),
         ({"conversations": SHAREGPT[:1]}, "a"),
     ],
 )
 def test_inputs_without_answers_are_recognized_too(record, prompt):
-    assert read(record, with_target=False)[0] == [("user", prompt)]
+    assert read(record, with_target=False) == [("user", prompt)]
 
 
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"conversations": SHAREGPT, "question": "a", "answer": "b"},
-         r"f.jsonl:1: the row may be conversations or questions and answers \(question, answer\); set data.columns"),
-        ({"context": "c", "question": "a", "answer": "b"}, "questions and answers .* or questions on a text"),
-        ({"instruction": "a", "output": "b", "text": "t", "label": "l"}, "Alpaca rows .* or texts and labels"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "tool", "value": "b"}]}, "the last turn of `conversations` must be the assistant's"),
         ({"conversations": SHAREGPT[:1]}, "the last turn of `conversations` must be the assistant's"),
         ({"prompt": CHAT[:1], "completion": CHAT[:1]}, r"the last turn of `prompt\+completion` must be the assistant's"),
-        ({"question": "a", "answer": None}, "f.jsonl:1: `answer` is null, not text"),
+        ({"instruction": "a", "output": None}, "f.jsonl:1: `output` is null, not text"),
+        ({"instruction": "a"}, "f.jsonl:1: no column `output` among instruction; set data.columns"),
         ({"question": "a"}, "f.jsonl:1: no column `prompt` among question; set data.columns"),
         ({"messages": None}, "f.jsonl:1: `messages` is null; it must be a list of turns"),
         ({"prompt": "a", "answer": "b"}, "f.jsonl:1: no column `completion` among prompt, answer"),
         ({"prompt": ["a"], "completion": "b"}, "f.jsonl:1: `prompt` is list, not text"),
     ],
 )  # fmt: skip
-def test_a_row_with_two_readings_or_none_is_refused(record, message):
+def test_a_row_that_cannot_be_read_is_refused(record, message):
     with pytest.raises(UserError, match=message):
         read(record)
 
 
-def test_the_remedy_for_two_readings_works():
-    both = {"conversations": SHAREGPT, "question": "q", "answer": "r"}
-    assert read(both, messages="conversations")[0] == [USER, ANSWER]
-    assert read(both, prompt="{question}", completion="answer")[0] == [("user", "q"), ("assistant", "r")]
-    assert read({"question": "q", "answer": "r"}, prompt="answer", completion="question") == (
-        [("user", "r"), ("assistant", "q")],
-        [],
-    )
+def test_named_columns_come_before_a_known_layout():
+    both = {"conversations": SHAREGPT, "instruction": "q", "output": "r"}
+    assert read(both, messages="conversations") == [USER, ANSWER]
+    assert read(both, prompt="{instruction}", completion="output") == [("user", "q"), ("assistant", "r")]
+    assert read({"question": "q", "answer": "r"}, prompt="answer", completion="question") == [
+        ("user", "r"),
+        ("assistant", "q"),
+    ]
 
 
 def test_missing_values_in_columns_that_are_not_read_are_ignored(tmp_path):
@@ -138,8 +117,8 @@ def test_missing_values_in_columns_that_are_not_read_are_ignored(tmp_path):
 
 def test_null_in_a_template_is_empty_text_unless_all_is_null():
     template = {"prompt": "{title}\n{body}"}
-    assert read({"title": None, "body": "B", "completion": "b"}, **template)[0] == [("user", "\nB"), ANSWER]
-    assert read({"title": "T", "body": float("nan"), "completion": "b"}, **template)[0] == [("user", "T\n"), ANSWER]
+    assert read({"title": None, "body": "B", "completion": "b"}, **template) == [("user", "\nB"), ANSWER]
+    assert read({"title": "T", "body": float("nan"), "completion": "b"}, **template) == [("user", "T\n"), ANSWER]
     with pytest.raises(UserError, match="f.jsonl:1: `title` is null"):
         read({"title": None, "body": None, "completion": "b"}, **template)
     with pytest.raises(UserError, match="f.jsonl:1: no column `body`"):
@@ -175,7 +154,7 @@ def answers(tmp_path, format, rows):
 def test_answers_that_are_not_text_are_written_as_the_format_writes_them(tmp_path, format, values, texts):
     for rows in (
         [{"prompt": "a", "completion": value} for value in values],
-        [{"question": "a", "answer": value} for value in values],
+        [{"instruction": "a", "output": value} for value in values],
     ):
         assert answers(tmp_path, format, rows) == texts
     if not isinstance(values[0], list):  # in a turn a list holds the parts of a text
@@ -255,23 +234,18 @@ def test_duplicates_are_detected_across_files_and_the_splits_are_the_same(tmp_pa
     assert load_splits(DataSettings(JsonSchema(SCHEMA), "array.json", tokenizer=base)).key == one.key
 
 
-def test_other_shapes_and_objects_give_the_same_rows(tmp_path, base, monkeypatch, capsys):
+def test_other_shapes_and_objects_give_the_same_rows(tmp_path, base, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [pair(n) for n in range(60)]
     prompts = [(row["prompt"], json.loads(row["completion"])) for row in rows]
     kinds = {
         "plain": rows,
         "sharegpt": [{"conversations": [{"from": "human", "value": p}, {"from": "gpt", "value": json.dumps(a, separators=(",", ":"))}]} for p, a in prompts],
-        "objects": [{"question": p, "answer": dict(reversed(a.items()))} for p, a in prompts],
+        "objects": [{"instruction": p, "output": dict(reversed(a.items()))} for p, a in prompts],
     }  # fmt: skip
     keys = set()
     for name, records in kinds.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         settings = DataSettings(JsonSchema(SCHEMA), f"{name}.jsonl", tokenizer=base)
         keys.add(load_splits(settings).key)
-        print_data(settings, None, None)
     assert len(keys) == 1
-    assert capsys.readouterr().out.splitlines() == [
-        "sharegpt.jsonl: ShareGPT conversations (from, value)",
-        "objects.jsonl: questions and answers (question, answer)",
-    ]
