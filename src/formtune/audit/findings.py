@@ -1,7 +1,6 @@
 """Everything that an audit finds, as plain data; the rows are prepared by the code that prepares them for training."""
 
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -24,8 +23,6 @@ NAMED = 8  # labels or paths that a warning names
 RARE = 0.1  # of the rows that each label would have if all had as many: below this a label is rare
 LABELS = 200  # of a field at most; one with more has values, not labels
 BINS = 40  # of a histogram at most
-WORDS = 12  # that are named of those in which production differs
-DIFFERENT = 0.25  # difference of a word's shares from which it is a warning
 QUANTILES = {"P50": 50, "P95": 95, "P99": 99, "max": 100}
 
 
@@ -47,6 +44,7 @@ def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[st
         "repairs": dict(splits.repairs.most_common()),
         "quarantined": dict(splits.reasons.most_common()),
         "ignored": dict(splits.ignored.most_common()),
+        "ignored_of_production": dict(settings.ignored.get("production", Counter()).most_common()),
         "own_system": splits.own_system,
         "shared_text": splits.shared,
         "mixtures": [asdict(mixture) for mixture in splits.mixtures],
@@ -61,15 +59,9 @@ def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[st
         "sources": dict(Counter(example.origin for example in examples["train"]).most_common()),
         "ungrounded": ungrounded(all_examples, format),
         "reordered": _reordered(examples["train"], format),
-        "repeats": [asdict(row) for row in splits.repeats],
-        "production": None,
         # With the turns of the row that it repeats or contradicts.
         "quarantine": [asdict(row) | {"other_messages": turns.get(row.other)} for row in splits.quarantine],
     }
-    if production:
-        inputs = [example.input for example in examples["train"]], [row.input for row in production]
-        ignored = dict(settings.ignored["production"].most_common())
-        findings["production"] = {"ignored": ignored, "words": compare_inputs(*inputs)}
     return findings | {"warnings": list(_warnings(findings, settings))}, splits
 
 
@@ -116,18 +108,6 @@ def _reordered(examples: Sequence[Example], format: Format) -> int:
     return reordered
 
 
-def compare_inputs(train: Sequence[str], production: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """The shares of train's and of production's inputs that hold a word, for the words whose shares differ most."""
-    counts = [
-        Counter(word for text in texts for word in set(re.findall(r"\w+", text.casefold())))
-        for texts in (train, production)
-    ]
-    sizes = max(len(train), 1), max(len(production), 1)
-    shares = {word: (counts[0][word] / sizes[0], counts[1][word] / sizes[1]) for word in counts[0] | counts[1]}
-    different = sorted(shares, key=lambda word: -abs(shares[word][1] - shares[word][0]))
-    return {word: shares[word] for word in different[:WORDS]}
-
-
 def _histogram(sizes: dict[str, dict[str, list[int]]], side: str) -> dict[str, Any]:
     """The shares of train's and, of prompts, of production's rows in bins that are equally many tokens wide."""
     drawn = ("train", "production") if side == "prompt" else ("train",)
@@ -171,12 +151,6 @@ def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]
             "response_format) makes the model leave out each key that it has passed; if you serve with one, train on "
             f"that order: {fix}"
         )
-    for split, count in Counter(row["split"] for row in findings["repeats"]).items():
-        first = next(row for row in findings["repeats"] if row["split"] == split)
-        yield (
-            f"data.{split}: {count:,} rows repeat or nearly repeat another one of the file "
-            f"({first['where']} and {first['other']}); they are used, so that its figures stay comparable"
-        )
     for path, splits in findings["labels"].items():
         least = RARE * sum(splits["train"].values()) / len(splits["train"])
         if rare := sorted(label for label, count in splits["train"].items() if count < least):
@@ -189,6 +163,3 @@ def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]
             f"{path or 'the answer'}: {len(entry['rows']):,} values ({entry['share']:.0%}) are not in their inputs "
             f"({first['where']}: {str(first['value'])[:40]!r}): invented, or derived?{derived}"
         )
-    words = findings["production"]["words"] if findings["production"] else {}
-    if different := [f"{word} {b:.0%} (train {a:.0%})" for word, (a, b) in words.items() if abs(b - a) >= DIFFERENT]:
-        yield f"production's inputs differ: they hold {', '.join(different[:NAMED])}; add rows like production's"

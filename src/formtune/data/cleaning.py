@@ -59,7 +59,6 @@ class Example:
     tools: str | None = None  # JSON list of the tools that its prompt defines
     written: str | None = None  # the answer as the chat template writes it, if that is more than the last turn's text
     schema: str | None = None  # JSON text of the row's own schema, or of its tools
-    reasoning: int = 0  # characters of the target before its answer
     group: str = ""  # rows of one group are never in two splits; "" for a group of one
     split: str = "train"
 
@@ -165,7 +164,7 @@ def judge(
     if not verdict.exact:
         fix = helpful_repair(example.target, format, answer_steps)
         return example.quarantined("format", f"{verdict.kind}: {verdict.detail}", fix=fix)
-    example.value, example.reasoning = verdict.value, len(format.split(example.target)[0])
+    example.value = verdict.value
     return example
 
 

@@ -45,7 +45,6 @@ class Splits:
     # Empty if the rows were read from the cache:
     examples: dict[str, list[Example]] = field(default_factory=dict, compare=False)  # the conversation of each row
     cluster: dict[str, float] = field(default_factory=dict, compare=False)  # a row's cluster in [0, 1), by its place
-    repeats: list[Quarantined] = field(default_factory=list, compare=False)  # used rows of given files, see `selection`
 
     @property
     def reasons(self) -> Counter[str]:

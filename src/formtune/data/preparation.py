@@ -178,7 +178,7 @@ def as_written(settings: DataSettings, example: Example) -> Example | Quarantine
 
 def _usual_style(settings: DataSettings, examples: Sequence[Example], splits: Splits) -> list[Example]:
     """The rows without those that write something in another way than most."""
-    splits.mixtures = mixtures(examples, {e.schema: settings.format.of_row(e.schema).fields for e in examples})
+    splits.mixtures = mixtures(examples, settings.format)
     details: dict[str, str] = {}
     for mixture in splits.mixtures:
         usual = next(iter(mixture.forms))

@@ -107,17 +107,15 @@ def select(
         leaks = [(what, o) for what, o in owned if o.example.split != split or (is_cut and o.cluster != row.cluster)]
         similar = (other for number in (row.input, *near.get(row.input, ())) for other in used.get(number, ()))
         twin = next((other for other in similar if other.answer == row.answer and other.comparable(row)), None)
-        repeat = twin and row.quarantined("duplicate" if twin.text == row.text else "near_duplicate", twin)
         others = (other for group, own in row.said for answer, other in answers[group].items() if answer != own)
         if other := next(others, None):
             splits.quarantine.append(row.quarantined("conflict", other))
-        elif repeat and split == "train":
-            splits.quarantine.append(repeat)
+        elif twin and split == "train":  # a given test file stays comparable
+            splits.quarantine.append(row.quarantined("duplicate" if twin.text == row.text else "near_duplicate", twin))
         elif leaks:
             what, owner = leaks[0]
             splits.quarantine.append(row.quarantined("leak", owner, what))
         else:
-            splits.repeats += [repeat] if repeat else []  # in a given test file, which stays comparable
             for key in keys:
                 owners.setdefault(key, row)
             used[row.input].append(row)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from formtune.data.cleaning import Example
+from formtune.formats import Format
 
 MOST = 0.8  # share of a field's texts that must be dates for it to be a field of dates
 COPIED = 0.95  # share of a field's texts that must be in their prompts for it to be a copied one
@@ -40,13 +41,13 @@ class Mixture:
     minority: dict[str, list[str]]  # for each other way, the places of the rows that use it
 
 
-def mixtures(examples: Sequence[Example], fields: Mapping[str | None, Sequence[str]]) -> list[Mixture]:
+def mixtures(examples: Sequence[Example], format: Format) -> list[Mixture]:
     """What the answers of judged rows write in more than one way; only rows of one schema are compared field by field.
 
-    `fields` are the dotted paths that each schema declares; in these, null and absent are two ways of saying nothing.
+    In the fields that a schema declares, null and absent are two ways of saying nothing.
     """
-    answers = [e for e in examples if isinstance(e.value, dict | list) and e.target[e.reasoning :][:1] in "{["]
-    compared = [("", "layout", [(form, e) for e in answers if (form := _layout(e.target[e.reasoning :]))])]
+    texts = [(format.split(e.target)[1], e) for e in examples if isinstance(e.value, dict | list)]
+    compared = [("", "layout", [(form, e) for text, e in texts if text[:1] in "{[" and (form := _layout(text))])]
     same_schema: dict[str | None, list[Example]] = defaultdict(list)
     for example in examples:
         same_schema[example.schema].append(example)
@@ -57,7 +58,7 @@ def mixtures(examples: Sequence[Example], fields: Mapping[str | None, Sequence[s
                 values[path].append((value, example))
         objects = {path: [(v, e) for v, e in entries if isinstance(v, dict)] for path, entries in values.items()}
         compared += [(path, "key order", _key_orders(entries)) for path, entries in objects.items()]
-        compared += [(path, "empty", _empties(path, objects)) for path in fields.get(schema, ())]
+        compared += [(path, "empty", _empties(path, objects)) for path in format.of_row(schema).fields]
         compared += [(path, "date", _dates(entries)) for path, entries in values.items()]
         compared += [(path, "number", _whole_numbers(entries)) for path, entries in values.items()]
     return [mixture for path, what, forms in compared if (mixture := _mixture(path, what, forms))]

@@ -216,7 +216,7 @@ def test_an_input_of_many_groups_joins_none_of_them():
     assert not selected(train=rows, cut=False).quarantine
 
 
-def test_repeats_within_a_given_file_are_reported_and_used(prepare):
+def test_repeats_within_a_given_file_are_used(prepare):
     long = "I would like to book a table for many people in the old harbour restaurant on Friday evening please"
     test_rows = [
         {"prompt": text, "completion": answer(1)} for text in ("call Anna", "call Anna", long, long + " thanks")
@@ -224,13 +224,6 @@ def test_repeats_within_a_given_file_are_reported_and_used(prepare):
     rows = [{"prompt": f"{WORDY[n]} {n * 7919}", "completion": answer(n)} for n in range(16)]
     splits = prepare([*rows, test_rows[0], rows[3]], test=test_rows)
     assert [row.where.rpartition(":")[2] for row in splits.rows["test"]] == ["1", "2", "3", "4"]
-    repeats = [
-        (row.split, row.reason, row.where.rpartition("/")[2], row.other.rpartition("/")[2]) for row in splits.repeats
-    ]
-    assert repeats == [
-        ("test", "duplicate", "test.jsonl:2", "test.jsonl:1"),
-        ("test", "near_duplicate", "test.jsonl:4", "test.jsonl:3"),
-    ]
     # In train they are quarantined, and so is what train shares with the test file.
     assert [(row.reason, row.where.rpartition("/")[2]) for row in splits.quarantine] == [
         ("leak", "train.jsonl:17"),

@@ -186,12 +186,11 @@ def test_styles_are_compared_within_a_schema_and_layouts_over_all():
     second = keys(b={"enum": ["low"]}, a={"type": "number"})
     answers = [('{"a":1,"b":"Low"}', first)] * 5 + [('{"b":"low","a":1.0}', second)] * 3
     rows = [example(f"q {n}", answer, schema, f"f:{n}") for n, (answer, schema) in enumerate(answers)]
-    fields = {schema: PER_ROW.of_row(schema).fields for schema in (first, second)}
-    assert mixtures(rows, fields) == []
-    mixed = mixtures([replace(e, schema=None) for e in rows], {None: ("a", "b")})
+    assert mixtures(rows, PER_ROW) == []
+    mixed = mixtures([replace(e, schema=None) for e in rows], JsonSchema(json.loads(first)))
     assert {mixture.what for mixture in mixed} == {"key order", "number"}
     odd = [*rows, example("q", '{"b":"low", "a":1.0}', second, "f:8"), example("q", '{"b":"low","a":1}', second, "f:9")]
-    assert {(m.what, m.path): m.minority for m in mixtures(odd, fields)} == {
+    assert {(m.what, m.path): m.minority for m in mixtures(odd, PER_ROW)} == {
         ("layout", ""): {"with spaces": ["f:8"]},
         ("number", "a"): {"5": ["f:9"]},
     }

@@ -1,6 +1,7 @@
 """What answers write in several ways is reported with the rows of the rarer way."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,9 @@ def minorities(answers, inputs=None, fields=()):
         prompt = inputs[n] if inputs else f"input {n}"
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
         examples.append(Example(turns, str(n), value=json.loads(text)))
-    return {(m.what, m.path): m.minority for m in mixtures(examples, {None: fields})}
+    own = SimpleNamespace(fields=fields)
+    format = SimpleNamespace(split=lambda text: ("", text), of_row=lambda schema: own)
+    return {(m.what, m.path): m.minority for m in mixtures(examples, format)}
 
 
 @pytest.mark.parametrize(
