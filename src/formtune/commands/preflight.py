@@ -27,7 +27,7 @@ Check = namedtuple("Check", ["target", "check", "verdict", "detail"])
 def run(command: str, args: list[str]) -> int:
     """Check, print, write `logs/<task>/preflight.json`; 1 if a target that was asked for would fail."""
     warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by its result
-    parser = task_parser(command, COMMANDS[command].description)
+    parser = task_parser(command, COMMANDS[command].description, {"model.lora", "model.adapter"})
     parser.add_class_arguments(Lora, "model.lora")
     parser.add_argument("--model.adapter", type=str | None, help="As in training")
     uses = f"Planned uses of the adapter, of {', '.join(TARGETS)}"

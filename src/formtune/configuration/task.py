@@ -1,14 +1,15 @@
 """The part of a task's YAML that describes its rows, for commands that load no model."""
 
+from argparse import SUPPRESS
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from formtune import formats  # noqa: F401 (so that a format can be named by its class alone)
-from formtune.configuration.parsing import OneLine, did_you_mean, known_keys
-from formtune.configuration.yaml_file import check_yaml, config_paths, line_of
+from formtune.configuration.parsing import OneLine
+from formtune.configuration.yaml_file import check_yaml, config_paths
 from formtune.data.settings import DataSettings
 from formtune.errors import UserError
 
@@ -20,34 +21,18 @@ TRAINING = {
     "model.gradient_checkpointing", "model.compile", "model.quantize", "model.metrics", "model.constrained",
     "model.format", "model.adapter",
 }  # fmt: skip
-BATCHES = ("rows_per_step", "max_evaluation_rows")  # keys of `data` that only the data module knows
+BATCHES = ("data.rows_per_step", "data.max_evaluation_rows")  # that only the data module knows
 
 
 class TaskParser(OneLine, ArgumentParser):
     """Reads a task's YAML without what only training needs."""
 
 
-class TaskFile(ActionConfigFile):
-    """Reads `data` and, of the rest of a task's YAML, what the parser knows."""
-
-    def __call__(self, parser: Any, namespace: Any, path: Any, option_string: Any = None) -> None:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        keys, model, data = known_keys(parser), content.get("model") or {}, content.get("data") or {}
-        for key in (*content, *(f"model.{key}" for key in model)):
-            if key not in keys | TRAINING:
-                raise UserError(f"{line_of(key)}: unknown key {key}{did_you_mean(key, keys | TRAINING)}")
-        needed = {
-            "task": content.get("task") or namespace.get("task"),
-            "model": {key: value for key, value in model.items() if f"model.{key}" in keys},
-            "data": {key: value for key, value in data.items() if key not in BATCHES},
-        }
-        super().__call__(parser, namespace, yaml.safe_dump(needed), option_string)
-
-
-def task_parser(command: str, description: str = "") -> TaskParser:
-    """The parser of a command that needs a task's rows."""
+def task_parser(command: str, description: str = "", own: Set[str] = frozenset()) -> TaskParser:
+    """The parser of a command that needs a task's rows; `own` are keys of training that the command adds itself."""
     parser = TaskParser(prog=f"formtune {command}", description=description)
-    parser.add_argument("-c", "--config", action=TaskFile, help="YAML of the task; keys for training alone are ignored")
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML of the task; keys for training alone "
+                        "are ignored")  # fmt: skip
     parser.add_argument("--task", type=str | None, help="Name of the task's folder in logs/ (default: the YAML's)")
     parser.add_argument("--model.base", type=str, required=True, help="Folder or hub id of the base: its tokenizer")
     parser.add_argument(
@@ -55,6 +40,8 @@ def task_parser(command: str, description: str = "") -> TaskParser:
     )
     parser.add_argument("--model.max_new_tokens", type=int, default=256, help="Maximum tokens of an answer")
     parser.add_class_arguments(DataSettings, "data")
+    for key in (*(TRAINING - own), *BATCHES):
+        parser.add_argument(f"--{key}", type=Any, help=SUPPRESS)
     parser.link_arguments("model.base", "data.tokenizer")
     parser.link_arguments("model.chat_template", "data.chat_template")
     parser.link_arguments("model.max_new_tokens", "data.max_new_tokens")
@@ -65,16 +52,18 @@ def read_task(parser: TaskParser, args: list[str]) -> tuple[Namespace, DataSetti
     """The values of a command line, with `task` set, and the rows that it describes."""
     config = parser.parse_args(args)
     config.task = config.task or Path(["task", *config_paths(args)][-1]).stem
+    for key in BATCHES:
+        config.pop(key)
     return config, parser.instantiate_classes(config).data
 
 
-def read_run(folder: Path, parser: TaskParser | None = None) -> tuple[Namespace, DataSettings]:
+def read_run(folder: Path) -> tuple[Namespace, DataSettings]:
     """The same of a run's own configuration; a UserError if there is no run in the folder."""
     config = folder / "config.yaml"
     if not config.is_file():
         raise UserError(f"{config}: No such file; name the folder of a run, such as logs/demo/RUN")
     check_yaml(str(config))
-    task, settings = read_task(parser or task_parser(""), ["-c", str(config)])
+    task, settings = read_task(task_parser(""), ["-c", str(config)])
     saved = folder / "adapter" / "chat_template.jinja"
     if settings.template is not None and saved.is_file() and saved.read_text(encoding="utf-8") != settings.template:
         raise UserError(f"model.chat_template: {task.model.chat_template} has changed since training, see {saved}")

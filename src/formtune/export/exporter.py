@@ -6,12 +6,12 @@ import tempfile
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from formtune.base.folder import context_length, skeleton
-from formtune.configuration.task import read_run, task_parser
+from formtune.configuration.task import read_run
 from formtune.data.preparation import load_splits, production_rows
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, rate, read_outcomes, write_outcomes
@@ -35,10 +35,7 @@ class FinishedRun:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoConfig
 
-        parser = task_parser("export")
-        parser.add_argument("--model.quantize", type=Literal["4bit"] | None)
-        parser.add_argument("--model.constrained", type=bool, default=False)
-        task, settings = read_run(folder, parser)
+        task, settings = read_run(folder)
         base, exported = task.model.base, Exported(folder / "adapter")
         self.folder, self.exported = folder, exported
         self.format, self.renderer = settings.format, settings.renderer

@@ -186,7 +186,7 @@ def test_a_folder_is_not_a_checkpoint(refused, tmp_path):
 
 
 def test_audit_refuses_unknown_keys_as_training_does(refused):
-    assert "did you mean data?" in refused(datas={"train": "x"}, command="audit")
+    assert "did you mean data.train?" in refused(datas={"train": "x"}, command="audit")
     assert "unknown key model.lr; did you mean model.optimizer.lr" in refused(model={"lr": 1}, command="audit")
 
 
