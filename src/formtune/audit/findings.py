@@ -1,6 +1,7 @@
 """Everything that an audit finds, as plain data; the rows are prepared by the code that prepares them for training."""
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -23,6 +24,8 @@ NAMED = 8  # labels or paths that a warning names
 RARE = 0.1  # of the rows that each label would have if all had as many: below this a label is rare
 LABELS = 200  # of a field at most; one with more has values, not labels
 BINS = 40  # of a histogram at most
+WORDS = 12  # that are named of those in which production differs
+DIFFERENT = 0.25  # difference of a word's shares from which it is a warning
 QUANTILES = {"P50": 50, "P95": 95, "P99": 99, "max": 100}
 
 
@@ -59,6 +62,7 @@ def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[st
         "sources": dict(Counter(example.origin for example in examples["train"]).most_common()),
         "ungrounded": ungrounded(all_examples, format),
         "reordered": _reordered(examples["train"], format),
+        "production": compare_inputs(examples["train"], production) if production else {},
         # With the turns of the row that it repeats or contradicts.
         "quarantine": [asdict(row) | {"other_messages": turns.get(row.other)} for row in splits.quarantine],
     }
@@ -106,6 +110,19 @@ def _reordered(examples: Sequence[Example], format: Format) -> int:
         plain = json.dumps(example.value, ensure_ascii=False, separators=(",", ":"))
         reordered += isinstance(own, JsonSchema) and own.write(example.value) != plain
     return reordered
+
+
+def compare_inputs(train: Sequence[Example], production: Sequence[Row]) -> dict[str, tuple[float, float]]:
+    """The shares of train's and of production's inputs that hold a word, for the words whose shares differ most."""
+    counts = [
+        Counter(word for row in rows for word in {*re.findall(r"\w+", row.input.casefold())})
+        for rows in (train, production)
+    ]
+    sizes = max(len(train), 1), len(production)
+    shares = {word: (counts[0][word] / sizes[0], counts[1][word] / sizes[1]) for word in counts[0] | counts[1]}
+    return {
+        word: shares[word] for word in sorted(shares, key=lambda word: -abs(shares[word][1] - shares[word][0]))[:WORDS]
+    }
 
 
 def _histogram(sizes: dict[str, dict[str, list[int]]], side: str) -> dict[str, Any]:
@@ -163,3 +180,6 @@ def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]
             f"{path or 'the answer'}: {len(entry['rows']):,} values ({entry['share']:.0%}) are not in their inputs "
             f"({first['where']}: {str(first['value'])[:40]!r}): invented, or derived?{derived}"
         )
+    words = findings["production"].items()
+    if different := [f"{word} {b:.0%} (train {a:.0%})" for word, (a, b) in words if abs(b - a) >= DIFFERENT]:
+        yield f"production's inputs differ: they hold {', '.join(different[:NAMED])}; add rows like production's"

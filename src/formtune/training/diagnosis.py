@@ -136,7 +136,7 @@ def _change(history: Sequence[Validation], chosen: Validation | None, trainer: A
     near = not _counts(last.val_loss - last.train_loss, last.val_loss, GAP)
     if kind == "saturated" and near and rank < HIGHEST_RANK:
         return f"raise the rank, {losses}", _rank(trainer, 2 * rank)
-    return f"add rows like those that the audit finds rare, {losses} with {rows:,} rows", {}
+    return f"add rows like those that the audit finds rare or missing, {losses} with {rows:,} rows", {}
 
 
 def _longer(trained: Sequence[Validation], improving: Sequence[str], trainer: Any) -> Step:

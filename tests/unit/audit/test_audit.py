@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -19,7 +20,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from conftest import SCHEMA, SHARED, WORDY, pair
-from formtune.audit.findings import _histogram, audit, ungrounded
+from formtune.audit.findings import _histogram, audit, compare_inputs, ungrounded
 from formtune.audit.output import page
 from formtune.cli import main
 from formtune.data.blockers import uneven_shares
@@ -121,6 +122,7 @@ def test_production_that_is_longer_than_the_limit_blocks(task, tmp_path):
     assert main(["audit", "-c", "t.yaml"]) == 1
     findings = read(folder)
     assert "production's inputs have" in findings["blockers"][0] and "raise data.max_length" in findings["blockers"][0]
+    assert any(line.startswith("production's inputs differ: they hold") for line in findings["warnings"])
 
 
 def test_synthetic_rows_are_counted_and_capped(task):
@@ -234,6 +236,15 @@ def test_lengths_are_counted_in_bins_of_equally_many_tokens():
     assert answer == {"edges": [5, 6], "shares": {"train": [1.0]}}
 
 
+def test_the_words_in_which_production_differs_are_named_with_their_shares():
+    texts = [SimpleNamespace(input=f"please send {n} boxes to street {n * 7 % 50}") for n in range(300)]
+    assert all(abs(a - b) < 0.1 for a, b in compare_inputs(texts[:150], texts[150:]).values())
+    urgent = [SimpleNamespace(input=row.input.replace("please", "Urgent:")) for row in texts[150:]]
+    words = compare_inputs(texts[:150], urgent)
+    assert {word: words[word] for word in ("please", "urgent")} == {"please": (1, 0), "urgent": (0, 1)}
+    assert compare_inputs([], [SimpleNamespace(input="a")]) == {"a": (0, 1)}
+
+
 class Page(HTMLParser):
     """Collects what a browser would load from elsewhere, and the tags."""
 
@@ -303,7 +314,7 @@ def test_the_demos_production_inputs_are_longer(demo):
     findings, _, _ = demo
     production, train = findings["lengths"]["production"]["prompt"], findings["lengths"]["train"]["prompt"]
     assert production["P95"] > 1.3 * train["P95"]
-    assert not findings["ungrounded"]
+    assert findings["production"] and not findings["ungrounded"]
 
 
 def test_the_page_is_self_contained_and_escapes_the_texts_of_rows(demo):
