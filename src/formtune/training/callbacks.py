@@ -159,7 +159,9 @@ class Signals(Callback):
 
 
 class StepsBar(TQDMProgressBar):
-    """Lightning's bar, but of the whole fit: steps, training loss, and the time left, validations included."""
+    """One line: steps, rows, training loss, and the time left at the mean speed so far, validations included."""
+
+    BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} rows |{bar}| {elapsed}"
 
     def init_train_tqdm(self) -> Any:
         bar = super().init_train_tqdm()
@@ -176,4 +178,25 @@ class StepsBar(TQDMProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
-        return {"loss": f"{float(trainer.callback_metrics.get('train/loss', math.nan)):.4f}"}
+        if trainer.sanity_checking:
+            return {}
+        loader = trainer.train_dataloader
+        rows = trainer.current_epoch * _rows(loader, trainer.num_training_batches)
+        rows += _rows(loader, trainer.fit_loop.batch_idx + 1)
+        return {"rows": f"{rows:,}", "loss": f"{float(trainer.callback_metrics.get('train/loss', math.nan)):.4f}"}
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        stage = "test" if trainer.testing else "predict" if trainer.predicting else "val"
+        bar, loader = getattr(self, f"{stage}_progress_bar"), getattr(trainer, f"{stage}_dataloaders")
+        bar.total, bar.n = _rows(loader, getattr(trainer, f"num_{stage}_batches")[0]), _rows(loader, batch_idx)
+        bar.refresh()
+
+    def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.on_validation_batch_start(trainer, args[0], args[2], args[3] + 1)
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start  # type: ignore[assignment]
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]
+
+
+def _rows(loader: Any, batches: int) -> int:
+    return min(len(loader.dataset), batches * loader.batch_sampler.batch_size)

@@ -1,4 +1,4 @@
-"""In a terminal a fit draws one line: steps of the whole fit, loss and the time left."""
+"""In a terminal a fit draws one line: steps of the whole fit, rows, loss and the time left."""
 
 import re
 
@@ -84,12 +84,26 @@ def test_a_line_of_a_fit_counts_the_steps_of_all_epochs_and_fits_into_80_columns
     lines = drawn()
     assert max(map(len, lines)) <= 80
     shown = [line.partition(" |")[0] for line in lines if "loss" in line]
-    assert "Epoch 0: 1/14 steps, loss=0.0123, left=00:26" in shown
+    assert "Epoch 0: 1/14 steps, rows=8, loss=0.0123, left=00:26" in shown
     # A validation of 30 seconds after step 5, and another after step 10.
-    assert "Epoch 0: 6/14 steps, loss=0.0123, left=00:56" in shown
-    assert "Epoch 1: 8/14 steps, loss=0.0123, left=00:34" in shown
-    assert "Epoch 1: 11/14 steps, loss=0.0123, left=00:22" in shown
-    assert shown[-1] == "Epoch 1: 14/14 steps, loss=0.0123, left=00:00"
+    assert "Epoch 0: 6/14 steps, rows=48, loss=0.0123, left=00:56" in shown
+    assert "Epoch 1: 8/14 steps, rows=58, loss=0.0123, left=00:34" in shown
+    assert "Epoch 1: 11/14 steps, rows=82, loss=0.0123, left=00:22" in shown
+    assert shown[-1] == "Epoch 1: 14/14 steps, rows=100, loss=0.0123, left=00:00"
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [("validate", "Validation"), ("test", "Testing"), ("predict", "Predicting")]
+)
+def test_the_bar_of_an_evaluation_counts_rows(drawn, command, name):
+    counts = re.findall(rf"^{name} (\d+)/300 rows \|", "\n".join(drawn(command)), re.M)
+    assert list(dict.fromkeys(map(int, counts))) == [0, 256, 300]
+
+
+def test_validations_within_a_fit_count_rows_too_and_a_limit_lowers_the_total(drawn):
+    lines = drawn(limit_val_batches=1, limit_train_batches=3)
+    assert any(line.startswith("Validation 256/256 rows |") for line in lines)
+    assert any(line.startswith("Epoch 1: 4/6 steps, rows=32, ") for line in lines)  # 24 rows of an epoch
 
 
 def test_nothing_is_drawn_if_the_output_is_not_a_terminal(drawn):
@@ -99,11 +113,11 @@ def test_nothing_is_drawn_if_the_output_is_not_a_terminal(drawn):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"fast_dev_run": 2}, "Epoch 0: 2/2 steps, loss=0.0123, left=00:00"),
-        ({"overfit_batches": 2, "val_check_interval": 2}, "Epoch 1: 3/4 steps, loss=0.0123, left=00:12"),
-        ({"val_check_interval": 1.0, "check_val_every_n_epoch": 1}, "Epoch 1: 8/14 steps, loss=0.0123, left=00:34"),
-        ({"num_sanity_val_steps": 1}, "Epoch 0: 1/14 steps, loss=0.0123, left=00:26"),
-        ({"max_epochs": -1, "max_time": {"seconds": 1}}, "Epoch 0: 1/? steps, loss=0.0123, 00:02"),
+        ({"fast_dev_run": 2}, "Epoch 0: 2/2 steps, rows=16, loss=0.0123, left=00:00"),
+        ({"overfit_batches": 2, "val_check_interval": 2}, "Epoch 1: 3/4 steps, rows=24, loss=0.0123, left=00:12"),
+        ({"val_check_interval": 1.0, "check_val_every_n_epoch": 1}, "Epoch 1: 8/14 steps, rows=58, loss=0.0123, left=00:34"),
+        ({"num_sanity_val_steps": 1}, "Epoch 0: 1/14 steps, rows=8, loss=0.0123, left=00:26"),
+        ({"max_epochs": -1, "max_time": {"seconds": 1}}, "Epoch 0: 1/? steps, rows=8, loss=0.0123, 00:02"),
     ],
 )  # fmt: skip
 def test_flags_of_the_trainer_are_taken_into_account(drawn, options, line):
