@@ -166,4 +166,4 @@ def test_two_processes_train_and_measure_the_same_as_one(write_project, strategy
             near = pytest.approx(two_view[name], abs=1e-5, nan_ok=True) if "loss" in name else two_view[name]
             assert value == near, (view, name)
         texts = [json.loads(line) for line in Path(f"logs/small/on1/outcomes/{view}.jsonl").read_text().splitlines()]
-        assert one_view["own/Letters"] == sum(len(o["answer"]) + 1000 * len(o["target"]) for o in texts)
+        assert one_view["custom/Letters"] == sum(len(o["answer"]) + 1000 * len(o["target"]) for o in texts)

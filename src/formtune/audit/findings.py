@@ -158,7 +158,7 @@ def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]
     fix = f"data.repair_answers: [{', '.join(dict.fromkeys([*settings.repair_answers, 'canonical']))}]"
     if rows < FEW_ROWS:
         yield (
-            f"{rows:,} training rows: with less than about {FEW_ROWS}, a model memorises the examples "
+            f"{rows:,} training rows: with less than about {FEW_ROWS}, a model memorizes the examples "
             "rather than learning the task; collect more, from people where possible"
         )
     if reordered:

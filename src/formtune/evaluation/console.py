@@ -31,7 +31,7 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
         rows = counts[view]["format/exact"][1]
         sample = f"\n{rows:,} rows" if rows != result["rows"] else ""
         table.add_column((model or VIEWS.get(view, view).replace(" ", "\n")) + sample, justify="right")
-    own = [name for name in first if name.startswith("own/")]
+    own = [name for name in first if name.startswith("custom/")]
     fields = sorted((name for name in first if name.startswith(FIELD)), key=result.get("after", first).__getitem__)
     fields = fields[:WORST] if len(views) <= 3 else []  # with five columns they would not fit into 80 characters
     kinds = [name for name in first if name.startswith("fail/") and any(result[view][name] for view in views)]
@@ -55,4 +55,4 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
 def _cell(name: str, value: float) -> str:
     if name.startswith("fail/"):
         return f"{value:,.0f}"
-    return f"{value:.4f}" if name == "val/loss" or name.startswith("own/") else f"{value:.1%}"
+    return f"{value:.4f}" if name == "val/loss" or name.startswith("custom/") else f"{value:.1%}"

@@ -93,7 +93,7 @@ def _own(what: str) -> Iterator[None]:
 class Scores(nn.Module):
     """All figures of an evaluation: of the outcomes, the losses and the user's own metrics.
 
-    The user's are named by `own/` and the class, or the figure's name if `compute` returns several.
+    The user's are named by `custom/` and the class, or the figure's name if `compute` returns several.
     """
 
     def __init__(self, format: Format, metrics: Sequence[Metric]) -> None:
@@ -102,7 +102,7 @@ class Scores(nn.Module):
         names = [type(metric).__name__ for metric in metrics]
         numbered = (f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1))
         own = dict(zip(numbered, metrics, strict=True))
-        self.own = MetricCollection(own, prefix="own/", compute_groups=False)  # type: ignore[arg-type]
+        self.own = MetricCollection(own, prefix="custom/", compute_groups=False)  # type: ignore[arg-type]
 
     @property
     def names(self) -> set[str]:

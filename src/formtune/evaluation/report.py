@@ -146,7 +146,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "views": {view: f"{VIEWS[view]}, {len(run.outcomes[view]):,} rows" for view in views},
         "figures": {view: figures(run.outcomes[view]) for view in views},
         "field": FIELD,
-        "own": [name for name in run.result["after"] if name.startswith("own/")],
+        "own": [name for name in run.result["after"] if name.startswith("custom/")],
         "versions": {"formtune": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
         "format": run.format.to_dict(),
     }

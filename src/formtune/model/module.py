@@ -62,7 +62,7 @@ class FormatModule(L.LightningModule):
             valid format are chosen from. Training and losses stay the same. JSON keys come in the order of the
             training targets, or in any if these differ. Needs the extra `constrained`.
         metrics: Metrics of your own, each a `torchmetrics.Metric` whose `update` takes answers and targets, two lists
-            of texts; shown as `own/` and the name of the class.
+            of texts; shown as `custom/` and the name of the class.
     """
 
     def __init__(

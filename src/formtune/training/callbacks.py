@@ -52,7 +52,7 @@ class OverfittingWatch(Callback):
     cost is a forward pass over as many rows as validation has; nothing is decoded.
 
     Args:
-        patience: Validations in a row that must find the run memorising or saturated before it is stopped; None
+        patience: Validations in a row that must find the run overfitting or saturated before it is stopped; None
             never stops it.
     """
 

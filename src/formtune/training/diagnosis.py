@@ -14,7 +14,7 @@ from formtune.data.encoded import FEW_ROWS
 from formtune.training.validations import Validation, best, fewer
 
 LASTING = 3  # validations that a change must last: the last two of a run are close, and may be the same luck
-# Shares of a loss. Small gains add up and keep a run alive; to call it memorising takes more than the noise, a few
+# Shares of a loss. Small gains add up and keep a run alive; to call it overfitting takes more than the noise, a few
 # percent from validation to validation.
 GAIN = 0.01
 CHANGE = 0.05
@@ -41,7 +41,7 @@ Step = tuple[str, dict[str, Any]]  # what to do, and the keys that change; none 
 class Diagnosis(NamedTuple):
     """What the validations so far show together."""
 
-    kind: Literal["too early", "learning", "memorising", "saturated", "not learning", "diverged"]
+    kind: Literal["too early", "learning", "overfitting", "saturated", "not learning", "diverged"]
     text: str  # one line, with its figures
     improving: tuple[str, ...] = ()  # what has improved recently
 
@@ -74,7 +74,7 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
         return Diagnosis("too early", text)
     if above and _counts(train[lowest] - train[-1], train[lowest], CHANGE):
         fell = _percent(train[lowest], train[-1])[1:]
-        return Diagnosis("memorising", f"memorising since step {finite[lowest].step}: {rise} while train fell {fell}")
+        return Diagnosis("overfitting", f"overfitting since step {finite[lowest].step}: {rise} while train fell {fell}")
     if not any(gains.values()) and not _last_gain(train, _fell):
         return Diagnosis("not learning", f"not learning: neither loss has fallen in {len(finite)} validations")
     at = max(gains.values())
@@ -85,9 +85,9 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
 
 
 def should_stop(history: Sequence[Validation], validations: int) -> bool:
-    """Whether each of the last `validations` found the run memorising or saturated; a run that learns never stops."""
+    """Whether each of the last `validations` found the run overfitting or saturated; a run that learns never stops."""
     ends = range(len(history), len(history) - validations, -1)
-    return all(end > 0 and diagnose(history[:end]).kind in ("memorising", "saturated") for end in ends)
+    return all(end > 0 and diagnose(history[:end]).kind in ("overfitting", "saturated") for end in ends)
 
 
 def next_step(history: Sequence[Validation], trainer: Any, command: str) -> str:
@@ -124,7 +124,7 @@ def _change(history: Sequence[Validation], chosen: Validation | None, trainer: A
     # Each row once, whatever its weight.
     rows, rank = len(trainer.datamodule.splits.rows["train"]), trainer.lightning_module.lora.r
     epoch = trainer.num_training_batches
-    if kind == "memorising" and rows >= FEW_ROWS:
+    if kind == "overfitting" and rows >= FEW_ROWS:
         lowest = min(measured, key=lambda v: v.val_loss)
         epochs = max(1, math.ceil(max(lowest.step, chosen.step) / epoch))
         if epochs < math.ceil(trainer.global_step / epoch):

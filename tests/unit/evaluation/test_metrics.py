@@ -111,14 +111,14 @@ def own(scores, *pairs):
     rows = [(replace(ROW, target=target), answer, FORMAT.check(answer)) for answer, target in pairs]
     outcomes = [outcome(*row, FORMAT) for row in rows]
     figures, _ = scores.compute(outcomes, outcomes)
-    return {name: value for name, value in figures.items() if name.startswith("own/")}
+    return {name: value for name, value in figures.items() if name.startswith("custom/")}
 
 
 def test_metrics_of_ones_own_are_named_by_class_and_number_or_by_figure_and_begin_anew():
     scores = Scores(FORMAT, [Lengths(), CharErrorRate(), CharErrorRate()])
-    lengths = {"own/characters": 2, "own/doubled": 4}
-    assert own(scores, ("ab", "ac")) == lengths | {"own/CharErrorRate-2": 0.5, "own/CharErrorRate-3": 0.5}
-    assert own(scores, ("x", "y"))["own/characters"] == 1
+    lengths = {"custom/characters": 2, "custom/doubled": 4}
+    assert own(scores, ("ab", "ac")) == lengths | {"custom/CharErrorRate-2": 0.5, "custom/CharErrorRate-3": 0.5}
+    assert own(scores, ("x", "y"))["custom/characters"] == 1
 
 
 class Broken(Metric):

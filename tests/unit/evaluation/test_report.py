@@ -506,12 +506,12 @@ def test_fit_measures_the_prompted_base_first_and_only_once(task, base, monkeypa
         assert all(one.answer.lstrip()[0] == "{" for one in outcomes) == ("constrained" in name)
         characters = sum(len(one.target) for one in outcomes)
         wrong = sum(edits(one.answer, one.target) for one in outcomes)
-        assert first[name]["own/CharErrorRate"] == pytest.approx(wrong / characters)
+        assert first[name]["custom/CharErrorRate"] == pytest.approx(wrong / characters)
     events = EventAccumulator(str(run))
     events.Reload()
-    assert {"own/CharErrorRate", "test/own/CharErrorRate"} <= set(events.Tags()["scalars"])
+    assert {"custom/CharErrorRate", "test/custom/CharErrorRate"} <= set(events.Tags()["scalars"])
     page_text = (run / "report.html").read_text()
-    assert "own/<wbr>CharErrorRate" in page_text and "tuned constrained" in page_text
+    assert "custom/<wbr>CharErrorRate" in page_text and "tuned constrained" in page_text
     assert min(o.prompt_tokens for o in evaluations["few_shot"]) > max(o.prompt_tokens for o in evaluations["before"])
     train = {Path(place).name for place in first["shots"]}
     assert len(train) == len(first["shots"]) > 1 and not train & {Path(one.where).name for one in evaluations["before"]}
@@ -530,7 +530,7 @@ def test_fit_measures_the_prompted_base_first_and_only_once(task, base, monkeypa
     # The tuned model's: test rows, validation rows, test rows constrained; the base's were stored.
     assert len(evaluations) == 3 + len(second["probe"])
     for name in names:
-        assert second[name] == {key: value for key, value in first[name].items() if key != "own/CharErrorRate"}
+        assert second[name] == {key: value for key, value in first[name].items() if key != "custom/CharErrorRate"}
 
     capsys.readouterr()
     monkeypatch.setitem(sys.modules, "llguidance", None)

@@ -42,7 +42,7 @@ def after(seen, command="train", rows=2000, epoch=125, steps=None, lr=2e-4, rank
 TRAIN = "train -c logs/t/r/config.yaml "
 AUDIT = "audit -c logs/t/r/config.yaml"
 FALLING = [2.0, 1.0, 0.8, 0.7, 0.6, 0.5]
-RISING = [2.0, 1.0, 0.8, 0.86, 0.88, 0.9]  # validation loss of a run that memorises since step 200
+RISING = [2.0, 1.0, 0.8, 0.86, 0.88, 0.9]  # validation loss of a run that overfits since step 200
 FLAT = [2.0] * 5
 SLOW = [2.0, 1.96, 1.92, 1.88, 1.84]
 LEVEL = [2.0, 1.0, 0.9, 0.9, 0.9, 0.9]
@@ -52,10 +52,10 @@ CASES = {
     "rises": (history([2, 2.08, 2.14, 2.2, 2.2], FLAT), {}, TRAIN + "--model.optimizer.lr 6.7e-05"),
     "not learning": (history(FLAT, FLAT), {}, TRAIN + "--model.optimizer.lr 2.0e-03"),
     "slow": (history(SLOW, SLOW), {}, TRAIN + "--model.optimizer.lr 6.0e-04"),
-    "memorising, few rows": (history(FALLING, RISING), {"rows": 300}, AUDIT),
-    "memorising": (history(FALLING, RISING), {}, TRAIN + "--trainer.max_epochs 2"),
-    "memorising in one epoch": (history(FALLING, RISING), {"epoch": 500}, TRAIN + "--model.lora.r 8"),
-    "memorising at the lowest rank": (history(FALLING, RISING), {"epoch": 500, "rank": 4}, AUDIT),
+    "overfitting, few rows": (history(FALLING, RISING), {"rows": 300}, AUDIT),
+    "overfitting": (history(FALLING, RISING), {}, TRAIN + "--trainer.max_epochs 2"),
+    "overfitting in one epoch": (history(FALLING, RISING), {"epoch": 500}, TRAIN + "--model.lora.r 8"),
+    "overfitting at the lowest rank": (history(FALLING, RISING), {"epoch": 500, "rank": 4}, AUDIT),
     "far below validation": (history(FALLING, LEVEL), {}, AUDIT),
     "level": (history(LEVEL, LEVEL), {}, TRAIN + "--model.lora.r 32"),
     "level, from an adapter": (
@@ -125,7 +125,7 @@ def test_the_commands_work_as_they_are_printed(write_project, capsys):
     line = capsys.readouterr().out.partition("\nnext: ")[2].splitlines()[0]
     assert line.endswith("formtune fit -c logs/small/three/config.yaml --model.optimizer.lr 1.0e-07")
 
-    for name in ("memorising", "memorising in one epoch", "fit", "too early"):
+    for name in ("overfitting", "overfitting in one epoch", "fit", "too early"):
         seen, run, _ = CASES[name]
         trainer = run | {"default_root_dir": "logs/small/one", "max_steps": 7}
         words = shlex.split(after(seen, **trainer, callbacks=[Timer("00:01:00:00")])[1])

@@ -44,11 +44,11 @@ def kind(*args, **kwargs):
 FALLING = [2.0, 1.0, 0.8, 0.7, 0.6, 0.5, 0.4]
 
 
-def test_memorising_names_its_figures():
+def test_overfitting_names_its_figures():
     val = [2.0, 1.0, 0.80, 0.86, 0.88, 0.90]
     diagnosis = diagnose(history(FALLING[:6], val, exact=[10, 70, 90, 90, 91, 90]))
-    assert diagnosis.kind == "memorising"
-    assert diagnosis.text == ("memorising since step 200: validation loss +12% from its lowest while train fell 38%")
+    assert diagnosis.kind == "overfitting"
+    assert diagnosis.text == ("overfitting since step 200: validation loss +12% from its lowest while train fell 38%")
 
 
 def test_a_run_that_gets_better_is_learning():
@@ -113,8 +113,8 @@ def test_not_learning_and_too_early():
     assert [kind(flat[:n], flat[:n]) for n in (1, 2, 3, 4)] == ["too early"] * LASTING + ["not learning"]
 
 
-def test_a_run_that_rises_on_validation_rows_from_the_start_is_memorising():
-    assert kind(FALLING[:4], [2.0, 2.2, 2.4, 2.6]) == "memorising"
+def test_a_run_that_rises_on_validation_rows_from_the_start_is_overfitting():
+    assert kind(FALLING[:4], [2.0, 2.2, 2.4, 2.6]) == "overfitting"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -127,14 +127,14 @@ def test_a_loss_that_is_not_finite_has_diverged_until_it_is_finite_again(bad):
 
 def test_training_rows_far_above_the_start_have_diverged_and_validation_rows_alone_have_not():
     assert kind([2.0, 1.5, 6.0, 7.0], [2.0, 1.5, 6.0, 7.0]) == "diverged"
-    assert kind([2.0, 1.0, 0.1, 0.1, 0.05], [2.0, 3.0, 6.0, 6.5, 7.0]) == "memorising"
+    assert kind([2.0, 1.0, 0.1, 0.1, 0.05], [2.0, 3.0, 6.0, 6.5, 7.0]) == "overfitting"
 
 
 def noisy(values, rng, share):
     return [value * (1 + rng.uniform(-share, share)) for value in values]
 
 
-def test_noise_neither_hides_learning_nor_looks_like_memorising():
+def test_noise_neither_hides_learning_nor_looks_like_overfitting():
     rng = random.Random(0)
     for _ in range(300):
         n = 20
@@ -142,9 +142,9 @@ def test_noise_neither_hides_learning_nor_looks_like_memorising():
         learning = history(noisy(falling, rng, 0.03), noisy(falling, rng, 0.03))
         assert not any(should_stop(learning[:end], 2) for end in range(1, n + 1))
         flat = history(noisy(falling, rng, 0.03), noisy(level, rng, 0.02))
-        assert all(diagnose(flat[:end]).kind != "memorising" for end in range(1, n + 1))
+        assert all(diagnose(flat[:end]).kind != "overfitting" for end in range(1, n + 1))
         rising = [2.0, 1.0] + [1.0 + 0.05 * i for i in range(1, n - 1)]
-        assert diagnose(history(noisy(falling, rng, 0.03), noisy(rising, rng, 0.03))).kind == "memorising"
+        assert diagnose(history(noisy(falling, rng, 0.03), noisy(rising, rng, 0.03))).kind == "overfitting"
 
 
 def test_noise_does_not_stop_a_format_that_rises():
@@ -221,9 +221,9 @@ def train(teachable, task):
     return lambda **options: run(teachable, folder, write, **options)
 
 
-def test_few_rows_and_a_high_rate_memorise_and_are_stopped(train):
+def test_few_rows_and_a_high_rate_overfit_and_are_stopped(train):
     trainer, _, watch = train(patience=3, steps=400, lr=0.02, interval=40)
-    assert diagnose(watch.history).kind == "memorising"
+    assert diagnose(watch.history).kind == "overfitting"
     assert trainer.global_step == watch.history[-1].step < 400
     assert watch.history[0].step == 0 and watch.history[-1].val_loss - watch.history[-1].train_loss > 0.1
 
