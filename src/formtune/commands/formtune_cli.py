@@ -207,7 +207,8 @@ class FormtuneCLI(LightningCLI):
         try:
             trainer = self.trainer_class(**options | kwargs)
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
-            raise UserError(f"trainer: {error}") from error
+            named = (f".{flag}" for flag, it in options.items() if isinstance(it, str) and repr(it) in str(error))
+            raise UserError(f"trainer{next(named, '')}: {error}") from error
         trainer_checks.check_callbacks(trainer, self.model.scores.names)
         return trainer
 

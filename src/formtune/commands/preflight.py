@@ -37,7 +37,7 @@ def run(command: str, args: list[str]) -> int:
     targets, base = [name.strip() for name in config.targets.split(",")], config.model.base
     if unknown := [name for name in targets if name not in TARGETS]:
         raise UserError(f"--for: no target {unknown[0]!r}; name some of {', '.join(TARGETS)}")
-    lora, model = parser.instantiate_classes(config).model.lora, skeleton(base)
+    lora, model = Lora(**vars(config.model.lora)), skeleton(base)
     adapter = lora_config(model, lora)
     if settings.production is None and settings.sources["train"] is None:
         raise UserError("data.train: name a file to train on")

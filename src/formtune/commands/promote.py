@@ -76,7 +76,8 @@ def _print(deployment: registry.Deployment, moves: int | None = None) -> None:
     for move in deployment.history[::-1][:moves]:
         reasons = [move["reason"] or "no reason given", *(f"overruled: {objection}" for objection in move["overruled"])]
         print(f"  {move['at']}  {move['action']:8}  {move['version']} by {move['by']}: {'; '.join(reasons)}")
-    print(f"next: formtune serve {deployment.name}, or formtune rollback {deployment.name} --reason '...'")
+    back = f", or formtune rollback {deployment.name} --reason '...'" if deployment.previous else ""
+    print(f"next: formtune serve {deployment.name}{back}")
 
 
 def weigh(deployment: registry.Deployment, exported: Exported) -> list[str]:

@@ -1,6 +1,7 @@
 """`formtune serve`: serve runs or deployments on this machine, or print the command for vLLM."""
 
 import shlex
+from pathlib import Path
 
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
@@ -14,17 +15,21 @@ def run(command: str, args: list[str]) -> int:
     parser = CommandParser(command, COMMANDS[command].description)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="A run, a deployment such as demo/production, or an "
                         "exported folder; several adapters of one base are served together")  # fmt: skip
-    parser.add_argument("--as", dest="kind", default="adapter", help="Which of a run's folders (default: adapter)")
+    parser.add_argument("--as", dest="kind", help="Which of a run's folders (default: adapter, and with --engine "
+                        "llamacpp its only GGUF file)")  # fmt: skip
     parser.add_argument("--port", type=int, default=8000, help="Port on this machine (default: 8000)")
     parser.add_argument("--engine", choices=("transformers", "llamacpp", "vllm"), help="Default: llamacpp for GGUF, "
                         "else transformers; vllm prints the command")  # fmt: skip
     config = parser.parse_args(args)
-    models = server.named(config.runs, [find_exported(run, config.kind) for run in config.runs])
+    files = sorted(path.name for path in Path(config.runs[0]).glob("gguf-*")) if config.engine == "llamacpp" else []
+    kind = config.kind or (files[0] if len(files) == 1 else "adapter")
+    models = server.named(config.runs, [find_exported(run, kind) for run in config.runs])
     name, exported = next(iter(models.items()))
     gguf = exported.kind == "gguf"
     engine = config.engine or ("llamacpp" if gguf else "transformers")
     if gguf != (engine == "llamacpp"):
-        remedy = "leave --engine out" if gguf else "formtune export RUN --as gguf makes one, then --as gguf-q8_0"
+        made = f"--as names one of {', '.join(files)}" if files else "formtune export RUN --as gguf makes one"
+        remedy = "leave --engine out" if gguf else made
         raise UserError(f"--engine {engine}: llama.cpp, and only llama.cpp, serves a GGUF file here; {remedy}")
     if engine != "vllm":
         return server.serve(models, engine, config.port)

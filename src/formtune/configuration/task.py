@@ -54,7 +54,8 @@ def read_task(parser: TaskParser, args: list[str]) -> tuple[Namespace, DataSetti
     config.task = config.task or Path(["task", *config_paths(args)][-1]).stem
     for key in BATCHES:
         config.pop(key)
-    return config, parser.instantiate_classes(config).data
+    # Nothing else: classes that only training needs, such as a logger or a callback, are not to be made here.
+    return config, parser.instantiate_classes(Namespace(data=config.data)).data
 
 
 def read_run(folder: Path) -> tuple[Namespace, DataSettings]:

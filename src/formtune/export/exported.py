@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from formtune.base.folder import context_length
 from formtune.base.renderer import Renderer
 from formtune.base.row import Message, Row
 from formtune.data.settings import system_prompt
@@ -51,7 +52,8 @@ class Exported:
 def write_usage(folder: Path, adapter: Exported, schema: Any, rows: Sequence[Row]) -> None:
     """Write a `Modelfile` and a request for Ollama, and a card with the commands that serve the file."""
     renderer, request = adapter.renderer, adapter.request(rows[0].input)
-    context = max(CONTEXT, max(len(row.prompt_ids) for row in rows) + request["max_tokens"])
+    needed = max(len(row.prompt_ids) for row in rows) + request["max_tokens"]
+    context = min(context_length(str(adapter.base)) or 10**9, max(CONTEXT, needed))
     body = {"model": request["model"], "messages": request["messages"], "stream": False}
     body |= {"options": {"temperature": 0, "num_ctx": context}} | ({"format": schema} if schema else {})
     write_json(folder / "request.json", body)

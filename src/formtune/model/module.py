@@ -234,8 +234,10 @@ class FormatModule(L.LightningModule):
 
     test_step = validation_step
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        self._judged += self._judge(batch.rows, self._decode(batch))
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Outcome]:
+        judged = self._judge(batch.rows, self._decode(batch))
+        self._judged += judged
+        return [one for _, one in judged]
 
     def on_predict_epoch_end(self) -> None:
         self.outcomes = [one for _, one in sorted(gathered(self.trainer, self._judged), key=itemgetter(0))]

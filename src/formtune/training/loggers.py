@@ -67,7 +67,7 @@ def make_loggers(names: Name | Sequence[Name], task: str, run: str, step: int | 
         "wandb": lambda: WandbLogger(run, folder, version=wandb_id, project=task, mode=mode),
         "mlflow": lambda: LazyMLflow(task, run, folder),
     }
-    return [makers[name]() for name in names]
+    return [make() for name, make in makers.items() if name in names]
 
 
 def record(trainer: Any, file: Path, configuration: str) -> None:

@@ -190,6 +190,13 @@ def test_audit_refuses_unknown_keys_as_training_does(refused):
     assert "unknown key model.lr; did you mean model.optimizer.lr" in refused(model={"lr": 1}, command="audit")
 
 
+def test_audit_makes_nothing_that_only_training_needs(write_project, monkeypatch):
+    folder = write_project({"max_steps": 2, "callbacks": [{"class_path": "classes.Raises"}]})
+    (folder / "classes.py").write_text(CLASSES)
+    monkeypatch.syspath_prepend(folder)
+    assert main(["audit", "-c", "small.yaml"]) == 0
+
+
 def test_the_keys_that_only_training_reads_are_complete():
     reference = yaml.safe_load((ROOT / "configs/reference.yaml").read_text())
     all_keys = task.TRAINING | {"model.base", "model.chat_template", "model.max_new_tokens", "model", "data", "task"}
