@@ -46,4 +46,4 @@ def print_problems(findings: dict[str, Any]) -> None:
     for line in findings["warnings"][:PRINTED]:
         say(f"warning: {line}", "yellow")
     if more := findings["warnings"][PRINTED:]:
-        say(f"warning: {len(more):,} more, in the report", "yellow")
+        say(f"warning: {len(more):,} more: formtune audit lists all", "yellow")

@@ -277,7 +277,7 @@ class FormtuneCLI(LightningCLI):
         config = config.clone()
         for key in ("config", "ckpt_path", "answers", "min_confidence", "target_precision", "dry_run"):
             config.pop(key, None)
-        config.run, config.resume, config.trainer.default_root_dir = None, False, None
+        config.run, config.resume, config.quick, config.trainer.default_root_dir = None, False, False, None
         return self._parser(self.subcommand).dump(config, skip_none=False)
 
 

@@ -11,6 +11,8 @@ from formtune.files import write_whole
 from formtune.start.proposal import propose, task_yaml
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+GENERIC = ("train", "rows", "data")  # names that tell nothing of a task
+FIRST = "--quick --trainer.max_steps 30"  # of a first adapter, in minutes
 SHOWN = 200  # characters of a value
 
 
@@ -24,8 +26,8 @@ def run(command: str, args: list[str]) -> int:
     parser.add_argument("--completion", help="Column of the target (default: guessed)")
     config = parser.parse_args(args)
     path = Path(config.rows)
-    stem = path.name.partition(".")[0]
-    task = config.task or (stem if stem not in ("train", "rows", "data") else path.absolute().parent.name)
+    names = [path.name.partition(".")[0], *(folder.name for folder in path.absolute().parents)]
+    task = config.task or next(name for name in names if name not in GENERIC)
     if Path(task).name != task:
         raise UserError(f"--task: {task} is a path; give a name such as invoices")
     task_file, schema_file = Path("configs", f"{task}.yaml"), Path("data", task, "schema.json")
@@ -55,5 +57,6 @@ def run(command: str, args: list[str]) -> int:
             print(f"next: fix what blocks, then formtune audit {' '.join(words)}")
             return 1
     import_module("formtune.commands.lightning").run("train", [*words, "--dry_run"])
-    print(f"next: formtune train {' '.join(words)} --quick")
+    print(f"next: formtune train {' '.join(words)} {FIRST}")
+    print(f"then: formtune train {' '.join(words)}")
     return 0

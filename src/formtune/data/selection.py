@@ -121,7 +121,8 @@ def select(
             used[row.input].append(row)
             chosen.append(row.example)
     lowest = {cluster: number for number, cluster in sorted(zip(hashes, clusters, strict=False), reverse=True)}
-    # Not the lowest of a group's many inputs, which would be in the first split nearly always.
+    # Hashed again: the lowest of many numbers would be in the first split nearly always.
+    lowest = {cluster: _unit_hash(str(number)) for cluster, number in lowest.items()}
     lowest |= {clusters[groups[name]]: _unit_hash(name) for name in sorted(groups, reverse=True)}
     splits.cluster = {row.example.where: lowest[row.cluster] for group in used.values() for row in group}
     return chosen, splits

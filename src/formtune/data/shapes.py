@@ -119,7 +119,9 @@ def _read(record: dict[str, Any], column: str, where: str, types: tuple[type, ..
     if column not in record:
         raise UserError(f"{where}: no column `{column}` among {', '.join(record)}; set data.columns")
     if not isinstance(record[column], types):
-        remedy = remedy or "write it as a string, JSON answers too"
+        remedy = remedy or (
+            "fill it or remove the row" if record[column] is None else "write it as a string, JSON answers too"
+        )
         raise UserError(f"{where}: `{column}` is {kind(record[column])}, not text; {remedy}")
     return record[column]
 

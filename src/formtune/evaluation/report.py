@@ -20,7 +20,7 @@ from formtune.evaluation.failures import LONGEST, MOST, failures, slices
 from formtune.evaluation.outcomes import FIELD, VIEWS, Outcome, field_f1, paired, rate
 from formtune.evaluation.page import render
 from formtune.evaluation.selective import calibration, judged, risks
-from formtune.evaluation.statistics import rate_difference, share, verdict
+from formtune.evaluation.statistics import rate_difference, share, verdict, wilson
 from formtune.files import write_whole
 from formtune.formats import KINDS, Format
 
@@ -80,9 +80,10 @@ def card(run: Run) -> str:
 def conclusion(run: Run) -> tuple[bool, str]:
     """Whether training was worth it, and why in one sentence: against the best that the base reached in any way."""
     count, rows = rate(run.outcomes["after"], "joint")
-    if count < (majority := _majority(run)) * rows:
+    if (majority := _majority(run)) and wilson(count, rows)[0] <= majority:
         always = f"always giving the most frequent training answer is right in {majority:.1%}"
-        return False, f"Do not use it: {count / rows:.1%} of the answers are right, and {always}."
+        worse = "Do not use it" if count < majority * rows else "No better than one constant answer"
+        return False, f"{worse}: {count / rows:.1%} of the answers are right, and {always}."
     parts = []
     for name, what in WHAT.items():
         count, rows = rate(run.outcomes["after"], name)

@@ -24,11 +24,13 @@ PROMPTS = ("prompt", "subject", "title", "instruction", "question", "query", "in
            "message", "request", "body", "content", "email", "review", "document", "description", "tweet",
            "context", "passage", "premise", "hypothesis", "sentence1", "sentence2")  # fmt: skip
 TARGETS = ("completion", "output", "answer", "response", "target", "label", "labels", "intent", "category", "class",
-           "json", "result", "expected", "gold", "sentiment", "rating", "topic", "tag", "entities")  # fmt: skip
+           "json", "result", "expected", "gold", "sentiment", "rating", "score", "topic", "tag",
+           "entities")  # fmt: skip
 GROUP = (
     r"(?i)(group|conversation|dialog(ue)?|session|thread|user|customer|client|author|doc(ument)?|patient|case)(_?id)?"
 )
 SPLIT = r"(?i)(data_?)?(split|subset|fold|partition|set)"
+NUMBER = r"(?i)((row_?)?(id|index)|uuid|unnamed: 0)?"  # a row's own; pandas writes its index without a name
 
 Records = Sequence[tuple[dict[str, Any], str]]
 
@@ -51,7 +53,7 @@ def guess_columns(records: Records, prompt: str | None, completion: str | None) 
         except UserError:
             if {"messages", "conversations"} & record.keys():  # the turns are wrong, not the columns
                 raise
-    names = [name for name in record if not re.fullmatch(SPLIT, name)]
+    names = [name for name in record if not (re.fullmatch(SPLIT, name) or re.fullmatch(NUMBER, name))]
     targets = [completion] if completion else [name for name in names if name.lower() in TARGETS and name != prompt]
     targets = targets or [name for name in names if isinstance(_document(record[name]), dict | list)]
     texts = [name for name in names if name not in targets and isinstance(record[name], str)]

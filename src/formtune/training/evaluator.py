@@ -22,7 +22,7 @@ from formtune.model.constrained import Grammar
 from formtune.model.micro_batches import Decoding
 
 Baseline = Literal["few_shot", "constrained"]
-LONGEST = 2  # times the longest target: what a baseline may decode
+LONGEST, SHORTEST = 2, 16  # times the longest target, but at least so many tokens: what a baseline may decode
 
 
 class Evaluator:
@@ -129,7 +129,7 @@ class Evaluator:
         """Outcomes of the base or of `model.adapter` on the rows, from the cache if it has them."""
         model, trainer, started = self.model, self.trainer, time.monotonic()
         # An untuned base often does not stop.
-        limit = min(model.max_new_tokens, LONGEST * self._longest)
+        limit = untuned_limit(model, self._longest)
         settings = {
             "precision": trainer.precision,
             "quantize": model.quantize,
@@ -171,3 +171,8 @@ class Evaluator:
     def _print(self, line: str) -> None:
         if self._writes:
             print(line, flush=True)
+
+
+def untuned_limit(model: Any, longest: int) -> int:
+    """Tokens that an untuned base may decode, for a longest target of so many."""
+    return min(model.max_new_tokens, max(LONGEST * longest, SHORTEST))

@@ -63,7 +63,7 @@ def train(
 
     # The best checkpoint and its adapter, which is safe before anything else can fail
     history, checkpoints = callback(trainer, OverfittingWatch).history, callback(trainer, BestCheckpoint)
-    chosen, advice = best(history), next_step(history, trainer, "train")
+    chosen, advice = best(history), next_step(history, trainer, "train", quick=not longer_inputs)
     if chosen is None:
         raise UserError(f"{reason(history)}; {advice}")
     model.load_state_dict(read(Path(checkpoints.best_model_path))["state_dict"])

@@ -19,7 +19,7 @@ from formtune.model import FormatModule
 from formtune.model.micro_batches import Decoding
 from formtune.model.ranks import highest
 from formtune.training import callback
-from formtune.training.evaluator import LONGEST
+from formtune.training.evaluator import untuned_limit
 from formtune.training.pipeline import peak_memory, prepare
 from formtune.training.run_folder import plan_entry
 
@@ -91,7 +91,7 @@ def plan(
     validations, validated, tested = max(1, math.ceil(steps / interval)), len(rows["validation"]), len(rows["test"])
     sizes = [len(row.target_ids) for row in rows["train"]]
     # An untuned base rarely ends its answers. A tuned model is right at first sight more and more often.
-    untuned = timing.forced + min(model.max_new_tokens, LONGEST * max(sizes)) * timing.token
+    untuned = timing.forced + untuned_limit(model, max(sizes)) * timing.token
     tuned = timing.forced + quantile(sizes, 50) / 2 * timing.token
     seconds = {"training": steps * timing.step + validations * validated * (timing.forced + tuned)}
     if baselines is not None:
@@ -106,7 +106,7 @@ def plan(
         write_entry(plan_entry(config(), datamodule.splits.key), estimates, kept=24)
     rank_zero_only(print)(
         f"steps: {steps:,} of {datamodule.rows_per_step} rows, {steps / trainer.num_training_batches:.3g} epochs; each "
-        f"computes {timing.tokens:,.0f} tokens in {timing.micro_batches:.1f} micro-batches, in {timing.step:.2g} s\n"
+        f"computes {timing.tokens:,.0f} tokens in {timing.micro_batches:.1f} micro-batches, in {timing.step:.2f} s\n"
         f"validations: {validations:,} of {validated:,} rows\n"
         f"time: about {timedelta(seconds=round(sum(seconds.values())))} ({parts}), estimated on this machine now\n"
         f"peak memory: {estimates['peak memory, GiB']:.1f} GiB\ndry run: nothing was trained",

@@ -222,7 +222,7 @@ def test_of_many_warnings_the_first_are_printed_and_all_are_in_the_report(task, 
     main(["audit", "-c", "t.yaml", "--model.max_new_tokens", "300"])
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert [line.split()[1:3] for line in printed[1:-1]] == [[f"f{n}:", str(n + 5)] for n in range(11, 2, -1)]
-    assert printed[-1] == "warning: 3 more, in the report" and len(read(folder)["warnings"]) == 13
+    assert printed[-1] == "warning: 3 more: formtune audit lists all" and len(read(folder)["warnings"]) == 13
     html = (folder / "logs/t/audit/report.html").read_text()
     assert [int(n) for n in re.findall(r'class="warning">f(\d+): ', html)] == [*range(11, -1, -1)]
 

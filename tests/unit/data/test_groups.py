@@ -56,6 +56,20 @@ def places(splits):
     return {name: [row.where.rpartition(":")[2] for row in rows] for name, rows in splits.rows.items()}
 
 
+def test_near_duplicates_are_as_often_in_each_split_as_other_rows(prepare):
+    texts = [
+        f"please book table {n * 7919} for the {WORDY[n % 16]} {WORDY[n // 16]} party of ours on" for n in range(60)
+    ]
+    rows = [
+        {"prompt": f"{text} day {i}", "completion": answer(n * 10 + i)}
+        for n, text in enumerate(texts)
+        for i in range(10)
+    ]
+    splits = prepare(rows)
+    sizes = {name: len(members) / 600 for name, members in splits.rows.items()}
+    assert sizes["train"] > 0.4  # by the lowest of its ten hashes, a cluster would be in test nine times of ten
+
+
 def test_every_answer_is_a_row_and_all_of_a_conversation_are_in_one_split(prepare):
     rows = [talk(n) for n in range(40)] + [{"prompt": "one turn", "completion": answer(1)}]
     last, every = prepare(rows), prepare(rows, train_on="all")

@@ -293,6 +293,10 @@ def test_the_page_begins_with_a_verdict_in_one_sentence_against_the_best_baselin
         assert conclusion(run) == (helped, sentence)
         assert f'<p class="verdict{"" if helped else " blocked"}">{sentence}</p>' in page(run)
     run = run_of(before, answers(300, exact=280, right=240))
+    run.result["constant"] = (239, 300)  # within the interval of 240
+    assert conclusion(run)[1].startswith(
+        "No better than one constant answer: 80.0% of the answers are right, and always"
+    )
     run.result["constant"] = (250, 300)
     assert conclusion(run) == (
         False,

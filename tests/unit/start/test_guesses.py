@@ -53,6 +53,11 @@ def test_a_split_column_is_not_the_target():
     assert guess_columns(placed(row), None, None) == {"prompt": "text", "completion": "verdict"}
 
 
+def test_the_number_of_a_row_is_no_column_of_it():
+    row = {"": 3, "id": "a7", "tweet": "I like it a lot", "score": "pos"}
+    assert guess_columns(placed(row), None, None) == {"prompt": "tweet", "completion": "score"}
+
+
 def test_columns_that_are_named_are_taken():
     rows = placed({"a": "x", "b": "y", "c": "z"})
     assert guess_columns(rows, "{a} {c}", "b") == {"prompt": "{a} {c}", "completion": "b"}
