@@ -72,7 +72,8 @@ def select(
     rows = [
         _Row(
             example, inputs[key], parts[inputs[key]][1], hash(example.text),
-            hash(typed(example.value, sets)), hash(typed(example.value, sets, scalar=_loose)),
+            # Not of the values: Python's hashes of -1 and -2 are equal.
+            hash(typed(example.value, sets, scalar=repr)), hash(typed(example.value, sets, scalar=_loose)),
         )
         for example, key in keyed
     ]  # fmt: skip
@@ -146,7 +147,7 @@ def _continuations(rows: Sequence[_Row]) -> Iterator[tuple[int, int]]:
 
 
 def _loose(value: Any) -> Any:
-    return folded(value) if isinstance(value, str) else (type(value).__name__, value)
+    return folded(value) if isinstance(value, str) else (repr(value),)
 
 
 def _unit_hash(key: str) -> float:

@@ -132,6 +132,8 @@ LONG = "I would like to book a table for {} people in the old harbour restaurant
         ([("call Anna", "x"), ("Call  anna!", "x")], ["", "near_duplicate"]),
         ([(LONG.format(5), "x"), (LONG.format(5) + " thanks", "x")], ["", "near_duplicate"]),
         ([("call Anna", "x"), ("call Anna", "y")], ["conflict", "conflict"]),
+        ([("call Anna", {"n": -1}), ("call Anna", {"n": -2})], ["conflict", "conflict"]),
+        ([("call Anna", 1), ("Call Anna", 1.0)], ["conflict", "conflict"]),
         ([("call Anna", "x"), ("call anna.", "y"), ("call Anna", "x")], ["conflict"] * 3),
         # Copied as the inputs write it.
         ([("call Anna", "Anna"), ("call anna", "anna")], ["", ""]),
