@@ -38,6 +38,8 @@ _SETS = {  # ASCII digits and words, and the white space of ECMA-262
     r"\u3001-\ufefe\uff00-\U0010ffff",
     ".": r"\x00-\t\x0b\x0c\x0e-\u2027\u202a-\U0010ffff",
 }
+# In a set: what stays as it is, and signs that only Rust's regular expressions, of grammars, may take for operators.
+_IN_SET = re.compile(r"(^\[\^?-?|\\.|\[:\^?\w+:\])|--|[\[&~]", re.S)
 _ANCHORS = {r"\A": "^", r"\Z": "$", r"\z": "$"}  # which ECMA-262 does not have, but everybody means so
 _ENDS = {"$": r"\Z", r"\b": r"(?a:\b)", r"\B": r"(?a:\B)"}
 
@@ -49,13 +51,14 @@ def _shape(pattern: str, parse: Callable[[str], Any] = bool) -> tuple[Callable[[
     return lambda value: not isinstance(value, str) or (compiled.fullmatch(value) and parse(value.upper())), ValueError
 
 
-FORMATS = FormatChecker(("date", "ipv4", "ipv6", "uuid"))
+FORMATS = FormatChecker(("date", "ipv4", "ipv6"))
 FORMATS.checkers |= {  # which the library leaves to other packages, or does not check to the end
     "time": _shape(_TIME, clock.fromisoformat),
     "date-time": _shape(rf"\d{{4}}-\d\d-\d\d[Tt]{_TIME}", datetime.fromisoformat),
     "duration": _shape(r"P(?=.)(?:\d+W|(?:\d+Y)?(?:\d+M)?(?:\d+D)?(?:T(?=.)(?:\d+H)?(?:\d+M)?(?:\d+S)?)?)"),
     "email": _shape(r"[^@\s]+@[^@\s]+"),
     "uri": _shape(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s<>\"{}|\\^`]+"),
+    "uuid": _shape(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"),
 }
 
 
@@ -88,6 +91,11 @@ def compile_pattern(pattern: str) -> Any:
         raise regex.error("nested too deeply") from None
 
 
+def plain_set(text: str) -> str:
+    """A set with such signs escaped: `[a&&[b]` must not become an intersection in a grammar."""
+    return _IN_SET.sub(lambda sign: sign[1] or f"{sign[0][:-1]}\\{sign[0][-1]}", text)
+
+
 @lru_cache(maxsize=1000)
 def compile_ecma(pattern: str) -> Any:
     """As `compile_pattern`, with the meaning of ECMA-262: `$` is only the end, not before a last line feed."""
@@ -100,7 +108,7 @@ def ecma(pattern: str) -> str:
     def write_out(match: re.Match[str]) -> str:
         token = match[0]
         if token.startswith("["):
-            return re.sub(r"\\.", lambda escape: _SETS.get(escape[0], escape[0]), token, flags=re.S)
+            return plain_set(re.sub(r"\\.", lambda escape: _SETS.get(escape[0], escape[0]), token, flags=re.S))
         return f"[{_SETS[token]}]" if token in _SETS else _ANCHORS.get(token, token)
 
     return _ECMA.sub(write_out, pattern)

@@ -9,7 +9,7 @@ from typing import Any
 import regex
 
 from formtune.errors import UserError
-from formtune.formats.bounded import CHECK_SECONDS, compile_pattern, seconds_left
+from formtune.formats.bounded import CHECK_SECONDS, compile_pattern, plain_set, seconds_left
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
 
 MAX_MATCHES = 64  # of a pattern looked at within other text
@@ -52,7 +52,8 @@ class Regex(Format):
 
     def grammar(self) -> str | None:
         escapes = {"/": r"\/", "\n": r"\n"}
-        escaped = re.sub(r"\\.|[/\n]", lambda match: escapes.get(match[0], match[0]), self.pattern, flags=re.S)
+        sets = re.sub(r"(?s)\\.|\[\^?\]?(?:\\.|[^\\\]])*\]", lambda match: plain_set(match[0]), self.pattern)
+        escaped = re.sub(r"\\.|[/\n]", lambda match: escapes.get(match[0], match[0]), sets, flags=re.S)
         return f"answer: /(?:{escaped})/"
 
 

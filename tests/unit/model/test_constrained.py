@@ -1,5 +1,6 @@
 """With constrained decoding an untrained model keeps the format, and its answers are those of a naive masked loop."""
 
+import itertools
 import json
 import random
 import sys
@@ -302,6 +303,14 @@ def test_a_grammar_accepts_what_the_format_accepts(name, good, bad):
         assert FORMATS[name].check(text).exact and accepts(FORMATS[name], text), text
     for text in bad:
         assert not accepts(FORMATS[name], text), text
+
+
+@pytest.mark.parametrize("pattern", ["[[a]b]", "[a&&b]", "[^a&&[^b]]", "[a~~[:alpha:]-]", r"[+--\]]", r"[+\--9]"])
+def test_a_set_has_no_operators(pattern):
+    for format in (Regex(pattern), JsonSchema({"type": "string", "pattern": f"^{pattern}$"})):
+        for text in map("".join, itertools.product(["", *"[]ab&~+,-.59"], ["", "]"])):
+            written = format.write(text) or text
+            assert accepts(format, written) == format.check(written).exact, (pattern, text)
 
 
 def test_dates_and_times_are_those_of_the_format():
