@@ -33,7 +33,7 @@ class Splits:
     repairs: Counter[str] = field(default_factory=Counter)
     quarantine: list[Quarantined] = field(default_factory=list)
     mixtures: list[Mixture] = field(default_factory=list)
-    groups: int = 0  # of train's rows, before splits were cut from them; a row without a group is one
+    groups: float = 0.0  # how many groups of one size would make shares vary as these groups do; 0 if unknown
     shared: float = 0.0  # share of the inputs' text that many share and the near comparison left out
     orders: Orders = field(default_factory=dict)  # of keys in training targets
     key: str = ""  # content hash of the rows

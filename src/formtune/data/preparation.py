@@ -140,7 +140,8 @@ def _prepare(settings: DataSettings, examples: Sequence[Example]) -> Splits:
     chosen = _usual_style(settings, chosen, splits)
     test, validation = settings.shares.get("test", 0.0), settings.shares.get("validation", 0.0)
     train = [example for example in chosen if example.split == "train"]
-    splits.groups = len({example.group or example.where for example in train})
+    sizes = Counter(example.group or example.where for example in train).values()
+    splits.groups = sum(sizes) ** 2 / max(sum(size**2 for size in sizes), 1)
     for example in train:
         at = splits.cluster[example.where]
         example.split = "test" if at < test else "validation" if at < test + validation else "train"

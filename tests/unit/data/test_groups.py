@@ -171,7 +171,7 @@ def test_rows_of_a_group_are_in_one_split(prepare):
     assert len(split_of) == 56 and all(len(names) == 1 for names in split_of.values())
     # A group of five rows is as likely in train as a row of its own.
     assert 90 < len(splits.rows["train"]) < 170
-    assert splits.groups == 56
+    assert 40 < splits.groups < 56  # of one size
 
 
 def test_a_group_in_two_given_files_is_a_leak_in_the_later_split(prepare):
