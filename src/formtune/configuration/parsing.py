@@ -106,6 +106,8 @@ def did_you_mean(name: str, names: Collection[str]) -> str:
     # Few letters tell val_steps from max_steps: a mistyped name has all or nearly all of the right one's.
     letters = [end for end in ends if sorted(end) == sorted(words[-1])]
     near = letters or difflib.get_close_matches(words[-1], ends, 1, cutoff=0.8)
+    if not near and group and group not in names:  # the group may be the mistyped part
+        return did_you_mean(group, names)
     return f"; did you mean {ends[near[0]]}?" if near else ""
 
 

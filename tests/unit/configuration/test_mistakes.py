@@ -88,9 +88,11 @@ def test_no_key_of_another_meaning_is_named(refused, key):
 
 
 def test_a_mistyped_name_has_the_letters_of_the_right_one():
-    names = {"max_steps", "data.test", "trainer.max_epochs", "labels"}
+    names = {"max_steps", "data", "data.test", "trainer", "trainer.max_epochs", "labels"}
     assert did_you_mean("lables", names) == "; did you mean labels?"
     assert did_you_mean("trainer.max_epoch", names) == "; did you mean trainer.max_epochs?"
+    assert did_you_mean("trianer.callbacks", names) == "; did you mean trainer?"
+    assert did_you_mean("trainer.callbacks", names) == ""
     assert did_you_mean("val_ste", names) == did_you_mean("data.tail", names) == ""
 
 
