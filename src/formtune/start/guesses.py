@@ -23,8 +23,8 @@ WORDS = 5  # of a shared instruction at least
 PROMPTS = ("prompt", "subject", "title", "instruction", "question", "query", "input", "text", "utterance", "sentence",
            "message", "request", "body", "content", "email", "review", "document", "description", "tweet",
            "context", "passage", "premise", "hypothesis", "sentence1", "sentence2")  # fmt: skip
-TARGETS = ("completion", "output", "answer", "response", "target", "label", "labels", "intent", "category", "class",
-           "json", "result", "expected", "gold", "sentiment", "rating", "score", "topic", "tag",
+TARGETS = ("completion", "output", "answer", "response", "target", "label", "label_text", "labels", "intent",
+           "category", "class", "json", "result", "expected", "gold", "sentiment", "rating", "score", "topic", "tag",
            "entities")  # fmt: skip
 GROUP = (
     r"(?i)(group|conversation|dialog(ue)?|session|thread|user|customer|client|author|doc(ument)?|patient|case)(_?id)?"
@@ -44,7 +44,7 @@ class Guess(NamedTuple):
 
 
 def guess_columns(records: Records, prompt: str | None, completion: str | None) -> dict[str, str]:
-    """`data.columns`; empty for rows of a shape that is recognized without it."""
+    """`data.columns`; empty for rows of a layout that is read without it."""
     record, where = records[0]
     if not (prompt or completion):
         try:
@@ -55,6 +55,7 @@ def guess_columns(records: Records, prompt: str | None, completion: str | None) 
                 raise
     names = [name for name in record if not (re.fullmatch(SPLIT, name) or re.fullmatch(NUMBER, name))]
     targets = [completion] if completion else [name for name in names if name.lower() in TARGETS and name != prompt]
+    targets = [name for name in targets if f"{name}_text" not in targets]  # `label` is the number of `label_text`
     targets = targets or [name for name in names if isinstance(_document(record[name]), dict | list)]
     texts = [name for name in names if name not in targets and isinstance(record[name], str)]
     known = [prompt] if prompt else [name for name in texts if name.lower() in PROMPTS]

@@ -30,6 +30,7 @@ def pairs(*answers):
         ([{"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}]}], {}),
         ([{"instruction": "i", "input": "p", "output": "c"}], {}),
         ([{"text": "p", "label": "c"}], {"prompt": "text", "completion": "label"}),
+        ([{"text": "p", "label": "0", "label_text": "c"}], {"prompt": "text", "completion": "label_text"}),
         ([{"question": "p", "answer": "c"}], {"prompt": "question", "completion": "answer"}),
         ([{"utterance": "p", "intent": "c", "id": "7"}], {"prompt": "utterance", "completion": "intent"}),
         ([{"Question": "p", "Category": "c"}], {"prompt": "Question", "completion": "Category"}),
