@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -169,9 +170,9 @@ def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]
             f"that order: {fix}"
         )
     for path, splits in findings["labels"].items():
-        least = RARE * sum(splits["train"].values()) / len(splits["train"])
+        least = ceil(RARE * sum(splits["train"].values()) / len(splits["train"]))
         if rare := sorted(label for label, count in splits["train"].items() if count < least):
-            yield f"{path}: fewer than {least:.1f} training rows have {', '.join(rare[:NAMED])}"
+            yield f"{path}: fewer than {least:,} training rows have {', '.join(rare[:NAMED])}"
     can_derive = "derived" in (format.inner or format).to_dict()["init_args"]
     derived = " If answers compute them, name the field in data.format.derived" if can_derive else ""
     for path, entry in sorted(findings["ungrounded"].items(), key=lambda item: -len(item[1]["rows"])):

@@ -83,7 +83,7 @@ def test_a_schema_without_a_grammar_is_audited_and_forces_no_order(task):
     (folder / "schema.json").write_text(json.dumps(SCHEMA))
     assert main(["audit", "-c", "t.yaml"]) == 0
     findings = read(folder)
-    assert findings["reordered"] == findings["rows"]["train"]["used"] > 50
+    assert findings["reordered"] == findings["rows"]["train"]["used"] > 40
 
 
 @pytest.mark.parametrize(
@@ -474,7 +474,7 @@ def test_one_instruction_above_every_message_leaves_the_shares_as_asked_for(task
 
 
 def test_a_share_far_from_what_was_asked_for_blocks(task):
-    alike = [pair(n, f"the very same long text as ever, but for what comes after it: {n}") for n in range(15)]
+    alike = [pair(n, f"the very same long text as tonight, but for what comes after it: {n}") for n in range(15)]
     folder = task([*(pair(n + 20, f"{n * 7919} and {n * n}") for n in range(30)), *alike])
     assert main(["audit", "-c", "t.yaml"]) == 1
     [line] = read(folder)["blockers"]
@@ -522,7 +522,7 @@ def test_every_kind_of_bad_row_has_its_own_line_count_and_remedy(task):
 def test_an_empty_split_is_one_line_with_the_reason(task, capsys):
     labels = {"class_path": "Labels", "init_args": {"labels": ["yes", "no"]}}
     rows = [{"prompt": f"row {n} about {n * n}", "completion": "yes" if n % 3 else "no"} for n in range(60)]
-    folder = task([rows[n] for n in (0, 4, 5, 7, 8)], format=labels)  # their hashes put all of them into train
+    folder = task([rows[n] for n in (0, 4, 5, 8, 9)], format=labels)  # their hashes put all of them into train
     assert main(["audit", "-c", "t.yaml"]) == 1
     lines = read(folder)["blockers"]
     assert [line.partition(": ")[0] for line in lines] == ["data.validation", "data.test"]
