@@ -83,8 +83,8 @@ def seconds_left() -> float:
 def compile_pattern(pattern: str) -> Any:
     """Compile a pattern of the `regex` package; raises `regex.error` also if it is too large."""
     single, grouped = (map(int, re.findall(before + r"\{(\d{1,9})", pattern)) for before in (r"(?<!\))", r"\)"))
-    if max(single, default=1) * math.prod(count or 1 for count in grouped) > MAX_REPEATS:
-        raise regex.error(f"repetitions within each other amount to more than {MAX_REPEATS:,}")
+    if max(sum(single), 1) * math.prod(count or 1 for count in grouped) > MAX_REPEATS:
+        raise regex.error(f"its repetitions amount to more than {MAX_REPEATS:,}")
     try:
         return regex.compile(pattern)
     except RecursionError:

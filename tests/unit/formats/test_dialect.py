@@ -312,7 +312,7 @@ def test_a_pattern_of_many_repetitions_is_read_and_one_without_end_is_not():
     assert JsonSchema({"anyOf": [{"pattern": address}, {"pattern": key}]}).check('"10.0.0.1"').exact
     for pattern in (r"((a{99}){99}){99}", "[)]{999999}", r"(?:a|(b{5000})){5000}"):
         started = time.process_time()
-        with pytest.raises(UserError, match="repetitions within each other amount to more"):
+        with pytest.raises(UserError, match="its repetitions amount to more than"):
             JsonSchema({"pattern": pattern})
         assert time.process_time() - started < 1
 
