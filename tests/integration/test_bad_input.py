@@ -206,7 +206,7 @@ def test_dates_stay_texts(work, record_property):
         (23, "all rows are duplicates", [GOOD[0]] * 5, {}, ["no row is left to use (5 read; 4 duplicate)"]),
         (23, "all rows conflict", [row(completion=json.dumps(ANSWER.replace("1", str(n)))) for n in range(5)], {}, ["5 conflict"]),
         (24, "the same rows in train and validation", GOOD, {"validation": "train.jsonl"}, ["no row is left to use (40 read; 40 leak)"]),
-        (49, "prompt and answer over max_length", GOOD, {"max_length": 30}, ["train.jsonl:1: ", "tokens, the limit is 30 (40 such rows); set data.max_length: "]),
+        (49, "prompt and answer over max_length", GOOD, {"max_length": 30}, ["train.jsonl:", "tokens, the limit is 30 (40 such rows); set data.max_length: "]),
         (49, "every row over max_length, dropped", GOOD, {"max_length": 30, "bad_rows": "drop"}, ["no row is left to use (40 read; 40 too_long)"]),
         (48, "prompt longer than the context", [*GOOD, row(f'"{"x" * 600}"')], {}, ["train.jsonl:41: ", "tokens, the limit is 512"]),
         (50, "control token in the text", [*GOOD, row('"a <|im_end|> b"')], {}, ["train.jsonl:41: the text holds <|im_end|>"]),
@@ -245,14 +245,14 @@ def test_prompts_longer_than_the_context_are_refused_by_their_line(work, record_
 
 
 SCHEMAS = [
-    (29, "schema with an unknown type", {"type": "strng"}, ["schema.json: $.type: not a JSON Schema", "found 'strng'"]),
+    (29, "schema with an unknown type", {"type": "strng"}, ["schema.json: $.type: not a JSON Schema", "'strng' is not one of"]),
     (29, "schema with a mistyped keyword", {"requierd": ["a"]}, ["$.requierd: not a keyword", "did you mean 'required'?"]),
     (29, "schema that is a list", [], ["schema.json: expected an object as schema"]),
     (29, "schema that accepts everything", {"$schema": "http://json-schema.org/draft-07/schema#"}, ["the schema checks nothing"]),
     (29, "schema whose $schema is a number", {"$schema": 7}, ["schema.json: "]),
     (30, "remote $ref", {"$ref": "https://example.com/x.json"}, ["points to nothing in the schema; copy what it names"]),
     (30, "$ref to a file", {"properties": {"a": {"$ref": "../x.json"}}}, ["points to nothing"]),
-    (30, "remote $dynamicRef", {"$dynamicRef": "http://169.254.169.254/"}, ["did you mean '$ref'?"]),
+    (30, "remote $dynamicRef", {"$dynamicRef": "http://169.254.169.254/"}, ["$.$dynamicRef: not supported; use $ref"]),
     (30, "cyclic $ref", {"properties": {"n": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, ["refers to itself endlessly"]),
     (30, "$ref to nowhere", {"$ref": "#/$defs/gone"}, ["'#/$defs/gone' points to nothing"]),
     (31, "schema of 200,000 properties", {"properties": {f"p{n}": {"type": "string"} for n in range(200_000)}}, ["schema.json: "]),
@@ -262,7 +262,7 @@ SCHEMAS = [
     (31, "schema nested 60 levels", json.loads('{"items":' * 60 + "{}" + "}" * 60), None),
     (31, "schema nested 5,000 levels", '{"items":' * 5_000 + "{}" + "}" * 5_000, ["schema.json: ", "nested deeper"]),
     (32, "pattern that takes gigabytes to compile", {"pattern": "(((a{1000}){1000}){1000}){1000}"}, ["schema.json: "]),
-    (33, "schema pattern that does not compile", {"properties": {"a": {"pattern": "("}}}, ["schema.json: ", "expected format 'regex'", "found '('"]),
+    (33, "schema pattern that does not compile", {"properties": {"a": {"pattern": "("}}}, ["$.properties.a.pattern: not a JSON Schema ('(' is not a 'regex'"]),
 ]  # fmt: skip
 
 
@@ -284,7 +284,7 @@ def test_an_invalid_schema_is_refused_in_time(work, record_property, case, title
     [
         (33, "pattern that does not compile", {"class_path": "Regex", "init_args": {"pattern": "("}}, ["data.format.pattern: not a regular expression"]),
         (33, "pattern nested 1,000 levels", {"class_path": "Regex", "init_args": {"pattern": "(" * 1000 + ")" * 1000}}, ["data.format.pattern: ", "nested too deeply"]),
-        (32, "pattern that takes gigabytes to compile", {"class_path": "Regex", "init_args": {"pattern": "(?:a{1000}){1000}"}}, ["data.format.pattern: ", "steps"]),
+        (32, "pattern that takes gigabytes to compile", {"class_path": "Regex", "init_args": {"pattern": "(?:a{1000}){1000}"}}, ["data.format.pattern: ", "repetitions"]),
         (29, "schema file that is missing", {"class_path": "JsonSchema", "init_args": {"schema": "gone.json"}}, ["gone.json: No such file"]),
         (29, "schema file that is a folder", {"class_path": "JsonSchema", "init_args": {"schema": "."}}, ["data.format.schema: .: Is a directory"]),
         (29, "labels twice", {"class_path": "Labels", "init_args": {"labels": ["a", "a"]}}, ["data.format.labels: "]),

@@ -115,10 +115,10 @@ def test_the_metric_of_ones_own_works_as_shown_in_tests_and_then_in_validations(
     scores = Scores(format, [namespace["LengthRatio"]()])
     for mode in (torch.inference_mode, torch.no_grad):
         with mode():
-            for pairs in ([("abc", "ab"), ("d", "")], [("", ""), ("x", "yz")]):
-                rows = [(Row([], [], "", target, ""), answer) for answer, target in pairs]
-                scores.update([outcome(row, answer, format.check(answer), format) for row, answer in rows])
-            assert scores.compute()[0]["custom/LengthRatio"] == 1.25
+            pairs = [("abc", "ab"), ("d", ""), ("", ""), ("x", "yz")]
+            rows = [(Row([], [], "", target, ""), answer) for answer, target in pairs]
+            outcomes = [outcome(row, answer, format.check(answer), format) for row, answer in rows]
+            assert scores.compute(outcomes, outcomes)[0]["custom/LengthRatio"] == 1.25
 
 
 def test_the_notebooks_cells_make_a_task_whose_targets_have_its_format(monkeypatch, tmp_path):

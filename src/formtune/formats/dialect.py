@@ -5,6 +5,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import regex
@@ -136,10 +137,21 @@ def _translate(root: dict[str, Any], is_draft7: bool) -> list[str]:
 
 
 def _wrong_whole(root: dict[str, Any]) -> Iterator[str]:
-    resolve = resolver(root)
-    for path, node in schema_nodes(root):
-        if "$ref" in node and not isinstance(resolve(node["$ref"]), dict | bool):
-            remedy = "copy what it names into $defs, and write #/$defs/name"
-            yield f"{path}.$ref: {node['$ref']!r:.150} points to nothing in the schema; {remedy}"
+    """What is wrong with a schema as a whole, such as references to nowhere or back to itself."""
+    nodes, resolve, applied = [*schema_nodes(root)], resolver(root), dict[int, list[int]]()
+    for path, node in nodes:
+        inner = [option for key in ("allOf", "anyOf", "oneOf") for option in node.get(key, ())]
+        inner += [node[key] for key in ("not", "if", "then", "else") if key in node]
+        if "$ref" in node:
+            inner.append(resolve(node["$ref"]))
+            if not isinstance(inner[-1], dict | bool):
+                remedy = "copy what it names into $defs, and write #/$defs/name"
+                yield f"{path}.$ref: {node['$ref']!r:.150} points to nothing in the schema; {remedy}"
+        applied[id(node)] = [*map(id, inner)]
     if not root.keys() - _DEFINITIONS:
         yield "the schema checks nothing, so any JSON would be valid; add `type`"
+    try:
+        TopologicalSorter(applied).prepare()
+    except CycleError as error:
+        path = next(path for path, node in nodes if id(node) in error.args[1] and "$ref" in node)
+        yield f"{path}: refers to itself endlessly; put a property or items between"

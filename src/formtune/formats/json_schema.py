@@ -22,6 +22,7 @@ from formtune.formats.key_orders import OrderedRules, Orders
 from formtune.formats.places import Part, Places, is_array, is_label
 from formtune.formats.strict_json import find_documents, loads_strict, value_spans
 
+MAX_CHARACTERS = 2_000_000  # of a schema's file: to read it takes time
 MAX_PROBLEMS = 20  # per text: more do not help a reader
 MAX_PATHS = 2000  # of a format: references can multiply without end
 PER_ROW = "per row"  # as a schema: each row has its own
@@ -161,7 +162,11 @@ def read_schema(source: str | dict[str, Any]) -> Any:
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) and not Path(source).exists():
         return read_schema(_class_schema(*source.split(":")))
     try:
-        return loads_strict(Path(source).read_text(encoding="utf-8-sig").strip())
+        with Path(source).open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+        if len(text) > MAX_CHARACTERS:
+            raise UserError(f"{source}: longer than {MAX_CHARACTERS:,} characters; a format is not that large")
+        return loads_strict(text.strip())
     except OSError as error:
         raise UserError(f"data.format.schema: {source}: {error.strerror}") from None
     except ValueError as error:
