@@ -67,6 +67,8 @@ def run(command: str, args: list[str]) -> int:
     for it in checks:
         say(f"{it.target}, {it.check}, {it.verdict}: {it.detail}", "green" if it.verdict == "ok" else "yellow")
     print(f"figures: {path}")
-    say(f"verdict: {'failed' if failed else 'passed'} for {', '.join(failed or targets)}", "bold")
+    untried = [it.target for it in checks if it.verdict == "not tried"]
+    note = f"; not tried: {', '.join(untried)}" if untried else ""
+    say(f"verdict: {'failed' if failed else 'passed'} for {', '.join(failed or targets)}{note}", "bold")
     print(f"next: {'change what fails' if failed else f'formtune train -c {config_paths(args)[0]}'}")
     return int(bool(failed))

@@ -13,8 +13,8 @@ from formtune.errors import UserError, first_line
 from formtune.export.llama_cpp import chat_prompt, llama_cpp_tokens, prompt_fault
 from formtune.export.quantize import lacking
 
-TIMEOUT = 300  # seconds for an answer
-RETRIES = 3  # of a request that fails because of the server or the network
+TIMEOUT = 120  # seconds for an answer
+RETRIES = 2  # of a request that fails because of the server or the network
 UNANSWERED = (
     "start the server and wait for its model to load; check the URL, which usually ends in /v1, the model's name and "
     "OPENAI_API_KEY; lower --at_once if it is too slow"
