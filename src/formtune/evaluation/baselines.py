@@ -105,7 +105,7 @@ def _reached(outcomes: Sequence[Outcome], by: str) -> str:
     return (
         f"{share(valid, rows, ' valid format')} and {share(right, rows, ' right')}"
         + (f", {cut:,} of {rows:,} answers cut for length" if cut else "")
-        + f": fine-tuning can gain at most {100 * (1 - valid / rows):.1f} points of format and "
-        f"{100 * (1 - right / rows):.1f} of right answers"
+        + f": {100 * (1 - valid / rows):.1f} points of format and "
+        f"{100 * (1 - right / rows):.1f} of right answers are left to gain"
         + (f", so {by} may be enough" if right / rows >= ENOUGH else "")
     )

@@ -121,7 +121,7 @@ def test_the_verdict_names_the_better_prompt_with_its_interval():
     base, shots = answers(10, exact=5, right=5), answers(10, exact=8, right=7)
     assert prompting_verdict({"without examples": base, "with 3 examples": shots}) == (
         "prompting, with 3 examples, reaches 80.0% valid format (49.0% to 94.3%) and 70.0% right (39.7% to 89.2%): "
-        "fine-tuning can gain at most 20.0 points of format and 30.0 of right answers"
+        "20.0 points of format and 30.0 of right answers are left to gain"
     )
     # Right answers decide, and not the format alone.
     assert "prompting, b," in prompting_verdict(
@@ -133,10 +133,10 @@ def test_constrained_decoding_that_gives_form_without_content_leaves_points_to_w
     plain = {"without examples": answers(100, exact=15, right=15)}
     assert prompting_verdict(plain, answers(100, exact=100, right=20)).endswith(
         ". With constrained decoding it reaches 100.0% valid format (96.3% to 100.0%) and 20.0% right (13.3% to 28.9%): "
-        "fine-tuning can gain at most 0.0 points of format and 80.0 of right answers"
+        "0.0 points of format and 80.0 of right answers are left to gain"
     )
     assert prompting_verdict(plain, answers(100, exact=100, right=97)).endswith(
-        "at most 0.0 points of format and 3.0 of right answers, so constrained decoding may be enough"
+        "0.0 points of format and 3.0 of right answers are left to gain, so constrained decoding may be enough"
     )
     assert prompting_verdict({"p": answers(100, exact=97, right=97)}).endswith("so prompting may be enough")
     cut = [outcome(n, "truncated") for n in range(7)]
