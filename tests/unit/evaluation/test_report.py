@@ -140,7 +140,7 @@ def test_constrained_decoding_that_gives_form_without_content_leaves_points_to_w
     )
     assert prompting_verdict({"p": answers(100, exact=97, right=97)}).endswith("so prompting may be enough")
     cut = [outcome(n, "truncated") for n in range(7)]
-    assert "right (0.0% to 35.4%), 7 of 7 answers cut for length: fine-tuning" in prompting_verdict(plain, cut)
+    assert "right (0.0% to 35.4%), 7 of 7 answers cut for length: 100.0 points" in prompting_verdict(plain, cut)
 
 
 FORMAT = JsonSchema({"properties": {"n": {"type": "integer"}, "s": {"enum": ["a", "b"]}}})
