@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from conftest import SCHEMA, byte_tokenizer, shared
@@ -67,6 +67,7 @@ def test_what_the_grammar_takes_is_a_valid_answer_and_the_other_way_round(name, 
         st.sampled_from(pieces),
         st.lists(st.sampled_from(pieces), max_size=2),
     )
+    @example([], ANSWER, [])
     @settings(max_examples=300, deadline=None)
     def compare(reasoning, answer, rest):
         reasoning = "".join(reasoning)

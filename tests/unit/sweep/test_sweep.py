@@ -198,7 +198,7 @@ def test_two_ranks_are_trained_from_the_command_line_to_a_configuration_that_tra
     assert first["before"] == second["before"] and first["data"] == second["data"]
     best = first["training"]["best"]
     assert 0 <= best["joint"] <= best["exact"] <= best["rows"]
-    assert best["step"] == first["training"]["best_step"] and 0 < best["rows"] != first["rows"] and best["loss"] > 0
+    assert best["step"] == first["training"]["best_step"] and best["rows"] > 0 and best["loss"] > 0
     assert small["validation"][CONTENT]["mean"] == best["field_f1"]
 
     untouched = (runs[0] / "metrics.json").stat().st_mtime_ns
