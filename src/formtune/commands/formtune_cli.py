@@ -226,7 +226,7 @@ class FormtuneCLI(LightningCLI):
             if whole:
                 result: Any = train(
                     trainer, model, datamodule, self.folder, self._record, config.baselines, config.baseline_rows,
-                    self.checkpoint, longer_inputs=not config.quick,
+                    self.checkpoint, quick=config.quick,
                 )  # fmt: skip
             else:
                 prepare(trainer, datamodule)

@@ -27,7 +27,7 @@ def run(command: str, args: list[str]) -> int:
     config = parser.parse_args(args)
     path = Path(config.rows)
     names = [path.name.partition(".")[0], *(folder.name for folder in path.absolute().parents)]
-    task = config.task or next(name for name in names if name not in GENERIC)
+    task = config.task or next((name for name in names if name and name not in GENERIC), "task")
     if Path(task).name != task:
         raise UserError(f"--task: {task} is a path; give a name such as invoices")
     task_file, schema_file = Path("configs", f"{task}.yaml"), Path("data", task, "schema.json")

@@ -117,19 +117,19 @@ def estimate(shares: Sequence[float], rows: int) -> Estimate:
 
 def choose(points: Sequence[Measured]) -> tuple[str, str]:
     """The name of the point to take, and why."""
-    in_format = _equal_to_the_best(points, FORMAT)
-    in_content = _equal_to_the_best(in_format, CONTENT)
+    valid = _equal_to_the_best(points, FORMAT)
+    right = _equal_to_the_best(valid, CONTENT)
 
     def smallest(point: Measured) -> tuple[float, ...]:
         return (point.trainable_parameters, *(-point.validation[metric].mean for metric in METRICS), point.loss)
 
-    taken = min(in_content, key=smallest)
+    taken = min(right, key=smallest)
     none_valid = not any(point.validation[FORMAT].mean for point in points)
     nothing = "No point has an answer with a valid format, so train longer first. " if none_valid else ""
     return taken.name, (
         f"{nothing}{taken.name} is chosen: it has the fewest parameters ({taken.trainable_parameters:,}) of those "
-        f"within one standard error, or one row, of the best format/exact ({', '.join(p.name for p in in_format)}) and "
-        f"then of the best field F1 ({', '.join(p.name for p in in_content)})."
+        f"within one standard error, or one row, of the best format/exact ({', '.join(p.name for p in valid)}) and "
+        f"then of the best field F1 ({', '.join(p.name for p in right)})."
     )
 
 

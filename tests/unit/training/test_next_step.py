@@ -26,7 +26,9 @@ def history(train, val, right=None, valid=None, every=100, rows=100):
     ]
 
 
-def after(seen, command="train", rows=2000, epoch=125, steps=None, lr=2e-4, rank=16, adapter=None, **trainer):
+def after(
+    seen, command="train", rows=2000, epoch=125, steps=None, lr=2e-4, rank=16, adapter=None, quick=False, **trainer
+):
     """What to do after a run, and the command's words."""
     run = {
         "default_root_dir": "logs/t/r", "num_training_batches": epoch, "global_step": steps or seen[-1].step,
@@ -34,7 +36,7 @@ def after(seen, command="train", rows=2000, epoch=125, steps=None, lr=2e-4, rank
         "optimizers": [SimpleNamespace(defaults={"lr": lr})], "max_steps": -1, "callbacks": [],
         "lightning_module": SimpleNamespace(lora=SimpleNamespace(r=rank), adapter=adapter),
     }  # fmt: skip
-    what, _, line = next_step(seen, SimpleNamespace(**run | trainer), command).rpartition(": ")
+    what, _, line = next_step(seen, SimpleNamespace(**run | trainer), command, quick).rpartition(": ")
     assert line.startswith("formtune ")
     return what, line.removeprefix("formtune ")
 
@@ -92,6 +94,12 @@ def test_a_format_that_is_learned_while_content_rises_leads_to_training_longer_a
 def test_longer_is_until_the_error_halves_and_at_most_three_times_as_long(power, epochs):
     loss = [4.0, *((step / 100) ** -power for step in range(100, 900, 100))]
     assert after(history(loss, loss), epoch=100)[1] == TRAIN + f"--trainer.max_epochs {epochs}"
+
+
+def test_after_a_quick_run_the_next_one_is_measured_in_full():
+    seen = history([2, 1, 0.6, 0.5, 0.4], [2, 1.1, 0.7, 0.6, 0.5])
+    assert "--baselines" not in after(seen)[1]
+    assert after(seen, quick=True)[1].endswith(" --baselines '[few_shot,constrained]' --data.max_evaluation_rows null")
 
 
 def test_less_than_an_epoch_is_counted_in_steps_and_other_limits_are_lifted():
