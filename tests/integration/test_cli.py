@@ -38,7 +38,6 @@ def test_fit_leaves_an_adapter_that_peft_loads_alone_and_figures_before_and_afte
         "content/field_f1",
         "content/field_acc/n",
         "val/loss",
-        "val/tf_exact",
     } <= names
     assert names == set(result["after"]) and result["rows"] == result["counts"]["after"]["format/exact"][1]
     assert sum(v for n, v in result["after"].items() if n.startswith("fail/")) == result["rows"]

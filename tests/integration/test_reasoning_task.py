@@ -76,7 +76,7 @@ def test_every_evaluation_judges_the_answer_and_measures_its_fields(run):
     for view in ("before", "few_shot", "before_constrained", "after", "after_constrained"):
         for outcome in read_outcomes(run / "outcomes" / f"{view}.jsonl"):
             n = int(outcome.where.rpartition(":")[2]) - 1
-            verdict = FORMAT.check(outcome.answer, target=outcome.target, input=outcome.input)
+            verdict = FORMAT.check(outcome.answer, target=outcome.target)
             assert outcome.target == target(n) and set(outcome.fields) == {"n", "s"}
             assert outcome.exact == (verdict.exact and outcome.kind != "truncated")
         assert "content/field_acc/n" in figures["counts"][view]

@@ -31,12 +31,6 @@ class Row:
     schema: str | None = None  # JSON text of the row's own schema
     tools: str | None = None  # JSON list of the tools that the prompt defines
 
-    @property
-    def context(self) -> str:
-        """Everything that the answer's values may come from: every turn, the system prompt and tool results too."""
-        turns = self.messages if self.target is None else self.messages[:-1]
-        return "\n".join([*map(full_text, turns), *([self.tools] if self.tools else ())]) or self.input
-
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.target_ids)
 

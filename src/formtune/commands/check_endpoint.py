@@ -96,7 +96,7 @@ def run(command: str, args: list[str]) -> int:
 
 def _judge(row: Row, choice: Any, format: Format) -> Outcome:
     own, text = format.of_row(row.schema), choice.message.content or ""
-    verdict = own.check(text, finished=choice.finish_reason != "length", target=row.target, input=row.context)
+    verdict = own.check(text, finished=choice.finish_reason != "length", target=row.target)
     tokens = getattr(choice.logprobs, "content", None) or []
     texts, logprobs = [token.token for token in tokens], [token.logprob for token in tokens]
     return outcome(row, text, verdict, own, confidence(texts, logprobs, text, verdict, own) if texts else None)

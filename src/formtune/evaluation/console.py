@@ -10,10 +10,7 @@ from formtune.configuration.terminal import say
 from formtune.evaluation.outcomes import FIELD, VIEWS
 
 WORST = 5  # fields that are printed
-HEADLINES = (
-    "format/exact", "format/loose", "joint/exact", "content/exact_match", "content/field_f1", "val/tf_exact",
-    "val/loss",
-)  # fmt: skip
+HEADLINES = ("format/exact", "format/loose", "joint/exact", "content/field_f1", "val/loss")
 
 
 def print_result(result: dict[str, Any], folder: Path | None, split: str = "test", measured: str | None = None) -> None:

@@ -13,12 +13,6 @@ from formtune.evaluation.outcomes import F1, FIELD, RATES, Outcome
 from formtune.formats import KINDS, Format
 
 EXACT = torch.float32 if torch.backends.mps.is_available() else torch.double  # Apple GPUs have no float64
-_RATES = RATES | {
-    "content/exact_match": "equal",
-    "content/invented_rate": "invented",
-    "content/omitted_rate": "omitted",
-    "content/ungrounded_rate": "ungrounded",
-}
 
 Counts = dict[str, tuple[float, int]]  # numerator and denominator of each figure
 
@@ -26,7 +20,7 @@ Counts = dict[str, tuple[float, int]]  # numerator and denominator of each figur
 def count(outcomes: Sequence[Outcome], format: Format) -> Counts:
     """Rates of format and content, accuracies of fields (one of all with a schema per row), and failures by kind."""
     rows = len(outcomes)
-    counts: Counts = {name: (sum(getattr(one, what) for one in outcomes), rows) for name, what in _RATES.items()}
+    counts: Counts = {name: (sum(getattr(one, what) for one in outcomes), rows) for name, what in RATES.items()}
     fields = {FIELD + name: [one.fields[name] for one in outcomes if name in one.fields] for name in format.fields}
     counts |= {name: (sum(right), len(right)) for name, right in fields.items()}
     counts |= {f"fail/{kind}": (sum(one.kind == kind for one in outcomes), rows) for kind in KINDS}
@@ -38,21 +32,19 @@ def count(outcomes: Sequence[Outcome], format: Format) -> Counts:
 
 
 class LossMetrics(Metric):
-    """Loss of the targets under teacher forcing, and how often it predicts the whole target."""
+    """Loss of the targets under teacher forcing, and how often decoding agrees with full generation."""
 
     full_state_update = False
-    names = ("val/loss", "val/tf_exact", "val/parity")
+    names = ("val/loss", "val/parity")
     sums: Tensor  # numerator and denominator of each
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("sums", torch.zeros(len(self.names), 2, dtype=EXACT), dist_reduce_fx="sum")
 
-    def update(self, nats: Tensor, correct: Tensor, sizes: list[int]) -> None:
-        """Add rows of these sizes: each target token's negative log-likelihood, and if it is the most likely."""
-        exact = torch.stack([row.all() for row in correct.split(sizes)]).sum()
-        loss = float(nats.to(EXACT).sum())
-        self._add({"val/loss": (loss, nats.numel()), "val/tf_exact": (int(exact), len(sizes))})
+    def update(self, nats: Tensor) -> None:
+        """Add the negative log-likelihood of target tokens."""
+        self._add({"val/loss": (float(nats.to(EXACT).sum()), nats.numel())})
 
     def compare(self, same: list[bool]) -> None:
         """Record whether full generation agrees with the answers read from the teacher-forced pass."""

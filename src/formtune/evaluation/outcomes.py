@@ -49,10 +49,6 @@ class Outcome:
     schema: str | None = None  # JSON text of the row's own schema
     confidence: float | None = None  # probability of the answer by the model's own account, None if unknown
     field_confidences: dict[str, float] | None = None  # of each field's value; None for an invalid format
-    equal: bool = False  # the last four as in `Comparison`
-    omitted: bool = False
-    invented: bool = False
-    ungrounded: bool = False
 
     @property
     def exact(self) -> bool:
@@ -75,8 +71,7 @@ def outcome(
         where=row.where, origin=row.origin, prompt_tokens=len(row.prompt_ids), input=row.input, target=row.target or "",
         answer=answer, kind=verdict.kind, detail=verdict.detail, loose=verdict.loose, matched=content.matched,
         values=content.values, fields=dict(zip(format.fields, content.fields, strict=False)), schema=row.schema,
-        confidence=whole, field_confidences=by_field or None, equal=content.equal, omitted=content.omitted,
-        invented=content.invented, ungrounded=content.ungrounded,
+        confidence=whole, field_confidences=by_field or None,
     )  # fmt: skip
 
 

@@ -19,40 +19,24 @@ class Comparison:
     matched: int = 0  # values that both have at the same path
     values: int = 0  # values of the document and values of the target
     fields: tuple[bool, ...] = ()  # for each field of the format, whether both agree on it
-    omitted: bool = False  # whether a value of the target is null or absent
-    invented: bool = False  # whether there is a value where the target has none
-    ungrounded: bool = False  # whether a wrong value does not even occur in the input
     difference: str = ""  # one line on the first difference, "" if there is none
 
 
-def compare(
-    value: Any,
-    target: Any,
-    is_document: bool,
-    input: str | None,
-    fields: tuple[str, ...],
-    sets: frozenset[str],
-    derived: frozenset[str],
-) -> Comparison:
+def compare(value: Any, target: Any, is_document: bool, fields: tuple[str, ...], sets: frozenset[str]) -> Comparison:
     """Compare a document with the target. Without one nothing is right, not even what should be absent."""
     got, expected = dict(leaves(value, sets)), dict(leaves(target, sets))
-    omitted = [p for p in expected if p not in got]
-    invented = [p for p in got if p not in expected]
+    missing, extra = [p for p in expected if p not in got], [p for p in got if p not in expected]
     mismatched = [p for p in expected if p in got and _exact(got[p][0]) != _exact(expected[p][0])]
     equal = is_document and typed(value, sets) == typed(target, sets)
     difference = "" if equal else "nulls, empty values or types differ" if is_document else "there is no document"
-    for path in [*omitted, *invented, *mismatched][:1]:
+    for path in [*missing, *extra, *mismatched][:1]:
         shown = (repr(values[path][0])[:60] if path in values else "nothing" for values in (got, expected))
         difference = f"{path or '$'}: {' instead of '.join(shown)}"
-    wrong = [value for value, path in (got[p] for p in (*invented, *mismatched)) if path not in derived]
     return Comparison(
         equal=equal,
-        matched=len(expected) - len(omitted) - len(mismatched),
+        matched=len(expected) - len(missing) - len(mismatched),
         values=len(got) + len(expected),
         fields=tuple(is_document and typed(_at(value, f), sets, f) == typed(_at(target, f), sets, f) for f in fields),
-        omitted=bool(omitted),
-        invented=bool(invented),
-        ungrounded=bool(wrong) and input is not None and not all(map(Words(input).hold, wrong)),
         difference=difference,
     )
 

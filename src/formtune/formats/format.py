@@ -136,12 +136,10 @@ class Format(ABC):
         return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": init_args}
 
     @time_limit()
-    def check(
-        self, text: str, *, finished: bool = True, target: str | None = None, input: str | None = None
-    ) -> Verdict:
+    def check(self, text: str, *, finished: bool = True, target: str | None = None) -> Verdict:
         """Judge an answer without its stop token; every text gets a verdict.
 
-        `finished` is False for an answer that was cut for length; the input tells made-up values from misread ones.
+        `finished` is False for an answer that was cut for length.
         """
         is_document, value, problems = self._read(text)
         content, is_loose = None, finished and is_document and all(p.kind == "extra_text" for p in problems)
@@ -153,7 +151,7 @@ class Format(ABC):
                 expected = self._parse(target)
             except SyntaxProblem as error:
                 raise UserError(f"a target has an invalid format ({error}): {target[:80]!r}") from None
-            content = compare(value, expected, is_document, input, self.fields, self.sets, self.derived)
+            content = compare(value, expected, is_document, self.fields, self.sets)
             if content.difference:
                 problems.append(Problem("content", content.difference))
         first = min(problems, key=lambda problem: KINDS.index(problem.kind), default=Problem("ok", ""))

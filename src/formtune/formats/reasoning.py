@@ -18,19 +18,18 @@ class Reasoning(Format):
         format: Format of the answer that comes after the reasoning.
         open: Tag before the reasoning; empty if the chat template writes it at the end of the prompt.
         close: Tag after the reasoning.
-        required: Whether the reasoning must hold some text; by default it may be empty.
     """
 
-    def __init__(self, format: Format, open: str = "<think>", close: str = "</think>", required: bool = False) -> None:
+    def __init__(self, format: Format, open: str = "<think>", close: str = "</think>") -> None:
         if format.tags or not close or open == close or any(tag != tag.strip() for tag in (open, close)):
             raise UserError("data.format: Reasoning needs another format, and two tags without surrounding spaces")
         self.inner = self.format = format
-        self.open, self.close, self.required = open, close, required
+        self.open, self.close = open, close
         self.fields, self.sets, self.derived = format.fields, format.sets, format.derived
         self.notes, self.per_row, self.tags = format.notes, format.per_row, (open, close)
 
     def of_row(self, schema: str | None) -> Format:
-        return Reasoning(self.format.of_row(schema), self.open, self.close, self.required) if self.per_row else self
+        return Reasoning(self.format.of_row(schema), self.open, self.close) if self.per_row else self
 
     def split(self, text: str) -> tuple[str, str]:
         start = text.find(self.open)
@@ -54,11 +53,10 @@ class Reasoning(Format):
         if rules is None:
             return None
         opening, closing = (json.dumps(tag, ensure_ascii=False) if tag else "" for tag in (self.open, self.close))
-        text, some = ("TEXT", r"[^\s\x1c-\x1f]") if self.required else ("TEXT?", ".")
         # A tag may be a single token, which then is not part of a text. Lazy: the first closing tag ends the reasoning.
         return (
-            f"answer: {opening} reasoning SPACE? body\nreasoning: tagged | ( {text} {closing} )\n"
-            f"tagged[lazy]: {text} {closing}\nTEXT: /(?s:.*{some}.*)/ & ~(ANY?{closing}ANY?)\nANY: /(?s:.+)/\n"
+            f"answer: {opening} reasoning SPACE? body\nreasoning: tagged | ( TEXT? {closing} )\n"
+            f"tagged[lazy]: TEXT? {closing}\nTEXT: /(?s:.+)/ & ~(ANY?{closing}ANY?)\nANY: /(?s:.+)/\n"
             f"SPACE: /[ \\t\\r\\n]{{1,4}}/\nbody: %lark {{\nstart: answer\n{rules}\n}}"
         )
 
@@ -72,6 +70,4 @@ class Reasoning(Format):
             problems.insert(0, Problem("missing_key", f"no {self.open}...{self.close} before the answer"))
         elif start:
             problems.insert(0, Problem("extra_text", f"{text[:start][:60]!r} is before {self.open}"))
-        elif self.required and not reasoning[len(self.open) :].rpartition(self.close)[0].strip():
-            problems.insert(0, Problem("missing_key", f"no text between {self.open} and {self.close}"))
         return is_document, value, problems

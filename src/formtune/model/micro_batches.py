@@ -159,7 +159,7 @@ class MicroBatches:
             answers = Answers([rows[i] for i in part], [limits[i] for i in part], stop, grammar)
             predictions, cache = self.predictions(micro_batch)
             if losses is not None:
-                losses.update(predictions.nats, predictions.tokens == predictions.targets, micro_batch.sizes)
+                losses.update(predictions.nats)
             answers.read(predictions, micro_batch.sizes)
             if unfinished := answers.unfinished(range(len(part))):
                 self._generate(micro_batch, cache, answers, unfinished)
@@ -221,7 +221,7 @@ def judge(row: Row, decoded: Decoded, renderer: Renderer, format: Format) -> Out
     """The answer to a row, with its verdict and confidence."""
     text, finished = renderer.answer(decoded.ids)
     own = format.of_row(row.schema)
-    verdict = own.check(text, finished=finished, target=row.target, input=row.context)
+    verdict = own.check(text, finished=finished, target=row.target)
     pieces = renderer.pieces(decoded.ids) if verdict.exact else ()  # an invalid format has confidence 0
     return outcome(row, text, verdict, own, confidence(pieces, decoded.logprobs, text, verdict, own))
 

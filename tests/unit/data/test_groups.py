@@ -7,7 +7,6 @@ import pytest
 
 from conftest import WORDY, selected
 from formtune.audit.findings import ungrounded
-from formtune.base.row import Row
 from formtune.data.blockers import _remedy, blockers, uneven_shares
 from formtune.data.cleaning import Example, Quarantined
 from formtune.data.encoded import Splits
@@ -266,14 +265,6 @@ def test_values_of_any_earlier_turn_are_grounded():
     assert not ungrounded([Example(messages, "f:1", value=value)], format)
     wrong = value | {"who": "Berta"}
     assert list(ungrounded([Example(messages, "f:1", value=wrong)], format)) == ["who"]
-    row = Row(
-        [], [], "Book it.", json.dumps(value | {"on": "2026-01-01", "room": 1, "who": "Carl"}), "f:1", messages=messages
-    )
-    assert row.context == "\n".join(m["content"] for m in GROUNDED)
-    assert not format.check(target, target=row.target, input=row.context).content.ungrounded
-    assert format.check(json.dumps(wrong), target=row.target, input=row.context).content.ungrounded
-    assert Row([], [], "a prompt", None, "f:1", messages=GROUNDED).context == row.context
-    assert Row([], [], "a prompt", None, "f:1").context == "a prompt"
 
 
 def test_a_tools_result_tells_two_rows_apart():

@@ -266,7 +266,7 @@ def test_hashes_and_caches_tell_schemas_apart(settings, base):
 
 def answered(schema, target, answer, where="f:1", prompt="a question"):
     one, own = row(schema, where, prompt, target), PER_ROW.of_row(schema)
-    return outcome(one, answer, own.check(answer, target=target, input=prompt), own)
+    return outcome(one, answer, own.check(answer, target=target), own)
 
 
 def test_one_accuracy_counts_the_fields_of_all_rows():

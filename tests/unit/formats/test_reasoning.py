@@ -40,8 +40,6 @@ JSON = Reasoning(JsonSchema(SCHEMA))
         (JSON, "<think>a</think>[]", "wrong_root", "$: [] is not of type 'object'", False),
         (Reasoning(JsonSchema(SCHEMA, canonical=True)), TARGET, "ok", "", True),
         (Reasoning(JsonSchema(SCHEMA, canonical=True)), TARGET.replace(":1", ": 1"), "layout", "key order", False),
-        (Reasoning(JsonSchema(SCHEMA), required=True), TARGET, "ok", "", True),
-        (Reasoning(JsonSchema(SCHEMA), required=True), f"<think>\n </think>{ANSWER}", "missing_key", "no text", False),
         (Reasoning(JsonSchema(SCHEMA), open=""), f"One.\n</think>\n{ANSWER}", "ok", "", True),
         (Reasoning(JsonSchema(SCHEMA), open=""), ANSWER, "syntax", "the reasoning has no </think>", False),
         (Reasoning(JsonSchema(SCHEMA), "[R]", "[/R]"), f"[R]a </think>[/R]{ANSWER}", "ok", "", True),
@@ -85,10 +83,9 @@ def test_calls_of_the_rows_tools_can_follow_the_reasoning():
 
 
 def test_each_row_can_have_its_own_schema():
-    format = Reasoning(JsonSchema(), required=True)
+    format = Reasoning(JsonSchema())
     own = format.of_row(json.dumps(SCHEMA))
     assert format.per_row and not own.per_row and own.fields == ("n", "s") and own.check(TARGET).exact
-    assert own.required and not own.check(f"<think></think>{ANSWER}").exact
 
 
 @given(st.text(alphabet="a<>/think \n{}", max_size=40), st.sampled_from([ANSWER, '{"n":1}', "", "x", f"{ANSWER} "]))
@@ -114,7 +111,7 @@ def test_it_is_written_to_a_file_with_the_answers_format():
     record = json.loads(json.dumps(JSON.to_dict()))
     inner = record["init_args"].pop("format")
     assert inner == JsonSchema(SCHEMA).to_dict()
-    assert record["init_args"] == {"open": "<think>", "close": "</think>", "required": False}
+    assert record["init_args"] == {"open": "<think>", "close": "</think>"}
 
 
 @pytest.mark.parametrize(
