@@ -7,7 +7,7 @@ from typing import Any
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
-from formtune.export.gguf import QUANTIZATIONS, WRITTEN, converter_script, quantizer
+from formtune.export.gguf import LORA_CONVERTER, QUANTIZATIONS, WRITTEN, converter_script, quantizer
 from formtune.export.quantize import folder_name, lacking
 from formtune.training.manifest import KINDS
 
@@ -16,31 +16,38 @@ def run(command: str, args: list[str]) -> None:
     warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by its result
     parser = CommandParser(command, COMMANDS[command].description, "formtune export RUN [--as KIND] [--max_loss SHARE]")
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a finished run")
-    parser.add_argument("--as", metavar="KIND", dest="kind", choices=KINDS, default="adapter", help=", ".join(KINDS))
+    kinds = (*KINDS, "gguf-adapter")
+    parser.add_argument("--as", metavar="KIND", dest="kind", choices=kinds, default="adapter", help=", ".join(kinds))
     parser.add_argument("--max_loss", metavar="SHARE", type=float, default=0.01, help="Share of the test rows that "
                         "format/exact and joint/exact may lose (default: %(default)s)")  # fmt: skip
     parser.add_argument("--quant", choices=QUANTIZATIONS, help="With --as gguf (default: q8_0)")
     parser.add_argument("--converter", metavar="PATH", help="With --as gguf: convert_hf_to_gguf.py of llama.cpp")
     config = parser.parse_args(args)
-    if missing := lacking(config.kind):
+    kind, _, separate = config.kind.partition("-")
+    if missing := lacking(kind):
         raise UserError(f"--as {config.kind}: {missing}")
     options: dict[str, Any] = {}
-    if config.kind == "gguf":
+    if kind == "gguf":
         options = {"quant": config.quant or "q8_0", "converter": config.converter}
-        converter_script(config.converter)
+        script = converter_script(config.converter)
+        if separate:
+            options["adapter"] = str(config.run / "adapter")
+            if not script.with_name(LORA_CONVERTER).is_file():
+                remedy = "name convert_hf_to_gguf.py of a llama.cpp checkout (--converter)"
+                raise UserError(f"--as gguf-adapter: there is no {LORA_CONVERTER} beside {script}; {remedy}")
         if options["quant"] not in WRITTEN:
             quantizer(config.converter)
     elif config.quant or config.converter:
         raise UserError("--quant and --converter need --as gguf")
-    name = folder_name(config.kind, **options)
+    name = folder_name(kind, **options)
     target = config.run / name
-    if config.kind != "adapter" and target.exists():
+    if kind != "adapter" and target.exists():
         raise UserError(f"{target}: already there; remove it to export again")
     # Several seconds: torch, transformers.
     from formtune.export.exporter import JUDGED, FinishedRun, export
     from formtune.export.measure import Closeness
 
-    figures = export(FinishedRun(config.run), config.kind, config.max_loss, **options)
+    figures = export(FinishedRun(config.run), kind, config.max_loss, **options)
     print(f"{name}: {target}, {figures['bytes'] / 1e6:,.1f} MB of weights")
     constrained = figures.get("constrained_tokens_per_second")
     speed = f"{figures['tokens_per_second']:,.0f} tokens/s"

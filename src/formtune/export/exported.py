@@ -14,6 +14,7 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Message, Row
 from formtune.data.settings import system_prompt
 from formtune.evaluation.page import render
+from formtune.export.gguf import ADAPTER
 from formtune.files import write_json, write_whole
 from formtune.training.manifest import CARD, verify
 
@@ -58,6 +59,7 @@ def write_usage(folder: Path, adapter: Exported, schema: Any, rows: Sequence[Row
     body |= {"options": {"temperature": 0, "num_ctx": context}} | ({"format": schema} if schema else {})
     write_json(folder / "request.json", body)
     facts = {"request": request, "schema": schema, "context": context, "thinking": renderer.thinking}
+    facts["adapter"] = (folder / ADAPTER).is_file()
     facts["template"] = go_template(renderer, rows)
     facts["stop"] = [renderer.tokenizer.decode([id]) for id in renderer.stop_ids]
     for name, source in (("Modelfile", "Modelfile.jinja"), (CARD, "gguf.md.jinja")):

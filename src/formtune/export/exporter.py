@@ -134,11 +134,13 @@ def make(tuned: Tuned, kind: str, scratch: Path, **options: Any) -> Path:
     """A folder of this kind: the merged model, quantized in a fresh process if the kind is a scheme."""
     from transformers import GenerationConfig
 
-    model, source, target = merged(tuned).to(tuned.dtype), scratch / "merged", scratch / kind
+    # A GGUF adapter stays beside its base.
+    model = load_base(tuned.base, tuned.dtype, None, torch.device("cpu")) if options.get("adapter") else merged(tuned)
+    source, target = scratch / "merged", scratch / kind
     # As it was judged: greedy, to the end of the turn, without the sampling or penalties that a base may ship.
     stop = list(tuned.stop)
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stop, pad_token_id=stop[0])
-    model.save_pretrained(source)
+    model.to(tuned.dtype).save_pretrained(source)
     # Tokenizer, chat template, format and configuration
     ignored = shutil.ignore_patterns("adapter_*", NAME, CARD)
     shutil.copytree(tuned.adapter, source, ignore=ignored, dirs_exist_ok=True)

@@ -16,19 +16,24 @@ from formtune.errors import UserError
 WRITTEN = ("f16", "bf16", "q8_0")  # by the converter itself
 QUANTIZED = ("q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0")  # by llama-quantize
 QUANTIZATIONS = (*WRITTEN, *QUANTIZED)
-FILE = "model.gguf"  # in an exported folder
+FILE, ADAPTER = "model.gguf", "adapter.gguf"  # in an exported folder
+LORA_CONVERTER = "convert_lora_to_gguf.py"  # beside the converter, in a checkout of llama.cpp only
 CONVERTER, PACKAGE = "convert_hf_to_gguf", "convert-hf-to-gguf"
 # Of the files of convert-hf-to-gguf 0.1.1, which republishes llama.cpp's script: another release is another program.
 REVIEWED = "5e0e363d72b792ac7aa2e37d55182ce64d363174dfac28b798b329090adffd32"
 
 
-def to_gguf(source: str, target: str, rows: Any, quant: str = "q8_0", converter: str | None = None) -> None:
-    """Convert a model's folder, and quantize the file."""
+def to_gguf(
+    source: str, target: str, rows: Any, quant: str = "q8_0", converter: str | None = None, adapter: str | None = None
+) -> None:
+    """Convert a model's folder, and quantize the file; an adapter for this model becomes a file beside it."""
     Path(target).mkdir()
-    model, whole = Path(target, FILE), Path(target, "whole.gguf")
+    model, whole, script = Path(target, FILE), Path(target, "whole.gguf"), converter_script(converter)
+    if adapter:
+        run(script.with_name(LORA_CONVERTER), [adapter, "--base", source, "--outfile", str(Path(target, ADAPTER))])
     if quant in WRITTEN:
-        return run_converter(converter, [source, "--outtype", quant, "--outfile", str(model)])
-    run_converter(converter, [source, "--outtype", "auto", "--outfile", str(whole)])
+        return run(script, [source, "--outtype", quant, "--outfile", str(model)])
+    run(script, [source, "--outtype", "auto", "--outfile", str(whole)])
     command = [quantizer(converter), str(whole), str(model), quant]
     process = subprocess.run(command, capture_output=True, text=True)
     whole.unlink()
@@ -45,15 +50,14 @@ def quantizer(converter: str | None) -> str:
     raise UserError(f"--quant: all but {', '.join(WRITTEN)} need llama.cpp's program llama-quantize; {remedy}")
 
 
-def run_converter(script: str | None, arguments: list[str]) -> None:
-    """Run llama.cpp's converter in this process: the reviewed package's, or the script of a checkout."""
-    path = converter_script(script)
-    sys.path.insert(0, str(path.parent))
+def run(script: Path, arguments: list[str]) -> None:
+    """Run a script of llama.cpp in this process."""
+    sys.path.insert(0, str(script.parent))
     with contextlib.suppress(ImportError):  # an old checkout is one file
         _accept_other_tokenizers()
-    sys.argv = [str(path), *arguments]
+    sys.argv = [str(script), *arguments]
     try:
-        runpy.run_path(str(path), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     except SystemExit as error:
         if error.code:
             reason = error.code if isinstance(error.code, str) else "perhaps it does not know this architecture"

@@ -18,7 +18,7 @@ from torch import Tensor
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row, with_json_arguments
 from formtune.errors import UserError
-from formtune.export.gguf import FILE
+from formtune.export.gguf import ADAPTER, FILE
 from formtune.export.measure import COMPARED, POSITIONS, TIMED, TRIES, Closeness, Tuned, compare, last_logits, load
 from formtune.model.micro_batches import Decoded
 
@@ -36,6 +36,8 @@ class LlamaServer:
 
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
+        if (adapter := file.with_name(ADAPTER)).is_file():
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter))]
         params.hostnames, params.port, params.n_ctx = [HOST], port, context
         params.cpuparams.n_threads = torch.get_num_threads()  # more than are free wait for each other at every layer
         params.enable_reasoning, params.default_template_kwargs = -thinking, {"enable_thinking": str(thinking).lower()}

