@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import ClosedUnitInterval, OpenUnitInterval, PositiveInt
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -128,9 +129,11 @@ class FormtuneCLI(LightningCLI):
         for key in ("task", "run"):
             if {"..", "/"} & set(Path(config[key] or ".").parts):
                 raise UserError(f"{key}: {config[key]} is not in {LOGS}/; give it a name, not a path")
+        self.whole: dict[str, Any] = {}  # what --quick changes, for the next command
         if config.quick:
-            config.baselines = []
-            config.data.max_evaluation_rows = min(config.data.max_evaluation_rows or QUICK_ROWS, QUICK_ROWS)
+            most = config.data.max_evaluation_rows
+            self.whole = {"baselines": f"[{','.join(config.baselines)}]", "data.max_evaluation_rows": most or "null"}
+            config.baselines, config.data.max_evaluation_rows = [], min(most or QUICK_ROWS, QUICK_ROWS)
         take_settings(config.model)
         trainer_checks.check_trainer(config)
         self.checkpoint: Path | None = None
@@ -140,6 +143,7 @@ class FormtuneCLI(LightningCLI):
             self._choose_weights(config, files)
         elif config.dry_run:
             trainer.logger, trainer.enable_checkpointing, trainer.callbacks = False, False, None
+            trainer.min_steps = trainer.min_epochs = None  # which would not let it end before training
         else:
             self._choose_run(config)
 
@@ -194,7 +198,8 @@ class FormtuneCLI(LightningCLI):
                 options["logger"] = make_loggers(config.logger, config.task, config.run, again)
         else:
             options["logger"] = False
-        if options["enable_progress_bar"] is not False:
+        own_bar = any(isinstance(it, ProgressBar) for it in options["callbacks"] or ())
+        if options["enable_progress_bar"] is not False and not own_bar:
             # 0: nothing is drawn into a file, or where standard output is closed.
             callbacks.append(StepsBar(int(bool(sys.stdout and sys.stdout.isatty()))))
         options["callbacks"] = callbacks + (options["callbacks"] or [])
@@ -209,7 +214,8 @@ class FormtuneCLI(LightningCLI):
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
             named = (f".{flag}" for flag, it in options.items() if isinstance(it, str) and repr(it) in str(error))
             raise UserError(f"trainer{next(named, '')}: {error}") from error
-        trainer_checks.check_callbacks(trainer, self.model.scores.names)
+        if self.subcommand in TRAINS:
+            trainer_checks.check_callbacks(trainer, self.model.scores.names)
         return trainer
 
     def train(self, model: FormatModule, datamodule: FormatDataModule) -> None:
@@ -226,7 +232,7 @@ class FormtuneCLI(LightningCLI):
             if whole:
                 result: Any = train(
                     trainer, model, datamodule, self.folder, self._record, config.baselines, config.baseline_rows,
-                    self.checkpoint, quick=config.quick,
+                    self.checkpoint, self.whole,
                 )  # fmt: skip
             else:
                 prepare(trainer, datamodule)
@@ -251,7 +257,10 @@ class FormtuneCLI(LightningCLI):
         result = {"result": model.evaluation, "counts": {"result": model.counts}, "rows": rows}
         split = "validation" if self.subcommand == "validate" else "test"
         rank_zero_only(print_result)(result, None, split, self.measured)
-        words = f"predict {self.checkpoint.parent.parent} PROMPTS" if self.checkpoint else "train -c TASK.yaml"
+        words = "train -c TASK.yaml"
+        if self.checkpoint:
+            named = self.config[self.subcommand].ckpt_path
+            words = f"predict {self.checkpoint.parent.parent} PROMPTS{f' --ckpt_path {named}' if named else ''}"
         rank_zero_only(print)(f"next: formtune {words}")
 
     validate = test
@@ -259,7 +268,11 @@ class FormtuneCLI(LightningCLI):
     def predict(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         config, path = self.config.predict, Path(self.config.predict.answers)
         prepare(self.trainer, datamodule, "predict")
-        path.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after all the work
+        try:  # now, not after all the work
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+        except OSError as error:
+            raise UserError(f"answers: {path}: {error.strerror}") from None
         self.trainer.predict(model, datamodule, return_predictions=False, ckpt_path=self.checkpoint)
         more = {} if self.checkpoint else {"model": self.measured}
         if self.trainer.is_global_zero:

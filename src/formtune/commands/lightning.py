@@ -49,11 +49,13 @@ def run(command: str, args: list[str]) -> None:
         FormtuneCLI([command, *args], signals)
     except MisconfigurationException as error:
         raise UserError(f"trainer: {error}") from error
+    except BrokenPipeError:
+        raise
     except OSError as error:
         if error.errno is None:
             raise
-        name = os.fsdecode(error.filename or "a file")
-        raise Fault(f"{name}: {error.strerror}; fix this and continue with --resume") from error
+        name, remedy = os.fsdecode(error.filename or "a file"), "fix this and continue with --resume"
+        raise Fault(f"{name}: {error.strerror}" + f"; {remedy}" * (command in ("train", "fit"))) from error
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST):
             raise
@@ -73,6 +75,9 @@ def _with_named_run(command: str, args: list[str]) -> list[str]:
     config, words, prompts = Path(args[0], "config.yaml"), args[1:], []
     if not config.is_file():
         raise UserError(f"{args[0]}: not a run (no config.yaml); name its folder, such as logs/demo/RUN")
+    if not (config.parent / "checkpoints").is_dir():
+        remedy = f"-c {config} --model.adapter {args[0]} takes its adapter, -c {config} alone the base"
+        raise UserError(f"{args[0]}: the run has no checkpoints; {remedy}")
     if command == "predict" and words and not words[0].startswith("-"):
         prompts = ["--data.prompts", words.pop(0)]
     return ["-c", str(config), *prompts, *words]

@@ -30,7 +30,7 @@ HELP = """\
 All other arguments, such as -c TASK.yaml, are passed to `formtune train`. A point is one value for each key. The same
 command again keeps the finished runs and resumes the others, also with more values or seeds.
 """
-RESERVED = {"run", "resume", "seed_everything", "print_config"}  # keys that the sweep sets
+RESERVED = {"run", "resume", "seed_everything", "print_config", "dry_run", "trainer.fast_dev_run"}
 # Keys on which the encoded rows depend
 CHANGES_ROWS = ("data.", "model.base", "model.chat_template", "model.max_new_tokens")
 
@@ -50,7 +50,7 @@ def run(command: str, args: list[str]) -> int:
     keys = next(iter(points.values())).keys()
     given = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
     for key in given & keys | RESERVED & (given | keys):
-        raise UserError(f"{key}: the sweep sets it; --over names the values to try, --seeds the seeds")
+        raise UserError(f"{key}: not for a sweep; --over names the values to try, --seeds the seeds")
     configuration = _configuration(arguments)
     settings = yaml.safe_load(configuration)
     task = settings.get("task") or Path(["task", *config_paths(arguments)][-1]).stem
@@ -117,7 +117,7 @@ def _train(runs: Mapping[Path, list[str]], folder: Path, same_rows: bool) -> lis
         code, why = train(path, [*runs[path], f"--run={folder.name}/{path.name}", "--resume"])
         ended = result(path)
         if ended is None:
-            if code == 2 and not rows and not failed:
+            if code == 2 and not rows and not failed and not (path / "checkpoints").is_dir():
                 raise UserError(why)  # a mistake that the other runs have too
             failed.append(f"{path.name} failed: {why} (see {path}/output.log)")
             print(failed[-1], file=sys.stderr, flush=True)

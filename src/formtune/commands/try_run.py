@@ -52,6 +52,8 @@ def _answer(model: Any, settings: Any, prompt: str, schema: str | None) -> None:
     [row] = settings.renderer.encode([(repair(turns, settings.clean), "the prompt", schema)])
     if isinstance(row, Exception):
         raise UserError(f"the prompt cannot be rendered: {row}")
+    if len(row) >= settings.limit:
+        return say(f"too long: {len(row)} tokens, the limit is {settings.limit}", "red")
     stop, limit = settings.renderer.stop_ids, min(settings.max_new_tokens, settings.limit - len(row))
     for name in ("base", "tuned"):
         with model.disable_adapter() if name == "base" else nullcontext():

@@ -18,9 +18,11 @@ from formtune.errors import UserError
 REFUSED = {  # values that a flag cannot have, and why
     "limit_val_batches": ((0,), "leaves no rows to evaluate the model on"),
     "limit_test_batches": ((0,), "leaves no rows to evaluate the model on"),
+    "limit_train_batches": ((0,), "leaves nothing to train"),
     "max_steps": ((0,), "leaves nothing to train"),
     "max_epochs": ((0,), "leaves nothing to train"),
     "val_check_interval": ((0,), "is not a number of steps; leave it out for every 100"),
+    "use_distributed_sampler": ((True,), "would split the rows a second time; leave it out"),
     # Adam's second moments and the adapters would be rounded away.
     "precision": (("bf16-true", "bf16", "16-true", "16", 16), "would store the adapters in 16 bits; use bf16-mixed or "
                   "16-mixed"),
@@ -53,6 +55,13 @@ def check_trainer(config: Namespace) -> None:
             raise UserError(f"trainer.min_{unit}: more than trainer.max_{unit}, {trainer[f'max_{unit}']}")
     if trainer.max_steps == -1 and trainer.max_epochs == -1 and not trainer.max_time:
         raise UserError("trainer.max_epochs: -1 never ends; set it, trainer.max_steps or trainer.max_time")
+    if trainer.check_val_every_n_epoch not in (None, 1) or (
+        trainer.check_val_every_n_epoch and isinstance(trainer.val_check_interval, int)
+    ):
+        remedy = "or set it to 1 and trainer.val_check_interval to a share of an epoch, such as 0.5"
+        raise UserError(f"trainer.check_val_every_n_epoch: leave it null, so that the interval counts steps, {remedy}")
+    if trainer.default_root_dir:
+        raise UserError("trainer.default_root_dir: runs are in logs/TASK/RUN; set task and run instead")
     if trainer.gradient_clip_val:
         raise UserError("trainer.gradient_clip_val: set model.max_grad_norm instead")
     if trainer.accumulate_grad_batches != 1:
@@ -71,6 +80,7 @@ def check_trainer(config: Namespace) -> None:
 def check_callbacks(trainer: Any, names: Set[str]) -> None:
     """Refuse a callback that cannot work here, or that monitors something other than the metrics in `names`."""
     names = names | {"epoch", "step", "train/loss", "train/eval_loss", "val/loss_gap"}
+    own = "custom/"  # metrics of the user's, whose figures have names that only a validation tells
     for callback in trainer.callbacks:
         kind, monitor = type(callback).__name__, getattr(callback, "monitor", None)
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
@@ -78,7 +88,7 @@ def check_callbacks(trainer: Any, names: Set[str]) -> None:
             fault += "leave it out"
         elif kind in ("LearningRateMonitor", "DeviceStatsMonitor") and not trainer.loggers:
             fault = "needs a logger; leave trainer.logger: false out"
-        elif monitor is not None and monitor not in names:
+        elif monitor is not None and monitor not in names and not monitor.startswith(own):
             remedy = did_you_mean(monitor, names) or "; monitor val/loss, for example"
             fault = f"monitors {monitor}, which no validation measures{remedy}"
         else:

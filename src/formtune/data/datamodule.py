@@ -27,11 +27,12 @@ EVALUATION_ROWS = 256  # rows handed over at once; the model splits them further
 class Order(Sampler[int]):
     """A permutation of the rows that depends on seed and epoch alone; `seen` tells where a resumed run continues."""
 
-    def __init__(self, rows: int, seed: int, seen: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, rows: int, seed: int, seen: Callable[[], int] = lambda: 0, fixed: bool = False) -> None:
         self.rows, self.seed, self.epoch, self._seen = rows, seed, 0, seen
+        self.fixed = fixed  # whether all epochs have the order of the first
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch = 0 if self.fixed else epoch
 
     def __len__(self) -> int:
         return self.rows
@@ -82,8 +83,9 @@ class FormatDataModule(L.LightningDataModule):
             self.prompt_rows = self.prompt_rows or prompt_rows(self.settings)
         elif self.splits is None:
             splits = load_splits(self.settings)
-            if self.trainer is not None and self.trainer.loggers and self.trainer.is_global_zero:
-                write_lines(Path(self.trainer.default_root_dir) / "quarantine.jsonl", map(asdict, splits.quarantine))
+            trainer = self.trainer
+            if trainer is not None and trainer.loggers and trainer.is_global_zero and not trainer.fast_dev_run:
+                write_lines(Path(trainer.default_root_dir) / "quarantine.jsonl", map(asdict, splits.quarantine))
             check_rows(self.settings, splits)
             self.splits, self.rows = splits, splits.rows | {"train": splits.training}
             if self.max_evaluation_rows is not None:
@@ -92,7 +94,8 @@ class FormatDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         rows: Any = self.rows["train"]
-        order = Order(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0)), self._rows_seen)
+        overfit = bool(self.trainer and self.trainer.overfit_batches)
+        order = Order(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0)), self._rows_seen, overfit)
         steps = BatchSampler(order, self.rows_per_step, drop_last=False)
         return StepLoader(rows, batch_sampler=steps, collate_fn=self._collate)
 

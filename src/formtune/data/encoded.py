@@ -71,7 +71,7 @@ def content_hash(rows: Mapping[str, Sequence[Row]]) -> str:
 def cache_path(examples: Sequence[Example], settings: DataSettings) -> Path | None:
     """The file of these rows, named by all that decides them; None for your own format, whose code may change."""
     format, tokenizer = settings.format, settings.renderer.tokenizer
-    if not type(format.inner or format).__module__.startswith("formtune.formats."):
+    if format.is_custom:
         return None
     inputs = [
         [settings.shares, settings.clean, settings.repair_answers, settings.near_duplicates],

@@ -34,7 +34,6 @@ def count(outcomes: Sequence[Outcome], format: Format) -> Counts:
 class LossMetrics(Metric):
     """Loss of the targets under teacher forcing, and how often decoding agrees with full generation."""
 
-    full_state_update = False
     names = ("val/loss", "val/parity")
     sums: Tensor  # numerator and denominator of each
 

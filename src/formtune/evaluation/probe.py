@@ -10,6 +10,7 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row, quantile
 
 ROWS = 48  # for each length
+LONGER = 1.1  # times its length that a prompt may have
 
 
 def probe_lengths(train: Sequence[int], production: Sequence[int], context: int) -> dict[str, int]:
@@ -38,5 +39,5 @@ def probe_rows(
             turns = [*rest, question | {"content": content}, answer]
             conversations.append((turns, row.where, row.schema, row.tools))
         encoded = renderer.encode(conversations)
-        longer[name] = [row for row in encoded if isinstance(row, Row) and len(row.prompt_ids) <= 1.1 * tokens]
+        longer[name] = [row for row in encoded if isinstance(row, Row) and len(row.prompt_ids) <= LONGER * tokens]
     return {name: rows for name, rows in longer.items() if rows}

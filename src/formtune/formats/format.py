@@ -81,6 +81,11 @@ class Format(ABC):
     tags: tuple[str, str] | None = None
     inner: "Format | None" = None
 
+    @property
+    def is_custom(self) -> bool:
+        """Whether it is a user's class, whose code may change between runs."""
+        return not type(self.inner or self).__module__.startswith("formtune.formats.")
+
     def split(self, text: str) -> tuple[str, str]:
         """The reasoning with its tags and the white space after it, "" if there is none, and the answer."""
         return "", text

@@ -1,6 +1,7 @@
 """How the rows of a batch go through the model: split into micro-batches, teacher-forced, and decoded greedily."""
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -232,7 +233,7 @@ def out_of_memory_named(rows: Sequence[Row], tokens: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and not re.search("out of memory|(allocate|enough) memory", str(error)):
             raise
         longest = max(rows, key=len)
         raise Fault(

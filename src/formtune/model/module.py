@@ -89,7 +89,7 @@ class FormatModule(L.LightningModule):
         self.adapter = TrainedAdapter(adapter) if adapter else None
         if self.adapter:
             self.adapter.check(lora)
-        check_optimizer(optimizer)
+        check_optimizer(optimizer, scheduler)
         # No save_hyperparameters(): on resume the checkpoint's values would silently override YAML and flags.
         self.automatic_optimization = False  # the number of micro-batches differs from step to step
         self.base, self.format, self.lora, self.quantize = base, format, lora, quantize
@@ -258,7 +258,8 @@ class FormatModule(L.LightningModule):
         grammar = self.grammar if self.constrained or batch.decoding.constrained else None
         stop = self.renderer.stop_ids
         model = self.model.disable_adapter() if batch.decoding.untuned else contextlib.nullcontext()
-        with uneven_counts(self.trainer, self.micro_batches), model:
+        named = out_of_memory_named(batch.rows, self.tokens_per_micro_batch)
+        with named, uneven_counts(self.trainer, self.micro_batches), model:
             return self.micro_batches.decode(batch.rows, batch.micro_batches, stop, batch.limits, grammar, losses)
 
     def _judge(self, rows: Sequence[Row], decoded: Sequence[Decoded]) -> list[tuple[int, Outcome]]:

@@ -8,7 +8,7 @@ from jsonargparse.typing import ClosedUnitInterval
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from formtune.errors import UserError, first_line
 
@@ -56,12 +56,16 @@ def build_optimizer(
     return {"optimizer": built, "lr_scheduler": schedule}
 
 
-def check_optimizer(factory: OptimizerCallable) -> None:
-    """Try the optimizer's arguments before the base is loaded."""
+def check_optimizer(optimizer: OptimizerCallable, scheduler: LRSchedulerCallable) -> None:
+    """Try the arguments of optimizer and schedule before the base is loaded."""
+    key = "model.optimizer"
     try:
-        values = factory([Parameter(torch.zeros(1, 1))]).defaults
-        for name, value in values.items():
+        built = optimizer([Parameter(torch.zeros(1, 1))])
+        for name, value in built.defaults.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} is {value}, it must be a finite number")
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model.optimizer: {first_line(error)}") from error
+        key = "model.scheduler"
+        if isinstance(scheduler(built), ReduceLROnPlateau):
+            raise ValueError("ReduceLROnPlateau needs a metric after each step; use another schedule")
+    except Exception as error:  # of torch, or of a user's own class
+        raise UserError(f"{key}: {first_line(error)}") from error

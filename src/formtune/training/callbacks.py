@@ -7,7 +7,7 @@ import threading
 from dataclasses import asdict
 from typing import Any
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import convert_inf
 
@@ -31,11 +31,11 @@ class AnswerTable(Callback):
         rows: Number of answers, invalid formats first.
     """
 
-    def __init__(self, rows: int = 12) -> None:
+    def __init__(self, rows: NonNegativeInt = 12) -> None:
         self.rows = rows
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if pl_module.logged:
+        if pl_module.logged and self.rows:
             failed = worst_first(pl_module.outcomes)[: self.rows]
             rows = [(f"{one.kind}: {one.detail}", one.input, one.target, one.answer) for one in failed]
             tag = "answers/test" if trainer.testing else "answers/validation"

@@ -1,5 +1,6 @@
 """Checkpoints: which are written and kept, written atomically, checked when read, found by their step."""
 
+import contextlib
 import io
 import re
 import time
@@ -35,6 +36,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(filename="step-{step}", auto_insert_metric_name=False)
         self.every_n_seconds, self.newest = every_n_seconds, save_last
         self.seconds = 0.0  # of training, validations and the time before an interruption included
+        self.stopped = False  # whether a callback ended training early
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.folder = Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints"
@@ -42,15 +44,16 @@ class BestCheckpoint(ModelCheckpoint):
         self._watch, self._signals = callback(trainer, OverfittingWatch), callback(trainer, Signals)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds}
+        return {"seconds": self.seconds, "stopped": self.stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds = state_dict["seconds"]
+        self.seconds, self.stopped = state_dict["seconds"], state_dict["stopped"]
         self._set_paths()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._saved = time.monotonic()
         self._began = self._saved - self.seconds
+        trainer.should_stop |= self.stopped
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step >= trainer.estimated_stepping_batches:
@@ -79,6 +82,7 @@ class BestCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero and not self.folder.parent.exists():
             raise Fault(f"{self.folder}: No such file or directory: the run's folder was removed")
         self.seconds = time.monotonic() - self._began
+        self.stopped = trainer.should_stop and trainer.global_step < trainer.estimated_stepping_batches
         trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt")
         self._saved = time.monotonic()
         self._set_paths()
@@ -123,7 +127,8 @@ def newest(folder: Path) -> Path | None:
             read(path)
             return path
         except UserError:
-            path.replace(f"{path}.damaged")
+            with contextlib.suppress(FileNotFoundError):  # another process was first
+                path.replace(f"{path}.damaged")
     return None
 
 

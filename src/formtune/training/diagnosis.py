@@ -3,9 +3,10 @@
 import itertools
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import linear_regression
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from lightning.pytorch.callbacks import Timer
@@ -90,15 +91,17 @@ def should_stop(history: Sequence[Validation], validations: int) -> bool:
     return all(end > 0 and diagnose(history[:end]).kind in ("overfitting", "saturated") for end in ends)
 
 
-def next_step(history: Sequence[Validation], trainer: Any, command: str, quick: bool = False) -> str:
-    """What to do after a run of `train` or `fit`, and the command that does it, in full also after a quick run."""
+def next_step(
+    history: Sequence[Validation], trainer: Any, command: str, whole: Mapping[str, Any] = MappingProxyType({})
+) -> str:
+    """What to do after a run of `train` or `fit`, and the command that does it; `whole` undoes `--quick`."""
     chosen, folder = best(history), Path(trainer.default_root_dir)
     if chosen and chosen.rows - chosen.joint <= FEW_WRONG * chosen.rows:
         what = f"keep the best checkpoint, {chosen.joint} of {chosen.rows} validation rows are right"
         words = ["export" if command == "train" else "test", str(folder)]
     else:
         what, keys = _change(history, chosen, trainer)
-        keys |= {"baselines": "[few_shot,constrained]", "data.max_evaluation_rows": "null"} if keys and quick else {}
+        keys |= whole if keys else {}
         words = [command if keys else "audit", "-c", str(folder / "config.yaml")]
         words += [word for key, value in keys.items() for word in (f"--{key}", str(value))]
     return f"{what}: {shlex.join(['formtune', *words])}"

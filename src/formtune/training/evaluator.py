@@ -13,7 +13,7 @@ from formtune.data.preparation import production_rows
 from formtune.errors import UserError
 from formtune.evaluation import baselines as prompting
 from formtune.evaluation.outcomes import VIEWS, Outcome, rate, write_outcomes
-from formtune.evaluation.probe import probe_lengths, probe_rows
+from formtune.evaluation.probe import LONGER, probe_lengths, probe_rows
 from formtune.evaluation.report import Run, write_run_report
 from formtune.evaluation.selective import judged, summary
 from formtune.files import read_entry, write_entry
@@ -101,7 +101,7 @@ class Evaluator:
         """Valid format on test rows that were made longer, up to production's P99 and beyond the training rows."""
         production = production_rows(self.settings)
         train, longer = ([len(row.prompt_ids) for row in rows] for rows in (self.train_rows, production))
-        lengths = probe_lengths(train, longer, self.context - self._longest)
+        lengths = probe_lengths(train, longer, int((self.context - self._longest) / LONGER))
         texts = [row.input for row in production or self.train_rows]
         probes = []
         for name, rows in probe_rows(self.test_rows, texts, lengths, self.settings.renderer).items():
@@ -139,9 +139,10 @@ class Evaluator:
             "adapter": model.adapter.hash if model.adapter and name == "start" else None,
         }
         path = prompting.cache_entry(model.base, rows, settings, model.format)
-        # The code of the user's own metrics may have changed since. On several machines some might find the entry and
-        # others not, and these would wait for those without end.
-        measured = bool(model.scores.own) or trainer.num_nodes > 1 or trainer.fast_dev_run
+        # The code of the user's own metrics or format may have changed since. On several machines some might find the
+        # entry and others not, and these would wait for those without end.
+        custom = bool(model.scores.own) or model.format.is_custom
+        measured = custom or trainer.num_nodes > 1 or trainer.fast_dev_run
         entry = None if measured else read_entry(path)
         if entry:
             values, counts, records = entry

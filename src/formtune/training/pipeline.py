@@ -35,7 +35,7 @@ def train(
     baselines: Sequence[Baseline],  # what to measure beside the plain base
     baseline_rows: int,  # test rows that the baselines are measured on, at most
     checkpoint: Path | None,  # to resume from
-    quick: bool,  # whether to leave out the test on longer inputs
+    whole: dict[str, Any],  # the keys that --quick changes, with their values without it; else empty
 ) -> dict[str, Any] | None:
     """Measure the base, fit, test the best checkpoint, export the adapter and write the report.
 
@@ -63,7 +63,7 @@ def train(
 
     # The best checkpoint and its adapter, which is safe before anything else can fail
     history, checkpoints = callback(trainer, OverfittingWatch).history, callback(trainer, BestCheckpoint)
-    chosen, advice = best(history), next_step(history, trainer, "train", quick)
+    chosen, advice = best(history), next_step(history, trainer, "train", whole)
     if chosen is None:
         raise UserError(f"{reason(history)}; {advice}")
     model.load_state_dict(read(Path(checkpoints.best_model_path))["state_dict"])
@@ -75,7 +75,7 @@ def train(
     # The tuned model on the test rows, and on longer inputs
     evaluator.tuned()
     result = evaluator.result
-    result["probe"] = [] if quick else evaluator.probe()
+    result["probe"] = [] if whole else evaluator.probe()
     result["rows"] = result["counts"]["after"]["format/exact"][1]
     result["data"] = evaluator.splits.key  # as in audit.json
     result["training"] = origin | {
@@ -107,7 +107,8 @@ def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> N
     if not trainer.is_global_zero:
         return
     splits, settings = datamodule.splits, datamodule.settings
-    print_data(settings, splits, Path(trainer.default_root_dir) if trainer.loggers else None)
+    listed = trainer.loggers and not trainer.fast_dev_run
+    print_data(settings, splits, Path(trainer.default_root_dir) if listed else None)
     count = len(splits.rows.get("train", ())) if splits else 0
     if 0 < count < FEW_ROWS:
         print(f"few rows: {count} to train on, a task needs at least {FEW_ROWS}; see formtune audit")

@@ -33,6 +33,7 @@ class Timing(Callback):
 
     def on_train_start(self, trainer: Any, model: Any) -> None:
         trainer.should_stop = True
+        model.lr_schedulers().step = lambda: None  # a schedule may have fewer steps than are timed
         datamodule = trainer.datamodule
         batches = list(islice(datamodule.train_dataloader(), STEPS))
         longest = sorted(datamodule.rows["train"], key=len)[-datamodule.rows_per_step :]
@@ -87,7 +88,7 @@ def plan(
     steps = trainer.estimated_stepping_batches
     if math.isinf(steps):
         raise UserError("dry_run: a time limit gives no number of steps; set trainer.max_epochs or trainer.max_steps")
-    interval = (trainer.val_check_batch or math.inf) * (trainer.check_val_every_n_epoch or 1)
+    interval = trainer.val_check_batch or math.inf
     validations, validated, tested = max(1, math.ceil(steps / interval)), len(rows["validation"]), len(rows["test"])
     sizes = [len(row.target_ids) for row in rows["train"]]
     # An untuned base rarely ends its answers. A tuned model is right at first sight more and more often.

@@ -20,7 +20,7 @@ FREE = (
     *("checkpoint.every_n_seconds", "checkpoint.save_last", "answer_table"),
 )
 # Keys that do not change what a training takes, and those that a dry run sets itself.
-UNPLANNED = (*FREE, "data.date", "trainer.logger", "trainer.callbacks", "trainer.enable_checkpointing")
+UNPLANNED = (*FREE, "data.date", *(f"trainer.{key}" for key in ("logger", "callbacks", "enable_checkpointing", "min_")))
 
 
 class RunFolder:
