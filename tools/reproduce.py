@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 RUN = Path("logs/demo/reproduce")
 # They change from run to run, or with every change of the code.
-VOLATILE = {"seconds", "data", "version", "versions"}
+VOLATILE = {"metrics.data", "metrics.estimates", "metrics.training.seconds"}
 
 
 def record(words: list[str], command: str = "train") -> dict[str, Any]:
@@ -44,13 +44,12 @@ def record(words: list[str], command: str = "train") -> dict[str, Any]:
 def differences(before: Any, after: Any, path: str = "") -> list[str]:
     """One line per value that differs, volatile ones left out."""
     if isinstance(before, dict) and isinstance(after, dict):
-        keys = [key for key in {**before, **after} if key not in VOLATILE]
+        paths = {key: f"{path}.{key}" if path else key for key in {**before, **after}}
         return [
             line
-            for key in keys
-            for line in differences(
-                before.get(key, "absent"), after.get(key, "absent"), f"{path}.{key}" if path else key
-            )
+            for key, inner in paths.items()
+            if inner not in VOLATILE
+            for line in differences(before.get(key, "absent"), after.get(key, "absent"), inner)
         ]
     return [] if before == after else [f"{path}: {before} -> {after}"]
 

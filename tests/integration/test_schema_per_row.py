@@ -68,9 +68,7 @@ def test_every_evaluation_judges_and_constrains_by_the_rows_schema(run):
         for outcome in outcomes:
             n = int(outcome.where.rpartition(":")[2]) - 1
             assert outcome.schema == TEXTS[n % 3] and outcome.target == record(n)["completion"]
-            verdict = JsonSchema(SCHEMAS[n % 3], canonical=True).check(
-                outcome.answer, target=outcome.target
-            )
+            verdict = JsonSchema(SCHEMAS[n % 3], canonical=True).check(outcome.answer, target=outcome.target)
             assert outcome.exact == (verdict.exact and outcome.kind != "truncated")
         exact, rows = figures["counts"][view]["format/exact"]
         assert (exact, rows) == (sum(outcome.exact for outcome in outcomes), len(outcomes))

@@ -63,7 +63,7 @@ def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[st
         "sources": dict(Counter(example.origin for example in examples["train"]).most_common()),
         "ungrounded": ungrounded(all_examples, format),
         "reordered": _reordered(examples["train"], format),
-        "production": compare_inputs(examples["train"], production) if production else {},
+        "production": compare_inputs(splits.rows["train"], production) if production else {},
         # With the turns of the row that it repeats or contradicts.
         "quarantine": [asdict(row) | {"other_messages": turns.get(row.other)} for row in splits.quarantine],
     }
@@ -113,7 +113,7 @@ def _reordered(examples: Sequence[Example], format: Format) -> int:
     return reordered
 
 
-def compare_inputs(train: Sequence[Example], production: Sequence[Row]) -> dict[str, tuple[float, float]]:
+def compare_inputs(train: Sequence[Row], production: Sequence[Row]) -> dict[str, tuple[float, float]]:
     """The shares of train's and of production's inputs that hold a word, for the words whose shares differ most."""
     counts = [
         Counter(word for row in rows for word in {*re.findall(r"\w+", row.input.casefold())})

@@ -278,7 +278,7 @@ class Renderer:
             if stop < 0 or target.split() != conversation[len(prompt) : offsets[stop][0]].split():
                 raise UnfitRow("the tokenizer turns the answer into another text, or the template does not end it")
             parts = [messages[-1].get("reasoning_content", ""), *messages[-1]["content"].split(self._closing, 1)]
-            if self.thinking and not all(it.strip().removeprefix(self._tag).strip() in target for it in parts):
+            if not all(it.strip().removeprefix(self._tag).strip() in target for it in parts):
                 raise UnfitRow("the chat template alters the answer or its reasoning")
             return target, target_ids
         start = conversation.find(target, len(prompt))

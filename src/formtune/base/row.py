@@ -57,18 +57,18 @@ class UnfitRow(ValueError):
 def check_turns(context: list[Message], prompt: str, closing: str) -> None:
     """Refuse a row if the prompt does not hold what every turn says: a template may leave out a turn."""
     prompt = _letters(prompt)
+    turns = [(turn["role"], turn["content"]) for turn in context]
+    # Templates leave out the reasoning of earlier answers.
+    turns = [(role, text.rpartition(closing)[2] if role == "assistant" else text) for role, text in turns]
     # Longest first, and each one removed, since a short text may also be part of a longer one.
-    for message in sorted(context, key=lambda message: len(message["content"]), reverse=True):
-        content = message["content"]
-        if message["role"] == "assistant":
-            content = content.rpartition(closing)[2]  # templates leave out what an earlier answer thought
+    for role, content in sorted(turns, key=lambda turn: len(_letters(turn[1])), reverse=True):
         # A template may write a tool's result as JSON text.
-        forms = [content, json.dumps(content, ensure_ascii=False)] if message["role"] == "tool" else [content]
+        forms = [content, json.dumps(content, ensure_ascii=False)] if role == "tool" else [content]
         letters = next((form for form in map(_letters, forms) if form in prompt), None)
         if letters is None:
             text = " ".join(content.split())[:40]
             raise UnfitRow(
-                f"the chat template leaves out the {message['role']} turn {text!r}; write it into the last user turn, "
+                f"the chat template leaves out the {role} turn {text!r}; write it into the last user turn, "
                 "or use a base whose template has it"
             )
         prompt = prompt.replace(letters, "\0", 1)

@@ -1,6 +1,5 @@
 """`formtune check-endpoint`: send the test rows to a server; judge its answers as the model's were."""
 
-import json
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -48,10 +47,10 @@ def run(command: str, args: list[str]) -> int:
     rows = [replace(row, messages=renderer.turns(row.messages)) for row in splits.rows["test"]]
     schemas: list[Any] = [None] * len(rows)
     if config.constrained:
-        inner = format.inner or format
+        inner: Any = format.inner or format
         if not isinstance(inner, JsonSchema):
             raise UserError(f"--constrained: a server needs a JSON Schema, but data.format is {type(format).__name__}")
-        schemas = [json.loads(row.schema) if row.schema else inner.schema for row in rows]
+        schemas = [inner.of_row(row.schema).schema for row in rows]
     endpoint = Endpoint(config.url, config.served_model or config.task, settings.max_new_tokens, renderer)
     endpoint.open(rows[0], schemas[0])
     started, pool = time.perf_counter(), ThreadPoolExecutor(config.at_once)

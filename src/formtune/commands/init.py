@@ -1,5 +1,7 @@
 """`formtune init`: guesses a task's YAML and schema from its rows, writes them, audits, and estimates the training."""
 
+import re
+import shlex
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,10 +29,12 @@ def run(command: str, args: list[str]) -> int:
     config = parser.parse_args(args)
     path = Path(config.rows)
     names = [path.name.partition(".")[0], *(folder.name for folder in path.absolute().parents)]
-    task = config.task or next((name for name in names if name and name not in GENERIC), "task")
+    task = config.task or next((n for n in names if re.fullmatch(r"\w[\w.-]*", n) and n not in GENERIC), "task")
     if Path(task).name != task:
         raise UserError(f"--task: {task} is a path; give a name such as invoices")
     task_file, schema_file = Path("configs", f"{task}.yaml"), Path("data", task, "schema.json")
+    if not path.is_file() and schema_file.parent.resolve() in (path.resolve(), path.parent.resolve()):
+        schema_file = task_file.with_suffix(".schema.json")  # not among the rows
     for file in (task_file, schema_file):
         if file.exists():
             raise UserError(f"{file}: already exists; choose another name with --task, or delete it")
@@ -54,9 +58,9 @@ def run(command: str, args: list[str]) -> int:
         findings, _ = import_module("formtune.audit.findings").audit(*prepared)
         import_module("formtune.audit.output").print_problems(findings)
         if findings["blockers"]:
-            print(f"next: fix what blocks, then formtune audit {' '.join(words)}")
+            print(f"next: fix what blocks, then formtune audit {shlex.join(words)}")
             return 1
     import_module("formtune.commands.lightning").run("train", [*words, "--dry_run"])
-    print(f"next: formtune train {' '.join(words)} {FIRST}")
-    print(f"then: formtune train {' '.join(words)}")
+    print(f"next: formtune train {shlex.join(words)} {FIRST}")
+    print(f"then: formtune train {shlex.join(words)}")
     return 0

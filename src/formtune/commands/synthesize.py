@@ -14,6 +14,7 @@ from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
 from formtune.configuration.terminal import shown
 from formtune.configuration.yaml_file import config_paths
+from formtune.data.boilerplate import split_shared
 from formtune.data.cleaning import Example, repair, repair_answer
 from formtune.data.duplicates import near_pairs
 from formtune.data.preparation import as_written, read_examples, read_splits
@@ -50,7 +51,8 @@ def run(command: str, args: list[str]) -> None:
     given = [replace(it, messages=[*it.messages, {"role": "assistant", "content": ""}]) for it in given]
     # A new row must not repeat one of validation or test either.
     keys = [replace(it, messages=repair(it.messages, settings.clean)).key for it in (*known, *given)]
-    repeats = set(near_pairs(keys, settings.near_duplicates)[1].tolist())
+    texts = [rest for rest, _ in split_shared(keys, range(len(keys)))]  # without what many share
+    repeats = set(near_pairs(texts, settings.near_duplicates)[1].tolist())
     new = [example for i, example in enumerate(given, len(known)) if i not in repeats]
 
     client = Client(config.endpoint, config.teacher)

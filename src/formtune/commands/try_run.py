@@ -13,7 +13,9 @@ from formtune.configuration.task import read_run
 from formtune.configuration.terminal import say
 from formtune.data.cleaning import repair
 from formtune.data.shapes import own_schema
+from formtune.data.turns import read_tools
 from formtune.errors import UserError
+from formtune.formats import ToolCalls
 from formtune.formats.json_schema import read_schema
 from formtune.model.lora import load_base
 from formtune.model.micro_batches import MicroBatches, judge
@@ -23,7 +25,7 @@ def run(command: str, args: list[str]) -> None:
     """Answer prompts until standard input ends."""
     parser = CommandParser(command, COMMANDS[command].description, "formtune try RUN")
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a finished run")
-    parser.add_argument("--schema", type=str, help="File of the schema, if each row has its own")
+    parser.add_argument("--schema", type=str, help="File of the schema, or of the tools, if each row has its own")
     config = parser.parse_args(args)
     folder = config.run
     if not (folder / "adapter").is_dir():
@@ -31,7 +33,10 @@ def run(command: str, args: list[str]) -> None:
     task, settings = read_run(folder)
     if settings.format.per_row != bool(config.schema):
         raise UserError(f"--schema: needed if each row of {folder} has its own schema, and only then")
-    schema = config.schema and own_schema(read_schema(config.schema))
+    value, tools = config.schema and read_schema(config.schema), None
+    schema = own_schema(value)
+    if isinstance(settings.format.inner or settings.format, ToolCalls):
+        schema = tools = read_tools(value, "--schema", config.schema)
     settings.format.of_row(schema)  # refuses one that cannot be read
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load_base(task.model.base, torch.float32, None, device).to(device)
@@ -40,16 +45,16 @@ def run(command: str, args: list[str]) -> None:
     with suppress(EOFError):
         while True:
             if prompt := input("> ").strip():
-                _answer(model, settings, prompt, schema)
+                _answer(model, settings, prompt, schema, tools)
     print(f"\nnext: formtune export {folder}")
 
 
-def _answer(model: Any, settings: Any, prompt: str, schema: str | None) -> None:
-    """Print each model's verdict, and its answer, whole and in one line as far as it is one."""
+def _answer(model: Any, settings: Any, prompt: str, schema: str | None, tools: str | None) -> None:
+    """Print each model's verdict, and its answer without wrapping."""
     turns = [{"role": "user", "content": prompt}]
     if system := settings.system_of(schema):
         turns.insert(0, {"role": "system", "content": system})
-    [row] = settings.renderer.encode([(repair(turns, settings.clean), "the prompt", schema)])
+    [row] = settings.renderer.encode([(repair(turns, settings.clean), "the prompt", schema, tools)])
     if isinstance(row, Exception):
         raise UserError(f"the prompt cannot be rendered: {row}")
     if len(row) >= settings.limit:

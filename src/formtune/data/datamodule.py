@@ -83,7 +83,7 @@ class FormatDataModule(L.LightningDataModule):
             self.prompt_rows = self.prompt_rows or prompt_rows(self.settings)
         elif self.splits is None:
             splits = load_splits(self.settings)
-            trainer = self.trainer
+            trainer: Any = self.trainer
             if trainer is not None and trainer.loggers and trainer.is_global_zero and not trainer.fast_dev_run:
                 write_lines(Path(trainer.default_root_dir) / "quarantine.jsonl", map(asdict, splits.quarantine))
             check_rows(self.settings, splits)
@@ -94,7 +94,8 @@ class FormatDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         rows: Any = self.rows["train"]
-        overfit = bool(self.trainer and self.trainer.overfit_batches)
+        trainer: Any = self.trainer
+        overfit = bool(trainer and trainer.overfit_batches)
         order = Order(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0)), self._rows_seen, overfit)
         steps = BatchSampler(order, self.rows_per_step, drop_last=False)
         return StepLoader(rows, batch_sampler=steps, collate_fn=self._collate)

@@ -18,7 +18,7 @@ from formtune.data.sources import Source, entries, read_records
 from formtune.data.styles import mixtures
 from formtune.data.weights import weighted
 from formtune.errors import UserError
-from formtune.formats import Format, ToolCalls
+from formtune.formats import ToolCalls
 from formtune.formats.key_orders import learn_orders
 
 # What a split is called in files' names and in columns.
@@ -82,7 +82,12 @@ def read_examples(
             schema = own_schema(record.get(columns.schema))
             unread.discard(columns.schema)
         if not isinstance(answer := messages[-1]["content"], str):
-            messages[-1]["content"] = written(answer, _of_row(format, schema, where), where)
+            try:
+                own_format = format.of_row(schema)
+            except UserError:  # the row will be quarantined
+                messages[-1]["content"] = json.dumps(answer, ensure_ascii=False, default=str)
+            else:
+                messages[-1]["content"] = written(answer, own_format, where)
         ignored.update(sorted(unread - {settings.group, settings.split_column}))
         if (system := settings.system_of(schema)) and messages[0]["role"] not in SYSTEM_ROLES:
             # An instruction in front of every input is not said twice.
@@ -94,16 +99,11 @@ def read_examples(
             value = record.get(settings.split_column)
             if not (own := SPLITS.get(str(value).lower(), "")):
                 raise UserError(f"{where}: `{settings.split_column}` is {value!r}, not one of {', '.join(SPLITS)}")
+        if isinstance(group, float) and group.is_integer():  # a table with missing values has no integers
+            group = int(group)
         group, origin = "" if group is None else str(group), columns.origin(record, where)
         examples.append(Example(messages, where, origin, tools=tools, schema=schema, group=group, split=own))
     return examples
-
-
-def _of_row(format: Format, schema: str | None, where: str) -> Format:
-    try:
-        return format.of_row(schema)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def _answers(row: Example) -> Iterator[Example]:
@@ -207,7 +207,10 @@ def encode_inputs(settings: DataSettings, source: str | list[str] | Source, key:
     for example, row in _encode(settings, [replace(e, messages=repair(e.messages, settings.clean)) for e in examples]):
         if not isinstance(row, Row):
             raise UserError(f"{example.where}: {row}; fix or remove the prompt")
-        _of_row(settings.format, example.schema, example.where)
+        try:
+            settings.format.of_row(example.schema)
+        except UserError as error:
+            raise UserError(f"{example.where}: {error}") from None
         rows.append(row)
     if not rows:
         raise UserError(f"data.{key}: {source} has no prompts")

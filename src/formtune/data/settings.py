@@ -21,7 +21,7 @@ from formtune.formats.json_schema import PER_ROW
 
 def system_prompt(system: str | None, format: dict[str, Any]) -> str | None:
     """The system prompt with the schema of `format`, as its `to_dict` gives it, in place of `{schema}`."""
-    while "format" in format["init_args"]:  # that of the answer after the reasoning
+    while isinstance(format["init_args"].get("format"), dict):  # that of the answer after the reasoning
         format = format["init_args"]["format"]
     schema = format["init_args"].get("schema")
     if not system or "{schema}" not in system or schema == PER_ROW:  # then `DataSettings.system_of` replaces it

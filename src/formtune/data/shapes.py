@@ -49,8 +49,6 @@ class Columns:
         `ignored` collects the names of the keys that have a value and are not read. The last answer may be no text.
         """
         ignored = set() if ignored is None else ignored
-        # In tables, NaN is a value that is missing.
-        record = {name: None if isinstance(it, float) and it != it else it for name, it in record.items()}
         prompt, completion, column = self._layout(record)
         is_chat = column in record and (record[column] is not None or not record.keys() & {*_fields(prompt)})
         own = [column] if is_chat else [*_fields(prompt), completion]
@@ -159,7 +157,7 @@ def written(value: Any, format: Format, where: str) -> str:
 @time_limit()
 def _without_nulls(value: Any, format: Format) -> Any:
     """A copy without the null keys that the format refuses: tables write a key that is absent as null."""
-    value = deepcopy(value)
+    value, dropped = deepcopy(value), False
     stack = [value]
     while stack:
         holder = stack.pop()
@@ -171,4 +169,7 @@ def _without_nulls(value: Any, format: Format) -> Any:
             after = format.problems(value)
             if before == after or len(after) > len(before):
                 holder[key] = None
-    return value
+            else:
+                dropped = True
+    # A format names only its first problems.
+    return _without_nulls(value, format) if dropped and format.problems(value) else value

@@ -66,9 +66,9 @@ class HuggingFace(Source):
 
 def read_records(source: str | list[str] | Source) -> Records:
     """Yield the records of a source; a path is read by its ending, or as a Hugging Face dataset."""
-    if isinstance(source, Source):
-        return source.records()
-    return chain.from_iterable(map(_read, entries(source)))
+    records = source.records() if isinstance(source, Source) else chain.from_iterable(map(_read, entries(source)))
+    for record, where in records:  # in tables, NaN is a value that is missing
+        yield {name: None if isinstance(it, float) and it != it else it for name, it in record.items()}, where
 
 
 def entries(source: str | list[str]) -> dict[str, str]:
@@ -149,10 +149,13 @@ def _csv(path: str, delimiters: str = ",;") -> Records:
     delimiter = next((sign for sign in delimiters if sign in unquoted), delimiters[0])
     reader = csv.DictReader(chain([header], lines), delimiter=delimiter, strict=True)
     try:
+        names = reader.fieldnames or ()
+        if len({*names}) < len(names):
+            raise UserError(f"{path}:1: the header has two columns of the same name; rename one")
         for record in reader:
             where = f"{path}:{reader.line_num}"
             if None in record or None in record.values():
-                raise UserError(f"{where}: the row does not have {len(reader.fieldnames or ())} cells like the header")
+                raise UserError(f"{where}: the row does not have {len(names)} cells like the header")
             yield record, where
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not readable as CSV ({error})") from None
@@ -174,7 +177,9 @@ def _parquet(path: str) -> Records:
 
 def _numbered(records: Iterable[dict[str, Any]], features: dict[str, Any], name: str) -> Records:
     """Each record with its place; class labels by name, as the `features` of `datasets` give it."""
-    labels = {key: it["names"] for key, it in features.items() if isinstance(it, dict) and "names" in it}
+    labels = {
+        key: it["names"] for key, it in features.items() if isinstance(it, dict) and isinstance(it.get("names"), list)
+    }
     names = {key: dict(enumerate(texts)) for key, texts in labels.items()}
     for number, record in enumerate(records, 1):
         named = {key: names[key].get(record[key]) for key in names.keys() & record.keys()}

@@ -72,7 +72,7 @@ def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     yield path, value
     if isinstance(value, dict):
-        tool = value["name"] if value.keys() == {"name", "arguments"} else ""
+        tool = str(value["name"]) if value.keys() == {"name", "arguments"} else ""
         for key, inner in value.items():
             yield from _walk(inner, ".".join(filter(None, [path, tool if key == "arguments" else "", key])))
 

@@ -89,6 +89,8 @@ def compile_pattern(pattern: str) -> Any:
         return regex.compile(pattern)
     except RecursionError:
         raise regex.error("nested too deeply") from None
+    except ValueError as error:  # flags that exclude one another
+        raise regex.error(str(error)) from None
 
 
 def plain_set(text: str) -> str:

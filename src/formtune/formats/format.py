@@ -146,16 +146,17 @@ class Format(ABC):
 
         `finished` is False for an answer that was cut for length.
         """
+        if target is not None:  # before the answer takes the time
+            try:
+                expected = self._parse(target)
+            except SyntaxProblem as error:
+                raise UserError(f"a target has an invalid format ({error}): {target[:80]!r}") from None
         is_document, value, problems = self._read(text)
         content, is_loose = None, finished and is_document and all(p.kind == "extra_text" for p in problems)
         if not finished:
             why = "the document is complete" if is_document else "cut before its end"
             problems.append(Problem("truncated", f"no stop token: {why}"))
         if target is not None:
-            try:
-                expected = self._parse(target)
-            except SyntaxProblem as error:
-                raise UserError(f"a target has an invalid format ({error}): {target[:80]!r}") from None
             content = compare(value, expected, is_document, self.fields, self.sets)
             if content.difference:
                 problems.append(Problem("content", content.difference))

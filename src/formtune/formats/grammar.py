@@ -22,7 +22,12 @@ _DATE = f"(?:{_YEAR}-{_DAYS}|{_LEAP}-02-29)"
 _CLOCK = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 _TIME = rf"{_CLOCK}:[0-5][0-9](?:\.[0-9]{{1,6}})?(?:[zZ]|[+-]{_CLOCK})"
 # llguidance knows these formats too, with days and seconds that the format does not: 29 February of every year.
-_FORMATS = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}[Tt]{_TIME}", "uri": "[^:]+:.+"}
+_FORMATS = {
+    "date": _DATE,
+    "time": _TIME,
+    "date-time": f"{_DATE}[Tt]{_TIME}",
+    "uri": r"[A-Za-z][A-Za-z0-9+.-]*:[^\s<>\"{}|\\^`]+",
+}
 
 
 def closed(schema: dict[str, Any], canonical: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from formtune.formats.key_orders import Orders
 from formtune.formats.strict_json import loads_strict
 
 _SYNTAXES = {  # how calls begin, and the JSON of a call (of all of them in mistral)
-    "hermes": (re.compile(r"</?tool_call>"), re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.S)),
+    "hermes": (re.compile(r"</?tool_call>"), re.compile(r"<tool_call>(.*?)</tool_call>", re.S)),
     "llama": (re.compile(r"\A\s*\{\s*\"name\""), re.compile(r"(\{\s*\"name\".*\})", re.S)),
     "mistral": (re.compile(r"\[TOOL_CALLS\]"), re.compile(r"\[TOOL_CALLS\]\s*(\[.*\])", re.S)),
 }
@@ -54,7 +54,8 @@ class ToolCalls(Format):
         for tool in json.loads(schema or "[]"):
             name, function = str(tool_name(tool)), tool.get("function", tool)
             try:
-                own._tools[name] = JsonSchema(function.get("parameters") or {"type": "object", "properties": {}})
+                schemas = filter(None, map(function.get, ("parameters", "input_schema", "inputSchema")))
+                own._tools[name] = JsonSchema(next(schemas, {"type": "object", "properties": {}}))
             except UserError as error:
                 raise UserError(
                     f"the parameters of {name}: {str(error).removeprefix('data.format.schema: ')}"
@@ -73,7 +74,8 @@ class ToolCalls(Format):
             raise SyntaxProblem("text or whitespace around the answer")
         if not matches:
             return text
-        calls = loads_strict(matches[0]) if self.syntax == "mistral" else [*map(loads_strict, matches)]
+        documents = [loads_strict(match.strip()) for match in matches]
+        calls = documents[0] if self.syntax == "mistral" else documents
         for call in calls:
             if isinstance(call, dict) and self.syntax == "mistral":
                 call.pop("id", None)  # made up

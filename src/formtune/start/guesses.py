@@ -143,7 +143,7 @@ def guess_format(rows: Sequence[Example], template: str) -> tuple[str, dict[str,
     if 0 < len(set(usual)) == len(usual) and count >= FIT * total:
         return "Tagged", {"sections": [*usual]}, f"{count:,} of {total:,} answers have these sections ({first})"
     labels = Counter(label for text in texts.elements() if 0 < len(label := text.strip()) <= LABEL)
-    if labels.total() >= FIT * total and is_closed(labels) and not isinstance(answers[0], bool):
+    if labels.total() >= FIT * total and is_closed(labels) and not isinstance(answers[0], bool | float):
         label, count = labels.most_common()[-1]
         why = f"{len(labels)} answers repeat over {total:,} rows, the rarest is {label!r}: {count:,} times"
         return "Labels", {"labels": sorted(labels)}, why

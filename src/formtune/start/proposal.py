@@ -21,6 +21,7 @@ from formtune.data.preparation import SPLITS, load_splits
 from formtune.data.settings import DataSettings
 from formtune.data.sources import read_records
 from formtune.errors import UserError
+from formtune.formats.json_schema import PER_ROW
 from formtune.start.guesses import Guess, guess_columns, guess_format, guess_splits, guess_system, guess_tags, read_rows
 
 LONGEST = 4000  # characters of a system prompt that lists what is allowed
@@ -37,8 +38,8 @@ def propose(
     records = [*read_records(rows)]
     if not records:
         raise UserError(f"{rows}: has no rows")
-    folder, by_column = local_folder(base), guess_splits(records)
-    columns = guess_columns(records, prompt, completion)
+    folder, columns = local_folder(base), guess_columns(records, prompt, completion)
+    by_column = [guess for guess in guess_splits(records) if guess.value not in columns.values()]
     files: dict[str, Any] = {"train": rows, **files_beside(rows)}
     examples = read_rows(records, Columns(**columns))
     others = chain(*(read_records(file) for split, file in files.items() if split != "train"))
@@ -58,7 +59,8 @@ def propose(
     if not any(example.system for example in examples):
         instruction = guess_system(examples)
         reason = "all prompts begin with this, and it is removed there" if instruction else "no row has a system prompt"
-        if system := instruction.rstrip() or asking(init_args, tags):
+        # `init_args` is empty if each row has its own schema.
+        if system := instruction.rstrip() or asking(init_args or {"schema": PER_ROW}, tags):
             guesses.append(Guess("data.system", system, reason))
     prepared = None
     if folder:

@@ -337,9 +337,9 @@ def test_other_settings_are_another_sweep_and_a_running_one_is_refused(fake_trai
             "expected a key and two or more different values",
         ),
         (["--seeds", "0-2"], "expected whole numbers"),
-        (["--over", "seed_everything=0,1"], "seed_everything: the sweep sets it"),
-        (["--run", "r1"], "run: the sweep sets it"),
-        (["--model.lora.r", "8"], "model.lora.r: the sweep sets it"),
+        (["--over", "seed_everything=0,1"], "seed_everything: not for a sweep"),
+        (["--run", "r1"], "run: not for a sweep"),
+        (["--model.lora.r", "8"], "model.lora.r: not for a sweep"),
         (["-c", "gone.yaml"], "gone.yaml: No such file"),
     ],
 )
