@@ -43,16 +43,6 @@ class Order(Sampler[int]):
         yield from torch.randperm(self.rows, generator=generator).tolist()[self._seen() :]
 
 
-class StepLoader(DataLoader):
-    """Batches of one optimizer step each; stateless, since the trainer counts the steps of the epoch."""
-
-    def state_dict(self) -> dict[str, int]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        pass
-
-
 class FormatDataModule(L.LightningDataModule):
     """Prepared rows as batches; a training batch is one optimizer step.
 
@@ -98,7 +88,7 @@ class FormatDataModule(L.LightningDataModule):
         overfit = bool(trainer and trainer.overfit_batches)
         order = Order(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0)), self._rows_seen, overfit)
         steps = BatchSampler(order, self.rows_per_step, drop_last=False)
-        return StepLoader(rows, batch_sampler=steps, collate_fn=self._collate)
+        return DataLoader(rows, batch_sampler=steps, collate_fn=self._collate)
 
     def _rows_seen(self) -> int:
         return self.rows_per_step * self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0

@@ -4,7 +4,6 @@ A text is the set of its shingles (runs of five characters). No reported pair is
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import rensa
@@ -16,7 +15,6 @@ from formtune.configuration.terminal import shown
 
 SHINGLE = 5  # characters
 PERMUTATIONS = 120  # numbers of a signature
-BLOCK = 2000  # texts of a group, compared with all others at a time
 MISSED = 0.003  # of the pairs right at the threshold, at most
 TEXTS, PAIRS = 8192, 100_000  # processed at once
 SEED = 1
@@ -93,36 +91,6 @@ def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
         index[part] = similar(texts, left[part], right[part])
     close = index >= threshold
     return left[close], right[close], index[close]
-
-
-def near_pairs_on_ray(texts: Any, threshold: float) -> Pairs:
-    """`near_pairs` on several machines, by id, with the extra `scale`.
-
-    `texts` is a `ray.data.Dataset` with the columns `id` (integers) and `text` (each text once).
-    """
-
-    def explode(batch: dict[str, Any]) -> dict[str, Any]:
-        """One row for each mark of a text."""
-        marks = bands(batch["text"].tolist(), threshold)
-        repeated = np.repeat(np.arange(len(marks)), marks.shape[1])
-        return {"mark": marks.ravel().view(np.int64), "id": batch["id"][repeated], "text": batch["text"][repeated]}
-
-    def compare(group: dict[str, Any]) -> dict[str, Any]:
-        """The near pairs of texts with the same mark."""
-        order = np.argsort(group["id"], kind="stable")
-        ids = group["id"][order]
-        texts, parts = group["text"][order].tolist(), []
-        for first in range(0, len(ids), BLOCK):  # all pairs of a large group do not fit into memory at once
-            rows = np.arange(first, min(first + BLOCK, len(ids)))
-            left, right = np.nonzero(rows[:, None] < np.arange(len(ids)))
-            index = similar(texts, left := left + first, right) if len(left) else np.zeros(0)
-            close = index >= threshold
-            parts.append((ids[left[close]], ids[right[close]], index[close]))
-        return dict(zip(("left", "right", "index"), map(np.concatenate, zip(*parts, strict=True)), strict=True))
-
-    pairs = texts.map_batches(explode).groupby("mark").map_groups(compare).to_pandas()
-    pairs = pairs.drop_duplicates(["left", "right"])
-    return tuple(pairs[name].to_numpy() for name in ("left", "right", "index"))  # type: ignore[return-value]
 
 
 def components(count: int, left: Indices, right: Indices) -> NDArray[np.int32]:

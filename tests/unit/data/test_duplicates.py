@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from near_pairs_on_ray import near_pairs_on_ray
 
 from conftest import WORDY, selected
 from formtune.data.boilerplate import split_shared
@@ -16,7 +17,6 @@ from formtune.data.duplicates import (
     band_size,
     components,
     near_pairs,
-    near_pairs_on_ray,
     shingles,
     similar,
 )
