@@ -50,7 +50,7 @@ def run(command: str, args: list[str]) -> int:
         inner: Any = format.inner or format
         if not isinstance(inner, JsonSchema):
             raise UserError(f"--constrained: a server needs a JSON Schema, but data.format is {type(format).__name__}")
-        schemas = [inner.of_row(row.schema).schema for row in rows]
+        schemas = [inner.of_row(row.schema).schema for row in rows]  # type: ignore[attr-defined]
     endpoint = Endpoint(config.url, config.served_model or config.task, settings.max_new_tokens, renderer)
     endpoint.open(rows[0], schemas[0])
     started, pool = time.perf_counter(), ThreadPoolExecutor(config.at_once)
