@@ -237,3 +237,29 @@ def test_a_dry_run_counts_the_baseline_of_the_adapter_that_training_begins_at(wr
     words = ["--model.adapter", "logs/small/first/adapter", "--baselines", "[few_shot]"]
     assert main(["train", "-c", "small.yaml", "--dry_run", *words]) == 0
     assert "\nbaselines: plain, few_shot, adapter, on" in capsys.readouterr().out
+
+
+def test_the_schema_is_not_written_among_the_rows_of_a_folder(folder, base, capsys):
+    Path("data/tickets").mkdir(parents=True)
+    write("data/tickets/a.jsonl", rows(40))
+    main(["init", "data/tickets", "--base", base])
+    assert Path("configs/tickets.schema.json").is_file() and not Path("data/tickets/schema.json").exists()
+    assert "not valid JSON" not in capsys.readouterr().err
+
+
+def test_a_glob_gives_no_name(folder, base):
+    Path("data").mkdir()
+    write("data/a.jsonl", rows(40))
+    main(["init", "data/*.jsonl", "--base", base])
+    assert [path.stem for path in Path("configs").iterdir()] == [folder.name]
+
+
+def test_schemas_of_the_rows_are_shown_to_the_model_and_the_target_is_no_group(folder, base):
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    write("own.jsonl", ({"prompt": f"take {n}", "completion": {"n": n}, "schema": schema} for n in range(40)))
+    main(["init", "own.jsonl", "--base", base])
+    assert "{schema}" in yaml.safe_load(Path("configs/own.yaml").read_text())["data"]["system"]
+    write("books.jsonl", ({"text": f"words {n * 7919} of it", "author": f"person {n % 4}"} for n in range(80)))
+    main(["init", "books.jsonl", "--base", base])
+    data = yaml.safe_load(Path("configs/books.yaml").read_text())["data"]
+    assert data["columns"]["completion"] == "author" and "group" not in data

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import yaml
 
 from formtune.cli import main
 from formtune.configuration.keys import KEYS
+from formtune.model import FormatModule
 from interrupting import ROWS, SCHEMA
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +89,58 @@ def test_a_model_checkpoint_of_the_users_own_works_beside_the_best_checkpoint(ta
 )
 def test_other_callbacks_work(task_yaml, other):
     assert fit(callbacks(other)) == 0
+
+
+def test_a_run_with_callbacks_that_need_a_logger_is_tested(task_yaml):
+    assert fit(callbacks(("LearningRateMonitor", {}))) == 0
+    assert main(["test", "logs/small/one"]) == 0
+
+
+def test_a_progress_bar_of_ones_own_replaces_formtunes(task_yaml):
+    assert fit(callbacks(("RichProgressBar", {})), "--trainer.enable_progress_bar", "true") == 0
+
+
+def test_a_custom_metric_can_be_monitored(task_yaml):
+    monitor = callbacks(("EarlyStopping", {"monitor": "custom/CharErrorRate", "patience": 9}))
+    assert fit(monitor, "--model.metrics", "[torchmetrics.text.CharErrorRate]") == 0
+
+
+def test_overfitting_to_a_batch_takes_the_same_rows_in_every_epoch(task_yaml, monkeypatch):
+    seen, collate = [], FormatModule.collate
+
+    def noted(self, rows, evaluation, decoding=None):
+        seen.append([row.where for row in rows]) if not evaluation else None
+        return collate(self, rows, evaluation, decoding)
+
+    monkeypatch.setattr(FormatModule, "collate", noted)
+    assert fit("--trainer.overfit_batches", "1") == 0
+    assert len(seen) > 2 and all(sorted(rows) == sorted(seen[0]) for rows in seen)
+
+
+def test_a_run_without_checkpoints_is_not_measured_as_the_base(task_yaml, capsys):
+    assert fit() == 0
+    shutil.rmtree("logs/small/one/checkpoints")
+    assert main(["test", "logs/small/one"]) == 2
+    assert (
+        "logs/small/one: the run has no checkpoints; -c logs/small/one/config.yaml --model.adapter"
+        in capsys.readouterr().err
+    )
+
+
+def test_answers_that_cannot_be_written_are_refused_before_the_work(task_yaml, capsys):
+    assert fit() == 0
+    Path("prompts.jsonl").write_text('{"prompt": "number 5"}\n')
+    Path("folder").mkdir()
+    for name, reason in (("folder", "Is a directory"), ("prompts.jsonl/answers.jsonl", "exists")):
+        assert main(["predict", "logs/small/one", "prompts.jsonl", "--answers", name]) == 2
+        assert f"answers: {name}: " in (error := capsys.readouterr().err) and reason in error
+
+
+def test_a_dry_run_takes_a_schedule_of_few_steps_and_trains_nothing_whatever_the_least(task_yaml, capsys):
+    schedule = ["--model.scheduler", "torch.optim.lr_scheduler.OneCycleLR", "--model.scheduler.max_lr", "1e-3"]
+    schedule += ["--model.scheduler.total_steps", "4", "--trainer.min_steps", "2"]
+    assert fit(*schedule, "--dry_run") == 0
+    assert capsys.readouterr().out.endswith("dry run: nothing was trained\n")
 
 
 @pytest.mark.parametrize("name", ["StochasticWeightAveraging", "EMAWeightAveraging"])

@@ -284,3 +284,14 @@ def test_truncation_and_padding_of_a_tokenizer_are_switched_off():
     [row] = Renderer(tokenizer).encode([(conversation("long enough"), "f:1")])
     [plain] = Renderer(byte_tokenizer()).encode([(conversation("long enough"), "f:1")])
     assert row == plain
+
+
+def test_reasoning_of_an_earlier_answer_is_not_looked_for_in_other_turns():
+    """The text of a turn is removed once it was found: a short answer must not be found within a longer turn."""
+    renderer = Renderer(byte_tokenizer())
+    thought = "<think>\nThe customer is unsure and gives no clear sign of success.\n</think>\n\nno"
+    for turns in (("I do not know whether it works", thought, "And now?"), ("okay", "What?", "ok!!!!!!!!")):
+        roles = ("user", "assistant", "user", "assistant")
+        messages = [{"role": role, "content": text} for role, text in zip(roles, (*turns, "x"), strict=True)]
+        [row] = renderer.encode([(messages, "f:1")])
+        assert isinstance(row, Row), row

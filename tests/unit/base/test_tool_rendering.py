@@ -144,3 +144,15 @@ def test_rows_as_other_tools_write_them_give_the_right_target(name):
         if number == 0:
             print(row.target)
             assert row.target == CASES[name]
+
+
+def test_text_beside_a_call_that_the_template_does_not_write_is_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}"
+        "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turn = calls("Paris") | {"content": "Let me check that first."}
+    [row] = Renderer(tokenizer).encode([([USER, turn], "f:1", None, TOOLS)])
+    assert isinstance(row, UnfitRow)

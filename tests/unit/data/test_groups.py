@@ -10,7 +10,7 @@ from formtune.audit.findings import ungrounded
 from formtune.data.blockers import _remedy, blockers, uneven_shares
 from formtune.data.cleaning import Example, Quarantined
 from formtune.data.encoded import Splits
-from formtune.data.preparation import load_splits
+from formtune.data.preparation import load_splits, read_splits
 from formtune.data.settings import DataSettings
 from formtune.errors import UserError
 from formtune.formats import JsonSchema, Labels
@@ -336,3 +336,15 @@ def test_with_few_groups_shares_may_deviate_more():
     rows = {"train": [None] * 400, "validation": [None] * 100, "test": [None] * 100}
     assert uneven_shares(Splits(rows=rows), {"validation": 0.1, "test": 0.1})
     assert not uneven_shares(Splits(rows=rows, groups=60), {"validation": 0.1, "test": 0.1})
+
+
+def test_a_missing_group_in_a_table_is_no_group(tmp_path, base):
+    rows = [{"prompt": f"{n} words", "completion": "{}", "customer": n / 2 and None} for n in range(3)]
+    lines = [json.dumps(row).replace("null", "NaN") for row in rows] + [
+        '{"prompt": "x y", "completion": "{}", "customer": 7.0}'
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    settings = DataSettings(
+        JsonSchema({"type": "object"}), train=str(tmp_path / "rows.jsonl"), tokenizer=base, group="customer"
+    )
+    assert [example.group for example in read_splits(settings)[0]][1:] == ["", "", "7"]

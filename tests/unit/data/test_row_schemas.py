@@ -402,3 +402,13 @@ def test_synthesize_needs_one_schema(settings, base, monkeypatch):
     )
     with pytest.raises(UserError, match="a teacher needs one schema"):
         run("synthesize", ["-c", "small.yaml", "--endpoint", "http://x", "--teacher", "t", "--out", "o.jsonl"])
+
+
+def test_a_row_without_a_schema_is_quarantined_whatever_its_answer_is(tmp_path, base):
+    rows = [
+        {"prompt": "one", "completion": {"n": 1}, "schema": json.loads(NUMBER)},
+        {"prompt": "two", "completion": {"a": 1}},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = DataSettings(PER_ROW, train=str(tmp_path / "rows.jsonl"), validation=0.0, test=0.0, tokenizer=base)
+    assert [row.reason for row in load_splits(settings).quarantine] == ["schema"]

@@ -11,6 +11,7 @@ from formtune.data import Columns
 from formtune.data.cleaning import judge
 from formtune.data.preparation import load_splits, read_examples
 from formtune.data.settings import DataSettings
+from formtune.data.shapes import written
 from formtune.data.sources import read_records
 from formtune.errors import UserError
 from formtune.formats import JsonSchema, Labels, Regex
@@ -249,3 +250,14 @@ def test_other_shapes_and_objects_give_the_same_rows(tmp_path, base, monkeypatch
         settings = DataSettings(JsonSchema(SCHEMA), f"{name}.jsonl", tokenizer=base)
         keys.add(load_splits(settings).key)
     assert len(keys) == 1
+
+
+def test_any_number_of_null_keys_is_left_out():
+    """A format names only its first problems."""
+    schema = {
+        "type": "object",
+        "properties": {f"k{n}": {"type": "string"} for n in range(60)},
+        "additionalProperties": False,
+    }
+    value = {f"k{n}": None for n in reversed(range(1, 60))} | {"k0": "x"}
+    assert written(value, JsonSchema(schema), "f:1") == '{"k0":"x"}'

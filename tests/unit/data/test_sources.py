@@ -7,7 +7,7 @@ import json
 import pytest
 
 from conftest import shared
-from formtune.data.sources import HuggingFace, read_records
+from formtune.data.sources import HuggingFace, _numbered, read_records
 from formtune.errors import UserError
 
 RECORDS = [{"prompt": "a; b", "completion": "2026-01-02"}, {"prompt": 'q, "r"\ns', "completion": "7"}]
@@ -161,3 +161,14 @@ def test_the_same_rows_in_other_files_are_the_same_records():
     records = [record for record, _ in read_records(str(path))]
     for name in ("array.json", "semi.csv"):
         assert [record for record, _ in read_records(str(path.with_name(name)))] == records
+
+
+def test_a_header_that_names_a_column_twice_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion,completion\np,a,b\n")
+    with pytest.raises(UserError, match=r"a\.csv:1: the header has two columns of the same name"):
+        list(read_records(str(tmp_path / "a.csv")))
+
+
+def test_a_field_called_names_is_no_class_label():
+    features = {"info": {"names": {"dtype": "string"}}}
+    assert list(_numbered([{"info": {"names": "a"}}], features, "f")) == [({"info": {"names": "a"}}, "f:row 1")]

@@ -7,6 +7,7 @@ import pytest
 
 from formtune.data.cleaning import Example
 from formtune.data.styles import mixtures
+from formtune.formats import JsonSchema
 
 
 def minorities(answers, inputs=None, fields=()):
@@ -76,3 +77,13 @@ def test_the_arguments_of_two_tools_are_different_fields():
     assert not minorities([[day], [time], [day, time]])
     odd = {"name": "book", "arguments": {"on": "02/01/2026"}}
     assert minorities([[day], [time], [day], [odd]]) == {("date", "book.arguments.on"): {"D/M/YYYY": ["3"]}}
+
+
+def test_a_name_that_is_no_text_is_no_tool():
+    values = [{"name": 5, "arguments": [1]}, {"name": "a", "arguments": {"b": 1}}]
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]
+    assert not [
+        it
+        for it in mixtures([Example(messages, "f:1", value=v) for v in values], JsonSchema({"type": "object"}))
+        if it.what == "date"
+    ]

@@ -611,3 +611,13 @@ def test_a_format_may_be_a_dataclass_which_has_no_hash():
             return text.removesuffix(self.ending)
 
     assert Upper().of_row(None).check("YES.", target="YES.").exact
+
+
+def test_a_slow_answer_says_nothing_of_its_target():
+    assert Regex(r"(?:a|b|ab)*c|ok").check("ab" * 3000, target="ok").kind == "syntax"
+
+
+@pytest.mark.parametrize("pattern", ["(?a)(?u)x", "(?V0)(?V1)a"])
+def test_flags_that_exclude_one_another_are_refused(pattern):
+    with pytest.raises(UserError, match="not a regular expression"):
+        Regex(pattern)

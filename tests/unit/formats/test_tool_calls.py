@@ -1,6 +1,7 @@
 """Calls are judged by the row's own tools, in the syntax of the chat template."""
 
 import json
+import time
 
 import pytest
 
@@ -109,3 +110,16 @@ def test_a_format_without_a_grammar_says_why(format):
         format.of_row(TOOLS).grammar()
     with pytest.raises(UserError, match="has a grammar only if every row has tools"):
         ToolCalls().of_row(None).grammar()
+
+
+def test_a_call_without_end_takes_little_time():
+    started = time.process_time()
+    assert not ToolCalls().of_row(TOOLS).check("<tool_call>" + "\n" * 50_000).exact
+    assert time.process_time() - started < 2
+
+
+def test_tools_in_other_layouts_are_checked_by_their_own_schema():
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "additionalProperties": False}
+    for key in ("input_schema", "inputSchema"):
+        format = ToolCalls().of_row(json.dumps([{"name": "weather", key: parameters}]))
+        assert format.check(call("weather", city="Oslo")).exact and not format.check(call("weather", town="Oslo")).exact

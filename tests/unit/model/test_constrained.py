@@ -322,7 +322,12 @@ def test_dates_and_times_are_those_of_the_format():
     ]
     times = ["23:59:59Z", "24:00:00Z", "23:59:60Z", "00:00:00.5+23:59", "00:00:00+24:00", "00:00:00"]
     both = [f"{day}T{clock}" for day in ("2023-02-29", "2024-02-29") for clock in times]
-    for kind, texts in (("date", days), ("time", times), ("date-time", both), ("uri", ["a:", "a:b"])):
+    for kind, texts in (
+        ("date", days),
+        ("time", times),
+        ("date-time", both),
+        ("uri", ["a:", "a:b", "1 b:c d", "a:b c", "a:<b>", "http://x.y/z?a=1#b"]),
+    ):
         grammar = grammar_of(schema(kind))
         for text in map(json.dumps, texts):
             assert takes(grammar, text) == schema(kind).check(text).exact, (kind, text)

@@ -176,3 +176,7 @@ def test_the_schema_of_real_rows_takes_all_of_them_and_those_of_other_splits(nam
     format = JsonSchema(**init_args)
     assert kind == "JsonSchema" and init_args["schema"]["additionalProperties"] is False
     assert all(format.check(record["completion"]).exact for record, _ in records)
+
+
+def test_numbers_with_a_point_are_not_labels():
+    assert guess_format(pairs(*[float(n % 4) for n in range(80)]), "")[0] == "JsonSchema"

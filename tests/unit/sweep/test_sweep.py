@@ -339,6 +339,8 @@ def test_other_settings_are_another_sweep_and_a_running_one_is_refused(fake_trai
         (["--seeds", "0-2"], "expected whole numbers"),
         (["--over", "seed_everything=0,1"], "seed_everything: not for a sweep"),
         (["--run", "r1"], "run: not for a sweep"),
+        (["--dry_run"], "dry_run: not for a sweep"),
+        (["--trainer.fast_dev_run=true"], "trainer.fast_dev_run: not for a sweep"),
         (["--model.lora.r", "8"], "model.lora.r: not for a sweep"),
         (["-c", "gone.yaml"], "gone.yaml: No such file"),
     ],
