@@ -96,6 +96,16 @@ def test_a_run_with_callbacks_that_need_a_logger_is_tested(task_yaml):
     assert main(["test", "logs/small/one"]) == 0
 
 
+def test_a_run_that_a_callback_stopped_early_stays_stopped_when_it_is_resumed(task_yaml):
+    early = callbacks(("EarlyStopping", {"monitor": "val/loss", "patience": 1, "min_delta": 1e9}))
+    assert fit(early, "--trainer.max_steps", "8") == 0
+    folder = Path("logs/small/one/checkpoints")
+    stopped = {path.name: path.stat().st_mtime for path in folder.iterdir()}
+    assert max(stopped) == "step-4.ckpt"
+    assert fit(early, "--trainer.max_steps", "8", "--resume") == 0
+    assert {path.name: path.stat().st_mtime for path in folder.iterdir()} == stopped, "nothing was trained or validated"
+
+
 def test_a_progress_bar_of_ones_own_replaces_formtunes(task_yaml):
     assert fit(callbacks(("RichProgressBar", {})), "--trainer.enable_progress_bar", "true") == 0
 
