@@ -47,7 +47,7 @@ def test_rows_become_a_task_that_is_audited_planned_and_trained(folder, base, ca
     assert contents(folder) == {
         folder / name for name in ("tickets.jsonl", "configs/tickets.yaml", "data/tickets/schema.json")
     }
-    assert output.endswith("--quick --trainer.max_steps 30\nthen: formtune train -c configs/tickets.yaml\n")
+    assert output.endswith("--quick --trainer.max_steps 25\nthen: formtune train -c configs/tickets.yaml\n")
     assert re.search(
         r"^steps: \d+ of 16 rows, 3 epochs; .*\n(.*\n)+?time: about \d+:\d\d:\d\d .*, estimated on this machine now\npeak memory: ",
         output,

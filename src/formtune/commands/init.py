@@ -14,7 +14,7 @@ from formtune.start.proposal import propose, task_yaml
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GENERIC = ("train", "rows", "data")  # names that tell nothing of a task
-FIRST = "--quick --trainer.max_steps 30"  # of a first adapter, in minutes
+FIRST = "--quick --trainer.max_steps 25"  # of a first adapter, in minutes
 SHOWN = 200  # characters of a value
 
 
