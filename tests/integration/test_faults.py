@@ -536,7 +536,7 @@ def test_a_step_with_a_non_finite_gradient_is_skipped_and_counted(work, poisoned
 
 @pytest.mark.case("66", "non-finite gradients in every step")
 def test_a_run_without_finite_gradients_stops_and_keeps_its_last_good_adapter(work, poisoned, monkeypatch, capfd):
-    monkeypatch.setattr("formtune.model.module.SKIPPED", 5)
+    monkeypatch.setattr("formtune.model.module.MAX_SKIPPED", 5)
     poisoned(*range(9, 99))
     assert main([*FIT]) == 1
     one_line(capfd, "5 steps in a row", "non-finite gradient", "learning rate")

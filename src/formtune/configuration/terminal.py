@@ -20,7 +20,7 @@ def say(line: str, style: str = "") -> None:
     console.print(text, soft_wrap=not console.is_terminal)
 
 
-def folded(name: str, width: int = 12) -> Text:
+def wrap(name: str, width: int = 12) -> Text:
     """A name in lines of about this width, broken after its separators."""
     lines = [""]
     for part in re.split(r"(?<=[/:_.-])", name):

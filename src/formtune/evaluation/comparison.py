@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from formtune.configuration.terminal import folded, say
+from formtune.configuration.terminal import say, wrap
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import F1, FIELD, RATES, VIEWS, Outcome, field_f1, read_outcomes
 from formtune.evaluation.statistics import f1_difference, f1_interval, rate_difference, verdict, wilson
@@ -23,7 +23,7 @@ Run = tuple[str, list[Outcome]]  # as named on the command line, and its test ro
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
-    """Read the outcomes of the runs named on the command line; a UserError if they were tested on different rows."""
+    """Read the outcomes of runs named on the command line; a UserError if they were tested on different rows."""
     runs, first = [], Counter[tuple[str, str, str]]()
     for argument in arguments:
         path = _path(argument)
@@ -42,7 +42,7 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
-    """Every figure of every run, those of each further run with their differences from the first."""
+    """Every figure of every run; those of each further run with their differences from the first."""
     first = runs[0][1]
     columns = [{"name": runs[0][0], "figures": figures(first)}]
     columns += [{"name": name, "figures": figures(outcomes, first)} for name, outcomes in runs[1:]]
@@ -78,10 +78,10 @@ def print_comparison(comparison: dict[str, Any]) -> None:
 
 
 def figures_table(title: str, runs: Sequence[dict[str, Any]]) -> Table:
-    """A column for each run's `name` and `figures`."""
+    """A table with a column for each run's `name` and `figures`."""
     table = Table(Column("metric", no_wrap=True), title=title, title_justify="left")
     for run in runs:
-        table.add_column(folded(run["name"]), justify="right")
+        table.add_column(wrap(run["name"]), justify="right")
     for name in dict.fromkeys(name for run in runs for name in run["figures"]):
         cells = [_cell(run["figures"].get(name)) for run in runs]
         table.add_row(Text(name.replace(FIELD, "field ")), *cells, end_section=name == F1)

@@ -141,7 +141,7 @@ class Evaluator:
         path = prompting.cache_entry(model.base, rows, settings, model.format)
         # The code of the user's own metrics or format may have changed since. On several machines some might find the
         # entry and others not, and these would wait for those without end.
-        custom = bool(model.scores.own) or model.format.is_custom
+        custom = bool(model.scores.custom) or model.format.is_custom
         measured = custom or trainer.num_nodes > 1 or trainer.fast_dev_run
         entry = None if measured else read_entry(path)
         if entry:
@@ -154,7 +154,7 @@ class Evaluator:
             outcomes = self._test(VIEWS[name], rows, Decoding(constrained, limit, name == first, untuned))
             values, counts = model.evaluation, model.counts
             if self._writes:
-                write_entry(path, [values, counts, outcomes], prompting.KEPT)
+                write_entry(path, [values, counts, outcomes], prompting.MAX_ENTRIES)
         self._seconds = 0.0 if entry else time.monotonic() - started
         self._record(name, outcomes, values, counts)
         return outcomes

@@ -142,7 +142,7 @@ def test_settings_come_from_the_adapter_unless_the_user_sets_them(project, capfd
         (
             {},
             ["--model.lora.targets", "[q_proj]"],
-            "model.lora.targets: the adapter own has different layers (first base_",
+            "model.lora.targets: own has different layers (first base_",
         ),
         ({"bias": "all"}, [], "model.adapter: own is not plain LoRA (bias: all); merge it with PEFT"),
         (
