@@ -67,7 +67,7 @@ def run(command: str, args: list[str]) -> None:
         return reply.choices[0].message.content or ""
 
     rows = [row for row, _ in read_records(config.out)] if path.is_file() else []
-    added = {"role": "system", "content": settings.system}  # to each row, by the task
+    added = {"role": "system", "content": settings.system}  # by the task, to each row
     refused, pool = Counter[str](), ThreadPoolExecutor(config.at_once)
     try:
         answers = shown(pool.map(ask, (example.messages[:-1] for example in new)), len(new), f"asking {config.teacher}")

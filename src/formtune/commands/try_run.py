@@ -50,7 +50,6 @@ def run(command: str, args: list[str]) -> None:
 
 
 def _answer(model: Any, settings: Any, prompt: str, schema: str | None, tools: str | None) -> None:
-    """Print each model's verdict and answer, unwrapped."""
     turns = [{"role": "user", "content": prompt}]
     if system := settings.system_of(schema):
         turns.insert(0, {"role": "system", "content": system})

@@ -154,7 +154,6 @@ def _reason(message: str, classes: Collection[str]) -> str:
 
 
 def _subclasses(hint: Any = None) -> Iterator[type]:
-    """The classes that a value of this type can name."""
     kinds: list[type] = hint.__subclasses__() if isinstance(hint, type) else []
     yield from kinds
     for part in (*get_args(hint), *kinds):

@@ -72,7 +72,7 @@ def _lines(node: yaml.Node | None, path: str = "") -> Iterator[tuple[str, int]]:
         name = f"{path}{key.value}"
         if name in names:
             raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
-        # jsonargparse would take a list or a number here, and fail where its keys are needed.
+        # jsonargparse would accept a list or a number here, and fail where its keys are needed.
         if name in GROUPS and not isinstance(value, yaml.MappingNode) and not value.tag.endswith(":null"):
             raise yaml.MarkedYAMLError(problem=f"{name} must contain keys", problem_mark=key.start_mark)
         names.add(name)

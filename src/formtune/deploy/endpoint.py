@@ -37,7 +37,6 @@ class Client:
         self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
 
     def complete(self, **body: Any) -> Any:
-        """The server's greedy chat completion."""
         reply = self._send(self._client.chat.completions.create, model=self.model, temperature=0, **body)
         if not getattr(reply, "choices", None):
             raise UserError(f"{self.url}: the reply is not a chat completion; {UNANSWERED}")

@@ -83,7 +83,6 @@ def serve(models: dict[str, Exported], engine: str, port: int) -> int:
 
 
 def command(models: dict[str, Exported], engine: str, port: int) -> list[str]:
-    """The command line of the server."""
     name, exported = next(iter(models.items()))
     if engine == "vllm":
         return _vllm(models, port)

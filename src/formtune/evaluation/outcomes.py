@@ -106,7 +106,6 @@ def _product(logprobs: Iterable[float]) -> float:
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
-    """Write outcomes as JSON Lines, atomically."""
     write_lines(path, map(asdict, outcomes))
 
 

@@ -30,7 +30,7 @@ class Exported:
         self.config: Any = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         self.format: Any = json.loads((folder / "format.json").read_text(encoding="utf-8"))
         self.task, self.kind = str(self.config["task"]), self.manifest["kind"]
-        self.base = self.manifest["base"]["path"] if self.kind == "adapter" else None  # base of an adapter
+        self.base = self.manifest["base"]["path"] if self.kind == "adapter" else None
         answers = "after" if folder.name == "adapter" else folder.name
         self.outcomes = outcomes or folder.parent / "outcomes" / f"{answers}.jsonl"  # of the test rows
 

@@ -152,6 +152,5 @@ def make(tuned: Tuned, kind: str, scratch: Path, **options: Any) -> Path:
 
 
 def measure_fresh(tuned: Tuned, kind: str, folder: Path) -> Any:
-    """`measure`, in a fresh process."""
     function = measure_gguf if kind == "gguf" else measure
     return call_fresh(function, f"{folder} does not load", tuned=tuned, kind=kind, folder=folder)

@@ -37,7 +37,7 @@ class Tuned:
     adapter: Path
     base: str
     quantize: str | None  # of the base in training
-    dtype: torch.dtype  # that the base is stored in
+    dtype: torch.dtype  # of the stored base
     calibration: Sequence[list[int]]  # rows of token ids
     compared: Sequence[list[int]]  # token ids, on which two models' logits are compared
     rows: Sequence[Row]  # to answer

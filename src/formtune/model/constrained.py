@@ -55,8 +55,7 @@ class Grammar:
         row_format = self._format.of_row(schema)
         rules = row_format.grammar()
         if rules is None:
-            name = type(self._format).__name__
-            raise UserError(f"model.constrained: {name} has no grammar; give it a `grammar` method")
+            raise UserError(f"model.constrained: {type(self._format).__name__} has no grammar; add a `grammar` method")
         matcher = self._matcher(rules)
         if matcher.is_error():
             raise UserError(f"model.constrained: the format cannot be written as a grammar ({_reason(matcher)})")

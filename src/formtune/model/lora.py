@@ -26,7 +26,7 @@ class Lora:
 
     Args:
         r: Rank of the adapters; `formtune sweep` compares 8 to 64.
-        alpha: Numerator of the scale alpha / r; twice the rank if not given.
+        alpha: Numerator of the scale alpha / r; twice the rank by default.
         dropout: Share of the adapter's inputs that is dropped in training.
         targets: `attention` (query, key, value and output projections), `all-linear`, or names of layers.
         rslora: Scale by alpha / sqrt(r), which keeps high ranks stable (arXiv:2312.03732).
@@ -156,7 +156,7 @@ def lora_config(model: Any, lora: Lora) -> Any:
         target_modules=target_names(model, lora.targets),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        # Conv1D (GPT-2) stores its weight transposed; PEFT warns if it is not told.
+        # Conv1D (GPT-2) stores its weight transposed; PEFT warns without this key.
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
     )
 

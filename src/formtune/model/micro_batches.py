@@ -23,8 +23,6 @@ from formtune.model.loss import Predictions, log_probabilities, predict, summed_
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How an evaluation decodes."""
-
     constrained: bool = False  # constrained decoding, even if `model.constrained` is off
     max_new_tokens: int | None = None  # limit of an answer; None for the model's
     logged: bool = True  # whether the figures go to the logger
@@ -100,7 +98,7 @@ class Padded:
 
     rows: list[int]  # their indices in the batch
     sizes: list[int]  # for each row the number of its labels, at least 1
-    ids: Tensor  # -1 for padding, (rows, columns); the last column predicts nothing and is left out
+    ids: Tensor  # -1 for padding, (rows, columns); the last column, which predicts nothing, is removed
     predicting: Tensor  # which of the last columns predict a label, (rows, label columns)
     targets: Tensor  # the labels, row after row, -1 for rows without a target, (labels,)
 
@@ -177,7 +175,7 @@ class MicroBatches:
     def _generate(self, padded: Any, cache: Any, answers: Answers, unfinished: list[int]) -> None:
         from transformers import GenerationConfig
 
-        for j in unfinished:  # from the prompt again: not every model's cache can be cut back to a mismatch
+        for j in unfinished:  # from the prompt again: not every model's cache can be truncated at a mismatch
             answers.decoded[j] = Decoded()
             if answers.grammar:
                 answers.matchers[j].reset()
@@ -215,7 +213,6 @@ def _pad(rows: Sequence[Row], group: list[int]) -> Padded:
 
 
 def judge(row: Row, decoded: Decoded, renderer: Renderer, format: Format) -> Outcome:
-    """The answer to a row, with its verdict and confidence."""
     text, finished = renderer.answer(decoded.ids)
     row_format = format.of_row(row.schema)
     verdict = row_format.check(text, finished=finished, target=row.target)

@@ -115,7 +115,7 @@ class FormatModule(L.LightningModule):
         self.context = context_length(self.base) or 10**9
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.trainer.precision, torch.float32)
         strategy = self.trainer.strategy
-        sharded = isinstance(strategy, ShardedBase)  # then the whole base may not fit on one device
+        sharded = isinstance(strategy, ShardedBase)  # then the base may not fit on one device
         base = load_base(self.base, dtype, self.quantize, torch.device("cpu") if sharded else strategy.root_device)
         if base.get_input_embeddings().num_embeddings < len(self.renderer.tokenizer):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
@@ -142,11 +142,10 @@ class FormatModule(L.LightningModule):
         if isinstance(strategy, ShardedBase):
             strategy.shard(self, self.model)
         for layer in decoder_layers(self.model) if self.compile_layers else ():
-            layer.compile(dynamic=True)  # a whole model would be recompiled for each kind of call
+            layer.compile(dynamic=True)  # a compiled model would be recompiled for each kind of call
 
     @functools.cached_property
     def grammar(self) -> Grammar:
-        """The format, compiled for constrained decoding."""
         return Grammar(self.format, self.renderer, self.orders)
 
     @functools.cached_property
@@ -199,7 +198,7 @@ class FormatModule(L.LightningModule):
         if self.skipped:
             figures["train/skipped_steps"] = float(self.skipped)
         self.log_dict(figures, prog_bar=True, batch_size=1)
-        # Lightning would write step 99 for what was measured after 100 steps.
+        # Lightning would log values after step 100 as step 99.
         self.log("step", float(self.trainer.global_step), batch_size=1)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:

@@ -60,7 +60,7 @@ class OverfittingWatch(Callback):
         self.history: list[Validation] = []  # the same on all processes
 
     def state_dict(self) -> dict[str, Any]:
-        # As text: safe loading takes no integers of more than 255 bytes.
+        # As strings: safe loading accepts no integers of more than 255 bytes.
         return {"history": [asdict(v) | {"valid": f"{v.valid:x}", "right": f"{v.right:x}"} for v in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -130,7 +130,6 @@ class Signals(Callback):
         self.number = number
 
     def _poll(self, trainer: Any, *_: Any, **__: Any) -> None:
-        """Stop if any process has noted a signal."""
         [number] = highest(trainer, self.number)
         if number:
             raise Stopped(int(number), self.remedy)

@@ -26,7 +26,7 @@ MAX_FACTOR = 3  # of the steps: the last validations say nothing about a longer 
 LOWEST_RANK, HIGHEST_RANK = 4, 64
 FEW_WRONG = 0.01  # of the validation rows
 SPIKE = 0.1  # of the first training loss
-SLOW = 0.2  # of the first training loss; a useful learning rate takes off more
+SLOW = 0.2  # of the first training loss; a useful learning rate reduces it by more
 GAP = 0.2  # of the validation loss
 ERRORS = {  # the first that still improves says how much longer to train
     "joint/exact": lambda v: 1 - v.joint / v.rows,

@@ -41,7 +41,7 @@ class Evaluator:
         self.outcomes: dict[str, list[Outcome]] = {}
         self._writes = trainer.is_global_zero and not trainer.fast_dev_run
         self._longest = max(len(row.target_ids) for row in self.test_rows)
-        self._seconds = 0.0  # that the last baseline took; 0 if it came from the cache
+        self._seconds = 0.0  # time of the last baseline; 0 from the cache
 
     def baselines(self, kinds: Sequence[Baseline], most: int) -> None:
         """Measure the plain base and the baselines in `kinds`, on `most` test rows at most."""
@@ -88,7 +88,7 @@ class Evaluator:
         for name, decoding in decodings.items():
             outcomes = self._test(VIEWS[name], self.test_rows, decoding)
             self._record(name, outcomes, self.model.evaluation, self.model.counts)
-        rows = self.datamodule.rows["validation"]  # answered again: checkpoints hold verdicts, not confidences
+        rows = self.datamodule.rows["validation"]  # answered again: checkpoints contain verdicts, not confidences
         validation = self._test("tuned, on the validation rows", rows, Decoding(logged=False))
         if self._writes:
             write_outcomes(self.folder / "outcomes" / "validation.jsonl", validation)

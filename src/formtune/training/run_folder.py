@@ -47,7 +47,7 @@ class RunFolder:
     def difference(self, config: str) -> str | None:
         """The first key, with both values, in which this run's configuration differs from another (YAML), or None."""
         old, new = self.config(), dict(_leaves(yaml.safe_load(config)))
-        if None in (old.get("data.date"), new.get("data.date")):  # the template writes none, or the run's is taken
+        if None in (old.get("data.date"), new.get("data.date")):  # the template writes none, or the run's is used
             old["data.date"] = new["data.date"] = None
         for key in new | old:
             if old.get(key) != new.get(key) and not key.startswith(FREE):
@@ -69,8 +69,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout:
-            remedy = "wait, stop it, or choose another --run"
-            raise UserError(f"{self.path}: another process is using this folder; {remedy}") from None
+            what = f"{self.path}: another process is using this folder"
+            raise UserError(f"{what}; wait, stop it, or choose another --run") from None
         except OSError as error:
             raise UserError(f"{self.path}: not writable ({error.strerror})") from None
         try:
