@@ -20,7 +20,7 @@ from formtune.files import LOGS, write_json
 from formtune.model.adapter import take_settings
 from formtune.model.lora import Lora, lora_config
 
-RENDERED = 16  # prompts that llama.cpp must render as training does
+RENDERED_PROMPTS = 16  # prompts that llama.cpp must render as training does
 Check = namedtuple("Check", ["target", "check", "verdict", "detail"])
 
 
@@ -43,7 +43,7 @@ def run(command: str, args: list[str]) -> int:
         raise UserError("data.train: name a file to train on")
     prompts = production_rows(settings) or encode_inputs(settings, settings.sources["train"], "train")
     length = min(quantile([len(row) for row in prompts], 95), (context_length(base) or 10**9) - ANSWER)
-    rendered = sorted((row for row in prompts if len(row) <= length), key=len, reverse=True)[:RENDERED]
+    rendered = sorted((row for row in prompts if len(row) <= length), key=len, reverse=True)[:RENDERED_PROMPTS]
     checks = []
     for target in targets:
         broken = [Check(target, name, "fails", line) for name, line in check(model, adapter, target)]

@@ -1,4 +1,4 @@
-"""`formtune compare`: whether one of several runs is better on the same test rows, or the rows cannot tell."""
+"""`formtune compare`: paired comparisons of runs on the same test rows."""
 
 from collections import Counter
 from collections.abc import Sequence

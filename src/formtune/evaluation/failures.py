@@ -19,7 +19,7 @@ from formtune.formats.content import leaves, typed
 MAX_FAILURES = 100
 MAX_CHARACTERS, MAX_VALUES = 2000, 30  # of a text, and of its differences, that are compared and shown
 NEAREST = 2  # training rows beside a failure
-MAX_TRAINING = 10_000_000  # characters of training rows, evenly spaced; comparing them takes ten seconds
+MAX_TRAINING_CHARACTERS = 10_000_000  # of rows, evenly spaced; comparing them takes ten seconds
 
 BUCKETS = 4  # of prompt lengths, with equally many rows
 MAX_LABELS = 12  # a field with more values is not a label
@@ -79,7 +79,7 @@ def differences(outcome: Outcome, format: Format) -> tuple[list[list[str]], list
 
 def nearest(texts: Sequence[str], train: Sequence[Row]) -> list[list[tuple[float, Row]]]:
     """For each text the training rows with the most similar inputs, by cosine of TF-IDF over character 4-grams."""
-    every = sum(min(len(row.input), MAX_CHARACTERS) for row in train) // MAX_TRAINING + 1
+    every = sum(min(len(row.input), MAX_CHARACTERS) for row in train) // MAX_TRAINING_CHARACTERS + 1
     rows = [row for row in train[::every] if row.input.strip()]
     if not texts or not rows:
         return [[] for _ in texts]

@@ -17,7 +17,7 @@ from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, rate, read_outcomes, write_outcomes
 from formtune.export.exported import Exported, write_usage
 from formtune.export.llama_cpp import measure_gguf
-from formtune.export.measure import COMPARED, TIMED, Tuned, call_fresh, measure, merge
+from formtune.export.measure import COMPARED_ROWS, TIMED, Tuned, call_fresh, measure, merge
 from formtune.export.quantize import EXTRAS, SCHEMES, folder_name
 from formtune.export.rules import refuse
 from formtune.files import write_json
@@ -55,7 +55,7 @@ class FinishedRun:
         if [(row.input, row.target, row.schema, len(row.prompt_ids)) for row in rows] != judged:
             raise UserError(f"{path}: {folder / 'config.yaml'} gives other test rows or prompts; train again")
         context = context_length(base) or 10**9
-        of_all_lengths = sorted(rows, key=len)[:: max(1, len(rows) // COMPARED)][:COMPARED]
+        of_all_lengths = sorted(rows, key=len)[:: max(1, len(rows) // COMPARED_ROWS)][:COMPARED_ROWS]
         prompts = sorted((row.prompt_ids for row in production_rows(settings) or rows), key=len)
         timed = prompts[len(prompts) * 95 // 100][: context - TIMED]
         self.tuned = Tuned(

@@ -19,7 +19,7 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row, with_json_arguments
 from formtune.errors import UserError
 from formtune.export.gguf import ADAPTER, FILE
-from formtune.export.measure import COMPARED, POSITIONS, TIMED, TRIES, Closeness, Tuned, compare, last_logits, load
+from formtune.export.measure import COMPARED_ROWS, POSITIONS, TIMED, TRIES, Closeness, Tuned, compare, last_logits, load
 from formtune.model.micro_batches import Decoded
 
 HOST = "127.0.0.1"
@@ -118,7 +118,7 @@ def measure_gguf(tuned: Tuned, kind: str, folder: Path) -> tuple[Closeness, list
     server = LlamaServer(folder / FILE, context + 8, thinking=tuned.thinking)
     check_prompts(server, [row for row in tuned.rows if row.messages], renderer)
     answers, sequences, likeliest = [], [], []
-    every = max(1, len(pairs) // COMPARED)
+    every = max(1, len(pairs) // COMPARED_ROWS)
     for number, (row, limit) in enumerate(pairs):
         reply = server.answer(row.prompt_ids, limit, n_probs=TOP_TOKENS)
         ids, places = reply["tokens"], reply["completion_probabilities"]

@@ -26,7 +26,7 @@ from formtune.model.micro_batches import Decoded, MicroBatches
 
 POSITIONS = 64  # the last of each row: the answer and the end of its prompt
 TOKENS = 16_384  # of one micro-batch, answers included
-COMPARED = 32  # rows
+COMPARED_ROWS = 32
 TIMED, TRIES = 48, 5  # tokens of a timed answer, and repetitions
 
 

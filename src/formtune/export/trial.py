@@ -13,7 +13,7 @@ from formtune.export.exporter import make, measure_fresh, merged
 from formtune.export.measure import EXACT, Closeness, Tuned, compare, last_logits
 from formtune.model.lora import Lora, add_lora
 
-LAYERS, CALIBRATION, COMPARED = 2, 16, 2
+LAYERS, CALIBRATION, COMPARED_ROWS = 2, 16, 2
 NOISE = 0.02  # standard deviation of noise on the adapter, which would otherwise have no effect
 ANSWER = 8  # tokens
 # Random weights give nearly equal logits, so the most likely token is no criterion. Another model is 1 or more apart,
@@ -44,7 +44,7 @@ def attempt(
     model.save_pretrained(folder / "adapter", save_embedding_layers=False)
     renderer.tokenizer.save_pretrained(folder / "adapter")
     tuned = Tuned(
-        folder / "adapter", str(folder / "base"), None, dtype, rows, rows[:COMPARED], answered,
+        folder / "adapter", str(folder / "base"), None, dtype, rows, rows[:COMPARED_ROWS], answered,
         [ANSWER] * len(answered), renderer.stop_ids if gguf else (0,), renderer.thinking,
     )  # fmt: skip
     if target == "merge":

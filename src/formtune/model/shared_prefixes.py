@@ -68,7 +68,7 @@ def choose_micro_batches(model: Any) -> MicroBatches:
 
 
 def _difference(shared: SharedPrefixes) -> str | None:
-    """Why this model cannot take packed rows, None if it can; its attention is then the packed one."""
+    """Why this model does not support packed rows, None if it does; its attention is then the packed one."""
     from transformers import AttentionInterface
 
     base, config, head = shared.base, shared.base.config.get_text_config(), shared.base.get_output_embeddings()

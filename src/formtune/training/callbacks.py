@@ -52,7 +52,7 @@ class OverfittingWatch(Callback):
     cost is a forward pass over as many rows as validation has; nothing is decoded.
 
     Args:
-        patience: Stop after so many validations in a row that find the run overfitting or saturated; None: never.
+        patience: Validations in a row that find overfitting or saturation before training stops; None: never.
     """
 
     def __init__(self, patience: PositiveInt | None = None) -> None:

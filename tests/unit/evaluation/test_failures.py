@@ -60,7 +60,7 @@ def test_rows_that_share_nothing_are_not_named_and_without_rows_there_are_none()
 
 
 def test_of_many_training_rows_evenly_spaced_ones_are_compared(monkeypatch):
-    monkeypatch.setattr(gallery, "MAX_TRAINING", 200)
+    monkeypatch.setattr(gallery, "MAX_TRAINING_CHARACTERS", 200)
     train = [row(f"text number {n} of all", n) for n in range(95)]
     assert {near.number % 10 for _, near in nearest(["text number 7"], train)[0]} == {0}
 
