@@ -16,7 +16,7 @@ from typing import Any
 
 from formtune.errors import UserError
 from formtune.export.exporter import JUDGED, FinishedRun, export
-from formtune.export.quantize import folder_name, lacking
+from formtune.export.quantize import folder_name, missing_package
 from formtune.training.manifest import KINDS
 
 DOCS = Path(__file__).parents[1] / "docs" / "deployment.md"
@@ -32,7 +32,7 @@ def table(run: Path) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     finished = FinishedRun(run)
     for kind, options in [*((kind, {}) for kind in KINDS if kind != "gguf"), *(("gguf", {"quant": q}) for q in QUANTS)]:
-        reason, name = lacking(kind), folder_name(kind, **options)
+        reason, name = missing_package(kind), folder_name(kind, **options)
         if reason is None and (kind == "adapter" or not (run / name).exists()):
             try:
                 export(finished, kind, MAX_LOSS, **options)

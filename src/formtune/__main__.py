@@ -1,4 +1,4 @@
-"""`python -m formtune` does what `formtune` does, and finds your own classes in the working directory."""
+"""`python -m formtune` does what `formtune` does, and finds custom classes in the working directory."""
 
 import sys
 

@@ -6,18 +6,18 @@ import os
 import sys
 from pathlib import Path
 
-# No telemetry and no chatter, unless the user's own environment asks for them.
+# No telemetry and few messages, unless the user's environment asks for them.
 os.environ.update({
     "DO_NOT_TRACK": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 } | os.environ)  # fmt: skip
-# formtune reports what is wrong with a model's files in one line; a user may still ask for transformers' own reports.
+# formtune reports problems of a model's files in one line; users may still ask for transformers' reports.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
-# OpenMP's threads spin while they wait for each other. Beside another busy process that made a step three to five times
-# slower; so few spins cost nothing on an idle machine (benchmarks/threads.py).
+# OpenMP's threads spin while they wait. Beside another busy process this made a step three to five times slower; fewer
+# spins cost nothing on an idle machine (benchmarks/threads.py).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-# Rows are tokenized once, up front; a fork after that would print a warning at every start of a worker.
+# Rows are tokenized before training; else every worker forked after that would print a warning.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from formtune import __version__
@@ -51,7 +51,6 @@ with your own rows; configs/ has example YAMLs."""
 
 
 def help_text() -> str:
-    """What `formtune --help` prints."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {command.description}" for name, command in COMMANDS.items()]
     return HELP.format(commands="\n".join(lines))
@@ -65,9 +64,9 @@ def main(args: list[str] | None = None) -> int:
     """
     args = sys.argv[1:] if args is None else args
     try:
-        with Path(os.devnull).open("w") as nothing, contextlib.ExitStack() as shown:
+        with Path(os.devnull).open("w") as nothing, contextlib.ExitStack() as stack:
             if "--quiet" in args or sys.stdout is None:  # closed by the shell: `>&-`
-                shown.enter_context(contextlib.redirect_stdout(nothing))
+                stack.enter_context(contextlib.redirect_stdout(nothing))
             code = _run([word for word in args if word != "--quiet"])
             print(end="", flush=True)
         return code

@@ -7,15 +7,15 @@ class UserError(Exception):
     """A mistake in configuration, data, format or model folder: one line with key or `file:line`, and exit code 2."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))  # a key or a value of a file may hold line breaks
+        super().__init__(" ".join(message.splitlines()))  # a key or a value may contain line breaks
 
 
 class Fault(Exception):
-    """What stopped a correct run, such as a full disk: one line, and exit code 1."""
+    """A problem that stops a correct run, such as a full disk: one line, and exit code 1."""
 
 
 class Stopped(BaseException):
-    """A signal stopped the run: what was saved, how to continue, and exit code 128 + the signal's number."""
+    """A signal that stopped the run: what was saved, how to continue, and exit code 128 + the signal's number."""
 
     def __init__(self, number: int, detail: str = "") -> None:
         super().__init__(f"{signal.Signals(number).name}: {detail or 'stopped'}")

@@ -1,4 +1,4 @@
-"""Files that are written atomically, and are on the disk when the call returns."""
+"""Atomic writes that are on disk when the call returns."""
 
 import contextlib
 import hashlib
@@ -13,11 +13,11 @@ LOGS = Path("logs")  # one folder per task, one folder per run
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file: a kill, a crash or a full disk leaves the old one as it was."""
+    """Write a file atomically: a kill, a crash or a full disk leaves the old file unchanged."""
     if isinstance(content, str):
         content = content.encode("utf-8", errors="backslashreplace")
-    # In the same folder: from another one, such as TMPDIR, the last step would be a copy that can be cut off. With the
-    # number of the process: two may write the same entry of a cache.
+    # In the same folder: from another one, such as TMPDIR, the rename would be a copy, which can be truncated. With the
+    # process id: two processes may write the same cache entry.
     partial = Path(f"{path}.{os.getpid()}.part")  # not with_name(), which raises a ValueError for a path without a name
     try:
         with partial.open("wb") as file:
@@ -33,7 +33,6 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write plain data as an indented JSON file."""
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -44,11 +43,8 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
 
 
 def write_entry(path: Path, value: Any, kept: int) -> None:
-    """Write a cache entry, dataclasses as lists of their fields, and delete the least recently used beyond `kept`.
-
-    If the folder cannot be written, the entry is left out without an error.
-    """
-    content = json.dumps(value, default=_field_values).encode("ascii")  # escaped: a lone surrogate survives too
+    """Write a cache entry and delete the least recently used beyond `kept`; do nothing if the folder is read-only."""
+    content = json.dumps(value, default=_field_values).encode("ascii")  # escaped: keeps lone surrogates
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, _checksum(content) + b"\n" + content)
@@ -58,7 +54,7 @@ def write_entry(path: Path, value: Any, kept: int) -> None:
 
 
 def read_entry(path: Path) -> Any:
-    """The value of an entry; None if there is none, or its file is damaged."""
+    """The value of a cache entry; None if there is none, or its file is damaged."""
     try:
         checksum, _, content = path.read_bytes().partition(b"\n")
         os.utime(path)  # file systems rarely note when a file is read
@@ -76,7 +72,7 @@ def _field_values(record: Any) -> list[Any]:
 
 
 def own_code(*names: str) -> Iterator[Path]:
-    """The source files of folders of formtune: a cached result is read again only by the code that computed it."""
+    """The source files of these folders, whose hash ties a cached result to the code that computed it."""
     package = Path(__file__).parent
     for folder in (package, *(package / name for name in names)):
         yield from sorted(folder.glob("*.py"))

@@ -241,7 +241,7 @@ def test_a_run_whose_template_writes_the_date_keeps_that_of_its_first_day(work, 
 
     today_is("2026-11-25")
     assert main(["train", "-c", "small.yaml", "--run", "whole"]) == 0
-    note = "the chat template writes the date; fixed at 2026-11-25 for this run; a server writes the current date"
+    note = "the chat template writes the date: 2026-11-25 in this run; a server writes the current date"
     assert capfd.readouterr().out.count(note) == 1
     card = " ".join(Path("logs/small/whole/adapter/README.md").read_text().split())
     assert "The template writes the date: 2026-11-25 in every row of this run." in card
@@ -325,7 +325,7 @@ def test_an_interrupted_run_is_measured_by_its_best_so_far(interrupted, capfd):
 @pytest.mark.parametrize("name", ["best", "last"])
 def test_the_best_of_no_run_is_refused(work, capfd, name):
     assert main(["test", "-c", "small.yaml", "--ckpt_path", name]) == 2
-    one_line(capfd, f"ckpt_path: {name} of which run?", "-c logs/TASK/RUN/config.yaml")
+    one_line(capfd, f"ckpt_path: {name} needs a run", "-c logs/TASK/RUN/config.yaml")
 
 
 # What must not change before a run resumes
@@ -395,7 +395,7 @@ def test_a_run_of_another_process_is_refused(interrupted, capfd):
     with Path("logs/small/one/.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert main([*FIT, "--resume"]) == 2
-    one_line(capfd, "another process is running", "--run")
+    one_line(capfd, "another process is using this folder", "--run")
 
 
 # Files
@@ -536,7 +536,7 @@ def test_a_step_with_a_non_finite_gradient_is_skipped_and_counted(work, poisoned
 
 @pytest.mark.case("66", "non-finite gradients in every step")
 def test_a_run_without_finite_gradients_stops_and_keeps_its_last_good_adapter(work, poisoned, monkeypatch, capfd):
-    monkeypatch.setattr("formtune.model.module.SKIPPED", 5)
+    monkeypatch.setattr("formtune.model.module.MAX_SKIPPED", 5)
     poisoned(*range(9, 99))
     assert main([*FIT]) == 1
     one_line(capfd, "5 steps in a row", "non-finite gradient", "learning rate")

@@ -16,7 +16,7 @@ import pytest
 from formtune.audit.output import print_audit
 from formtune.cli import main
 from formtune.commands import COMMANDS
-from formtune.configuration.terminal import folded
+from formtune.configuration.terminal import wrap
 from formtune.evaluation.comparison import compare, print_comparison
 from formtune.evaluation.console import HEADLINES, print_result
 from formtune.evaluation.outcomes import VIEWS, Outcome, write_outcomes
@@ -68,8 +68,8 @@ def test_no_word_is_broken_in_the_middle(name, width, capsys, monkeypatch):
 
 
 def test_a_name_is_broken_after_its_separators():
-    assert str(folded("logs/demo/final:after_constrained")) == "logs/demo/\nfinal:after_\nconstrained"
-    assert str(folded("r8")) == "r8"
+    assert str(wrap("logs/demo/final:after_constrained")) == "logs/demo/\nfinal:after_\nconstrained"
+    assert str(wrap("r8")) == "r8"
 
 
 @pytest.fixture

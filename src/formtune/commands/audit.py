@@ -1,4 +1,4 @@
-"""`formtune audit`: writes and prints what it finds."""
+"""`formtune audit`."""
 
 import shlex
 

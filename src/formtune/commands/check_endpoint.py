@@ -1,4 +1,4 @@
-"""`formtune check-endpoint`: send the test rows to a server; judge its answers as the model's were."""
+"""`formtune check-endpoint`: send the test rows to a server; judge its answers as in evaluation."""
 
 import time
 from collections import Counter
@@ -32,12 +32,12 @@ def run(command: str, args: list[str]) -> int:
     parser.add_argument("url", type=str, help="Such as http://127.0.0.1:8000/v1; the API key is in OPENAI_API_KEY")
     parser.add_argument("--served_model", type=str | None, help="Name of the model (default: the task's)")
     parser.add_argument("--at_once", type=PositiveInt, default=4, help="Concurrent requests")
-    parser.add_argument("--min_exact", type=ClosedUnitInterval, default=0.0, help="Exit code 1 below this share")
+    parser.add_argument("--min_exact", type=ClosedUnitInterval, default=0.0, help="Exit 1 if format/exact is lower")
     parser.add_argument("--constrained", type=bool, default=False, help="Send the schema for constrained decoding")
     config, settings = read_task(parser, args)
     folder, renderer, format = LOGS / config.task / "endpoint", settings.renderer, settings.format
     if (folder / "checkpoints").exists():
-        raise UserError(f"{folder}: is a training run, whose answers would be overwritten; rename the folder")
+        raise UserError(f"{folder}: a training run; its answers would be overwritten; rename the folder")
     if not renderer.templated:
         raise UserError(f"check-endpoint asks for chat completions, and {renderer.note}")
     if renderer.replaced:
@@ -79,8 +79,8 @@ def run(command: str, args: list[str]) -> int:
     Console().print(figures_table(title, [column]))
     print(f"prompts: {result['prompts']} as formtune's in every row")
     print("kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in result["kinds"].items()))
-    sure = f"AURC {aurc(rated):.4f}, expected calibration error {calibration_error(rated):.1%}" if rated else None
-    print(f"confidence: {sure or 'the server gives no log-probabilities'}")
+    quality = f"AURC {aurc(rated):.4f}, expected calibration error {calibration_error(rated):.1%}" if rated else None
+    print(f"confidence: {quality or 'the server gives no log-probabilities'}")
     speed = "P50 {P50:.2f} s, P95 {P95:.2f} s".format(**result["latency_s"])
     speed += f"; {result['requests_per_s']:.2f} requests/s, {result['tokens_per_s']:.0f} tokens/s"
     print(f"latency with {config.at_once} at once: {speed}")
@@ -94,8 +94,9 @@ def run(command: str, args: list[str]) -> int:
 
 
 def _judge(row: Row, choice: Any, format: Format) -> Outcome:
-    own, text = format.of_row(row.schema), choice.message.content or ""
-    verdict = own.check(text, finished=choice.finish_reason != "length", target=row.target)
+    row_format, text = format.of_row(row.schema), choice.message.content or ""
+    verdict = row_format.check(text, finished=choice.finish_reason != "length", target=row.target)
     tokens = getattr(choice.logprobs, "content", None) or []
     texts, logprobs = [token.token for token in tokens], [token.logprob for token in tokens]
-    return outcome(row, text, verdict, own, confidence(texts, logprobs, text, verdict, own) if texts else None)
+    confidences = confidence(texts, logprobs, text, verdict, row_format) if texts else None
+    return outcome(row, text, verdict, row_format, confidences)

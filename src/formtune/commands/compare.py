@@ -13,9 +13,9 @@ HELP = """\
 Each further RUN is compared with the first one, row by row, so all must have been tested on the same rows.
 
   97.3% (94.9 to 98.6)   the figure and its 95 % interval: Wilson's for a rate, a bootstrap over rows for field F1
-  better, p = 0.002      equal runs differ this much in 2 of 1,000 repetitions; below 0.05 the verdict is better or
-                         worse (exact McNemar test for rates, randomization test for field F1)
-  cannot tell            chance alone can explain the difference; about how many test rows would show a real one
+  better, p = 0.002      equal runs would differ this much in 2 of 1,000 cases; below 0.05: better or worse
+                         (exact McNemar test for rates, randomization test for field F1)
+  cannot tell            chance alone can explain the difference; about this many test rows would decide
 """
 
 
@@ -24,7 +24,7 @@ def run(command: str, args: list[str]) -> None:
     parser = CommandParser(command, COMMANDS[command].description, usage, HELP)
     parser.add_argument("runs", metavar="RUN", nargs="*", help="Folder of a run, for its tuned model; FOLDER:NAME for "
                         f"another evaluation ({', '.join(VIEWS)}); or a file of outcomes")  # fmt: skip
-    parser.add_argument("--out", metavar="FILE.json", type=Path, help="Write the same as JSON")
+    parser.add_argument("--out", metavar="FILE.json", type=Path, help="Also save as JSON")
     config = parser.parse_intermixed_args(args)
     if len(config.runs) < 2:
         raise UserError("name two runs or more, such as logs/demo/r16 logs/demo/r32")

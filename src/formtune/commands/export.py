@@ -8,12 +8,12 @@ from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
 from formtune.export.gguf import LORA_CONVERTER, QUANTIZATIONS, WRITTEN, converter_script, quantizer
-from formtune.export.quantize import folder_name, lacking
+from formtune.export.quantize import folder_name, missing_package
 from formtune.training.manifest import KINDS
 
 
 def run(command: str, args: list[str]) -> None:
-    warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by its result
+    warnings.simplefilter("ignore")  # libraries warn of what the measurements judge
     parser = CommandParser(command, COMMANDS[command].description, "formtune export RUN [--as KIND] [--max_loss SHARE]")
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a finished run")
     kinds = (*KINDS, "gguf-adapter")
@@ -24,7 +24,7 @@ def run(command: str, args: list[str]) -> None:
     parser.add_argument("--converter", metavar="PATH", help="With --as gguf: convert_hf_to_gguf.py of llama.cpp")
     config = parser.parse_args(args)
     kind, _, separate = config.kind.partition("-")
-    if missing := lacking(kind):
+    if missing := missing_package(kind):
         raise UserError(f"--as {config.kind}: {missing}")
     options: dict[str, Any] = {}
     if kind == "gguf":
@@ -34,7 +34,7 @@ def run(command: str, args: list[str]) -> None:
             options["adapter"] = str(config.run / "adapter")
             if not script.with_name(LORA_CONVERTER).is_file():
                 remedy = "name convert_hf_to_gguf.py of a llama.cpp checkout (--converter)"
-                raise UserError(f"--as gguf-adapter: there is no {LORA_CONVERTER} beside {script}; {remedy}")
+                raise UserError(f"--as gguf-adapter: no {LORA_CONVERTER} beside {script}; {remedy}")
         if options["quant"] not in WRITTEN:
             quantizer(config.converter)
     elif config.quant or config.converter:
@@ -42,7 +42,7 @@ def run(command: str, args: list[str]) -> None:
     name = folder_name(kind, **options)
     target = config.run / name
     if kind != "adapter" and target.exists():
-        raise UserError(f"{target}: already there; remove it to export again")
+        raise UserError(f"{target}: exists; remove it to export again")
     # Several seconds: torch, transformers.
     from formtune.export.exporter import JUDGED, FinishedRun, export
     from formtune.export.measure import Closeness
@@ -51,12 +51,12 @@ def run(command: str, args: list[str]) -> None:
     print(f"{name}: {target}, {figures['bytes'] / 1e6:,.1f} MB of weights")
     constrained = figures.get("constrained_tokens_per_second")
     speed = f"{figures['tokens_per_second']:,.0f} tokens/s"
-    speed += f", {constrained:,.0f} by constrained decoding," if constrained else ""
-    print(f"{speed} of a single answer to an input as long as production's at P95")
-    print(f"from the adapter in float32: {Closeness(**figures['closeness'])}")
+    speed += f" (constrained: {constrained:,.0f})" if constrained else ""
+    print(f"speed: {speed}, one answer, input as long as production's P95")
+    print(f"against the float32 adapter: {Closeness(**figures['closeness'])}")
     for rate in JUDGED:
         right, rows, gained, lost = figures[rate].values()
         print(f"{rate} {right / rows:.1%} of {rows:,} test rows, +{gained} -{lost} against the run")
-    rest = "; every prompt has the same tokens, so the rest differ by rounding" if options else ""
-    print(f"{figures['same_answers']:,} of {rows:,} answers are identical to the run's{rest}")
+    others = "; every prompt has the same tokens, so the others differ by rounding" if options else ""
+    print(f"{figures['same_answers']:,} of {rows:,} answers are identical to the run's{others}")
     print(f"next: formtune promote {config.run} --as {name} --to production, or formtune serve {target}")

@@ -44,13 +44,11 @@ from formtune.training.validations import reason
 TRAINS = ("train", "fit")
 QUICK_ROWS = 50  # validation and test rows of `train --quick`
 
-# An argument that is a `str` can have a default of an enum that is one too, such as that of Lightning's Timer.
+# The default of a `str` argument can be a string enum, such as that of Lightning's Timer.
 yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer."""
-
     train = L.Trainer.fit  # LightningCLI looks for a method with the name of each command
 
 
@@ -59,7 +57,7 @@ class FormtuneCLI(LightningCLI):
 
     def __init__(self, args: list[str], signals: Signals) -> None:
         self.words, self.signals = args, signals
-        whole_keys = {"allow_abbrev": False}  # a mistyped key could be the beginning of another
+        full_keys = {"allow_abbrev": False}  # a mistyped key could be an abbreviation of another
         command, description = args[0], COMMANDS[args[0]].description
         super().__init__(
             FormatModule,
@@ -67,8 +65,8 @@ class FormtuneCLI(LightningCLI):
             trainer_class=Trainer,
             args=args,
             parser_class=trainer_checks.Parser,
-            parser_kwargs={"prog": "formtune", **whole_keys, command: {"description": description, **whole_keys}},
-            save_config_callback=None,  # written here, once, beside the run
+            parser_kwargs={"prog": "formtune", **full_keys, command: {"description": description, **full_keys}},
+            save_config_callback=None,  # written once, in the run's folder
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -84,7 +82,7 @@ class FormtuneCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The command that is called alone: a parser takes about 0.1 seconds to build."""
+        """Only the command that is called: a parser takes about 0.1 seconds to build."""
         loaders = {"datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
         return {self.words[0]: loaders | {"model", "ckpt_path", "weights_only", "verbose", "return_predictions"}}
 
@@ -93,12 +91,12 @@ class FormtuneCLI(LightningCLI):
         parser.add_lightning_class_args(OverfittingWatch, "overfitting")
         parser.add_lightning_class_args(AnswerTable, "answer_table")
         # Every command knows all of these, since `test -c` takes a run's own configuration.
-        parser.add_argument("--task", type=str | None, help="Name of the task's folder in logs/ (default: the YAML's)")
-        parser.add_argument("--run", type=str | None, help="Name of the run's folder (default: the date and time)")
+        parser.add_argument("--task", type=str | None, help="Folder in logs/ (default: the YAML's name)")
+        parser.add_argument("--run", type=str | None, help="Folder in logs/TASK/ (default: the date and time)")
         parser.add_argument("--resume", action="store_true", help="Continue --run, or the task's last run, if it was "
                             "interrupted and has this configuration; otherwise start a new run")  # fmt: skip
-        parser.add_argument("--logger", type=Name | list[Name], default="tensorboard", help="One or a list. Each logs "
-                            "into the run's folder. trainer.logger takes a class instead, or false")  # fmt: skip
+        parser.add_argument("--logger", type=Name | list[Name], default="tensorboard", help="One or a list, in the "
+                            "run's folder; trainer.logger takes a class instead, or false")  # fmt: skip
         parser.add_argument("--baselines", type=list[Baseline], default=["few_shot", "constrained"], help="Baselines "
                             "that train measures besides the plain base; [] for none")  # fmt: skip
         parser.add_argument("--baseline_rows", type=PositiveInt, default=200, help="Maximum test rows for baselines")
@@ -109,18 +107,17 @@ class FormtuneCLI(LightningCLI):
         parser.add_argument("--min_confidence", type=ClosedUnitInterval | None, help="predict writes answers of at "
                             "least this confidence to answers.accepted.jsonl, the others to answers.review.jsonl "
                             "(named after --answers)")  # fmt: skip
-        parser.add_argument("--target_precision", type=OpenUnitInterval | None, help="The same, from the confidence "
-                            "at which this share of the run's answers to its validation rows is right")  # fmt: skip
-        parser.add_argument("--ckpt_path", type=str | None, help="Weights to measure: best, the run's best checkpoint "
-                            "(the default with a run); last, its newest one; base, the untuned base (the default "
-                            "without a run); or a checkpoint's file")  # fmt: skip
+        parser.add_argument("--target_precision", type=OpenUnitInterval | None, help="As --min_confidence, at the "
+                            "confidence where this share of validation answers is right")  # fmt: skip
+        parser.add_argument("--ckpt_path", type=str | None, help="Weights to evaluate: best (default with a run), "
+                            "last, base (the untuned base, default without a run), or a checkpoint file")  # fmt: skip
         parser.link_arguments("model.base", "data.tokenizer")
         parser.link_arguments("model.chat_template", "data.chat_template")
         parser.link_arguments("model.max_new_tokens", "data.max_new_tokens")
         parser.link_arguments("data.format", "model.format")
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning would let values in a checkpoint, not yet checked, override YAML and flags."""
+        """Do nothing: values in an unchecked checkpoint would override YAML and flags."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -128,11 +125,11 @@ class FormtuneCLI(LightningCLI):
         config.task = config.task or (files[-1].stem if files else "task")
         for key in ("task", "run"):
             if {"..", "/"} & set(Path(config[key] or ".").parts):
-                raise UserError(f"{key}: {config[key]} is not in {LOGS}/; give it a name, not a path")
-        self.whole: dict[str, Any] = {}  # what --quick changes, for the next command
+                raise UserError(f"{key}: {config[key]} is a path; give a name")
+        self.full: dict[str, Any] = {}  # values without --quick, for the next command
         if config.quick:
             most = config.data.max_evaluation_rows
-            self.whole = {"baselines": f"[{','.join(config.baselines)}]", "data.max_evaluation_rows": most or "null"}
+            self.full = {"baselines": f"[{','.join(config.baselines)}]", "data.max_evaluation_rows": most or "null"}
             config.baselines, config.data.max_evaluation_rows = [], min(most or QUICK_ROWS, QUICK_ROWS)
         take_settings(config.model)
         trainer_checks.check_trainer(config)
@@ -143,7 +140,7 @@ class FormtuneCLI(LightningCLI):
             self._choose_weights(config, files)
         elif config.dry_run:
             trainer.logger, trainer.enable_checkpointing, trainer.callbacks = False, False, None
-            trainer.min_steps = trainer.min_epochs = None  # which would not let it end before training
+            trainer.min_steps = trainer.min_epochs = None  # they would prevent an end before training
         else:
             self._choose_run(config)
 
@@ -152,7 +149,7 @@ class FormtuneCLI(LightningCLI):
             raise UserError(f"ckpt_path: {self.subcommand} continues a run with --resume")
         launched = os.environ.get("FORMTUNE_RUN")  # by Lightning, with the command line and environment of rank 0
         if launched is None and config.run is None and trainer_checks.launched_externally():
-            raise UserError("run: processes that torchrun or srun started must agree on a folder; name it with --run")
+            raise UserError("run: processes from torchrun or srun must agree on a folder; name it with --run")
         if launched is None:
             config.run = choose_run(LOGS / config.task, config.run, config.resume, lambda: self._dump(config))
         config.run = os.environ["FORMTUNE_RUN"] = launched or config.run or time.strftime("%Y%m%d-%H%M%S")
@@ -165,12 +162,12 @@ class FormtuneCLI(LightningCLI):
         self.signals.remedy = f"continue with: {shlex.join(['formtune', *self.words, *words])}"
 
     def _choose_weights(self, config: Namespace, files: list[Path]) -> None:
-        """The weights to measure, a checkpoint or the untuned base, and the date of their run."""
+        """Set the weights to evaluate, a checkpoint or the untuned base, and the date of their run."""
         run = measured_run(files, LOGS / config.task / config.run if config.run else None)
         self.checkpoint = choose(config.ckpt_path, run)
         # "": the command line sets it
         if self.checkpoint and config.model.adapter and LINES.get("model.adapter") == "":
-            raise UserError(f"model.adapter: {self.checkpoint} is measured; name the task with -c for an adapter")
+            raise UserError(f"model.adapter: {self.checkpoint} is evaluated; for an adapter, use -c TASK.yaml")
         if self.checkpoint or config.ckpt_path == "base":
             config.model.adapter = None
         untuned = f"adapter {config.model.adapter}" if config.model.adapter else "untuned base"
@@ -186,8 +183,7 @@ class FormtuneCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self.config_init[self.subcommand]
         options = dict(config.trainer)
-        # formtune's checkpoints come before a user's own, so that `trainer.checkpoint_callback` and `ckpt_path="best"`
-        # mean them.
+        # formtune's checkpoints come first: `trainer.checkpoint_callback` and `ckpt_path="best"` refer to them.
         callbacks: list[Any] = [config.answer_table, self.signals]
         if config.dry_run and self.subcommand in TRAINS:
             callbacks.append(Timing())
@@ -198,48 +194,48 @@ class FormtuneCLI(LightningCLI):
                 options["logger"] = make_loggers(config.logger, config.task, config.run, again)
         else:
             options["logger"] = False
-        own_bar = any(isinstance(it, ProgressBar) for it in options["callbacks"] or ())
-        if options["enable_progress_bar"] is not False and not own_bar:
-            # 0: nothing is drawn into a file, or where standard output is closed.
+        custom_bar = any(isinstance(one, ProgressBar) for one in options["callbacks"] or ())
+        if options["enable_progress_bar"] is not False and not custom_bar:
+            # 0: no bar in a file, or if standard output is closed.
             callbacks.append(StepsBar(int(bool(sys.stdout and sys.stdout.isatty()))))
         options["callbacks"] = callbacks + (options["callbacks"] or [])
         options["plugins"] = [*(options["plugins"] or []), CheckpointFiles()]
         if SLURMEnvironment.detect():
-            # Lightning would save within a signal's handler, and load that file without being asked.
+            # Lightning would save in a signal handler, and load that file unasked.
             options["plugins"].append(SLURMEnvironment(auto_requeue=False))
         if options["strategy"] == "fsdp":
             options["strategy"] = ShardedBase()  # Lightning's would shard the adapters too
         try:
             trainer = self.trainer_class(**options | kwargs)
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
-            named = (f".{flag}" for flag, it in options.items() if isinstance(it, str) and repr(it) in str(error))
-            raise UserError(f"trainer{next(named, '')}: {error}") from error
+            flags = (f".{flag}" for flag, v in options.items() if isinstance(v, str) and repr(v) in str(error))
+            raise UserError(f"trainer{next(flags, '')}: {error}") from error
         if self.subcommand in TRAINS:
             trainer_checks.check_callbacks(trainer, self.model.scores.names)
         return trainer
 
     def train(self, model: FormatModule, datamodule: FormatDataModule) -> None:
-        """The whole job of `train`, or `fit` alone; under --dry_run what it would take."""
-        config, whole = self.config[self.subcommand], self.subcommand == "train"
+        """Run `train` or `fit`; with --dry_run print an estimate."""
+        config, all_stages = self.config[self.subcommand], self.subcommand == "train"
         trainer: Any = self.trainer
-        for line in _preflight(model) if whole else ():
+        for line in _preflight(model) if all_stages else ():
             rank_zero_only(print)(f"preflight: {line}")
         if config.dry_run:
-            baselines = config.baselines if whole else None
+            baselines = config.baselines if all_stages else None
             return plan(trainer, model, datamodule, self._record, baselines, config.baseline_rows)
         writes = trainer.is_global_zero and not trainer.fast_dev_run
-        with self.folder.held() if writes else contextlib.nullcontext():
-            if whole:
+        with self.folder.locked() if writes else contextlib.nullcontext():
+            if all_stages:
                 result: Any = train(
                     trainer, model, datamodule, self.folder, self._record, config.baselines, config.baseline_rows,
-                    self.checkpoint, self.whole,
+                    self.checkpoint, self.full,
                 )  # fmt: skip
             else:
                 prepare(trainer, datamodule)
                 if writes and not self.folder.begun:
                     record(trainer, self.folder.path / "config.yaml", self._record())
                 trainer.fit(model, datamodule, ckpt_path=self.checkpoint)
-        if writes and whole:
+        if writes and all_stages:
             print_result(result, self.folder.path)
         elif writes:
             history = callback(trainer, OverfittingWatch).history
@@ -249,7 +245,6 @@ class FormtuneCLI(LightningCLI):
     fit = train
 
     def test(self, model: FormatModule, datamodule: FormatDataModule) -> None:
-        """Evaluate on the test rows, or those of validation for `validate`, and print the figures."""
         prepare(self.trainer, datamodule)
         evaluate = getattr(self.trainer, str(self.subcommand))
         evaluate(model, datamodule, ckpt_path=self.checkpoint, verbose=False)
@@ -268,7 +263,7 @@ class FormtuneCLI(LightningCLI):
     def predict(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         config, path = self.config.predict, Path(self.config.predict.answers)
         prepare(self.trainer, datamodule, "predict")
-        try:  # now, not after all the work
+        try:  # before the work
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("a").close()
         except OSError as error:
@@ -286,7 +281,7 @@ class FormtuneCLI(LightningCLI):
         return self._dump(config)
 
     def _dump(self, config: Namespace) -> str:
-        """The configuration as YAML: a record to start another run from, and what a resumed run is compared with."""
+        """The configuration as YAML, to start another run from and to compare with a resumed run."""
         config = config.clone()
         for key in ("config", "ckpt_path", "answers", "min_confidence", "target_precision", "dry_run"):
             config.pop(key, None)
@@ -295,7 +290,7 @@ class FormtuneCLI(LightningCLI):
 
 
 def _preflight(model: FormatModule) -> list[str]:
-    """What the optional folder `export` says of merging and serving the result; it refuses what would fail."""
+    """Warnings of the optional folder `export` on merging and serving; it refuses what would fail."""
     if not Path(__file__).parents[1].joinpath("export/rules.py").is_file():
         return []
     from formtune.export.rules import before_training

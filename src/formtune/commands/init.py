@@ -1,4 +1,4 @@
-"""`formtune init`: guesses a task's YAML and schema from its rows, writes them, audits, and estimates the training."""
+"""`formtune init`: guess a task's YAML and schema from its rows, write them, audit, and estimate the training."""
 
 import re
 import shlex
@@ -13,9 +13,9 @@ from formtune.files import write_whole
 from formtune.start.proposal import propose, task_yaml
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-GENERIC = ("train", "rows", "data")  # names that tell nothing of a task
-FIRST = "--quick --trainer.max_steps 25"  # of a first adapter, in minutes
-SHOWN = 200  # characters of a value
+GENERIC = ("train", "rows", "data")  # names that do not describe a task
+FIRST = "--quick --trainer.max_steps 25"  # flags of a first run of minutes
+MAX_CHARACTERS = 200  # of a printed value
 
 
 def run(command: str, args: list[str]) -> int:
@@ -45,20 +45,18 @@ def run(command: str, args: list[str]) -> int:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, text)
     for key, value, why in guesses:
-        print(f"{key}: {str(value)[:SHOWN]}  ({why})")
+        print(f"{key}: {str(value)[:MAX_CHARACTERS]}  ({why})")
     print("wrote", *files, task_file, flush=True)
     words = ["-c", str(task_file)]
     if not prepared:
-        print(
-            f"not checked: {config.base} is not on this machine, so bad rows, limits, time and memory are unknown; "
-            f"next: formtune audit -c {task_file} (it downloads the tokenizer; or set model.base to a folder)"
-        )
+        print(f"not checked: {config.base} is not on this machine; bad rows, limits, time and memory are unknown")
+        print(f"next: formtune audit -c {task_file} (it downloads the tokenizer; or set model.base to a folder)")
         return 0
-    if find_spec("formtune.audit"):  # which may have been deleted
+    if find_spec("formtune.audit"):  # an optional folder
         findings, _ = import_module("formtune.audit.findings").audit(*prepared)
         import_module("formtune.audit.output").print_problems(findings)
         if findings["blockers"]:
-            print(f"next: fix what blocks, then formtune audit {shlex.join(words)}")
+            print(f"next: fix the blockers, then formtune audit {shlex.join(words)}")
             return 1
     import_module("formtune.commands.lightning").run("train", [*words, "--dry_run"])
     print(f"next: formtune train {shlex.join(words)} {FIRST}")

@@ -12,14 +12,14 @@ from formtune.configuration.keys import short_help
 from formtune.configuration.yaml_file import check_configs
 from formtune.errors import Fault, UserError
 
-LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "Broken pipe")  # in messages
+LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "Broken pipe")  # in messages
 QUIET = (
     ".*does not have many workers.*",
     ".*your dataloader is not resumable.*",  # `Order` resumes it
     ".*`isinstance\\(treespec, LeafSpec\\)`.*",
     ".*args parameter is intended to run from within Python.*",
     ".*smaller than the logging interval.*",
-    ".*sync_dist=True.*",  # what is logged was summed over all processes already
+    ".*sync_dist=True.*",  # values are summed over all processes before they are logged
     ".*callbacks used to create the checkpoint need to be provided.*",  # by fit alone
     ".*ModelCheckpoint with manual optimization.*",  # a step is complete when a callback sees it
 )
@@ -42,8 +42,9 @@ def run(command: str, args: list[str]) -> None:
     # Lightning's notes on hardware and on its other products; warnings still come through.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # TensorBoard's writer fails in a thread, and once more where the next value is logged.
-    threading.excepthook = lambda it: None if issubclass(it.exc_type, OSError) else threading.__excepthook__(it)
+    # TensorBoard's writer fails in a thread, and again where the next value is logged.
+    hook = threading.__excepthook__
+    threading.excepthook = lambda failure: None if issubclass(failure.exc_type, OSError) else hook(failure)
     signals = Signals()
     signals.install()
     try:
@@ -58,26 +59,26 @@ def run(command: str, args: list[str]) -> None:
         name, remedy = os.fsdecode(error.filename or "a file"), "fix this and continue with --resume"
         raise Fault(f"{name}: {error.strerror}" + f"; {remedy}" * (command in ("train", "fit"))) from error
     except RuntimeError as error:
-        if not any(words in str(error) for words in LOST):
+        if not any(words in str(error) for words in LOST_CONNECTION):
             raise
-        time.sleep(1)  # the process that failed prints its own message, and first
+        time.sleep(1)  # the failed process prints its message first
         message = "another process of this run ended or was killed; see its message, and continue with --resume"
         raise Fault(message) from error
     finally:
-        threading.excepthook = threading.__excepthook__
+        threading.excepthook = hook
         signals.restore()
         os.environ.pop("FORMTUNE_RUN", None)  # the next call in this process is another run
 
 
 def _with_named_run(command: str, args: list[str]) -> list[str]:
-    """The command line with `RUN` replaced by its configuration, and for `predict` `PROMPTS` by their key."""
+    """The command line with `RUN` replaced by its configuration, and `PROMPTS` (for `predict`) by their key."""
     if not args or command in ("train", "fit") or args[0].startswith("-"):
         return args
     config, words, prompts = Path(args[0], "config.yaml"), args[1:], []
     if not config.is_file():
         raise UserError(f"{args[0]}: not a run (no config.yaml); name its folder, such as logs/demo/RUN")
     if not (config.parent / "checkpoints").is_dir():
-        remedy = f"-c {config} --model.adapter {args[0]} takes its adapter, -c {config} alone the base"
+        remedy = f"-c {config} --model.adapter {args[0]} uses its adapter, -c {config} alone the base"
         raise UserError(f"{args[0]}: the run has no checkpoints; {remedy}")
     if command == "predict" and words and not words[0].startswith("-"):
         prompts = ["--data.prompts", words.pop(0)]

@@ -1,4 +1,4 @@
-"""`formtune preflight`: whether what a task would train can go to production, before it is trained."""
+"""`formtune preflight`: check before training whether the result can go to production."""
 
 import tempfile
 import warnings
@@ -13,20 +13,20 @@ from formtune.configuration.terminal import say
 from formtune.configuration.yaml_file import config_paths
 from formtune.data.preparation import encode_inputs, production_rows
 from formtune.errors import UserError, first_line
-from formtune.export.quantize import lacking
+from formtune.export.quantize import missing_package
 from formtune.export.rules import MERGED, TARGETS, check
 from formtune.export.trial import ANSWER, attempt
 from formtune.files import LOGS, write_json
 from formtune.model.adapter import take_settings
 from formtune.model.lora import Lora, lora_config
 
-RENDERED = 16  # prompts that llama.cpp must render as training does
+RENDERED_PROMPTS = 16  # prompts that llama.cpp must render as training does
 Check = namedtuple("Check", ["target", "check", "verdict", "detail"])
 
 
 def run(command: str, args: list[str]) -> int:
-    """Check, print, write `logs/<task>/preflight.json`; 1 if a target that was asked for would fail."""
-    warnings.simplefilter("ignore")  # libraries warn of what is tried here and judged by its result
+    """Check, print, write `logs/<task>/preflight.json`; 1 if a target would fail."""
+    warnings.simplefilter("ignore")  # libraries warn of what the trial judges
     parser = task_parser(command, COMMANDS[command].description, {"model.lora", "model.adapter"})
     parser.add_class_arguments(Lora, "model.lora")
     parser.add_argument("--model.adapter", type=str | None, help="As in training")
@@ -36,38 +36,38 @@ def run(command: str, args: list[str]) -> int:
     take_settings(config.model)
     targets, base = [name.strip() for name in config.targets.split(",")], config.model.base
     if unknown := [name for name in targets if name not in TARGETS]:
-        raise UserError(f"--for: no target {unknown[0]!r}; name some of {', '.join(TARGETS)}")
+        raise UserError(f"--for: no target {unknown[0]!r}; choose from {', '.join(TARGETS)}")
     lora, model = Lora(**vars(config.model.lora)), skeleton(base)
     adapter = lora_config(model, lora)
     if settings.production is None and settings.sources["train"] is None:
         raise UserError("data.train: name a file to train on")
     prompts = production_rows(settings) or encode_inputs(settings, settings.sources["train"], "train")
     length = min(quantile([len(row) for row in prompts], 95), (context_length(base) or 10**9) - ANSWER)
-    rendered = sorted((row for row in prompts if len(row) <= length), key=len, reverse=True)[:RENDERED]
+    rendered = sorted((row for row in prompts if len(row) <= length), key=len, reverse=True)[:RENDERED_PROMPTS]
     checks = []
     for target in targets:
         broken = [Check(target, name, "fails", line) for name, line in check(model, adapter, target)]
-        checks += broken or [Check(target, "rules", "ok", "no rule applies")]
-        if missing := lacking(target):
+        checks += broken or [Check(target, "rules", "ok", "no rule broken")]
+        if missing := missing_package(target):
             checks.append(Check(target, "trial", "not tried", f"{missing}; only the rules were checked"))
         elif target in MERGED:
             try:
                 with tempfile.TemporaryDirectory(prefix="formtune-preflight-") as folder:
                     detail = attempt(target, base, lora, length, settings.renderer, rendered, Path(folder))
                 checks.append(Check(target, "trial", "ok", detail))
-            except Exception as error:  # whatever a library raises here it would raise after training
+            except Exception as error:  # it would fail after training too
                 checks.append(Check(target, "trial", "fails", first_line(error)))
     if settings.renderer.note and "vllm" in targets:
         checks.append(Check("vllm", "chat template", "warning", settings.renderer.note))
-    failed = [name for name in targets if any(it.target == name and it.verdict == "fails" for it in checks)]
+    failed = [name for name in targets if any(c.target == name and c.verdict == "fails" for c in checks)]
     path = LOGS / config.task / "preflight.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = {"targets": targets, "failed": failed, "input_tokens": length}
-    write_json(path, figures | {"checks": [it._asdict() for it in checks]})
-    for it in checks:
-        say(f"{it.target}, {it.check}, {it.verdict}: {it.detail}", "green" if it.verdict == "ok" else "yellow")
+    write_json(path, figures | {"checks": [c._asdict() for c in checks]})
+    for c in checks:
+        say(f"{c.target}, {c.check}, {c.verdict}: {c.detail}", "green" if c.verdict == "ok" else "yellow")
     print(f"figures: {path}")
-    untried = [it.target for it in checks if it.verdict == "not tried"]
+    untried = [c.target for c in checks if c.verdict == "not tried"]
     note = f"; not tried: {', '.join(untried)}" if untried else ""
     say(f"verdict: {'failed' if failed else 'passed'} for {', '.join(failed or targets)}{note}", "bold")
     print(f"next: {'change what fails' if failed else f'formtune train -c {config_paths(args)[0]}'}")

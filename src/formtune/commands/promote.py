@@ -1,4 +1,4 @@
-"""`formtune promote`, `rollback` and `deployments`: production changes on evidence, and back with a reason."""
+"""`formtune promote`, `rollback` and `deployments`: deploy on evidence, roll back with a reason."""
 
 import re
 from pathlib import Path
@@ -20,10 +20,10 @@ def run(command: str, args: list[str]) -> None:
 
 def _promote(parser: CommandParser, args: list[str]) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a run")
-    parser.add_argument("--to", metavar="NAME", required=True, help="Name that points to it, such as production")
-    parser.add_argument("--as", dest="kind", default="adapter", help="Which of the run's folders (default: adapter)")
+    parser.add_argument("--to", metavar="NAME", required=True, help="Deployment name, such as production")
+    parser.add_argument("--as", dest="kind", default="adapter", help="Kind of export (default: adapter)")
     parser.add_argument("--reason", help="Why, for the history")
-    parser.add_argument("--force", action="store_true", help="Promote despite worse test rows; needs --reason")
+    parser.add_argument("--force", action="store_true", help="Promote despite objections; needs --reason")
     config = parser.parse_args(args)
     if config.force and not config.reason:
         raise UserError("--force: say why with --reason; the history records both")
@@ -34,7 +34,7 @@ def _promote(parser: CommandParser, args: list[str]) -> None:
     with registry.locked(name) as deployment:
         if version == deployment.current:
             raise UserError(f"{name}: already points to {version}")
-        objections = weigh(deployment, exported)
+        objections = objections_to(deployment, exported)
         if objections and not config.force:
             raise UserError(f"not promoted: {', and '.join(objections)}; or --force --reason '...'")
         registry.store(exported.folder, deployment.version_folder(version))
@@ -46,7 +46,7 @@ def _promote(parser: CommandParser, args: list[str]) -> None:
 
 def _rollback(parser: CommandParser, args: list[str]) -> None:
     parser.add_argument("name", metavar="NAME", help="Such as demo/production, or production if one task has it")
-    parser.add_argument("--to", metavar="VERSION", help="Which version (default: the one before the current)")
+    parser.add_argument("--to", metavar="VERSION", help="Version (default: the one before the current)")
     parser.add_argument("--reason", required=True, help="Why, for the history")
     config = parser.parse_args(args)
     name = registry.full_name(config.name)
@@ -54,8 +54,8 @@ def _rollback(parser: CommandParser, args: list[str]) -> None:
         version = config.to or deployment.previous or "none"
         others = {move["version"] for move in deployment.history} - {deployment.current}
         if version not in others:
-            there = ", ".join(sorted(others)) or "none"
-            raise UserError(f"{name}: {version} is not an earlier version; --to names one of {there}")
+            versions = ", ".join(sorted(others)) or "none"
+            raise UserError(f"{name}: {version} is not an earlier version; choose --to from {versions}")
         verify(deployment.version_folder(version))
         deployment.move("rollback", version, config.reason)
     _print(deployment, moves=0)
@@ -80,11 +80,11 @@ def _print(deployment: registry.Deployment, moves: int | None = None) -> None:
     print(f"next: formtune serve {deployment.name}{back}")
 
 
-def weigh(deployment: registry.Deployment, exported: Exported) -> list[str]:
-    """The objections to promoting an export; prints how it compares with the current version."""
+def objections_to(deployment: registry.Deployment, exported: Exported) -> list[str]:
+    """The objections to promoting an export; prints its comparison with the current version."""
     current, objections = deployment.current, list[str]()
     try:
-        read_runs([str(exported.outcomes)])  # which must be there
+        read_runs([str(exported.outcomes)])  # refuses a missing file
         if current is None:
             return []
         if read_manifest(deployment.version_folder(current))["format"] != exported.manifest["format"]:

@@ -11,12 +11,12 @@ from formtune.errors import UserError
 
 
 def run(command: str, args: list[str]) -> int:
-    """Verify what is to be served, then serve it until a signal comes, or print the command for vLLM."""
+    """Verify the exports, then serve them until a signal comes, or print the command for vLLM."""
     parser = CommandParser(command, COMMANDS[command].description)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="A run, a deployment such as demo/production, or an "
                         "exported folder; several adapters of one base are served together")  # fmt: skip
-    parser.add_argument("--as", dest="kind", help="Which of a run's folders (default: adapter, and with --engine "
-                        "llamacpp its only GGUF file)")  # fmt: skip
+    parser.add_argument("--as", dest="kind", help="Kind of export (default: adapter; with --engine llamacpp the "
+                        "run's only GGUF file)")  # fmt: skip
     parser.add_argument("--port", type=int, default=8000, help="Port on this machine (default: 8000)")
     parser.add_argument("--engine", choices=("transformers", "llamacpp", "vllm"), help="Default: llamacpp for GGUF, "
                         "else transformers; vllm prints the command")  # fmt: skip
@@ -28,9 +28,9 @@ def run(command: str, args: list[str]) -> int:
     gguf = exported.kind == "gguf"
     engine = config.engine or ("llamacpp" if gguf else "transformers")
     if gguf != (engine == "llamacpp"):
-        made = f"--as names one of {', '.join(files)}" if files else "formtune export RUN --as gguf makes one"
-        remedy = "leave --engine out" if gguf else made
-        raise UserError(f"--engine {engine}: llama.cpp, and only llama.cpp, serves a GGUF file here; {remedy}")
+        choice = f"choose --as from {', '.join(files)}" if files else "create one with formtune export RUN --as gguf"
+        remedy = "remove --engine" if gguf else choice
+        raise UserError(f"--engine {engine}: use llamacpp for GGUF files, and only for them; {remedy}")
     if engine != "vllm":
         return server.serve(models, engine, config.port)
     print(shlex.join(server.command(models, engine, config.port)))

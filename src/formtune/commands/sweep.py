@@ -1,4 +1,4 @@
-"""`formtune sweep`: one `formtune train` for each point and seed, what they measured, and the point to take."""
+"""`formtune sweep`: one `formtune train` for each point and seed, their figures, and the chosen point."""
 
 import contextlib
 import hashlib
@@ -27,8 +27,8 @@ from formtune.sweep.points import METRICS, RANKS, choose, grid, measure, result,
 from formtune.training.run_folder import RunFolder
 
 HELP = """\
-All other arguments, such as -c TASK.yaml, are passed to `formtune train`. A point is one value for each key. The same
-command again keeps the finished runs and resumes the others, also with more values or seeds.
+All other arguments, such as -c TASK.yaml, are passed to `formtune train`. A point is one value for each key. Repeating
+the command keeps finished runs and resumes the others, even with more values or seeds.
 """
 RESERVED = {"run", "resume", "seed_everything", "print_config", "dry_run", "trainer.fast_dev_run"}
 # Keys on which the encoded rows depend
@@ -41,23 +41,23 @@ def run(command: str, args: list[str]) -> int:
     parser = CommandParser(command, COMMANDS[command].description, usage, HELP)
     parser.add_argument("--over", action="append", metavar="KEY=VALUES", help="A key of the task and the values to "
                         f"try; several make all combinations (default: {RANKS})")  # fmt: skip
-    # With fewer, a better rank cannot be told from a luckier seed.
+    # With fewer seeds, a better rank cannot be told from a lucky seed.
     parser.add_argument("--seeds", default="0,1,2", help="Seeds for each point (default: %(default)s)")
     options, arguments = parser.parse_known_args(args)
     if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
-        raise UserError(f"--seeds {options.seeds}: expected whole numbers from 0, as in --seeds 0,1,2")
+        raise UserError(f"--seeds {options.seeds}: expected integers from 0, as in --seeds 0,1,2")
     points, seeds = grid(options.over or [RANKS]), list(dict.fromkeys(map(int, options.seeds.split(","))))
     keys = next(iter(points.values())).keys()
-    given = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
-    for key in given & keys | RESERVED & (given | keys):
+    passed = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
+    for key in passed & keys | RESERVED & (passed | keys):
         raise UserError(f"{key}: not for a sweep; --over names the values to try, --seeds the seeds")
     configuration = _configuration(arguments)
     settings = yaml.safe_load(configuration)
     task = settings.get("task") or Path(["task", *config_paths(arguments)][-1]).stem
     arguments += ["--task", task]
     words = {name: [f"--{key}={value}" for key, value in point.items()] for name, point in points.items()}
-    # All of them, so that a mistake is found before the first run.
-    configurations = {name: _configuration([*arguments, *own]) for name, own in words.items()}
+    # Of all points, so that a mistake is found before the first run.
+    configurations = {name: _configuration([*arguments, *extra]) for name, extra in words.items()}
     digest = hashlib.sha256("\n".join([configuration, *keys]).encode()).hexdigest()[:8]
     folder = LOGS / task / f"sweep-{'-'.join(key.rpartition('.')[2] for key in keys)}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,34 +72,35 @@ def run(command: str, args: list[str]) -> int:
                     for seed, name in itertools.product(seeds, points)}  # fmt: skip
             failed = _train(runs, folder, same_rows=not any(key.startswith(CHANGES_ROWS) for key in keys))
             results = {name: [result(folder / f"{name}-seed{seed}") for seed in seeds] for name in points}
-            measured = [measure(name, ended) for name, them in results.items() if (ended := [*filter(None, them)])]
-            # A point that lost a seed would be judged by those that went well.
+            finished = {name: [one for one in all_seeds if one] for name, all_seeds in results.items()}
+            measured = [measure(name, ended) for name, ended in finished.items() if ended]
+            # A point with a failed seed would be judged by its successful ones.
             complete = [point for point in measured if point.seeds == len(seeds)]
-            taken, why = choose(complete) if complete else (None, "Nothing is chosen: no point has finished all seeds.")
+            chosen, why = choose(complete) if complete else (None, "Nothing chosen: no point has finished all seeds.")
             figures = [asdict(point) for point in measured]
-            summary = {"points": figures, "taken": taken, "reason": why, "seeds": seeds, "failed": failed}
+            summary = {"points": figures, "taken": chosen, "reason": why, "seeds": seeds, "failed": failed}
             # The configuration last: a folder that has one and no sweep.json is a run.
             (folder / "config.yaml").unlink(missing_ok=True)
             write_json(folder / "sweep.json", summary)
             write_whole(folder / "report.html", render("sweep/report.html.jinja", sweep=summary, folder=folder))
-            if taken:
-                write_whole(folder / "config.yaml", configurations[taken])
+            if chosen:
+                write_whole(folder / "config.yaml", configurations[chosen])
     except Timeout:
         raise UserError(f"{folder}: this sweep is already running") from None
-    print("Test rows are not used for the choice. On validation (test):")
+    print("Chosen on validation rows only. Validation (test):")
     for point in measured:
         shares = ", ".join(f"{metric} {point.validation[metric]} ({point.test[metric]:.1%})" for metric in METRICS)
-        seen = f"{point.seeds} of {len(seeds)} seeds, {point.trainable_parameters:,} trainable parameters"
-        print(f"{point.name}: {shares}, {seen}")
+        size = f"{point.seeds} of {len(seeds)} seeds, {point.trainable_parameters:,} trainable parameters"
+        print(f"{point.name}: {shares}, {size}")
     say(why)
     print(f"report: {folder / 'report.html'}\nfigures: {folder / 'sweep.json'}")
     remedy = f"look at {folder}/*/output.log, then repeat the command"
-    print(f"next: {f'formtune train -c {folder}/config.yaml' if taken else remedy}")
+    print(f"next: {f'formtune train -c {folder}/config.yaml' if chosen else remedy}")
     return int(bool(failed))
 
 
 def _configuration(arguments: Sequence[str]) -> str:
-    """What `formtune train` makes of these arguments, as YAML without defaults; a mistake raises its own error."""
+    """The configuration of `formtune train`, as YAML without defaults; a mistake raises its own error."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         lightning("train", [*arguments, "--print_config=skip_default"])
@@ -107,7 +108,7 @@ def _configuration(arguments: Sequence[str]) -> str:
 
 
 def _train(runs: Mapping[Path, list[str]], folder: Path, same_rows: bool) -> list[str]:
-    """Train what is not finished, one run after the other; a line for each that failed."""
+    """Train the unfinished runs, one after the other; a line for each failure."""
     rows, failed = {path: ended["data"] for path in runs if (ended := result(path))}, list[str]()
     print(f"{len(runs)} runs in {folder}, {len(rows)} of them already finished", flush=True)
     for number in (signal.SIGTERM, signal.SIGHUP):

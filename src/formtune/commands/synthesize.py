@@ -1,4 +1,4 @@
-"""`formtune synthesize`: a teacher model's answers to prompts, each checked against the format before it is written."""
+"""`formtune synthesize`: write a teacher model's answers to prompts if their format is valid."""
 
 import json
 from collections import Counter
@@ -23,12 +23,12 @@ from formtune.deploy.endpoint import Client
 from formtune.errors import UserError
 from formtune.files import write_lines
 
-SHOTS = 4  # training rows that the teacher sees
-REPAIRS = ("edges", "fence", "canonical")  # of an answer, made only if it then has a valid format
+SHOTS = 4  # training rows in the teacher's prompt
+REPAIRS = ("edges", "fence", "canonical")  # of an answer, applied only if its format is then valid
 
 
 def run(command: str, args: list[str]) -> None:
-    """Ask for the prompts that are new, and write the answers with a valid format."""
+    """Ask the new prompts, and write the answers with a valid format."""
     parser = task_parser(command, COMMANDS[command].description)
     url = "Such as http://localhost:8000/v1; the API key is in OPENAI_API_KEY"
     parser.add_argument("--endpoint", type=str, required=True, help=url)
@@ -45,29 +45,29 @@ def run(command: str, args: list[str]) -> None:
     written = (as_written(settings, example) for example in known if example.split == "train")
     shots = [*islice((e for e in written if isinstance(e, Example) and format.check(e.target).exact), SHOTS)]
     known += read_examples(settings, config.out, Counter()) if path.is_file() else []
-    given = read_examples(settings, settings.prompts, Counter(), with_target=False)
-    if any(example.tools for example in given):
-        raise UserError("data.prompts: a prompt has tools, which are not sent to a teacher; remove it")
-    given = [replace(it, messages=[*it.messages, {"role": "assistant", "content": ""}]) for it in given]
-    # A new row must not repeat one of validation or test either.
-    keys = [replace(it, messages=repair(it.messages, settings.clean)).key for it in (*known, *given)]
-    texts = [rest for rest, _ in split_shared(keys, range(len(keys)))]  # without what many share
+    prompts = read_examples(settings, settings.prompts, Counter(), with_target=False)
+    if any(example.tools for example in prompts):
+        raise UserError("data.prompts: tools are not sent to a teacher; remove prompts with tools")
+    prompts = [replace(one, messages=[*one.messages, {"role": "assistant", "content": ""}]) for one in prompts]
+    # A new row must not repeat a validation or test row either.
+    keys = [replace(one, messages=repair(one.messages, settings.clean)).key for one in (*known, *prompts)]
+    texts = [rest for rest, _ in split_shared(keys, range(len(keys)))]  # without text that many inputs share
     repeats = set(near_pairs(texts, settings.near_duplicates)[1].tolist())
-    new = [example for i, example in enumerate(given, len(known)) if i not in repeats]
+    new = [example for i, example in enumerate(prompts, len(known)) if i not in repeats]
 
     client = Client(config.endpoint, config.teacher)
     rule = json.dumps(format.to_dict()["init_args"], ensure_ascii=False)
     before = [turn for shot in shots for turn in shot.messages if turn["role"] != "system"]
 
     def ask(prompt: list[Any]) -> str:
-        own = [turn["content"] for turn in prompt if turn["role"] == "system"]
-        system = "\n\n".join([*own, f"Nothing is around an answer, and it keeps this format: {rule}"])
+        systems = [turn["content"] for turn in prompt if turn["role"] == "system"]
+        system = "\n\n".join([*systems, f"Give only the answer, exactly in this format: {rule}"])
         turns = [*before, *(turn for turn in prompt if turn["role"] != "system")]
         reply = client.complete(messages=[{"role": "system", "content": system}, *turns])
         return reply.choices[0].message.content or ""
 
     rows = [row for row, _ in read_records(config.out)] if path.is_file() else []
-    added = {"role": "system", "content": settings.system}  # to each row, by the task
+    added = {"role": "system", "content": settings.system}  # by the task, to each row
     refused, pool = Counter[str](), ThreadPoolExecutor(config.at_once)
     try:
         answers = shown(pool.map(ask, (example.messages[:-1] for example in new)), len(new), f"asking {config.teacher}")
@@ -83,7 +83,7 @@ def run(command: str, args: list[str]) -> None:
     finally:
         pool.shutdown(cancel_futures=True)
     reasons = "".join(f"; {count:,} with an invalid format: {kind}" for kind, count in refused.most_common())
-    print(f"{path}: {len(rows):,} rows; not asked: {len(given) - len(new):,} near-duplicates{reasons}")
+    print(f"{path}: {len(rows):,} rows; not asked: {len(prompts) - len(new):,} near-duplicates{reasons}")
     if columns.source is None:
         print("to count rows by author, set data.columns.source: source in the task")
     print(f"next: read some of the rows, add {path} to data.train, then formtune audit -c {config_paths(args)[0]}")

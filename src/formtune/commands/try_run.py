@@ -1,4 +1,4 @@
-"""`formtune try`: type a prompt, and see the answers of base and tuned model side by side, each with its verdict."""
+"""`formtune try`: type a prompt; see the answers of base and tuned model, each with its verdict."""
 
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -37,7 +37,7 @@ def run(command: str, args: list[str]) -> None:
     schema = own_schema(value)
     if isinstance(settings.format.inner or settings.format, ToolCalls):
         schema = tools = read_tools(value, "--schema", config.schema)
-    settings.format.of_row(schema)  # refuses one that cannot be read
+    settings.format.of_row(schema)  # refuses an invalid schema
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load_base(task.model.base, torch.float32, None, device).to(device)
     model = PeftModel.from_pretrained(base, folder / "adapter").eval()
@@ -50,7 +50,6 @@ def run(command: str, args: list[str]) -> None:
 
 
 def _answer(model: Any, settings: Any, prompt: str, schema: str | None, tools: str | None) -> None:
-    """Print each model's verdict, and its answer without wrapping."""
     turns = [{"role": "user", "content": prompt}]
     if system := settings.system_of(schema):
         turns.insert(0, {"role": "system", "content": system})

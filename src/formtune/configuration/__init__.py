@@ -1,1 +1,1 @@
-"""Reading YAML files and command lines; every mistake is one line that names the key or the file and line."""
+"""Reads YAML files and command lines; every mistake is one line that names the key or `file:line`."""

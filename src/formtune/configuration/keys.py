@@ -1,11 +1,11 @@
-"""The keys that matter most, what other tools call them, and the short help, printed without importing torch."""
+"""The most important keys, their names in other tools, and the short help, printed without importing torch."""
 
 from pathlib import Path
 
 import yaml
 
 KEYS = yaml.safe_load(Path(__file__).with_name("keys.yaml").read_text(encoding="utf-8"))
-# What another tool's name means: the key, and its meaning.
+# Key and meaning by another tool's name.
 MEANT = {name: (key, entry["meaning"]) for key, entry in KEYS.items() for name in entry.get("names", "").split()}
 USAGE = {
     "train": "formtune train -c TASK.yaml [--quick] [--dry_run] [--key value ...]",
@@ -17,7 +17,7 @@ USAGE = {
 
 
 def short_help(command: str, description: str) -> str:
-    lines = [f"usage: {USAGE[command]}", "", description, "", "the keys that matter most (default):"]
+    lines = [f"usage: {USAGE[command]}", "", description, "", "the most important keys (default):"]
     for key, entry in KEYS.items():
         name = f"--{key}" + (f" ({entry['default']})" if "default" in entry else "")
         lines.append(f"  {name:<46} {entry['meaning']}")

@@ -1,4 +1,4 @@
-"""Parsers whose mistakes are one line: the key, its `file:line`, and the key that may be meant."""
+"""Parsers that report a mistake in one line: the key, its `file:line`, and a similar key."""
 
 import argparse
 import difflib
@@ -12,29 +12,29 @@ from formtune.configuration.keys import MEANT
 from formtune.configuration.yaml_file import line_of
 from formtune.errors import UserError, first_line
 
-_UNKNOWN = (  # in a message of argparse or jsonargparse: the group that holds a key, and the key
+_UNKNOWN = (  # in a message of argparse or jsonargparse: the group of a key, and the key
     r"[Uu]nrecognized arguments: --([\w.-]+)|(?:Group '([\w.]+)' does not accept o|\b[Oo])ption '([\w.-]+)'"
 )
-# Lines of jsonargparse's messages that say nothing beside the others.
+# Lines of jsonargparse's messages that add nothing to the others.
 _FRAME = r"\W*(Parser key|Type |Problem with given|Does not validate|Subtypes:|Errors:|Given value type|.*NoneType)"
 _EXPECTED = r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.*?)\])|Not of type (\w+)"
 _LIST = "a list such as [a, b]"
 _TYPES = {  # what a message expects, in words
-    "int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "dict": "a mapping",
+    "int": "an integer", "float": "a number", "bool": "true or false", "str": "a string", "dict": "a mapping",
     "list": _LIST, "Sequence": _LIST, "Iterable": _LIST, "PositiveInt": "a positive integer",
     "NonNegativeFloat": "a number of at least 0", "ClosedUnitInterval": "a number from 0 to 1",
 }  # fmt: skip
 
 
 class OneLine:
-    """A mixin for parser classes: reports a mistake as a `UserError` instead of a page of usage."""
+    """A mixin for parsers: reports a mistake as a `UserError` instead of a page of usage."""
 
     exit_on_error: bool
     _actions: list[Any]
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         unknown = re.search(_UNKNOWN, message)
-        if not self.exit_on_error:  # the arguments of a class: the parser of the command reports the whole key
+        if not self.exit_on_error:  # arguments of a class: the parser of the command reports the full key
             near = did_you_mean(unknown[unknown.lastindex or 0], known_keys(self)) if unknown else ""
             return super().error(message + near, ex)  # type: ignore[misc]
         keys = re.findall(r'(?:Parser key|^Key) "([\w.]+)"', message)  # through classes that values name
@@ -42,8 +42,8 @@ class OneLine:
         if unknown:
             parent = unknown[2] or key
             key = ".".join(filter(None, [parent, unknown[unknown.lastindex or 0]]))
-            own = re.search(r"; did you mean (\w+\?)", message)  # by the parser of the class
-            near = f"; did you mean {parent}.{own[1]}" if own else did_you_mean(key, known_keys(self))
+            hint = re.search(r"; did you mean (\w+\?)", message)  # from the parser of the class
+            near = f"; did you mean {parent}.{hint[1]}" if hint else did_you_mean(key, known_keys(self))
             text = (message if unknown[1] else f"unknown key {key}") + near
         elif key:
             key = {"model.format": "data.format"}.get(key, key)  # linked: the key that a user sets
@@ -55,7 +55,7 @@ class OneLine:
         raise UserError(f"{line}: {text}" if line else text)
 
     def instantiate(self, namespace: Any, *args: Any, **kwargs: Any) -> Any:
-        """The same, but what a class of a library or of a user raises is a `UserError`."""
+        """Instantiate the classes; a library's or custom class that fails raises a `UserError`."""
         failed: list[UserError] = []
 
         def build(kind: Any, *values: Any, **named: Any) -> Any:
@@ -76,14 +76,14 @@ class OneLine:
         try:
             return super().instantiate(namespace, *args, **kwargs)  # type: ignore[misc]
         except Exception as error:
-            # jsonargparse tries every type that a key may have; the class that was named says what is wrong.
+            # jsonargparse tries every type of a key; the error of the named class says what is wrong.
             if failed and not isinstance(error, UserError):
                 raise failed[0] from error
             raise
 
 
 class CommandParser(OneLine, argparse.ArgumentParser):
-    """Reads the options of a command that takes no task."""
+    """Reads the options of a command without a task."""
 
     def __init__(self, command: str, description: str, usage: str | None = None, epilog: str | None = None) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
@@ -93,7 +93,7 @@ class CommandParser(OneLine, argparse.ArgumentParser):
 
 
 def did_you_mean(name: str, names: Collection[str]) -> str:
-    """A question that names the one of `names` that is meant; "" if none is near."""
+    """A question with the most similar of `names`; "" if none is similar."""
     words = name.lower().replace("-", "_").split(".")
     for start in range(len(words)):
         key, meaning = MEANT.get(".".join(words[start:]), ("", ""))
@@ -101,9 +101,9 @@ def did_you_mean(name: str, names: Collection[str]) -> str:
             return f"; did you mean {key} ({meaning})?"
     ends = {end: key for end, (key, _) in MEANT.items() if key in names}
     group = ".".join(words[:-1])
-    for other in sorted(names, key=lambda it: (it.rpartition(".")[0] == group, it)):  # last those of the same group
+    for other in sorted(names, key=lambda name: (name.rpartition(".")[0] == group, name)):  # the same group last
         ends[other.lower().rpartition(".")[2]] = other
-    # Few letters tell val_steps from max_steps: a mistyped name has all or nearly all of the right one's.
+    # val_steps and max_steps differ in few letters: a mistyped name has nearly all letters of the right one.
     letters = [end for end in ends if sorted(end) == sorted(words[-1])]
     near = letters or difflib.get_close_matches(words[-1], ends, 1, cutoff=0.8)
     if not near and group and group not in names:  # the group may be the mistyped part
@@ -112,7 +112,7 @@ def did_you_mean(name: str, names: Collection[str]) -> str:
 
 
 def known_keys(parser: Any) -> set[str]:
-    """The dotted keys of a parser and its subcommands, and the groups that hold them."""
+    """The dotted keys of a parser and its subcommands, and their groups."""
     keys = set()
     for action in parser._actions:  # neither argparse nor jsonargparse has a public list
         if not action.dest.endswith(".help"):
@@ -123,11 +123,11 @@ def known_keys(parser: Any) -> set[str]:
 
 
 def _reason(message: str, classes: Collection[str]) -> str:
-    """What jsonargparse's message says of a value, in one line; `classes` are those that it can name."""
+    """The reason in jsonargparse's message, in one line; `classes` are those that the value can name."""
     if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         return match[0] + did_you_mean(match[2], dir(sys.modules[match[1]]))
     if match := re.search(r"No module named '([\w.]+)'", message):
-        return f"{match[0]}; pip install {match[1]}, or set PYTHONPATH to the folder that holds it"
+        return f"{match[0]}; pip install {match[1]}, or set PYTHONPATH to its folder"
     if match := re.search(r"arguments are required: (.*)", message):
         return f"the argument {match[1]} is missing"
     if message.startswith("Key "):
@@ -136,7 +136,7 @@ def _reason(message: str, classes: Collection[str]) -> str:
         return f"must name a {match[1]}"
     found = re.findall(_EXPECTED, message)
     choices = dict.fromkeys(choice for _, names, _ in found for choice in names.replace("'", "").split(", ") if choice)
-    types = dict.fromkeys(_TYPES[kind or own] for kind, _, own in found if (kind or own) in _TYPES)
+    types = dict.fromkeys(_TYPES[kind or name] for kind, _, name in found if (kind or name) in _TYPES)
     named = re.search(r"dot import path string: (.*)|Not a valid subclass of (\w+)|(\w+) is abstract", message)
     if named and ("NestedArg" in message or not (choices or types.keys() - {_LIST, "true or false"})):
         few = f"one of {', '.join(sorted(classes))}, or " if 0 < len(classes) < 9 else ""
@@ -145,16 +145,15 @@ def _reason(message: str, classes: Collection[str]) -> str:
     if expected := [*(["one of " * (len(choices) > 1) + ", ".join(choices)] if choices else []), *types]:
         values = re.findall(r"(?m)(?:Got|Given) value: (.*?)(?:\. Got value: .*)?$", message)
         value = next((value for value in values if len(value) < 60 and "Namespace(" not in value), "")
-        shown = f", not {'null' if value == 'None' else value}" if value else ""
-        unquoted = [*types] == ["a text"] and value not in ("", "None")
-        quotes = "; put a text in quotes, also yes, no, on and off" if unquoted else ""
-        return f"must be {' or '.join(expected)}{shown}{quotes}"
+        actual = f", not {'null' if value == 'None' else value}" if value else ""
+        unquoted = [*types] == ["a string"] and value not in ("", "None")
+        quotes = "; quote strings, also yes, no, on and off" if unquoted else ""
+        return f"must be {' or '.join(expected)}{actual}{quotes}"
     lines = [line.strip(" -") for line in message.splitlines() if not re.match(_FRAME, line)]
     return "; ".join(dict.fromkeys(lines))
 
 
 def _subclasses(hint: Any = None) -> Iterator[type]:
-    """The classes that a value of this type can name."""
     kinds: list[type] = hint.__subclasses__() if isinstance(hint, type) else []
     yield from kinds
     for part in (*get_args(hint), *kinds):

@@ -1,4 +1,4 @@
-"""The part of a task's YAML that describes its rows, for commands that load no model."""
+"""Reads the part of a task's YAML that describes its rows, for commands that load no model."""
 
 from argparse import SUPPRESS
 from collections.abc import Set
@@ -13,7 +13,7 @@ from formtune.configuration.yaml_file import check_yaml, config_paths
 from formtune.data.settings import DataSettings
 from formtune.errors import UserError
 
-# Keys of a task that only training reads.
+# Keys that only training reads.
 TRAINING = {
     "seed_everything", "trainer", "logger", "checkpoint", "overfitting", "answer_table", "run", "resume",
     "baselines", "quick", "dry_run", "baseline_rows", "answers", "min_confidence", "target_precision", "ckpt_path",
@@ -21,26 +21,23 @@ TRAINING = {
     "model.gradient_checkpointing", "model.compile", "model.quantize", "model.metrics", "model.constrained",
     "model.format", "model.adapter",
 }  # fmt: skip
-BATCHES = ("data.rows_per_step", "data.max_evaluation_rows")  # that only the data module knows
+BATCHES = ("data.rows_per_step", "data.max_evaluation_rows")  # keys of the data module alone
 
 
 class TaskParser(OneLine, ArgumentParser):
-    """Reads a task's YAML without what only training needs."""
+    """Reads a task's YAML without the keys that only training needs."""
 
 
-def task_parser(command: str, description: str = "", own: Set[str] = frozenset()) -> TaskParser:
-    """The parser of a command that needs a task's rows; `own` are keys of training that the command adds itself."""
+def task_parser(command: str, description: str = "", used: Set[str] = frozenset()) -> TaskParser:
+    """The parser of a command that needs a task's rows; `used` are keys of training that the command adds itself."""
     parser = TaskParser(prog=f"formtune {command}", description=description)
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML of the task; keys for training alone "
-                        "are ignored")  # fmt: skip
-    parser.add_argument("--task", type=str | None, help="Name of the task's folder in logs/ (default: the YAML's)")
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML of the task; training keys are ignored")
+    parser.add_argument("--task", type=str | None, help="Folder in logs/ (default: the YAML's name)")
     parser.add_argument("--model.base", type=str, required=True, help="Folder or hub id of the base: its tokenizer")
-    parser.add_argument(
-        "--model.chat_template", type=str | None, help="File of a chat template that replaces the base's"
-    )
+    parser.add_argument("--model.chat_template", type=str | None, help="Chat template file that replaces the base's")
     parser.add_argument("--model.max_new_tokens", type=int, default=256, help="Maximum tokens of an answer")
     parser.add_class_arguments(DataSettings, "data")
-    for key in (*(TRAINING - own), *BATCHES):
+    for key in (*(TRAINING - used), *BATCHES):
         parser.add_argument(f"--{key}", type=Any, help=SUPPRESS)
     parser.link_arguments("model.base", "data.tokenizer")
     parser.link_arguments("model.chat_template", "data.chat_template")
@@ -49,17 +46,17 @@ def task_parser(command: str, description: str = "", own: Set[str] = frozenset()
 
 
 def read_task(parser: TaskParser, args: list[str]) -> tuple[Namespace, DataSettings]:
-    """The values of a command line, with `task` set, and the rows that it describes."""
+    """The values of a command line, with `task` set, and its data settings."""
     config = parser.parse_args(args)
     config.task = config.task or Path(["task", *config_paths(args)][-1]).stem
     for key in BATCHES:
         config.pop(key)
-    # Nothing else: classes that only training needs, such as a logger or a callback, are not to be made here.
+    # Only data: no loggers or callbacks are created here.
     return config, parser.instantiate_classes(Namespace(data=config.data)).data
 
 
 def read_run(folder: Path) -> tuple[Namespace, DataSettings]:
-    """The same of a run's own configuration; a UserError if there is no run in the folder."""
+    """The values and data settings in a run's configuration; a UserError if the folder has no run."""
     config = folder / "config.yaml"
     if not config.is_file():
         raise UserError(f"{config}: No such file; name the folder of a run, such as logs/demo/RUN")

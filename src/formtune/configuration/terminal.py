@@ -1,4 +1,4 @@
-"""Lines and names in the terminal, where no word is broken in the middle; and a progress bar over rows."""
+"""Lines and names in the terminal, wrapped between words, and a progress bar."""
 
 import os
 import re
@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 
 def say(line: str, style: str = "") -> None:
-    """Print a line, in a style up to its colon: wrapped in a terminal, else whole, for scripts."""
+    """Print a line, in a style up to its colon; it is wrapped only in a terminal."""
     console, text = Console(highlight=False), Text(line)
     text.stylize(style, 0, line.find(":") + 1)
     console.print(text, soft_wrap=not console.is_terminal)
 
 
-def folded(name: str, width: int = 12) -> Text:
-    """A name in lines of about this width, broken after its separators."""
+def wrap(name: str, width: int = 12) -> Text:
+    """A name in lines of about `width` characters, broken after its separators."""
     lines = [""]
     for part in re.split(r"(?<=[/:_.-])", name):
         lines += [""] * (len(lines[-1] + part) > width)
@@ -30,7 +30,7 @@ def folded(name: str, width: int = 12) -> Text:
 
 
 def shown(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """The items unchanged, with a bar on standard error if that is a terminal, on one process only."""
+    """The items unchanged, with a progress bar on standard error in a terminal, on one process only."""
     console = Console(stderr=True)
     hidden = not (console.is_terminal and sys.stdout.isatty()) or os.environ.get("LOCAL_RANK", "0") != "0"
     return iter(track(items, what, total, console=console, transient=True, disable=hidden))

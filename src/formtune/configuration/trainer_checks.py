@@ -1,4 +1,4 @@
-"""The parser of the Lightning commands, and flags of the trainer that are refused before anything slow begins."""
+"""The parser of the Lightning commands, and trainer flags that are refused before anything slow starts."""
 
 import inspect
 import os
@@ -21,8 +21,8 @@ REFUSED = {  # values that a flag cannot have, and why
     "limit_train_batches": ((0,), "leaves nothing to train"),
     "max_steps": ((0,), "leaves nothing to train"),
     "max_epochs": ((0,), "leaves nothing to train"),
-    "val_check_interval": ((0,), "is not a number of steps; leave it out for every 100"),
-    "use_distributed_sampler": ((True,), "would split the rows a second time; leave it out"),
+    "val_check_interval": ((0,), "never validates; the default is 100"),
+    "use_distributed_sampler": ((True,), "would split the rows a second time; remove it"),
     # Adam's second moments and the adapters would be rounded away.
     "precision": (("bf16-true", "bf16", "16-true", "16", 16), "would store the adapters in 16 bits; use bf16-mixed or "
                   "16-mixed"),
@@ -31,13 +31,13 @@ REFUSED = {  # values that a flag cannot have, and why
 REFUSED_STRATEGIES = dict.fromkeys(("spawn", "fork", "notebook"), "cannot return the trained weights; use ddp")
 REFUSED_STRATEGIES |= dict.fromkeys(("fsdp", "deepspeed", "modelparallel"), "shards the adapters too; use fsdp or ddp")
 
-# `typing` caches a union in the order that is imported first; with float first, 1 batch would be 1.0, which is all.
+# `typing` caches the order of a union at its first import; with float first, 1 batch would be 1.0, which is all.
 _HINTS: dict[str, Any] = inspect.unwrap(L.Trainer.__init__).__annotations__
 _HINTS |= {flag: int | float | None for flag, hint in _HINTS.items() if hint == int | float | None}
 
 
 class Parser(OneLine, LightningArgumentParser):
-    """Lightning's parser; a mistake is one line, and a file that a value names is never read as configuration."""
+    """Lightning's parser with one-line mistakes; a file that a value names is never read as configuration."""
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
         # Else a file of rows that begins with `{"class_path": ...}` could name a class to import.
@@ -45,7 +45,7 @@ class Parser(OneLine, LightningArgumentParser):
 
 
 def check_trainer(config: Namespace) -> None:
-    """Refuse flags that make no sense here; the UserError names the flag, the reason and what to use instead."""
+    """Refuse unsupported flags; the UserError names the flag, the reason and what to use instead."""
     trainer = config.trainer
     for flag, (values, reason) in REFUSED.items():
         if trainer[flag] in values:
@@ -54,12 +54,12 @@ def check_trainer(config: Namespace) -> None:
         if 0 <= (trainer[f"max_{unit}"] or -1) < (trainer[f"min_{unit}"] or 0):
             raise UserError(f"trainer.min_{unit}: more than trainer.max_{unit}, {trainer[f'max_{unit}']}")
     if trainer.max_steps == -1 and trainer.max_epochs == -1 and not trainer.max_time:
-        raise UserError("trainer.max_epochs: -1 never ends; set it, trainer.max_steps or trainer.max_time")
+        raise UserError("trainer.max_epochs: -1 never ends; set this key, trainer.max_steps or max_time")
     if trainer.check_val_every_n_epoch not in (None, 1) or (
         trainer.check_val_every_n_epoch and isinstance(trainer.val_check_interval, int)
     ):
-        remedy = "or set it to 1 and trainer.val_check_interval to a share of an epoch, such as 0.5"
-        raise UserError(f"trainer.check_val_every_n_epoch: leave it null, so that the interval counts steps, {remedy}")
+        remedy = "null counts the interval in steps; 1 needs trainer.val_check_interval as a share, such as 0.5"
+        raise UserError(f"trainer.check_val_every_n_epoch: use null or 1; {remedy}")
     if trainer.default_root_dir:
         raise UserError("trainer.default_root_dir: runs are in logs/TASK/RUN; set task and run instead")
     if trainer.gradient_clip_val:
@@ -78,17 +78,16 @@ def check_trainer(config: Namespace) -> None:
 
 
 def check_callbacks(trainer: Any, names: Set[str]) -> None:
-    """Refuse a callback that cannot work here, or that monitors something other than the metrics in `names`."""
+    """Refuse an unsupported callback, or one that monitors a metric not in `names`."""
     names = names | {"epoch", "step", "train/loss", "train/eval_loss", "val/loss_gap"}
-    own = "custom/"  # metrics of the user's, whose figures have names that only a validation tells
+    custom = "custom/"  # prefix of custom metrics, whose figures get their names in a validation
     for callback in trainer.callbacks:
         kind, monitor = type(callback).__name__, getattr(callback, "monitor", None)
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-            fault = "averages weights after the best checkpoint was chosen, and would export what was not validated; "
-            fault += "leave it out"
+            fault = "averages weights after the best checkpoint was chosen, without validating them; remove it"
         elif kind in ("LearningRateMonitor", "DeviceStatsMonitor") and not trainer.loggers:
-            fault = "needs a logger; leave trainer.logger: false out"
-        elif monitor is not None and monitor not in names and not monitor.startswith(own):
+            fault = "needs a logger; remove trainer.logger: false"
+        elif monitor is not None and monitor not in names and not monitor.startswith(custom):
             remedy = did_you_mean(monitor, names) or "; monitor val/loss, for example"
             fault = f"monitors {monitor}, which no validation measures{remedy}"
         else:

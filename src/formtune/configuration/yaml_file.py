@@ -1,4 +1,4 @@
-"""Checks YAML files before anything slow is imported, and notes the line of each key."""
+"""Checks YAML files before anything slow is imported, and records the line of each key."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,7 @@ import yaml
 from formtune.errors import UserError
 
 LINES: dict[str, str] = {}  # `file:line` of each dotted key in the command line's files
-GROUPS = ("model", "model.lora", "data", "trainer", "checkpoint", "overfitting", "answer_table")  # keys that hold keys
+GROUPS = ("model", "model.lora", "data", "trainer", "checkpoint", "overfitting", "answer_table")  # keys with keys
 
 
 def check_configs(args: list[str]) -> None:
@@ -31,19 +31,19 @@ def config_paths(args: list[str]) -> list[str]:
 
 
 def line_of(key: str) -> str:
-    """The `file:line` of a dotted key, or of the key that holds it; "" if no file or the command line has it."""
+    """The `file:line` of a dotted key or its group; "" if no file, or the command line, sets it."""
     while key and key not in LINES:
         key = key.rpartition(".")[0]
     return LINES.get(key, "")
 
 
 def is_set(key: str) -> bool:
-    """Whether the command line, or a file that it names, sets a key."""
+    """Whether the command line, or one of its files, sets a key."""
     return key in LINES or LINES.get(key.rpartition(".")[0]) == ""  # "": the command line sets the whole group
 
 
 def check_yaml(path: str) -> None:
-    """Check that a file is a YAML mapping without duplicate keys, and note the lines of its keys."""
+    """Check that a file is a YAML mapping without duplicate keys, and record the lines of its keys."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         content = yaml.safe_load(text)
@@ -62,7 +62,7 @@ def check_yaml(path: str) -> None:
 
 
 def _key(path: str) -> str:
-    """A path in a file or on a command line as messages write it."""
+    """A key in a file or on a command line, as in messages."""
     return path.replace(".init_args", "")
 
 
@@ -72,9 +72,9 @@ def _lines(node: yaml.Node | None, path: str = "") -> Iterator[tuple[str, int]]:
         name = f"{path}{key.value}"
         if name in names:
             raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
-        # jsonargparse would take a list or a number here, and fail where its keys are needed.
+        # jsonargparse would accept a list or a number here, and fail where its keys are needed.
         if name in GROUPS and not isinstance(value, yaml.MappingNode) and not value.tag.endswith(":null"):
-            raise yaml.MarkedYAMLError(problem=f"{name} must hold keys", problem_mark=key.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"{name} must contain keys", problem_mark=key.start_mark)
         names.add(name)
         yield name, key.start_mark.line + 1
         yield from _lines(value, f"{name}.")

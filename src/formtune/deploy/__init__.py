@@ -1,1 +1,1 @@
-"""What is in production: the pointer to it, its server, and a check of what is served."""
+"""Deployments, servers, and a check of what is served."""

@@ -1,5 +1,4 @@
-"""`transformers serve` for folders in the working directory, whose names are those of the models. Adapters of one base
-share its weights: the server sees a model for each, but an adapter needs only its own memory."""
+"""`transformers serve` for folders in the working directory; adapters of one base share its weights in memory."""
 
 import sys
 from typing import Any
@@ -12,7 +11,7 @@ from formtune.export.llama_cpp import HOST
 
 
 class Models(model_manager.ModelManager):
-    """Loads the named folders at once, and answers for no other."""
+    """Loads the folders with these names at startup, and no others."""
 
     names: list[str]
 

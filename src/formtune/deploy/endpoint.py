@@ -1,5 +1,4 @@
-"""OpenAI-compatible servers: a client, and the proof that a server renders the prompts that the model was trained on. A
-second BOS, thinking left on or another template gives no error, only worse answers."""
+"""A client for OpenAI-compatible servers, and a check that they render prompts as training did."""
 
 import contextlib
 import os
@@ -11,10 +10,10 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.errors import UserError, first_line
 from formtune.export.llama_cpp import chat_prompt, llama_cpp_tokens, prompt_fault
-from formtune.export.quantize import lacking
+from formtune.export.quantize import missing_package
 
 TIMEOUT = 120  # seconds for an answer
-RETRIES = 2  # of a request that fails because of the server or the network
+RETRIES = 2  # after an error of the server or the network
 UNANSWERED = (
     "start the server and wait for its model to load; check the URL, which usually ends in /v1, the model's name and "
     "OPENAI_API_KEY; lower --at_once if it is too slow"
@@ -26,26 +25,25 @@ REMEDY = (
 
 
 class Client:
-    """A model on a server; the key, where one is needed, is read from OPENAI_API_KEY."""
+    """A model on a server; the API key, if needed, is read from OPENAI_API_KEY."""
 
     def __init__(self, url: str, model: str) -> None:
-        if missing := lacking("chat"):
+        if missing := missing_package("chat"):
             raise UserError(f"a request for chat completions {missing}")
         import openai
 
         self.url, self.model, self._error = url, model, openai.APIError
-        key = os.environ.get("OPENAI_API_KEY", "none")  # local servers take any
+        key = os.environ.get("OPENAI_API_KEY", "none")  # local servers accept any
         self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
 
     def complete(self, **body: Any) -> Any:
-        """The server's reply to a request for a greedy chat completion."""
         reply = self._send(self._client.chat.completions.create, model=self.model, temperature=0, **body)
         if not getattr(reply, "choices", None):
             raise UserError(f"{self.url}: the reply is not a chat completion; {UNANSWERED}")
         return reply
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        """The reply to a request beside the chat completions."""
+        """The reply to another request than a chat completion."""
         url = f"{self.url.rstrip('/').removesuffix('/v1')}{path}"
         return self._send(self._client.post, path=url, cast_to=object, body=body, options={"max_retries": 0})
 
@@ -58,7 +56,7 @@ class Client:
 
 
 class Endpoint(Client):
-    """A server whose prompts must have the tokens of training."""
+    """A server whose prompts must have the tokens of training: other ones give no error, only worse answers."""
 
     def __init__(self, url: str, model: str, max_tokens: int, renderer: Renderer) -> None:
         super().__init__(url, model)
@@ -67,7 +65,7 @@ class Endpoint(Client):
         self._options: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": True}
 
     def open(self, row: Row, schema: Any = None) -> None:
-        """Ask once, so that what is wrong for all rows is found first and loading the model is not timed."""
+        """Ask once, so that general errors are found first and loading the model is not timed."""
         for ids in (self._ids_of_vllm, self._ids_of_llama_cpp):
             with contextlib.suppress(UserError, LookupError, TypeError):  # most servers have no such route
                 self.ids = self.ids or (ids if ids(chat_prompt(row)) else None)
@@ -78,7 +76,7 @@ class Endpoint(Client):
             self.ask(row, schema)
 
     def ask(self, row: Row, schema: Any = None) -> tuple[Any, int, float]:
-        """The greedy answer to a row, by a schema if there is one, its tokens and its seconds; the prompt is proven."""
+        """The greedy answer to a row, under a schema, if any, with its tokens and seconds; checks the prompt."""
         prompt, options, started = chat_prompt(row), self._options, time.perf_counter()
         if schema is not None:
             json_schema = {"name": "answer", "schema": schema, "strict": True}
@@ -87,7 +85,7 @@ class Endpoint(Client):
         seconds = time.perf_counter() - started
         choice, message, tags = reply.choices[0], reply.choices[0].message, self._renderer.tags
         reasoning = tags and (getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None))
-        if tags and reasoning:  # the server took the answer apart
+        if tags and reasoning:  # the server split the answer
             message.content, choice.logprobs = f"{tags[0]}{reasoning}{tags[1]}{message.content or ''}", None
         ids = self.ids(prompt) if self.ids else None
         if fault := self._fault(row, message, getattr(reply.usage, "prompt_tokens", None), ids):
@@ -95,16 +93,16 @@ class Endpoint(Client):
         return choice, getattr(reply.usage, "completion_tokens", 0), seconds
 
     def _fault(self, row: Row, message: Any, count: int | None, ids: list[int] | None) -> str | None:
-        """Why a reply says nothing of the model: it is not the answer, or its prompt is not proven to be formtune's."""
+        """Why a reply cannot be judged: it is not the answer, or its prompt is not verifiably formtune's."""
         parsed = [name for name in ("reasoning_content", "reasoning", "tool_calls") if getattr(message, name, None)]
         if parsed and not message.content:
-            return f"the server took the answer for {parsed[0]}; start it without such a parser"
+            return f"the server parsed the answer as {parsed[0]}; start it without that parser"
         if ids is not None:
             return prompt_fault(row, ids, self._renderer)
         if count is None:
             return "the server does not say how many tokens the prompt has (usage.prompt_tokens); have it report usage"
-        own = len(row.prompt_ids)
-        return f"the server's prompt has {count:,} tokens and formtune's {own:,}" if count != own else None
+        expected = len(row.prompt_ids)
+        return f"the server's prompt has {count:,} tokens and formtune's {expected:,}" if count != expected else None
 
     def _ids_of_vllm(self, prompt: dict[str, Any]) -> list[int]:
         return self.post("/tokenize", {"model": self.model, **prompt, "add_generation_prompt": True})["tokens"]

@@ -1,9 +1,9 @@
-"""What is in production: a file for each name, with the history of all moves.
+"""Deployments: a file for each name, with the history of all moves.
 
     deployments/<task>/
       production.json            the current version and the history
       versions/<run>-<kind>/     a copy of the exported folder, so that nothing depends on logs/
-      outcomes/<version>.jsonl   its test rows, for the comparison with the next one
+      outcomes/<version>.jsonl   its test rows, to compare with the next version
 
 The file changes in one rename: a kill at any moment leaves the old or the new state.
 """
@@ -28,7 +28,7 @@ DEPLOYMENTS = Path("deployments")
 
 
 class Deployment:
-    """A name such as `demo/production`, and its moves, the oldest first; none if there is no file."""
+    """A name such as `demo/production`, and its moves, the oldest first."""
 
     def __init__(self, name: str) -> None:
         self.name, self._path, self.history = name, DEPLOYMENTS / f"{name}.json", list[dict[str, Any]]()
@@ -59,7 +59,7 @@ class Deployment:
         return self._path.with_name("outcomes") / f"{version}.jsonl"
 
     def move(self, action: str, version: str, reason: str | None, overruled: Sequence[str] = ()) -> None:
-        """Point to a version whose folder is there and verified."""
+        """Point to a version whose folder exists and is verified."""
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.history.append({
             "action": action, "version": version, "replaced": self.current, "at": at,
@@ -70,7 +70,7 @@ class Deployment:
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[Deployment]:
-    """The deployment of this name, which no other process changes meanwhile. A killed process holds no lock."""
+    """The deployment of this name, locked against other processes; a killed process holds no lock."""
     folder = (DEPLOYMENTS / name).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,8 +89,8 @@ def full_name(name: str) -> str:
     matches = [full for full in names() if name in (full, full.partition("/")[2])]
     if len(matches) == 1:
         return matches[0]
-    there = ", ".join(matches or names()) or "none so far"
-    raise UserError(f"{name}: not the name of one deployment; name one of {there}; formtune promote makes one")
+    choices = ", ".join(matches or names()) or "none so far"
+    raise UserError(f"{name}: matches no single deployment; choose from {choices}, or create one with formtune promote")
 
 
 def find_exported(name: str, kind: str) -> Exported:
@@ -106,14 +106,14 @@ def find_exported(name: str, kind: str) -> Exported:
 
 
 def store(exported: Path, target: Path) -> None:
-    """Copy an exported folder to a version's folder, which appears only when it is whole and verified."""
+    """Copy an exported folder to a version's folder, which appears only when it is complete and verified."""
     if target.exists():
         if file_hash(target / NAME) != file_hash(exported / NAME):
             raise UserError(f"{target}: already has another export of this name; rename the run's folder")
         verify(target)
         return
     partial = target.with_name(target.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed process; under the lock nobody else writes it
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process; only this process has the lock
     shutil.copytree(exported, partial)
     verify(partial)
     partial.replace(target)

@@ -1,4 +1,4 @@
-"""Serve exported folders by `transformers serve`, llama.cpp or vLLM, so that they answer as the evaluation did."""
+"""Serve exported folders with `transformers serve`, llama.cpp or vLLM, so that they answer as in evaluation."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from formtune.evaluation.outcomes import read_outcomes
 from formtune.export.exported import Exported
 from formtune.export.gguf import FILE
 from formtune.export.llama_cpp import HOST, LOCAL
-from formtune.export.quantize import lacking
+from formtune.export.quantize import missing_package
 from formtune.export.rules import refuse, vllm_rank
 from formtune.files import write_json
 from formtune.training.manifest import base_files
@@ -30,7 +30,7 @@ CHECK = "check it: formtune check-endpoint http://{}:{}/v1 -c TASK.yaml --served
 
 
 def named(runs: Sequence[str], models: Sequence[Exported]) -> dict[str, Exported]:
-    """What is served by its name for clients: the task, and of several models also the last part of RUN."""
+    """The models by their names for clients: the task, and for several models also the last part of RUN."""
     several, first = len(models) > 1, models[0]
     for model in models:
         base = model.manifest["base"]["files"]
@@ -38,26 +38,27 @@ def named(runs: Sequence[str], models: Sequence[Exported]) -> dict[str, Exported
             raise UserError(f"{model.base}: not the base that {model.folder} was trained on; its files differ")
         same = base == first.manifest["base"]["files"] and model.manifest["template"] == first.manifest["template"]
         if several and (model.base is None or not same or loading(model) != loading(first)):
-            what = f"adapters that share base, chat template, precision and thinking with {first.folder}"
-            raise UserError(f"{model.folder}: only {what} are served together; start a server for each run")
-    names = [f"{it.task}-{Path(run).name}" if several else it.task for run, it in zip(runs, models, strict=True)]
+            group = f"adapters that share base, chat template, precision and thinking with {first.folder}"
+            raise UserError(f"{model.folder}: only {group} are served together; start a server for each run")
+    pairs = zip(runs, models, strict=True)
+    names = [f"{model.task}-{Path(run).name}" if several else model.task for run, model in pairs]
     if len(set(names)) < len(names):
         raise UserError(f"{' '.join(runs)}: several would be called {max(names, key=names.count)}; rename one")
     return dict(zip(names, models, strict=True))
 
 
 def serve(models: dict[str, Exported], engine: str, port: int) -> int:
-    """Start the server of models by their names, print a request, and wait for the signal that ends it."""
-    if missing := lacking(engine):
+    """Start the server, print a request, and wait for the signal that ends it."""
+    if missing := missing_package(engine):
         raise UserError(f"--engine {engine} {missing}")
     exported = next(iter(models.values()))
-    if not exported.renderer.templated:  # the server would take another template
+    if not exported.renderer.templated:  # the server would use another template
         remedy = "serve it with vLLM (--engine vllm) or llama-server, and ask for completions"
         raise UserError(f"{exported.folder}: {exported.renderer.note}; {remedy}")
-    # Otherwise the server that is there already would seem to be this one.
+    # Otherwise a running server would seem to be this one.
     with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
         raise UserError(f"--port: {HOST}:{port} is in use; choose another")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     with contextlib.ExitStack() as ended:
         links = ended.enter_context(tempfile.TemporaryDirectory(prefix="formtune-serve-"))
         for name, exported in models.items() if engine == "transformers" else ():
@@ -82,7 +83,6 @@ def serve(models: dict[str, Exported], engine: str, port: int) -> int:
 
 
 def command(models: dict[str, Exported], engine: str, port: int) -> list[str]:
-    """The command line of the server."""
     name, exported = next(iter(models.items()))
     if engine == "vllm":
         return _vllm(models, port)
@@ -94,7 +94,7 @@ def command(models: dict[str, Exported], engine: str, port: int) -> list[str]:
 
 
 def loading(exported: Exported) -> list[str]:
-    """Data type and quantization of what is served, as in training for an adapter's base, and whether it thinks."""
+    """Data type and quantization, for an adapter's base as in training, and whether thinking is on."""
     reasoning = "on" if exported.renderer.thinking else "off"
     if exported.base is None:
         return ["auto", "", reasoning]
@@ -103,7 +103,7 @@ def loading(exported: Exported) -> list[str]:
 
 
 def _vllm(models: dict[str, Exported], port: int) -> list[str]:
-    """For adapters on their base, or for a merged model; refuses an adapter that vLLM cannot serve."""
+    """The command line of vLLM, for adapters on their base or a merged model; refuses unsupported adapters."""
     folders = {name: str(exported.folder.resolve()) for name, exported in models.items()}
     [(name, folder), *_], first = folders.items(), next(iter(models.values()))
     base, thinking = first.base, str(first.renderer.thinking).lower()
@@ -131,9 +131,9 @@ def link(exported: Exported, folder: Path) -> None:
     parts = [exported.folder] if exported.base is None else [base_folder(exported.base), exported.folder]
     for path in chain(*(part.iterdir() for part in parts)):
         target = folder / path.name
-        target.unlink(missing_ok=True)  # the adapter's own tokenizer and template replace the base's
+        target.unlink(missing_ok=True)  # the adapter's tokenizer and template replace the base's
         target.symlink_to(path.resolve())
-    # As in evaluation: without the sampling or penalties of the base, and to the tokens that end an answer in training.
+    # As in evaluation: without sampling or penalties of the base, up to the stop tokens of training.
     generation = folder / "generation_config.json"
     generation.unlink(missing_ok=True)  # the link: the base's own file stays as it is
     write_json(generation, {"eos_token_id": list(exported.renderer.stop_ids), "do_sample": False})

@@ -1,1 +1,1 @@
-"""What answers say about a model: rows kept one by one, intervals, paired tests, slices, reports. Needs no torch."""
+"""Metrics, intervals, paired tests, slices and reports of a model's answers."""

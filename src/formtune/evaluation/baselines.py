@@ -17,23 +17,23 @@ from formtune.files import own_code
 from formtune.formats import Format
 from formtune.formats.content import leaves
 
-SHOTS = 4  # training rows in the prompt, fewer if they do not fit
-ENOUGH = 0.95  # share of right answers from which on prompting may be enough
+SHOTS = 4  # training rows in the prompt; fewer if they do not fit
+ENOUGH = 0.95  # share of right answers with which prompting may be enough
 FOLDER = Path(".cache/baseline")
-KEPT = 24  # measurements in it
+MAX_ENTRIES = 24  # measurements that it keeps
 
 
 def choose_shots(train: Sequence[Row], count: int, format: Format) -> list[Row]:
-    """Training rows for the prompt: first those with a new label, then others, in the order of a hash of the input."""
+    """Training rows for the prompt: first those with a new label, then others, ordered by a hash of the input."""
     ordered = sorted(train, key=lambda row: hashlib.sha256(row.input.encode("utf-8", "surrogatepass")).digest())
-    shown: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str]] = set()
     nothing_new = []
     for row in ordered:
-        own = format.of_row(row.schema)
-        values = leaves(own.check(row.target or "").value)
-        labels = {(path, str(value)) for _, (value, path) in values if path in own.derived}
-        nothing_new.append(labels <= shown)
-        shown |= labels
+        row_format = format.of_row(row.schema)
+        values = leaves(row_format.check(row.target or "").value)
+        labels = {(path, str(value)) for _, (value, path) in values if path in row_format.derived}
+        nothing_new.append(labels <= seen)
+        seen |= labels
     order = sorted(range(len(ordered)), key=nothing_new.__getitem__)
     return [ordered[i] for i in order[:count]]
 
@@ -50,7 +50,7 @@ def shots_by_schema(train: Sequence[Row], test: Sequence[Row], format: Format) -
 def few_shot_rows(
     test: Sequence[Row], shots: Mapping[str | None, Sequence[Row]], renderer: Renderer, context: int
 ) -> tuple[list[Row], int]:
-    """The test rows with as many shots as fit the context, as earlier turns; and the number of shots."""
+    """The test rows with as many shots as fit the context as earlier turns, and the number of shots."""
     for count in range(max(map(len, shots.values())), 0, -1):
         conversations = []
         for row in test:
@@ -60,13 +60,13 @@ def few_shot_rows(
             conversations.append((turns, row.where, row.schema, row.tools))
         rows = [row for row in renderer.encode(conversations) if isinstance(row, Row) and len(row) <= context]
         if len(rows) == len(test):
-            # Their own turns alone: a value copied from a shot is made up.
-            return [replace(row, messages=own.messages) for row, own in zip(rows, test, strict=True)], count
+            # Without the shots' turns: a value copied from a shot is made up.
+            return [replace(row, messages=plain.messages) for row, plain in zip(rows, test, strict=True)], count
     return [], 0
 
 
 def cache_entry(base: str, rows: Sequence[Row], settings: dict[str, Any], format: Format) -> Path:
-    """The cache entry of a baseline, named by a hash of all that decides its answers, the code included."""
+    """The cache entry of a baseline, named by a hash of everything that decides its answers, code included."""
     inputs = [identity(base), settings, format.to_dict()]
     hashed = hashlib.blake2b(json.dumps(inputs, default=str).encode(), digest_size=16)
     for path in own_code("base", "model", "formats", "evaluation"):
@@ -83,7 +83,7 @@ def best_prompt(baselines: Mapping[str, Sequence[Outcome]]) -> str:
 
 
 def constant_answer(train: Sequence[Row], test: Sequence[Row], format: Format) -> tuple[int, int]:
-    """Majority-answer accuracy as right rows and all rows: a model below it has learned nothing of the content."""
+    """Majority-answer accuracy, as right rows and all rows: a model below it has not learned the content."""
     inner, split = format.inner or format, format.split
     [(answer, _)] = Counter(split(row.target or "")[1] for row in train).most_common(1)
     checks = (inner.of_row(r.schema).check(answer, target=split(r.target or "")[1]) for r in test)
@@ -93,7 +93,7 @@ def constant_answer(train: Sequence[Row], test: Sequence[Row], format: Format) -
 def prompting_verdict(prompts: Mapping[str, Sequence[Outcome]], constrained: Sequence[Outcome] | None = None) -> str:
     """What prompting and constrained decoding reach, and what is left for fine-tuning to win."""
     name = best_prompt(prompts)
-    text = f"prompting, {name}, reaches {_reached(prompts[name], 'prompting')}"
+    text = f"prompting ({name}) reaches {_reached(prompts[name], 'prompting')}"
     if constrained is not None:
         text += f". With constrained decoding it reaches {_reached(constrained, 'constrained decoding')}"
     return text
@@ -101,11 +101,11 @@ def prompting_verdict(prompts: Mapping[str, Sequence[Outcome]], constrained: Seq
 
 def _reached(outcomes: Sequence[Outcome], by: str) -> str:
     (valid, rows), (right, _) = rate(outcomes, "exact"), rate(outcomes, "joint")
-    cut = sum(outcome.kind == "truncated" for outcome in outcomes)
+    truncated = sum(outcome.kind == "truncated" for outcome in outcomes)
     return (
         f"{share(valid, rows, ' valid format')} and {share(right, rows, ' right')}"
-        + (f", {cut:,} of {rows:,} answers cut for length" if cut else "")
-        + f": {100 * (1 - valid / rows):.1f} points of format and "
-        f"{100 * (1 - right / rows):.1f} of right answers are left to gain"
+        + (f", {truncated:,} of {rows:,} answers truncated" if truncated else "")
+        + f": {100 * (1 - valid / rows):.1f} points of valid format and "
+        f"{100 * (1 - right / rows):.1f} of right answers to gain"
         + (f", so {by} may be enough" if right / rows >= ENOUGH else "")
     )

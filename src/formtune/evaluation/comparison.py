@@ -1,4 +1,4 @@
-"""`formtune compare`: whether one of several runs is better on the same test rows, or the rows cannot tell."""
+"""`formtune compare`: paired comparisons of runs on the same test rows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from formtune.configuration.terminal import folded, say
+from formtune.configuration.terminal import say, wrap
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import F1, FIELD, RATES, VIEWS, Outcome, field_f1, read_outcomes
 from formtune.evaluation.statistics import f1_difference, f1_interval, rate_difference, verdict, wilson
@@ -23,7 +23,7 @@ Run = tuple[str, list[Outcome]]  # as named on the command line, and its test ro
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
-    """Read the outcomes of the runs named on the command line; a UserError if they were tested on different rows."""
+    """Read the outcomes of runs named on the command line; a UserError if they were tested on different rows."""
     runs, first = [], Counter[tuple[str, str, str]]()
     for argument in arguments:
         path = _path(argument)
@@ -33,16 +33,14 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
             raise UserError(f"{path}: no test rows")
         first = first or rows
         if rows != first:
-            raise UserError(
-                f"{path}: {(rows & first).total():,} of its {rows.total():,} test rows are among the "
-                f"{first.total():,} of {_path(arguments[0])}; compare runs with the same data and the same test split"
-            )
+            others = f"the {first.total():,} of {_path(arguments[0])}; compare runs with the same data and test split"
+            raise UserError(f"{path}: {(rows & first).total():,} of its {rows.total():,} test rows are among {others}")
         runs.append((argument, outcomes))
     return runs
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
-    """Every figure of every run, those of each further run with their differences from the first."""
+    """Every figure of every run; those of each further run with their differences from the first."""
     first = runs[0][1]
     columns = [{"name": runs[0][0], "figures": figures(first)}]
     columns += [{"name": name, "figures": figures(outcomes, first)} for name, outcomes in runs[1:]]
@@ -78,10 +76,10 @@ def print_comparison(comparison: dict[str, Any]) -> None:
 
 
 def figures_table(title: str, runs: Sequence[dict[str, Any]]) -> Table:
-    """A column for each run's `name` and `figures`."""
+    """A table with a column for each run's `name` and `figures`."""
     table = Table(Column("metric", no_wrap=True), title=title, title_justify="left")
     for run in runs:
-        table.add_column(folded(run["name"]), justify="right")
+        table.add_column(wrap(run["name"]), justify="right")
     for name in dict.fromkeys(name for run in runs for name in run["figures"]):
         cells = [_cell(run["figures"].get(name)) for run in runs]
         table.add_row(Text(name.replace(FIELD, "field ")), *cells, end_section=name == F1)

@@ -16,14 +16,14 @@ from formtune.evaluation.outcomes import Outcome, worst_first
 from formtune.formats import Format
 from formtune.formats.content import leaves, typed
 
-SHOWN = 100  # failures
-LONGEST, MOST = 2000, 30  # characters of a text, and values that differ, that are compared and shown
+MAX_FAILURES = 100
+MAX_CHARACTERS, MAX_VALUES = 2000, 30  # of a text, and of its differences, that are compared and shown
 NEAREST = 2  # training rows beside a failure
-COMPARED = 10_000_000  # characters of training rows, evenly spaced; comparing these takes ten seconds
+MAX_TRAINING_CHARACTERS = 10_000_000  # of rows, evenly spaced; comparing them takes ten seconds
 
 BUCKETS = 4  # of prompt lengths, with equally many rows
-LABELS = 12  # a field with more values is not a label
-FEW = 5  # a slice of fewer rows is left out
+MAX_LABELS = 12  # a field with more values is not a label
+MIN_ROWS = 5  # of a slice
 
 Slice = tuple[str, str, list[int]]  # what the rows are grouped by, the group's name, and its rows' indices
 
@@ -43,11 +43,11 @@ class Failure:
 def failures(outcomes: Sequence[Outcome], format: Format, train: Sequence[Row]) -> list[Failure]:
     """The worst failures first, with each kind among them."""
     kinds = (list(same) for _, same in groupby(worst_first(outcomes), attrgetter("kind")))
-    shown = worst_first([outcome for turn in zip_longest(*kinds) for outcome in turn if outcome][:SHOWN])
-    rows = nearest([outcome.input for outcome in shown], train)
+    chosen = worst_first([outcome for turn in zip_longest(*kinds) for outcome in turn if outcome][:MAX_FAILURES])
+    rows = nearest([outcome.input for outcome in chosen], train)
     return [
-        Failure(one, *marked(one.target[:LONGEST], one.answer[:LONGEST]), *differences(one, format), near)
-        for one, near in zip(shown, rows, strict=True)
+        Failure(one, *marked(one.target[:MAX_CHARACTERS], one.answer[:MAX_CHARACTERS]), *differences(one, format), near)
+        for one, near in zip(chosen, rows, strict=True)
     ]
 
 
@@ -63,37 +63,37 @@ def marked(target: str, answer: str) -> tuple[Markup, Markup]:
 
 
 def differences(outcome: Outcome, format: Format) -> tuple[list[list[str]], list[str]]:
-    """The first values that differ, and the fields that they belong to; none if the answer holds no document."""
-    own = format.of_row(outcome.schema)
-    target, answer = (own.check(text).value for text in (outcome.target, outcome.answer))
-    expected, got = (dict(leaves(value, own.sets)) for value in (target, answer))
+    """The first values that differ, and the fields that they belong to; none if the answer contains no document."""
+    row_format = format.of_row(outcome.schema)
+    target, answer = (row_format.check(text).value for text in (outcome.target, outcome.answer))
+    expected, got = (dict(leaves(value, row_format.sets)) for value in (target, answer))
     rows, fields = [], []
     for path in dict.fromkeys([*expected, *got]) if answer is not None else ():
         values = [side[path][0] if path in side else None for side in (expected, got)]
         if typed(values[0]) != typed(values[1]):
-            texts = ("" if v is None else json.dumps(v, ensure_ascii=False, default=str)[:LONGEST] for v in values)
-            rows.append([path or "answer", *texts])
+            texts = ("" if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in values)
+            rows.append([path or "answer", *(text[:MAX_CHARACTERS] for text in texts)])
             fields.append((expected.get(path) or got[path])[1] or "answer")
-    return rows[:MOST], list(dict.fromkeys(fields))
+    return rows[:MAX_VALUES], list(dict.fromkeys(fields))
 
 
 def nearest(texts: Sequence[str], train: Sequence[Row]) -> list[list[tuple[float, Row]]]:
-    """For each text the training rows with the most similar inputs, by cosine of TF-IDF over runs of 4 characters."""
-    every = sum(min(len(row.input), LONGEST) for row in train) // COMPARED + 1
+    """For each text the training rows with the most similar inputs, by cosine of TF-IDF over character 4-grams."""
+    every = sum(min(len(row.input), MAX_CHARACTERS) for row in train) // MAX_TRAINING_CHARACTERS + 1
     rows = [row for row in train[::every] if row.input.strip()]
     if not texts or not rows:
         return [[] for _ in texts]
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(4, 4), sublinear_tf=True)
-    vectors = vectorizer.fit_transform(row.input[:LONGEST] for row in rows)
-    similar = (vectorizer.transform(text[:LONGEST] for text in texts) @ vectors.T).toarray()
+    vectors = vectorizer.fit_transform(row.input[:MAX_CHARACTERS] for row in rows)
+    similar = (vectorizer.transform(text[:MAX_CHARACTERS] for text in texts) @ vectors.T).toarray()
     best = np.argsort(-similar, axis=1, kind="stable")[:, :NEAREST].tolist()
     return [[(line[i], rows[i]) for i in places if line[i]] for line, places in zip(similar, best, strict=True)]
 
 
 def slices(outcomes: Sequence[Outcome], format: Format, longest: int) -> list[Slice]:
-    """The slices with at least `FEW` rows that do not hold all rows; `longest` is the longest training prompt."""
+    """The slices with at least `MIN_ROWS` rows, but not all; `longest` is the length of the longest training prompt."""
     sizes = np.array([outcome.prompt_tokens for outcome in outcomes])
     edges = np.unique(np.percentile(sizes, np.linspace(0, 100, BUCKETS + 1), method="higher")).tolist()
     edges[-1] += 1  # the last bucket includes the longest
@@ -103,14 +103,14 @@ def slices(outcomes: Sequence[Outcome], format: Format, longest: int) -> list[Sl
     parts += _groups("source", [outcome.origin for outcome in outcomes])
     labels: dict[str, list[str]] = {}
     for number, outcome in enumerate(outcomes):
-        own = format.of_row(outcome.schema)
-        for _, (value, path) in leaves(own.check(outcome.target).value, own.sets):
-            if path in own.derived:
+        row_format = format.of_row(outcome.schema)
+        for _, (value, path) in leaves(row_format.check(outcome.target).value, row_format.sets):
+            if path in row_format.derived:
                 labels.setdefault(path, [""] * len(outcomes))[number] = str(value)
     for path, values in labels.items():
-        if len(set(values)) <= LABELS:
+        if len(set(values)) <= MAX_LABELS:
             parts += _groups(path or "label", values)
-    return [part for part in parts if FEW <= len(part[2]) < len(outcomes)]
+    return [part for part in parts if MIN_ROWS <= len(part[2]) < len(outcomes)]
 
 
 def _groups(group: str, names: Sequence[str]) -> list[Slice]:

@@ -56,35 +56,34 @@ class LossMetrics(Metric):
 
     def compute(self) -> Counts:
         pairs = zip(self.names, self.sums.tolist(), strict=True)
-        return {name: (int(value) if value.is_integer() else value, int(whole)) for name, (value, whole) in pairs}
+        return {name: (int(value) if value.is_integer() else value, int(total)) for name, (value, total) in pairs}
 
 
 def ratios(counts: Counts) -> dict[str, float]:
     """Each figure: a number of answers for `fail/*`, else a ratio, NaN without rows; 0 if no answer has a value."""
     none = 0.0 if counts.get("format/exact", (0, 0))[1] else math.nan
     return {
-        name: float(count) if name.startswith("fail/") else count / whole if whole else none
-        for name, (count, whole) in counts.items()
+        name: float(count) if name.startswith("fail/") else count / total if total else none
+        for name, (count, total) in counts.items()
     }
 
 
 @contextmanager
-def _own(what: str) -> Iterator[None]:
+def _custom(what: str) -> Iterator[None]:
     # Lightning tests in inference mode, and a state made there could not be changed in place in a validation.
     with torch.inference_mode(False), torch.no_grad():
         try:
             yield
-        except Exception as error:  # whatever the user's code raises
-            raise UserError(
-                f"model.metrics: {what} failed: {type(error).__name__}: {first_line(error)} (update takes two lists of "
-                "texts, compute returns a number or numbers by name)"
-            ) from error
+        except Exception as error:  # custom code can raise anything
+            cause = f"{type(error).__name__}: {first_line(error)}"
+            expected = "update takes two lists of strings, compute returns a number or numbers by name"
+            raise UserError(f"model.metrics: {what} failed: {cause} ({expected})") from error
 
 
 class Scores(nn.Module):
-    """All figures of an evaluation: of the outcomes, the losses and the user's own metrics.
+    """All figures of an evaluation: of the outcomes, the losses and the custom metrics.
 
-    The user's are named by `custom/` and the class, or the figure's name if `compute` returns several.
+    A custom metric is named `custom/` and its class, or the figure's name if `compute` returns several.
     """
 
     def __init__(self, format: Format, metrics: Sequence[Metric]) -> None:
@@ -92,26 +91,26 @@ class Scores(nn.Module):
         self.format, self.losses = format, LossMetrics()
         names = [type(metric).__name__ for metric in metrics]
         numbered = (f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1))
-        own = dict(zip(numbered, metrics, strict=True))
-        self.own = MetricCollection(own, prefix="custom/", compute_groups=False)  # type: ignore[arg-type]
+        custom = dict(zip(numbered, metrics, strict=True))
+        self.custom = MetricCollection(custom, prefix="custom/", compute_groups=False)  # type: ignore[arg-type]
 
     @property
     def names(self) -> set[str]:
-        """Names of all figures of a validation but the user's own, for checks before the run."""
+        """Names of all figures of a validation except custom metrics, for checks before the run."""
         return {*LossMetrics.names, *count((), self.format)}
 
-    def compute(self, outcomes: Sequence[Outcome], own: Sequence[Outcome]) -> tuple[dict[str, float], Counts]:
-        """Every figure, and its counts unless it is the user's own; then begin anew.
+    def compute(self, outcomes: Sequence[Outcome], local: Sequence[Outcome]) -> tuple[dict[str, float], Counts]:
+        """Every figure, with its counts unless it is custom, from the outcomes of all processes and those of this one.
 
-        `outcomes` are those of all processes, `own` those of this one, which may be none.
+        All metrics are then reset.
         """
         counts = self.losses.compute() | count(outcomes, self.format)
-        if own:
-            with _own("update"):
-                self.own.update([one.answer for one in own], [one.target for one in own])
-        with _own("compute"):
-            figures = ratios(counts) | {name: float(value) for name, value in self.own.compute().items()}
-        with _own("reset"):
-            self.own.reset()
+        if local:
+            with _custom("update"):
+                self.custom.update([one.answer for one in local], [one.target for one in local])
+        with _custom("compute"):
+            figures = ratios(counts) | {name: float(value) for name, value in self.custom.compute().items()}
+        with _custom("reset"):
+            self.custom.reset()
         self.losses.reset()
         return figures, counts

@@ -1,4 +1,4 @@
-"""The outcome of each row: one record from decoding to disk, from which every figure and comparison is computed."""
+"""The outcome of each row: one record, from which every figure and comparison is computed."""
 
 import io
 import json
@@ -19,7 +19,7 @@ VIEWS = {  # the evaluations of the test rows, and how they are displayed
     "before": "base",
     "few_shot": "base few-shot",
     "before_constrained": "base constrained",
-    "start": "adapter",  # as training began from it
+    "start": "adapter",  # that training starts from
     "after": "tuned",
     "after_constrained": "tuned constrained",
 }
@@ -42,12 +42,12 @@ class Outcome:
     answer: str
     kind: str  # primary kind of failure, "ok" for none
     detail: str  # what is wrong, in one line
-    loose: bool  # whether the format is valid without the text around the document
+    loose: bool  # whether the format is valid once the text around the document is removed
     matched: int  # values that answer and target share
     values: int  # values in the answer and values in the target
     fields: dict[str, bool]  # whether each field of the format is right
     schema: str | None = None  # JSON text of the row's own schema
-    confidence: float | None = None  # probability of the answer by the model's own account, None if unknown
+    confidence: float | None = None  # the model's probability of the answer, None if unknown
     field_confidences: dict[str, float] | None = None  # of each field's value; None for an invalid format
 
     @property
@@ -62,38 +62,38 @@ class Outcome:
 
 
 def outcome(
-    row: Row, answer: str, verdict: Verdict, format: Format, sure: tuple[float, dict[str, float]] | None = None
+    row: Row, answer: str, verdict: Verdict, format: Format, confidences: tuple[float, dict[str, float]] | None = None
 ) -> Outcome:
     """The outcome of an answer, by the verdict of the row's own format and its `confidence`."""
     content = verdict.content or Comparison()
-    whole, by_field = sure or (None, None)
+    overall, by_field = confidences or (None, None)
     return Outcome(
         where=row.where, origin=row.origin, prompt_tokens=len(row.prompt_ids), input=row.input, target=row.target or "",
         answer=answer, kind=verdict.kind, detail=verdict.detail, loose=verdict.loose, matched=content.matched,
         values=content.values, fields=dict(zip(format.fields, content.fields, strict=False)), schema=row.schema,
-        confidence=whole, field_confidences=by_field or None,
+        confidence=overall, field_confidences=by_field or None,
     )  # fmt: skip
 
 
 def confidence(
     tokens: Sequence[str], logprobs: Sequence[float], answer: str, verdict: Verdict, format: Format
 ) -> tuple[float, dict[str, float]]:
-    """The probability of an answer by the model's own account, and of the value of each field.
+    """The model's probability of an answer, and of the value of each field.
 
-    They are products over the texts of the answer's tokens, without its reasoning. An invalid format has confidence 0.
+    Products over the answer's tokens, without its reasoning; an invalid format has confidence 0.
     """
     if not verdict.exact:
         return 0.0, {}
-    reasoning, own = format.split(answer)
-    spans = (format.inner or format).value_spans(own) if format.fields else {}
-    begin = "".join(tokens).find(answer)  # after white space that the template puts before every answer
+    reasoning, document = format.split(answer)
+    spans = (format.inner or format).value_spans(document) if format.fields else {}
+    begin = "".join(tokens).find(answer)  # after whitespace that the template puts before every answer
     ends = list(accumulate(map(len, tokens), initial=-begin - len(reasoning)))  # 0 where the answer begins
     fields = {}
     for name in format.fields if begin >= 0 else ():
-        path = name  # of a field that the answer lacks: of the nearest object around it
+        path = name  # for a missing field, the nearest object around it
         while path and path not in spans:
             path = path.rpartition(".")[0]
-        start, end = spans.get(path, (0, len(own) + 1))
+        start, end = spans.get(path, (0, len(document) + 1))
         # A token that is part of a character has no text: it belongs to the character that is completed later.
         inside = (p for p, a, b in zip(logprobs, ends, ends[1:], strict=False) if a < end and max(b, a + 1) > start)
         fields[name] = _product(inside)
@@ -106,16 +106,15 @@ def _product(logprobs: Iterable[float]) -> float:
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
-    """Write outcomes as JSON Lines, atomically."""
     write_lines(path, map(asdict, outcomes))
 
 
 def write_answers(
     path: Path, outcomes: Sequence[Outcome], minimum: float | None, more: dict[str, str]
 ) -> dict[Path, int]:
-    """Write predictions as JSON Lines, each with `more`; returns the number in each file.
+    """Write predictions as JSON Lines, each with `more`; returns the number of answers in each file.
 
-    With a minimum confidence there are two files: the answers that reach it, and the others, for a person to review.
+    With a minimum confidence there are two files: accepted answers, and answers to review.
     """
     records: list[dict[str, Any]] = [
         {
@@ -144,7 +143,7 @@ def read_outcomes(path: Path) -> list[Outcome]:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}; a finished run has it") from None
     outcomes: list[Outcome] = []
     try:
-        for line in io.StringIO(text):  # not splitlines: an answer may hold other line separators
+        for line in io.StringIO(text):  # not splitlines: an answer may contain other line separators
             outcomes.append(Outcome(**json.loads(line)))
     except (ValueError, TypeError):
         raise UserError(f"{path}:{len(outcomes) + 1}: not an outcome of a test row") from None

@@ -1,8 +1,4 @@
-"""Is the format still valid on longer inputs? Test rows with text of other inputs before their own.
-
-Only the format is checked: a model trained on short inputs often answers long ones in prose, and production's inputs
-are often longer than expected.
-"""
+"""Check that the format stays valid on longer inputs: test rows preceded by text of other inputs."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +6,7 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row, quantile
 
 ROWS = 48  # for each length
-LONGER = 1.1  # times its length that a prompt may have
+LONGER = 1.1  # maximum length of a prompt, as a multiple of the length to try
 
 
 def probe_lengths(train: Sequence[int], production: Sequence[int], context: int) -> dict[str, int]:
@@ -24,14 +20,14 @@ def probe_lengths(train: Sequence[int], production: Sequence[int], context: int)
 def probe_rows(
     test: Sequence[Row], texts: Sequence[str], lengths: Mapping[str, int], renderer: Renderer
 ) -> dict[str, list[Row]]:
-    """For each length up to `ROWS` test rows, lengthened to about it with `texts`."""
+    """Up to `ROWS` test rows for each length, extended to about that length with `texts`."""
     padding = "\n\n".join(texts)
     longer: dict[str, list[Row]] = {}
     for name, tokens in lengths.items():
         conversations = []
         for number, row in enumerate(test[:: max(len(test) // ROWS, 1)][:ROWS]):
-            own_tokens = len(renderer.tokenizer(row.input, add_special_tokens=False)["input_ids"])
-            characters = round((tokens - len(row.prompt_ids)) * len(row.input) / max(own_tokens, 1))
+            input_tokens = len(renderer.tokenizer(row.input, add_special_tokens=False)["input_ids"])
+            characters = round((tokens - len(row.prompt_ids)) * len(row.input) / max(input_tokens, 1))
             start = (number * 997) % max(len(padding) - characters, 1)
             before = " ".join(padding[start : start + max(characters, 0)].split(" ")[1:-1])
             *rest, question, answer = row.messages

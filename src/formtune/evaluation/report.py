@@ -1,4 +1,4 @@
-"""A run's report as one self-contained page, and its adapter's model card: was it worth it, and where does it fail."""
+"""A run's report as one self-contained HTML page, and its adapter's model card."""
 
 import importlib.metadata
 import math
@@ -16,7 +16,7 @@ from formtune import __version__
 from formtune.base.row import Row
 from formtune.evaluation.baselines import best_prompt
 from formtune.evaluation.comparison import figures
-from formtune.evaluation.failures import LONGEST, MOST, failures, slices
+from formtune.evaluation.failures import MAX_CHARACTERS, MAX_VALUES, failures, slices
 from formtune.evaluation.outcomes import FIELD, VIEWS, Outcome, field_f1, paired, rate
 from formtune.evaluation.page import render
 from formtune.evaluation.selective import calibration, judged, risks
@@ -42,7 +42,7 @@ class Run:
     base: str  # folder or hub id
     train: Sequence[Row] = ()  # what failures are compared with
     date: str | None = None  # written by the chat template
-    note: str = ""  # how prompts are rendered, where a chat server does not render them so
+    note: str = ""  # how prompts are rendered, if chat servers render them differently
 
 
 def write_run_report(run: Run, folder: Path) -> None:
@@ -66,7 +66,7 @@ def page(run: Run) -> str:
         trust=_trust(run),
         slices=list(_slices(run)),
         gallery=gallery,
-        limits=(LONGEST, MOST),
+        limits=(MAX_CHARACTERS, MAX_VALUES),
         failed_fields=Counter(field for failure in gallery for field in failure.fields).most_common(),
         parity=share(*run.result["counts"]["after"]["val/parity"]),
     )
@@ -78,12 +78,12 @@ def card(run: Run) -> str:
 
 
 def conclusion(run: Run) -> tuple[bool, str]:
-    """Whether training was worth it, and why in one sentence: against the best that the base reached in any way."""
+    """Whether training was worth it, against the best that the base reached in any way, and why in one sentence."""
     count, rows = rate(run.outcomes["after"], "joint")
     if (majority := _majority(run)) and wilson(count, rows)[0] <= majority:
-        always = f"always giving the most frequent training answer is right in {majority:.1%}"
-        worse = "Do not use it" if count < majority * rows else "No better than one constant answer"
-        return False, f"{worse}: {count / rows:.1%} of the answers are right, and {always}."
+        constant = f"the most frequent training answer alone is right in {majority:.1%}"
+        worse = "Do not use it" if count < majority * rows else "No better than the majority answer"
+        return False, f"{worse}: {count / rows:.1%} of the answers are right, and {constant}."
     parts = []
     for name, what in WHAT.items():
         count, rows = rate(run.outcomes["after"], name)
@@ -107,12 +107,12 @@ def headline(run: Run) -> list[str]:
         if "after_constrained" in run.outcomes:
             tuned += f", {share(*rate(run.outcomes['after_constrained'], name), ' constrained')}"
         against = [
-            f"against {before:.1%}{f' of {rows:,} rows' if rows != total else ''} ({VIEWS[view]}) {compared}"
+            f"{VIEWS[view]} {before:.1%}{f' of {rows:,} rows' if rows != total else ''} ({compared})"
             for view, before, rows, compared in _against(run, name)
         ]
         if name == "joint" and (majority := _majority(run)):
-            against.append(f"against {majority:.1%} for always giving the most frequent training answer")
-        lines.append(f"{tuned}: {', '.join(against)}")
+            against.append(f"majority answer {majority:.1%}")
+        lines.append(f"{tuned}: against {', '.join(against)}")
     return lines
 
 
@@ -130,13 +130,11 @@ def _against(run: Run, name: str) -> Iterator[tuple[str, float, int, str]]:
 
 
 def _majority(run: Run) -> float:
-    """Majority-answer accuracy."""
     right, rows = run.result.get("constant", (0, 1))
     return float(right / rows)
 
 
 def _facts(run: Run) -> dict[str, Any]:
-    """What the report and the card show."""
     views = [view for view in VIEWS if view in run.outcomes]
     return {
         "run": run,
@@ -147,7 +145,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "views": {view: f"{VIEWS[view]}, {len(run.outcomes[view]):,} rows" for view in views},
         "figures": {view: figures(run.outcomes[view]) for view in views},
         "field": FIELD,
-        "own": [name for name in run.result["after"] if name.startswith("custom/")],
+        "custom": [name for name in run.result["after"] if name.startswith("custom/")],
         "versions": {"formtune": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
         "format": run.format.to_dict(),
     }

@@ -1,4 +1,4 @@
-"""Which answers to accept: risk and coverage, calibration, and the confidence from which answers reach a precision."""
+"""Which answers to accept: risk and coverage, calibration, and the minimum confidence for a precision."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -15,11 +15,11 @@ FIELD_TARGET = 0.99  # precision of the table of fields
 FIELDS = 20  # of that table
 BINS = 10  # of the calibration, equally wide
 
-Judged = Sequence[tuple[float, bool]]  # the confidence in each answer, and whether the answer is right
+Judged = Sequence[tuple[float, bool]]  # the confidence of each answer, and whether the answer is right
 
 
 def judged(outcomes: Sequence[Outcome], field: str | None = None) -> list[tuple[float, bool]]:
-    """The confidence in each answer, or in a field of it, and whether it is right; empty if no confidence is known."""
+    """The confidence of each answer, or of one field, and whether it is right; empty if no confidence is known."""
     known = [o for o in outcomes if o.confidence is not None]
     if field is None:
         return [(o.confidence or 0.0, o.joint) for o in known]
@@ -28,7 +28,7 @@ def judged(outcomes: Sequence[Outcome], field: str | None = None) -> list[tuple[
 
 def risks(rows: Judged) -> np.ndarray:
     """The share of wrong answers among the k most confident ones, for each k from 1 to all."""
-    # Answers of equal confidence are in no order: each of them counts as their mean.
+    # Answers of equal confidence have no order: each counts as their mean.
     confidence, right = np.array(rows, dtype=float).T
     _, group = np.unique(-confidence, return_inverse=True)
     wrong = np.bincount(group, 1 - right) / np.bincount(group)
@@ -50,7 +50,7 @@ def calibration(rows: Judged) -> list[tuple[int, float, float]]:
 
 def calibration_error(rows: Judged) -> float:
     """Expected calibration error (Guo et al., 2017): the mean distance of confidence and precision over the rows."""
-    return sum(count * abs(sure - right) for count, sure, right in calibration(rows)) / len(rows)
+    return sum(count * abs(confidence - right) for count, confidence, right in calibration(rows)) / len(rows)
 
 
 def threshold(rows: Judged, target: float) -> float | None:
@@ -69,7 +69,7 @@ def threshold(rows: Judged, target: float) -> float | None:
 
 
 def accepted(rows: Judged, minimum: float) -> dict[str, Any]:
-    """What comes of accepting answers of at least this confidence: coverage, and precision with its interval."""
+    """Coverage, and precision with its interval, if answers of at least this confidence are accepted."""
     verdicts = [is_right for confidence, is_right in rows if confidence >= minimum]
     count, right = len(verdicts), sum(verdicts)
     figures = {"min_confidence": minimum, "accepted": count, "coverage": count / len(rows)}

@@ -22,7 +22,7 @@ class Difference:
     """How the second of two runs differs from the first on the same rows."""
 
     value: float  # second minus first, between -1 and 1
-    sure: bool  # whether it is significant
+    sure: bool  # significant (the name in `compare --out`)
     rows: int
     needed: int | None  # rows with which the test would have 80 % power, None for no difference
     p: float
@@ -37,7 +37,7 @@ def wilson(count: int, rows: int) -> Interval:
 
 
 def share(count: int, rows: int, of: str = "") -> str:
-    """A rate with its interval, in words."""
+    """A rate with its interval, such as `97.3% right (94.9% to 98.6%)`."""
     low, high = wilson(count, rows)
     return f"{count / rows if rows else 0:.1%}{of} ({low:.1%} to {high:.1%})"
 
@@ -88,17 +88,17 @@ def f1_difference(first: np.ndarray, second: np.ndarray) -> Difference:
     if not differs.any():
         return Difference(value, False, rows, None, 1.0)
     rest = first[:, ~differs].sum(axis=1, keepdims=True)  # the other rows as one, where swapping changes nothing
-    both, either = np.concatenate([first[:, differs], rest, second[:, differs], rest], axis=1)
+    shared, total = np.concatenate([first[:, differs], rest, second[:, differs], rest], axis=1)
     test = stats.permutation_test(
-        tuple(np.arange(len(both)).reshape(2, -1)),
-        lambda before, after, axis: _f1(both[after], either[after], axis) - _f1(both[before], either[before], axis),
-        permutation_type="samples", vectorized=True, batch=max(1, _ELEMENTS // len(both)), rng=0,
+        tuple(np.arange(len(total)).reshape(2, -1)),
+        lambda before, after, axis: _f1(shared[after], total[after], axis) - _f1(shared[before], total[before], axis),
+        permutation_type="samples", vectorized=True, batch=max(1, _ELEMENTS // len(total)), rng=0,
     )  # fmt: skip
-    sure, needed = bool(test.pvalue < 1 - CONFIDENCE), None
+    significant, needed = bool(test.pvalue < 1 - CONFIDENCE), None
     if value:  # F1 is nearly a mean, whose standard error falls with the square root of the rows
         needed = math.ceil(rows * (sum(_QUANTILES) * float(np.std(test.null_distribution)) / value) ** 2)
-        needed = needed if sure else max(needed, rows + 1)
-    return Difference(value, sure, rows, needed, float(test.pvalue))
+        needed = needed if significant else max(needed, rows + 1)
+    return Difference(value, significant, rows, needed, float(test.pvalue))
 
 
 def verdict(difference: Difference) -> str:
@@ -111,5 +111,5 @@ def verdict(difference: Difference) -> str:
     return f"cannot tell with {difference.rows:,} rows: about {math.ceil(difference.needed / unit) * unit:,} would"
 
 
-def _f1(both: Any, either: Any, axis: int = -1) -> Any:
-    return 2 * both.sum(axis) / np.maximum(either.sum(axis), 1)
+def _f1(shared: Any, total: Any, axis: int = -1) -> Any:
+    return 2 * shared.sum(axis) / np.maximum(total.sum(axis), 1)

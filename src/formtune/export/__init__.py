@@ -1,1 +1,1 @@
-"""Merge and quantize an adapter; write the result only if it still answers as the adapter does."""
+"""Merge and quantize an adapter; keep the result only if it answers as the adapter does."""

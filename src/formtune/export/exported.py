@@ -1,4 +1,4 @@
-"""An exported folder: what it holds, and the files that say how to use a GGUF file elsewhere."""
+"""An exported folder, and the files that say how to use a GGUF file elsewhere."""
 
 import functools
 import json
@@ -18,25 +18,25 @@ from formtune.export.gguf import ADAPTER
 from formtune.files import write_json, write_whole
 from formtune.training.manifest import CARD, verify
 
-CONTEXT = 8192  # tokens that a server keeps, or as many as the test rows need: a longer context costs memory
+CONTEXT = 8192  # tokens of a server's context, or more if the test rows need them: a longer context costs memory
 PIECES = ("system", "after_system", "answer", "after_answer", "end")  # of a template, between the texts of the turns
 
 
 class Exported:
-    """An exported folder, verified: of a run, deployed, or named itself."""
+    """A verified exported folder."""
 
     def __init__(self, folder: Path, outcomes: Path | None = None) -> None:
         self.folder, self.manifest = folder, verify(folder)
         self.config: Any = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         self.format: Any = json.loads((folder / "format.json").read_text(encoding="utf-8"))
         self.task, self.kind = str(self.config["task"]), self.manifest["kind"]
-        self.base = self.manifest["base"]["path"] if self.kind == "adapter" else None  # that it needs
+        self.base = self.manifest["base"]["path"] if self.kind == "adapter" else None
         answers = "after" if folder.name == "adapter" else folder.name
         self.outcomes = outcomes or folder.parent / "outcomes" / f"{answers}.jsonl"  # of the test rows
 
     @functools.cached_property
     def renderer(self) -> Renderer:
-        """Its renderer, with thinking on if its format has reasoning."""
+        """The renderer, with thinking on if the format has reasoning."""
         options = self.format["init_args"]
         tags = (options["open"], options["close"]) if "close" in options else None
         return Renderer.load(str(self.folder.resolve()), tags=tags)
@@ -71,8 +71,8 @@ def go_template(renderer: Renderer, rows: Sequence[Row]) -> str | None:
     texts = {role: f"formtune-{role}-turn" for role in ("system", "user", "assistant", "last")}
     turns = [{"role": role.replace("last", "user"), "content": text} for role, text in texts.items()]
     try:
-        whole, alone = (renderer._render(part, True) for part in (turns, turns[3:]))
-        pieces = dict(zip(PIECES, re.split("|".join(texts.values()), whole), strict=True))
+        conversation, alone = (renderer._render(part, True) for part in (turns, turns[3:]))
+        pieces = dict(zip(PIECES, re.split("|".join(texts.values()), conversation), strict=True))
     except ValueError:  # a turn is missing, or the template refuses this order
         return None
     pieces["first"] = alone.removesuffix(texts["last"] + pieces["end"])
@@ -82,7 +82,7 @@ def go_template(renderer: Renderer, rows: Sequence[Row]) -> str | None:
         text = "".join(pieces[name] + turn["content"] for name, turn in zip(before, turns, strict=True))
         if len(turns) > 2 or text + pieces["end"] != renderer._render(turns, True, row.tools):
             return None
-    if renderer.tokenizer("a")["input_ids"][:1] == [renderer.tokenizer.bos_token_id]:  # Ollama adds it as well
+    if renderer.tokenizer("a")["input_ids"][:1] == [renderer.tokenizer.bos_token_id]:  # Ollama adds it too
         pieces |= {name: pieces[name].removeprefix(renderer.tokenizer.bos_token) for name in ("first", "system")}
     escaped = {name: text.replace("{{", '{{ "{{" }}') for name, text in pieces.items()}
     return render("export/turns.go.jinja", **escaped)

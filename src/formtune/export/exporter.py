@@ -1,4 +1,4 @@
-"""Export a run's adapter as production loads it, if it still answers as the adapter did."""
+"""Export a run's adapter, if the export answers as the adapter did."""
 
 import operator
 import shutil
@@ -17,7 +17,7 @@ from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, rate, read_outcomes, write_outcomes
 from formtune.export.exported import Exported, write_usage
 from formtune.export.llama_cpp import measure_gguf
-from formtune.export.measure import COMPARED, TIMED, Tuned, call_fresh, measure, merge
+from formtune.export.measure import COMPARED_ROWS, TIMED, Tuned, call_fresh, measure, merge
 from formtune.export.quantize import EXTRAS, SCHEMES, folder_name
 from formtune.export.rules import refuse
 from formtune.files import write_json
@@ -30,7 +30,7 @@ CALIBRATION = 128  # rows
 
 
 class FinishedRun:
-    """A run, whose adapter, base, format and rows must be the ones that it was judged with."""
+    """A run whose adapter, base, format and rows are unchanged since its evaluation."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoConfig
@@ -43,19 +43,19 @@ class FinishedRun:
             raise UserError(f"model.base: {base} is not the base of {exported.folder}; its files differ")
         if exported.format != self.format.to_dict():
             raise UserError(f"{folder / 'config.yaml'}: the format has changed since the run; train again")
-        # An export is judged without constrained decoding, and so must be what it is compared with.
+        # An export is judged without constrained decoding, so its reference must be too.
         unconstrained = folder / "outcomes" / "adapter.jsonl"
         self.constrained = task.model.constrained and not unconstrained.is_file()
         path = unconstrained if task.model.constrained and not self.constrained else exported.outcomes
         self.outcomes = read_outcomes(path)  # of the test rows
-        # Compared by content: the hash of the run's rows changes with every version of formtune.
+        # Compared by content: the hash of the rows changes with every version of formtune.
         splits = load_splits(settings)
         rows = splits.rows["test"][: len(self.outcomes)]
         judged = [(outcome.input, outcome.target, outcome.schema, outcome.prompt_tokens) for outcome in self.outcomes]
         if [(row.input, row.target, row.schema, len(row.prompt_ids)) for row in rows] != judged:
             raise UserError(f"{path}: {folder / 'config.yaml'} gives other test rows or prompts; train again")
         context = context_length(base) or 10**9
-        of_all_lengths = sorted(rows, key=len)[:: max(1, len(rows) // COMPARED)][:COMPARED]
+        of_all_lengths = sorted(rows, key=len)[:: max(1, len(rows) // COMPARED_ROWS)][:COMPARED_ROWS]
         prompts = sorted((row.prompt_ids for row in production_rows(settings) or rows), key=len)
         timed = prompts[len(prompts) * 95 // 100][: context - TIMED]
         self.tuned = Tuned(
@@ -70,12 +70,12 @@ class FinishedRun:
 
 
 def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict[str, Any]:
-    """Make and measure one kind; its folder appears only if it loses at most `max_loss` of the rows. The figures."""
+    """Make one kind and return its figures; its folder is kept if it loses at most `max_loss` of the rows."""
     from peft import PeftConfig
 
     name, tuned = folder_name(kind, **options), run.tuned
     if run.constrained and kind != "adapter":
-        remedy = f"run formtune export {run.folder} first, which measures the adapter without it"
+        remedy = f"run formtune export {run.folder} first, to measure the adapter without it"
         raise UserError(f"--as {kind}: the run was evaluated with constrained decoding; {remedy}")
     refuse(skeleton(tuned.base), PeftConfig.from_pretrained(str(tuned.adapter)), "merge" if kind == "merged" else kind)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=run.folder) as scratch:
@@ -83,7 +83,7 @@ def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict
         if kind == "gguf":
             write_usage(folder, run.exported, tuned.schema, tuned.rows)
         figures, outcomes = measured(run, kind, folder, max_loss)
-        # Of refused exports too, which have no manifest.
+        # Also for refused exports, which have no manifest.
         write_outcomes(run.folder / "outcomes" / f"{name}.jsonl", outcomes)
         write_json(run.folder / "outcomes" / f"{name}.json", figures)
         if figures["refused"]:
@@ -96,7 +96,7 @@ def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict
 
 
 def measured(run: FinishedRun, kind: str, folder: Path, max_loss: float) -> tuple[dict[str, Any], list[Outcome]]:
-    """The figures of a folder of this kind, and why it is refused, and the outcomes of the test rows."""
+    """The figures of an export, with the reason if it is refused, and the outcomes of the test rows."""
     rows = run.tuned.rows
     closeness, answers, speeds = measure_fresh(run.tuned, kind, folder)
     outcomes = [judge(row, answer, run.renderer, run.format) for row, answer in zip(rows, answers, strict=True)]
@@ -114,7 +114,7 @@ def measured(run: FinishedRun, kind: str, folder: Path, max_loss: float) -> tupl
         changes = Counter((right(a), right(b)) for a, b in pairs)
         count, gained, lost = rate(outcomes, RATES[name])[0], changes[False, True], changes[True, False]
         figures[name] = {"right": count, "rows": len(rows), "gained": gained, "lost": lost}
-        # One row may always be lost: rounding costs one too, and of a hundred rows or fewer a share is less than one.
+        # One row may always be lost: rounding costs one too, and the share of a hundred rows or fewer is less than one.
         if lost - gained > max(1, max_loss * len(rows)):
             fall = f"falls from {count + lost - gained} to {count} of {len(rows)} rows"
             figures["refused"] = figures["refused"] or f"{name} {fall}, more than --max_loss {max_loss}"
@@ -122,22 +122,22 @@ def measured(run: FinishedRun, kind: str, folder: Path, max_loss: float) -> tupl
 
 
 def merged(tuned: Tuned) -> Any:
-    """The adapter merged into its base in float32; a UserError if that is another model."""
+    """The adapter merged into its base in float32; a UserError if the result is another model."""
     from peft import PeftModel
 
-    # The full-precision base: PEFT merges into a 4-bit one silently, and the result is another model.
+    # The full-precision base: PEFT silently merges into a 4-bit base, which gives another model.
     base = load_base(tuned.base, torch.float32, None, torch.device("cpu"))
     return merge(PeftModel.from_pretrained(base, tuned.adapter).eval(), tuned.compared)
 
 
 def make(tuned: Tuned, kind: str, scratch: Path, **options: Any) -> Path:
-    """A folder of this kind: the merged model, quantized in a fresh process if the kind is a scheme."""
+    """Make a folder of this kind: the merged model, quantized in a fresh process if the kind is a scheme."""
     from transformers import GenerationConfig
 
     # A GGUF adapter stays beside its base.
     model = load_base(tuned.base, tuned.dtype, None, torch.device("cpu")) if options.get("adapter") else merged(tuned)
     source, target = scratch / "merged", scratch / kind
-    # As it was judged: greedy, to the end of the turn, without the sampling or penalties that a base may ship.
+    # As in evaluation: greedy, to the end of the turn, without sampling or penalties of the base.
     stop = list(tuned.stop)
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stop, pad_token_id=stop[0])
     model.to(tuned.dtype).save_pretrained(source)
@@ -152,6 +152,5 @@ def make(tuned: Tuned, kind: str, scratch: Path, **options: Any) -> Path:
 
 
 def measure_fresh(tuned: Tuned, kind: str, folder: Path) -> Any:
-    """What `measure` returns of a folder of this kind, in a fresh process."""
     function = measure_gguf if kind == "gguf" else measure
     return call_fresh(function, f"{folder} does not load", tuned=tuned, kind=kind, folder=folder)

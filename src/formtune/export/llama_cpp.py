@@ -1,4 +1,4 @@
-"""llama.cpp's server, the proof that it renders the prompts of training, and what a GGUF file answers."""
+"""llama.cpp's server, a check that it renders prompts as training does, and the measurements of a GGUF file."""
 
 import json
 import sys
@@ -19,13 +19,13 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row, with_json_arguments
 from formtune.errors import UserError
 from formtune.export.gguf import ADAPTER, FILE
-from formtune.export.measure import COMPARED, POSITIONS, TIMED, TRIES, Closeness, Tuned, compare, last_logits, load
+from formtune.export.measure import COMPARED_ROWS, POSITIONS, TIMED, TRIES, Closeness, Tuned, compare, last_logits, load
 from formtune.model.micro_batches import Decoded
 
 HOST = "127.0.0.1"
-LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # requests to this machine go through no proxy
-LIKELIEST = 20  # tokens of which the server gives the log-probability, at each place of an answer
-CHATML = "<|im_start|>"  # in the template that llama.cpp takes for a file without one
+LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy for requests to this machine
+TOP_TOKENS = 20  # tokens whose log-probabilities the server gives, at each position of an answer
+CHATML = "<|im_start|>"  # in llama.cpp's template for a file without one
 
 
 class LlamaServer:
@@ -39,7 +39,7 @@ class LlamaServer:
         if (adapter := file.with_name(ADAPTER)).is_file():
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter))]
         params.hostnames, params.port, params.n_ctx = [HOST], port, context
-        params.cpuparams.n_threads = torch.get_num_threads()  # more than are free wait for each other at every layer
+        params.cpuparams.n_threads = torch.get_num_threads()  # more threads than free cores wait at every layer
         params.enable_reasoning, params.default_template_kwargs = -thinking, {"enable_thinking": str(thinking).lower()}
         params.verbosity = 0
         params.model_alias = {name}
@@ -58,29 +58,29 @@ class LlamaServer:
 
 
 def llama_cpp_tokens(post: Callable[[str, dict[str, Any]], Any], text: str) -> list[int]:
-    """Those of a rendered prompt, with the BOS that the server adds."""
+    """Token ids of a rendered prompt, with the BOS that the server adds."""
     return post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
 
 
 def chat_prompt(row: Row) -> dict[str, Any]:
-    """What a request for a chat completion says of a row's prompt."""
+    """Messages and tools of a chat completion request for a row's prompt."""
     messages = with_json_arguments(row.messages if row.target is None else row.messages[:-1])
-    # "none": the answer comes as it is, not parsed.
+    # "none": the server does not parse the answer.
     return {"messages": messages} | ({"tools": json.loads(row.tools), "tool_choice": "none"} if row.tools else {})
 
 
 def prompt_fault(row: Row, ids: list[int], renderer: Renderer) -> str | None:
-    """How a server's prompt differs from the one of training, and from where on; None if all tokens are the same."""
-    own, decode, bos = row.prompt_ids, renderer.tokenizer.decode, [renderer.tokenizer.bos_token_id]
-    if ids == own:
+    """How, and from which token on, a server's prompt differs from that of training; None if they are equal."""
+    expected, decode, bos = row.prompt_ids, renderer.tokenizer.decode, [renderer.tokenizer.bos_token_id]
+    if ids == expected:
         return None
-    text, trained = decode(ids), decode(own)
+    text, trained = decode(ids), decode(expected)
     turns = [(turn["role"], turn["content"]) for turn in chat_prompt(row)["messages"] if turn["content"] in trained]
     role, lost = next((turn for turn in turns if turn[1] not in text), ("", ""))
     faults = {  # the first that applies
-        "a second BOS is in front": ids == bos + own,
-        "its BOS is missing": bos + ids == own,
-        "the same text is other tokens, by another tokenizer": text == trained,
+        "it has a second BOS": ids == bos + expected,
+        "its BOS is missing": bos + ids == expected,
+        "the same text is tokenized differently": text == trained,
         "it is rendered by a default chat template (ChatML)": CHATML in text and CHATML not in trained,
         f"the {role} turn is trimmed": lost and lost.strip() in text,
         f"the {role} turn is missing or altered": lost,
@@ -88,18 +88,16 @@ def prompt_fault(row: Row, ids: list[int], renderer: Renderer) -> str | None:
         "it is rendered by another chat template": True,
     }  # fmt: skip
     fault = next(name for name, applies in faults.items() if applies)
-    first = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, own, strict=False)))
-    theirs, ours = ([decode([token]) for token in part[first : first + 8]] for part in (ids, own))
-    return (
-        f"the server's prompt has {len(ids):,} tokens and formtune's {len(own):,}: {fault}; from token {first} on "
-        f"they are {theirs}, and formtune's {ours}"
-    )
+    first = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, expected, strict=False)))
+    theirs, ours = ([decode([token]) for token in part[first : first + 8]] for part in (ids, expected))
+    sizes = f"the server's prompt has {len(ids):,} tokens and formtune's {len(expected):,}"
+    return f"{sizes}: {fault}; from token {first} on they are {theirs}, and formtune's {ours}"
 
 
-def prove_prompts(server: LlamaServer, rows: Sequence[Row], renderer: Renderer) -> None:
+def check_prompts(server: LlamaServer, rows: Sequence[Row], renderer: Renderer) -> None:
     """Raise a UserError if the server renders a row's prompt into other tokens than training did."""
-    for given in rows:
-        row = replace(given, messages=renderer.turns(given.messages))
+    for original in rows:
+        row = replace(original, messages=renderer.turns(original.messages))
         if renderer.templated:
             text = server.post("/apply-template", chat_prompt(row))["prompt"]
         else:
@@ -110,19 +108,19 @@ def prove_prompts(server: LlamaServer, rows: Sequence[Row], renderer: Renderer) 
 
 
 def measure_gguf(tuned: Tuned, kind: str, folder: Path) -> tuple[Closeness, list[Decoded], dict[str, float]]:
-    """As `measure`, of a GGUF file by llama.cpp, which must render every prompt as training did.
+    """`measure` for a GGUF file in llama.cpp, which must render every prompt as training did.
 
-    Its server tells the log-probabilities of what it writes, not of a given text: so the adapter reads its answers.
+    The server gives log-probabilities only for its own answers, so the adapter computes logits of these.
     """
     renderer, stop = Renderer.load(str(folder)), tuned.stop
     pairs = list(zip(tuned.rows, tuned.limits, strict=True))
     context = max([len(row.prompt_ids) + limit for row, limit in pairs] + [len(tuned.timed) + TIMED])
     server = LlamaServer(folder / FILE, context + 8, thinking=tuned.thinking)
-    prove_prompts(server, [row for row in tuned.rows if row.messages], renderer)
+    check_prompts(server, [row for row in tuned.rows if row.messages], renderer)
     answers, sequences, likeliest = [], [], []
-    every = max(1, len(pairs) // COMPARED)
+    every = max(1, len(pairs) // COMPARED_ROWS)
     for number, (row, limit) in enumerate(pairs):
-        reply = server.answer(row.prompt_ids, limit, n_probs=LIKELIEST)
+        reply = server.answer(row.prompt_ids, limit, n_probs=TOP_TOKENS)
         ids, places = reply["tokens"], reply["completion_probabilities"]
         if any(token in stop for token in ids[:-1]):
             raise UserError(f"{row.where}: llama.cpp does not end its answer at {renderer.tokenizer.decode(stop[:1])}")
@@ -141,18 +139,18 @@ def measure_gguf(tuned: Tuned, kind: str, folder: Path) -> tuple[Closeness, list
 
 
 def _side_by_side(logits: Tensor, places: list[list[dict[str, Any]]]) -> tuple[Tensor, Tensor]:
-    """Logits of the reference at each token of an answer, and those that differ only by what llama.cpp tells."""
+    """The reference's logits at each token of an answer, and a copy with llama.cpp's top tokens."""
     count = min(len(places), POSITIONS - 1)
     expected = logits[-1 - count : -1]
     ids = torch.tensor([[token["id"] for token in place] for place in places[-count:]])
-    given = torch.tensor([[token["logprob"] for token in place] for place in places[-count:]])
-    return expected, expected.scatter(1, ids, given + expected.logsumexp(-1, keepdim=True))
+    logprobs = torch.tensor([[token["logprob"] for token in place] for place in places[-count:]])
+    return expected, expected.scatter(1, ids, logprobs + expected.logsumexp(-1, keepdim=True))
 
 
 def _speed(server: LlamaServer, prompt: Sequence[int], **options: Any) -> float:
-    """Tokens per second of a single answer, prompt included; the best try, which other work slowed the least."""
+    """Tokens per second of a single answer, prompt included; the best of several tries."""
     times = [server.answer(prompt, TIMED, cache_prompt=False, **options)["timings"] for _ in range(TRIES)]
-    # A constrained answer may end early: its time for each token counts as if it had as many.
+    # A constrained answer may end early: its time per token is extrapolated to all tokens.
     return TIMED / min(time["prompt_ms"] + TIMED * time["predicted_per_token_ms"] for time in times) * 1000
 
 

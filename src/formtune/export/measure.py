@@ -1,5 +1,4 @@
-"""Compare a model with the one that it should equal, logit by logit, let it answer, and time it, all in a fresh process
-with plain transformers and PEFT, as production will load it."""
+"""Compare a model's logits with a reference, let it answer, and time it, with plain transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -25,20 +24,20 @@ from formtune.errors import UserError, first_line
 from formtune.model.lora import load_base
 from formtune.model.micro_batches import Decoded, MicroBatches
 
-POSITIONS = 64  # the last ones of each row: the answer, and the end of its prompt
+POSITIONS = 64  # the last of each row: the answer and the end of its prompt
 TOKENS = 16_384  # of one micro-batch, answers included
-COMPARED = 32  # rows
-TIMED, TRIES = 48, 5  # tokens of a timed answer, and how often it is timed
+COMPARED_ROWS = 32
+TIMED, TRIES = 48, 5  # tokens of a timed answer, and repetitions
 
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """An adapter on its base, and what an export of it is calibrated and measured on."""
+    """An adapter on its base, with the data to calibrate and measure an export."""
 
     adapter: Path
     base: str
     quantize: str | None  # of the base in training
-    dtype: torch.dtype  # that the base is stored in
+    dtype: torch.dtype  # of the stored base
     calibration: Sequence[list[int]]  # rows of token ids
     compared: Sequence[list[int]]  # token ids, on which two models' logits are compared
     rows: Sequence[Row]  # to answer
@@ -46,7 +45,7 @@ class Tuned:
     stop: Sequence[int]  # tokens that end an answer
     thinking: bool = False  # whether thinking is on in the chat template
     timed: Sequence[int] = ()  # token ids of a prompt; if empty, nothing is timed
-    schema: Any = None  # of every answer, which llama.cpp is timed with and without
+    schema: Any = None  # of every answer; llama.cpp is timed with and without it
 
     def bounds(self, kind: str) -> Closeness:
         """How close an export of this kind must be."""
@@ -66,19 +65,19 @@ class Closeness:
         return f"logits {self.relative_max:.1e} apart, KL {self.kl:.1e}, top-1 {self.top1:.1%}"
 
     def broken_by(self, closeness: Closeness) -> str | None:
-        """What a model has that breaks one of these bounds, as NaN does, and the bounds; else None."""
+        """The figures and the bounds if one is broken, also by NaN; else None."""
         kept = closeness.relative_max <= self.relative_max and closeness.kl <= self.kl and closeness.top1 >= self.top1
         return None if kept else f"{closeness}; the limits are {self}"
 
     def within(self, bounds: Closeness, name: str) -> Self:
-        """The same, if the model of this name keeps the bounds; else a UserError."""
+        """Returns itself if the model of this name keeps the bounds; else raises a UserError."""
         if broken := bounds.broken_by(self):
             raise UserError(f"{name} is not the same model as the adapter: {broken}")
         return self
 
 
-# Measured differences were 2 to 100 times below the first two (docs/deployment.md). The last two are judgement; the
-# test rows decide beside them.
+# Measured differences were 2 to 100 times below the first two (docs/deployment.md). The last two are estimates; the
+# test rows decide too.
 EXACT = Closeness(relative_max=1e-4)  # float32: only the order of sums differs
 # Stored in 16 bits: correct adapters and merges of the demo were 2.4e-2 and 5.4e-2 apart, at one logit of thousands.
 ROUNDED = Closeness(relative_max=1e-1, kl=1e-3, top1=0.99)
@@ -110,19 +109,19 @@ def compare(reference: Sequence[Tensor], logits: Sequence[Tensor]) -> Closeness:
 
 
 def merge(model: Any, rows: Sequence[Sequence[int]]) -> Any:
-    """Merge a float32 `PeftModel`, which is used up; raise a UserError if the result differs on rows of token ids."""
+    """Merge a float32 `PeftModel` in place; raise a UserError if the result differs on rows of token ids."""
     # PEFT's own `safe_merge` only looks for non-finite numbers; a wrong merge into shared embeddings passes it.
     unmerged = last_logits(model, rows)
     try:
         merged = model.merge_and_unload(safe_merge=True)
-    except Exception as error:  # ValueError, NotImplementedError, RuntimeError, AttributeError: by kind of layer
+    except Exception as error:  # the kind depends on the layer
         raise UserError(f"the adapter cannot be merged: {first_line(error)}") from error
     compare(unmerged, last_logits(merged, rows)).within(EXACT, "the merged model")
     return merged
 
 
 def load(folder: Path, base: str | None = None, dtype: Any = "auto", quantize: str | None = None) -> Any:
-    """The model in a folder, or the adapter there on its base (quantized as in training), ready to answer."""
+    """Load the model in a folder, or the adapter there on its base (quantized as in training)."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -131,7 +130,7 @@ def load(folder: Path, base: str | None = None, dtype: Any = "auto", quantize: s
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map={"": device}, trust_remote_code=False, use_safetensors=True
         ).eval()
-    model = load_base(base, dtype, quantize, device)  # which is on its device if it is quantized
+    model = load_base(base, dtype, quantize, device)  # a quantized base is on its device
     return PeftModel.from_pretrained(model if quantize else model.to(device), folder).eval()
 
 
@@ -148,7 +147,7 @@ def measure(tuned: Tuned, kind: str, folder: Path) -> tuple[Closeness, list[Deco
 
 @torch.no_grad()
 def _speed(model: Any, prompt: Sequence[int]) -> float:
-    """Tokens per second of a single answer, prompt included; the best try, which other work slowed the least."""
+    """Tokens per second of a single answer, prompt included; the best of several tries."""
     ids = torch.tensor([prompt], device=model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
     answer = partial(model.generate, **inputs, min_new_tokens=TIMED, max_new_tokens=TIMED)
@@ -156,7 +155,7 @@ def _speed(model: Any, prompt: Sequence[int]) -> float:
 
 
 def call_fresh(function: Callable[..., Any], failure: str, **arguments: Any) -> Any:
-    """What a module's function returns in a fresh process; `failure` begins the message if it raises."""
+    """Call a function in a fresh process; `failure` begins the message if it raises."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _quiet_and_offline) as pool:
         try:
             return pool.submit(function, **arguments).result()

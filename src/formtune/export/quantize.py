@@ -1,4 +1,4 @@
-"""Convert a merged model's folder into another. Called in a fresh process: the packages never reach training."""
+"""Quantization schemes, called in a fresh process: their packages are never imported in training."""
 
 import os
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from typing import Any
 
 from formtune.export.gguf import to_gguf
 
-GROUPS = (128, 64, 32)  # inputs that share a scale in GPTQ and AWQ; all kernels of vLLM take these
-EXTRAS = {  # of `pip install`, with the packages that they bring, by what needs them: kinds, servers, the chat client
+GROUPS = (128, 64, 32)  # inputs that share a scale in GPTQ and AWQ; all kernels of vLLM accept these
+EXTRAS = {  # extra and its packages, for each kind, server and the chat client
     "int8": ("quantize", ("torchao",)),
     "nf4": ("quantize", ("bitsandbytes",)),
     "gptq": ("gptq", ("gptqmodel", "optimum")),
@@ -21,15 +21,15 @@ EXTRAS = {  # of `pip install`, with the packages that they bring, by what needs
 }
 
 
-def lacking(what: str) -> str | None:
-    """The package that something needs and that is not installed, with the command that installs it."""
+def missing_package(what: str) -> str | None:
+    """The package that a kind or server needs and that is not installed, with its install command."""
     extra, packages = EXTRAS.get(what, ("", ()))
     missing = (name for name in packages if not list(distributions(name=name)))
     return next((f"needs {name}: pip install -e '.[{extra}]'" for name in missing), None)
 
 
 def folder_name(kind: str, quant: str | None = None, adapter: str | None = None, **_: Any) -> str:
-    """That of an export's folder in its run: a model may be quantized to GGUF in several ways."""
+    """Name of an export's folder in its run, such as `gguf-q8_0`."""
     return "-".join(filter(None, [kind, "adapter" if adapter else None, quant]))
 
 
@@ -37,7 +37,7 @@ def group_size(model: Any) -> int | None:
     """The largest group that divides the inputs of every linear layer; None if none does."""
     from torch import nn
 
-    head = model.get_output_embeddings()  # which no scheme quantizes
+    head = model.get_output_embeddings()  # not quantized by any scheme
     widths = {layer.in_features for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head}
     return next((group for group in GROUPS if all(width % group == 0 for width in widths)), None)
 
@@ -51,8 +51,8 @@ def _transformers(scheme: str, source: str, target: str, rows: list[list[int]]) 
 
         config: Any = TorchAoConfig(Int8WeightOnlyConfig())
     else:
-        # Without double quantization a forward pass on a CPU with AVX512-BF16 repacks the weights in place, and saving
-        # after it writes another model (bitsandbytes 0.50).
+        # Without double quantization, a forward pass on a CPU with AVX512-BF16 repacks the weights in place, and saving
+        # then writes another model (bitsandbytes 0.50).
         options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,7 +62,7 @@ def _transformers(scheme: str, source: str, target: str, rows: list[list[int]]) 
 
 
 def _gptqmodel(scheme: str, source: str, target: str, rows: list[list[int]]) -> None:
-    # Its loader asks for two workers; on a small machine it gives itself one, and fails.
+    # Its loader needs two workers, but sets one on a small machine, and fails.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     import torch
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig

@@ -1,4 +1,4 @@
-"""What is known to fail on the way to production, often silently, found before training from shapes and names alone."""
+"""Known failures on the way to production, often silent, found before training from shapes and names."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from formtune.model.lora import Lora, lora_config
 MERGED = ("merge", *SCHEMES)  # every scheme begins with the merged model
 TARGETS = (*MERGED, "vllm")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank; 16 is its default
-RULES = {  # what, why, the remedy and the version with which it was seen; `it` is what was found
-    "tied embeddings": "model.lora.targets: LoRA on {it}, whose weights this base shares between input and output, "
-    "silently merges into a different model; leave it out of model.lora.targets (peft 0.21.2)",
-    "quantized base": "model.base: weights quantized by {it} cannot be merged into; use the original base "
+RULES = {  # message by rule, with the version where it was seen; `{found}` is what breaks it
+    "tied embeddings": "model.lora.targets: LoRA on {found}, whose weights this base shares between input and output, "
+    "silently merges into a different model; remove it from model.lora.targets (peft 0.21.2)",
+    "quantized base": "model.base: weights quantized by {found} cannot be merged into; use the original base "
     "(peft 0.21.2)",
-    "rank": "model.lora.r: rank {it} is more than vLLM supports; use 512 at most, or serve the merged model "
+    "rank": "model.lora.r: rank {found} is more than vLLM supports; use at most 512, or serve the merged model "
     "(vllm 0.33.0)",
     "DoRA": "model.lora.dora is not supported by vLLM; set model.lora.dora: false, or serve the merged model "
     "(vllm 0.33.0)",
@@ -23,7 +23,7 @@ RULES = {  # what, why, the remedy and the version with which it was seen; `it` 
 
 
 def before_training(base: str, lora: Lora) -> list[str]:
-    """What to know before training, a line each; a UserError if the adapter would merge into another model."""
+    """Warnings before training, a line each; a UserError if the adapter would merge into another model."""
     model = skeleton(base)
     adapter = lora_config(model, lora)
     refuse(model, adapter, "merge")
@@ -37,19 +37,19 @@ def refuse(model: Any, adapter: Any, target: str) -> None:
 
 
 def check(model: Any, adapter: Any, target: str) -> list[tuple[str, str]]:
-    """The rules that a base, without its weights, and an adapter's configuration break: the name and line of each."""
-    found: dict[str, Any] = {}
+    """Name and message of each rule that a base (without weights) and an adapter's configuration break."""
+    violations: dict[str, Any] = {}
     if target in MERGED:
         config = getattr(model.config, "quantization_config", None) or {}
         method = (config if isinstance(config, dict) else config.to_dict()).get("quant_method")
-        found = {"tied embeddings": _tied_target(model, adapter), "quantized base": method}
+        violations = {"tied embeddings": _tied_target(model, adapter), "quantized base": method}
     if target == "vllm":
-        found = {"rank": None if vllm_rank(adapter.r) else adapter.r, "DoRA": adapter.use_dora}
-    return [(name, RULES[name].format(it=it)) for name, it in found.items() if it]
+        violations = {"rank": None if vllm_rank(adapter.r) else adapter.r, "DoRA": adapter.use_dora}
+    return [(name, RULES[name].format(found=found)) for name, found in violations.items() if found]
 
 
 def vllm_rank(rank: int) -> int | None:
-    """The lowest --max-lora-rank that takes a rank; None if there is none."""
+    """The lowest --max-lora-rank that allows a rank; None if there is none."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 

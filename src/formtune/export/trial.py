@@ -1,5 +1,4 @@
-"""Try an export before training, on two layers of the base's width with random weights: what fails there depends on
-shapes, packages and the machine, not on what was learned."""
+"""Try an export before training, on two layers with random weights and the base's width."""
 
 import random
 from collections.abc import Sequence
@@ -14,24 +13,24 @@ from formtune.export.exporter import make, measure_fresh, merged
 from formtune.export.measure import EXACT, Closeness, Tuned, compare, last_logits
 from formtune.model.lora import Lora, add_lora
 
-LAYERS, CALIBRATION, COMPARED = 2, 16, 2
-NOISE = 0.02  # standard deviation of what is added to the adapter, which would otherwise change nothing
+LAYERS, CALIBRATION, COMPARED_ROWS = 2, 16, 2
+NOISE = 0.02  # standard deviation of noise on the adapter, which would otherwise have no effect
 ANSWER = 8  # tokens
-# Random weights give nearly equal logits, so the most likely token says nothing. Another model is 1 and more apart,
-# one that was rounded to 4 bits 0.1 to 0.3.
+# Random weights give nearly equal logits, so the most likely token is no criterion. Another model is 1 or more apart,
+# the same one rounded to 4 bits 0.1 to 0.3.
 ROUNDED = Closeness(relative_max=0.6)
 
 
 def attempt(
     target: str, base: str, lora: Lora, length: int, renderer: Renderer, prompts: Sequence[Row], folder: Path
 ) -> str:
-    """Make a target in a folder, without the base's weights: what was measured; llama.cpp must render the prompts."""
+    """Make a target in a folder, without the base's weights, and describe it; llama.cpp must render the prompts."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     gguf = target == "gguf"
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    config = shrink(config, whole_vocabulary=gguf)  # which the prompts need
-    dtype = getattr(config, "dtype", None) or torch.float32  # saving makes it a text
+    config = shrink(config, full_vocabulary=gguf)  # the prompts need it
+    dtype = getattr(config, "dtype", None) or torch.float32  # saving makes it a string
     vocabulary, draw = config.get_text_config().vocab_size, random.Random(0)
     rows = [[draw.randrange(vocabulary) for _ in range(length)] for _ in range(CALIBRATION)]
     answered = prompts if gguf else [Row(rows[0], [], "", None, "")]
@@ -40,12 +39,12 @@ def attempt(
     model.save_pretrained(folder / "base")
     model = add_lora(model, lora).eval()
     with torch.no_grad():
-        for parameter in (it for it in model.parameters() if it.requires_grad):
+        for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter += NOISE * torch.randn_like(parameter)
     model.save_pretrained(folder / "adapter", save_embedding_layers=False)
     renderer.tokenizer.save_pretrained(folder / "adapter")
     tuned = Tuned(
-        folder / "adapter", str(folder / "base"), None, dtype, rows, rows[:COMPARED], answered,
+        folder / "adapter", str(folder / "base"), None, dtype, rows, rows[:COMPARED_ROWS], answered,
         [ANSWER] * len(answered), renderer.stop_ids if gguf else (0,), renderer.thinking,
     )  # fmt: skip
     if target == "merge":
@@ -56,17 +55,17 @@ def attempt(
     return measured + (f"; llama.cpp renders {len(prompts)} prompts as training does" if gguf else "")
 
 
-def shrink(config: Any, whole_vocabulary: bool = False) -> Any:
+def shrink(config: Any, full_vocabulary: bool = False) -> Any:
     """The configuration with two layers, and a vocabulary that fits a small machine."""
     text = config.get_text_config()
     text.num_hidden_layers = min(LAYERS, text.num_hidden_layers)
     if kinds := getattr(text, "layer_types", None):
         text.layer_types = [kinds[0], kinds[-1]][: text.num_hidden_layers]
-    if whole_vocabulary:
+    if full_vocabulary:
         return config
-    # A large vocabulary would be nine tenths of the work. A width that does not divide evenly still does not.
+    # A large vocabulary would be nine tenths of the work. Indivisible widths stay so.
     if text.vocab_size > 8192:
         text.vocab_size = 4096 + text.vocab_size % 4096
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # may be beyond it
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # may exceed it
         setattr(text, name, None)
     return config

@@ -1,4 +1,4 @@
-"""A causal language model under LoRA, trained on answers and judged by its format. Knows nothing of files of rows."""
+"""A causal language model under LoRA, trained on answers and judged by its format."""
 
 from formtune.model.lora import Lora
 from formtune.model.module import FormatModule

@@ -1,4 +1,4 @@
-"""A trained adapter that training begins from: a run's, or a plain LoRA adapter of PEFT. Only safetensors are read."""
+"""The trained adapter that training starts from: a run's, or a plain LoRA adapter of PEFT."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from formtune.errors import UserError, first_line
 from formtune.model.lora import Lora, difference
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-KEYS = {"r": "r", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}  # PEFT's, and those of model.lora
+KEYS = {"r": "r", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}  # PEFT's keys: those of model.lora
 # Settings of PEFT that do not change what the adapter computes, or that the names of its weights show.
 FREE = {
     "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type", "inference_mode",
@@ -25,7 +25,7 @@ MERGE = "merge it with PEFT's merge_and_unload and set model.base to the result"
 
 
 class TrainedAdapter:
-    """A plain LoRA adapter on disk: its settings, and its weights."""
+    """A plain LoRA adapter on disk; only safetensors are read."""
 
     def __init__(self, name: str) -> None:
         from peft import LoraConfig, PeftConfig
@@ -52,7 +52,7 @@ class TrainedAdapter:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The values of `model.lora` that it was trained with."""
+        """The adapter's values of `model.lora`."""
         values = {key: getattr(self.config, field) for field, key in KEYS.items()}
         values["alpha"] = None if values["alpha"] == 2 * values["r"] else values["alpha"]
         targets = self.config.target_modules
@@ -69,29 +69,25 @@ class TrainedAdapter:
                 raise UserError(f"model.lora.{key}: {self.name} was trained with {field}: {value}; {remedy}")
 
     def check_base(self, base: str, base_identity: str) -> None:
-        """Refuse another base than the adapter's: by its weights where these are known, else by its name."""
+        """Refuse another base than the adapter's, compared by its weights if these are known, else by name."""
         name = str(self.config.base_model_name_or_path)
         recorded = self._base or (identity(name) if Path(name).is_dir() else None)
         if recorded != base_identity if recorded else name != base:
-            raise UserError(
-                f"model.base: {self.name} was trained on {name}, not on {base}; set model.base: {name}, or, if {base} "
-                f"is a copy of it, write that path into base_model_name_or_path of the adapter's {CONFIG}"
-            )
+            remedy = f"set model.base: {name}, or, for a copy of it, base_model_name_or_path in the adapter's {CONFIG}"
+            raise UserError(f"model.base: {self.name} was trained on {name}, not on {base}; {remedy}")
 
     def load(self, model: Any) -> None:
-        """Put the weights into the adapters of a model; refuse the weights of other layers."""
+        """Load the weights into a model's adapters; refuse the weights of other layers."""
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
         if name := difference(get_peft_model_state_dict(model, save_embedding_layers=False), self.weights):
-            raise UserError(
-                f"model.lora.targets: the adapter {self.name} has different layers (first {name}); set "
-                f"model.lora.targets: [{', '.join(self.settings['targets'])}], and model.base to its own base"
-            )
+            remedy = f"set model.base to its base, and model.lora.targets: [{', '.join(self.settings['targets'])}]"
+            raise UserError(f"model.lora.targets: {self.name} has different layers (first {name}); {remedy}")
         set_peft_model_state_dict(model, self.weights)
 
 
 def take_settings(model: Any) -> None:
-    """Set the keys of `model.lora` that the user does not set to what `model.adapter` was trained with."""
+    """Set the keys of `model.lora` that the user leaves unset to the values of `model.adapter`."""
     missing = [key for key in (*KEYS.values(), "targets") if not is_set(f"model.lora.{key}")]
     if model.adapter and missing:
         settings = TrainedAdapter(model.adapter).settings
@@ -100,7 +96,6 @@ def take_settings(model: Any) -> None:
 
 
 def _folder(name: str) -> Path:
-    """An adapter's folder; of a hub id the one in the local cache."""
     from huggingface_hub import snapshot_download
 
     known = check_base(name, "model.adapter")

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from formtune.model.packing import Packed, Segment
 
-NAME = "formtune"  # of `attention_forward` in transformers, which builds no mask for it
+NAME = "formtune"  # of `attention_forward` in transformers, which then builds no mask
 GROWTH = 32  # tokens that the cache grows by at a time
 
 # (layer, query, key, value, scaling, sliding window) -> output, all of shape (batch, heads, tokens, width).
@@ -36,7 +36,7 @@ def attention_forward(
         raise NotImplementedError(f"the model has a special attention implementation ({', '.join(names)})")
     if attend is not None:
         return attend(module.layer_idx, query, key, value, scaling, sliding_window).transpose(1, 2), None
-    # A callback, say, calls the model on rows that are not packed.
+    # Rows are not packed, for example if a callback calls the model.
     if sliding_window is not None and key.size(2) > sliding_window:
         raise NotImplementedError("rows are longer than the window: call set_attn_implementation('sdpa') first")
     causal = query.size(2) > 1
@@ -76,7 +76,7 @@ class Piece(NamedTuple):
 
     queries: slice
     keys: slice
-    own: bool  # whether these are the queries' own segment, which is their first piece
+    own: bool  # whether the keys are the queries' own segment, their first piece
     mask: Tensor | None = None  # added to the scores, under a sliding window
 
 
@@ -123,10 +123,10 @@ class _Pieces(torch.autograd.Function):
             if piece.own:  # nothing to merge with yet
                 out[:, :, q], z[:, :, q] = part, part_z
                 continue
-            whole = torch.logaddexp(z[:, :, q], part_z)
-            out[:, :, q] *= (z[:, :, q] - whole).exp_().unsqueeze(-1)
-            out[:, :, q] += part * (part_z - whole).exp_().unsqueeze(-1)
-            z[:, :, q] = whole
+            merged_z = torch.logaddexp(z[:, :, q], part_z)
+            out[:, :, q] *= (z[:, :, q] - merged_z).exp_().unsqueeze(-1)
+            out[:, :, q] += part * (part_z - merged_z).exp_().unsqueeze(-1)
+            z[:, :, q] = merged_z
         ctx.save_for_backward(query, key, value, out, z)
         ctx.pieces, ctx.scale = pieces, scale
         return out
@@ -141,16 +141,15 @@ class _Pieces(torch.autograd.Function):
                 grad[:, :, q], query[:, :, q], key[:, :, k], value[:, :, k], out[:, :, q], z[:, :, q], 0.0,
                 piece.own and mask is None, attn_mask=mask, scale=ctx.scale,
             )  # fmt: skip
-            for whole, part, where in zip(grads, parts, (q, k, k), strict=True):
+            for total, part, where in zip(grads, parts, (q, k, k), strict=True):
                 if piece.own:
-                    whole[:, :, where] = part
+                    total[:, :, where] = part
                 else:
-                    whole[:, :, where] += part
+                    total[:, :, where] += part
         return *grads, None, None
 
 
 def _block_mask(packed: Packed, window: int | None, query: Tensor) -> BlockMask:
-    """The tokens that each token attends to."""
     stops, positions = packed.stops().to(query.device), packed.positions[0].to(query.device)
 
     def see(batch: Any, head: Any, q: Tensor, k: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Constrained greedy decoding: each step takes the most likely token among those that llguidance's grammar allows."""
+"""Constrained greedy decoding: each step chooses the most likely token that llguidance's grammar allows."""
 
 import functools
 import itertools
@@ -19,14 +19,11 @@ from formtune.formats import Format
 from formtune.formats.key_orders import Orders
 from formtune.model.loss import log_probabilities
 
-KEPT = 256  # compiled schemas of rows
+MAX_SCHEMAS = 256  # compiled schemas that are kept
 
 
 class Grammar:
-    """A format, compiled for the tokens of a model; if rows have their own schemas, each schema when it is needed.
-
-    JSON keys come in `orders`, those of the training targets; if unknown, or if rows have their own schemas, in any.
-    """
+    """A format compiled for a model's tokens; JSON keys come in `orders`, or in any if rows have their own schemas."""
 
     def __init__(self, format: Format, renderer: Renderer, orders: Orders | None = None) -> None:
         try:
@@ -38,7 +35,7 @@ class Grammar:
         # Some models pad their vocabulary: logits beyond the tokenizer's tokens have no text and are never chosen.
         self.vocabulary = max(renderer.tokenizer.get_vocab().values()) + 1
         self.stop = frozenset(renderer.stop_ids)
-        # Of (answers) and (pairs of matcher and answer, bitmask): the tokens that may follow, 32 tokens per number.
+        # Bitmasks of the tokens that may follow each answer, 32 tokens per number.
         self._allocate = functools.partial(allocate_token_bitmask, vocab_size=self.vocabulary)
         self._fill = functools.partial(fill_next_token_bitmask_par, LLExecutor())
         self._read: Any = LLMatcher
@@ -47,23 +44,22 @@ class Grammar:
         # Spaces that chat template and tokenizer put before every answer belong to the grammar's text.
         text = self._tokenizer.decode_str(row.target_ids[:-1])  # type: ignore[union-attr]
         self._lead = text[: len(text) - len(text.lstrip())]
-        # A tag such as <tool_call> may be one token, which llguidance does not take for text.
+        # A tag such as <tool_call> may be one token, which llguidance does not match as text.
         self._added_tokens = renderer.tokenizer.added_tokens_encoder
         self._format, self._orders = format, None if format.per_row else orders
-        self._compiled = functools.lru_cache(KEPT)(self._compile)
+        self._compiled = functools.lru_cache(MAX_SCHEMAS)(self._compile)
         if not format.per_row:
             self._compiled(None)
 
     def _compile(self, schema: str | None) -> Any:
-        own = self._format.of_row(schema)
-        rules = own.grammar()
+        row_format = self._format.of_row(schema)
+        rules = row_format.grammar()
         if rules is None:
-            name = type(self._format).__name__
-            raise UserError(f"model.constrained: {name} has no grammar; give it a `grammar` method")
+            raise UserError(f"model.constrained: {type(self._format).__name__} has no grammar; add a `grammar` method")
         matcher = self._matcher(rules)
         if matcher.is_error():
             raise UserError(f"model.constrained: the format cannot be written as a grammar ({_reason(matcher)})")
-        rules = own.ordered_grammar(self._orders)  # right only where llguidance takes the schema as it is
+        rules = row_format.ordered_grammar(self._orders)  # right only if llguidance accepts the schema as it is
         if not rules:
             return matcher
         ordered = self._matcher(rules)
@@ -78,14 +74,14 @@ class Grammar:
         return self._read(self._tokenizer, self._read.grammar_from_lark(text), log_level=0)
 
     def matcher(self, row: Row) -> Any:
-        """A matcher for the row's answer; raises a UserError with the row's place if its schema has no grammar."""
+        """A matcher for the row's answer; a UserError names the row if its schema has no grammar."""
         try:
             return self._compiled(row.schema).deep_copy()
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
 
     def accepted(self, matcher: Any, tokens: Sequence[int]) -> int:
-        """Add tokens to an answer, of which the last may be a stop token; returns how many the grammar accepts."""
+        """Add tokens, the last of which may be a stop token, to an answer; returns how many the grammar accepts."""
         tokens = list(itertools.takewhile(lambda token: token < self.vocabulary, tokens))
         ended = bool(tokens) and tokens[-1] in self.stop
         count = matcher.try_consume_tokens(tokens[: len(tokens) - ended])
@@ -100,7 +96,7 @@ class Grammar:
         chosen = logits[:, :size].masked_fill(allowed.flatten(1)[:, :size] == 0, float("-inf")).argmax(-1)
         tokens, logprobs = chosen.tolist(), log_probabilities(logits, chosen).tolist()
         for i, (matcher, token) in enumerate(zip(matchers, tokens, strict=True)):
-            # A row must neither end the run nor make other processes wait: the format judges what it has so far.
+            # A row must neither end the run nor make other processes wait: the format judges the answer so far.
             if matcher.is_error() or not (token in self.stop or matcher.consume_token(token)):
                 rank_zero_warn(f"constrained decoding failed and ended an answer early: {_reason(matcher)}")
                 tokens[i], logprobs[i] = min(self.stop), -math.inf

@@ -25,8 +25,8 @@ class Lora:
     """Low-rank adapters W + (alpha / r) B A on chosen layers of a frozen base (Hu et al. 2021, arXiv:2106.09685).
 
     Args:
-        r: Rank of the adapters; choose it by evidence among 8, 16, 32, 64.
-        alpha: Numerator of the scale alpha / r; twice the rank if not given.
+        r: Rank of the adapters; `formtune sweep` compares 8 to 64.
+        alpha: Numerator of the scale alpha / r; twice the rank by default.
         dropout: Share of the adapter's inputs that is dropped in training.
         targets: `attention` (query, key, value and output projections), `all-linear`, or names of layers.
         rslora: Scale by alpha / sqrt(r), which keeps high ranks stable (arXiv:2312.03732).
@@ -55,7 +55,7 @@ class SharedInput:
         if self._input is not x or layer not in self._waiting:
             if layer is not self.layers[0]:
                 return F.linear(self._drop(layer, x), layer.down)
-            # A layer that did not take its part last time has another input; from now on it computes alone.
+            # A layer that did not use its part last time has another input; from now on it computes alone.
             self.layers = [sharing for sharing in self.layers if sharing not in self._waiting]
             weights = [sharing.down for sharing in self.layers]
             h = F.linear(self._drop(layer, x), torch.cat(weights) if len(weights) > 1 else weights[0])
@@ -70,7 +70,7 @@ class SharedInput:
         if not layer.training or not isinstance(dropout, nn.Dropout):
             return x
         dropped = round(dropout.p * 2**16)
-        if x.device.type != "cpu" or dropped == 2**16:  # 2**16: all are dropped, there is no scale
+        if x.device.type != "cpu" or dropped == 2**16:  # 2**16: everything is dropped, there is no scale
             return F.dropout(x, dropout.p)
         # On a CPU torch draws a number per element on one core; 16 bits of a draw are enough, so one serves four.
         draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
@@ -99,7 +99,7 @@ class LoraLinear(Linear):
 
 
 def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch.device) -> Any:
-    """The base model of a folder or hub id; refuses a folder that is damaged, incomplete or needs remote code."""
+    """Load the base of a folder or hub id; refuse a folder that is damaged, incomplete or needs remote code."""
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
@@ -113,7 +113,7 @@ def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch
         )
     except UserError:
         raise
-    except Exception as error:  # whatever a damaged folder raises, the remedy is another folder
+    except Exception as error:  # a damaged folder can raise anything
         raise UserError(f"model.base: {base} cannot be loaded ({first_line(error)})") from error
     model, info = loaded
     for name in ("missing_keys", "mismatched_keys", "error_msgs"):
@@ -156,7 +156,7 @@ def lora_config(model: Any, lora: Lora) -> Any:
         target_modules=target_names(model, lora.targets),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        # Conv1D (GPT-2) stores its weight transposed; PEFT warns if it is not told.
+        # Conv1D (GPT-2) stores its weight transposed; PEFT warns without this key.
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
     )
 
@@ -187,7 +187,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def difference(expected: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str | None:
-    """The first name in which the adapters of two models differ, by itself or by its shape; None if there is none."""
+    """The first parameter that only one of two models has, or whose shapes differ; None if there is none."""
     shapes = ({(name, tensor.shape) for name, tensor in state.items()} for state in (expected, loaded))
     return min((name for name, _ in set.symmetric_difference(*shapes)), default=None)
 

@@ -15,13 +15,13 @@ class Predictions:
     """What the model predicts at each label, row after row."""
 
     targets: Tensor  # the labels, -1 where there is none
-    nats: Tensor  # negative log-likelihood of each label in float32, 0 where there is none
+    nll: Tensor  # negative log-likelihood of each label in nats, float32, 0 where there is none
     tokens: Tensor  # the most likely tokens
     logprobs: Tensor  # their log-probabilities
 
 
 def summed_loss(head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
-    """Summed nats of the labels from the hidden states that predict them, shape (labels, width); `head` is frozen."""
+    """Summed NLL of the labels in nats, from the hidden states that predict them, (labels, width); `head` is frozen."""
     return _Loss.apply(hidden, targets, head, _chunk(hidden, vocabulary))  # type: ignore[no-any-return]
 
 
@@ -33,13 +33,13 @@ def predict(head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: int) -
     for chunk, labels in zip(hidden.split(size), targets.split(size), strict=True):
         logits = head(chunk).float()
         tokens = logits.argmax(-1)
-        nats, total = _nats_in_place(logits, labels)
-        chunks.append((nats, tokens, -total.log().squeeze(-1)))
+        nll, total = _nll_in_place(logits, labels)
+        chunks.append((nll, tokens, -total.log().squeeze(-1)))
     return Predictions(targets, *(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Of one token for each row of logits."""
+    """Log-probability of one token per row of logits, shape (rows,)."""
     return logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
@@ -48,20 +48,20 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Any, size: int) -> Tensor:
-        grads, nats = [], []
+        grads, nll = [], []
         for chunk, labels in zip(hidden.detach().split(size), targets.split(size), strict=True):
             with torch.enable_grad():
                 logits = head(chunk.requires_grad_())
-            slopes = logits.detach().float()  # overwrites logits: the backward pass of a frozen head needs none
-            chunk_nats, total = _nats_in_place(slopes, labels)
-            nats.append(chunk_nats)
+            grad = logits.detach().float()  # overwrites logits: the backward pass of a frozen head needs none
+            chunk_nll, total = _nll_in_place(grad, labels)
+            nll.append(chunk_nll)
             # d loss / d logits = softmax - one-hot label
-            slopes.div_(total)
-            slopes.scatter_add_(-1, labels.clamp_min(0).unsqueeze(-1), -torch.ones_like(slopes[:, :1]))
-            slopes.masked_fill_((labels < 0).unsqueeze(-1), 0.0)
-            grads += torch.autograd.grad(logits, chunk, slopes.to(logits.dtype))
+            grad.div_(total)
+            grad.scatter_add_(-1, labels.clamp_min(0).unsqueeze(-1), -torch.ones_like(grad[:, :1]))
+            grad.masked_fill_((labels < 0).unsqueeze(-1), 0.0)
+            grads += torch.autograd.grad(logits, chunk, grad.to(logits.dtype))
         ctx.save_for_backward(torch.cat(grads))
-        return torch.cat(nats).sum()
+        return torch.cat(nll).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -73,10 +73,10 @@ def _chunk(hidden: Tensor, vocabulary: int) -> int:
     return max(1, LOGITS.get(hidden.device.type, 2**25) // vocabulary)
 
 
-def _nats_in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Nats of each label, 0 where it is -1, and each row's sum of exp(logit - largest); `logits` become these exps."""
+def _nll_in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """NLL of each label, 0 where it is -1, and each row's sum of exp(logit - largest); `logits` become these exps."""
     logits -= logits.amax(-1, keepdim=True)
     label_logits = logits.gather(-1, targets.clamp_min(0).unsqueeze(-1))
     total = logits.exp_().sum(-1, keepdim=True)
-    nats = (total.log() - label_logits).squeeze(-1)
-    return nats.masked_fill(targets < 0, 0.0), total
+    nll = (total.log() - label_logits).squeeze(-1)
+    return nll.masked_fill(targets < 0, 0.0), total

@@ -23,10 +23,8 @@ from formtune.model.loss import Predictions, log_probabilities, predict, summed_
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How an evaluation decodes."""
-
-    constrained: bool = False  # to the format, even if `model.constrained` is off
-    max_new_tokens: int | None = None  # of an answer; None for the model's own limit
+    constrained: bool = False  # constrained decoding, even if `model.constrained` is off
+    max_new_tokens: int | None = None  # limit of an answer; None for the model's
     logged: bool = True  # whether the figures go to the logger
     untuned: bool = False  # whether the base answers, without `model.adapter`
 
@@ -37,11 +35,11 @@ class Batch:
 
     rows: Sequence[Row]
     micro_batches: list[Any]  # `Packed` or `Padded`, each within the token budget
-    limits: Sequence[int] = ()  # for each row, how many tokens its answer may have
+    limits: Sequence[int] = ()  # maximum tokens of each row's answer
     decoding: Decoding = Decoding()
 
     def to(self, *_: Any, **__: Any) -> Self:
-        """The batch as it is: Lightning would move all of it, and each micro-batch is moved when it is computed."""
+        """The batch unchanged: Lightning would move all of it, but each micro-batch is moved when it is computed."""
         return self
 
 
@@ -62,7 +60,7 @@ class Answers:
         self.matchers = [grammar.matcher(row) for row in rows] if grammar else []
 
     def read(self, predictions: Predictions, sizes: list[int]) -> None:
-        """Take the predicted tokens of each row up to the first that differs from its target."""
+        """Read the predicted tokens of each row up to the first that differs from its target."""
         columns = (predictions.targets.tolist(), predictions.tokens.tolist(), predictions.logprobs.tolist())
         for j, end in enumerate(accumulate(sizes)):
             labels, ids, logprobs = (column[end - sizes[j] : end] for column in columns)
@@ -73,7 +71,7 @@ class Answers:
             self.decoded[j] = Decoded(ids, logprobs[: len(ids)])
 
     def unfinished(self, rows: Iterable[int]) -> list[int]:
-        """Those of the rows whose answers may have more tokens."""
+        """The rows whose answers may have more tokens."""
         ids = [answer.ids for answer in self.decoded]
         return [j for j in rows if len(ids[j]) < self.limits[j] and (not ids[j] or ids[j][-1] not in self.stop)]
 
@@ -100,7 +98,7 @@ class Padded:
 
     rows: list[int]  # their indices in the batch
     sizes: list[int]  # for each row the number of its labels, at least 1
-    ids: Tensor  # -1 for padding, (rows, columns); the last column predicts nothing and is left out
+    ids: Tensor  # -1 for padding, (rows, columns); the last column, which predicts nothing, is removed
     predicting: Tensor  # which of the last columns predict a label, (rows, label columns)
     targets: Tensor  # the labels, row after row, -1 for rows without a target, (labels,)
 
@@ -140,7 +138,7 @@ class MicroBatches:
         return summed_loss(head, hidden, micro_batch.targets.to(self.device), self.vocabulary)
 
     def predictions(self, micro_batch: Any) -> tuple[Predictions, Any]:
-        """What the model predicts at each label, and the KV cache from which `_generate` continues, if it uses one."""
+        """What the model predicts at each label, and the KV cache that `_generate` continues, if it uses one."""
         head, hidden, cache = self._forward(micro_batch)
         return predict(head, hidden, micro_batch.targets.to(self.device), self.vocabulary), cache
 
@@ -149,18 +147,15 @@ class MicroBatches:
         self, rows: Sequence[Row], micro_batches: Iterable[Any], stop: Sequence[int], limits: Sequence[int],
         grammar: Grammar | None = None, losses: LossMetrics | None = None,
     ) -> list[Decoded]:  # fmt: skip
-        """Greedy answers to the rows, each up to a token of `stop` or its limit; the targets' loss goes to `losses`.
-
-        As long as greedy decoding agrees with the target, it sees the same tokens as the teacher-forced pass, so
-        generation resumes at the first mismatch.
-        """
+        """Greedy answers to the rows, each up to a token of `stop` or its limit; the targets' loss goes to `losses`."""
+        # Up to the first mismatch, greedy decoding sees the tokens of the teacher-forced pass; generation resumes there
         decoded = [Decoded() for _ in rows]
         for micro_batch in micro_batches:
             part = micro_batch.rows
             answers = Answers([rows[i] for i in part], [limits[i] for i in part], stop, grammar)
             predictions, cache = self.predictions(micro_batch)
             if losses is not None:
-                losses.update(predictions.nats)
+                losses.update(predictions.nll)
             answers.read(predictions, micro_batch.sizes)
             if unfinished := answers.unfinished(range(len(part))):
                 self._generate(micro_batch, cache, answers, unfinished)
@@ -178,10 +173,9 @@ class MicroBatches:
         return nn.Identity(), logits[padded.predicting.to(self.device)], None
 
     def _generate(self, padded: Any, cache: Any, answers: Answers, unfinished: list[int]) -> None:
-        """Complete these answers."""
         from transformers import GenerationConfig
 
-        for j in unfinished:  # from the prompt again: not every model's cache can be cut back to a mismatch
+        for j in unfinished:  # from the prompt again: not every model's cache can be truncated at a mismatch
             answers.decoded[j] = Decoded()
             if answers.grammar:
                 answers.matchers[j].reset()
@@ -219,24 +213,22 @@ def _pad(rows: Sequence[Row], group: list[int]) -> Padded:
 
 
 def judge(row: Row, decoded: Decoded, renderer: Renderer, format: Format) -> Outcome:
-    """The answer to a row, with its verdict and confidence."""
     text, finished = renderer.answer(decoded.ids)
-    own = format.of_row(row.schema)
-    verdict = own.check(text, finished=finished, target=row.target)
+    row_format = format.of_row(row.schema)
+    verdict = row_format.check(text, finished=finished, target=row.target)
     pieces = renderer.pieces(decoded.ids) if verdict.exact else ()  # an invalid format has confidence 0
-    return outcome(row, text, verdict, own, confidence(pieces, decoded.logprobs, text, verdict, own))
+    return outcome(row, text, verdict, row_format, confidence(pieces, decoded.logprobs, text, verdict, row_format))
 
 
 @contextlib.contextmanager
 def out_of_memory_named(rows: Sequence[Row], tokens: int) -> Iterator[None]:
-    """If memory runs out, say which rows were being computed and what to lower."""
+    """If memory runs out, name the rows of the step and the setting to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|(allocate|enough) memory", str(error)):
             raise
         longest = max(rows, key=len)
-        raise Fault(
-            f"out of memory in a step of {len(rows)} rows, the longest {longest.where} with {len(longest)} tokens; "
-            f"lower model.tokens_per_micro_batch (now {tokens}) or set model.gradient_checkpointing: true"
-        ) from error
+        step = f"a step of {len(rows)} rows, the longest {longest.where} with {len(longest)} tokens"
+        remedy = f"lower model.tokens_per_micro_batch (now {tokens}) or set model.gradient_checkpointing: true"
+        raise Fault(f"out of memory in {step}; {remedy}") from error

@@ -32,8 +32,8 @@ from formtune.model.optimization import CosineWithWarmup, build_optimizer, check
 from formtune.model.ranks import ShardedBase, gathered, padded, uneven_counts, unsynced
 from formtune.model.shared_prefixes import choose_micro_batches
 
-EVALUATION = 16  # an evaluation micro-batch has so many times the tokens of a training one, answers included
-SKIPPED = 20  # skipped steps in a row that abort a run; 16-mixed skips a few while it finds its scale
+EVALUATION = 16  # tokens of an evaluation micro-batch, answers included, as a multiple of a training one's
+MAX_SKIPPED = 20  # skipped steps in a row that abort a run; 16-mixed skips a few while it finds its scale
 PARITY = 2  # rows of each evaluation batch that are also decoded in full
 
 
@@ -47,22 +47,22 @@ class FormatModule(L.LightningModule):
         base: Folder or hub id of the base model.
         format: The format that answers must have (follows `data.format`).
         chat_template: File of a Jinja chat template that replaces the base's own.
-        adapter: Trained adapter to begin from: a finished run, or the folder or hub id of a PEFT adapter.
+        adapter: Trained adapter to start from: a finished run, or the folder or hub id of a PEFT adapter.
         lora: The adapters.
         optimizer: Optimizer of the adapters; `--model.optimizer.lr 1e-4` sets the peak learning rate.
         scheduler: Learning-rate schedule, stepped after each optimizer step.
         max_grad_norm: Norm that gradients are clipped to; 0 switches clipping off.
         max_new_tokens: Tokens of the longest answer that evaluation decodes.
-        tokens_per_micro_batch: Tokens computed at once, a shared prefix counted once (evaluation, which keeps no
-            activations, takes 16 times as many). Lower it if memory runs out; the result stays the same.
+        tokens_per_micro_batch: Tokens computed at once, a shared prefix counted once (16 times as many in evaluation,
+            which keeps no activations). Lower it if memory runs out; the result stays the same.
         gradient_checkpointing: Compute activations twice instead of keeping them: less memory, a third slower.
         compile: Compile the layers with torch.compile: about a minute at the start, then each step is shorter.
         quantize: Load the frozen base in 4 bits (QLoRA, arXiv:2305.14314); needs the extra `qlora`.
         constrained: Use constrained decoding in every evaluation and in `predict`: only tokens that can still lead to a
-            valid format are chosen from. Training and losses stay the same. JSON keys come in the order of the
-            training targets, or in any if these differ. Needs the extra `constrained`.
-        metrics: Metrics of your own, each a `torchmetrics.Metric` whose `update` takes answers and targets, two lists
-            of texts; shown as `custom/` and the name of the class.
+            valid format are allowed. Training and losses stay the same. JSON keys come in the order of the training
+            targets, or in any if these differ. Needs the extra `constrained`.
+        metrics: Custom metrics, each a `torchmetrics.Metric` whose `update` takes answers and targets as two lists of
+            strings; logged as `custom/` and the name of the class.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class FormatModule(L.LightningModule):
         self.context = context_length(self.base) or 10**9
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.trainer.precision, torch.float32)
         strategy = self.trainer.strategy
-        sharded = isinstance(strategy, ShardedBase)  # then the whole base may not fit on one device
+        sharded = isinstance(strategy, ShardedBase)  # then the base may not fit on one device
         base = load_base(self.base, dtype, self.quantize, torch.device("cpu") if sharded else strategy.root_device)
         if base.get_input_embeddings().num_embeddings < len(self.renderer.tokenizer):
             raise UserError(f"model.base: the tokenizer of {self.base} has more tokens than the model has embeddings")
@@ -125,7 +125,7 @@ class FormatModule(L.LightningModule):
         if self.constrained:
             rows = getattr(datamodule, "rows", {})
             for row in (*rows.get("validation", ()), *rows.get("test", ())):
-                self.grammar.matcher(row)  # refuses a format that has none before training
+                self.grammar.matcher(row)  # refuses a format without a grammar before training
         self._identity: dict[str, Any] = {
             "base": identity(self.base), "format": format_hash(self.format), "processes": self.trainer.world_size,
             "orders": self.orders, "template": template_hash(self.renderer.tokenizer),
@@ -133,7 +133,7 @@ class FormatModule(L.LightningModule):
         }  # fmt: skip
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        torch.manual_seed(self.seed)  # the adapters begin alike, whatever drew random numbers before
+        torch.manual_seed(self.seed)  # equal initial adapters, whatever drew random numbers before
         self.model = add_lora(base, self.lora, quantized=bool(self.quantize))
         if self.adapter:
             self.adapter.check_base(self.base, self._identity["base"])
@@ -142,11 +142,10 @@ class FormatModule(L.LightningModule):
         if isinstance(strategy, ShardedBase):
             strategy.shard(self, self.model)
         for layer in decoder_layers(self.model) if self.compile_layers else ():
-            layer.compile(dynamic=True)  # a whole model would be recompiled for each kind of call
+            layer.compile(dynamic=True)  # a compiled model would be recompiled for each kind of call
 
     @functools.cached_property
     def grammar(self) -> Grammar:
-        """The format, compiled for constrained decoding."""
         return Grammar(self.format, self.renderer, self.orders)
 
     @functools.cached_property
@@ -199,7 +198,7 @@ class FormatModule(L.LightningModule):
         if self.skipped:
             figures["train/skipped_steps"] = float(self.skipped)
         self.log_dict(figures, prog_bar=True, batch_size=1)
-        # Lightning would write step 99 for what was measured after 100 steps.
+        # Lightning would log values after step 100 as step 99.
         self.log("step", float(self.trainer.global_step), batch_size=1)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -212,11 +211,9 @@ class FormatModule(L.LightningModule):
         for parameter in parameters:
             parameter.grad = None  # then the optimizer leaves parameter and moments unchanged
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-        if self.skipped_in_a_row == SKIPPED:
-            raise Fault(
-                f"model.optimizer: {SKIPPED} steps in a row had a non-finite gradient (up to step {self.global_step}); "
-                "earlier checkpoints are kept; lower the learning rate or look at the rows with formtune audit"
-            )
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            what = f"{MAX_SKIPPED} steps in a row had a non-finite gradient (up to step {self.global_step})"
+            raise Fault(f"model.optimizer: {what}; lower the learning rate, or check the rows with formtune audit")
 
     def on_validation_epoch_start(self) -> None:
         self._judged = []
@@ -247,8 +244,8 @@ class FormatModule(L.LightningModule):
         self.evaluation, self.counts = self.scores.compute(self.outcomes, [one for _, one in self._judged])
         if self.logged:
             for name, value in self.evaluation.items():
-                shown = f"test/{name.removeprefix('val/')}" if self.trainer.testing else name
-                self.log(shown, value, prog_bar=shown in ("val/loss", "format/exact"), batch_size=1)
+                tag = f"test/{name.removeprefix('val/')}" if self.trainer.testing else name
+                self.log(tag, value, prog_bar=tag in ("val/loss", "format/exact"), batch_size=1)
             self.log("step", float(self.trainer.global_step), batch_size=1)
 
     on_test_epoch_end = on_validation_epoch_end
@@ -263,7 +260,8 @@ class FormatModule(L.LightningModule):
             return self.micro_batches.decode(batch.rows, batch.micro_batches, stop, batch.limits, grammar, losses)
 
     def _judge(self, rows: Sequence[Row], decoded: Sequence[Decoded]) -> list[tuple[int, Outcome]]:
-        return [(row.number, judge(row, it, self.renderer, self.format)) for row, it in zip(rows, decoded, strict=True)]
+        pairs = zip(rows, decoded, strict=True)
+        return [(row.number, judge(row, answer, self.renderer, self.format)) for row, answer in pairs]
 
     @torch.no_grad()
     def teacher_forced_loss(self, rows: Sequence[Row]) -> float:
@@ -281,7 +279,7 @@ class FormatModule(L.LightningModule):
         saved: Any = checkpoint.get("formtune")
         resumes = self.trainer.state.fn == "fit"
         check_identity(saved, self._identity, resumes)
-        self.orders = saved.get("orders", self.orders)  # those that it was trained on, also for prompts alone
+        self.orders = saved.get("orders", self.orders)  # the training targets', also for prompts alone
         self.__dict__.pop("grammar", None)
         if resumes:
             self.skipped, self.skipped_in_a_row = saved["skipped"]
@@ -291,7 +289,6 @@ class FormatModule(L.LightningModule):
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in self._trained}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load exactly these adapters."""
         if name := difference(self.state_dict(), state_dict):
             raise UserError(f"ckpt_path: the checkpoint has a different model.lora (targets or rank); first {name}")
         if not all(torch.isfinite(value).all() for value in state_dict.values()):

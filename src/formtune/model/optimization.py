@@ -22,7 +22,7 @@ class CosineWithWarmup(LRScheduler):
     """
 
     def __init__(self, optimizer: Optimizer, warmup: ClosedUnitInterval = 0.1) -> None:
-        self.warmup, self.steps = float(warmup), 1  # a plain float, which safe loading takes
+        self.warmup, self.steps = float(warmup), 1  # a plain float, which safe loading accepts
         super().__init__(optimizer)
 
     def start(self, steps: int) -> None:
@@ -67,5 +67,5 @@ def check_optimizer(optimizer: OptimizerCallable, scheduler: LRSchedulerCallable
         key = "model.scheduler"
         if isinstance(scheduler(built), ReduceLROnPlateau):
             raise ValueError("ReduceLROnPlateau needs a metric after each step; use another schedule")
-    except Exception as error:  # of torch, or of a user's own class
+    except Exception as error:  # from torch, or from a custom class
         raise UserError(f"{key}: {first_line(error)}") from error

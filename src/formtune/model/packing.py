@@ -20,7 +20,7 @@ from torch import Tensor
 
 from formtune.base.row import Row
 
-GAIN = 1 / 8  # of the tokens that continue a segment: to share fewer is slower than to compute them again
+GAIN = 1 / 8  # least share of the tokens that continue a segment: sharing fewer is slower than computing them again
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,12 @@ class Segment:
     start: int
     end: int
     stop: int
-    position: int  # of its first token in every row that it is part of
+    position: int  # of its first token, in every row that contains it
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """One micro-batch: a sequence that holds several rows."""
+    """One micro-batch: a sequence of several rows."""
 
     rows: list[int]  # their indices in the batch, in the order of their leaves
     sizes: list[int]  # for each row the number of its labels, at least 1

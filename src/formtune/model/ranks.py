@@ -39,10 +39,10 @@ def gathered(trainer: Any, part: list[T]) -> list[T]:
 
 
 class ShardedBase(DDPStrategy):
-    """DDP for the trained parameters, FSDP for the frozen decoder layers; the embeddings stay whole."""
+    """DDP for the trained parameters, FSDP for the frozen decoder layers; the embeddings are not sharded."""
 
     def shard(self, module: Any, model: Any) -> None:
-        """Shard the layers of `model`, a causal language model with adapters, the same on all ranks."""
+        """Shard the decoder layers of `model`, a causal language model with adapters."""
         decoder = model.get_base_model().get_decoder()
         # A separate group: DDP exchanges gradients while layers are gathered for the backward pass.
         mesh = DeviceMesh.from_group(dist.new_group(), self.root_device.type)
@@ -50,13 +50,13 @@ class ShardedBase(DDPStrategy):
         for layer in decoder_layers(decoder):
             fully_shard(layer, mesh=mesh, ignored_params=trained)
         # As the root, it fetches the next layer while one computes.
-        whole = {p for p in decoder.parameters() if not isinstance(p, DTensor)}
-        fully_shard(decoder, mesh=mesh, ignored_params=trained | whole)
+        unsharded = {p for p in decoder.parameters() if not isinstance(p, DTensor)}
+        fully_shard(decoder, mesh=mesh, ignored_params=trained | unsharded)
         module._ddp_params_and_buffers_to_ignore = [n for n, p in module.named_parameters() if isinstance(p, DTensor)]
 
 
 def padded(trainer: Any, micro_batches: list[Any], dummy: Callable[[], Any]) -> list[Any]:
-    """Dummies, then the micro-batches: at least one, to join the gradient exchange; under FSDP as many on all ranks."""
+    """Dummies, then the micro-batches: at least one, to join the gradient exchange; under FSDP as many on each rank."""
     count = max(len(micro_batches), 1)
     if isinstance(trainer.strategy, ShardedBase):
         count = int(*highest(trainer, count))

@@ -32,8 +32,8 @@ class SharedPrefixes(MicroBatches):
         last = {j: path[-1].end - packed.sizes[j] for j, path in zip(unfinished, paths, strict=True)}
         written = [answers.decoded[j].ids for j in range(len(leaves))]
         # Tokens of each leaf that stay in the cache: the target was fed beyond the first mismatch too.
-        own = [last[j] - path[-1].start + len(written[j]) for j, path in zip(unfinished, paths, strict=True)]
-        attention = CachedAttention(cache, paths, own)
+        kept = [last[j] - path[-1].start + len(written[j]) for j, path in zip(unfinished, paths, strict=True)]
+        attention = CachedAttention(cache, paths, kept)
         while unfinished:
             ids = [[written[j][-1] if written[j] else int(packed.ids[0, last[j]])] for j in unfinished]
             hidden = self._hidden(torch.tensor(ids), attention.positions, attention)
@@ -57,7 +57,7 @@ def choose_micro_batches(model: Any) -> MicroBatches:
     model.eval()
     try:
         difference = _difference(shared)
-    except Exception as error:  # an architecture may fail in any way on keyword arguments that it does not know
+    except Exception as error:  # an architecture can fail in any way on unknown keyword arguments
         difference = first_line(error)
     model.train(training)
     if difference is None:
@@ -68,7 +68,7 @@ def choose_micro_batches(model: Any) -> MicroBatches:
 
 
 def _difference(shared: SharedPrefixes) -> str | None:
-    """Why this model cannot take packed rows, None if it can; its attention is then the packed one."""
+    """Why this model does not support packed rows, None if it does; its attention is then the packed one."""
     from transformers import AttentionInterface
 
     base, config, head = shared.base, shared.base.config.get_text_config(), shared.base.get_output_embeddings()
@@ -82,7 +82,7 @@ def _difference(shared: SharedPrefixes) -> str | None:
     prompts = [ids[:16] + ids[16:20], ids[:16] + ids[16:18] + ids[24:28], ids[:16] + ids[30:40], ids[40:]]
     [packed] = pack([Row(prompt, [], "", None, "") for prompt in prompts], 10**6)
     alone = [base(torch.tensor([prompts[i]], device=shared.device), use_cache=False).logits[0] for i in packed.rows]
-    # Not compiled with the layers: its Python code takes another path for each packed sequence.
+    # Not compiled with the layers: its Python code runs differently for each packed sequence.
     AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))
     base.set_attn_implementation(NAME)
     windows, attention = set(), PackedAttention(packed)

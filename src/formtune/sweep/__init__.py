@@ -1,1 +1,1 @@
-"""One task trained at each point of a grid, and the smallest point that is as good as the best."""
+"""Trains a task at each point of a grid, and chooses the smallest point near the best."""

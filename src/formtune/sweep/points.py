@@ -1,5 +1,5 @@
-"""The points of a grid, their runs, and the point to take: the smallest within one standard error of the best (Breiman
-et al. 1984). Only validation rows decide: a choice that has seen the test rows would flatter its test figures."""
+"""The points of a grid, their runs, and the chosen point: the smallest within one standard error of the best (Breiman
+et al. 1984) on the validation rows, so that the test figures stay unbiased."""
 
 import contextlib
 import hashlib
@@ -25,21 +25,21 @@ TRAIN = [sys.executable, "-m", "formtune", "train"]
 
 
 def grid(over: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The points, all combinations of `key=value,value,...`, by a name that is fit for a folder: `r8-lr1e-4`."""
+    """The points, all combinations of `key=value,value,...`, by a name for their folder: `r8-lr1e-4`."""
     keys: dict[str, list[str]] = {}
     for text in over:
         key, _, values = text.partition("=")
-        # Commas inside brackets belong to a value. Values stay text: `train` reads 1e-4 as a number, YAML does not.
+        # Commas inside brackets belong to a value. Values stay strings: `train` reads 1e-4 as a number, YAML does not.
         keys[key] = keys.get(key, []) + [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", values)]
         if not re.fullmatch(r"\w+(\.\w+)*", key) or not all(keys[key]) or len(set(keys[key])) < max(2, len(keys[key])):
             raise UserError(f"--over {text}: expected a key and two or more different values, as in --over {RANKS}")
     points = [dict(zip(keys, values, strict=True)) for values in itertools.product(*keys.values())]
-    return {"-".join(key.rpartition(".")[2] + _slug(value) for key, value in it.items()): it for it in points}
+    return {"-".join(key.rpartition(".")[2] + _slug(value) for key, value in p.items()): p for p in points}
 
 
 def _slug(value: str) -> str:
     plain = re.sub(r"[^\w.+]+", "-", value).strip("-")[:40]
-    if plain != value:  # values that differ only in characters that a folder name cannot have need different names
+    if plain != value:  # values that differ only in characters outside folder names need different names
         plain += f"-{hashlib.sha256(value.encode()).hexdigest()[:4]}"
     return plain if plain[:1].isdigit() else f"-{plain}"
 
@@ -51,10 +51,7 @@ def result(run: Path) -> dict[str, Any] | None:
 
 
 def train(run: Path, arguments: Sequence[str]) -> tuple[int, str]:
-    """Run `formtune train`: its exit code, and why it failed, in one line.
-
-    An interruption kills the run, which loses seconds when it is resumed.
-    """
+    """Run `formtune train`, and return its exit code and why it failed, in one line; an interruption kills the run."""
     run.mkdir(parents=True, exist_ok=True)
     path = run / "output.log"
     with path.open("wb") as log:
@@ -116,18 +113,18 @@ def estimate(shares: Sequence[float], rows: int) -> Estimate:
 
 
 def choose(points: Sequence[Measured]) -> tuple[str, str]:
-    """The name of the point to take, and why."""
+    """The name of the chosen point, and why."""
     valid = _equal_to_the_best(points, FORMAT)
     right = _equal_to_the_best(valid, CONTENT)
 
     def smallest(point: Measured) -> tuple[float, ...]:
         return (point.trainable_parameters, *(-point.validation[metric].mean for metric in METRICS), point.loss)
 
-    taken = min(right, key=smallest)
+    chosen = min(right, key=smallest)
     none_valid = not any(point.validation[FORMAT].mean for point in points)
     nothing = "No point has an answer with a valid format, so train longer first. " if none_valid else ""
-    return taken.name, (
-        f"{nothing}{taken.name} is chosen: it has the fewest parameters ({taken.trainable_parameters:,}) of those "
+    return chosen.name, (
+        f"{nothing}{chosen.name} is chosen: it has the fewest parameters ({chosen.trainable_parameters:,}) of those "
         f"within one standard error, or one row, of the best format/exact ({', '.join(p.name for p in valid)}) and "
         f"then of the best field F1 ({', '.join(p.name for p in right)})."
     )
@@ -135,6 +132,6 @@ def choose(points: Sequence[Measured]) -> tuple[str, str]:
 
 def _equal_to_the_best(points: Sequence[Measured], metric: str) -> list[Measured]:
     best = max((p.validation[metric] for p in points), key=lambda e: (e.mean, e.standard_error))
-    # One row never decides, as among checkpoints: seeds that happen to agree have a standard error of 0.
+    # One row never decides, as for checkpoints: seeds may agree by chance, with a standard error of 0.
     margin = max(best.standard_error, 1 / points[0].rows) + 1e-9  # a row's share is rounded
     return [point for point in points if point.validation[metric].mean >= best.mean - margin]

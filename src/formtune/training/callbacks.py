@@ -1,4 +1,4 @@
-"""The callbacks of formtune, besides that of the checkpoints: answers, overfitting, signals, progress."""
+"""Callbacks for answers, overfitting, signals and progress."""
 
 import math
 import os
@@ -25,7 +25,7 @@ PRINTED = ("val/loss", "format/exact", "joint/exact", "content/field_f1")
 
 
 class AnswerTable(Callback):
-    """A table of the worst answers of each evaluation beside their targets, in the loggers.
+    """Logs a table of the worst answers of each evaluation beside their targets.
 
     Args:
         rows: Number of answers, invalid formats first.
@@ -46,14 +46,13 @@ class AnswerTable(Callback):
 
 
 class OverfittingWatch(Callback):
-    """Measures a sample of training rows in each validation, and diagnoses the history of both.
+    """Measures a sample of training rows in each validation, and diagnoses the history of both losses.
 
-    The loss of a step cannot be compared with the validation loss: it has dropout, other rows and older weights. The
+    The loss of a step is not comparable with the validation loss: it has dropout, other rows and older weights. The
     cost is a forward pass over as many rows as validation has; nothing is decoded.
 
     Args:
-        patience: Validations in a row that must find the run overfitting or saturated before it is stopped; None
-            never stops it.
+        patience: Validations in a row that find overfitting or saturation before training stops; None: never.
     """
 
     def __init__(self, patience: PositiveInt | None = None) -> None:
@@ -61,7 +60,7 @@ class OverfittingWatch(Callback):
         self.history: list[Validation] = []  # the same on all processes
 
     def state_dict(self) -> dict[str, Any]:
-        # As text: safe loading takes no integers of more than 255 bytes.
+        # As strings: safe loading accepts no integers of more than 255 bytes.
         return {"history": [asdict(v) | {"valid": f"{v.valid:x}", "right": f"{v.right:x}"} for v in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -81,7 +80,7 @@ class OverfittingWatch(Callback):
         if trainer.sanity_checking:
             return
         outcomes, metrics, history = pl_module.outcomes, trainer.callback_metrics, self.history
-        # Each time the same rows, in the order of the file, however many processes share them.
+        # The same rows each time, in the order of the file, for any number of processes.
         bits = ("".join("01"[getattr(one, name)] for one in outcomes) for name in ("exact", "joint"))
         valid, right = (int(row_bits or "0", 2) for row_bits in bits)
         names = ("train/eval_loss", "val/loss", "content/field_f1")
@@ -131,7 +130,6 @@ class Signals(Callback):
         self.number = number
 
     def _poll(self, trainer: Any, *_: Any, **__: Any) -> None:
-        """Stop if any process has noted a signal."""
         [number] = highest(trainer, self.number)
         if number:
             raise Stopped(int(number), self.remedy)
@@ -140,10 +138,10 @@ class Signals(Callback):
         self._in_loop = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.install()  # again: Lightning has just installed its own, which communicate and kill
+        self.install()  # again: Lightning has just installed handlers that communicate and kill
         self._in_loop = True
 
-    # An evaluation has nothing to save and a batch of it can take minutes, so a single process stops at once.
+    # An evaluation has nothing to save and its batches can take minutes, so a single process stops at once.
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self.install()
         self._in_loop = trainer.world_size > 1

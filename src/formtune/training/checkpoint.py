@@ -1,4 +1,4 @@
-"""Checkpoints: which are written and kept, written atomically, checked when read, found by their step."""
+"""Checkpoints: when they are written, which are kept, and how they are read."""
 
 import contextlib
 import io
@@ -24,12 +24,12 @@ from formtune.training.validations import best, contenders
 class BestCheckpoint(ModelCheckpoint):
     """Writes `checkpoints/step-N.ckpt` after each validation and at intervals, and deletes those that are not needed.
 
-    A checkpoint holds the whole state of training, and a run resumes from the newest one. It is written between two
-    steps, and never between a step and its validation: Lightning would skip that validation when the run resumes.
+    A checkpoint contains the full state of training, and a run resumes from the newest. It is never written between a
+    step and its validation: Lightning would skip that validation when the run resumes.
 
     Args:
-        every_n_seconds: Seconds of training between two checkpoints: what a killed run loses at most.
-        save_last: Newest checkpoints to keep, to resume from; the second is used if the first is damaged.
+        every_n_seconds: Seconds of training between two checkpoints, the most that a killed run loses.
+        save_last: Newest checkpoints to keep; if the newest is damaged, the next one is used.
     """
 
     def __init__(self, every_n_seconds: NonNegativeFloat = 30.0, save_last: PositiveInt = 2) -> None:
@@ -98,7 +98,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's checkpoint IO, atomic when writing and checked when reading."""
+    """Lightning's checkpoint IO, with atomic writes and checked reads."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         buffer = io.BytesIO()
@@ -115,7 +115,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 def steps(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a folder by their step, in order."""
+    """The checkpoints of a folder by step, in order."""
     matches = ((path, re.fullmatch(r"step-(\d+)\.ckpt", path.name)) for path in folder.glob("*"))
     return dict(sorted((int(match[1]), path) for path, match in matches if match))
 
@@ -133,22 +133,22 @@ def newest(folder: Path) -> Path | None:
 
 
 def choose(name: str | None, run: Path | None) -> Path | None:
-    """The intact checkpoint that `--ckpt_path` names, of a run's folder if there is one; None for the untuned base."""
+    """The intact checkpoint that `--ckpt_path` names, in a run's folder if there is one; None for the untuned base."""
     if name == "base" or (name is None and run is None):
         return None
     path = Path(str(name))
     if name in (None, "best", "last"):
         if run is None:
-            raise UserError(f"ckpt_path: {name} of which run? Give its configuration: -c logs/TASK/RUN/config.yaml")
+            raise UserError(f"ckpt_path: {name} needs a run; give -c logs/TASK/RUN/config.yaml")
         files, watch = steps(run / "checkpoints"), OverfittingWatch()
         step = max(files, default=None)
         if step and name != "last":
-            # The newest checkpoint holds the validations of all steps before it.
+            # The newest checkpoint has the validations of all earlier steps.
             watch.load_state_dict(read(files[step])["callbacks"][watch.state_key])
             chosen = best(watch.history)
             step = chosen.step if chosen else None
         if step not in files:
-            remedy = "measure the newest with --ckpt_path last, or the untuned base with --ckpt_path base"
+            remedy = "use --ckpt_path last for the newest, or --ckpt_path base for the untuned base"
             raise UserError(f"ckpt_path: {run} has no {name or 'best'} checkpoint; {remedy}")
         path = files[step]
     read(path)
@@ -156,17 +156,17 @@ def choose(name: str | None, run: Path | None) -> Path | None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Load a checkpoint's tensors and plain types, never code; raise a UserError if it is not an intact checkpoint."""
+    """Load a checkpoint's tensors and plain types, never code; a UserError if it is not an intact checkpoint."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; name a run before the flags, or one of its .ckpt files")
     try:
         with zipfile.ZipFile(path) as archive:
             # Compares CRC-32, which torch.load does not; nor does it read a record that is marked as a folder.
-            if archive.testzip() is not None or any(it.external_attr for it in archive.infolist()):
+            if archive.testzip() is not None or any(entry.external_attr for entry in archive.infolist()):
                 raise ValueError("its content has changed")
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["state_dict"]
-    except Exception as error:  # whatever a file that was cut off or overwritten, or a foreign archive, raises
+    except Exception as error:  # a truncated, overwritten or foreign file can raise anything
         what = f"damaged, or not a checkpoint of formtune ({first_line(error)})"
         raise UserError(f"{path}: {what}; use another checkpoint in its folder") from None
     return checkpoint

@@ -1,4 +1,4 @@
-"""What the validations of a run show together, and the command to run next (docs/training.md has the rules)."""
+"""The diagnosis of a run from its validations, and the next command (docs/training.md has the rules)."""
 
 import itertools
 import math
@@ -14,19 +14,19 @@ from lightning.pytorch.callbacks import Timer
 from formtune.data.encoded import FEW_ROWS
 from formtune.training.validations import Validation, best, fewer
 
-LASTING = 3  # validations that a change must last: the last two of a run are close, and may be the same luck
-# Shares of a loss. Small gains add up and keep a run alive; to call it overfitting takes more than the noise, a few
-# percent from validation to validation.
+LASTING = 3  # validations that a change must last; the last two of a run are close, and may share their noise
+# Shares of a loss. Small gains add up and keep a run going; overfitting must exceed the noise between validations, a
+# few percent.
 GAIN = 0.01
 CHANGE = 0.05
-FAR = 1.0  # a training loss that has doubled does not come back
+DIVERGENCE = 1.0  # a training loss that has doubled does not recover
 FLOOR = 0.001  # nats per token; a smaller change does not count
 # For the next command
-MOST = 3  # times the steps: the last validations say nothing about a longer run
+MAX_FACTOR = 3  # of the steps: the last validations say nothing about a longer run
 LOWEST_RANK, HIGHEST_RANK = 4, 64
 FEW_WRONG = 0.01  # of the validation rows
 SPIKE = 0.1  # of the first training loss
-SLOW = 0.2  # of the first training loss; a useful learning rate takes off more
+SLOW = 0.2  # of the first training loss; a useful learning rate reduces it by more
 GAP = 0.2  # of the validation loss
 ERRORS = {  # the first that still improves says how much longer to train
     "joint/exact": lambda v: 1 - v.joint / v.rows,
@@ -36,11 +36,11 @@ ERRORS = {  # the first that still improves says how much longer to train
 }
 
 T = TypeVar("T")
-Step = tuple[str, dict[str, Any]]  # what to do, and the keys that change; none if the rows should
+Step = tuple[str, dict[str, Any]]  # what to do, and the keys to change; none if the rows should change
 
 
 class Diagnosis(NamedTuple):
-    """What the validations so far show together."""
+    """What the validations so far show."""
 
     kind: Literal["too early", "learning", "overfitting", "saturated", "not learning", "diverged"]
     text: str  # one line, with its figures
@@ -51,7 +51,7 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
     """Diagnose a run from its validations in the order of their steps, at least one."""
     finite = [v for v in history if v.is_finite]
     start, last = (finite or history)[0], history[-1]
-    if not last.is_finite or _counts(last.train_loss - start.train_loss, start.train_loss, FAR):
+    if not last.is_finite or _counts(last.train_loss - start.train_loss, start.train_loss, DIVERGENCE):
         figures = f"train {last.train_loss:.4g}, validation {last.val_loss:.4g}, {start.train_loss:.4g} at the start"
         return Diagnosis("diverged", f"diverged: losses {figures}")
 
@@ -92,16 +92,16 @@ def should_stop(history: Sequence[Validation], validations: int) -> bool:
 
 
 def next_step(
-    history: Sequence[Validation], trainer: Any, command: str, whole: Mapping[str, Any] = MappingProxyType({})
+    history: Sequence[Validation], trainer: Any, command: str, full: Mapping[str, Any] = MappingProxyType({})
 ) -> str:
-    """What to do after a run of `train` or `fit`, and the command that does it; `whole` undoes `--quick`."""
+    """What to do after a run of `train` or `fit`, and the command that does it; the keys in `full` undo `--quick`."""
     chosen, folder = best(history), Path(trainer.default_root_dir)
     if chosen and chosen.rows - chosen.joint <= FEW_WRONG * chosen.rows:
-        what = f"keep the best checkpoint, {chosen.joint} of {chosen.rows} validation rows are right"
+        what = f"keep the best checkpoint ({chosen.joint} of {chosen.rows} validation rows are right)"
         words = ["export" if command == "train" else "test", str(folder)]
     else:
         what, keys = _change(history, chosen, trainer)
-        keys |= whole if keys else {}
+        keys |= full if keys else {}
         words = [command if keys else "audit", "-c", str(folder / "config.yaml")]
         words += [word for key, value in keys.items() for word in (f"--{key}", str(value))]
     return f"{what}: {shlex.join(['formtune', *words])}"
@@ -132,33 +132,33 @@ def _change(history: Sequence[Validation], chosen: Validation | None, trainer: A
         lowest = min(measured, key=lambda v: v.val_loss)
         epochs = max(1, math.ceil(max(lowest.step, chosen.step) / epoch))
         if epochs < math.ceil(trainer.global_step / epoch):
-            what = "train shorter, so that the learning rate has fallen where validation was best"
+            what = "train shorter, so that the learning rate has decayed by the best validation"
             return what, _epochs(trainer, epochs)
         if rank > LOWEST_RANK:
-            return "lower the rank, training is short already", _rank(trainer, rank // 2)
+            return "lower the rank (training is already short)", _rank(trainer, rank // 2)
     losses = f"training loss {last.train_loss:.3g}, validation loss {last.val_loss:.3g}"
     near = not _counts(last.val_loss - last.train_loss, last.val_loss, GAP)
     if kind == "saturated" and near and rank < HIGHEST_RANK:
-        return f"raise the rank, {losses}", _rank(trainer, 2 * rank)
-    return f"add rows like those that the audit finds rare or missing, {losses} with {rows:,} rows", {}
+        return f"raise the rank ({losses})", _rank(trainer, 2 * rank)
+    return f"add rows like those that the audit finds rare or missing ({losses} with {rows:,} rows)", {}
 
 
 def _longer(trained: Sequence[Validation], improving: Sequence[str], trainer: Any) -> Step:
-    """Until the error halves, if it falls as a power of the steps, as it did in the last half of the validations."""
-    times, why = float(MOST), "too few validations to say how long"
+    """Train until the error halves, if it falls as a power of the steps, as in the last half of the validations."""
+    times, why = float(MAX_FACTOR), "too few validations to say how long"
     name = next((name for name in ERRORS if name in improving), None)
     late = trained[-max(LASTING, math.ceil(len(trained) / 2)) :]
     if name and len(late) > 1:
         errors = [max(ERRORS[name](v), 1e-6) for v in late]
         power = -linear_regression([math.log(v.step) for v in late], list(map(math.log, errors))).slope
-        times = 2 ** (1 / power) if power > 1 / math.log2(MOST) else times
+        times = 2 ** (1 / power) if power > 1 / math.log2(MAX_FACTOR) else times
         first, last = (f"{e:.3g}" if name == "validation loss" else f"{1 - e:.0%}" for e in (errors[0], errors[-1]))
         why = f"{name} {first} at step {late[0].step}, {last} at step {late[-1].step}"
-        why += f" (format/exact {late[-1].exact / late[-1].rows:.0%})" if name != "format/exact" else ""
+        why += f", format/exact {late[-1].exact / late[-1].rows:.0%}" if name != "format/exact" else ""
     done, epoch = trainer.global_step, trainer.num_training_batches
     steps = max(round(times * done), done + 1)
     keys = _epochs(trainer, max(math.ceil(steps / epoch), done // epoch + 1))
-    return f"train longer, {why}", keys if steps >= epoch else keys | {"trainer.max_steps": steps}
+    return f"train longer ({why})", keys if steps >= epoch else keys | {"trainer.max_steps": steps}
 
 
 def _epochs(trainer: Any, number: int) -> dict[str, Any]:
@@ -171,17 +171,17 @@ def _epochs(trainer: Any, number: int) -> dict[str, Any]:
 
 
 def _rank(trainer: Any, rank: int) -> dict[str, Any]:
-    # An adapter keeps its rank, so that one of another rank begins at the base.
+    # An adapter keeps its rank, so one of another rank starts from the base.
     return {"model.lora.r": rank} | ({"model.adapter": "null"} if trainer.lightning_module.adapter else {})
 
 
 def _rate(trainer: Any, times: float, why: str) -> Step:
     lr = times * trainer.optimizers[0].defaults["lr"]
-    return f"{'lower' if times < 1 else 'raise'} the learning rate, {why}", {"model.optimizer.lr": f"{lr:.1e}"}
+    return f"{'lower' if times < 1 else 'raise'} the learning rate ({why})", {"model.optimizer.lr": f"{lr:.1e}"}
 
 
 def _counts(change: float, value: float, share: float) -> bool:
-    """Whether a change is more than a share of a value, and not too small to matter."""
+    """Whether a change exceeds a share of a value, and `FLOOR`."""
     return change > max(share * value, FLOOR)
 
 

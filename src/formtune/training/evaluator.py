@@ -1,4 +1,4 @@
-"""The evaluations of one `formtune train` on the test rows: baselines, tuned model, longer inputs, and their report."""
+"""The evaluations of a `formtune train` on the test rows: baselines, tuned model, longer inputs, report."""
 
 import random
 import time
@@ -22,18 +22,18 @@ from formtune.model.constrained import Grammar
 from formtune.model.micro_batches import Decoding
 
 Baseline = Literal["few_shot", "constrained"]
-LONGEST, SHORTEST = 2, 16  # times the longest target, but at least so many tokens: what a baseline may decode
+LENGTH_FACTOR, MIN_TOKENS = 2, 16  # tokens that a baseline may decode: a multiple of the longest target's, at least 16
 
 
 class Evaluator:
-    """Evaluates on the test rows; keeps the outcome of each row, and in `result` what `metrics.json` will hold."""
+    """Evaluates on the test rows; keeps the outcome of each row, and the content of `metrics.json` in `result`."""
 
     def __init__(self, trainer: Any, model: FormatModule, datamodule: FormatDataModule, folder: Path) -> None:
         assert datamodule.splits is not None, "prepare() comes first"
         self.trainer, self.model, self.datamodule, self.folder = trainer, model, datamodule, folder
         self.splits, self.settings = datamodule.splits, datamodule.settings
         model.orders = self.splits.orders  # the baselines are tested before the trainer knows the data module
-        # Each row once, whatever its weight: no example is twice in a prompt.
+        # Each row once, whatever its weight: no example is in a prompt twice.
         self.train_rows = list({id(row): row for row in datamodule.rows["train"]}.values())
         self.test_rows = datamodule.rows["test"]
         self.context = context_length(model.base) or 10**9
@@ -41,19 +41,17 @@ class Evaluator:
         self.outcomes: dict[str, list[Outcome]] = {}
         self._writes = trainer.is_global_zero and not trainer.fast_dev_run
         self._longest = max(len(row.target_ids) for row in self.test_rows)
-        self._seconds = 0.0  # that the last baseline took; 0 if it came from the cache
+        self._seconds = 0.0  # time of the last baseline; 0 from the cache
 
     def baselines(self, kinds: Sequence[Baseline], most: int) -> None:
-        """Measure the plain base, and those of `kinds`, on at most so many test rows."""
+        """Measure the plain base and the baselines in `kinds`, on `most` test rows at most."""
         test, format, renderer, result = self.test_rows, self.model.format, self.settings.renderer, self.result
         sample = [test[i] for i in sorted(random.Random(0).sample(range(len(test)), min(most, len(test))))]
         prompts, outcomes = {"zero-shot": sample}, {"zero-shot": self._baseline("before", sample)}
         if self._seconds and (more := len(kinds) + bool(self.model.adapter)):
             minutes = max(1, round(more * self._seconds / 60))
-            self._print(
-                f"baselines: {more} more on {len(sample)} of {len(test)} test rows, about {minutes} min; "
-                "--baselines '[]' measures only the plain base"
-            )
+            rest = f"{more} more on {len(sample)} of {len(test)} test rows, about {minutes} min"
+            self._print(f"baselines: {rest}; --baselines '[]' measures only the plain base")
         if "few_shot" in kinds:
             shots = prompting.shots_by_schema(self.train_rows, sample, format)
             rows, count = prompting.few_shot_rows(sample, shots, renderer, self.context)
@@ -90,15 +88,15 @@ class Evaluator:
         for name, decoding in decodings.items():
             outcomes = self._test(VIEWS[name], self.test_rows, decoding)
             self._record(name, outcomes, self.model.evaluation, self.model.counts)
-        rows = self.datamodule.rows["validation"]  # answered again: checkpoints hold verdicts, not confidences
+        rows = self.datamodule.rows["validation"]  # answered again: checkpoints contain verdicts, not confidences
         validation = self._test("tuned, on the validation rows", rows, Decoding(logged=False))
         if self._writes:
             write_outcomes(self.folder / "outcomes" / "validation.jsonl", validation)
-            if judged(self.outcomes["after"]):  # not of answers that a callback of the user's made
+            if judged(self.outcomes["after"]):  # not for answers from a custom callback
                 self.result["confidence"] = summary(validation, self.outcomes["after"])
 
     def probe(self) -> list[dict[str, Any]]:
-        """Valid format on test rows that were made longer, up to production's P99 and beyond the training rows."""
+        """Valid format on extended test rows, up to production's P99 and beyond the training rows."""
         production = production_rows(self.settings)
         train, longer = ([len(row.prompt_ids) for row in rows] for rows in (self.train_rows, production))
         lengths = probe_lengths(train, longer, int((self.context - self._longest) / LONGER))
@@ -139,22 +137,22 @@ class Evaluator:
             "adapter": model.adapter.hash if model.adapter and name == "start" else None,
         }
         path = prompting.cache_entry(model.base, rows, settings, model.format)
-        # The code of the user's own metrics or format may have changed since. On several machines some might find the
-        # entry and others not, and these would wait for those without end.
-        custom = bool(model.scores.own) or model.format.is_custom
+        # Custom code may have changed since. Of several machines some might find the entry and others not, and these
+        # would wait for those forever.
+        custom = bool(model.scores.custom) or model.format.is_custom
         measured = custom or trainer.num_nodes > 1 or trainer.fast_dev_run
         entry = None if measured else read_entry(path)
         if entry:
             values, counts, records = entry
-            values = {name: values[name] for name in counts}  # without a user's own metrics, if another run had some
+            values = {name: values[name] for name in counts}  # without another run's custom metrics
             outcomes = [Outcome(*record) for record in records]
         else:
-            # One point of the curves belongs to step 0: the model as it will be trained.
+            # Step 0 of the curves has one point: the model as it will be trained.
             first, untuned = ("start", name != "start") if model.adapter else ("before", False)
             outcomes = self._test(VIEWS[name], rows, Decoding(constrained, limit, name == first, untuned))
             values, counts = model.evaluation, model.counts
             if self._writes:
-                write_entry(path, [values, counts, outcomes], prompting.KEPT)
+                write_entry(path, [values, counts, outcomes], prompting.MAX_ENTRIES)
         self._seconds = 0.0 if entry else time.monotonic() - started
         self._record(name, outcomes, values, counts)
         return outcomes
@@ -175,5 +173,5 @@ class Evaluator:
 
 
 def untuned_limit(model: Any, longest: int) -> int:
-    """Tokens that an untuned base may decode, for a longest target of so many."""
-    return min(model.max_new_tokens, max(LONGEST * longest, SHORTEST))
+    """Tokens that an untuned base may decode, if the longest target has `longest` tokens."""
+    return min(model.max_new_tokens, max(LENGTH_FACTOR * longest, MIN_TOKENS))

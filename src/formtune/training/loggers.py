@@ -1,4 +1,4 @@
-"""The loggers that `--logger` names, each in the run's folder, and the tables that they show."""
+"""The loggers that `--logger` names, each in the run's folder, and their tables."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ CHARTS = {
 
 
 class OneEventFile(TensorBoardLogger):
-    """TensorBoard in one file: Lightning closes it after each evaluation, and would begin another for the next."""
+    """TensorBoard in one file: Lightning would close it after each evaluation and start another."""
 
     def finalize(self, status: str) -> None:
         if self._experiment is not None:
@@ -35,7 +35,7 @@ class OneEventFile(TensorBoardLogger):
 
 
 class LazyMLflow(MLFlowLogger):
-    """Opens its store when the first value is logged: a refused run leaves nothing."""
+    """Opens its store when the first value is logged, so that a refused run leaves no files."""
 
     def __init__(self, task: str, run: str, folder: Path) -> None:
         server, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), (folder / "mlflow").resolve().as_uri()
@@ -52,7 +52,7 @@ class LazyMLflow(MLFlowLogger):
 
 
 def make_loggers(names: Name | Sequence[Name], task: str, run: str, step: int | None) -> list[Logger]:
-    """The loggers of a run; one that is resumed logs again from `step` on."""
+    """The loggers of a run; a resumed run logs from `step` on again."""
     names = [names] if isinstance(names, str) else names
     for name in {"wandb", "mlflow"} & {*names}:
         if find_spec(name) is None:
@@ -60,9 +60,9 @@ def make_loggers(names: Name | Sequence[Name], task: str, run: str, step: int | 
     folder, wandb_id = LOGS / task / run, f"{task}-{run}".replace("/", "-")
     mode = os.environ.get("WANDB_MODE", "offline")
     makers: dict[Name, Callable[[], Logger]] = {
-        # What was logged after the checkpoint is logged again, and TensorBoard shows it once.
+        # Values after the checkpoint are logged again, and TensorBoard shows them once.
         "tensorboard": lambda: OneEventFile(LOGS, task, run, purge_step=step),
-        # In another folder for a resumed run: Lightning deletes the file that is there.
+        # A resumed run has another folder: Lightning deletes an existing file.
         "csv": lambda: CSVLogger(folder, "csv", "" if step is None else f"from-step-{step}"),
         "wandb": lambda: WandbLogger(run, folder, version=wandb_id, project=task, mode=mode),
         "mlflow": lambda: LazyMLflow(task, run, folder),
@@ -71,7 +71,7 @@ def make_loggers(names: Name | Sequence[Name], task: str, run: str, step: int | 
 
 
 def record(trainer: Any, file: Path, configuration: str) -> None:
-    """Write the configuration of a run that begins, in YAML, and show it where runs are compared by it."""
+    """Write a new run's configuration, in YAML, to its file and to the loggers that compare runs by it."""
     write_whole(file, configuration)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -82,7 +82,7 @@ def record(trainer: Any, file: Path, configuration: str) -> None:
 
 
 def log_table(trainer: Any, tag: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Show a table in every logger that has tables."""
+    """Log a table to every logger that has tables."""
     step = trainer.global_step
     for logger in trainer.loggers if trainer.is_global_zero else ():
         if isinstance(logger, TensorBoardLogger):

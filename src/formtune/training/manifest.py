@@ -1,4 +1,4 @@
-"""`manifest.json` of an exported folder: hashes of its files, and of the base, template and format it belongs to."""
+"""`manifest.json` of an exported folder: hashes of its files, and of its base, template and format."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from formtune.errors import UserError
 from formtune.files import write_json
 
 NAME = "manifest.json"
-CARD = "README.md"  # not listed: it is written later, and edited by people
+CARD = "README.md"  # not listed: it is written later, and people edit it
 KINDS = ("adapter", "merged", "int8", "nf4", "gptq", "awq", "gguf")
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
 # Files that decide a base's weights, shape and tokens; cards and pictures do not.
@@ -29,7 +29,7 @@ def write_manifest(
     data: str | None,  # content hash of the rows, as in `metrics.json`
     verification: dict[str, Any] | None = None,  # measurements made before the export
     packages: tuple[str, ...] = (),  # further packages whose versions matter for loading
-    training: dict[str, Any] | None = None,  # what it began from, and the weights of its rows
+    training: dict[str, Any] | None = None,  # what it started from, and the weights of its rows
 ) -> None:
     """Write the manifest of a folder that is otherwise complete."""
     files = _hashes(folder, (path for path in folder.rglob("*") if path.name not in (NAME, CARD)))
@@ -65,14 +65,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The folder's manifest; raises a UserError that names a listed file which is missing, changed or outside."""
+    """The folder's manifest; a UserError names a listed file that is missing, changed or outside the folder."""
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         path = folder / name
         outside = "\0" in name or ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve())
         if outside or not path.is_file() or file_hash(path) != expected:
-            what = "changed since it was exported, missing, or outside the folder"
-            raise UserError(f"{path}: {what}; export the folder again")
+            raise UserError(f"{path}: changed since it was exported, missing, or outside the folder; export it again")
     return manifest
 
 

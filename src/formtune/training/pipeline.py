@@ -1,4 +1,4 @@
-"""The whole job of `formtune train`, in the order in which it runs."""
+"""The stages of `formtune train`, in the order in which they run."""
 
 import shutil
 import time
@@ -32,14 +32,14 @@ def train(
     datamodule: FormatDataModule,
     folder: RunFolder,
     config: Callable[[], str],  # returns the configuration as YAML
-    baselines: Sequence[Baseline],  # what to measure beside the plain base
+    baselines: Sequence[Baseline],  # what to measure besides the plain base
     baseline_rows: int,  # test rows that the baselines are measured on, at most
     checkpoint: Path | None,  # to resume from
-    whole: dict[str, Any],  # the keys that --quick changes, with their values without it; else empty
+    full: dict[str, Any],  # values without --quick of the keys that it changes; else empty
 ) -> dict[str, Any] | None:
     """Measure the base, fit, test the best checkpoint, export the adapter and write the report.
 
-    Returns what `metrics.json` holds; None under `fast_dev_run`, which writes nothing.
+    Returns the content of `metrics.json`; None under `fast_dev_run`, which writes nothing.
     """
     # Rows
     prepare(trainer, datamodule)
@@ -61,9 +61,9 @@ def train(
     if trainer.fast_dev_run:
         return None
 
-    # The best checkpoint and its adapter, which is safe before anything else can fail
+    # The best checkpoint; its adapter is written before anything else can fail
     history, checkpoints = callback(trainer, OverfittingWatch).history, callback(trainer, BestCheckpoint)
-    chosen, advice = best(history), next_step(history, trainer, "train", whole)
+    chosen, advice = best(history), next_step(history, trainer, "train", full)
     if chosen is None:
         raise UserError(f"{reason(history)}; {advice}")
     model.load_state_dict(read(Path(checkpoints.best_model_path))["state_dict"])
@@ -75,7 +75,7 @@ def train(
     # The tuned model on the test rows, and on longer inputs
     evaluator.tuned()
     result = evaluator.result
-    result["probe"] = [] if whole else evaluator.probe()
+    result["probe"] = [] if full else evaluator.probe()
     result["rows"] = result["counts"]["after"]["format/exact"][1]
     result["data"] = evaluator.splits.key  # as in audit.json
     result["training"] = origin | {
@@ -94,14 +94,15 @@ def train(
     took = {"steps": steps, "peak memory, GiB": peak_memory()} | {f"{k}, min": s / 60 for k, s in minutes.items()}
     if writes:
         if estimates := read_entry(plan_entry(config(), evaluator.splits.key)):
-            result["estimates"] = {name: {"estimated": it, "measured": took[name]} for name, it in estimates.items()}
+            pairs = {name: {"estimated": value, "measured": took[name]} for name, value in estimates.items()}
+            result["estimates"] = pairs
         evaluator.report()
         write_json(folder.path / "metrics.json", result)  # last of all: it says that the run is finished
     return result
 
 
 def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> None:
-    """Prepare the rows, and print what they are before anything slow begins."""
+    """Prepare the rows, and describe them before anything slow starts."""
     datamodule.trainer = trainer
     datamodule.setup(stage)
     if not trainer.is_global_zero:
@@ -111,20 +112,19 @@ def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> N
     print_data(settings, splits, Path(trainer.default_root_dir) if listed else None)
     count = len(splits.rows.get("train", ())) if splits else 0
     if 0 < count < FEW_ROWS:
-        print(f"few rows: {count} to train on, a task needs at least {FEW_ROWS}; see formtune audit")
+        print(f"few rows: {count} to train on; a task needs at least {FEW_ROWS} (see formtune audit)")
     if splits and settings.date:
-        fixed = f"fixed at {settings.date} for this run"
-        print(f"the chat template writes the date; {fixed}; a server writes the current date")
+        print(f"the chat template writes the date: {settings.date} in this run; a server writes the current date")
 
 
 def peak_memory() -> float:
-    """The most GiB that this process held so far, of its GPU if it has one."""
+    """Peak GiB of this process so far, on its GPU if it has one."""
     on_gpu = torch.cuda.is_available()
     return (torch.cuda.max_memory_allocated() if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 2**30
 
 
 def export_adapter(module: FormatModule, folder: Path, config: Path, data: str | None, origin: dict[str, Any]) -> None:
-    """Write a folder that PEFT alone loads, with tokenizer, format, configuration and manifest; it appears complete."""
+    """Write a folder that PEFT alone loads, with tokenizer, format, configuration and manifest, in one rename."""
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     # False: PEFT would otherwise ask a hub whether the base's vocabulary was resized.

@@ -1,4 +1,4 @@
-"""What a training would do and take on this machine, from a few steps and answers: `--dry_run`."""
+"""`--dry_run`: steps, time and memory of a run on this machine, estimated from a few steps and answers."""
 
 import math
 import time
@@ -24,12 +24,12 @@ from formtune.training.pipeline import peak_memory, prepare
 from formtune.training.run_folder import plan_entry
 
 STEPS = 32  # whose micro-batches are counted
-MOST, SECONDS = 8, 3  # steps that are timed at most, and about how long
+MAX_TIMED, SECONDS = 8, 3  # steps that are timed, and about how long
 ROWS, TOKENS = 16, 8  # answers that are timed, and tokens of each
 
 
 class Timing(Callback):
-    """Times steps and answers where training would begin, and ends it before its first step."""
+    """Times steps and answers where training would start, and ends it before its first step."""
 
     def on_train_start(self, trainer: Any, model: Any) -> None:
         trainer.should_stop = True
@@ -37,10 +37,10 @@ class Timing(Callback):
         datamodule = trainer.datamodule
         batches = list(islice(datamodule.train_dataloader(), STEPS))
         longest = sorted(datamodule.rows["train"], key=len)[-datamodule.rows_per_step :]
-        # The peak memory; it also warms up, and on a slow machine it is all that is timed.
+        # The longest rows give the peak memory and the warm-up; on a slow machine, nothing else is timed.
         timed = [model.collate(longest[trainer.global_rank :: trainer.world_size], evaluation=False)]
         seconds = self._train(trainer, model, timed)
-        if more := batches[: min(MOST, int(SECONDS / seconds))]:
+        if more := batches[: min(MAX_TIMED, int(SECONDS / seconds))]:
             timed, seconds = more, self._train(trainer, model, more)
         self.tokens = _tokens(batches) / len(batches)  # of a step
         self.micro_batches = sum(len(batch.micro_batches) for batch in batches) / len(batches)
@@ -48,21 +48,20 @@ class Timing(Callback):
         rows = datamodule.rows["validation"]
         batch = model.collate(rows[:EVALUATION_ROWS], evaluation=True)
         few = model.collate(rows[:ROWS], evaluation=True)
-        forward, whole = (self._answer(trainer, model, rows[:ROWS], limit) for limit in (1, TOKENS + 1))
+        forward, decoded = (self._answer(trainer, model, rows[:ROWS], limit) for limit in (1, TOKENS + 1))
         # Seconds of a row: many rows that share a prefix compute it once.
         self.forced = forward / _tokens([few]) * _tokens([batch]) / len(batch.rows)
-        self.token = max(whole - forward, 0.0) / TOKENS / len(few.rows)
+        self.token = max(decoded - forward, 0.0) / TOKENS / len(few.rows)
 
     def _train(self, trainer: Any, model: Any, batches: Sequence[Any]) -> float:
-        """Seconds of these steps."""
         started = _now()
         for batch in batches:
             with trainer.precision_plugin.train_step_context():
                 model.training_step(batch, 0)
-        return highest(trainer, _now() - started)[0]  # the same on all processes, which then time as many
+        return highest(trainer, _now() - started)[0]  # equal on all processes, which then time equally many
 
     def _answer(self, trainer: Any, model: Any, rows: Sequence[Any], limit: int) -> float:
-        """Seconds of answers that are decoded from their first token up to a limit."""
+        """Seconds to decode answers from their first token up to a limit."""
         batch = model.collate(rows, evaluation=True, decoding=Decoding(max_new_tokens=limit))
         model.eval()
         started = _now()
@@ -77,10 +76,9 @@ def plan(
     trainer: Any, model: FormatModule, datamodule: FormatDataModule, config: Callable[[], str],
     baselines: Sequence[str] | None, most: int,
 ) -> None:  # fmt: skip
-    """Prepare the rows, and print the steps of a training with about the time and the memory that it takes.
+    """Prepare the rows, and print the steps, time and memory of a run; `baselines` is None for `fit`.
 
-    The estimates are kept for the report of a run of the same configuration. `baselines`, which `formtune train`
-    measures on at most so many rows, are None for `fit`.
+    The estimates are kept for the report of a run of the same configuration.
     """
     prepare(trainer, datamodule)
     timing, rows = callback(trainer, Timing), datamodule.rows
@@ -91,7 +89,7 @@ def plan(
     interval = trainer.val_check_batch or math.inf
     validations, validated, tested = max(1, math.ceil(steps / interval)), len(rows["validation"]), len(rows["test"])
     sizes = [len(row.target_ids) for row in rows["train"]]
-    # An untuned base rarely ends its answers. A tuned model is right at first sight more and more often.
+    # An untuned base rarely ends its answers; a tuned model decodes few tokens after its first mismatch.
     untuned = timing.forced + untuned_limit(model, max(sizes)) * timing.token
     tuned = timing.forced + quantile(sizes, 50) / 2 * timing.token
     seconds = {"training": steps * timing.step + validations * validated * (timing.forced + tuned)}
@@ -106,9 +104,9 @@ def plan(
     if trainer.is_global_zero and datamodule.splits:
         write_entry(plan_entry(config(), datamodule.splits.key), estimates, kept=24)
     rank_zero_only(print)(
-        f"steps: {steps:,} of {datamodule.rows_per_step} rows, {steps / trainer.num_training_batches:.3g} epochs; each "
-        f"computes {timing.tokens:,.0f} tokens in {timing.micro_batches:.1f} micro-batches, in {timing.step:.2f} s\n"
-        f"validations: {validations:,} of {validated:,} rows\n"
+        f"steps: {steps:,} with {datamodule.rows_per_step} rows each, {steps / trainer.num_training_batches:.3g} epochs"
+        f"; each has {timing.tokens:,.0f} tokens, {timing.micro_batches:.1f} micro-batches, {timing.step:.2f} s\n"
+        f"validations: {validations:,} on {validated:,} rows\n"
         f"time: about {timedelta(seconds=round(sum(seconds.values())))} ({parts}), estimated on this machine now\n"
         f"peak memory: {estimates['peak memory, GiB']:.1f} GiB\ndry run: nothing was trained",
         flush=True,
@@ -116,7 +114,7 @@ def plan(
 
 
 def _tokens(batches: Sequence[Any]) -> int:
-    """The tokens that are computed, a shared prefix once."""
+    """Computed tokens, a shared prefix counted once."""
     return sum(part.ids.numel() for batch in batches for part in batch.micro_batches)
 
 

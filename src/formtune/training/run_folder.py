@@ -1,4 +1,4 @@
-"""The folder of one run: held by one process at a time, and resumed with the same configuration only."""
+"""The folder of one run, locked by one process at a time, and resumed with the same configuration only."""
 
 import contextlib
 import hashlib
@@ -14,12 +14,12 @@ from formtune.errors import UserError
 from formtune.evaluation.outcomes import read_outcomes
 from formtune.evaluation.selective import judged, threshold
 
-# Keys that change where a run is or how it is watched, and not what is trained.
+# Keys that change where a run is or how it is watched, but not what is trained.
 FREE = (
     *("run", "resume", "task", "trainer.default_root_dir", "trainer.enable_progress_bar", "data.prompts", "logger"),
     *("checkpoint.every_n_seconds", "checkpoint.save_last", "answer_table"),
 )
-# Keys that do not change what a training takes, and those that a dry run sets itself.
+# Keys that do not change the time of a run, and those that a dry run sets itself.
 UNPLANNED = (*FREE, "data.date", *(f"trainer.{key}" for key in ("logger", "callbacks", "enable_checkpointing", "min_")))
 
 
@@ -28,7 +28,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path / ".lock", timeout=0)  # released by the system when the process ends
+        self._lock = FileLock(path / ".lock", timeout=0)  # the system releases it when the process ends
 
     @property
     def begun(self) -> bool:
@@ -40,14 +40,14 @@ class RunFolder:
 
     @property
     def date(self) -> str | None:
-        """Date that the chat template writes into the run's prompts; None if no run has begun, or it writes none."""
+        """Date that the chat template writes into the run's prompts; None without one, or if no run has begun."""
         date = self.config().get("data.date") if self.begun else None
         return date and str(date)
 
     def difference(self, config: str) -> str | None:
-        """The first key, with both values, in which this run's configuration differs from another in YAML, or None."""
+        """The first key, with both values, in which this run's configuration differs from another (YAML), or None."""
         old, new = self.config(), dict(_leaves(yaml.safe_load(config)))
-        if None in (old.get("data.date"), new.get("data.date")):  # the template writes none, or the run's is taken
+        if None in (old.get("data.date"), new.get("data.date")):  # the template writes none, or the run's is used
             old["data.date"] = new["data.date"] = None
         for key in new | old:
             if old.get(key) != new.get(key) and not key.startswith(FREE):
@@ -63,15 +63,14 @@ class RunFolder:
             raise UserError(f"{path}: cannot be read ({error}); start a new run") from None
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Make the folder and lock it, for this process alone; if nothing was written, delete it in the end."""
+    def locked(self) -> Iterator[None]:
+        """Make the folder and lock it; if nothing was written, delete it at the end."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout:
-            raise UserError(
-                f"{self.path}: another process is running this run; wait for it or stop it, or name another --run"
-            ) from None
+            what = f"{self.path}: another process is using this folder"
+            raise UserError(f"{what}; wait, stop it, or choose another --run") from None
         except OSError as error:
             raise UserError(f"{self.path}: not writable ({error.strerror})") from None
         try:
@@ -85,13 +84,13 @@ class RunFolder:
 
 
 def plan_entry(config: str, data: str) -> Path:
-    """The cache entry of what `--dry_run` estimated for this configuration and rows of this content hash."""
+    """The cache entry of the `--dry_run` estimates for a configuration and the content hash of its rows."""
     keys = [(key, value) for key, value in _leaves(yaml.safe_load(config)) if not key.startswith(UNPLANNED)]
     return Path(".cache/plan", f"{hashlib.sha256(json.dumps([keys, data], default=str).encode()).hexdigest()}.json")
 
 
 def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], str]) -> str | None:
-    """The name of the run to begin or to resume in a task's folder; None for a new run, which is named by the clock."""
+    """The run to start or resume in a task's folder; None for a new run, which is named by the clock."""
     # Runs of a sweep do not count.
     begun = [path for path in task.glob("*/config.yaml") if not (path.parent / "sweep.json").exists()]
     begun.sort(key=lambda path: path.stat().st_mtime)
@@ -112,28 +111,26 @@ def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], 
 
 
 def measured_run(configs: Sequence[Path], named: Path | None) -> Path | None:
-    """The run to measure: that of `--run`, else the one whose `config.yaml` is given; None if neither is a run."""
+    """The run to evaluate: that of `--run`, else the one whose `config.yaml` is given; None if neither is a run."""
     folders = [*([named] if named else []), *(path.parent for path in reversed(configs) if path.name == "config.yaml")]
     return next((run for run in folders if RunFolder(run).begun and (run / "checkpoints").is_dir()), None)
 
 
 def minimum_confidence(config: Any, run: Path | None) -> float:
-    """The confidence from which a run's answers to its validation rows reach `--target_precision`."""
+    """The confidence at which a run's validation answers reach `--target_precision`."""
     path = Path(run or "", "outcomes", "validation.jsonl")
     if (
         run is None or not path.is_file()
         or config.min_confidence is not None or config.ckpt_path not in (None, "best")
         or RunFolder(run).config()["model.constrained"] != config.model.constrained
     ):  # fmt: skip
-        raise UserError(
-            "target_precision: it needs a finished run of formtune train, its best checkpoint and its "
-            "model.constrained, and no min_confidence; name the run, or give --min_confidence alone"
-        )
+        needs = "a finished run of formtune train, its best checkpoint and model.constrained, and no min_confidence"
+        raise UserError(f"target_precision: it needs {needs}; name the run, or give --min_confidence alone")
     rows = judged(read_outcomes(path))
     minimum = threshold(rows, config.target_precision)
     if minimum is None:
         what = f"{config.target_precision} on the {len(rows):,} validation rows of {run}"
-        raise UserError(f"target_precision: no confidence gives {what}; take a lower one, or validate on more rows")
+        raise UserError(f"target_precision: no confidence gives {what}; lower the target, or validate on more rows")
     return minimum
 
 

@@ -1,4 +1,4 @@
-"""What each validation measured, and which checkpoint is the best."""
+"""The figures of each validation, and the choice of the best checkpoint."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ class Validation:
     field_f1: float
     rows: int
     valid: int  # which rows have a valid format: one bit per row, the highest for the first row
-    right: int  # which rows are right as well, likewise
+    right: int  # which rows are right, as bits too
 
     @property
     def exact(self) -> int:
@@ -76,7 +76,7 @@ def contenders(history: Iterable[Validation]) -> set[int]:
 
 
 def reason(history: Sequence[Validation]) -> str:
-    """The best checkpoint in words, beside those that other rules would take."""
+    """The best checkpoint, and those that other rules would choose, in one line."""
     chosen, measured = best(history), _measured(history)
     if chosen is None:
         return "no best checkpoint: no validation had a finite loss"

@@ -112,8 +112,8 @@ VALUES = [
 
 def test_a_value_in_a_yaml_is_named_with_its_line_and_what_was_expected(refused):
     assert refused(model=None).endswith(": model.base: is missing; set it")
-    assert refused(model={"base": None}).endswith(": model.base: must be a text, not null")
-    expected = "must be a number from 0 to 1 or a list such as [a, b] or a text, not 1.5"
+    assert refused(model={"base": None}).endswith(": model.base: must be a string, not null")
+    expected = "must be a number from 0 to 1 or a list such as [a, b] or a string, not 1.5"
     assert refused(data={"validation": 1.5}).endswith(f": data.validation: {expected}")
 
 
@@ -138,7 +138,7 @@ def test_a_value_of_a_class_in_a_yaml_is_named_with_its_line(refused):
 @pytest.mark.parametrize("command", ["fit", "audit"])
 def test_booleans_in_a_list_of_texts_are_to_be_quoted(refused, command):
     line = refused(data={"format": {"class_path": "Labels", "init_args": {"labels": [True, False]}}}, command=command)
-    reason = "must be a text, not True; put a text in quotes, also yes, no, on and off"
+    reason = "must be a string, not True; quote strings, also yes, no, on and off"
     assert line.endswith(f"data.format.labels: {reason}")
 
 
@@ -182,7 +182,7 @@ NAMED = [
     (["--model.scheduler", "lightning.pytorch.cli.ReduceLROnPlateau", "--model.scheduler.monitor", "x"], "model.scheduler: "),
     (["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.fused=true", "--model.optimizer.foreach=true"], "model.optimizer: "),
     (["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/los"], "did you mean val/loss?"),
-    (["--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "trainer.max_epochs: -1 never ends; set it,"),
+    (["--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "trainer.max_epochs: -1 never ends; set this key,"),
     (["--trainer.logger", "false", "--trainer.callbacks+=LearningRateMonitor"], "LearningRateMonitor needs a logger"),
 ]  # fmt: skip
 

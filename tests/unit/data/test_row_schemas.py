@@ -381,7 +381,7 @@ def test_each_answer_is_constrained_by_its_rows_schema():
             text, finished = renderer.answer(ids)
             assert finished and PER_ROW.of_row(one.schema).check(text).exact, text
     assert grammar._compiled.cache_info().misses == 3, "each schema is compiled once"
-    assert grammar._compiled.cache_info().maxsize == constrained.KEPT
+    assert grammar._compiled.cache_info().maxsize == constrained.MAX_SCHEMAS
 
 
 def test_a_row_whose_schema_has_no_grammar_is_named():

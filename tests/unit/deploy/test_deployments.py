@@ -113,7 +113,7 @@ def test_a_rollback_goes_back_one_by_one_or_to_a_version_and_verifies_it(logs, c
     assert rollback() == 0 and current() == "equal-adapter"
     assert rollback() == 0 and current() == "good-adapter"
     assert (
-        rollback() == 2 and "none is not an earlier version; --to names one of equal-adapter" in capsys.readouterr().err
+        rollback() == 2 and "none is not an earlier version; choose --to from equal-adapter" in capsys.readouterr().err
     )
     assert (
         rollback("--to", "never-adapter") == 2
@@ -157,7 +157,7 @@ def test_a_rename_that_fails_leaves_the_old_pointer(logs, monkeypatch, capsys, f
 
 @pytest.mark.slow
 def test_a_process_killed_at_any_moment_leaves_the_old_or_the_new_pointer(logs, monkeypatch):
-    monkeypatch.setattr(command, "weigh", lambda *_: [])  # the statistics would be most of the time
+    monkeypatch.setattr(command, "objections_to", lambda *_: [])  # the statistics would be most of the time
     assert promote("good") == 0
     dice = random.Random(0)
     for _ in range(30):
@@ -207,7 +207,7 @@ def test_names_and_folders_that_cannot_be_are_refused_in_one_line(logs, capsys):
             ["promote", "logs/small/good", "--to", "production", "--as", "merged"],
             "good/merged/manifest.json: No such file",
         ),
-        (["rollback", "production", "--reason", "x"], "not the name of one deployment; name one of none so far"),
+        (["rollback", "production", "--reason", "x"], "matches no single deployment; choose from none so far"),
         (["serve", "logs/small"], "neither an exported folder nor a run with adapter/"),
     ):
         assert main(words) == 2

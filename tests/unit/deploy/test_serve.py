@@ -105,13 +105,13 @@ def test_llama_cpp_serves_the_gguf_folder_of_a_run_that_has_one(run, tmp_path, c
     served = []
     monkeypatch.setattr("formtune.deploy.server.serve", lambda models, *_: served.extend(models.values()))
     words = ["serve", str(run), "--engine", "llamacpp"]
-    assert main(words) == 2 and "formtune export RUN --as gguf makes one" in capsys.readouterr().err
+    assert main(words) == 2 and "create one with formtune export RUN --as gguf" in capsys.readouterr().err
     for quant in ("q8_0", "q4_k_m"):
         shutil.copytree(run / "adapter", run / f"gguf-{quant}")
         write_manifest(run / f"gguf-{quant}", "gguf", str(tmp_path / "base"), None)
         assert main(words) == (0 if quant == "q8_0" else 2)
     assert [exported.folder.name for exported in served] == ["gguf-q8_0"]
-    assert "--as names one of gguf-q4_k_m, gguf-q8_0" in capsys.readouterr().err
+    assert "choose --as from gguf-q4_k_m, gguf-q8_0" in capsys.readouterr().err
 
 
 def test_missing_packages_and_a_port_in_use_are_one_line(run, capsys, monkeypatch):

@@ -60,13 +60,13 @@ def test_rows_that_share_nothing_are_not_named_and_without_rows_there_are_none()
 
 
 def test_of_many_training_rows_evenly_spaced_ones_are_compared(monkeypatch):
-    monkeypatch.setattr(gallery, "COMPARED", 200)
+    monkeypatch.setattr(gallery, "MAX_TRAINING_CHARACTERS", 200)
     train = [row(f"text number {n} of all", n) for n in range(95)]
     assert {near.number % 10 for _, near in nearest(["text number 7"], train)[0]} == {0}
 
 
 def test_each_kind_is_among_the_failures_shown_and_the_worst_come_first(monkeypatch):
-    monkeypatch.setattr(gallery, "SHOWN", 4)
+    monkeypatch.setattr(gallery, "MAX_FAILURES", 4)
     judged = [outcome(n, "syntax") for n in range(50)] + [
         outcome(50, "ok"),
         outcome(51, "content"),

@@ -117,7 +117,7 @@ def test_plain_peft_and_transformers_load_what_was_exported_where_there_is_no_fo
 def test_an_export_holds_its_figures_its_manifest_and_answers_that_compare_reads(run, capsys):
     assert export(run) == 0 and export(run, "--as", "merged") == 0
     output = capsys.readouterr().out
-    assert "top-1 100.0%" in output and " tokens/s of a single answer" in output
+    assert "top-1 100.0%" in output and " tokens/s, one answer" in output
     result = json.loads((run / "metrics.json").read_text())
     for kind in ("adapter", "merged"):
         manifest = verify(run / kind)
@@ -133,7 +133,7 @@ def test_an_export_holds_its_figures_its_manifest_and_answers_that_compare_reads
     assert figures["bytes"] > 600_000
     assert AutoModelForCausalLM.from_pretrained(run / "merged").generation_config.eos_token_id == [2]
     assert not list(run.glob(".export-*"))
-    assert export(run, "--as", "merged") == 2 and "already there" in capsys.readouterr().err
+    assert export(run, "--as", "merged") == 2 and "exists; remove it" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -17,13 +17,13 @@ from formtune.errors import UserError
 from formtune.evaluation.outcomes import read_outcomes
 from formtune.export import gguf, quantize
 from formtune.export.exported import go_template
-from formtune.export.llama_cpp import LlamaServer, prompt_fault, prove_prompts
+from formtune.export.llama_cpp import LlamaServer, check_prompts, prompt_fault
 from formtune.export.measure import call_fresh
 from formtune.training.manifest import verify
 
 DEMO = Path(__file__).parents[3] / "src/formtune/demo/base"
-LACKING = quantize.lacking("gguf")
-needs_llama_cpp = pytest.mark.skipif(bool(LACKING), reason=f"the extra `gguf`: {LACKING}")
+MISSING = quantize.missing_package("gguf")
+needs_llama_cpp = pytest.mark.skipif(bool(MISSING), reason=f"the extra `gguf`: {MISSING}")
 CONVERSATION = [
     {"role": "system", "content": " Number it. "}, {"role": "user", "content": "number 5"},
     {"role": "assistant", "content": "x"},
@@ -117,7 +117,7 @@ def test_a_template_that_go_cannot_write_gives_a_modelfile_without_one():
 @pytest.mark.parametrize(
     ("fault", "change"),
     [
-        ("a second BOS is in front; from token 1 on they are ['<pad>', '<', 's'", lambda text: "<pad>" + text),
+        ("it has a second BOS; from token 1 on they are ['<pad>', '<', 's'", lambda text: "<pad>" + text),
         ("its BOS is missing; from token 0 on they are ['<', 's'", lambda text: text.removeprefix("<pad>")),
         ("the system turn is trimmed", lambda text: text.replace(" Number it. ", "Number it.")),
         ("the system turn is missing or altered", lambda text: text.replace("<s> Number it. </s>", "")),
@@ -153,7 +153,7 @@ def test_the_same_text_in_other_tokens_is_another_tokenizer():
     place, letters = tokens.index("number"), renderer.tokenizer(list("number"), add_special_tokens=False)["input_ids"]
     ids = [*row.prompt_ids[:place], *(id for [id] in letters), *row.prompt_ids[place + 1 :]]
     message = prompt_fault(row, ids, renderer)
-    assert message and "the same text is other tokens, by another tokenizer; from token" in message
+    assert message and "the same text is tokenized differently; from token" in message
 
 
 def test_a_converter_that_was_not_reviewed_is_not_run(tmp_path, monkeypatch):
@@ -166,7 +166,7 @@ def test_a_converter_that_was_not_reviewed_is_not_run(tmp_path, monkeypatch):
 
 
 def test_what_is_missing_for_a_quantization_is_reported_before_anything_is_made(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("formtune.commands.export.lacking", lambda *_: None)
+    monkeypatch.setattr("formtune.commands.export.missing_package", lambda *_: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     script = tmp_path / "convert_hf_to_gguf.py"
     script.touch()
@@ -176,7 +176,7 @@ def test_what_is_missing_for_a_quantization_is_reported_before_anything_is_made(
     assert main([*words, "gone.py"]) == 2
     assert "gone.py: not the reviewed release" in capsys.readouterr().err
     assert main(["export", "logs/a/b", "--as", "gguf-adapter", "--converter", str(script)]) == 2
-    assert f"there is no convert_lora_to_gguf.py beside {script}; name convert_hf_to_gguf.py" in capsys.readouterr().err
+    assert f"no convert_lora_to_gguf.py beside {script}; name convert_hf_to_gguf.py" in capsys.readouterr().err
     built = tmp_path / "build/bin/llama-quantize"
     built.parent.mkdir(parents=True)
     built.touch(stat.S_IRWXU)
@@ -197,7 +197,7 @@ def test_an_adapter_is_converted_for_its_base_by_the_script_beside_the_converter
 
 def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(quantize, "distributions", lambda name: [] if name == "xllamacpp" else [name])
-    assert quantize.lacking("gguf") == "needs xllamacpp: pip install -e '.[gguf]'"
+    assert quantize.missing_package("gguf") == "needs xllamacpp: pip install -e '.[gguf]'"
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_an_export_answers_as_the_adapter_and_is_served_checked_and_promoted(tra
     out = capsys.readouterr().out
     rows = read_outcomes(run / "outcomes/after.jsonl")
     same = [a.answer == b.answer for a, b in zip(rows, read_outcomes(run / "outcomes/gguf-f16.jsonl"), strict=True)]
-    assert " tokens/s, " in out and " by constrained decoding, of a single answer" in out
+    assert " tokens/s (constrained: " in out and "), one answer, input as long as" in out
     assert f"{sum(same)} of {len(rows)} answers are identical to the run's; every prompt has the same tokens" in out
     assert all(same), "16 bits change no answer of so small a model"
     manifest = verify(run / "gguf-f16")
@@ -243,7 +243,7 @@ def test_an_export_answers_as_the_adapter_and_is_served_checked_and_promoted(tra
     monkeypatch.chdir(trained)
     assert main(["promote", str(run), "--as", "gguf-f16", "--to", "production"]) == 0
     assert main(["serve", "production", "--engine", "transformers"]) == 2
-    assert "only llama.cpp, serves a GGUF file" in capsys.readouterr().err
+    assert "use llamacpp for GGUF files, and only for them" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -284,9 +284,9 @@ def test_a_file_with_another_template_is_refused_by_the_prompts_it_renders(fault
     server = LlamaServer(tmp_path / "out/model.gguf", 512)
     rows = [row_of(renderer)]
     if fault is None:
-        return prove_prompts(server, rows, renderer)
+        return check_prompts(server, rows, renderer)
     with pytest.raises(UserError, match=f"test.jsonl:1: .*{fault}"):
-        prove_prompts(server, rows, renderer)
+        check_prompts(server, rows, renderer)
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def test_an_adapter_is_measured_without_a_checkpoint_and_the_base_if_asked(proje
     out = capfd.readouterr().out
     assert "measuring: untuned base\n" in out and f"{loss:.4f}" not in out
     assert main(["test", "logs/small/one", "--model.adapter", "logs/small/one"]) == 2
-    assert "is measured; name the task with -c for an adapter" in capfd.readouterr().err
+    assert "is evaluated; for an adapter, use -c TASK.yaml" in capfd.readouterr().err
 
 
 def test_a_resumed_run_ends_with_the_same_bits_and_needs_the_adapter_it_began_with(project, capfd):
@@ -142,7 +142,7 @@ def test_settings_come_from_the_adapter_unless_the_user_sets_them(project, capfd
         (
             {},
             ["--model.lora.targets", "[q_proj]"],
-            "model.lora.targets: the adapter own has different layers (first base_",
+            "model.lora.targets: own has different layers (first base_",
         ),
         ({"bias": "all"}, [], "model.adapter: own is not plain LoRA (bias: all); merge it with PEFT"),
         (

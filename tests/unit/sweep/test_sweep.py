@@ -223,7 +223,7 @@ def test_each_seed_trains_all_points_and_a_larger_grid_keeps_what_is_finished(fa
     page = (folder() / "report.html").read_text()
     assert f'<p class="verdict">{html.escape(read()["reason"])}</p>' in page
     assert re.findall(r'<tr( class="best")?><th scope="row">([^<]*)<', page) == [
-        ("", "r2"), (' class="best"', "r4, taken"), ("", "r8"),
+        ("", "r2"), (' class="best"', "r4, chosen"), ("", "r8"),
     ]  # fmt: skip
     assert (
         f'<pre class="command">formtune train -c {folder()}/config.yaml</pre>' in page
@@ -253,7 +253,7 @@ def test_a_point_that_lost_a_seed_is_not_taken(fake_train, monkeypatch, capsys):
     monkeypatch.setenv("FAKE_TRAIN", "mistake")
     assert sweep("--seeds", "0,4", over="model.lora.r=8,16") == 1
     assert read()["taken"] is None and "no point has finished all seeds" in read()["reason"]
-    assert '<p class="verdict blocked">Nothing is chosen' in (folder() / "report.html").read_text()
+    assert '<p class="verdict blocked">Nothing chosen' in (folder() / "report.html").read_text()
     assert not (folder() / "config.yaml").exists()
 
 
@@ -336,7 +336,7 @@ def test_other_settings_are_another_sweep_and_a_running_one_is_refused(fake_trai
             ["--over", "model.lora.r=8,16", "--over", "model.lora.r=16,64"],
             "expected a key and two or more different values",
         ),
-        (["--seeds", "0-2"], "expected whole numbers"),
+        (["--seeds", "0-2"], "expected integers"),
         (["--over", "seed_everything=0,1"], "seed_everything: not for a sweep"),
         (["--run", "r1"], "run: not for a sweep"),
         (["--dry_run"], "dry_run: not for a sweep"),

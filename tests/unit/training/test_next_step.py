@@ -82,7 +82,7 @@ def test_each_verdict_has_its_command(case):
 def test_a_format_that_is_learned_while_content_rises_leads_to_training_longer_and_names_both():
     seen = history([2, 1, 0.6, 0.5, 0.4], [2, 1.1, 0.7, 0.6, 0.5], [0, 10, 20, 30, 42], [0, 90, 97, 98, 98])
     assert after(seen) == (
-        "train longer, joint/exact 20% at step 200, 42% at step 400 (format/exact 98%)",
+        "train longer (joint/exact 20% at step 200, 42% at step 400, format/exact 98%)",
         TRAIN + "--trainer.max_epochs 10",
     )
     # Also where the loss rises already.
@@ -115,7 +115,7 @@ def test_the_commands_work_as_they_are_printed(write_project, capsys):
     assert main(["train", "-c", "small.yaml", "--run", "one", "--model.optimizer.lr", "1e-9"]) == 0
     line = json.loads(Path("logs/small/one/metrics.json").read_text())["training"]["next"]
     assert line == (
-        "raise the learning rate, training loss has not fallen: "
+        "raise the learning rate (training loss has not fallen): "
         "formtune train -c logs/small/one/config.yaml --model.optimizer.lr 1.0e-08"
     )
     assert f"\nnext: {line}\n" in capsys.readouterr().out
