@@ -74,7 +74,7 @@ class Renderer:
         control_tokens = [re.escape(token) for token in specials if token not in (tags or ())]
         self._control_token = re.compile("|".join(control_tokens) or r"(?!)")  # (?!) never matches
         self._lacking: tuple[str, ...] = ()  # roles of a system prompt that the template does not render
-        self._lead = ""  # white space that the template puts before an answer, as decoded
+        self._lead = ""  # whitespace that the template puts before an answer, as decoded
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         probe = tokenizer("a")["input_ids"]  # this call also switches off truncation and padding
         self._bos = [bos] if not self.templated and bos is not None and probe[:1] == [bos] else []
@@ -85,7 +85,7 @@ class Renderer:
             raise UserError("model.base: the tokenizer has neither a chat template nor an EOS token to end an answer")
 
     def _check_template(self) -> None:
-        """Find the end of a turn and the white space before an answer; refuse a template that cannot be supervised."""
+        """Find the end of a turn and the whitespace before an answer; refuse a template that cannot be supervised."""
         try:
             prompt = self._render(self.probe[:1], True)
             prompt_ids = self._tokenize(prompt).ids

@@ -84,7 +84,7 @@ class Example:
 
     @property
     def text(self) -> str:
-        """The prompt with white space folded, and the schema: rows that share it are duplicates or conflicts."""
+        """The prompt with whitespace folded, and the schema: rows that share it are duplicates or conflicts."""
         return "\x1e".join([*map(_single_spaced, [self.system, *self.spoken]), self.schema or ""])
 
     @property
