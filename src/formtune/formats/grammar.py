@@ -65,13 +65,13 @@ def _close(place: str, node: dict[str, Any], can_close: bool) -> None:
     first = node.get("prefixItems", ())
     if first and (can_close or node.get("maxItems", math.inf) <= len(first)):
         node.setdefault("items", False)
-    typing = {"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf"}
+    typed_by = {"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf"}
     inner = {f".properties.{name}": value for name, value in node.get("properties", {}).items()}
     for key in ("prefixItems", "anyOf", "oneOf"):
         inner |= {f".{key}[{index}]": value for index, value in enumerate(node.get(key, ()))}
     inner |= {".items": node.get("items", True)} if "array" in types(node) else {}
     anything = next((below for below, value in inner.items() if value is True), "")
-    if anything or not (node.keys() & typing or re.search(r"\.allOf\[\d+\]$", place)):
+    if anything or not (node.keys() & typed_by or re.search(r"\.allOf\[\d+\]$", place)):
         raise UserError(
             f"{place}{anything}: a grammar needs the type of every value; add it or turn constrained decoding off"
         )

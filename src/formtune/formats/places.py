@@ -45,8 +45,8 @@ class Places:
             yield from self.paths(items, path, inside, True)
 
     def ordered(self, value: Any) -> Any:
-        """The document with its keys in an order of the schema (as llguidance writes them), undeclared ones last."""
-        # The schema's parts from top to bottom, with one valid alternative of each union; the document's own if valid.
+        """The document with its keys in an order of the schema, its own if possible, then undeclared keys, sorted."""
+        # Parts come from top to bottom, with one valid alternative of each union; llguidance writes the same order.
         return self._ordered(value, [self._root], {})[2]
 
     def _parts(self, nodes: Sequence[Any]) -> list[Part]:
