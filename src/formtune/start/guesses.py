@@ -121,13 +121,13 @@ def _reasoning(answer: Message) -> tuple[str, Message]:
 
 
 def guess_format(rows: Sequence[Example], template: str) -> tuple[str, dict[str, Any], str]:
-    """Class and arguments of the strictest format of nearly all answers, and why; `template` is the base's, or ""."""
+    """Class and arguments of the strictest format of nearly all answers, and why; `template` is a chat template."""
     answers, total, first = [row.messages[-1]["content"] for row in rows], len(rows), rows[0].where
     if called := [row for row in rows if "tool_calls" in row.messages[-1]]:
-        in_text = [row for row in rows if row.tools and "tool_calls" not in row.messages[-1]]
+        text_rows = [row for row in rows if row.tools and "tool_calls" not in row.messages[-1]]
         syntax = "mistral" if "[TOOL_CALLS]" in template else "llama" if '"parameters": ' in template else "hermes"
-        why = f"{len(called):,} answers call tools ({called[0].where}), and {len(in_text):,} with tools are text"
-        return "ToolCalls", {"syntax": syntax, "tool_choice": "auto" if in_text else "required"}, why
+        why = f"{len(called):,} answers call tools ({called[0].where}), and {len(text_rows):,} with tools are text"
+        return "ToolCalls", {"syntax": syntax, "tool_choice": "auto" if text_rows else "required"}, why
     if sum(isinstance(_document(row.schema), dict) for row in rows) >= MIN_FIT * total:
         return "JsonSchema", {}, f"each row has its own schema ({first})"
     documents = [(value, row) for row, it in zip(rows, answers, strict=True) if (value := _document(it)) is not None]
