@@ -149,7 +149,6 @@ def _labels(examples: Mapping[str, Sequence[Example]], format: Format) -> dict[s
 
 
 def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]:
-    """What to look at although it does not block training, one line each."""
     rows, reordered, format = findings["rows"]["train"]["used"], findings["reordered"], settings.format
     fix = f"data.repair_answers: [{', '.join(dict.fromkeys([*settings.repair_answers, 'canonical']))}]"
     if rows < FEW_ROWS:

@@ -66,7 +66,7 @@ class Renderer:
         added = tokenizer.added_tokens_decoder
         self._special = frozenset(added)
         self.tags, (self._opening, self._closing) = tags, tags or ("", "</think>")
-        self._tag = self._opening or self._closing.replace("/", "")  # that the template or the prompt writes
+        self._tag = self._opening or self._closing.replace("/", "")  # written by the template or the prompt
         self.thinking = bool(tags) and self._closing in str(tokenizer.chat_template)
         content = f"{self._opening}b{self._closing}b" if tags else "b"
         self.probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]

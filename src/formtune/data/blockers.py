@@ -45,11 +45,11 @@ def blockers(settings: DataSettings, splits: Splits) -> list[str]:
         )
     origins = Counter(row.origin for row in splits.training if row.origin)
     total, by_models = origins.total(), origins.total() - origins["human"]
-    if by_models > settings.max_synthetic * total:
+    source, limit = settings.columns.source, settings.max_synthetic
+    if by_models > limit * total:
         lines.append(
-            f"data.max_synthetic: by `{settings.columns.source}` models wrote {by_models:,} of {total:,} training rows, "
-            f"more than {settings.max_synthetic:.0%}; add rows by people or raise it; if the column does not name "
-            "authors, set data.columns.source: null"
+            f"data.max_synthetic: models wrote {by_models:,} of {total:,} training rows, more than {limit:.0%}; add rows by "
+            f"people, raise it, or set data.columns.source: null if `{source}` does not name authors"
         )
     return lines
 

@@ -69,7 +69,6 @@ def _in_pieces(words: list[str], pieces: dict[str, int]) -> list[bool]:
 
 
 def _in_runs(words: list[str], windows: dict[int, int]) -> list[bool]:
-    """For each word, whether it is part of a shared run."""
     in_run = [False] * len(words)
     start = previous = 0
     for at, window in enumerate([*_windows(words), 0]):

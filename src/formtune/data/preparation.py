@@ -122,7 +122,6 @@ def _answers(row: Example) -> Iterator[Example]:
 
 
 def _prepare(settings: DataSettings, examples: Sequence[Example]) -> Splits:
-    """Judge, select, filter by style, split and encode."""
     valid: list[Example] = []
     invalid: list[Quarantined] = []
     repairs: Counter[str] = Counter()
@@ -178,7 +177,6 @@ def as_written(settings: DataSettings, example: Example) -> Example | Quarantine
 
 
 def _usual_style(settings: DataSettings, examples: Sequence[Example], splits: Splits) -> list[Example]:
-    """The rows without those in an unusual style."""
     splits.mixtures = mixtures(examples, settings.format)
     details: dict[str, str] = {}
     for mixture in splits.mixtures:

@@ -45,7 +45,7 @@ class DataSettings:
         tokenizer: Model folder or hub id of the tokenizer (follows `model.base`).
         chat_template: File of a chat template that replaces the tokenizer's (follows `model.chat_template`).
         system: System prompt for rows that have none; `{schema}` in it is replaced by the format's JSON Schema.
-        columns: Which columns hold the conversation; known layouts, such as ShareGPT's, are recognized without it.
+        columns: Columns of the conversation; known layouts, such as ShareGPT's, are recognized without it.
         train_on: The last answer of a conversation, or all: each is then a separate row, in every split.
         group: Column, such as a customer id; rows with equal values stay in one split.
         split_column: Column of train that says in which split a row is, in place of shares: train, validation or test.

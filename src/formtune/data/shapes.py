@@ -22,7 +22,7 @@ class Columns:
     Args:
         prompt: Column of the input, or a template such as `"Title: {title}\\n{body}"` over several columns.
         completion: Column of the target.
-        messages: Column of chat turns; where a record has it, `prompt` and `completion` are not read.
+        messages: Column of chat turns; if a record has it, `prompt` and `completion` are not read.
         system: Column of the row's own system prompt, in place of `data.system`; may be absent or empty.
         source: Column that says who wrote the row: "human", or the name of the model that did; may be absent.
         schema: Column of the row's own JSON Schema, an object or JSON text; read if `data.format` names none.
@@ -65,7 +65,7 @@ class Columns:
         remedy = "write the row's system prompt as a string, or set data.columns.system: null"
         system = _read(record, self.system, where, remedy=remedy)
         if turns[0]["role"] == "system":
-            raise UserError(f"{where}: the turns and the column `{self.system}` both contain a system prompt; {remedy}")
+            raise UserError(f"{where}: the turns and the column `{self.system}` both have a system prompt; {remedy}")
         return [{"role": "system", "content": system}, *turns]
 
     def _layout(self, record: dict[str, Any]) -> tuple[str, str, str]:

@@ -104,7 +104,6 @@ def _read(source: str) -> Records:
 
 
 def _reader(path: str) -> Callable[[str], Records] | None:
-    """The reader of a file by its ending, None if that is unknown."""
     name = Path(path.lower())
     return _READERS.get(Path(name.stem).suffix if name.suffix in _COMPRESSED else name.suffix)
 

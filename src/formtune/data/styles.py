@@ -81,7 +81,6 @@ def _mixture(path: str, what: str, forms: Forms) -> Mixture | None:
 
 
 def _layout(text: str) -> str | None:
-    """The layout of JSON, None without separators."""
     outside = _STRING.sub("", text)
     if "\n" in outside:
         return "over several lines"

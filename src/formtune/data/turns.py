@@ -100,7 +100,6 @@ def _from_sharegpt(turn: Any) -> Any:
 
 
 def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[Message, set[str]]:
-    """A turn, and the keys that are not read."""
     if not isinstance(turn, dict) or turn.get("role") not in ROLES:
         actual = f"has the role {turn.get('role')!r}" if isinstance(turn, dict) else f"is {kind(turn)}"
         raise UserError(f"{here} {actual}; a turn is an object with `content` and a `role`: {', '.join(ROLES)}")

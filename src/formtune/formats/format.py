@@ -161,7 +161,7 @@ class Format(ABC):
         return Verdict(first.kind, " ".join(first.detail.split()), is_loose, value, content)
 
     def _read(self, text: str) -> tuple[bool, Any, list[Problem]]:
-        """Whether the text contains a document, that document (the first valid one, else the first), its problems."""
+        """Whether a text contains a document, the document (the first valid one, else the first) and its problems."""
         empty = False, None, [Problem("empty", "the answer is empty")]
         if text and not text.strip():  # a document can be empty, but not whitespace
             return empty

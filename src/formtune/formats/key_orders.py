@@ -40,9 +40,9 @@ def learn_orders(values: Iterable[Any]) -> Orders:
 class OrderedRules:
     """Rules for a schema as `closed` returns it, with the keys of its objects in these orders; None allows any order.
 
-    `text` is None if the schema's own order is right. One order is kept in parts of allOf, beside a union or `$ref`, in
-    tuples, in objects of more than 64 keys, and in a root that may be a scalar. The rules allow no other values than
-    the schema, if llguidance takes it as it is: that proves that the alternatives of each `oneOf` exclude one another.
+    `text` is None if the schema's own order is right. The order is always fixed in parts of allOf, beside a union or
+    `$ref`, in tuples, in objects of more than 64 keys, and in a root that may be a scalar. The rules allow no more than
+    the schema if llguidance accepts it: then the alternatives of each `oneOf` exclude one another.
     """
 
     def __init__(self, root: dict[str, Any], orders: Orders | None) -> None:
@@ -121,7 +121,6 @@ class OrderedRules:
         return False
 
     def _rule(self, node: Any) -> str:
-        """The name of the rule for a schema."""
         keywords = node.keys() & KEYWORDS - {"$defs", "definitions"} if isinstance(node, dict) else set()
         if keywords == {"$ref"}:
             return self._rule(self._resolve(node["$ref"]))

@@ -155,7 +155,7 @@ def guess_format(rows: Sequence[Example], template: str) -> tuple[str, dict[str,
 
 
 def _document(answer: Any) -> Any:
-    """An answer parsed as JSON, also within a code fence; None if it is not JSON."""
+    """A string parsed as JSON, also within a code fence, None if it is not JSON; other answers unchanged."""
     try:
         return loads_strict(re.sub(r"```\w*\n(.*?)\n?```", r"\1", answer.strip(), flags=re.S))
     except ValueError:

@@ -204,8 +204,8 @@ def test_without_a_chat_template_a_prompt_is_the_system_prompt_and_the_input_bef
     assert renderer.tokenizer.decode(row.prompt_ids) == "Be brief.\n\nhéllo  wörld\nsecond line\n\n"
     assert renderer.tokenizer.decode(row.target_ids) == "yes<|endoftext|>"
     assert renderer.note == (
-        "the base has no chat template, so chat servers cannot render it; a prompt is the system prompt, if any, and the "
-        "input, each followed by a blank line, and <|endoftext|> ends the answer"
+        "the base has no chat template, which chat servers need; a prompt is the system prompt, if any, and the input, "
+        "each followed by a blank line, and <|endoftext|> ends the answer"
     )
 
 
