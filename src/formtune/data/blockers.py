@@ -48,8 +48,8 @@ def blockers(settings: DataSettings, splits: Splits) -> list[str]:
     source, limit = settings.columns.source, settings.max_synthetic
     if by_models > limit * total:
         lines.append(
-            f"data.max_synthetic: models wrote {by_models:,} of {total:,} training rows, more than {limit:.0%}; add rows by "
-            f"people, raise it, or set data.columns.source: null if `{source}` does not name authors"
+            f"data.max_synthetic: models wrote {by_models:,} of {total:,} training rows, more than {limit:.0%}; add "
+            f"rows by people, raise it, or set data.columns.source: null if `{source}` does not name authors"
         )
     return lines
 
