@@ -117,8 +117,7 @@ class Renderer:
         notes = []
         if self.replaced:
             notes.append(
-                "model.chat_template renders the prompts, and the base has another template or none: a server that "
-                "loads the base needs the exported chat_template.jinja (vLLM: --chat-template)"
+                "model.chat_template is set: servers need the exported chat_template.jinja (vLLM: --chat-template)"
             )
         if "system" in self._missing:
             place = "in front of the first user turn, with a blank line between"

@@ -66,8 +66,7 @@ def unread(holder: Mapping[str, Any], read: Set[Any], refused: Set[str], where: 
     for key in keys:
         if key in refused and holder[key] is not False:
             raise UserError(
-                f"{where}: `{key}` is neither rendered nor trained; write what matters into the text of a turn and "
-                "remove the key, or remove the row"
+                f"{where}: `{key}` is neither rendered nor trained; write it into the text of a turn, or remove it"
             )
     return set(keys)
 
@@ -135,10 +134,7 @@ def _read_calls(calls: Any, here: str) -> list[dict[str, Any]]:
         name, function = tool_name(call), call.get("function", call) if isinstance(call, dict) else {}
         arguments = parsed(function.get("arguments")) if name else None
         if not isinstance(arguments, dict):
-            raise UserError(
-                f'{here}: write {{"type": "function", "function": {{"name": ..., "arguments": ...}}}}, the arguments '
-                "as an object or as the JSON text of one"
-            )
+            raise UserError(f'{here}: write {{"type": "function", "function": {{"name": ..., "arguments": {{...}}}}}}')
         call_id = {"id": call["id"]} if call.get("id") else {}
         read.append(call_id | {"type": "function", "function": {"name": name, "arguments": arguments}})
     return read

@@ -9,7 +9,7 @@ from formtune.formats.bounded import FORMATS
 from formtune.formats.content import Words
 
 MIN_VALUES = 10  # to infer a rule about them
-MAX_NEW = 0.01  # chance that the next value is new: about the share of values seen once (Good-Turing)
+MAX_NEW_SHARE = 0.01  # chance that the next value is new: about the share of values seen once (Good-Turing)
 MAX_CHOICES, MIN_REPEATS = 200, 10  # values of an enum, and occurrences of each on average
 MIN_COPIED = 0.8  # share of values that are in their inputs, from which a field is copied and no enum
 NAMES = ("date", "date-time", "time", "uuid", "ipv4", "email", "uri")
@@ -50,7 +50,7 @@ def _object(found: Found) -> dict[str, Any]:
 
 def has_more(counts: list[int], total: int) -> bool:
     """Whether new values are likely, by how many of the counted ones occur once."""
-    return counts.count(1) > MAX_NEW * total + 1
+    return counts.count(1) > MAX_NEW_SHARE * total + 1
 
 
 def is_closed(values: Counter[Any]) -> bool:

@@ -103,7 +103,7 @@ def test_a_template_of_ones_own_replaces_the_tokenizers_or_gives_it_one(own):
     assert row.target_ids == [*tokenizer("yes")["input_ids"], 0] and renderer.stop_ids == (0, 2)
     assert renderer.answer([*row.target_ids, 5]) == ("yes", True)
     assert renderer.templated and renderer.replaced
-    assert renderer.note.startswith("model.chat_template renders the prompts, and the base has another template")
+    assert renderer.note.startswith("model.chat_template is set: servers need the exported")
     assert "{{ m.content }}<pad>" in tokenizer.chat_template, "it is saved with the adapter"
 
 
