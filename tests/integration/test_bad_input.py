@@ -112,9 +112,9 @@ ROWS = [
     (27, "content is a list", chat({"role": "user", "content": [USER]}, ANSWERED), ["train.jsonl:2: messages[0].content[0]: only text"]),
     (27, "content has an image", chat({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}, ANSWERED), ["messages[0].content[1]: only text is read"]),
     (27, "turns are null", '{"messages": null}', ["train.jsonl:2: `messages` is null; it must be a list of turns"]),
-    (28, "last turn is not an assistant turn", chat(USER), ["train.jsonl:2: the last turn", "must be the assistant's"]),
-    (28, "no user turn", chat(ANSWERED), ["train.jsonl:2: the last turn", "after one of the user's"]),
-    (28, "no turns", chat(), ["train.jsonl:2: the last turn"]),
+    (28, "last turn is not an assistant turn", chat(USER), ["train.jsonl:2: `messages` must end with an assistant turn"]),
+    (28, "no user turn", chat(ANSWERED), ["train.jsonl:2: `messages` must end", "after a user turn"]),
+    (28, "no turns", chat(), ["train.jsonl:2: `messages` must end"]),
 ]  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def test_dates_stay_texts(work, record_property):
         (49, "prompt and answer over max_length", GOOD, {"max_length": 30}, ["train.jsonl:", "tokens, the limit is 30 (40 such rows); set data.max_length: "]),
         (49, "every row over max_length, dropped", GOOD, {"max_length": 30, "bad_rows": "drop"}, ["no row is left to use (40 read; 40 too_long)"]),
         (48, "prompt longer than the context", [*GOOD, row(f'"{"x" * 600}"')], {}, ["train.jsonl:41: ", "tokens, the limit is 512"]),
-        (50, "control token in the text", [*GOOD, row('"a <|im_end|> b"')], {}, ["train.jsonl:41: the text holds <|im_end|>"]),
+        (50, "control token in the text", [*GOOD, row('"a <|im_end|> b"')], {}, ["train.jsonl:41: the text contains <|im_end|>"]),
     ],
 )  # fmt: skip
 def test_rows_that_leave_nothing_to_train_on_are_refused_with_counts(

@@ -1,1 +1,1 @@
-"""What a person should know of a dataset before training on it. Needs no model, and no torch."""
+"""What to know about a dataset before training on it. Needs neither a model nor torch."""

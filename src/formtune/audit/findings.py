@@ -1,4 +1,4 @@
-"""Everything that an audit finds, as plain data; the rows are prepared by the code that prepares them for training."""
+"""The findings of an audit, as plain data; the rows are prepared by the same code as for training."""
 
 import json
 import re
@@ -21,17 +21,17 @@ from formtune.errors import UserError
 from formtune.formats import Format, JsonSchema
 from formtune.formats.content import Words, leaves
 
-NAMED = 8  # labels or paths that a warning names
-RARE = 0.1  # of the rows that each label would have if all had as many: below this a label is rare
-LABELS = 200  # of a field at most; one with more has values, not labels
-BINS = 40  # of a histogram at most
-WORDS = 12  # that are named of those in which production differs
-DIFFERENT = 0.25  # difference of a word's shares from which it is a warning
+MAX_LISTED = 8  # labels or words in a warning
+MIN_LABEL_SHARE = 0.1  # of the rows that each label would have if all had as many; a label with fewer is rare
+MAX_LABELS = 200  # of a field; one with more has values, not labels
+MAX_BINS = 40  # of a histogram
+MAX_WORDS = 12  # listed with their shares in train and production
+MIN_DIFFERENCE = 0.25  # of a word's two shares, for a warning
 QUANTILES = {"P50": 50, "P95": 95, "P99": 99, "max": 100}
 
 
 def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[str, Any], Splits]:
-    """Prepare the rows, and describe them: the verdict, blockers and warnings with the remedy, and the evidence."""
+    """Prepare and describe the rows: the verdict, blockers and warnings with their remedies, and the evidence."""
     splits = splits or load_splits(settings, from_cache=False)
     examples, format = splits.examples, settings.format
     all_examples = list(chain(*examples.values()))
@@ -64,7 +64,7 @@ def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[st
         "ungrounded": ungrounded(all_examples, format),
         "reordered": _reordered(examples["train"], format),
         "production": compare_inputs(splits.rows["train"], production) if production else {},
-        # With the turns of the row that it repeats or contradicts.
+        # Each with the turns of the row that it repeats or contradicts.
         "quarantine": [asdict(row) | {"other_messages": turns.get(row.other)} for row in splits.quarantine],
     }
     return findings | {"warnings": list(_warnings(findings, settings))}, splits
@@ -80,11 +80,7 @@ def _sizes(rows: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[int]]]
 
 
 def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[str, Any]]:
-    """Values that answers should copy and that no turn before them holds: by field, their share and their rows.
-
-    Words are compared without case and punctuation, numbers by their value; fields that the format says are derived,
-    enums among them, are exempt.
-    """
+    """Values to copy that no earlier turn contains: by field, their share and rows; derived fields are exempt."""
     counts: Counter[str] = Counter()
     rows: dict[str, list[dict[str, Any]]] = {}
     for example in examples:
@@ -107,37 +103,36 @@ def _reordered(examples: Sequence[Example], format: Format) -> int:
         return 0
     reordered = 0
     for example in examples:
-        own = (format.inner or format).of_row(example.schema)
-        plain = json.dumps(example.value, ensure_ascii=False, separators=(",", ":"))
-        reordered += isinstance(own, JsonSchema) and own.write(example.value) != plain
+        row_format = (format.inner or format).of_row(example.schema)
+        text = json.dumps(example.value, ensure_ascii=False, separators=(",", ":"))
+        reordered += isinstance(row_format, JsonSchema) and row_format.write(example.value) != text
     return reordered
 
 
 def compare_inputs(train: Sequence[Row], production: Sequence[Row]) -> dict[str, tuple[float, float]]:
-    """The shares of train's and of production's inputs that hold a word, for the words whose shares differ most."""
+    """The shares of train's and production's inputs that contain a word, for the words whose shares differ most."""
     counts = [
         Counter(word for row in rows for word in {*re.findall(r"\w+", row.input.casefold())})
         for rows in (train, production)
     ]
     sizes = max(len(train), 1), len(production)
     shares = {word: (counts[0][word] / sizes[0], counts[1][word] / sizes[1]) for word in counts[0] | counts[1]}
-    return {
-        word: shares[word] for word in sorted(shares, key=lambda word: -abs(shares[word][1] - shares[word][0]))[:WORDS]
-    }
+    words = sorted(shares, key=lambda word: -abs(shares[word][1] - shares[word][0]))
+    return {word: shares[word] for word in words[:MAX_WORDS]}
 
 
 def _histogram(sizes: dict[str, dict[str, list[int]]], side: str) -> dict[str, Any]:
-    """The shares of train's and, of prompts, of production's rows in bins that are equally many tokens wide."""
+    """The shares of train's rows (for prompts also production's) in bins of equal width in tokens."""
     drawn = ("train", "production") if side == "prompt" else ("train",)
     shown = {name: sides[side] for name, sides in sizes.items() if name in drawn}
     low, high = min(map(min, shown.values())), max(map(max, shown.values()))
-    edges = range(low, high + 2 + (high - low) // BINS, (high - low) // BINS + 1)
+    edges = range(low, high + 2 + (high - low) // MAX_BINS, (high - low) // MAX_BINS + 1)
     shares = {name: (np.histogram(values, edges)[0] / len(values)).tolist() for name, values in shown.items()}
     return {"edges": list(edges), "shares": shares}
 
 
 def _labels(examples: Mapping[str, Sequence[Example]], format: Format) -> dict[str, dict[str, dict[str, int]]]:
-    """For each field that answers do not copy, how many rows of each split have which label."""
+    """For each derived field, the number of rows with each label by split."""
     counts: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: {name: Counter() for name in examples})
     for split, rows in examples.items():
         for example in rows:
@@ -148,31 +143,29 @@ def _labels(examples: Mapping[str, Sequence[Example]], format: Format) -> dict[s
     tables = {}
     for path, by_split in counts.items():
         labels = [label for label, _ in sum(by_split.values(), Counter()).most_common()]
-        if len(labels) <= LABELS:
+        if len(labels) <= MAX_LABELS:
             tables[path] = {split: {label: count[label] for label in labels} for split, count in by_split.items()}
     return tables
 
 
 def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]:
-    """What does not block training and should be looked at, one line each."""
     rows, reordered, format = findings["rows"]["train"]["used"], findings["reordered"], settings.format
     fix = f"data.repair_answers: [{', '.join(dict.fromkeys([*settings.repair_answers, 'canonical']))}]"
     if rows < FEW_ROWS:
         yield (
-            f"{rows:,} training rows: with less than about {FEW_ROWS}, a model memorizes the examples "
-            "rather than learning the task; collect more, from people where possible"
+            f"{rows:,} training rows: with fewer than {FEW_ROWS}, a model memorizes the examples instead of learning "
+            "the task; collect more, from people where possible"
         )
     if reordered:
         yield (
             f"{reordered:,} of {rows:,} training answers have keys in another order than the schema's; formtune's "
             "constrained decoding allows it, but an engine that forces the schema's order (vLLM, llama.cpp, OpenAI's "
-            "response_format) makes the model leave out each key that it has passed; if you serve with one, train on "
-            f"that order: {fix}"
+            f"response_format) makes the model drop each key that is out of order; if you serve with one, set {fix}"
         )
     for path, splits in findings["labels"].items():
-        least = ceil(RARE * sum(splits["train"].values()) / len(splits["train"]))
+        least = ceil(MIN_LABEL_SHARE * sum(splits["train"].values()) / len(splits["train"]))
         if rare := sorted(label for label, count in splits["train"].items() if count < least):
-            yield f"{path}: fewer than {least:,} training rows have {', '.join(rare[:NAMED])}"
+            yield f"{path}: fewer than {least:,} training rows have {', '.join(rare[:MAX_LISTED])}"
     can_derive = "derived" in (format.inner or format).to_dict()["init_args"]
     derived = " If answers compute them, name the field in data.format.derived" if can_derive else ""
     for path, entry in sorted(findings["ungrounded"].items(), key=lambda item: -len(item[1]["rows"])):
@@ -182,5 +175,5 @@ def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]
             f"({first['where']}: {str(first['value'])[:40]!r}): invented, or derived?{derived}"
         )
     words = findings["production"].items()
-    if different := [f"{word} {b:.0%} (train {a:.0%})" for word, (a, b) in words if abs(b - a) >= DIFFERENT]:
-        yield f"production's inputs differ: they hold {', '.join(different[:NAMED])}; add rows like production's"
+    if different := [f"{word} {b:.0%} (train {a:.0%})" for word, (a, b) in words if abs(b - a) >= MIN_DIFFERENCE]:
+        yield f"production's words differ: {', '.join(different[:MAX_LISTED])}; add rows like production's"

@@ -10,8 +10,8 @@ from formtune.data.table import print_data
 from formtune.evaluation.page import render
 from formtune.files import write_json, write_lines, write_whole
 
-PRINTED = 10  # warnings; the page has all of them
-SHOWN = 200  # rows of a reason on the page; quarantine.jsonl has all of them
+MAX_PRINTED = 10  # warnings; the page has all of them
+MAX_ROWS = 200  # of a reason on the page; quarantine.jsonl has all of them
 
 
 def write_report(findings: dict[str, Any], folder: Path) -> None:
@@ -22,15 +22,14 @@ def write_report(findings: dict[str, Any], folder: Path) -> None:
 
 
 def page(findings: dict[str, Any]) -> str:
-    """The report as HTML."""
     reasons: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(findings["quarantine"], key=lambda row: -findings["quarantined"][row["reason"]]):
         reasons.setdefault(row["reason"], []).append(row)
-    return render("audit/report.html.jinja", audit=findings, reasons=reasons, shown=SHOWN)
+    return render("audit/report.html.jinja", audit=findings, reasons=reasons, shown=MAX_ROWS)
 
 
 def print_audit(findings: dict[str, Any], settings: DataSettings, splits: Splits, folder: Path) -> None:
-    """Print the data table, the blockers and warnings, and one line with the verdict."""
+    """Print the data table, the blockers and warnings, and the verdict."""
     print_data(settings, splits, folder)
     print_problems(findings)
     print(f"report: {folder / 'report.html'}")
@@ -40,10 +39,10 @@ def print_audit(findings: dict[str, Any], settings: DataSettings, splits: Splits
 
 
 def print_problems(findings: dict[str, Any]) -> None:
-    """Print the blockers and the first warnings, a line each."""
+    """Print the blockers and the first warnings, one per line."""
     for line in findings["blockers"]:
         say(f"blocker: {line}", "red")
-    for line in findings["warnings"][:PRINTED]:
+    for line in findings["warnings"][:MAX_PRINTED]:
         say(f"warning: {line}", "yellow")
-    if more := findings["warnings"][PRINTED:]:
+    if more := findings["warnings"][MAX_PRINTED:]:
         say(f"warning: {len(more):,} more: formtune audit lists all", "yellow")

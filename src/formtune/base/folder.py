@@ -1,4 +1,4 @@
-"""The base model's folder, refused if it leads elsewhere: to other files, pickles, another base or remote code."""
+"""The base model's folder, refused if it points elsewhere: to other files, pickles, another base or remote code."""
 
 import functools
 import json
@@ -10,7 +10,7 @@ from formtune.errors import UserError, first_line
 
 
 def skeleton(base: str) -> Any:
-    """The model without its weights: the name and the shape of every layer."""
+    """The model without its weights, with the name and the shape of every layer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -26,12 +26,12 @@ def skeleton(base: str) -> Any:
 
 
 def check_folder(base: str) -> None:
-    """Refuse an adapter, and files that lead elsewhere, before `transformers` follows them."""
+    """Refuse an adapter, and files that point elsewhere, before `transformers` follows them."""
     from transformers import AutoConfig
     from transformers.utils import find_adapter_config_file
 
     if find_adapter_config_file(check_base(base)) is not None:
-        # transformers would load whatever base the adapter names, from anywhere.
+        # transformers would load any base that the adapter names, from anywhere.
         raise UserError(f"model.base: {base} is an adapter; name the base it was trained on, or a merged model")
     index = Path(base, "model.safetensors.index.json")
     if index.is_file():
@@ -54,7 +54,7 @@ def check_base(base: str, key: str = "model.base") -> str:
 
 @functools.cache
 def _go_offline_if_unreachable() -> None:
-    """Without this, each call to a hub that cannot be reached would retry for half a minute."""
+    """Switch the hub to offline mode if it cannot be reached: else each call would retry for half a minute."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -66,7 +66,7 @@ def _go_offline_if_unreachable() -> None:
 
 
 def base_folder(base: str) -> Path:
-    """The folder of a base; of a hub id the one in the local cache."""
+    """The folder of a base; for a hub id the one in the local cache."""
     if Path(base).is_dir():
         return Path(base)
     from transformers.utils.hub import cached_file
@@ -79,12 +79,12 @@ def base_folder(base: str) -> Path:
 
 @functools.lru_cache(maxsize=4)
 def context_length(base: str) -> int | None:
-    """Tokens that the base model was made for, None where its config does not say."""
+    """The base model's context length in tokens, None if its config has none."""
     from transformers import AutoConfig
 
     check_base(base)
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except Exception:  # loading the model says what is wrong with the folder
+    except Exception:  # loading the model will say what is wrong with the folder
         return None
     return getattr(config.get_text_config(), "max_position_embeddings", None)

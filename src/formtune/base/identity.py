@@ -1,4 +1,4 @@
-"""Which base, template and format a checkpoint belongs to: another base with the same shapes would load silently."""
+"""The base, template and format of a checkpoint: another base with the same shapes would load silently."""
 
 import hashlib
 import json
@@ -8,11 +8,11 @@ from formtune.base.folder import base_folder
 from formtune.errors import UserError
 from formtune.formats import Format
 
-BLOCK, BLOCKS = 4096, 256  # bytes at a time, and blocks per file: reading all of a large base takes minutes
+BLOCK, BLOCKS = 4096, 256  # bytes of a block, and blocks per file: reading all of a large base takes minutes
 
 
 def identity(base: str) -> str:
-    """A hash of a base's config and of evenly spaced samples of its weights, which another training would change."""
+    """A hash of a base's config and of evenly spaced samples of its weights, which any fine-tuning changes."""
     folder = base_folder(base)
     hashed = hashlib.blake2b(digest_size=16)
     for path in (folder / "config.json", *sorted(folder.glob("*.safetensors"))):
@@ -26,23 +26,19 @@ def identity(base: str) -> str:
 
 
 def format_hash(format: Format) -> str:
-    """A hash of what the format says, wherever its files are."""
+    """A hash of the format's content, independent of where its files are."""
     text = json.dumps(format.to_dict(), sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def template_hash(tokenizer: Any) -> str:
-    """A hash of the chat template that a tokenizer renders with."""
     return hashlib.blake2b(str(tokenizer.chat_template).encode(), digest_size=16).hexdigest()
 
 
 def check_identity(recorded: Any, current: dict[str, Any], resumes: bool) -> None:
     """Refuse a checkpoint of another base or template; to resume, also of another format or number of processes."""
     if not isinstance(recorded, dict) or not recorded.keys() >= current.keys():
-        raise UserError(
-            "ckpt_path: the checkpoint was not written by this version of formtune; use the version that wrote it, or "
-            "start a new run"
-        )
+        raise UserError("ckpt_path: not written by this version of formtune; use the one that did, or start a new run")
     before, now = recorded["processes"], current["processes"]
     differing = {
         "base": "model.base: the checkpoint was trained on another base",

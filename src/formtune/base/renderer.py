@@ -25,7 +25,7 @@ def today() -> str:
 
 
 def read_template(path: str | None) -> str | None:
-    """The text of the chat template in a file, None without one."""
+    """The chat template in a file, None without a file."""
     if path is None:
         return None
     try:
@@ -46,9 +46,9 @@ class Renderer:
     The prompt is rendered alone, as at inference, and must be a token prefix of the whole conversation. The target must
     decode to the answer exactly. A row that fails, or of which the template leaves out a turn, is an `UnfitRow`.
     The target is all that the template writes of the answer, tool calls included.
-    Without a chat template, `system`, the turns and the answer are separated by blank lines and closed by EOS.
-    Thinking is on if the format has reasoning between `tags` that the template knows; else the reasoning is text.
-    `date`, as YYYY-MM-DD, is what a template writes as today's; None leaves it to the clock.
+    Without a chat template, `system`, the turns and the answer are separated by blank lines, and EOS follows.
+    Thinking is on if the format has reasoning between `tags` that the template contains; else the reasoning is text.
+    `date` (YYYY-MM-DD) is what a template writes as today's date; None leaves it to the clock.
     `template` is the text of a chat template that replaces the tokenizer's.
     """
 
@@ -56,25 +56,25 @@ class Renderer:
         if not tokenizer.is_fast:
             raise UserError("model.base: the tokenizer has no tokenizer.json, so its offsets cannot be checked")
         self.tokenizer = tokenizer
-        self.replaced = template not in (None, tokenizer.chat_template)  # whether a server of the base has another one
+        self.replaced = template not in (None, tokenizer.chat_template)  # whether a server of the base uses another one
         if template is not None:
             tokenizer.chat_template = template
         self._key = "model.base" if template is None else "model.chat_template"
         self.templated = bool(tokenizer.chat_template)
-        # By its text: a template may write the date in some conversations only, such as those without a system prompt.
+        # Decided by its text: a template may write the date only in some conversations, such as those without system.
         self.date = date if "strftime_now" in str(tokenizer.chat_template) else None
         added = tokenizer.added_tokens_decoder
         self._special = frozenset(added)
         self.tags, (self._opening, self._closing) = tags, tags or ("", "</think>")
-        self._tag = self._opening or self._closing.replace("/", "")  # that the template or the prompt writes
+        self._tag = self._opening or self._closing.replace("/", "")  # written by the template or the prompt
         self.thinking = bool(tags) and self._closing in str(tokenizer.chat_template)
         content = f"{self._opening}b{self._closing}b" if tags else "b"
         self.probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
         specials = [token.content for token in added.values() if token.special]
         control_tokens = [re.escape(token) for token in specials if token not in (tags or ())]
         self._control_token = re.compile("|".join(control_tokens) or r"(?!)")  # (?!) never matches
-        self._lacking: tuple[str, ...] = ()  # roles of a system prompt that the template does not render
-        self._lead = ""  # white space that the template puts before an answer, as decoded
+        self._missing: tuple[str, ...] = ()  # roles of a system prompt that the template does not render
+        self._lead = ""  # whitespace that the template puts before an answer, as decoded
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         probe = tokenizer("a")["input_ids"]  # this call also switches off truncation and padding
         self._bos = [bos] if not self.templated and bos is not None and probe[:1] == [bos] else []
@@ -85,7 +85,7 @@ class Renderer:
             raise UserError("model.base: the tokenizer has neither a chat template nor an EOS token to end an answer")
 
     def _check_template(self) -> None:
-        """Find the end of a turn and the white space before an answer; refuse a template that cannot be supervised."""
+        """Find the end of a turn and the whitespace before an answer; refuse a template that cannot be supervised."""
         try:
             prompt = self._render(self.probe[:1], True)
             prompt_ids = self._tokenize(prompt).ids
@@ -97,38 +97,37 @@ class Renderer:
         if not self.thinking and (before := written.removesuffix(self.probe[1]["content"])) != self._lead:
             raise UserError(f"{self._key}: the chat template writes {before!r} before every answer")
         if self.thinking and prompt.rstrip().endswith(self._tag) == bool(self._opening):
-            raise UserError(f"data.format.open: '' if, and only if, the template's prompt ends with {self._tag}")
+            raise UserError(f"data.format.open: must be '' exactly if the template's prompt ends with {self._tag}")
         self.stop_ids = tuple(dict.fromkeys([target_ids[-1], *self.stop_ids]))
         bos = self.tokenizer.bos_token_id
         if bos is not None and prompt_ids[:2] == [bos, bos]:
             raise UserError(f"{self._key}: the chat template begins with more than one BOS token")
         systems = [{"role": role, "content": "formtune"} for role in SYSTEM_ROLES]
-        taken = ["formtune" in (self._try([system, self.probe[0]], True) or "") for system in systems]
-        self._lacking = SYSTEM_ROLES if not taken[0] else () if taken[1] else SYSTEM_ROLES[1:]
+        renders = ["formtune" in (self._try([system, self.probe[0]], True) or "") for system in systems]
+        self._missing = SYSTEM_ROLES if not renders[0] else () if renders[1] else SYSTEM_ROLES[1:]
 
     @property
     def note(self) -> str:
-        """How prompts are rendered, where a chat server does not render them so; else empty."""
+        """How prompts are rendered if a chat server renders them in another way; else empty."""
         if not self.templated:
             return (
-                "the base has no chat template, so chat servers cannot render it; a prompt is the system prompt, if "
-                f"any, and the input, each followed by a blank line, and {self.tokenizer.eos_token} ends the answer"
+                "the base has no chat template, which chat servers need; a prompt is the system prompt, if any, and "
+                f"the input, each followed by a blank line, and {self.tokenizer.eos_token} ends the answer"
             )
         notes = []
         if self.replaced:
             notes.append(
-                "model.chat_template renders the prompts, and the base has another template or none: a server that "
-                "loads the base needs the exported chat_template.jinja (vLLM: --chat-template)"
+                "model.chat_template is set: servers need the exported chat_template.jinja (vLLM: --chat-template)"
             )
-        if "system" in self._lacking:
+        if "system" in self._missing:
             place = "in front of the first user turn, with a blank line between"
-            notes.append(f"the chat template has no system role: the system prompt is {place}; send it so to a server")
+            notes.append(f"the chat template has no system role: the system prompt is {place}; servers need the same")
         return "; ".join(notes)
 
     def turns(self, messages: Sequence[Message]) -> list[Message]:
-        """The turns for the template; if it has no system role, that text is in front of the first user turn."""
-        turns = [turn | {"role": "system"} if turn["role"] in self._lacking else turn for turn in messages]
-        if "system" in self._lacking:
+        """The turns for the template; without a system role, the system prompt is in front of the first user turn."""
+        turns = [turn | {"role": "system"} if turn["role"] in self._missing else turn for turn in messages]
+        if "system" in self._missing:
             system = [turn["content"] for turn in takewhile(lambda turn: turn["role"] == "system", turns)]
             turns = turns[len(system) :]
             first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
@@ -150,13 +149,10 @@ class Renderer:
             raise UserError(f"model.base: no usable tokenizer in {base}: {first_line(error)}") from error
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> Iterator[Row | UnfitRow]:
-        """Encode tuples (messages, where, schema, tools); each yields its Row, or the UnfitRow that says why not.
-
-        `schema` and `tools` may be left out. The last turn is the assistant's where there is a target.
-        """
-        for number, given in enumerate(rows):
+        """Encode tuples (messages, where, schema, tools), the last two optional; each yields a Row or an UnfitRow."""
+        for number, row in enumerate(rows):
             try:
-                yield self._row(number, *given)
+                yield self._row(number, *row)
             except UnfitRow as error:
                 yield error
 
@@ -165,7 +161,7 @@ class Renderer:
     ) -> Row:
         for text in (*map(full_text, messages), *(turn.get("reasoning_content", "") for turn in messages), tools or ""):
             if token := self._control_token.search(text):
-                raise UnfitRow(f"the text holds {token[0]}, which the tokenizer would read as a control token")
+                raise UnfitRow(f"the text contains {token[0]}, which the tokenizer would read as a control token")
         turns = self.turns(messages)
         if self.tags and not self.thinking and turns[-1]["role"] == "assistant":
             turns[-1] = self._with_reasoning(turns[-1])
@@ -198,15 +194,15 @@ class Renderer:
     def _check_parts(self, turns: list[Message], tools: str | None) -> None:
         """Refuse a row if the template writes the same without its tools, calls or reasoning."""
         asks = turns[-1]["role"] != "assistant"
-        whole = self._render(turns, asks, tools)
+        text = self._render(turns, asks, tools)
         for key in ("tools", "tool_calls", "reasoning_content"):
             rest = [{name: value for name, value in turn.items() if name != key} for turn in turns]
             rest_of_tools = None if key == "tools" else tools
-            if (rest, rest_of_tools) != (turns, tools) and self._try(rest, asks, rest_of_tools) == whole:
+            if (rest, rest_of_tools) != (turns, tools) and self._try(rest, asks, rest_of_tools) == text:
                 raise UnfitRow(f"the chat template leaves out `{key}`; remove it, or use a base whose template has it")
 
     def answer(self, ids: Sequence[int]) -> tuple[str, bool]:
-        """Text of generated `ids` up to the first stop token, and whether there was one."""
+        """The text of generated `ids` up to the first stop token, and whether there was one."""
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
         return self._decode(ids[:end]).removeprefix(self._lead), end is not None
 
@@ -227,7 +223,7 @@ class Renderer:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _tokenize(self, text: str) -> Any:
-        # The Rust tokenizer: the wrapper around it takes as long again. The template already wrote BOS.
+        # The Rust tokenizer: its wrapper takes twice as long. The template already wrote BOS.
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
 
     def _try(self, *args: Any) -> str | None:
@@ -252,7 +248,7 @@ class Renderer:
                 # `tojson | safe` in a template (Mistral) escapes the text beside it; given JSON text it does not.
                 return self._render(with_json_arguments(messages), add_generation_prompt, tools)
             return text
-        except Exception as error:  # a template is a program of whoever made the model
+        except Exception as error:  # a template is a program by the model's author
             raise UnfitRow(f"the chat template refuses the conversation: {first_line(error)}") from None
         finally:
             chat_template_utils.datetime = clock  # type: ignore[misc]
@@ -271,14 +267,14 @@ class Renderer:
             is_off = "reasoning_content" in messages[-1] and not self.thinking
             remedy = ", as thinking is off; remove `reasoning_content`, or use the format Reasoning" if is_off else ""
             raise UnfitRow(f"the prompt is not a token prefix of the conversation{remedy}")
-        if len(messages[-1]) > 2 or self.thinking:  # all that the template writes up to the end of the turn
+        if len(messages[-1]) > 2 or self.thinking:  # the target is all up to the end of the turn
             stop = next((i for i in range(len(prompt_ids), len(ids)) if ids[i] in self.stop_ids), -1)
             target_ids = ids[len(prompt_ids) : stop + 1]
             target = self.answer(target_ids)[0]  # tokenizers put a space after a control token
             if stop < 0 or target.split() != conversation[len(prompt) : offsets[stop][0]].split():
-                raise UnfitRow("the tokenizer turns the answer into another text, or the template does not end it")
+                raise UnfitRow("the tokenizer changes the answer, or the template does not end it")
             parts = [messages[-1].get("reasoning_content", ""), *messages[-1]["content"].split(self._closing, 1)]
-            if not all(it.strip().removeprefix(self._tag).strip() in target for it in parts):
+            if not all(part.strip().removeprefix(self._tag).strip() in target for part in parts):
                 raise UnfitRow("the chat template alters the answer or its reasoning")
             return target, target_ids
         start = conversation.find(target, len(prompt))

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-# {"role": "system" | "developer" | "user" | "assistant" | "tool", "content": text}, and what OpenAI's chat completions
-# have of `tool_calls` (their arguments as an object), `reasoning_content`, `tool_call_id` and the `name` of a tool.
+# {"role": "system" | "developer" | "user" | "assistant" | "tool", "content": text}, and as in OpenAI's chat completions
+# `tool_calls` (with arguments as an object), `reasoning_content`, `tool_call_id` and the `name` of a tool.
 Message = dict[str, Any]
-Tags = tuple[str, str] | None  # around reasoning; None without
+Tags = tuple[str, str] | None  # around reasoning; None without reasoning
 SYSTEM_ROLES = ("system", "developer")
 
 
@@ -45,7 +45,7 @@ def with_json_arguments(messages: Sequence[Message]) -> list[Message]:
 
 
 def full_text(message: Message) -> str:
-    """All that a turn says: its text, and its tool calls as JSON."""
+    """A turn's text, and its tool calls as JSON."""
     calls = [call["function"] for call in message.get("tool_calls", ())]
     return message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
 
@@ -55,7 +55,7 @@ class UnfitRow(ValueError):
 
 
 def check_turns(context: list[Message], prompt: str, closing: str) -> None:
-    """Refuse a row if the prompt does not hold what every turn says: a template may leave out a turn."""
+    """Refuse a row if the prompt does not contain every turn: a template may leave one out."""
     prompt = _letters(prompt)
     turns = [(turn["role"], turn["content"]) for turn in context]
     # Templates leave out the reasoning of earlier answers.
@@ -68,8 +68,7 @@ def check_turns(context: list[Message], prompt: str, closing: str) -> None:
         if letters is None:
             text = " ".join(content.split())[:40]
             raise UnfitRow(
-                f"the chat template leaves out the {role} turn {text!r}; write it into the last user turn, "
-                "or use a base whose template has it"
+                f"the template leaves out the {role} turn {text!r}; move it into the last user turn or change the base"
             )
         prompt = prompt.replace(letters, "\0", 1)
 

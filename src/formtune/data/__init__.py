@@ -1,4 +1,4 @@
-"""From files to the rows of optimizer steps. Knows nothing of models, and of torch only in `datamodule`."""
+"""From files to the rows of optimizer steps. Imports no models, and torch only in `datamodule`."""
 
 from formtune.data.shapes import Columns
 from formtune.data.sources import HuggingFace, Source

@@ -1,4 +1,4 @@
-"""Why prepared rows must not be trained on: one line for each reason with its count, first place and remedy."""
+"""Reasons not to train on prepared rows: one line each with its count, first place and remedy."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,26 +14,26 @@ from formtune.errors import UserError
 
 # Reasons that point to a mistake in the data or the settings; others, such as duplicates and leaks, are ordinary.
 BAD = ("schema", "format", "style", "too_long", "unfit")
-FEW = 0.1  # share of the rows below which dropping the bad ones is a remedy
-DEVIATIONS = 4  # standard deviations by which a share may miss what was asked for
+MAX_BAD_SHARE = 0.1  # of the rows, for dropping them to be a remedy
+MAX_DEVIATIONS = 4  # standard deviations between the actual and the requested share of a split
 
 
 def check_rows(settings: DataSettings, splits: Splits) -> None:
-    """Raise a `UserError` with the first reason not to train on these rows, if there is one."""
+    """Raise a UserError with the first reason not to train on these rows, if there is one."""
     if lines := blockers(settings, splits):
         more = f" (and {len(lines) - 1} more: formtune audit lists all)" if len(lines) > 1 else ""
         raise UserError(lines[0] + more)
 
 
 def blockers(settings: DataSettings, splits: Splits) -> list[str]:
-    """Why the rows must not be trained on, each with the remedy; empty if they may."""
+    """Reasons not to train on the rows, each with its remedy."""
     lines = []
     bad = [row for row in splits.quarantine if row.reason in BAD] if settings.bad_rows == "refuse" else []
-    drop = ", or set data.bad_rows: drop" if len(bad) < FEW * splits.read.total() else ""
+    drop = ", or set data.bad_rows: drop" if len(bad) < MAX_BAD_SHARE * splits.read.total() else ""
     for rows in _kinds(bad):
         lines.append(f"{rows[0].where}: {rows[0].detail} ({len(rows):,} such rows); {_remedy(settings, rows)}{drop}")
     empty = [name for name, rows in splits.rows.items() if not rows]
-    # If nothing is left to train on, shares of it are empty for the same reason.
+    # If train is empty, its shares are empty for the same reason.
     empty = [name for name in empty if "train" not in empty or name not in settings.shares]
     lines += [_empty_split(settings, splits, name) for name in empty] or uneven_shares(splits, settings.shares)
     inputs = quantile([len(row) for row in ([] if empty else production_rows(settings))], 95)
@@ -45,17 +45,17 @@ def blockers(settings: DataSettings, splits: Splits) -> list[str]:
         )
     origins = Counter(row.origin for row in splits.training if row.origin)
     total, by_models = origins.total(), origins.total() - origins["human"]
-    if by_models > settings.max_synthetic * total:
+    source, limit = settings.columns.source, settings.max_synthetic
+    if by_models > limit * total:
         lines.append(
-            f"data.max_synthetic: by their column `{settings.columns.source}`, models wrote {by_models:,} of {total:,} "
-            f"training rows, more than {settings.max_synthetic:.0%}; add rows that people wrote, or raise it; if the "
-            "column says something else, set data.columns.source: null"
+            f"data.max_synthetic: models wrote {by_models:,} of {total:,} training rows, more than {limit:.0%}; add "
+            f"rows by people, raise it, or set data.columns.source: null if `{source}` does not name authors"
         )
     return lines
 
 
 def _kinds(rows: Sequence[Quarantined]) -> list[list[Quarantined]]:
-    """The rows by their reason and what would fix them."""
+    """The rows grouped by their reason and what would fix them."""
     kinds: dict[tuple[str, str], list[Quarantined]] = defaultdict(list)
     for row in rows:
         kinds[row.reason, row.fix.rstrip("0123456789")].append(row)
@@ -63,7 +63,6 @@ def _kinds(rows: Sequence[Quarantined]) -> list[list[Quarantined]]:
 
 
 def _remedy(settings: DataSettings, rows: Sequence[Quarantined]) -> str:
-    """What makes all rows of a kind usable."""
     key, _, value = rows[0].fix.partition(": ")
     if rows[0].reason == "too_long":
         value = str(longest := max(int(row.fix.rpartition(" ")[2]) for row in rows))
@@ -73,11 +72,11 @@ def _remedy(settings: DataSettings, rows: Sequence[Quarantined]) -> str:
 
 
 def _empty_split(settings: DataSettings, splits: Splits, name: str) -> str:
-    """What became of the rows of a split that has none left."""
-    cut = ("train", *settings.shares)  # the splits of one source
-    source = cut if name in cut else (name,)
+    from_train = ("train", *settings.shares)
+    source = from_train if name in from_train else (name,)
     lost = [row for row in splits.quarantine if row.split in source]
-    read, reasons = sum(splits.read[it] for it in source), Splits(quarantine=lost).quarantined or "none quarantined"
+    read, reasons = sum(splits.read[split] for split in source), Splits(quarantine=lost).quarantined
+    reasons = reasons or "none quarantined"
     line, remedy = f"data.{name}: no row is left to use ({read:,} read; {reasons})", ""
     if lost:
         most = max(_kinds(lost), key=len)
@@ -87,18 +86,17 @@ def _empty_split(settings: DataSettings, splits: Splits, name: str) -> str:
 
 
 def uneven_shares(splits: Splits, shares: Mapping[str, float]) -> list[str]:
-    """A line if a split's share is further from what was asked for than chance explains."""
+    """A line if chance does not explain a split's distance from the requested share."""
     total = sum(len(splits.rows[name]) for name in ("train", *shares))
     groups = min(splits.groups or total, total)
     parts, is_even = [], True
     for name, share in shares.items():
         actual, deviation = len(splits.rows[name]) / total, sqrt(share * (1 - share) / groups)
-        is_even &= abs(actual - share) <= max(share / 2, DEVIATIONS * deviation)
-        parts.append(f"{name} {actual:.0%} where {share:.0%} was asked for")
+        is_even &= abs(actual - share) <= max(share / 2, MAX_DEVIATIONS * deviation)
+        parts.append(f"{name} {actual:.0%} instead of {share:.0%}")
     if is_even:
         return []
     return [
-        f"data.{next(iter(shares))}: of {total:,} rows {', '.join(parts)}, since many inputs are nearly the same, or "
-        "many rows are of one group, and stay in one split; set data.near_duplicates: 1, put shared text into "
-        "data.system, or name a file for each split"
+        f"data.{next(iter(shares))}: {', '.join(parts)} of {total:,} rows, since near-duplicates and rows of one group "
+        "stay in one split; set data.near_duplicates: 1, put shared text into data.system, or name a file per split"
     ]

@@ -1,4 +1,4 @@
-"""Repairs inputs by named steps, in training, evaluation and prediction alike, and judges answers by the format."""
+"""Repairs inputs, in training, evaluation and prediction alike, and judges answers by the format."""
 
 import html
 import re
@@ -19,12 +19,12 @@ AnswerStep = Literal["edges", "fence", "canonical"]
 
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)\n?```", re.S)
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
-# Joiners (U+200D) and direction marks carry meaning in emoji and in several scripts: they are kept.
+# Without joiners (U+200D) and direction marks, which have a meaning in emoji and in several scripts.
 _INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff\u00ad]")
 # Punctuation that changes no meaning, unless there is a digit on both sides.
 _MARKS = re.compile(r"(?<!\d)[.,:;!?…\"'“”‘’()\[\]]|[.,:;!?…\"'“”‘’()\[\]](?!\d)")
 
-# In the order in which they run. Each is a function of the text alone.
+# In the order in which they run.
 STEPS: dict[str, Callable[[str], str]] = {
     "encoding": lambda text: text if text.isascii() else ftfy.fix_encoding(text),
     "unicode": lambda text: unicodedata.normalize("NFC", text),
@@ -42,7 +42,7 @@ class Quarantined:
     where: str
     reason: str  # one word
     detail: str  # what is wrong, in one line
-    messages: list[Message]  # repaired as far as they could be
+    messages: list[Message]  # with the repairs made so far
     other: str = ""  # place of the row that it repeats or contradicts
     fix: str = ""  # the option that would make it usable, as `key: value`
     split: str = ""
@@ -55,7 +55,7 @@ class Example:
     messages: list[Message]  # the last one is the answer
     where: str  # the place it came from
     origin: str = ""  # author: "human", the name of a model, or "" if unknown
-    value: Any = None  # the document that its answer is, once that was judged
+    value: Any = None  # the document of its answer, once judged
     tools: str | None = None  # JSON list of the tools that its prompt defines
     written: str | None = None  # the answer as the chat template writes it, if that is more than the last turn's text
     schema: str | None = None  # JSON text of the row's own schema, or of its tools
@@ -73,32 +73,30 @@ class Example:
 
     @property
     def system(self) -> str:
-        """The system prompt and the tools; equal inputs below different ones may rightly have different answers."""
+        """The system prompt and the tools; with different ones, equal inputs may have different answers."""
         texts = [turn["content"] for turn in self.messages[:-1] if turn["role"] in SYSTEM_ROLES]
         return "\n".join([*texts, *([self.tools] if self.tools else ())])
 
     @property
-    def spoken(self) -> list[str]:
-        """The text of every turn but the system prompt."""
+    def turn_texts(self) -> list[str]:
+        """The text of every turn before the answer, without the system prompt."""
         return [full_text(turn) for turn in self.messages[:-1] if turn["role"] not in SYSTEM_ROLES]
 
     @property
     def text(self) -> str:
-        """The prompt with white space folded, and the schema: rows that share it are duplicates or conflicts."""
-        return "\x1e".join([*map(_single_spaced, [self.system, *self.spoken]), self.schema or ""])
+        """The prompt with single spaces, and the schema: rows that share it are duplicates or conflicts."""
+        return "\x1e".join([*map(_single_spaced, [self.system, *self.turn_texts]), self.schema or ""])
 
     @property
     def key(self) -> str:
-        """The input without case, punctuation and spacing: rows that share it are never in two splits.
-
-        Coarser than `text`: "call anna" and "Call Anna!" leak, but their answers may rightly differ.
-        """
-        return folded("\x1e".join(map(_single_spaced, self.spoken)))
+        """The input without case, punctuation and spacing: rows that share it are never in two splits."""
+        # Coarser than `text`: "call anna" and "Call Anna!" leak, but their answers may differ.
+        return folded("\x1e".join(map(_single_spaced, self.turn_texts)))
 
     @property
     def turns(self) -> list[str]:
-        """The same turn by turn."""
-        return [folded(_single_spaced(content)) for content in self.spoken]
+        """The text of each turn without case, punctuation and spacing."""
+        return [folded(_single_spaced(content)) for content in self.turn_texts]
 
     def quarantined(self, reason: str, detail: str, other: str = "", fix: str = "") -> Quarantined:
         return Quarantined(self.where, reason, detail, self.messages, other, fix, self.split)
@@ -129,7 +127,7 @@ def repair(messages: Sequence[Message], steps: Iterable[str], repairs: Counter[s
 
 
 def repair_answer(answer: str, format: Format, steps: Sequence[str], repairs: Counter[str]) -> str:
-    """An answer repaired by `steps`, or as it was if it then breaks the format; counts the repairs."""
+    """An answer repaired by `steps`, unchanged if it would then break the format; counts the repairs."""
     reasoning, text = format.split(answer)
     format, made = format.inner or format, []
     for step in [step for step in ("edges", "fence", "canonical") if step in steps]:
@@ -150,7 +148,7 @@ def repair_answer(answer: str, format: Format, steps: Sequence[str], repairs: Co
 def judge(
     example: Example, format: Format, steps: Sequence[str], answer_steps: Sequence[str], repairs: Counter[str]
 ) -> Example | Quarantined:
-    """Repair a row and judge its target by the rule that will judge the model's answers; counts the repairs."""
+    """Repair a row and judge its target by the format that judges the model's answers; counts the repairs."""
     try:
         format = format.of_row(example.schema)
     except UserError as error:

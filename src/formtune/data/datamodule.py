@@ -1,4 +1,4 @@
-"""The LightningDataModule: one batch is the rows of one optimizer step."""
+"""The LightningDataModule: a training batch has the rows of one optimizer step."""
 
 import functools
 import os
@@ -21,15 +21,15 @@ from formtune.data.settings import DataSettings
 from formtune.errors import UserError
 from formtune.files import write_lines
 
-EVALUATION_ROWS = 256  # rows handed over at once; the model splits them further by tokens
+EVALUATION_ROWS = 256  # of a batch; the model splits it further by tokens
 
 
 class Order(Sampler[int]):
-    """A permutation of the rows that depends on seed and epoch alone; `seen` tells where a resumed run continues."""
+    """A permutation of the rows that depends on seed and epoch alone; a resumed run continues after `seen()` rows."""
 
     def __init__(self, rows: int, seed: int, seen: Callable[[], int] = lambda: 0, fixed: bool = False) -> None:
         self.rows, self.seed, self.epoch, self._seen = rows, seed, 0, seen
-        self.fixed = fixed  # whether all epochs have the order of the first
+        self.fixed = fixed  # whether all epochs use the order of the first
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = 0 if self.fixed else epoch
@@ -48,8 +48,8 @@ class FormatDataModule(L.LightningDataModule):
 
     Args:
         rows_per_step: Rows of one optimizer step, over all devices.
-        max_evaluation_rows: Validation rows, and test rows, to use at most, the same in every run; None uses all.
-        settings: What `DataSettings` takes.
+        max_evaluation_rows: Maximum of validation and of test rows, the same ones in every run; None uses all.
+        settings: Arguments of `DataSettings`.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class FormatDataModule(L.LightningDataModule):
         self.rows_per_step, self.max_evaluation_rows = rows_per_step, max_evaluation_rows
         self.settings = DataSettings(**settings)
         self.splits: Splits | None = None
-        self.rows: dict[str, list[Row]] = {}  # by split, those that are used
+        self.rows: dict[str, list[Row]] = {}  # used rows by split
         self.prompt_rows: list[Row] = []
 
     def prepare_data(self) -> None:
-        """Prepare the splits and cache them on one process, before `setup` on all."""
+        """Prepare and cache the splits on one process, before `setup` on all."""
         if self.trainer is None or self.trainer.state.fn != "predict":
             self.setup("fit")
 
@@ -114,7 +114,7 @@ class FormatDataModule(L.LightningDataModule):
         return self.evaluation_loader(self.prompt_rows)
 
     def evaluation_loader(self, rows: Sequence[Row], decoding: Any = None) -> DataLoader:
-        """Batches of any rows for `trainer.test`; `decoding` as the model takes it, None for its own settings."""
+        """Batches of any rows for `trainer.test`; `decoding` is passed to the model, None for its own settings."""
         collate = functools.partial(self._collate, evaluation=True, decoding=decoding)
         return DataLoader(rows, batch_size=EVALUATION_ROWS, collate_fn=collate)  # type: ignore[arg-type]
 

@@ -1,7 +1,4 @@
-"""Texts that are nearly the same: MinHash and LSH propose pairs, their exact Jaccard index decides.
-
-A text is the set of its shingles (runs of five characters). No reported pair is wrong; about one in 500 is missed.
-"""
+"""Near-duplicate texts: MinHash and LSH propose pairs, the exact Jaccard index of their character 5-grams decides."""
 
 from collections.abc import Sequence
 
@@ -14,8 +11,8 @@ from scipy.sparse.csgraph import connected_components
 from formtune.configuration.terminal import shown
 
 SHINGLE = 5  # characters
-PERMUTATIONS = 120  # numbers of a signature
-MISSED = 0.003  # of the pairs right at the threshold, at most
+PERMUTATIONS = 120  # length of a MinHash signature
+MAX_MISSED = 0.003  # share of the pairs right at the threshold that are not proposed; of all pairs about 1 in 500
 TEXTS, PAIRS = 8192, 100_000  # processed at once
 SEED = 1
 
@@ -26,7 +23,7 @@ _ODD = np.random.default_rng(SEED).integers(2**63, size=64, dtype=np.uint64) * n
 
 
 def shingles(texts: Sequence[str]) -> tuple[NDArray[np.uint64], Indices]:
-    """Hashes of the shingles of all texts, and the offset of each text's first one; a short text is one shingle."""
+    """Hashes of the shingles (character 5-grams) of all texts, and the offset of each text; short texts have one."""
     padded = [text.ljust(SHINGLE, "\0") for text in texts]
     codes = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     hashes = np.zeros(max(len(codes) - SHINGLE + 1, 0), np.uint64)
@@ -42,23 +39,23 @@ def shingles(texts: Sequence[str]) -> tuple[NDArray[np.uint64], Indices]:
 
 
 def band_size(threshold: float) -> int:
-    """Numbers of a band: as many as miss no more than `MISSED` of the pairs at the threshold."""
+    """Rows of an LSH band: as many as miss no more than `MAX_MISSED` of the pairs at the threshold."""
     sizes = (size for size in range(24, 1, -1) if PERMUTATIONS % size == 0)
-    return next((size for size in sizes if (1 - threshold**size) ** (PERMUTATIONS // size) <= MISSED), 1)
+    return next((size for size in sizes if (1 - threshold**size) ** (PERMUTATIONS // size) <= MAX_MISSED), 1)
 
 
 def bands(texts: Sequence[str], threshold: float) -> NDArray[np.uint64]:
-    """Marks of the texts, shape (texts, bands): texts that share a mark are candidates."""
+    """Band hashes of the texts, shape (texts, bands): texts that share one are candidates."""
     flat, offsets = shingles(texts)
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets.astype(np.uint64), PERMUTATIONS, SEED)
     size = band_size(threshold)
     signatures = np.array(matrix.to_rows(), np.uint64).reshape(len(texts), -1, size)
-    marks = np.zeros(signatures.shape[:2], np.uint64)
+    hashes = np.zeros(signatures.shape[:2], np.uint64)
     for at in range(size):
-        marks = (marks ^ signatures[..., at]) * _ODD[at]
-        marks ^= marks >> np.uint64(32)
-    # Equal numbers of different bands mean nothing, so a mark holds the number of its band.
-    return marks ^ (np.arange(marks.shape[1], dtype=np.uint64) << np.uint64(58))
+        hashes = (hashes ^ signatures[..., at]) * _ODD[at]
+        hashes ^= hashes >> np.uint64(32)
+    # Equal hashes of different bands mean nothing, so a hash includes the index of its band.
+    return hashes ^ (np.arange(hashes.shape[1], dtype=np.uint64) << np.uint64(58))
 
 
 def similar(texts: Sequence[str], left: Indices, right: Indices) -> NDArray[np.float64]:
@@ -71,17 +68,17 @@ def similar(texts: Sequence[str], left: Indices, right: Indices) -> NDArray[np.f
     sets.data[:] = 1
     a, b = where[: len(left)], where[len(left) :]
     sizes = np.diff(sets.indptr)
-    both = np.asarray(sets[a].multiply(sets[b]).sum(axis=1)).ravel()
-    return both / (sizes[a] + sizes[b] - both)
+    shared = np.asarray(sets[a].multiply(sets[b]).sum(axis=1)).ravel()
+    return shared / (sizes[a] + sizes[b] - shared)
 
 
 def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
-    """All pairs of texts whose Jaccard index reaches the threshold."""
-    marks = [bands(texts[start : start + TEXTS], threshold) for start in range(0, len(texts), TEXTS)]
-    if not marks:
+    """Pairs of texts whose Jaccard index reaches the threshold; none is wrong, about one in 500 is missed."""
+    hashes = [bands(texts[start : start + TEXTS], threshold) for start in range(0, len(texts), TEXTS)]
+    if not hashes:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
-    columns = np.unique(np.concatenate(marks), return_inverse=True)[1].ravel()
-    offsets = np.arange(len(texts) + 1) * len(marks[0][0])
+    columns = np.unique(np.concatenate(hashes), return_inverse=True)[1].ravel()
+    offsets = np.arange(len(texts) + 1) * len(hashes[0][0])
     holders = csr_array((np.ones(len(columns), np.bool_), columns, offsets))
     candidates = triu(holders @ holders.T, 1, format="csr").sorted_indices().tocoo()
     left, right = (indices.astype(np.int64) for indices in candidates.coords)
@@ -94,6 +91,6 @@ def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
 
 
 def components(count: int, left: Indices, right: Indices) -> NDArray[np.int32]:
-    """For each of `count` texts the number of its cluster: texts that pairs join, directly or in a chain."""
+    """The cluster number of each of `count` texts; pairs join texts directly or in a chain."""
     edges = csr_array((np.ones(len(left), np.bool_), (left, right)), shape=(count, count))
     return connected_components(edges, directed=False)[1]

@@ -1,4 +1,4 @@
-"""The rows of a run in token ids, what became of all the others, and their cache in `.cache/encoded`."""
+"""The encoded rows of a run, the quarantined ones, and their cache in `.cache/encoded`."""
 
 import hashlib
 import json
@@ -17,30 +17,30 @@ from formtune.data.styles import Mixture
 from formtune.files import own_code, read_entry, write_entry
 from formtune.formats.key_orders import Orders
 
-FEW_ROWS = 500  # below this, fine-tuning mostly learns the examples; the guide's lower bound
+FEW_ROWS = 500  # with fewer, a model mostly memorizes the examples
 CACHE = Path(".cache/encoded")  # in the working directory, like `logs`
-KEPT = 8  # entries of the cache; the least recently used are removed
+MAX_ENTRIES = 8  # of the cache; the least recently used are removed
 CACHED = ("rows", "read", "repairs", "quarantine", "mixtures", "groups", "shared", "orders", "key")
 PACKAGES = ("tokenizers", "transformers", "jinja2", "regex", "jsonschema", "referencing", "ftfy", "rensa")
 
 
 @dataclass(slots=True)
 class Splits:
-    """Encoded rows per split, and what became of all the others."""
+    """The encoded rows of each split, and the quarantined ones."""
 
     rows: dict[str, list[Row]] = field(default_factory=dict)
     read: Counter[str] = field(default_factory=Counter)
     repairs: Counter[str] = field(default_factory=Counter)
     quarantine: list[Quarantined] = field(default_factory=list)
     mixtures: list[Mixture] = field(default_factory=list)
-    groups: float = 0.0  # how many groups of one size would make shares vary as these groups do; 0 if unknown
-    shared: float = 0.0  # share of the inputs' text that many share and the near comparison left out
-    orders: Orders = field(default_factory=dict)  # of keys in training targets
+    groups: float = 0.0  # effective number: as many groups of one size make shares vary as much; 0 if unknown
+    shared: float = 0.0  # share of the inputs' text that many inputs share, see `boilerplate`
+    orders: Orders = field(default_factory=dict)  # key orders of training targets
     key: str = ""  # content hash of the rows
-    ignored: Counter[str] = field(default_factory=Counter)  # rows that have a key which is not read, by its name
+    ignored: Counter[str] = field(default_factory=Counter)  # number of rows by key that is not read
     own_system: int = 0  # rows with their own system prompt
-    training: list[Row] = field(default_factory=list)  # the rows of train, each as often as an epoch has it
-    weights: dict[str, dict[str, float]] = field(default_factory=dict)  # of the entries of `data.train`, and counts
+    training: list[Row] = field(default_factory=list)  # the rows of train, each as often as in an epoch
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)  # by entry of `data.train`, with counts
     cached: Path | None = field(default=None, compare=False)  # the file they were read from
     # Empty if the rows were read from the cache:
     examples: dict[str, list[Example]] = field(default_factory=dict, compare=False)  # the conversation of each row
@@ -48,17 +48,17 @@ class Splits:
 
     @property
     def reasons(self) -> Counter[str]:
-        """How many rows were quarantined for each reason."""
+        """The number of quarantined rows by reason."""
         return Counter(row.reason for row in self.quarantine)
 
     @property
     def quarantined(self) -> str:
-        """The same in words, the most frequent first; empty if no row was."""
+        """The reasons in words, the most frequent first; empty if no row is quarantined."""
         return ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
 
 
 def content_hash(rows: Mapping[str, Sequence[Row]]) -> str:
-    """A hash of the token ids of each split's rows, whatever files they came from."""
+    """A hash of the token ids of each split's rows, independent of their files."""
     hashed = hashlib.blake2b(digest_size=16)
     for split, members in rows.items():
         for row in members:
@@ -69,7 +69,7 @@ def content_hash(rows: Mapping[str, Sequence[Row]]) -> str:
 
 
 def cache_path(examples: Sequence[Example], settings: DataSettings) -> Path | None:
-    """The file of these rows, named by all that decides them; None for your own format, whose code may change."""
+    """The cache file of these rows, named by all inputs; None for a custom format, whose code may change."""
     format, tokenizer = settings.format, settings.renderer.tokenizer
     if format.is_custom:
         return None
@@ -101,4 +101,4 @@ def read_cache(path: Path) -> Splits | None:
 
 
 def write_cache(path: Path, splits: Splits) -> None:
-    write_entry(path, {name: getattr(splits, name) for name in CACHED}, KEPT)
+    write_entry(path, {name: getattr(splits, name) for name in CACHED}, MAX_ENTRIES)

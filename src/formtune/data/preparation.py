@@ -1,4 +1,4 @@
-"""Files to cleaned, judged, split and encoded rows: no input is in two splits, and no row is cut."""
+"""From files to cleaned, judged, split and encoded rows: no input is in two splits, and no row is truncated."""
 
 import functools
 import hashlib
@@ -21,7 +21,7 @@ from formtune.errors import UserError
 from formtune.formats import ToolCalls
 from formtune.formats.key_orders import learn_orders
 
-# What a split is called in files' names and in columns.
+# Names of the splits in file names and in columns.
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation")
 
 
@@ -45,7 +45,7 @@ def load_splits(settings: DataSettings, from_cache: bool = True) -> Splits:
 
 
 def read_splits(settings: DataSettings) -> tuple[list[Example], Counter[str]]:
-    """The conversations of all splits, test first and train last, and how many rows have columns that are not read."""
+    """The conversations of all splits, test first and train last, and the number of rows by unread column."""
     if settings.sources["train"] is None:
         raise UserError("data.train: name a file to train on")
     ignored: Counter[str] = Counter()
@@ -71,7 +71,7 @@ def read_examples(
     with_target: bool = True,
     split: str = "",
 ) -> list[Example]:
-    """The conversations of a source, with the task's system prompt; counts in `ignored` the rows with unread keys."""
+    """The conversations of a source, with the task's system prompt; counts rows with unread keys in `ignored`."""
     examples, columns, format = [], settings.columns, settings.format.inner or settings.format
     targets = "all" if with_target and settings.train_on == "all" else with_target
     for record, where in read_records(source):
@@ -83,31 +83,31 @@ def read_examples(
             unread.discard(columns.schema)
         if not isinstance(answer := messages[-1]["content"], str):
             try:
-                own_format = format.of_row(schema)
+                row_format = format.of_row(schema)
             except UserError:  # the row will be quarantined
                 messages[-1]["content"] = json.dumps(answer, ensure_ascii=False, default=str)
             else:
-                messages[-1]["content"] = written(answer, own_format, where)
+                messages[-1]["content"] = written(answer, row_format, where)
         ignored.update(sorted(unread - {settings.group, settings.split_column}))
         if (system := settings.system_of(schema)) and messages[0]["role"] not in SYSTEM_ROLES:
-            # An instruction in front of every input is not said twice.
+            # The instruction must not come twice if every input begins with it.
             messages[0]["content"] = messages[0]["content"].removeprefix(system)
             messages.insert(0, {"role": "system", "content": system})
         group = record.get(settings.group) if settings.group else None
-        own = split
+        row_split = split
         if settings.split_column and split == "train":
             value = record.get(settings.split_column)
-            if not (own := SPLITS.get(str(value).lower(), "")):
+            if not (row_split := SPLITS.get(str(value).lower(), "")):
                 raise UserError(f"{where}: `{settings.split_column}` is {value!r}, not one of {', '.join(SPLITS)}")
         if isinstance(group, float) and group.is_integer():  # a table with missing values has no integers
             group = int(group)
         group, origin = "" if group is None else str(group), columns.origin(record, where)
-        examples.append(Example(messages, where, origin, tools=tools, schema=schema, group=group, split=own))
+        examples.append(Example(messages, where, origin, tools=tools, schema=schema, group=group, split=row_split))
     return examples
 
 
 def _answers(row: Example) -> Iterator[Example]:
-    """A row for each answer of a conversation but those of weight 0; the turns before it are its context."""
+    """A row for each answer of a conversation except those of weight 0, with the turns before it as its context."""
     ends = [at for at, message in enumerate(row.messages, 1) if message["role"] == "assistant"]
     trained = [(n, end) for n, end in enumerate(ends, 1) if row.messages[end - 1].pop("weight", None) is None]
     if not trained:
@@ -122,7 +122,6 @@ def _answers(row: Example) -> Iterator[Example]:
 
 
 def _prepare(settings: DataSettings, examples: Sequence[Example]) -> Splits:
-    """Judge, select, keep the usual style, split and encode."""
     valid: list[Example] = []
     invalid: list[Quarantined] = []
     repairs: Counter[str] = Counter()
@@ -165,7 +164,7 @@ def _prepare(settings: DataSettings, examples: Sequence[Example]) -> Splits:
 
 
 def as_written(settings: DataSettings, example: Example) -> Example | Quarantined:
-    """The row with its answer as the chat template writes it, if that is more than the text of its last turn."""
+    """The row with its answer as the chat template writes it, if that differs from the text of its last turn."""
     if len(example.messages[-1]) == 2 and not settings.format.tags:
         return example
     messages = repair(example.messages, settings.clean)
@@ -178,7 +177,6 @@ def as_written(settings: DataSettings, example: Example) -> Example | Quarantine
 
 
 def _usual_style(settings: DataSettings, examples: Sequence[Example], splits: Splits) -> list[Example]:
-    """The rows without those that write something in another way than most."""
     splits.mixtures = mixtures(examples, settings.format)
     details: dict[str, str] = {}
     for mixture in splits.mixtures:
@@ -200,7 +198,7 @@ def _encode(settings: DataSettings, examples: Sequence[Example]) -> Iterator[tup
 
 
 def encode_inputs(settings: DataSettings, source: str | list[str] | Source, key: str) -> list[Row]:
-    """Rows without answers, such as the prompts to predict; `key` is the option that names their source."""
+    """Encode rows without answers, such as the prompts to predict; `key` is the option that names their source."""
     settings.ignored[key] = Counter()
     examples = read_examples(settings, source, settings.ignored[key], with_target=False)
     rows = []
@@ -219,7 +217,7 @@ def encode_inputs(settings: DataSettings, source: str | list[str] | Source, key:
 
 @functools.lru_cache(maxsize=1)
 def production_rows(settings: DataSettings) -> list[Row]:
-    """Production's inputs, none where the task names no file of them."""
+    """Production's inputs, none if the task names no file of them."""
     return [] if settings.production is None else encode_inputs(settings, settings.production, "production")
 
 
@@ -231,7 +229,7 @@ def prompt_rows(settings: DataSettings) -> list[Row]:
     for row in rows:
         if len(row) >= settings.limit:
             raise UserError(
-                f"{row.where}: the prompt has {len(row)} tokens, with an answer more than the limit of "
-                f"{settings.limit}; raise data.max_length (the base's context bounds it) or shorten the prompt"
+                f"{row.where}: the prompt has {len(row)} tokens; with an answer it exceeds {settings.limit}; raise "
+                "data.max_length (the base's context bounds it) or shorten the prompt"
             )
     return rows

@@ -16,30 +16,28 @@ from formtune.data.duplicates import components, near_pairs
 from formtune.data.encoded import Splits
 from formtune.formats.content import typed
 
-OPENING = 10  # an input that is continued in more ways, or is in more groups, is a mere "hello" and joins nothing
+MAX_LINKS = 10  # continuations or groups of an input; with more it is an opening such as "hello", and joins nothing
 
 
 @dataclass(eq=False, slots=True)
 class _Row:
     example: Example
-    input: int  # number of its input; the same for inputs that differ in case, punctuation and spacing only
+    input: int  # number of its input; the same for inputs that differ only in case, punctuation and spacing
     task: str  # the instruction that its input shares with others
     text: int  # hash of the exact input
     answer: int  # hash of the answer's content
-    loose: int  # the same without case, punctuation and spacing
+    loose: int  # hash of the answer's content without case, punctuation and spacing
     cluster: int = -1  # number of its cluster
 
     @property
-    def said(self) -> list[tuple[Any, int]]:
-        """The groups of rows that must have one answer, and this row's.
-
-        Inputs that differ only in case or punctuation may be answered by copies of them: "call Anna", "call anna".
-        """
+    def answers(self) -> list[tuple[Any, int]]:
+        """The groups of rows that must have one answer, and the answer of this row."""
+        # Inputs that differ only in case or punctuation may be answered by copies of them: "call Anna", "call anna".
         split, task = self.example.split, (self.example.system, self.example.schema)
         return [((split, self.text), self.answer), ((split, self.input, *task), self.loose)]
 
     def comparable(self, other: _Row) -> bool:
-        """Whether the two have one split and task, and neither continues the other's conversation."""
+        """Whether both rows have the same split and task, and neither continues the other's conversation."""
         a, b = ((r.example.split, r.task, r.example.system, r.example.schema) for r in (self, other))
         if a != b or len(self.example.messages) == len(other.example.messages):
             return a == b
@@ -47,23 +45,23 @@ class _Row:
         return len(shorter) == len(longer) or longer[: len(shorter)] != shorter
 
     def quarantined(self, reason: str, other: _Row, what: str = "") -> Quarantined:
-        where, same = other.example.where, "same" if self.input == other.input else "nearly the same"
+        where, relation = other.example.where, "same input as" if self.input == other.input else "near-duplicate of"
         detail = {
-            "conflict": f"{same} input as {where}, different answer",
+            "conflict": f"{relation} {where}, different answer",
             "input": f"the input is also in {where}",
             "group": f"another row of its group, {self.example.group[:40]!r}, is in {where}",
-            "cluster": f"the input is nearly the same as, or continues, that of {where}",
-        }.get(what or reason, f"{same} input as {where}, same answer")
+            "cluster": f"the input is a near-duplicate or a continuation of {where}",
+        }.get(what or reason, f"{relation} {where}, same answer")
         return self.example.quarantined(reason, detail, where)
 
 
 def select(
     examples: Sequence[Example], threshold: float, sets: frozenset[str] = frozenset(), cut: bool = True
 ) -> tuple[list[Example], Splits]:
-    """Choose the rows to use; those that come first own what they share with later ones, of other splits.
+    """Choose the rows to use; an input in several splits stays in the first.
 
     `threshold` is the Jaccard index of near-duplicates, 1 for none; `sets` are the paths of arrays without an order;
-    `cut` says whether splits are then cut from train by cluster.
+    `cut` is whether splits are then made from train, by cluster.
     """
     keyed = [(example, example.key) for example in examples]
     inputs = {key: number for number, key in enumerate(dict.fromkeys(key for _, key in keyed))}
@@ -80,20 +78,20 @@ def select(
     texts = [rest for rest, _ in parts]
     left, right, _ = near_pairs(texts if threshold < 1 else [], threshold)
     edges = list(zip(left.tolist(), right.tolist(), strict=True))
-    near: dict[int, list[int]] = defaultdict(list)  # for each input those that are nearly the same
+    near: dict[int, list[int]] = defaultdict(list)  # near-duplicates of each input
     for i, j in edges:
         near[i].append(j)
         near[j].append(i)
     groups = {name: n for n, name in enumerate(dict.fromkeys(e.group for e in examples if e.group), len(inputs))}
     members = {(row.input, groups[row.example.group]) for row in rows if row.example.group}
-    openings = {number for number, count in Counter(number for number, _ in members).items() if count > OPENING}
+    openings = {number for number, count in Counter(number for number, _ in members).items() if count > MAX_LINKS}
     pairs = [pair for pair in (*edges, *_continuations(rows), *sorted(members)) if openings.isdisjoint(pair)]
     clusters = components(len(inputs) + len(groups), *np.array(pairs, np.int64).reshape(-1, 2).T).tolist()
     for row in rows:
         row.cluster = clusters[groups.get(row.example.group, row.input)]
     answers: dict[Any, dict[int, _Row]] = defaultdict(dict)
     for row in rows:
-        for group, answer in row.said:
+        for group, answer in row.answers:
             answers[group].setdefault(answer, row)
     splits = Splits(shared=1 - sum(map(len, texts)) / max(sum(map(len, inputs)), 1))
     owners: dict[tuple[str, Any], _Row] = {}
@@ -102,17 +100,18 @@ def select(
     for row in rows:
         keys = [("input", row.input), ("group", row.example.group or row), ("cluster", row.cluster)]
         owned = [(what, owners[what, which]) for what, which in keys if (what, which) in owners]
-        # An opening can be in several clusters, each of which may be cut into another split.
+        # An opening can be in several clusters, and each of these in another split.
         split = row.example.split
         is_cut = cut and split == "train"
         leaks = [(what, o) for what, o in owned if o.example.split != split or (is_cut and o.cluster != row.cluster)]
         similar = (other for number in (row.input, *near.get(row.input, ())) for other in used.get(number, ()))
-        twin = next((other for other in similar if other.answer == row.answer and other.comparable(row)), None)
-        others = (other for group, own in row.said for answer, other in answers[group].items() if answer != own)
+        duplicate = next((other for other in similar if other.answer == row.answer and other.comparable(row)), None)
+        others = (other for group, mine in row.answers for theirs, other in answers[group].items() if theirs != mine)
         if other := next(others, None):
             splits.quarantine.append(row.quarantined("conflict", other))
-        elif twin and split == "train":  # a given test file stays comparable
-            splits.quarantine.append(row.quarantined("duplicate" if twin.text == row.text else "near_duplicate", twin))
+        elif duplicate and split == "train":  # a test file stays comparable
+            reason = "duplicate" if duplicate.text == row.text else "near_duplicate"
+            splits.quarantine.append(row.quarantined(reason, duplicate))
         elif leaks:
             what, owner = leaks[0]
             splits.quarantine.append(row.quarantined("leak", owner, what))
@@ -130,7 +129,7 @@ def select(
 
 
 def _continuations(rows: Sequence[_Row]) -> Iterator[tuple[int, int]]:
-    """Pairs of inputs of which one begins with all turns of the other, unless that is a mere opening."""
+    """Pairs of inputs of which one begins with all turns of the other, unless that is an opening."""
     if all(message["role"] != "assistant" for row in rows for message in row.example.messages[:-1]):
         return  # most data has one turn each
     inputs: dict[tuple[str, ...], int] = {}
@@ -142,7 +141,7 @@ def _continuations(rows: Sequence[_Row]) -> Iterator[tuple[int, int]]:
             if turns[:end] in inputs:
                 longer[turns[:end]].append(turns)
     for start, conversations in longer.items():
-        if len({turns[len(start) : len(start) + 2] for turns in conversations}) <= OPENING:
+        if len({turns[len(start) : len(start) + 2] for turns in conversations}) <= MAX_LINKS:
             yield from ((inputs[start], inputs[turns]) for turns in conversations)
 
 
@@ -151,5 +150,5 @@ def _loose(value: Any) -> Any:
 
 
 def _unit_hash(key: str) -> float:
-    """A number in [0, 1) that the text alone decides, so that a split survives new rows and reordering."""
+    """A number in [0, 1) from the text alone, so that new rows and reordering do not change a split."""
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=6).digest(), "big") / 2**48

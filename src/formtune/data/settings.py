@@ -21,7 +21,7 @@ from formtune.formats.json_schema import PER_ROW
 
 def system_prompt(system: str | None, format: dict[str, Any]) -> str | None:
     """The system prompt with the schema of `format`, as its `to_dict` gives it, in place of `{schema}`."""
-    while isinstance(format["init_args"].get("format"), dict):  # that of the answer after the reasoning
+    while isinstance(format["init_args"].get("format"), dict):  # the format of the answer after the reasoning
         format = format["init_args"]["format"]
     schema = format["init_args"].get("schema")
     if not system or "{schema}" not in system or schema == PER_ROW:  # then `DataSettings.system_of` replaces it
@@ -38,22 +38,22 @@ class DataSettings:
         format: The format that every answer must have, training targets included.
         train: File (.jsonl, .json, .csv, .tsv, .parquet, also compressed), folder or glob of such files, or a list of
             these, each alone or as `{path: FILE, weight: 2.5}`; a dataset folder, hub id, or a Source.
-        validation: The same for validation, or the share of train's inputs to split off.
-        test: The same for the final test, or the share of train's inputs to split off.
-        prompts: Inputs for `predict`: the same kinds as train, no answers needed.
-        production: Inputs from production, the same kinds as train; the rows are compared with them.
+        validation: As train, for validation; or a share of train's inputs to split off.
+        test: As train, for the final test; or a share of train's inputs to split off.
+        prompts: Inputs for `predict`, of the same kinds as train; no answers needed.
+        production: Inputs from production, of the same kinds as train, to compare the rows with.
         tokenizer: Model folder or hub id of the tokenizer (follows `model.base`).
         chat_template: File of a chat template that replaces the tokenizer's (follows `model.chat_template`).
         system: System prompt for rows that have none; `{schema}` in it is replaced by the format's JSON Schema.
-        columns: Which columns hold the conversation; known layouts, such as ShareGPT's, are recognized without it.
+        columns: Columns of the conversation; known layouts, such as ShareGPT's, are recognized without it.
         train_on: The last answer of a conversation, or all: each is then a separate row, in every split.
-        group: Column whose rows with the same value, such as a dialogue's or a customer's, are never in two splits.
+        group: Column, such as a customer id; rows with equal values stay in one split.
         split_column: Column of train that says in which split a row is, in place of shares: train, validation or test.
         clean: Cleaning steps for inputs, here and in `predict`.
-        repair_answers: Repairs to run on answers, made only if the answer then has a valid format.
+        repair_answers: Repairs of answers, made only if the answer then has a valid format.
         near_duplicates: Jaccard index of character 5-grams from which two inputs are near-duplicates; 1 ignores only
             case, punctuation and spacing.
-        bad_rows: Whether to refuse to train if answers break the format, mix styles or are too long, or to drop them.
+        bad_rows: If answers break the format, mix styles or are too long: refuse to train, or drop the rows.
         max_synthetic: Largest share of training rows written by models, of those with a `columns.source`.
         max_length: Maximum tokens of prompt and answer together; longer rows are bad rows and never truncated.
         max_new_tokens: Maximum tokens of an answer (follows `model.max_new_tokens`).
@@ -84,7 +84,7 @@ class DataSettings:
         max_new_tokens: PositiveInt = 256,
         date: str | None = None,
     ) -> None:
-        # In this order a split owns what it shares with a later one.
+        # An input in several splits stays in the first, in this order.
         files, self.weights = read_weights(train)
         self.sources: dict[str, Any] = {"test": test, "validation": validation, "train": files}
         shares = {"validation": validation, "test": test}
@@ -115,7 +115,7 @@ class DataSettings:
 
     @property
     def date(self) -> str | None:
-        """Day that the chat template writes, None where it writes none."""
+        """The date that the chat template writes, None if it writes none."""
         return self.renderer.date
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""How a record becomes a conversation: by its columns, or by the layout in which another tool wrote it."""
+"""Turns records into conversations, by their columns or by the layout of another tool."""
 
 import json
 import re
@@ -22,7 +22,7 @@ class Columns:
     Args:
         prompt: Column of the input, or a template such as `"Title: {title}\\n{body}"` over several columns.
         completion: Column of the target.
-        messages: Column of chat turns; where a record has it, `prompt` and `completion` are not read.
+        messages: Column of chat turns; if a record has it, `prompt` and `completion` are not read.
         system: Column of the row's own system prompt, in place of `data.system`; may be absent or empty.
         source: Column that says who wrote the row: "human", or the name of the model that did; may be absent.
         schema: Column of the row's own JSON Schema, an object or JSON text; read if `data.format` names none.
@@ -44,15 +44,12 @@ class Columns:
     def conversation(
         self, record: dict[str, Any], where: str, with_target: bool | str, ignored: set[str] | None = None
     ) -> list[dict[str, Any]]:
-        """The record's turns; the last one is the assistant's with a target, the user's without (see `read_turns`).
-
-        `ignored` collects the names of the keys that have a value and are not read. The last answer may be no text.
-        """
+        """The record's turns, see `read_turns`; `ignored` collects unread keys. The answer need not be a string."""
         ignored = set() if ignored is None else ignored
         prompt, completion, column = self._layout(record)
         is_chat = column in record and (record[column] is not None or not record.keys() & {*_fields(prompt)})
-        own = [column] if is_chat else [*_fields(prompt), completion]
-        ignored |= unread(record, {*own, self.system, self.source, "tools"}, REFUSED, where)
+        columns = [column] if is_chat else [*_fields(prompt), completion]
+        ignored |= unread(record, {*columns, self.system, self.source, "tools"}, REFUSED, where)
         if is_chat:
             turns = read_turns(record[column], column, where, with_target, ignored)
         elif _is_turns(record.get(prompt)):  # TRL's conversations
@@ -68,11 +65,11 @@ class Columns:
         remedy = "write the row's system prompt as a string, or set data.columns.system: null"
         system = _read(record, self.system, where, remedy=remedy)
         if turns[0]["role"] == "system":
-            raise UserError(f"{where}: the turns and the column `{self.system}` both hold a system prompt; {remedy}")
+            raise UserError(f"{where}: the turns and the column `{self.system}` both have a system prompt; {remedy}")
         return [{"role": "system", "content": system}, *turns]
 
     def _layout(self, record: dict[str, Any]) -> tuple[str, str, str]:
-        """The columns of the prompt, the answer and the turns: those of ShareGPT or Alpaca if the row has no others."""
+        """The columns of prompt, answer and turns; those of ShareGPT or Alpaca if the row has no others."""
         columns = self.prompt, self.completion, self.messages
         if columns != DEFAULT or any(record.get(name) is not None for name in columns):
             return columns
@@ -84,11 +81,11 @@ class Columns:
         return columns
 
     def tools(self, record: dict[str, Any], where: str) -> str | None:
-        """The record's tools as JSON text, None where it has none or the prompt's template writes them."""
+        """The record's tools as JSON text, None if it has none or the prompt's template writes them."""
         return None if "tools" in _fields(self.prompt) else read_tools(record.get("tools"), "tools", where)
 
     def origin(self, record: dict[str, Any], where: str) -> str:
-        """Who wrote a record, "" where it does not say."""
+        """Who wrote a record, "" if unknown."""
         if self.source is None or record.get(self.source) is None:
             return ""
         remedy = "write `human` or the name of the model that wrote the row, or set data.columns.source: null"
@@ -102,7 +99,6 @@ def _fields(prompt: str) -> list[str]:
 
 
 def _filled(record: dict[str, Any], prompt: str, where: str) -> str:
-    """The text of a column, or of a template over columns."""
     if "{" not in prompt:
         return _read(record, prompt, where)
     # A column may be null, but not all columns of the template.
@@ -113,7 +109,6 @@ def _filled(record: dict[str, Any], prompt: str, where: str) -> str:
 
 
 def _read(record: dict[str, Any], column: str, where: str, types: tuple[type, ...] = (str,), remedy: str = "") -> Any:
-    """The value of a column, refused if it is of another type."""
     if column not in record:
         raise UserError(f"{where}: no column `{column}` among {', '.join(record)}; set data.columns")
     if not isinstance(record[column], types):
@@ -125,11 +120,11 @@ def _read(record: dict[str, Any], column: str, where: str, types: tuple[type, ..
 
 
 def _is_turns(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(it, dict) and "role" in it for it in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) and "role" in turn for turn in value)
 
 
 def own_schema(value: Any) -> str | None:
-    """JSON text of a row's schema, always written alike; the text as it is if it is not JSON; None for an empty one."""
+    """A row's schema as normalized JSON text; unchanged if it is not JSON, None if it is empty."""
     value = parsed(value)
     if isinstance(value, str):
         return value.strip() or None
@@ -137,7 +132,7 @@ def own_schema(value: Any) -> str | None:
 
 
 def written(value: Any, format: Format, where: str) -> str:
-    """The text of an answer that is not text, as the format writes it."""
+    """The text of an answer that is not a string, as the format writes it."""
     try:
         text = format.write(value)
         if text and "null" in text and not format.check(text).exact:
@@ -156,7 +151,7 @@ def written(value: Any, format: Format, where: str) -> str:
 
 @time_limit()
 def _without_nulls(value: Any, format: Format) -> Any:
-    """A copy without the null keys that the format refuses: tables write a key that is absent as null."""
+    """A copy without the null keys that the format refuses: tables write absent keys as null."""
     value, dropped = deepcopy(value), False
     stack = [value]
     while stack:
@@ -171,5 +166,5 @@ def _without_nulls(value: Any, format: Format) -> Any:
                 holder[key] = None
             else:
                 dropped = True
-    # A format names only its first problems.
+    # A format lists only the first problems.
     return _without_nulls(value, format) if dropped and format.problems(value) else value

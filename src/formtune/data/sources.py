@@ -1,7 +1,4 @@
-"""Sources of rows: files, also compressed ones, datasets, and your own. Each row comes with its `file:line`.
-
-Text files are not read by a data-frame library: those guess types (ISO dates become timestamps) and lose line numbers.
-"""
+"""Sources of rows: files (also compressed), datasets and custom ones. Each row comes with its `file:line`."""
 
 import csv
 import functools
@@ -22,7 +19,7 @@ from formtune.formats.strict_json import loads_strict
 
 MAX_LINE_BYTES = 4 * 2**20  # a million tokens
 ENDINGS = ".jsonl, .json, .csv, .tsv or .parquet, each also with .gz, .bz2 or .zst"
-SAVED = ("state.json", "dataset_dict.json")  # one of these is in a folder that `save_to_disk` wrote
+SAVED = ("state.json", "dataset_dict.json")  # `save_to_disk` writes one of these into its folder
 
 Records = Iterator[tuple[dict[str, Any], str]]  # each record with its place
 
@@ -67,12 +64,12 @@ class HuggingFace(Source):
 def read_records(source: str | list[str] | Source) -> Records:
     """Yield the records of a source; a path is read by its ending, or as a Hugging Face dataset."""
     records = source.records() if isinstance(source, Source) else chain.from_iterable(map(_read, entries(source)))
-    for record, where in records:  # in tables, NaN is a value that is missing
-        yield {name: None if isinstance(it, float) and it != it else it for name, it in record.items()}, where
+    for record, where in records:  # in tables, NaN is a missing value
+        yield {key: None if isinstance(cell, float) and cell != cell else cell for key, cell in record.items()}, where
 
 
 def entries(source: str | list[str]) -> dict[str, str]:
-    """Each file of a source, once, with the first name in the list that leads to it."""
+    """Each file of a source, once, with the first entry of the list that matches it."""
     files: dict[Path, tuple[str, str]] = {}
     for name in [source] if isinstance(source, str) else source:
         for path in _files(name):
@@ -82,7 +79,7 @@ def entries(source: str | list[str]) -> dict[str, str]:
 
 def _files(name: str) -> list[str]:
     """The files of a glob or a folder, sorted by name; any other name as it is."""
-    name = os.path.expanduser(name)  # noqa: PTH111 (it leaves the rest of the name as it is)
+    name = os.path.expanduser(name)  # noqa: PTH111 (it leaves the rest unchanged)
     path = Path(name)
     is_folder = path.is_dir() and not any((path / file).is_file() for file in SAVED)
     if not is_folder and (path.exists() or not glob.has_magic(name)):
@@ -90,7 +87,7 @@ def _files(name: str) -> list[str]:
     paths = glob.glob(f"{glob.escape(name)}/*" if is_folder else name, recursive=True)  # noqa: PTH207
     files = sorted(file for file in paths if Path(file).is_file() and (_reader(file) or not is_folder))
     if not files and not is_folder:
-        raise UserError(f"{name}: no file matches; name it as seen from {Path.cwd()}")
+        raise UserError(f"{name}: no file matches; paths start at {Path.cwd()}")
     return files or [name]
 
 
@@ -103,11 +100,10 @@ def _read(source: str) -> Records:
     looks_like_id = re.fullmatch(r"[\w-][\w.-]*/[\w-]+", source) and not path.parent.is_dir()
     if path.is_dir() or looks_like_id:
         return HuggingFace(source).records()
-    raise UserError(f"{source}: no such file or folder; name it as seen from {Path.cwd()}")
+    raise UserError(f"{source}: no such file or folder; paths start at {Path.cwd()}")
 
 
 def _reader(path: str) -> Callable[[str], Records] | None:
-    """The reader of a file by its ending, None if that is not known."""
     name = Path(path.lower())
     return _READERS.get(Path(name.stem).suffix if name.suffix in _COMPRESSED else name.suffix)
 
@@ -141,7 +137,8 @@ def _parse(text: str, where: str, remedy: str) -> Any:
 
 
 def _csv(path: str, delimiters: str = ",;") -> Records:
-    """Cells below a header line, divided by the first of `delimiters` that divides the header; all are text."""
+    """Rows of strings below a header line, divided by the first of `delimiters` that the header contains."""
+    # Data-frame libraries guess types (ISO dates become timestamps) and lose line numbers.
     csv.field_size_limit(MAX_LINE_BYTES)
     lines = (line for _, line in _lines(path))
     header = next(lines, "")
@@ -155,7 +152,7 @@ def _csv(path: str, delimiters: str = ",;") -> Records:
         for record in reader:
             where = f"{path}:{reader.line_num}"
             if None in record or None in record.values():
-                raise UserError(f"{where}: the row does not have {len(names)} cells like the header")
+                raise UserError(f"{where}: expected {len(names)} cells, as in the header")
             yield record, where
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not readable as CSV ({error})") from None
@@ -176,11 +173,9 @@ def _parquet(path: str) -> Records:
 
 
 def _numbered(records: Iterable[dict[str, Any]], features: dict[str, Any], name: str) -> Records:
-    """Each record with its place; class labels by name, as the `features` of `datasets` give it."""
-    labels = {
-        key: it["names"] for key, it in features.items() if isinstance(it, dict) and isinstance(it.get("names"), list)
-    }
-    names = {key: dict(enumerate(texts)) for key, texts in labels.items()}
+    """Each record with its place; class labels become their names in the `features` of `datasets`."""
+    labels = {key: feature.get("names") for key, feature in features.items() if isinstance(feature, dict)}
+    names = {key: dict(enumerate(texts)) for key, texts in labels.items() if isinstance(texts, list)}
     for number, record in enumerate(records, 1):
         named = {key: names[key].get(record[key]) for key in names.keys() & record.keys()}
         yield record | named, f"{name}:row {number}"
@@ -205,7 +200,7 @@ def _open(path: str) -> IO[bytes]:
 
 
 def _lines(path: str, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[str, str]]:
-    """Place and text of each line of a UTF-8 file, read line by line."""
+    """The place and text of each line of a UTF-8 file, read line by line."""
     number = 0
     try:
         with _open(path) as file:

@@ -1,4 +1,4 @@
-"""Styles: what answers write in several ways. A model trained on a mixture writes a mixture."""
+"""Mixtures of styles in answers: a model trained on a mixture writes a mixture."""
 
 import re
 from collections import Counter, defaultdict
@@ -9,14 +9,14 @@ from typing import Any
 from formtune.data.cleaning import Example
 from formtune.formats import Format
 
-MOST = 0.8  # share of a field's texts that must be dates for it to be a field of dates
-COPIED = 0.95  # share of a field's texts that must be in their prompts for it to be a copied one
-ALWAYS = 0.95  # share of the objects that must have a key for its position to be a style
+MIN_DATES = 0.8  # share of dates among the strings of a date field
+MIN_COPIED = 0.95  # share of strings that are in their prompts, from which a field is copied
+MIN_PRESENT = 0.95  # share of the objects that have a key, from which its position is a style
 
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')  # in JSON
 
 Entry = tuple[Any, Example]  # a value and the row it is in
-Forms = list[tuple[str, Example]]  # rows, each with the way in which it writes a thing
+Forms = list[tuple[str, Example]]  # a style, and a row that uses it
 
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
 _DATES = {
@@ -33,19 +33,16 @@ _DATES = {
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """One thing that answers write in several ways."""
+    """A field, or the layout, that answers write in several styles."""
 
     path: str  # dotted path of the field, "" for the whole answer
     what: str  # layout, key order, empty, date or number
-    forms: dict[str, int]  # how many rows write it in each way, the most frequent first
-    minority: dict[str, list[str]]  # for each other way, the places of the rows that use it
+    forms: dict[str, int]  # number of rows by style, the most frequent first
+    minority: dict[str, list[str]]  # for each other style, the places of the rows that use it
 
 
 def mixtures(examples: Sequence[Example], format: Format) -> list[Mixture]:
-    """What the answers of judged rows write in more than one way; only rows of one schema are compared field by field.
-
-    In the fields that a schema declares, null and absent are two ways of saying nothing.
-    """
+    """Mixtures of styles in the answers of judged rows; fields are compared only among rows of one schema."""
     texts = [(format.split(e.target)[1], e) for e in examples if isinstance(e.value, dict | list)]
     compared = [("", "layout", [(form, e) for text, e in texts if text[:1] in "{[" and (form := _layout(text))])]
     same_schema: dict[str | None, list[Example]] = defaultdict(list)
@@ -65,7 +62,7 @@ def mixtures(examples: Sequence[Example], format: Format) -> list[Mixture]:
 
 
 def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value within a document with its path, indices left out; arguments of two tools are different fields."""
+    """Every value within a document with its path, without indices; arguments of two tools are different fields."""
     if isinstance(value, list):
         for inner in value:
             yield from _walk(inner, path)
@@ -78,14 +75,12 @@ def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _mixture(path: str, what: str, forms: Forms) -> Mixture | None:
-    """The mixture of the forms that examples use, None if all use the same."""
     counts = dict(Counter(form for form, _ in forms).most_common())
     minority = {form: list(dict.fromkeys(e.where for f, e in forms if f == form)) for form in [*counts][1:]}
     return Mixture(path, what, counts, minority) if minority else None
 
 
 def _layout(text: str) -> str | None:
-    """How JSON is laid out, None where it has no separators to tell."""
     outside = _STRING.sub("", text)
     if "\n" in outside:
         return "over several lines"
@@ -96,8 +91,8 @@ def _layout(text: str) -> str | None:
 
 def _key_orders(objects: Sequence[Entry]) -> Forms:
     counts = Counter(key for holder, _ in objects for key in holder)
-    # Keys that only some objects have are data, in the order in which the input names them.
-    always = {key for key, count in counts.items() if count >= ALWAYS * len(objects)}
+    # Keys that only some objects have are data, in the order of the input.
+    always = {key for key, count in counts.items() if count >= MIN_PRESENT * len(objects)}
     orders = [([key for key in holder if key in always], e) for holder, e in objects if always <= holder.keys()]
     usual = Counter(tuple(keys) for keys, _ in orders).most_common(1)[0][0] if orders else ()
     forms = []
@@ -108,7 +103,7 @@ def _key_orders(objects: Sequence[Entry]) -> Forms:
 
 
 def _empties(path: str, objects: Mapping[str, Sequence[Entry]]) -> Forms:
-    """A field for which some rows write null, some an empty text and some leave the key out."""
+    """The style of an empty value of a declared field: null, an empty string or no key."""
     parent, _, key = path.rpartition(".")
     holders = objects.get(parent, ())
     beside = {name for holder, _ in holders if key in holder for name in holder}
@@ -116,19 +111,19 @@ def _empties(path: str, objects: Mapping[str, Sequence[Entry]]) -> Forms:
     for holder, example in holders:
         value = holder.get(key, ...)
         form = "absent" if value is ... else "null" if value is None else "empty text" if value == "" else ""
-        # An object with keys that never come with this one is of another alternative, which may not have it.
+        # An object with keys that never occur beside this one is of another alternative, which may not have it.
         if form and (key in holder or holder.keys() <= beside):
             forms.append((form, example))
     return forms
 
 
 def _dates(entries: Sequence[Entry]) -> Forms:
-    """A field of dates, unless its texts are copied from the prompts."""
+    """The styles of a date field, unless its strings are copied from the prompts."""
     texts = [(v, e) for v, e in entries if isinstance(v, str)]
     forms = [(f, e) for v, e in texts for f, pattern in _DATES.items() if re.fullmatch(pattern, v, re.I)]
     # In this order: the prompt's text takes time, and few fields are dates.
-    is_own = len(forms) >= MOST * len(texts) and sum(v in e.text for v, e in texts) < COPIED * len(texts)
-    return forms if is_own else []
+    is_style = len(forms) >= MIN_DATES * len(texts) and sum(v in e.text for v, e in texts) < MIN_COPIED * len(texts)
+    return forms if is_style else []
 
 
 def _whole_numbers(entries: Sequence[Entry]) -> Forms:

@@ -1,4 +1,4 @@
-"""The data table: rows per split, how they were read, repairs, and quarantined rows."""
+"""The data table in the terminal."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from formtune.configuration.terminal import say
 from formtune.data.encoded import Splits
 from formtune.data.settings import DataSettings
 
-NAMED = 20  # ignored columns named in the terminal
+MAX_COLUMNS = 20  # ignored columns listed in the terminal
 
 
 def print_data(settings: DataSettings, splits: Splits | None, folder: Path | None) -> None:
@@ -29,7 +29,7 @@ def print_data(settings: DataSettings, splits: Splits | None, folder: Path | Non
         ignored = {"": splits.ignored} | ignored
         renderer, note = settings.renderer, settings.renderer.note
         differs = settings.system or splits.own_system or renderer.replaced or not renderer.templated
-        shared = f"shared text: {splits.shared:.0%} of the input text is the same in many rows"
+        shared = f"{splits.shared:.0%} of the input text is the same in many rows"
         listed = f" (each with its reason in {folder / 'quarantine.jsonl'})" if folder else ""
         repairs = ", ".join(f"{count:,} {step}" for step, count in splits.repairs.most_common())
         facts = {
@@ -37,14 +37,14 @@ def print_data(settings: DataSettings, splits: Splits | None, folder: Path | Non
             note: note and differs,
             f"encoded rows read from {splits.cached}": splits.cached,
             f"quarantined: {splits.quarantined}{listed}": splits.quarantined,
-            f"{shared}; it was left out of the near-duplicate comparison": splits.shared,
+            f"shared text: {shared}; the near-duplicate comparison ignores it": splits.shared,
             f"inputs repaired: {repairs}": repairs,
         }
         lines += [line for line, applies in facts.items() if applies]
-        for name, it in splits.weights.items():
-            lines.append(f"{name}: {it['rows']:,} training rows, weight {it['weight']:g}: {it['used']:,} in an epoch")
+        for name, n in splits.weights.items():
+            lines.append(f"{name}: {n['rows']:,} training rows, weight {n['weight']:g}: {n['used']:,} in an epoch")
     for key, counts in ignored.items():
-        columns = ", ".join(f"{name} ({count:,} rows)" for name, count in counts.most_common(NAMED))
+        columns = ", ".join(f"{name} ({count:,} rows)" for name, count in counts.most_common(MAX_COLUMNS))
         lines += [f"{f'data.{key}: ' if key else ''}ignored columns: {columns}"] if columns else []
     for line in lines:
         say(line)

@@ -10,14 +10,14 @@ from formtune.formats.strict_json import loads_strict
 from formtune.formats.tool_calls import tool_name
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles; the others have the names that are read anyway
+SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles; other roles have the usual names
 WEIGHTS = ("weight", "loss", "loss_scale", "train", "training")  # names that other tools give a turn's weight
 
-_OWN_KEYS = {"assistant": ("tool_calls", "reasoning_content"), "tool": ("tool_call_id", "name")}  # by role
+_ROLE_KEYS = {"assistant": ("tool_calls", "reasoning_content"), "tool": ("tool_call_id", "name")}
 
-# Keys that would change what is trained or rendered.
+# Keys that would change the rendered prompt or the target.
 REFUSED = {"functions", "tool_calls", "function_call", "reasoning_content", "thinking", "chat_template_kwargs"}
-# These as well in a turn; a column of such a name may mean anything.
+# Refused only in turns; a column of such a name may mean anything.
 _REFUSED_IN_TURNS = REFUSED.union(
     ("tools", "reasoning", "reasoning_details", "thinking_blocks", "thought", "thoughts", "tool_plan", "refusal"),
     ("audio", "audios", "image", "images", "image_url", "video", "videos"),
@@ -25,7 +25,7 @@ _REFUSED_IN_TURNS = REFUSED.union(
 
 
 def read_turns(turns: Any, column: str, where: str, with_target: bool | str, ignored: set[str]) -> list[Message]:
-    """The turns in a column; a prompt has no answer at the end, and of "all" targets those of weight 0 are marked."""
+    """The turns in a column; without a target, a last answer is dropped; for "all", answers of weight 0 are marked."""
     if not isinstance(turns, list):
         raise UserError(f"{where}: `{column}` is {kind(turns)}; it must be a list of turns with `role` and `content`")
     turns = [*map(_from_sharegpt, turns)]
@@ -41,7 +41,8 @@ def read_turns(turns: Any, column: str, where: str, with_target: bool | str, ign
         ignored |= {f"{column}[].{key}" for key in keys}
     last = ("assistant",) if with_target else ("user", "tool")
     if not messages or messages[-1]["role"] not in last or all(m["role"] != "user" for m in messages):
-        raise UserError(f"{where}: the last turn of `{column}` must be the {last[0]}'s, after one of the user's")
+        expected = "an assistant turn, after a user turn" if with_target else "a user turn"
+        raise UserError(f"{where}: `{column}` must end with {expected}")
     return messages
 
 
@@ -53,20 +54,19 @@ def read_tools(tools: Any, column: str, where: str) -> str | None:
     names = [*map(tool_name, tools)] if isinstance(tools, list) else [None]
     if None in names or len(set(names)) < len(names):
         raise UserError(
-            f"{where}: `{column}` must be a list of tools with different names, as OpenAI's chat completions take "
-            'them: {"type": "function", "function": {"name": ..., "parameters": ...}}; fix it, or rename the column'
+            f"{where}: `{column}` must be a list of tools with different names, as in OpenAI's chat completions: "
+            '{"type": "function", "function": {"name": ..., "parameters": ...}}; fix it, or rename the column'
         )
     return json.dumps(tools, ensure_ascii=False)
 
 
 def unread(holder: Mapping[str, Any], read: Set[Any], refused: Set[str], where: str) -> set[str]:
-    """The keys that have a value and are not read; refuses those that would change what is trained or rendered."""
+    """The keys that have a value and are not read; those that would change the prompt or the target are refused."""
     keys = [key for key, value in holder.items() if key not in read and not empty(value)]
     for key in keys:
         if key in refused and holder[key] is not False:
             raise UserError(
-                f"{where}: `{key}` is neither rendered nor trained; write what matters into the text of a turn and "
-                "remove the key, or remove the row"
+                f"{where}: `{key}` is neither rendered nor trained; write it into the text of a turn, or remove it"
             )
     return set(keys)
 
@@ -79,7 +79,7 @@ def empty(value: Any) -> bool:
 
 
 def parsed(value: Any) -> Any:
-    """The value of a JSON text; other values and other texts as they are."""
+    """The value of a JSON text; other values and texts unchanged."""
     try:
         return loads_strict(value.strip()) if isinstance(value, str) else value
     except ValueError:
@@ -91,7 +91,7 @@ def kind(value: Any) -> str:
 
 
 def _from_sharegpt(turn: Any) -> Any:
-    """A turn with `from` and `value` as one with `role` and `content`; any other as it is."""
+    """A turn with `from` and `value` rewritten with `role` and `content`; other turns unchanged."""
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys() or {"role", "content"} & turn.keys():
         return turn
     rest = {key: turn[key] for key in turn.keys() - {"from", "value"}}
@@ -99,17 +99,16 @@ def _from_sharegpt(turn: Any) -> Any:
 
 
 def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[Message, set[str]]:
-    """A turn, and the keys that are not read."""
     if not isinstance(turn, dict) or turn.get("role") not in ROLES:
         actual = f"has the role {turn.get('role')!r}" if isinstance(turn, dict) else f"is {kind(turn)}"
         raise UserError(f"{here} {actual}; a turn is an object with `content` and a `role`: {', '.join(ROLES)}")
-    message = {key: turn[key] for key in _OWN_KEYS.get(turn["role"], ()) if not empty(turn.get(key))}
+    message = {key: turn[key] for key in _ROLE_KEYS.get(turn["role"], ()) if not empty(turn.get(key))}
     keys = unread(turn, {"role", "content", *message, *WEIGHTS}, _REFUSED_IN_TURNS, here)
     for key in WEIGHTS:
         if (weight := turn.get(key)) not in (None, 0, 1) or (weight == 0 and is_answer):
             raise UserError(
-                f"{here}: `{key}` is {weight!r}; write 1, or 0 for an answer that is context only, which the last one "
-                "may be with data.train_on: all; or remove the row"
+                f"{here}: `{key}` is {weight!r}; write 1, or 0 for a context-only answer (the last one only with "
+                "data.train_on: all), or remove the row"
             )
     if "tool_calls" in message:
         message["tool_calls"] = _read_calls(message["tool_calls"], f"{here}.tool_calls")
@@ -135,10 +134,7 @@ def _read_calls(calls: Any, here: str) -> list[dict[str, Any]]:
         name, function = tool_name(call), call.get("function", call) if isinstance(call, dict) else {}
         arguments = parsed(function.get("arguments")) if name else None
         if not isinstance(arguments, dict):
-            raise UserError(
-                f'{here}: write {{"type": "function", "function": {{"name": ..., "arguments": ...}}}}, the arguments '
-                "as an object or as the JSON text of one"
-            )
-        own = {"id": call["id"]} if call.get("id") else {}
-        read.append(own | {"type": "function", "function": {"name": name, "arguments": arguments}})
+            raise UserError(f'{here}: write {{"type": "function", "function": {{"name": ..., "arguments": {{...}}}}}}')
+        call_id = {"id": call["id"]} if call.get("id") else {}
+        read.append(call_id | {"type": "function", "function": {"name": name, "arguments": arguments}})
     return read

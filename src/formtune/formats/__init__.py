@@ -1,8 +1,4 @@
-"""Formats: what an answer must look like, and a verdict on every text. Imports neither torch nor lightning.
-
-One format judges the training targets, the model's answers in validation and the answers of `predict`.
-For your own format, subclass `Format` and name the class in YAML; it needs only `parse`.
-"""
+"""Formats: what an answer must look like, and a verdict on every text. Imports neither torch nor lightning."""
 
 from formtune.formats.format import KINDS, Format, Problem, SyntaxProblem, Verdict
 from formtune.formats.json_schema import JsonSchema

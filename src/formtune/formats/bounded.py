@@ -1,7 +1,4 @@
-"""The validator of the `jsonschema` library and regular expressions, with bounds of time and memory for every text.
-
-Replaced are keywords that hand patterns to `re`, compare all pairs of items, or follow references (up to 2**depth).
-"""
+"""JSON Schema validation and regular expressions, bounded in time and memory for every text."""
 
 import math
 import re
@@ -22,13 +19,13 @@ from jsonschema.validators import extend
 
 from formtune.formats.content import typed
 
-CHECK_SECONDS = 0.5  # of processor time, so that a busy machine changes no verdict; an ordinary check needs 0.0001
-MAX_REPEATS = 100_000  # of a pattern, which the `regex` package writes out as often as they must match
+CHECK_SECONDS = 0.5  # CPU time, so that a busy machine changes no verdict; an ordinary check takes 0.0001
+MAX_REPEATS = 100_000  # repetitions in a pattern; the `regex` package expands those that must match
 
 _END: ContextVar[float] = ContextVar("end", default=1e9)
 
 _ECMA = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|[$.]", re.S)
-_SETS = {  # ASCII digits and words, and the white space of ECMA-262
+_CLASSES = {  # character classes of ECMA-262: ASCII digits and word characters, Unicode whitespace
     r"\d": "0-9",
     r"\D": r"\x00-/:-\U0010ffff",
     r"\w": "0-9A-Z_a-z",
@@ -38,9 +35,9 @@ _SETS = {  # ASCII digits and words, and the white space of ECMA-262
     r"\u3001-\ufefe\uff00-\U0010ffff",
     ".": r"\x00-\t\x0b\x0c\x0e-\u2027\u202a-\U0010ffff",
 }
-# In a set: what stays as it is, and signs that only Rust's regular expressions, of grammars, may take for operators.
-_IN_SET = re.compile(r"(^\[\^?-?|\\.|\[:\^?\w+:\])|--|[\[&~]", re.S)
-_ANCHORS = {r"\A": "^", r"\Z": "$", r"\z": "$"}  # which ECMA-262 does not have, but everybody means so
+# In a character class: text to keep (group 1), and characters that Rust's regex (in grammars) may read as operators.
+_IN_CLASS = re.compile(r"(^\[\^?-?|\\.|\[:\^?\w+:\])|--|[\[&~]", re.S)
+_ANCHORS = {r"\A": "^", r"\Z": "$", r"\z": "$"}  # not in ECMA-262, but widely used
 _ENDS = {"$": r"\Z", r"\b": r"(?a:\b)", r"\B": r"(?a:\B)"}
 
 _TIME = r"\d\d:\d\d:\d\d(?:\.\d+)?(?:[zZ]|[+-]\d\d:\d\d)"
@@ -52,7 +49,7 @@ def _shape(pattern: str, parse: Callable[[str], Any] = bool) -> tuple[Callable[[
 
 
 FORMATS = FormatChecker(("date", "ipv4", "ipv6"))
-FORMATS.checkers |= {  # which the library leaves to other packages, or does not check to the end
+FORMATS.checkers |= {  # formats that the library leaves to other packages, or checks only in part
     "time": _shape(_TIME, clock.fromisoformat),
     "date-time": _shape(rf"\d{{4}}-\d\d-\d\d[Tt]{_TIME}", datetime.fromisoformat),
     "duration": _shape(r"P(?=.)(?:\d+W|(?:\d+Y)?(?:\d+M)?(?:\d+D)?(?:T(?=.)(?:\d+H)?(?:\d+M)?(?:\d+S)?)?)"),
@@ -64,7 +61,7 @@ FORMATS.checkers |= {  # which the library leaves to other packages, or does not
 
 @contextmanager
 def time_limit() -> Iterator[None]:
-    """Stop the work within by a TimeoutError after `CHECK_SECONDS`, or earlier if an outer limit ends."""
+    """Limit a block to `CHECK_SECONDS`, or to the rest of an outer limit; `seconds_left` raises the TimeoutError."""
     token = _END.set(min(_END.get(), time.thread_time() + CHECK_SECONDS))
     try:
         yield
@@ -73,7 +70,7 @@ def time_limit() -> Iterator[None]:
 
 
 def seconds_left() -> float:
-    """The time that is left; raises TimeoutError if there is none."""
+    """Seconds until the time limit; raises TimeoutError after it."""
     left = _END.get() - time.thread_time()
     if left <= 0:
         raise TimeoutError
@@ -93,25 +90,25 @@ def compile_pattern(pattern: str) -> Any:
         raise regex.error(str(error)) from None
 
 
-def plain_set(text: str) -> str:
-    """A set with such signs escaped: `[a&&[b]` must not become an intersection in a grammar."""
-    return _IN_SET.sub(lambda sign: sign[1] or f"{sign[0][:-1]}\\{sign[0][-1]}", text)
+def escape_class(text: str) -> str:
+    """Escape the operators in a character class: `[a&&[b]` must not become an intersection in a grammar."""
+    return _IN_CLASS.sub(lambda match: match[1] or f"{match[0][:-1]}\\{match[0][-1]}", text)
 
 
 @lru_cache(maxsize=1000)
 def compile_ecma(pattern: str) -> Any:
-    """As `compile_pattern`, with the meaning of ECMA-262: `$` is only the end, not before a last line feed."""
+    """Compile a pattern as ECMA-262 defines it: `$` matches only at the end, not before a final line feed."""
     return compile_pattern(_ECMA.sub(lambda match: _ENDS.get(match[0], match[0]), ecma(pattern)))
 
 
 def ecma(pattern: str) -> str:
-    r"""A pattern with `.`, `\d`, `\w`, `\s` and their opposites written out as ECMA-262 means them."""
+    r"""Replace `.`, `\d`, `\w`, `\s` and their opposites by the characters that ECMA-262 defines for them."""
 
     def write_out(match: re.Match[str]) -> str:
         token = match[0]
         if token.startswith("["):
-            return plain_set(re.sub(r"\\.", lambda escape: _SETS.get(escape[0], escape[0]), token, flags=re.S))
-        return f"[{_SETS[token]}]" if token in _SETS else _ANCHORS.get(token, token)
+            return escape_class(re.sub(r"\\.", lambda escape: _CLASSES.get(escape[0], escape[0]), token, flags=re.S))
+        return f"[{_CLASSES[token]}]" if token in _CLASSES else _ANCHORS.get(token, token)
 
     return _ECMA.sub(write_out, pattern)
 
@@ -153,7 +150,7 @@ def _unique_items(validator: Any, unique: bool, value: Any, schema: Any) -> Iter
 
 
 def resolver(root: dict[str, Any]) -> Callable[[str], Any]:
-    """The function that looks up references, which are JSON pointers; of any other it returns None."""
+    """A function that resolves references if they are JSON pointers within the schema; else it returns None."""
 
     def resolve(reference: str) -> Any:
         start, *parts = unquote(reference).split("/")
@@ -169,13 +166,14 @@ def resolver(root: dict[str, Any]) -> Callable[[str], Any]:
 
 
 def bounded_validator(root: dict[str, Any], formats: FormatChecker = FORMATS) -> Any:
-    """The validator of a schema of draft 2020-12 in which all references are plain pointers."""
+    """The bounded validator of a draft 2020-12 schema whose references are all JSON pointers within it."""
     resolve = resolver(root)
 
     def follow(validator: Any, reference: str, value: Any, schema: Any) -> Iterator[ValidationError]:
         seconds_left()
         yield from validator.descend(value, resolve(reference))
 
+    # The library hands patterns to `re`, compares all pairs of items, and follows references up to 2**depth times.
     keywords: dict[str, Any] = {"pattern": _pattern, "patternProperties": _pattern_properties, "$ref": follow}
     keywords |= {"additionalProperties": _additional, "uniqueItems": _unique_items}
     cls: Any = extend(Draft202012Validator, keywords)

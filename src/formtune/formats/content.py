@@ -13,7 +13,7 @@ _MISSING = object()
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How a document compares with the target; values are counted without nulls."""
+    """A document compared with the target; nulls are not counted as values."""
 
     equal: bool = False  # whether they are the same
     matched: int = 0  # values that both have at the same path
@@ -23,7 +23,7 @@ class Comparison:
 
 
 def compare(value: Any, target: Any, is_document: bool, fields: tuple[str, ...], sets: frozenset[str]) -> Comparison:
-    """Compare a document with the target. Without one nothing is right, not even what should be absent."""
+    """Compare a document with the target; without a document nothing is right, not even absent values."""
     got, expected = dict(leaves(value, sets)), dict(leaves(target, sets))
     missing, extra = [p for p in expected if p not in got], [p for p in got if p not in expected]
     mismatched = [p for p in expected if p in got and _exact(got[p][0]) != _exact(expected[p][0])]
@@ -84,13 +84,13 @@ def _at(value: Any, path: str) -> Any:
 
 
 class Words:
-    """The words and numbers of a text, to look values up in."""
+    """The words and numbers of a text, for looking up values."""
 
     def __init__(self, text: str) -> None:
         self._words, self._numbers = _words(text), _numbers(text)
 
     def hold(self, value: Any) -> bool:
-        """Whether the text holds a value: strings by their words, numbers by their amount; true of all else."""
+        """Whether the text contains a value: strings by their words, numbers by their size; True for other types."""
         if isinstance(value, int | float) and not isinstance(value, bool):
             return abs(value) in self._numbers
         return not isinstance(value, str) or _words(value) in self._words
@@ -101,7 +101,7 @@ def _words(text: str) -> str:
 
 
 def _numbers(text: str) -> set[float]:
-    """The numbers in a text, with a comma read both as thousands separator and as decimal point."""
+    """The numbers in a text; a comma or point is read both as thousands separator and as decimal point."""
     numbers = set()
     for token in re.findall(r"\d+(?:[.,]\d+)*", text, re.ASCII):
         for thousands, point in ((",", "."), (".", ",")):

@@ -1,4 +1,4 @@
-"""Reads a JSON Schema of draft 7 or 2020-12 as one of 2020-12, and finds everything wrong with it."""
+"""Translates a JSON Schema of draft 7 or 2020-12 to 2020-12, and finds everything wrong with it."""
 
 import copy
 import difflib
@@ -14,11 +14,11 @@ from jsonschema import Draft7Validator, Draft202012Validator, FormatChecker
 from formtune.errors import UserError
 from formtune.formats.bounded import FORMATS, bounded_validator, compile_ecma, resolver
 
-MAX_PROBLEMS = 10  # of a schema, named at once
-ALIKE = 0.84  # of the letters, from which a key is likely a misspelt keyword
+MAX_PROBLEMS = 10  # problems of a schema, listed at once
+MIN_SIMILARITY = 0.84  # of a key to a keyword, from which it is likely a misspelling
 TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 
-_REFUSED = {  # keywords that no tool writes for language models, and what to write instead
+_REFUSED = {  # unsupported keywords, which no tool writes for language models, and what to use instead
     "additionalItems": "prefixItems and items",
     "dependencies": "dependentRequired, or if and then",
     "dependentSchemas": "if and then",
@@ -33,7 +33,7 @@ _MAPS = {"properties", "patternProperties", *_DEFINITIONS}
 _LISTS = {"allOf", "anyOf", "oneOf", "prefixItems"}
 _SINGLES = {"items", "contains", "additionalProperties", "propertyNames", "not", "if", "then", "else"}
 
-# What keywords hold. The library's metaschema of 2020-12 takes ten times as long.
+# Schemas of the keywords' values. The library's metaschema of 2020-12 takes ten times as long.
 _DRAFT7: Any = Draft7Validator.META_SCHEMA["properties"]
 _VALUES = {key: value for key, value in _DRAFT7.items() if key in KEYWORDS} | {
     "prefixItems": _DRAFT7["allOf"],
@@ -53,7 +53,7 @@ def types(node: dict[str, Any]) -> list[str]:
 
 
 def schema_nodes(node: Any, path: str = "$") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every schema within a schema; what enum, const, default and examples hold is data."""
+    """Every schema within a schema, with its path; values of enum, const, default and examples are data."""
     if not isinstance(node, dict):
         return
     yield path, node
@@ -68,10 +68,8 @@ def schema_nodes(node: Any, path: str = "$") -> Iterator[tuple[str, dict[str, An
 
 
 def read_draft(schema: Any, name: str) -> tuple[dict[str, Any], list[str]]:
-    """A schema in draft 2020-12, with checked keywords only, and notes on what is not checked.
-
-    No object may be in it twice. Raises UserError with all that is wrong.
-    """
+    """The schema in draft 2020-12 with checked keywords only, and notes on what is not checked; raises UserError."""
+    # Nodes are translated in place: no object may be in the schema twice.
     if not isinstance(schema, dict):
         raise UserError(f"{name}: expected an object as schema, found {schema!r:.40}")
     draft = re.match(r"https?://json-schema\.org/draft[-/]0?([\d-]+)", str(schema.get("$schema")))
@@ -90,7 +88,7 @@ def _mistakes(schema: dict[str, Any], draft: str) -> Iterator[str]:
     if draft not in ("7", "2020-12"):
         yield f"$.$schema: draft {draft} is not supported; write the schema as draft-07 or 2020-12"
     for error in _METASCHEMA.iter_errors(schema):
-        while error.context:  # of several types that a keyword may have, the first is the usual one
+        while error.context:  # a keyword with several types: the first is the usual one
             error = error.context[0]
         cause = f": {error.cause}" if error.cause else ""
         yield f"{error.json_path}: not a JSON Schema ({error.message:.150}{cause})"
@@ -107,10 +105,9 @@ def _mistakes(schema: dict[str, Any], draft: str) -> Iterator[str]:
 
 @cache
 def _meant(key: str) -> str | None:
-    """The keyword that a key is likely to mean."""
     word = _letters(key)
     spelled = {_letters(keyword): keyword for keyword in KEYWORDS - {*_DEFINITIONS, "not", "if"}}
-    close = difflib.get_close_matches(word, spelled, 1, ALIKE)
+    close = difflib.get_close_matches(word, spelled, 1, MIN_SIMILARITY)
     moved = [other for other in spelled if sorted(other) == sorted(word)]
     return next((spelled[other] for other in [*close, *moved]), None)
 
@@ -120,7 +117,7 @@ def _letters(key: str) -> str:
 
 
 def _translate(root: dict[str, Any], is_draft7: bool) -> list[str]:
-    """Turn a schema into one of 2020-12 with checked keywords only; returns what it says without a check."""
+    """Translate a schema in place to 2020-12 with checked keywords only; returns what is not checked."""
     unchecked = []
     for _, node in schema_nodes(root):
         if isinstance(node.get("items"), list):
@@ -130,14 +127,14 @@ def _translate(root: dict[str, Any], is_draft7: bool) -> list[str]:
                 unchecked.append(f"{key} beside $ref, which draft 7 ignores")
             elif key == "format" and node[key] not in FORMATS.checkers:
                 unchecked.append(f"format {node[key]!r:.40}")
-            elif key in KEYWORDS or key == "discriminator":  # grammars need the last
+            elif key in KEYWORDS or key == "discriminator":  # grammars need `discriminator`
                 continue
             del node[key]
     return unchecked
 
 
 def _wrong_whole(root: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with a schema as a whole, such as references to nowhere or back to itself."""
+    """What is wrong with a schema as a whole, such as unresolved or endless references."""
     nodes, resolve, applied = [*schema_nodes(root)], resolver(root), dict[int, list[int]]()
     for path, node in nodes:
         inner = [option for key in ("allOf", "anyOf", "oneOf") for option in node.get(key, ())]

@@ -14,7 +14,7 @@ from formtune.formats.content import Comparison, compare
 from formtune.formats.key_orders import Orders
 
 MAX_CHARACTERS = 100_000  # longer texts are not read: a verdict must be cheap whatever a model writes
-MAX_FENCES = 8  # searched for a document
+MAX_FENCES = 8  # code fences searched for a document
 
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.S)
 
@@ -39,12 +39,12 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a format says of one text."""
+    """A format's verdict on one text."""
 
     kind: str  # one of `KINDS`
     detail: str  # one line on what is wrong, "" if nothing is
     loose: bool  # whether the format is valid without the fence, prose and think block around the document
-    value: Any  # the document, alone or within other text; None if there is none
+    value: Any  # the document, also if there is other text around it; None if there is none
     content: Comparison | None  # the document compared with the target; None without a target
 
     @property
@@ -59,9 +59,9 @@ class Verdict:
 
 
 class Format(ABC):
-    """A format; your own needs `parse`, and the other methods if it has more to say.
+    """Base class of formats; a subclass needs `parse`, the rest is optional.
 
-    Texts are judged as they are: nothing is stripped. White space around a document is extra text. The constructor
+    Texts are judged as they are: nothing is stripped. Whitespace around a document is extra text. The constructor
     stores each argument as the attribute of the same name, so that the format can be written to a file.
     """
 
@@ -71,7 +71,7 @@ class Format(ABC):
     sets: frozenset[str] = frozenset()
     #: Paths of values that need not occur in the input, such as labels.
     derived: frozenset[str] = frozenset()
-    #: What the user should know of how the format was read, such as what it leaves unchecked; each one line.
+    #: Notes for the user on how the format was read, such as what is not checked; each one line.
     notes: tuple[str, ...] = ()
     #: Whether a document must have exactly the text that `write` gives.
     canonical: bool = False
@@ -83,38 +83,38 @@ class Format(ABC):
 
     @property
     def is_custom(self) -> bool:
-        """Whether it is a user's class, whose code may change between runs."""
+        """Whether the class is a user's, whose code may change between runs."""
         return not type(self.inner or self).__module__.startswith("formtune.formats.")
 
     def split(self, text: str) -> tuple[str, str]:
-        """The reasoning with its tags and the white space after it, "" if there is none, and the answer."""
+        """The reasoning with its tags and the whitespace after it, "" if there is none, and the answer."""
         return "", text
 
     def of_row(self, schema: str | None) -> "Format":
-        """The format of one row, by the JSON text of its own schema; raises UserError if it cannot be read."""
+        """The format of one row, from its schema as JSON text; raises UserError if the schema cannot be read."""
         return self
 
     @abstractmethod
     def parse(self, text: str) -> Any:
-        """The document that the whole text is, as plain Python data; raises SyntaxProblem if it is not one."""
+        """Parse the whole text to a document of plain Python data; raises SyntaxProblem if it is not one."""
 
     def problems(self, value: Any) -> list[Problem]:
-        """What is wrong with a document that parsed."""
+        """What is wrong with a parsed document."""
         return []
 
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
-        """Spans that may be a document within other text; think blocks are left out."""
+        """Spans that may be a document within other text; think blocks are skipped."""
         start = answer_start(text)
         yield _trimmed(text, start, len(text))
         for fence in islice(_FENCE.finditer(text, start), MAX_FENCES):
             yield _trimmed(text, *fence.span(1))
 
     def write(self, value: Any) -> str | None:
-        """The plainest text of a document, None if the format has none."""
+        """The canonical text of a document, None if the format has none."""
         return None
 
     def value_spans(self, text: str) -> dict[str, tuple[int, int]]:
-        """Where values are in a valid text, by dotted path, with the next character if that shows that one ends."""
+        """Spans of the values in a valid text, by dotted path; with the next character if that ends the value."""
         return {}
 
     def grammar(self) -> str | None:
@@ -126,7 +126,7 @@ class Format(ABC):
         return None
 
     def ordered_grammar(self, orders: Orders | None) -> str | None:
-        """As `grammar`, with JSON keys in the orders that targets use, None for any; None if `grammar` allows these."""
+        """As `grammar`, with JSON keys in these orders (None: any order); None if `grammar` allows them."""
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,11 +142,8 @@ class Format(ABC):
 
     @time_limit()
     def check(self, text: str, *, finished: bool = True, target: str | None = None) -> Verdict:
-        """Judge an answer without its stop token; every text gets a verdict.
-
-        `finished` is False for an answer that was cut for length.
-        """
-        if target is not None:  # before the answer takes the time
+        """Judge an answer without its stop token; every text gets a verdict. `finished` is False if it is truncated."""
+        if target is not None:  # first, before the answer uses up the time
             try:
                 expected = self._parse(target)
             except SyntaxProblem as error:
@@ -154,8 +151,8 @@ class Format(ABC):
         is_document, value, problems = self._read(text)
         content, is_loose = None, finished and is_document and all(p.kind == "extra_text" for p in problems)
         if not finished:
-            why = "the document is complete" if is_document else "cut before its end"
-            problems.append(Problem("truncated", f"no stop token: {why}"))
+            state = "complete" if is_document else "incomplete"
+            problems.append(Problem("truncated", f"no stop token: the document is {state}"))
         if target is not None:
             content = compare(value, expected, is_document, self.fields, self.sets)
             if content.difference:
@@ -164,12 +161,9 @@ class Format(ABC):
         return Verdict(first.kind, " ".join(first.detail.split()), is_loose, value, content)
 
     def _read(self, text: str) -> tuple[bool, Any, list[Problem]]:
-        """Whether the text holds a document, the document, and what is wrong.
-
-        Of documents within other text, it is the first valid one, else the first that is not part of another.
-        """
+        """Whether a text contains a document, the document (the first valid one, else the first) and its problems."""
         empty = False, None, [Problem("empty", "the answer is empty")]
-        if text and not text.strip():  # a document can be empty, and not white space
+        if text and not text.strip():  # a document can be empty, but not whitespace
             return empty
         if len(text) > MAX_CHARACTERS:
             return False, None, [Problem("syntax", f"longer than {MAX_CHARACTERS:,} characters")]
@@ -191,13 +185,12 @@ class Format(ABC):
         return first or ((False, None, [Problem("syntax", errors[0])]) if text else empty)
 
     def _judge(self, text: str) -> tuple[Any, list[Problem]]:
-        """The document that the whole text is, and what is wrong with it."""
         value = self._parse(text)
         try:
             problems = [*self.problems(value)]
             if self.canonical and self.write(value) != text:
                 problems.append(Problem("layout", "key order or whitespace is not canonical"))
-        except (TimeoutError, RecursionError, MemoryError):  # the last of a pattern that calls itself
+        except (TimeoutError, RecursionError, MemoryError):  # MemoryError: a recursive pattern
             why = f"the check took more than {CHECK_SECONDS} s of CPU time or recursed too deeply"
             problems = [Problem("bad_value_form", why)]
         return value, problems
@@ -207,12 +200,12 @@ class Format(ABC):
             return self.parse(text)
         except SyntaxProblem:
             raise
-        except Exception as error:  # your own parser may fail in any way on an unexpected text
+        except Exception as error:  # a custom parser may raise anything
             raise SyntaxProblem(f"{type(error).__name__}: {error}") from error
 
 
 def answer_start(text: str) -> int:
-    """Where the answer begins: after a think block, also one that the prompt opened, and never within one."""
+    """Where the answer begins: after a think block (also one that the prompt opened), never within one."""
     end = text.find("</think>")
     if end >= 0:
         return end + len("</think>")

@@ -1,4 +1,4 @@
-"""JSON that keeps a JSON Schema, judged by the `jsonschema` library and read strictly."""
+"""JSON that conforms to a JSON Schema, parsed strictly and judged by the `jsonschema` library."""
 
 import copy
 import functools
@@ -22,30 +22,30 @@ from formtune.formats.key_orders import OrderedRules, Orders
 from formtune.formats.places import Part, Places, is_array, is_label
 from formtune.formats.strict_json import find_documents, loads_strict, value_spans
 
-MAX_CHARACTERS = 2_000_000  # of a schema's file: to read it takes time
-MAX_PROBLEMS = 20  # per text: more do not help a reader
+MAX_CHARACTERS = 2_000_000  # of a schema's file
+MAX_PROBLEMS = 20  # per text
 MAX_PATHS = 2000  # of a format: references can multiply without end
-PER_ROW = "per row"  # as a schema: each row has its own
+PER_ROW = "per row"  # in place of a schema: each row has its own
 
 _KINDS = dict.fromkeys(("required", "dependentRequired"), "missing_key") | {"type": "wrong_type"}
 _KINDS |= dict.fromkeys(("additionalProperties", "propertyNames"), "extra_key")
-# What holds the schema in a request to OpenAI (response_format, tool) or Anthropic, and in a tool of MCP.
+# Keys that contain the schema in a request to OpenAI (response_format, tool) or Anthropic, and in an MCP tool.
 _WRAPPERS = ("schema", "json_schema", "response_format", "function", "parameters", "input_schema", "inputSchema")
 
 
 class JsonSchema(Format):
     """One JSON document that conforms to a JSON Schema, with nothing around it.
 
-    What the schema allows is allowed: keys that it does not name too, unless it says `additionalProperties: false`.
+    Keys that the schema does not name are allowed, unless it says `additionalProperties: false`.
 
     Args:
         schema: File of the schema, the schema itself, or a Pydantic class as `module:Class`; draft 7 or 2020-12, all in
             one file. By default each row has its own, in the column that `data.columns.schema` names.
-        canonical: Whether key order (the schema's, of alternatives one that the document keeps) and white space (none)
-            are part of the format.
+        canonical: Whether the format fixes the key order (the schema's, or that of a valid alternative) and allows no
+            whitespace.
         sets: Dotted paths of arrays whose order does not matter for content.
-        derived: Dotted paths of values that answers work out instead of copying them from the input, such as a date
-            written in another form; enums, constants and booleans are known to be.
+        derived: Dotted paths of values that answers derive instead of copying them from the input, such as a date in
+            another form; enums, constants and booleans always count as derived.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class JsonSchema(Format):
             raise UserError(f"data.format.sets, derived: {name} declares no array, or no value, at {paths}")
 
     def _adopt(self, schema: Any, name: str) -> list[tuple[str, list[Part], bool]]:
-        """Judge by this schema; returns its places, see `Places.paths`."""
+        """Set the schema to judge by; returns its places, see `Places.paths`."""
         self.schema, keys = unwrap(schema)
         self.per_row = False
         try:
@@ -87,9 +87,9 @@ class JsonSchema(Format):
         notes += [f"only the first {MAX_PATHS:,} fields are compared one by one"] if len(places) == MAX_PATHS else []
         self.notes = tuple(f"{name}: {note}" for note in notes)
         self.fields = tuple(dict.fromkeys(path for path, _, in_array in places if path and not in_array))
-        # One alternative with labels is enough: else each of its labels would be called made up.
+        # One alternative with labels is enough: else the audit would call its labels invented.
         self.derived |= {path for path, parts, _ in places if any(map(is_label, parts))}
-        # "See [1]" holds no document where the schema asks for an object.
+        # "See [1]" contains no document if the schema requires an object.
         self._brackets = {"object": "{", "array": "["}.get(str(self._root.get("type")), "{[")
         return places
 
@@ -100,12 +100,12 @@ class JsonSchema(Format):
         if schema is None:
             remedy = "write it into the column that data.columns.schema names, or set data.format.init_args.schema"
             raise UserError(f"the row has no schema; {remedy}")
-        own, name = copy.copy(self), "the row's schema"
+        row_format, name = copy.copy(self), "the row's schema"
         try:
-            own._adopt(loads_strict(schema), name)
+            row_format._adopt(loads_strict(schema), name)
         except ValueError as error:
             raise UserError(f"{name}: not valid JSON ({error})") from None
-        return own
+        return row_format
 
     def parse(self, text: str) -> Any:
         if text != text.strip(" \t\n\r"):
@@ -132,12 +132,12 @@ class JsonSchema(Format):
         return f"answer: %json {json.dumps(closed(self._root, self.canonical))}"
 
     def ordered_grammar(self, orders: Orders | None) -> str | None:
-        # Of a canonical format the order is a part.
+        # The order is part of a canonical format.
         return None if self.canonical else OrderedRules(closed(self._root, canonical=False), orders).text
 
 
 def _problem(error: ValidationError) -> Problem:
-    while error.context:  # anyOf, oneOf: the alternative that came closest says what is wrong
+    while error.context:  # anyOf, oneOf: report the alternative that came closest
         branches: dict[Any, list[ValidationError]] = {}
         for inner in error.context:
             branches.setdefault(next(iter(inner.schema_path), None), []).append(inner)  # none for `false`
@@ -153,7 +153,7 @@ def _problem(error: ValidationError) -> Problem:
 
 
 def read_schema(source: str | dict[str, Any]) -> Any:
-    """The schema in a file, of a Pydantic class written as `module:Class`, or as it is; no object is in it twice."""
+    """The schema of a file, a Pydantic class (`module:Class`), or as it is; no object is in it twice."""
     if not isinstance(source, str):
         try:
             return json.loads(json.dumps(source, allow_nan=False))
@@ -182,7 +182,7 @@ def _class_schema(module: str, name: str) -> Any:
 
 
 def unwrap(schema: Any) -> tuple[Any, str]:
-    """The schema within a request or tool, and the keys that lead to it; "" if it is a schema itself."""
+    """The schema within a request or tool, and the dotted keys that lead to it, "" if it is the schema itself."""
     keys = []
     while isinstance(schema, dict) and not schema.keys() & KEYWORDS - {"type"} and schema.get("type") not in TYPES:
         inner = [key for key in _WRAPPERS if isinstance(schema.get(key), dict)]

@@ -1,7 +1,4 @@
-"""Key orders: those that training targets use, and a grammar of JSON that allows them.
-
-Objects whose targets agree on one order keep it. In others each key may come at any time, but once.
-"""
+"""Key orders of training targets, and a JSON grammar for them: a common order is fixed, else keys come in any order."""
 
 import json
 from collections import Counter
@@ -12,20 +9,19 @@ from typing import Any
 from formtune.formats.bounded import resolver
 from formtune.formats.dialect import KEYWORDS, types
 
-# By the key that holds the objects, "" for the whole: how often a key comes right before another one.
+# By the key whose value the objects are ("" for the root): how often a key comes right before another one.
 Orders = dict[str, dict[str, dict[str, int]]]
 Pairs = dict[tuple[str, str], int]
 
-MAX_NAMES = 1000  # keys below one holder: more are data, not names
-MAX_KEYS = 64  # of an object in any order: llguidance's rules take one number of 64 bits
+MAX_NAMES = 1000  # different keys of the objects at one key: more are data, not names
+MAX_KEYS = 64  # of an object in any order: llguidance's rules have one 64-bit parameter
 
-# Enough to indent; a model that prefers to write white space must not fill its answer with it.
-WHITE_SPACE = r"([\x20\x09]{1,2}|\x0D?\x0A[\x20\x09]{0,20})"
+# Enough to indent; bounded, so that a model cannot fill its answer with whitespace.
+WHITESPACE = r"([\x20\x09]{1,2}|\x0D?\x0A[\x20\x09]{0,20})"
 _SCALARS = {"null", "string", "boolean", "integer"}
 
 
 def learn_orders(values: Iterable[Any]) -> Orders:
-    """The orders of keys that documents use."""
     orders: Orders = {}
     stack = [("", value) for value in values]
     while stack:
@@ -42,11 +38,11 @@ def learn_orders(values: Iterable[Any]) -> Orders:
 
 
 class OrderedRules:
-    """Rules for a schema as `closed` gives it, with the keys of its objects in these orders; None allows any order.
+    """Rules for a schema as `closed` returns it, with the keys of its objects in these orders; None allows any order.
 
-    `text` is None if the schema's own order is right. One order is kept in parts of allOf, beside a union or `$ref`, in
-    tuples, in objects of more than 64 keys, and in a root that may be a scalar. The rules allow no other values than
-    the schema, if llguidance takes it as it is: that proves that the alternatives of each `oneOf` exclude one another.
+    `text` is None if the schema's own order is right. The order is always fixed in parts of allOf, beside a union or
+    `$ref`, in tuples, in objects of more than 64 keys, and in a root that may be a scalar. The rules allow no more than
+    the schema if llguidance accepts it: then the alternatives of each `oneOf` exclude one another.
     """
 
     def __init__(self, root: dict[str, Any], orders: Orders | None) -> None:
@@ -61,7 +57,7 @@ class OrderedRules:
             self.text = self._lark(start)
 
     def _starts_with_json(self, name: str) -> bool:
-        """Whether an alternative of the whole is a %json, before which llguidance would allow white space."""
+        """Whether an alternative of the root is a %json, before which llguidance would allow whitespace."""
         options = self._rules[name].split(" | ")
         return any(o.startswith("%json") or (o in self._rules and self._starts_with_json(o)) for o in options)
 
@@ -75,8 +71,8 @@ class OrderedRules:
         for key, name in self._terminals.items():
             text = json.dumps(json.dumps(key, ensure_ascii=False), ensure_ascii=False)
             lines.append(f'{name}: {text} SPACE? ":" SPACE?')
-        # llguidance skips no white space before a %json, so that the terminals before one hold it.
-        lines += ['OPEN: "[" SPACE?', 'COMMA: "," SPACE?', f"SPACE: /{WHITE_SPACE}/", f"%ignore /{WHITE_SPACE}/", "}"]
+        # llguidance skips no whitespace before a %json, so the terminals before it include whitespace.
+        lines += ['OPEN: "[" SPACE?', 'COMMA: "," SPACE?', f"SPACE: /{WHITESPACE}/", f"%ignore /{WHITESPACE}/", "}"]
         return "\n".join(lines)
 
     def _arrange(self, orders: Orders | None) -> bool:
@@ -97,23 +93,23 @@ class OrderedRules:
                     pairs.update({(key, other): count for other, count in following.items()})
         is_moved = False
         for number, (node, pairs) in objects.items():
-            own = list(node["properties"])
-            keys, agrees = _arranged(own, pairs)
-            if len(own) > 1 and (orders is None or not agrees):
+            declared = list(node["properties"])
+            keys, agrees = _arranged(declared, pairs)
+            if len(declared) > 1 and (orders is None or not agrees):
                 self._free.add(number)
-            is_moved |= keys != own
+            is_moved |= keys != declared
             node["properties"] = {key: node["properties"][key] for key in keys}
         return is_moved
 
     def _same_place(self, node: dict[str, Any]) -> Iterator[Any]:
-        """The schemas that describe the same place as a schema, or items of it."""
+        """The schemas that describe the same place as a schema, or its items."""
         yield from (part for key in ("anyOf", "oneOf", "allOf", "prefixItems") for part in node.get(key, ()))
         yield node.get("items")
         if "$ref" in node:
             yield self._resolve(node["$ref"])
 
     def _reaches(self, node: Any, objects: set[int]) -> bool:
-        """Whether a schema is one of these objects or holds one."""
+        """Whether a schema is one of these objects or contains one."""
         seen, stack = set[int](), [node]
         while stack:
             node = stack.pop()
@@ -125,13 +121,12 @@ class OrderedRules:
         return False
 
     def _rule(self, node: Any) -> str:
-        """The name of the rule for a schema."""
         keywords = node.keys() & KEYWORDS - {"$defs", "definitions"} if isinstance(node, dict) else set()
         if keywords == {"$ref"}:
             return self._rule(self._resolve(node["$ref"]))
         if id(node) not in self._names:
             name = self._names[id(node)] = f"part{len(self._names)}"
-            self._rules[name] = ""  # in the order of the schema; what refers to itself finds the name
+            self._rules[name] = ""  # keeps the schema's order, and lets a schema refer to itself
             self._rules[name] = self._body(node, name, keywords)
         return self._names[id(node)]
 
@@ -152,7 +147,7 @@ class OrderedRules:
         return body + (f" | {self._json({'type': others})}" if others else "")
 
     def _object(self, node: dict[str, Any], name: str) -> str:
-        """The rule of an object, "" if there is none; the bits of its parameter tell which keys are written."""
+        """The rule of an object, "" if there is none; the bits of its parameter are the keys written so far."""
         keys = [key for key, value in node["properties"].items() if value is not False]
         required, is_free = {*node.get("required", ())}, id(node) in self._free
         if len(keys) > MAX_KEYS or not required <= {*keys}:
@@ -168,7 +163,7 @@ class OrderedRules:
             items.append(f"{terminal} {value} {name}end::set_bit({bit}) %if {may_come}")
             if key in required and not is_free:
                 needed = f"bit_set({bit})"  # the next keys come after this one
-        # A comma promises a key.
+        # After a comma there must be a key left.
         more = f"not(is_ones([0:{size}]))" if is_free else f"bit_clear({size - 1})"
         self._rules[f"{name}key::_"] = "\n | ".join(items)
         self._rules[f"{name}end::_"] = f'"" %if {needed}\n | COMMA {name}key::_ %if {more}'
@@ -186,20 +181,20 @@ class OrderedRules:
         if not isinstance(node, dict):
             return f"%json {json.dumps(node)}"
         text = json.dumps(node | {"x-guidance": self._root["x-guidance"]})
-        if node is not self._root and '"$ref"' in text:  # the whole is a definition of the part
+        if node is not self._root and '"$ref"' in text:  # the root becomes a definition of the part
             text = json.dumps(json.loads(text) | {"$defs": {"root": self._root}})
             text = text.replace('"$ref": "#', '"$ref": "#/$defs/root')
         return f"%json {text}"
 
 
 def _arranged(keys: list[str], pairs: Pairs) -> tuple[list[str], bool]:
-    """The keys in the order that most pairs have, and whether all have it; as they are if there is no such order."""
-    own = {(a, b): count for (a, b), count in pairs.items() if a in keys and b in keys}
-    majority = {(a, b) for (a, b), count in own.items() if count > own.get((b, a), 0)}
+    """The keys in the order of most pairs, unchanged if there is no such order; and whether all pairs have it."""
+    counts = {(a, b): count for (a, b), count in pairs.items() if a in keys and b in keys}
+    majority = {(a, b) for (a, b), count in counts.items() if count > counts.get((b, a), 0)}
     before = {key: {a for a, b in majority if b == key} for key in keys}
     order: list[str] = []
     rest = dict.fromkeys(keys)  # keys without a pair stay near their place
     while (first := next((key for key in rest if before[key].isdisjoint(rest)), None)) is not None:
         order.append(first)
         del rest[first]
-    return (keys, False) if rest else (order, len(majority) == len(own))
+    return (keys, False) if rest else (order, len(majority) == len(counts))

@@ -1,9 +1,4 @@
-"""What a JSON Schema says of each place in a document, however it is composed.
-
-Several parts can describe one place: the schema itself, and what `$ref`, allOf, anyOf, oneOf, then and else add to it.
-The fields are those of all parts. Keys come in the order of the parts, read from top to bottom with one alternative of
-each union that the document keeps; llguidance writes them in the same order.
-"""
+"""The places of a document, and the parts of a JSON Schema (`$ref`, allOf, anyOf, then, ...) that describe each one."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice, product
@@ -14,15 +9,15 @@ from formtune.formats.dialect import types
 
 MAX_WAYS = 1000  # of combining alternatives at one place; each union multiplies them
 
-_ANY = object()  # any value at all
-_OWN = ("properties", "prefixItems", "items")
+_ANY = object()  # stands for any value
+_CHILDREN = ("properties", "prefixItems", "items")
 
 Part = dict[str, Any]
-Ordered = tuple[int, bool, Any]  # how many keys no part names, whether keys were moved, and the value in order
+Ordered = tuple[int, bool, Any]  # number of undeclared keys, whether keys were moved, and the value in order
 
 
 class Places:
-    """The places of the schema by which `validator` judges documents."""
+    """The places of a validator's schema."""
 
     def __init__(self, validator: Any) -> None:
         self._validator, self._root = validator, validator.schema
@@ -50,7 +45,8 @@ class Places:
             yield from self.paths(items, path, inside, True)
 
     def ordered(self, value: Any) -> Any:
-        """The document with its keys in an order of the schema, its own if possible, then the others, sorted."""
+        """The document with its keys in an order of the schema, its own if possible, then undeclared keys, sorted."""
+        # Parts come from top to bottom, with one valid alternative of each union; llguidance writes the same order.
         return self._ordered(value, [self._root], {})[2]
 
     def _parts(self, nodes: Sequence[Any]) -> list[Part]:
@@ -64,10 +60,10 @@ class Places:
         return [*parts.values()]
 
     def _added(self, node: Part, value: Any) -> Iterator[Sequence[Any] | None]:
-        """For each keyword that adds parts: those of which one holds for `value`; None for the node's own."""
-        own = next((key for key in _OWN if key in node), None)
+        """For each keyword that adds parts: the parts of which one applies to `value`; None for the node itself."""
+        first = next((key for key in _CHILDREN if key in node), None)
         for key, inner in node.items():
-            if key == own:
+            if key == first:
                 yield None
             elif key == "$ref":
                 yield [self._resolve(inner)]
@@ -84,7 +80,7 @@ class Places:
         return value is _ANY or self._validator.evolve(schema=node).is_valid(value)
 
     def _ways(self, node: Any, value: Any) -> list[list[Part]]:
-        """Each way to take one alternative of every union: the parts that hold then."""
+        """Each way to choose one alternative of every union: the parts that then apply."""
         seconds_left()
         if not isinstance(node, dict):
             return [[]]
@@ -126,7 +122,7 @@ def is_array(part: Part) -> bool:
 
 
 def is_label(part: Part) -> bool:
-    """Whether a part gives the values to choose from."""
+    """Whether a part lists the allowed values."""
     allowed = part.get("enum", [part.get("const")])
     return "boolean" in types(part) or any(isinstance(value, str | int | float) for value in allowed)
 

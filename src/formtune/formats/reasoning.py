@@ -1,4 +1,4 @@
-"""Reasoning between two tags, and after it an answer with its own format."""
+"""Reasoning between two tags, followed by an answer with its own format."""
 
 import json
 from typing import Any
@@ -9,13 +9,13 @@ from formtune.formats.key_orders import Orders
 
 
 class Reasoning(Format):
-    """Reasoning, which is free text between two tags, and after it an answer with its own format.
+    """Free-text reasoning between two tags, followed by an answer with its own format.
 
-    Fields, metrics and key orders are those of the answer; white space before it is free. Thinking is on if the chat
+    Fields, metrics and key orders are those of the answer; whitespace before it is allowed. Thinking is on if the chat
     template knows the closing tag.
 
     Args:
-        format: Format of the answer that comes after the reasoning.
+        format: Format of the answer after the reasoning.
         open: Tag before the reasoning; empty if the chat template writes it at the end of the prompt.
         close: Tag after the reasoning.
     """
@@ -53,7 +53,7 @@ class Reasoning(Format):
         if rules is None:
             return None
         opening, closing = (json.dumps(tag, ensure_ascii=False) if tag else "" for tag in (self.open, self.close))
-        # A tag may be a single token, which then is not part of a text. Lazy: the first closing tag ends the reasoning.
+        # A tag may be a single token, which text does not match. Lazy: the first closing tag ends the reasoning.
         return (
             f"answer: {opening} reasoning SPACE? body\nreasoning: tagged | ( TEXT? {closing} )\n"
             f"tagged[lazy]: TEXT? {closing}\nTEXT: /(?s:.+)/ & ~(ANY?{closing}ANY?)\nANY: /(?s:.+)/\n"

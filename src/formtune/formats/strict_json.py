@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from formtune.formats.format import SyntaxProblem
 
-MAX_DEPTH = 64  # of arrays and objects in each other, so that recursive functions do not run out of stack
+MAX_DEPTH = 64  # levels of nesting, so that recursive functions do not run out of stack
 MAX_STARTS = 64  # brackets tried as the beginning of a document within other text
 MAX_DIGITS = 300  # of an integer: more do not fit a float, and arithmetic on them raises
 
@@ -33,7 +33,7 @@ def loads_strict(text: str, constants: bool = False) -> Any:
 
 
 def find_documents(text: str, start: int, brackets: str) -> Iterator[tuple[int, int]]:
-    """Spans of the outermost JSON documents that begin with one of `brackets`; part of a broken one is not one."""
+    """Spans of the outermost JSON documents that begin with one of `brackets`; parts of a broken one do not count."""
     opening = re.compile(f"[{re.escape(brackets)}]")
     for _ in range(MAX_STARTS):
         if (match := opening.search(text, start)) is None:
@@ -41,7 +41,7 @@ def find_documents(text: str, start: int, brackets: str) -> Iterator[tuple[int, 
         try:
             start = PLAIN.raw_decode(text, match.start())[1]
         except json.JSONDecodeError as error:
-            if "Unterminated" in error.msg:  # its position is where the string begins, and it takes all the rest
+            if "Unterminated" in error.msg:  # a string to the end of the text; the position is its beginning
                 return
             start = max(error.pos, match.end())
         except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Formats for texts that are not JSON: a pattern, a label, tagged sections."""
+"""Formats for text other than JSON: a pattern, a label, tagged sections."""
 
 import json
 import re
@@ -9,10 +9,10 @@ from typing import Any
 import regex
 
 from formtune.errors import UserError
-from formtune.formats.bounded import CHECK_SECONDS, compile_pattern, plain_set, seconds_left
+from formtune.formats.bounded import CHECK_SECONDS, compile_pattern, escape_class, seconds_left
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
 
-MAX_MATCHES = 64  # of a pattern looked at within other text
+MAX_MATCHES = 64  # of a pattern, tried within other text
 
 _TAG = re.compile(r"(\s*)<([A-Za-z_][\w-]*)>")
 
@@ -52,8 +52,8 @@ class Regex(Format):
 
     def grammar(self) -> str | None:
         escapes = {"/": r"\/", "\n": r"\n"}
-        sets = re.sub(r"(?s)\\.|\[\^?\]?(?:\\.|[^\\\]])*\]", lambda match: plain_set(match[0]), self.pattern)
-        escaped = re.sub(r"\\.|[/\n]", lambda match: escapes.get(match[0], match[0]), sets, flags=re.S)
+        pattern = re.sub(r"(?s)\\.|\[\^?\]?(?:\\.|[^\\\]])*\]", lambda match: escape_class(match[0]), self.pattern)
+        escaped = re.sub(r"\\.|[/\n]", lambda match: escapes.get(match[0], match[0]), pattern, flags=re.S)
         return f"answer: /(?:{escaped})/"
 
 
@@ -94,7 +94,7 @@ class Tagged(Format):
     """Sections such as `<reason>...</reason><answer>...</answer>`, all of them, in order, nothing else between.
 
     Args:
-        sections: Names of the sections in their order; white space between two sections is free.
+        sections: Names of the sections in their order; whitespace between two sections is allowed.
     """
 
     def __init__(self, sections: list[str]) -> None:
@@ -107,7 +107,6 @@ class Tagged(Format):
         return {name: text[start:end] for name, (start, end) in self._sections(text).items()}
 
     def _sections(self, text: str) -> dict[str, tuple[int, int]]:
-        """Where the text of each section is."""
         sections: dict[str, tuple[int, int]] = {}
         at = 0
         while at < len(text):  # stops where no section follows, so that time is linear
@@ -145,11 +144,11 @@ class Tagged(Format):
 
 
 def _only_match(pattern: Any, text: str) -> list[tuple[int, int]]:
-    """The only match that is a whole word, nothing if several differ: "yes or no" is not an answer."""
+    """The span of the only match of whole words, none if several differ: "yes or no" is not an answer."""
     try:
         matches = list(islice(pattern.finditer(text, answer_start(text), timeout=seconds_left()), MAX_MATCHES))
     except TimeoutError:
         return []
     spans = [match.span() for match in matches if match[0]]
-    whole = [(a, b) for a, b in spans if not re.search(r"\w", text[max(a - 1, 0) : a] + text[b : b + 1])]
-    return whole[:1] if len({text[start:end] for start, end in whole}) == 1 else []
+    words = [(a, b) for a, b in spans if not re.search(r"\w", text[max(a - 1, 0) : a] + text[b : b + 1])]
+    return words[:1] if len({text[start:end] for start, end in words}) == 1 else []

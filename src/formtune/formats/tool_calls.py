@@ -13,7 +13,7 @@ from formtune.formats.json_schema import JsonSchema
 from formtune.formats.key_orders import Orders
 from formtune.formats.strict_json import loads_strict
 
-_SYNTAXES = {  # how calls begin, and the JSON of a call (of all of them in mistral)
+_SYNTAXES = {  # how calls begin, and the JSON of a call (mistral: of all calls)
     "hermes": (re.compile(r"</?tool_call>"), re.compile(r"<tool_call>(.*?)</tool_call>", re.S)),
     "llama": (re.compile(r"\A\s*\{\s*\"name\""), re.compile(r"(\{\s*\"name\".*\})", re.S)),
     "mistral": (re.compile(r"\[TOOL_CALLS\]"), re.compile(r"\[TOOL_CALLS\]\s*(\[.*\])", re.S)),
@@ -49,19 +49,18 @@ class ToolCalls(Format):
 
     @functools.lru_cache(maxsize=1000)  # noqa: B019 - a format is kept as long as the process
     def of_row(self, schema: str | None) -> "ToolCalls":
-        own = copy.copy(self)
-        own._tools = {}
+        row_format = copy.copy(self)
+        row_format._tools = {}
         for tool in json.loads(schema or "[]"):
             name, function = str(tool_name(tool)), tool.get("function", tool)
             try:
                 schemas = filter(None, map(function.get, ("parameters", "input_schema", "inputSchema")))
-                own._tools[name] = JsonSchema(next(schemas, {"type": "object", "properties": {}}))
+                row_format._tools[name] = JsonSchema(next(schemas, {"type": "object", "properties": {}}))
             except UserError as error:
-                raise UserError(
-                    f"the parameters of {name}: {str(error).removeprefix('data.format.schema: ')}"
-                ) from None
-            own.derived |= {f"arguments.{path}" for path in own._tools[name].derived}
-        return own
+                detail = str(error).removeprefix("data.format.schema: ")
+                raise UserError(f"the parameters of {name}: {detail}") from None
+            row_format.derived |= {f"arguments.{path}" for path in row_format._tools[name].derived}
+        return row_format
 
     def parse(self, text: str) -> Any:
         pattern = _SYNTAXES[self.syntax][1]
@@ -78,7 +77,7 @@ class ToolCalls(Format):
         calls = documents[0] if self.syntax == "mistral" else documents
         for call in calls:
             if isinstance(call, dict) and self.syntax == "mistral":
-                call.pop("id", None)  # made up
+                call.pop("id", None)  # the model invents it
             if isinstance(call, dict) and self.syntax == "llama" and "parameters" in call:
                 call["arguments"] = call.pop("parameters")
         return calls

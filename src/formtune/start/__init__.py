@@ -1,1 +1,1 @@
-"""From a file of rows to a task: what `formtune init` guesses. Knows no torch."""
+"""From a file of rows to a task: what `formtune init` guesses. Does not import torch."""

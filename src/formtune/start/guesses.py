@@ -1,4 +1,4 @@
-"""What a task's YAML should say of a set of rows: columns, instruction, format and group, each with its reason."""
+"""Guesses for a task's YAML from its rows: columns, instruction, format and group, each with its reason."""
 
 import os
 import re
@@ -15,11 +15,11 @@ from formtune.data.turns import empty
 from formtune.errors import UserError
 from formtune.formats.content import Words
 from formtune.formats.strict_json import loads_strict
-from formtune.start.documents import FEW, common_pattern, infer, is_closed
+from formtune.start.documents import MIN_VALUES, common_pattern, infer, is_closed
 
-FIT = 0.9  # share of the answers that a format must take
-LABEL = 80  # characters of a label at most
-WORDS = 5  # of a shared instruction at least
+MIN_FIT = 0.9  # share of the answers that a format must accept
+MAX_LABEL = 80  # characters of a label
+MIN_WORDS = 5  # of a shared instruction
 PROMPTS = ("prompt", "subject", "title", "instruction", "question", "query", "input", "text", "utterance", "sentence",
            "message", "request", "body", "content", "email", "review", "document", "description", "tweet",
            "context", "passage", "premise", "hypothesis", "sentence1", "sentence2")  # fmt: skip
@@ -30,7 +30,7 @@ GROUP = (
     r"(?i)(group|conversation|dialog(ue)?|session|thread|user|customer|client|author|doc(ument)?|patient|case)(_?id)?"
 )
 SPLIT = r"(?i)(data_?)?(split|subset|fold|partition|set)"
-NUMBER = r"(?i)((row_?)?(id|index)|uuid|unnamed: 0)?"  # a row's own; pandas writes its index without a name
+NUMBER = r"(?i)((row_?)?(id|index)|uuid|unnamed: 0)?"  # row numbers; pandas writes its index without a name
 
 Records = Sequence[tuple[dict[str, Any], str]]
 
@@ -44,7 +44,7 @@ class Guess(NamedTuple):
 
 
 def guess_columns(records: Records, prompt: str | None, completion: str | None) -> dict[str, str]:
-    """`data.columns`; empty for rows of a layout that is read without it."""
+    """`data.columns`; empty if the layout of the rows is recognized without it."""
     record, where = records[0]
     if not (prompt or completion):
         try:
@@ -72,7 +72,7 @@ def guess_columns(records: Records, prompt: str | None, completion: str | None) 
 
 
 def read_rows(records: Records, columns: Columns) -> list[Example]:
-    """The conversations; an answer that is not a text stays as it is."""
+    """The conversations; an answer that is not a string stays as it is."""
     return [
         Example(columns.conversation(record, where, True), where, tools=columns.tools(record, where),
                 schema=record.get(columns.schema))
@@ -81,11 +81,11 @@ def read_rows(records: Records, columns: Columns) -> list[Example]:
 
 
 def guess_system(rows: Sequence[Example]) -> str:
-    """What all prompts of one turn begin with, up to the end of a line or sentence; "" for nothing."""
+    """What all single-turn prompts begin with, up to the end of a line or sentence; "" if nothing."""
     texts = [row.input for row in rows]
     shared = re.match(r"(?s)(.*(\n|[.:!?] ))?", os.path.commonprefix(texts))[0]  # type: ignore[index]  # noqa: RUF071
     longer = all(len(row.messages) == 2 and not row.tools and len(row.input.strip()) > len(shared) for row in rows)
-    return shared if longer and len(shared.split()) >= WORDS and len(rows) >= FEW else ""
+    return shared if longer and len(shared.split()) >= MIN_WORDS and len(rows) >= MIN_VALUES else ""
 
 
 def guess_splits(records: Records) -> list[Guess]:
@@ -93,7 +93,7 @@ def guess_splits(records: Records) -> list[Guess]:
     found: dict[str, Guess] = {}
     for name in reversed(records[0][0]):  # the first one counts
         values = Counter(str(record[name]) for record, _ in records if not empty(record.get(name)))
-        if re.fullmatch(GROUP, name) and FEW <= len(values) < values.total():
+        if re.fullmatch(GROUP, name) and MIN_VALUES <= len(values) < values.total():
             why = f"{len(values):,} values over {values.total():,} rows: never in two splits"
             found["group"] = Guess("data.group", name, why)
         elif re.fullmatch(SPLIT, name) and {"train"} < {*map(str.lower, values)} <= SPLITS.keys():
@@ -103,17 +103,17 @@ def guess_splits(records: Records) -> list[Guess]:
 
 
 def guess_tags(rows: list[Example]) -> tuple[dict[str, Any], list[Example]]:
-    """The tags around the reasoning with which nearly all answers begin, none if they do not; the rows without it."""
+    """The tags around the reasoning before nearly all answers ({} if there is none), and the rows without it."""
     parts = [_reasoning(row.messages[-1]) for row in rows]
     tag, count = Counter(tag for tag, _ in parts).most_common(1)[0]
-    if not tag or count < FIT * len(rows):
+    if not tag or count < MIN_FIT * len(rows):
         return {}, rows
     bare = [replace(row, messages=[*row.messages[:-1], last]) for row, (_, last) in zip(rows, parts, strict=True)]
     return {"open": f"<{tag}>", "close": f"</{tag}>"}, bare
 
 
 def _reasoning(answer: Message) -> tuple[str, Message]:
-    """The tag around the reasoning before an answer that has no tag, "" for none; and the answer alone."""
+    """The tag around the reasoning before an untagged answer, "" if there is none; and the answer without it."""
     if "reasoning_content" in answer:
         return "think", {key: value for key, value in answer.items() if key != "reasoning_content"}
     match = re.match(r"(?s)\s*<(\w+)>.*?</\1>\s*(?=[^\s<])", str(answer["content"]))
@@ -121,44 +121,41 @@ def _reasoning(answer: Message) -> tuple[str, Message]:
 
 
 def guess_format(rows: Sequence[Example], template: str) -> tuple[str, dict[str, Any], str]:
-    """Class and arguments of the strictest format that nearly all answers have, and why.
-
-    `template` is the base's chat template, "" if it is unknown.
-    """
+    """Class and arguments of the strictest format of nearly all answers, and why; `template` is a chat template."""
     answers, total, first = [row.messages[-1]["content"] for row in rows], len(rows), rows[0].where
     if called := [row for row in rows if "tool_calls" in row.messages[-1]]:
-        spoken = [row for row in rows if row.tools and "tool_calls" not in row.messages[-1]]
+        text_rows = [row for row in rows if row.tools and "tool_calls" not in row.messages[-1]]
         syntax = "mistral" if "[TOOL_CALLS]" in template else "llama" if '"parameters": ' in template else "hermes"
-        why = f"{len(called):,} answers call tools ({called[0].where}), and {len(spoken):,} are text beside tools"
-        return "ToolCalls", {"syntax": syntax, "tool_choice": "auto" if spoken else "required"}, why
-    if sum(isinstance(_document(row.schema), dict) for row in rows) >= FIT * total:
+        why = f"{len(called):,} answers call tools ({called[0].where}), and {len(text_rows):,} with tools are text"
+        return "ToolCalls", {"syntax": syntax, "tool_choice": "auto" if text_rows else "required"}, why
+    if sum(isinstance(_document(row.schema), dict) for row in rows) >= MIN_FIT * total:
         return "JsonSchema", {}, f"each row has its own schema ({first})"
     documents = [(value, row) for row, it in zip(rows, answers, strict=True) if (value := _document(it)) is not None]
     objects = [(value, row) for value, row in documents if isinstance(value, dict | list)]
-    if len(objects) >= FIT * total:
+    if len(objects) >= MIN_FIT * total:
         return _schema(objects, total)
     texts = Counter(map(str, answers))
     sections = Counter(tuple(re.findall(r"<([A-Za-z_][\w-]*)>.*?</\1>", text, re.S)) for text in texts.elements())
     usual, count = sections.most_common(1)[0]
-    if 0 < len(set(usual)) == len(usual) and count >= FIT * total:
+    if 0 < len(set(usual)) == len(usual) and count >= MIN_FIT * total:
         return "Tagged", {"sections": [*usual]}, f"{count:,} of {total:,} answers have these sections ({first})"
-    labels = Counter(label for text in texts.elements() if 0 < len(label := text.strip()) <= LABEL)
-    if labels.total() >= FIT * total and is_closed(labels) and not isinstance(answers[0], bool | float):
+    labels = Counter(label for text in texts.elements() if 0 < len(label := text.strip()) <= MAX_LABEL)
+    if labels.total() >= MIN_FIT * total and is_closed(labels) and not isinstance(answers[0], bool | float):
         label, count = labels.most_common()[-1]
         why = f"{len(labels)} answers repeat over {total:,} rows, the rarest is {label!r}: {count:,} times"
         return "Labels", {"labels": sorted(labels)}, why
-    if len(documents) >= FIT * total:
+    if len(documents) >= MIN_FIT * total:
         return _schema(documents, total)
     if pattern := common_pattern([*texts]):
         return "Regex", {"pattern": pattern}, f"a suggestion, check it: answers look like {answers[0]!r:.40} ({first})"
     raise UserError(
-        f"{first}: no format fits {FIT:.0%} of the answers, such as {answers[0]!r:.40}; formtune trains answers that "
-        "code can check: JSON, labels, tagged sections, tool calls, a pattern, or a class of yours"
+        f"{first}: no format fits {MIN_FIT:.0%} of the answers, such as {answers[0]!r:.40}; formtune trains answers "
+        "that code can check: JSON, labels, tagged sections, tool calls, a pattern, or a custom class"
     )
 
 
 def _document(answer: Any) -> Any:
-    """The JSON document that an answer is, also within a code fence; None if it is none."""
+    """A string parsed as JSON, also within a code fence, None if it is not JSON; other answers unchanged."""
     try:
         return loads_strict(re.sub(r"```\w*\n(.*?)\n?```", r"\1", answer.strip(), flags=re.S))
     except ValueError:
@@ -170,5 +167,5 @@ def _document(answer: Any) -> Any:
 def _schema(documents: Sequence[tuple[Any, Example]], total: int) -> tuple[str, dict[str, Any], str]:
     schema = infer([(value, Words(row.input)) for value, row in documents])
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-    why = f"{len(documents):,} of {total:,} answers are such JSON ({documents[0][1].where})"
+    why = f"{len(documents):,} of {total:,} answers match it ({documents[0][1].where})"
     return "JsonSchema", {"schema": schema}, why

@@ -1,4 +1,4 @@
-"""A task for a set of rows: the keys of its YAML, and its schema."""
+"""Proposes a task for a set of rows: the keys of its YAML, and its schema."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from formtune import formats
 from formtune.base.folder import base_folder, check_base
 from formtune.base.renderer import Renderer
 from formtune.data import Columns
-from formtune.data.blockers import BAD, FEW
+from formtune.data.blockers import BAD, MAX_BAD_SHARE
 from formtune.data.encoded import Splits
 from formtune.data.preparation import SPLITS, load_splits
 from formtune.data.settings import DataSettings
@@ -24,9 +24,9 @@ from formtune.errors import UserError
 from formtune.formats.json_schema import PER_ROW
 from formtune.start.guesses import Guess, guess_columns, guess_format, guess_splits, guess_system, guess_tags, read_rows
 
-LONGEST = 4000  # characters of a system prompt that lists what is allowed
-SMALL = 2**30  # bytes of weights; a smaller base needs more than the defaults, see docs/training.md
-SHORTEST = 16  # tokens: the lowest max_new_tokens
+MAX_PROMPT = 4000  # characters of a system prompt that lists what is allowed
+SMALL_BASE = 2**30  # bytes of weights; a smaller base needs more than the defaults, see docs/training.md
+MIN_NEW_TOKENS = 16  # lowest max_new_tokens
 NO_LIMIT = 10**6  # tokens
 WIDTH = 100  # characters of a comment's line
 
@@ -34,7 +34,7 @@ WIDTH = 100  # characters of a comment's line
 def propose(
     rows: str, schema_file: Path, base: str, prompt: str | None, completion: str | None
 ) -> tuple[list[Guess], str | None, tuple[DataSettings, Splits] | None]:
-    """The guesses for the YAML, the text of the schema's file if there is one, and the rows if the base is here."""
+    """The guesses for the YAML, the text of the schema's file if any, and the rows if the base is on this machine."""
     records = [*read_records(rows)]
     if not records:
         raise UserError(f"{rows}: has no rows")
@@ -43,14 +43,14 @@ def propose(
     files: dict[str, Any] = {"train": rows, **files_beside(rows)}
     examples = read_rows(records, Columns(**columns))
     others = chain(*(read_records(file) for split, file in files.items() if split != "train"))
-    # The format takes the rows of all splits.
+    # The format must accept the rows of all splits.
     tags, judged = guess_tags(examples + read_rows([*others], Columns(**columns)))
     kind, init_args, why = guess_format(judged, str(Renderer.load(base).tokenizer.chat_template) if folder else "")
     guesses = [Guess("model.base", base, "choose another one with --base")]
-    if folder and 0 < sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL:
+    if folder and 0 < sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL_BASE:
         reason = "a base this small learns content faster with more adapters and a higher rate (docs/training.md)"
         optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2.0e-3}}
-        guesses += [Guess("model.lora.targets", "all-linear", reason), Guess("model.optimizer", optimizer, "likewise")]
+        guesses += [Guess("model.lora.targets", "all-linear", reason), Guess("model.optimizer", optimizer, "as above")]
     for split, file in files.items():
         guesses.append(Guess(f"data.{split}", file, f"{len(records):,} rows" if file == rows else f"beside {rows}"))
     guesses += [Guess("data.columns", columns, f"of the columns {', '.join(records[0][0])}")] if columns else []
@@ -58,9 +58,9 @@ def propose(
     system = None
     if not any(example.system for example in examples):
         instruction = guess_system(examples)
-        reason = "all prompts begin with this, and it is removed there" if instruction else "no row has a system prompt"
+        reason = "removed from all prompts, which begin with it" if instruction else "no row has a system prompt"
         # `init_args` is empty if each row has its own schema.
-        if system := instruction.rstrip() or asking(init_args or {"schema": PER_ROW}, tags):
+        if system := instruction.rstrip() or instruction_for(init_args or {"schema": PER_ROW}, tags):
             guesses.append(Guess("data.system", system, reason))
     prepared = None
     if folder:
@@ -81,7 +81,7 @@ def propose(
 
 
 def local_folder(base: str) -> Path | None:
-    """The folder of a base that is on this machine."""
+    """The folder of a base on this machine, None if it is not here."""
     check_base(base)
     with suppress(UserError):
         return base_folder(base)
@@ -100,10 +100,10 @@ def files_beside(rows: str) -> dict[str, str]:
     return files
 
 
-def asking(init_args: dict[str, Any], tags: dict[str, Any]) -> str | None:
+def instruction_for(init_args: dict[str, Any], tags: dict[str, Any]) -> str | None:
     """A system prompt that says what the format allows, None if it would be long."""
     think = f"Think first, between {tags['open']} and {tags['close']}. " if tags else ""
-    if len(json.dumps(init_args)) > LONGEST or not init_args.keys() & {"labels", "schema"}:
+    if len(json.dumps(init_args)) > MAX_PROMPT or not init_args.keys() & {"labels", "schema"}:
         return None
     if "labels" in init_args:
         return f"{think}Answer with one of: {', '.join(init_args['labels'])}"
@@ -111,8 +111,8 @@ def asking(init_args: dict[str, Any], tags: dict[str, Any]) -> str | None:
 
 
 def measure(settings: DataSettings, guesses: list[Guess]) -> Splits:
-    """Prepare the rows; guess repairs that make answers valid, limits that rows keep, and what to do with bad rows."""
-    most, most_new = settings.max_length, settings.max_new_tokens  # the defaults
+    """Prepare the rows; guess repairs that make answers valid, token limits, and what to do with bad rows."""
+    max_length, max_new_tokens = settings.max_length, settings.max_new_tokens  # the defaults
     settings.max_length = settings.max_new_tokens = NO_LIMIT
     splits = load_splits(settings, from_cache=False)
     if fixes := [row for row in splits.quarantine if row.fix.startswith("data.repair_answers")]:
@@ -121,19 +121,19 @@ def measure(settings: DataSettings, guesses: list[Guess]) -> Splits:
         guesses.append(Guess("data.repair_answers", settings.repair_answers, reason))
         splits = load_splits(settings, from_cache=False)
     bad = [row for row in splits.quarantine if row.reason in BAD]
-    # Which of several styles is right is not for a guess: the audit names these rows.
-    if 0 < len(bad) < FEW * splits.read.total() and all(row.reason != "style" for row in bad):
+    # Which of several styles is right is for the user to decide: the audit lists these rows.
+    if 0 < len(bad) < MAX_BAD_SHARE * splits.read.total() and all(row.reason != "style" for row in bad):
         settings.bad_rows, reason = "drop", f"{len(bad):,} rows do not fit, first {bad[0].where} ({bad[0].detail})"
         guesses.append(Guess("data.bad_rows", "drop", reason))
-    settings.max_length, settings.max_new_tokens = most, most_new
+    settings.max_length, settings.max_new_tokens = max_length, max_new_tokens
     vars(settings).pop("limit", None)  # it follows from max_length
     if rows := [*chain(*splits.rows.values())]:
         longest, answer = max(rows, key=len), max(rows, key=lambda row: len(row.target_ids))
-        if len(longest) > most:
+        if len(longest) > max_length:
             settings.max_length = len(longest)
             guesses.append(Guess("data.max_length", len(longest), f"the longest row, {longest.where}"))
-        limit = min(max(2 * len(answer.target_ids), SHORTEST), settings.limit)
-        if not most_new / 2 < limit <= most_new:
+        limit = min(max(2 * len(answer.target_ids), MIN_NEW_TOKENS), settings.limit)
+        if not max_new_tokens / 2 < limit <= max_new_tokens:
             settings.max_new_tokens = limit
             guesses.append(Guess("model.max_new_tokens", limit, f"twice the longest answer, {answer.where}"))
     return splits

@@ -103,7 +103,7 @@ def test_a_template_of_ones_own_replaces_the_tokenizers_or_gives_it_one(own):
     assert row.target_ids == [*tokenizer("yes")["input_ids"], 0] and renderer.stop_ids == (0, 2)
     assert renderer.answer([*row.target_ids, 5]) == ("yes", True)
     assert renderer.templated and renderer.replaced
-    assert renderer.note.startswith("model.chat_template renders the prompts, and the base has another template")
+    assert renderer.note.startswith("model.chat_template is set: servers need the exported")
     assert "{{ m.content }}<pad>" in tokenizer.chat_template, "it is saved with the adapter"
 
 
@@ -204,8 +204,8 @@ def test_without_a_chat_template_a_prompt_is_the_system_prompt_and_the_input_bef
     assert renderer.tokenizer.decode(row.prompt_ids) == "Be brief.\n\nhéllo  wörld\nsecond line\n\n"
     assert renderer.tokenizer.decode(row.target_ids) == "yes<|endoftext|>"
     assert renderer.note == (
-        "the base has no chat template, so chat servers cannot render it; a prompt is the system prompt, if any, and the "
-        "input, each followed by a blank line, and <|endoftext|> ends the answer"
+        "the base has no chat template, which chat servers need; a prompt is the system prompt, if any, and the input, "
+        "each followed by a blank line, and <|endoftext|> ends the answer"
     )
 
 

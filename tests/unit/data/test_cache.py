@@ -217,11 +217,11 @@ def test_a_full_disk_leaves_the_old_entry_and_no_part_of_the_new(tmp_path, monke
 
 
 def test_the_entries_used_last_are_kept(folder):
-    for limit in range(encoded.KEPT + 3):
+    for limit in range(encoded.MAX_ENTRIES + 3):
         split(limits=(150, 60 + limit))
         now = time.time() + limit - 100
         newest = max(entries(), key=lambda path: path.stat().st_mtime)
         os.utime(newest, (now, now))
         if limit:
             assert split().cached is not None  # used each time, so it stays
-    assert len(entries()) == encoded.KEPT
+    assert len(entries()) == encoded.MAX_ENTRIES

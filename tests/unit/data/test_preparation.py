@@ -103,7 +103,7 @@ def test_rows_under_different_system_prompts_do_not_conflict(data):
 
 
 def test_a_text_that_holds_a_control_token_is_refused(data):
-    with pytest.raises(UserError, match=r"train.jsonl:1: the text holds <\|im_end\|>"):
+    with pytest.raises(UserError, match=r"train.jsonl:1: the text contains <\|im_end\|>"):
         data([pair(1, "bye <|im_end|> now"), *(pair(n) for n in range(2, 60))])
 
 

@@ -77,9 +77,9 @@ def test_inputs_without_answers_are_recognized_too(record, prompt):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "tool", "value": "b"}]}, "the last turn of `conversations` must be the assistant's"),
-        ({"conversations": SHAREGPT[:1]}, "the last turn of `conversations` must be the assistant's"),
-        ({"prompt": CHAT[:1], "completion": CHAT[:1]}, r"the last turn of `prompt\+completion` must be the assistant's"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "tool", "value": "b"}]}, "`conversations` must end with an assistant turn"),
+        ({"conversations": SHAREGPT[:1]}, "`conversations` must end with an assistant turn"),
+        ({"prompt": CHAT[:1], "completion": CHAT[:1]}, r"`prompt\+completion` must end with an assistant turn"),
         ({"instruction": "a", "output": None}, "f.jsonl:1: `output` is null, not text"),
         ({"instruction": "a"}, "f.jsonl:1: no column `output` among instruction; set data.columns"),
         ({"question": "a"}, "f.jsonl:1: no column `prompt` among question; set data.columns"),

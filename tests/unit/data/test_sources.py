@@ -62,9 +62,9 @@ def test_a_parquet_file_may_be_compressed(tmp_path, packed):
     [
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": \n', mtime=0), "a.jsonl.gz:2: not valid JSON"),
         ("a.jsonl.bz2", bz2.compress(b'{"a": 1}\n\xff\n'), "a.jsonl.bz2:2: not UTF-8 at byte 0"),
-        ("a.csv.bz2", bz2.compress(b"a,b\n1,2\n1\n"), "a.csv.bz2:3: the row does not have 2 cells like the header"),
-        ("semicolon.csv", b"a;b\n1;2\n1,2\n", "semicolon.csv:3: the row does not have 2 cells like the header"),
-        ("a.tsv", b"a\tb\n1\t2\n1\n", "a.tsv:3: the row does not have 2 cells like the header"),
+        ("a.csv.bz2", bz2.compress(b"a,b\n1,2\n1\n"), "a.csv.bz2:3: expected 2 cells, as in the header"),
+        ("semicolon.csv", b"a;b\n1;2\n1,2\n", "semicolon.csv:3: expected 2 cells, as in the header"),
+        ("a.tsv", b"a\tb\n1\t2\n1\n", "a.tsv:3: expected 2 cells, as in the header"),
         ("a.jsonl.gz", b'{"a": 1}\n', "a.jsonl.gz:1: not readable .zlib inflate failed"),
         ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], "a.jsonl.gz:[123]: not readable"),
         ("a.json.zst", zstd(LINES.encode())[:-12], "a.json.zst:[123]: not readable"),
@@ -83,7 +83,7 @@ def test_a_parquet_file_may_be_compressed(tmp_path, packed):
         ("a.txt", b"x", "a.txt: unknown kind of file; use .jsonl, .json, .csv, .tsv or .parquet, each also with .gz"),
         ("a.gz", b"x", "a.gz: unknown kind of file"),
         ("a.parquet", b"x", "a.parquet: not a readable Parquet file"),
-        ("a.csv", b"a,b\n1\n", "a.csv:2: the row does not have 2 cells like the header"),
+        ("a.csv", b"a,b\n1\n", "a.csv:2: expected 2 cells, as in the header"),
     ],
 )  # fmt: skip
 def test_an_error_in_a_file_names_the_line(tmp_path, name, content, message):

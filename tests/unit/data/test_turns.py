@@ -41,7 +41,7 @@ def read(record, with_target=True, **columns):
         ({"messages": [USER, ANSWER | {"weight": "1"}]}, r"messages\[1\]: `weight` is '1'; write 1, or 0"),
         ({"messages": [USER, ANSWER | {"train": False}]}, r"messages\[1\]: `train` is False"),
         ({"prompt": "a", "completion": "b", "system": 7}, "f:1: `system` is int, .* data.columns.system: null"),
-        ({"messages": [{"role": "system", "content": "s"}, USER, ANSWER], "system": "t"}, "both hold a system prompt"),
+        ({"messages": [{"role": "system", "content": "s"}, USER, ANSWER], "system": "t"}, "both have a system prompt"),
     ],
 )
 def test_a_part_that_would_change_what_is_trained_is_refused_by_name(record, message):

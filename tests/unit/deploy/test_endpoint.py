@@ -194,7 +194,7 @@ def test_a_template_that_a_server_of_the_base_lacks_is_announced_and_its_prompts
                                  .replace("<|im_start|>assistant", "<|im_start|>turn of assistant"))  # fmt: skip
     assert run("--model.chat_template", "own.jinja") == 2
     out, error = capsys.readouterr()
-    assert "warning: model.chat_template renders the prompts, and the base has another template" in out
+    assert "warning: model.chat_template is set: servers need the exported" in out
     assert "tokens and formtune's" in error and "serve the tokenizer and the chat template" in error
     server.tokenizer = AutoTokenizer.from_pretrained(base)
     server.tokenizer.chat_template = Path("own.jinja").read_text()

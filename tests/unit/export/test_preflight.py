@@ -208,6 +208,4 @@ def test_preflight_says_how_a_prompt_looks_that_chat_servers_cannot_render(proje
     code, result = preflight("--for", "vllm")
     [check] = [it for it in result["checks"] if it["check"] == "chat template"]
     assert code == 0 and check["verdict"] == "warning"
-    assert check["detail"].startswith(
-        "the base has no chat template, so chat servers cannot render it; a prompt is the"
-    )
+    assert check["detail"].startswith("the base has no chat template, which chat servers need; a prompt is the")

@@ -109,10 +109,10 @@ def test_each_text_gets_its_kind(text, kind, detail, loose):
     ("text", "detail"),
     [
         (TARGET, "the document is complete"),
-        (TARGET[:20], "cut before its end"),
+        (TARGET[:20], "the document is incomplete"),
         (TARGET + " and", "the document is complete"),
         ("Sure: " + TARGET + " and", "the document is complete"),
-        (f"<think>{TARGET}", "cut before its end"),
+        (f"<think>{TARGET}", "the document is incomplete"),
     ],
 )
 def test_an_answer_without_a_stop_token_is_truncated(text, detail):

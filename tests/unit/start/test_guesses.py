@@ -95,7 +95,7 @@ def test_each_format_but_json(answers, kind, init_args):
 def test_json_as_an_object_as_text_and_in_a_fence(write):
     kind, init_args, why = guess_format(pairs(*(write({"a": n}) for n in range(30)), "sorry"), "")
     assert kind == "JsonSchema" and init_args["schema"]["properties"] == {"a": {"type": "integer"}}
-    assert why == "30 of 31 answers are such JSON (rows.jsonl:1)"
+    assert why == "30 of 31 answers match it (rows.jsonl:1)"
 
 
 def test_booleans_are_a_schema():
