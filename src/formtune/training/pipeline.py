@@ -53,7 +53,7 @@ def train(
     evaluator.baselines(baselines, baseline_rows)
 
     # Training; the curves start at the untuned base, or the adapter
-    if checkpoint is None and not whole:
+    if checkpoint is None and not full:
         trainer.validate(model, datamodule, verbose=False)
     before = time.monotonic() - began
     trainer.fit(model, datamodule, ckpt_path=checkpoint)
