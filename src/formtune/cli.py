@@ -83,6 +83,11 @@ def main(args: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has left, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python exits
         return 0
+    except OSError as error:  # a full disk, a folder that is not writable
+        if error.errno is None:
+            raise
+        print(f"formtune: error: {os.fsdecode(error.filename or 'a file')}: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 def _run(args: list[str]) -> int:

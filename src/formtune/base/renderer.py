@@ -74,7 +74,7 @@ class Renderer:
         control_tokens = [re.escape(token) for token in specials if token not in (tags or ())]
         self._control_token = re.compile("|".join(control_tokens) or r"(?!)")  # (?!) never matches
         self._missing: tuple[str, ...] = ()  # roles of a system prompt that the template does not render
-        self._lead = ""  # whitespace that the template puts before an answer, as decoded
+        self.lead = ""  # whitespace that the template puts before an answer, as decoded
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         probe = tokenizer("a")["input_ids"]  # this call also switches off truncation and padding
         self._bos = [bos] if not self.templated and bos is not None and probe[:1] == [bos] else []
@@ -93,8 +93,8 @@ class Renderer:
         except UnfitRow as error:
             raise UserError(f"{self._key}: the loss mask of the chat template cannot be verified: {error}") from None
         written = self._decode(target_ids[:-1])
-        self._lead = written[: len(written) - len(written.lstrip())]
-        if not self.thinking and (before := written.removesuffix(self.probe[1]["content"])) != self._lead:
+        self.lead = written[: len(written) - len(written.lstrip())]
+        if not self.thinking and (before := written.removesuffix(self.probe[1]["content"])) != self.lead:
             raise UserError(f"{self._key}: the chat template writes {before!r} before every answer")
         if self.thinking and prompt.rstrip().endswith(self._tag) == bool(self._opening):
             raise UserError(f"data.format.open: must be '' exactly if the template's prompt ends with {self._tag}")
@@ -204,7 +204,7 @@ class Renderer:
     def answer(self, ids: Sequence[int]) -> tuple[str, bool]:
         """The text of generated `ids` up to the first stop token, and whether there was one."""
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
-        return self._decode(ids[:end]).removeprefix(self._lead), end is not None
+        return self._decode(ids[:end]).removeprefix(self.lead), end is not None
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text that each token adds; of several tokens that make up one character, the last one adds it."""

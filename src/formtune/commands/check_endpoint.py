@@ -10,12 +10,13 @@ import numpy as np
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from rich.console import Console
 
+from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
 from formtune.configuration.terminal import shown
 from formtune.data.blockers import check_rows
-from formtune.data.preparation import load_splits
+from formtune.data.preparation import load_splits, sample
 from formtune.deploy.endpoint import Endpoint
 from formtune.errors import UserError
 from formtune.evaluation.comparison import figures, figures_table
@@ -44,7 +45,8 @@ def run(command: str, args: list[str]) -> int:
         print(f"warning: {renderer.note}", flush=True)
     splits = load_splits(settings)
     check_rows(settings, splits)
-    rows = [replace(row, messages=renderer.turns(row.messages)) for row in splits.rows["test"]]
+    tested = sample(splits.rows["test"], settings.max_evaluation_rows)
+    rows = [replace(row, messages=renderer.turns(row.messages)) for row in tested]
     schemas: list[Any] = [None] * len(rows)
     if config.constrained:
         inner: Any = format.inner or format
@@ -60,7 +62,7 @@ def run(command: str, args: list[str]) -> int:
         pool.shutdown(cancel_futures=True)
     seconds = time.perf_counter() - started
     choices, sizes, latencies = zip(*replies, strict=True)
-    outcomes = [_judge(row, choice, format) for row, choice in zip(rows, choices, strict=True)]
+    outcomes = [_judge(row, choice, format, renderer) for row, choice in zip(rows, choices, strict=True)]
     rated, kinds = judged(outcomes), Counter(outcome.kind for outcome in outcomes)
     result = {
         "endpoint": endpoint.url, "model": endpoint.model, "data": splits.key, "rows": len(outcomes),
@@ -93,8 +95,8 @@ def run(command: str, args: list[str]) -> int:
     return int(exact < config.min_exact)
 
 
-def _judge(row: Row, choice: Any, format: Format) -> Outcome:
-    row_format, text = format.of_row(row.schema), choice.message.content or ""
+def _judge(row: Row, choice: Any, format: Format, renderer: Renderer) -> Outcome:
+    row_format, text = format.of_row(row.schema), (choice.message.content or "").removeprefix(renderer.lead)
     verdict = row_format.check(text, finished=choice.finish_reason != "length", target=row.target)
     tokens = getattr(choice.logprobs, "content", None) or []
     texts, logprobs = [token.token for token in tokens], [token.logprob for token in tokens]

@@ -1,5 +1,6 @@
 """`formtune export`: help and mistakes on the command line do not import torch."""
 
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from formtune.training.manifest import KINDS
 
 
 def run(command: str, args: list[str]) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that no file or process is left
     warnings.simplefilter("ignore")  # libraries warn of what the measurements judge
     parser = CommandParser(command, COMMANDS[command].description, "formtune export RUN [--as KIND] [--max_loss SHARE]")
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a finished run")
@@ -23,6 +25,8 @@ def run(command: str, args: list[str]) -> None:
     parser.add_argument("--quant", choices=QUANTIZATIONS, help="With --as gguf (default: q8_0)")
     parser.add_argument("--converter", metavar="PATH", help="With --as gguf: convert_hf_to_gguf.py of llama.cpp")
     config = parser.parse_args(args)
+    if not 0 <= config.max_loss < 1:
+        raise UserError("--max_loss: a share of the test rows from 0 to 1, such as 0.01")
     kind, _, separate = config.kind.partition("-")
     if missing := missing_package(kind):
         raise UserError(f"--as {config.kind}: {missing}")

@@ -1,5 +1,6 @@
 """`formtune preflight`: check before training whether the result can go to production."""
 
+import signal
 import tempfile
 import warnings
 from collections import namedtuple
@@ -10,7 +11,7 @@ from formtune.base.row import quantile
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
 from formtune.configuration.terminal import say
-from formtune.configuration.yaml_file import config_paths
+from formtune.configuration.yaml_file import config_file
 from formtune.data.preparation import encode_inputs, production_rows
 from formtune.errors import UserError, first_line
 from formtune.export.quantize import missing_package
@@ -26,6 +27,7 @@ Check = namedtuple("Check", ["target", "check", "verdict", "detail"])
 
 def run(command: str, args: list[str]) -> int:
     """Check, print, write `logs/<task>/preflight.json`; 1 if a target would fail."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that no file or process is left
     warnings.simplefilter("ignore")  # libraries warn of what the trial judges
     parser = task_parser(command, COMMANDS[command].description, {"model.lora", "model.adapter"})
     parser.add_class_arguments(Lora, "model.lora")
@@ -70,5 +72,5 @@ def run(command: str, args: list[str]) -> int:
     untried = [c.target for c in checks if c.verdict == "not tried"]
     note = f"; not tried: {', '.join(untried)}" if untried else ""
     say(f"verdict: {'failed' if failed else 'passed'} for {', '.join(failed or targets)}{note}", "bold")
-    print(f"next: {'change what fails' if failed else f'formtune train -c {config_paths(args)[0]}'}")
+    print(f"next: {'change what fails' if failed else f'formtune train -c {config_file(args)}'}")
     return int(bool(failed))

@@ -1,5 +1,6 @@
 """`formtune promote`, `rollback` and `deployments`: deploy on evidence, roll back with a reason."""
 
+import json
 import re
 from pathlib import Path
 
@@ -30,7 +31,9 @@ def _promote(parser: CommandParser, args: list[str]) -> None:
     exported = Exported(config.run / config.kind)
     version, name = f"{config.run.resolve().name}-{config.kind}", f"{exported.task}/{config.to}"
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise UserError(f"--to: {name!r}: use letters, digits, '.', '_' and '-', and begin with a letter or digit")
+        raise UserError(
+            f"{name!r}: a task and --to have letters, digits, '.', '_' and '-', and begin with a letter or digit"
+        )
     with registry.locked(name) as deployment:
         if version == deployment.current:
             raise UserError(f"{name}: already points to {version}")
@@ -85,8 +88,11 @@ def objections_to(deployment: registry.Deployment, exported: Exported) -> list[s
     current, objections = deployment.current, list[str]()
     try:
         read_runs([str(exported.outcomes)])  # refuses a missing file
+        figures = exported.outcomes.with_name(f"{exported.folder.name}.json")
+        if figures.is_file() and (reason := json.loads(figures.read_text(encoding="utf-8"))["refused"]):
+            objections.append(f"its export was refused: {reason}")
         if current is None:
-            return []
+            return objections
         if read_manifest(deployment.version_folder(current))["format"] != exported.manifest["format"]:
             objections.append(f"the format differs from that of {current}, which downstream code parses")
         comparison = compare(read_runs([str(deployment.outcomes(current)), str(exported.outcomes)]))

@@ -21,6 +21,8 @@ def run(command: str, args: list[str]) -> int:
     parser.add_argument("--engine", choices=("transformers", "llamacpp", "vllm"), help="Default: llamacpp for GGUF, "
                         "else transformers; vllm prints the command")  # fmt: skip
     config = parser.parse_args(args)
+    if not 0 < config.port < 65536:
+        raise UserError(f"--port {config.port}: expected a number from 1 to 65535")
     files = sorted(path.name for path in Path(config.runs[0]).glob("gguf-*")) if config.engine == "llamacpp" else []
     kind = config.kind or (files[0] if len(files) == 1 else "adapter")
     models = server.named(config.runs, [find_exported(run, kind) for run in config.runs])

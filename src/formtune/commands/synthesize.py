@@ -13,16 +13,17 @@ from jsonargparse.typing import PositiveInt
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
 from formtune.configuration.terminal import shown
-from formtune.configuration.yaml_file import config_paths
+from formtune.configuration.yaml_file import config_file
 from formtune.data.boilerplate import split_shared
 from formtune.data.cleaning import Example, repair, repair_answer
 from formtune.data.duplicates import near_pairs
 from formtune.data.preparation import as_written, read_examples, read_splits
 from formtune.data.sources import read_records
-from formtune.deploy.endpoint import Client
+from formtune.deploy.endpoint import Client, Refused
 from formtune.errors import UserError
 from formtune.files import write_lines
 
+BAD_PROMPT = (400, 413, 422)  # HTTP statuses for one prompt, such as a too long one; others apply to all
 SHOTS = 4  # training rows in the teacher's prompt
 REPAIRS = ("edges", "fence", "canonical")  # of an answer, applied only if its format is then valid
 
@@ -59,11 +60,16 @@ def run(command: str, args: list[str]) -> None:
     rule = json.dumps(format.to_dict()["init_args"], ensure_ascii=False)
     before = [turn for shot in shots for turn in shot.messages if turn["role"] != "system"]
 
-    def ask(prompt: list[Any]) -> str:
+    def ask(prompt: list[Any]) -> str | None:
         systems = [turn["content"] for turn in prompt if turn["role"] == "system"]
         system = "\n\n".join([*systems, f"Give only the answer, exactly in this format: {rule}"])
         turns = [*before, *(turn for turn in prompt if turn["role"] != "system")]
-        reply = client.complete(messages=[{"role": "system", "content": system}, *turns])
+        try:
+            reply = client.complete(messages=[{"role": "system", "content": system}, *turns])
+        except Refused as error:
+            if error.status not in BAD_PROMPT:
+                raise
+            return None
         return reply.choices[0].message.content or ""
 
     rows = [row for row, _ in read_records(config.out)] if path.is_file() else []
@@ -72,6 +78,9 @@ def run(command: str, args: list[str]) -> None:
     try:
         answers = shown(pool.map(ask, (example.messages[:-1] for example in new)), len(new), f"asking {config.teacher}")
         for example, answer in zip(new, answers, strict=True):
+            if answer is None:
+                refused["the server refused the prompt"] += 1
+                continue
             answer = repair_answer(answer, format, REPAIRS, Counter())
             if (verdict := format.check(answer)).exact:
                 turns = [turn for turn in example.messages[:-1] if turn != added]
@@ -82,8 +91,8 @@ def run(command: str, args: list[str]) -> None:
                 refused[verdict.kind] += 1
     finally:
         pool.shutdown(cancel_futures=True)
-    reasons = "".join(f"; {count:,} with an invalid format: {kind}" for kind, count in refused.most_common())
+    reasons = "".join(f"; {count:,} left out: {kind}" for kind, count in refused.most_common())
     print(f"{path}: {len(rows):,} rows; not asked: {len(prompts) - len(new):,} near-duplicates{reasons}")
     if columns.source is None:
         print("to count rows by author, set data.columns.source: source in the task")
-    print(f"next: read some of the rows, add {path} to data.train, then formtune audit -c {config_paths(args)[0]}")
+    print(f"next: read some of the rows, add {path} to data.train, then formtune audit -c {config_file(args)}")

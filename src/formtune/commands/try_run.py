@@ -39,7 +39,8 @@ def run(command: str, args: list[str]) -> None:
         schema = tools = read_tools(value, "--schema", config.schema)
     settings.format.of_row(schema)  # refuses an invalid schema
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = load_base(task.model.base, torch.float32, None, device).to(device)
+    base = load_base(task.model.base, torch.float32, task.model.quantize, device)
+    base = base if task.model.quantize else base.to(device)
     model = PeftModel.from_pretrained(base, folder / "adapter").eval()
     say(f"base and {folder}; one prompt per line, Ctrl-D ends")
     with suppress(EOFError):
@@ -55,7 +56,7 @@ def _answer(model: Any, settings: Any, prompt: str, schema: str | None, tools: s
         turns.insert(0, {"role": "system", "content": system})
     [row] = settings.renderer.encode([(repair(turns, settings.clean), "the prompt", schema, tools)])
     if isinstance(row, Exception):
-        raise UserError(f"the prompt cannot be rendered: {row}")
+        return say(f"the prompt cannot be rendered: {row}", "red")
     if len(row) >= settings.limit:
         return say(f"too long: {len(row)} tokens, the limit is {settings.limit}", "red")
     stop, limit = settings.renderer.stop_ids, min(settings.max_new_tokens, settings.limit - len(row))

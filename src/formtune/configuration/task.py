@@ -49,10 +49,11 @@ def read_task(parser: TaskParser, args: list[str]) -> tuple[Namespace, DataSetti
     """The values of a command line, with `task` set, and its data settings."""
     config = parser.parse_args(args)
     config.task = config.task or Path(["task", *config_paths(args)][-1]).stem
-    for key in BATCHES:
-        config.pop(key)
+    _, max_evaluation_rows = (config.pop(key) for key in BATCHES)
     # Only data: no loggers or callbacks are created here.
-    return config, parser.instantiate_classes(Namespace(data=config.data)).data
+    settings = parser.instantiate_classes(Namespace(data=config.data)).data
+    settings.max_evaluation_rows = max_evaluation_rows
+    return config, settings
 
 
 def read_run(folder: Path) -> tuple[Namespace, DataSettings]:

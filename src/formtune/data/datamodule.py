@@ -2,7 +2,6 @@
 
 import functools
 import os
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from formtune.base.row import Row
 from formtune.data.blockers import check_rows
 from formtune.data.encoded import Splits, content_hash
-from formtune.data.preparation import load_splits, prompt_rows
+from formtune.data.preparation import load_splits, prompt_rows, sample
 from formtune.data.settings import DataSettings
 from formtune.errors import UserError
 from formtune.files import write_lines
@@ -78,9 +77,8 @@ class FormatDataModule(L.LightningDataModule):
                 write_lines(Path(trainer.default_root_dir) / "quarantine.jsonl", map(asdict, splits.quarantine))
             check_rows(self.settings, splits)
             self.splits, self.rows = splits, splits.rows | {"train": splits.training}
-            if self.max_evaluation_rows is not None:
-                for name in ("validation", "test"):
-                    self.rows[name] = _sample(splits.rows[name], self.max_evaluation_rows)
+            for name in ("validation", "test"):
+                self.rows[name] = sample(splits.rows[name], self.max_evaluation_rows)
 
     def train_dataloader(self) -> DataLoader:
         rows: Any = self.rows["train"]
@@ -122,7 +120,7 @@ class FormatDataModule(L.LightningDataModule):
         """This process's share of a fixed sample of training rows, as many as validation sees."""
         assert self.trainer is not None
         validated = int(sum(self.trainer.num_val_batches)) * EVALUATION_ROWS
-        return self._share(_sample(self.rows["train"], min(len(self.rows["validation"]), validated)))
+        return self._share(sample(self.rows["train"], min(len(self.rows["validation"]), validated)))
 
     def _collate(self, rows: list[Row], evaluation: bool = False, decoding: Any = None) -> Any:
         """This process's share of the rows, as the model's batch; the rows themselves without a model."""
@@ -134,8 +132,3 @@ class FormatDataModule(L.LightningDataModule):
     def _share(self, rows: list[Row]) -> list[Row]:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return rows[rank::world]
-
-
-def _sample(rows: list[Row], count: int) -> list[Row]:
-    """At most `count` random rows, in file order; evenly spaced ones would be biased in files made from templates."""
-    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), min(count, len(rows))))]

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -233,3 +234,9 @@ def prompt_rows(settings: DataSettings) -> list[Row]:
                 "data.max_length (the base's context bounds it) or shorten the prompt"
             )
     return rows
+
+
+def sample(rows: list[Row], count: int | None) -> list[Row]:
+    """At most `count` random rows (None: all), in file order; evenly spaced ones could follow a pattern of the file."""
+    places = range(len(rows))
+    return [rows[i] for i in sorted(random.Random(0).sample(places, min(count or len(rows), len(rows))))]

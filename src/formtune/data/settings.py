@@ -102,6 +102,7 @@ class DataSettings:
             self._date = calendar_date.fromisoformat(today() if date is None else date).isoformat()
         except ValueError:
             raise UserError(f"data.date: {date!r} is not a date; write it as YYYY-MM-DD") from None
+        self.max_evaluation_rows: int | None = None  # that a command without a data module takes, None for all
         self.ignored: dict[str, Counter[str]] = {}  # columns of `prompts` and `production` that were not read
 
     def system_of(self, schema: str | None) -> str | None:

@@ -24,6 +24,14 @@ REMEDY = (
 )
 
 
+class Refused(UserError):
+    """The server answered with an error, of this HTTP status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class Client:
     """A model on a server; the API key, if needed, is read from OPENAI_API_KEY."""
 
@@ -45,14 +53,15 @@ class Client:
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """The reply to another request than a chat completion."""
         url = f"{self.url.rstrip('/').removesuffix('/v1')}{path}"
-        return self._send(self._client.post, path=url, cast_to=object, body=body, options={"max_retries": 0})
+        return self._send(self._client.post, path=url, cast_to=object, body=body)
 
     def _send(self, send: Callable[..., Any], **arguments: Any) -> Any:
         try:
             return send(**arguments)
         except self._error as error:
             reason = " ".join(first_line(part) for part in (error, error.__cause__) if part)
-            raise UserError(f"{self.url}: {reason}; {UNANSWERED}") from None
+            message, status = f"{self.url}: {reason}; {UNANSWERED}", getattr(error, "status_code", None)
+            raise (Refused(message, status) if status else UserError(message)) from None
 
 
 class Endpoint(Client):
@@ -66,28 +75,32 @@ class Endpoint(Client):
 
     def open(self, row: Row, schema: Any = None) -> None:
         """Ask once, so that general errors are found first and loading the model is not timed."""
+        try:
+            self.complete(**self._body(row, schema))  # first of all: a server that is down is asked nothing else
+        except Refused:  # some servers refuse a request for log-probabilities
+            del self._options["logprobs"]
+            self.complete(**self._body(row, schema))
         for ids in (self._ids_of_vllm, self._ids_of_llama_cpp):
             with contextlib.suppress(UserError, LookupError, TypeError):  # most servers have no such route
                 self.ids = self.ids or (ids if ids(chat_prompt(row)) else None)
-        try:
-            self.ask(row, schema)
-        except UserError:  # some servers refuse a request for log-probabilities
-            del self._options["logprobs"]
-            self.ask(row, schema)
+
+    def _body(self, row: Row, schema: Any) -> dict[str, Any]:
+        body = chat_prompt(row) | self._options
+        if schema is not None:
+            json_schema = {"name": "answer", "schema": schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": json_schema}
+        return body
 
     def ask(self, row: Row, schema: Any = None) -> tuple[Any, int, float]:
         """The greedy answer to a row, under a schema, if any, with its tokens and seconds; checks the prompt."""
-        prompt, options, started = chat_prompt(row), self._options, time.perf_counter()
-        if schema is not None:
-            json_schema = {"name": "answer", "schema": schema, "strict": True}
-            options = options | {"response_format": {"type": "json_schema", "json_schema": json_schema}}
-        reply = self.complete(**prompt, **options)
+        started = time.perf_counter()
+        reply = self.complete(**self._body(row, schema))
         seconds = time.perf_counter() - started
         choice, message, tags = reply.choices[0], reply.choices[0].message, self._renderer.tags
         reasoning = tags and (getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None))
         if tags and reasoning:  # the server split the answer
             message.content, choice.logprobs = f"{tags[0]}{reasoning}{tags[1]}{message.content or ''}", None
-        ids = self.ids(prompt) if self.ids else None
+        ids = self.ids(chat_prompt(row)) if self.ids else None
         if fault := self._fault(row, message, getattr(reply.usage, "prompt_tokens", None), ids):
             raise UserError(f"{row.where}: {fault}; {REMEDY}")
         return choice, getattr(reply.usage, "completion_tokens", 0), seconds

@@ -22,7 +22,7 @@ from filelock import FileLock
 from formtune.errors import UserError, first_line
 from formtune.export.exported import Exported
 from formtune.files import write_json
-from formtune.training.manifest import NAME, file_hash, verify
+from formtune.training.manifest import NAME, verify
 
 DEPLOYMENTS = Path("deployments")
 
@@ -108,9 +108,8 @@ def find_exported(name: str, kind: str) -> Exported:
 def store(exported: Path, target: Path) -> None:
     """Copy an exported folder to a version's folder, which appears only when it is complete and verified."""
     if target.exists():
-        if file_hash(target / NAME) != file_hash(exported / NAME):
+        if verify(target)["files"] != verify(exported)["files"]:
             raise UserError(f"{target}: already has another export of this name; rename the run's folder")
-        verify(target)
         return
     partial = target.with_name(target.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed process; only this process has the lock

@@ -42,6 +42,8 @@ def named(runs: Sequence[str], models: Sequence[Exported]) -> dict[str, Exported
             raise UserError(f"{model.folder}: only {group} are served together; start a server for each run")
     pairs = zip(runs, models, strict=True)
     names = [f"{model.task}-{Path(run).name}" if several else model.task for run, model in pairs]
+    if any({"..", "/"} & set(Path(name).parts) for name in names):  # of a stranger's config.yaml
+        raise UserError(f"{first.folder}: its task is a path ({names[0]}); it cannot be served under this name")
     if len(set(names)) < len(names):
         raise UserError(f"{' '.join(runs)}: several would be called {max(names, key=names.count)}; rename one")
     return dict(zip(names, models, strict=True))
@@ -71,10 +73,13 @@ def serve(models: dict[str, Exported], engine: str, port: int) -> int:
             with contextlib.suppress(OSError), LOCAL.open(f"http://{HOST}:{port}/health", timeout=5):
                 break
             time.sleep(0.2)
+        if process.poll() is not None:
+            raise UserError(f"the server exited with code {process.returncode}; its output above says why")
         for name, exported in models.items():
             print(f"{exported.folder} is served as {name}; stop it with Ctrl-C")
         rows = read_outcomes(exported.outcomes) if exported.outcomes.is_file() else []
-        body = exported.request(rows[0].input if rows else "Hello") | {"model": name}
+        text, schema = (rows[0].input, rows[0].schema) if rows else ("Hello", None)
+        body = exported.request(text, schema) | {"model": name}
         data = shlex.quote(json.dumps(body, ensure_ascii=False))
         print(f"\ncurl http://{HOST}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d {data}\n"
               f"\n{CHECK.format(HOST, port, name)}", flush=True)  # fmt: skip
@@ -121,6 +126,8 @@ def _vllm(models: dict[str, Exported], port: int) -> list[str]:
             "--max-loras", str(len(folders)), "--lora-modules", *map("=".join, folders.items()),
             *(["--chat-template", template] if Path(template).is_file() else []),  # completions need none
         ]  # fmt: skip
+    # Greedy, without the sampling and penalties that a base ships; stop tokens still come from its file.
+    words += ["--generation-config", "vllm", "--override-generation-config", '{"temperature": 0}']
     words += ["--host", HOST, "--port", str(port)]
     return ["vllm", "serve", *words, "--default-chat-template-kwargs", f'{{"enable_thinking": {thinking}}}']
 

@@ -31,7 +31,8 @@ class Exported:
         self.format: Any = json.loads((folder / "format.json").read_text(encoding="utf-8"))
         self.task, self.kind = str(self.config["task"]), self.manifest["kind"]
         self.base = self.manifest["base"]["path"] if self.kind == "adapter" else None
-        answers = "after" if folder.name == "adapter" else folder.name
+        # Servers do not decode constrained: for such a run the answers count that `formtune export` measured without.
+        answers = "after" if folder.name == "adapter" and not self.config["model"]["constrained"] else folder.name
         self.outcomes = outcomes or folder.parent / "outcomes" / f"{answers}.jsonl"  # of the test rows
 
     @functools.cached_property
@@ -41,9 +42,10 @@ class Exported:
         tags = (options["open"], options["close"]) if "close" in options else None
         return Renderer.load(str(self.folder.resolve()), tags=tags)
 
-    def request(self, text: str) -> dict[str, Any]:
+    def request(self, text: str, schema: str | None = None) -> dict[str, Any]:
         """A request for a chat completion: model, messages, limit."""
         system = system_prompt(self.config["data"]["system"], self.format)
+        system = system.replace("{schema}", schema) if system and schema is not None else system
         turns: list[Message] = [{"role": "system", "content": system}] if system is not None else []
         turns = self.renderer.turns([*turns, {"role": "user", "content": text}])
         limits = {"temperature": 0, "max_tokens": self.config["model"]["max_new_tokens"]}
@@ -52,14 +54,14 @@ class Exported:
 
 def write_usage(folder: Path, adapter: Exported, schema: Any, rows: Sequence[Row]) -> None:
     """Write a `Modelfile` and a request for Ollama, and a card with the commands that serve the file."""
-    renderer, request = adapter.renderer, adapter.request(rows[0].input)
+    renderer, request = adapter.renderer, adapter.request(rows[0].input, rows[0].schema)
     needed = max(len(row.prompt_ids) for row in rows) + request["max_tokens"]
     context = min(context_length(str(adapter.base)) or 10**9, max(CONTEXT, needed))
     body = {"model": request["model"], "messages": request["messages"], "stream": False}
     body |= {"options": {"temperature": 0, "num_ctx": context}} | ({"format": schema} if schema else {})
     write_json(folder / "request.json", body)
     facts = {"request": request, "schema": schema, "context": context, "thinking": renderer.thinking}
-    facts["adapter"] = (folder / ADAPTER).is_file()
+    facts |= {"adapter": (folder / ADAPTER).is_file(), "per_row": rows[0].schema is not None}
     facts["template"] = go_template(renderer, rows)
     facts["stop"] = [renderer.tokenizer.decode([id]) for id in renderer.stop_ids]
     for name, source in (("Modelfile", "Modelfile.jinja"), (CARD, "gguf.md.jinja")):

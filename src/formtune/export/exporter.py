@@ -46,11 +46,13 @@ class FinishedRun:
         # An export is judged without constrained decoding, so its reference must be too.
         unconstrained = folder / "outcomes" / "adapter.jsonl"
         self.constrained = task.model.constrained and not unconstrained.is_file()
-        path = unconstrained if task.model.constrained and not self.constrained else exported.outcomes
+        measured = task.model.constrained and not self.constrained
+        path = unconstrained if measured else folder / "outcomes" / "after.jsonl"
         self.outcomes = read_outcomes(path)  # of the test rows
         # Compared by content: the hash of the rows changes with every version of formtune.
         splits = load_splits(settings)
-        rows = splits.rows["test"][: len(self.outcomes)]
+        places = {row.where: row for row in splits.rows["test"]}  # data.max_evaluation_rows draws some of them
+        rows = [places[outcome.where] for outcome in self.outcomes if outcome.where in places]
         judged = [(outcome.input, outcome.target, outcome.schema, outcome.prompt_tokens) for outcome in self.outcomes]
         if [(row.input, row.target, row.schema, len(row.prompt_ids)) for row in rows] != judged:
             raise UserError(f"{path}: {folder / 'config.yaml'} gives other test rows or prompts; train again")
@@ -64,7 +66,7 @@ class FinishedRun:
             calibration=[row.prompt_ids + row.target_ids for row in splits.rows["train"][:CALIBRATION]],
             compared=[timed, *(row.prompt_ids + row.target_ids for row in of_all_lengths)],
             rows=rows, limits=[min(task.model.max_new_tokens, context - len(row.prompt_ids)) for row in rows],
-            stop=self.renderer.stop_ids, thinking=self.renderer.thinking, timed=timed,
+            stop=self.renderer.stop_ids, tags=self.renderer.tags, timed=timed,
             schema=getattr(self.format, "schema", None) if not self.format.per_row else None,
         )  # fmt: skip
 

@@ -41,7 +41,7 @@ class LlamaServer:
         params.hostnames, params.port, params.n_ctx = [HOST], port, context
         params.cpuparams.n_threads = torch.get_num_threads()  # more threads than free cores wait at every layer
         params.enable_reasoning, params.default_template_kwargs = -thinking, {"enable_thinking": str(thinking).lower()}
-        params.verbosity = 0
+        params.verbosity, params.sampling.temp = 0, 0  # the temperature of requests that name none
         params.model_alias = {name}
         self._server = xllamacpp.Server(params)  # returns when the model is loaded
         self.url = self._server.listening_address
@@ -112,10 +112,10 @@ def measure_gguf(tuned: Tuned, kind: str, folder: Path) -> tuple[Closeness, list
 
     The server gives log-probabilities only for its own answers, so the adapter computes logits of these.
     """
-    renderer, stop = Renderer.load(str(folder)), tuned.stop
+    renderer, stop = Renderer.load(str(folder), tags=tuned.tags), tuned.stop
     pairs = list(zip(tuned.rows, tuned.limits, strict=True))
     context = max([len(row.prompt_ids) + limit for row, limit in pairs] + [len(tuned.timed) + TIMED])
-    server = LlamaServer(folder / FILE, context + 8, thinking=tuned.thinking)
+    server = LlamaServer(folder / FILE, context + 8, thinking=renderer.thinking)
     check_prompts(server, [row for row in tuned.rows if row.messages], renderer)
     answers, sequences, likeliest = [], [], []
     every = max(1, len(pairs) // COMPARED_ROWS)

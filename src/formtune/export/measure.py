@@ -6,6 +6,7 @@ import logging
 import math
 import multiprocessing
 import os
+import threading
 import timeit
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from formtune.base.row import Row
+from formtune.base.row import Row, Tags
 from formtune.errors import UserError, first_line
 from formtune.model.lora import load_base
 from formtune.model.micro_batches import Decoded, MicroBatches
@@ -43,7 +44,7 @@ class Tuned:
     rows: Sequence[Row]  # to answer
     limits: Sequence[int]  # tokens that each answer may have
     stop: Sequence[int]  # tokens that end an answer
-    thinking: bool = False  # whether thinking is on in the chat template
+    tags: Tags = None  # around the reasoning
     timed: Sequence[int] = ()  # token ids of a prompt; if empty, nothing is timed
     schema: Any = None  # of every answer; llama.cpp is timed with and without it
 
@@ -137,7 +138,8 @@ def load(folder: Path, base: str | None = None, dtype: Any = "auto", quantize: s
 def measure(tuned: Tuned, kind: str, folder: Path) -> tuple[Closeness, list[Decoded], dict[str, float]]:
     """How close an export is to the adapter in float32, its answers, and its tokens per second."""
     expected = last_logits(load(tuned.adapter, tuned.base, torch.float32, tuned.quantize), tuned.compared)
-    loaded = load(folder, tuned.base, quantize=tuned.quantize) if kind == "adapter" else load(folder)
+    dtype = tuned.dtype if tuned.quantize else "auto"  # which bitsandbytes does not take
+    loaded = load(folder, tuned.base, dtype, tuned.quantize) if kind == "adapter" else load(folder)
     closeness = compare(expected, last_logits(loaded, tuned.compared))
     micro_batches, limits = MicroBatches(loaded), tuned.limits
     split = micro_batches.split(tuned.rows, TOKENS, max(limits, default=0))
@@ -163,9 +165,15 @@ def call_fresh(function: Callable[..., Any], failure: str, **arguments: Any) -> 
             raise UserError(f"{failure}: its process was killed, usually because memory ran out") from None
         except Exception as error:
             raise UserError(f"{failure}: {first_line(error)}") from None
+        except KeyboardInterrupt:  # the pool would wait for its process
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _quiet_and_offline() -> None:
+    parent: Any = multiprocessing.parent_process()  # if it is killed, nothing else ends this process
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     os.environ["HF_HUB_OFFLINE"] = "1"  # every file is on this disk already
     logging.disable(logging.WARNING)
     null = os.open(os.devnull, os.O_WRONLY)

@@ -45,7 +45,7 @@ def attempt(
     renderer.tokenizer.save_pretrained(folder / "adapter")
     tuned = Tuned(
         folder / "adapter", str(folder / "base"), None, dtype, rows, rows[:COMPARED_ROWS], answered,
-        [ANSWER] * len(answered), renderer.stop_ids if gguf else (0,), renderer.thinking,
+        [ANSWER] * len(answered), renderer.stop_ids if gguf else (0,), renderer.tags,
     )  # fmt: skip
     if target == "merge":
         closeness = compare(last_logits(model, tuned.compared), last_logits(merged(tuned), tuned.compared))

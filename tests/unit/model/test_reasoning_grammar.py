@@ -29,7 +29,7 @@ def renderer_of(name, tags=TAGS):
 
 def taken(grammar, renderer, text, schema=None):
     """Whether the grammar accepts the tokens of a whole answer."""
-    ids = renderer.tokenizer(renderer._lead + text, add_special_tokens=False)["input_ids"]
+    ids = renderer.tokenizer(renderer.lead + text, add_special_tokens=False)["input_ids"]
     return accepts(grammar, [*ids, renderer.stop_ids[0]], schema)
 
 
