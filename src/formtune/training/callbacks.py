@@ -4,7 +4,9 @@ import math
 import os
 import signal
 import threading
+import time
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -22,6 +24,7 @@ from formtune.training.validations import Validation
 # From a terminal, a shell, a batch system (SLURM can announce a preemption by SIGUSR1), and the end of a session.
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 PRINTED = ("val/loss", "format/exact", "joint/exact", "content/field_f1")
+PRINTED_STEPS = 50  # between two lines of progress in a file
 
 
 class AnswerTable(Callback):
@@ -157,7 +160,10 @@ class Signals(Callback):
 
 
 class StepsBar(TQDMProgressBar):
-    """One line: steps, rows, training loss, and the time left at the mean speed so far, validations included."""
+    """One line: steps, rows, training loss, and the time left at the mean speed so far, validations included.
+
+    Where nothing can be drawn, as in a file, a line is printed every 50 steps.
+    """
 
     BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} rows |{bar}| {elapsed}"
 
@@ -169,11 +175,23 @@ class StepsBar(TQDMProgressBar):
         bar.bar_format = "{desc}{n_fmt}/{total_fmt} steps{postfix}, " + clock + " |{bar}|"
         return bar
 
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        super().on_train_start(trainer, *_)
+        self._started = time.monotonic(), trainer.global_step
+
     def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
         self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
+        step, total = trainer.global_step, trainer.estimated_stepping_batches
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, step - 1)
+        if self.is_disabled and trainer.is_global_zero and step % PRINTED_STEPS == 0 and step < total < math.inf:
+            started, first = self._started
+            left = timedelta(seconds=round((time.monotonic() - started) / (step - first) * (total - step)))
+            print(
+                f"step {step} of {total}  train/loss {trainer.callback_metrics['train/loss']:.4f}  {left} left",
+                flush=True,
+            )
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         if trainer.sanity_checking:

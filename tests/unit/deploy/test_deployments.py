@@ -85,6 +85,13 @@ def test_a_worse_run_is_refused_unless_forced_with_a_reason_which_is_recorded(lo
     )
 
 
+def test_an_adapter_whose_export_was_refused_is_not_promoted_silently(logs, capsys):
+    figures = Path("logs/small/one/outcomes/adapter.json")
+    figures.write_text(json.dumps({"refused": "another model"}))
+    assert main(["promote", "logs/small/one", "--to", "production"]) == 2
+    assert "its export was refused: another model" in capsys.readouterr().err
+
+
 def test_other_test_rows_a_missing_evaluation_and_another_format_are_no_evidence(logs, base, capsys):
     assert promote("good") == 0
     assert promote("other") == 2

@@ -74,6 +74,13 @@ def test_a_merged_model_is_served_by_itself(run, tmp_path, capsys):
     assert main(["serve", str(run), "--as", "merged", "--engine", "vllm"]) == 0
     words = shlex.split(capsys.readouterr().out.splitlines()[0])
     assert words[:5] == ["vllm", "serve", str((run / "merged").resolve()), "--served-model-name", "small"]
+    assert '{"temperature": 0}' in words and words[words.index("--generation-config") + 1] == "vllm"
+
+
+@pytest.mark.parametrize("port", ["0", "70000"])
+def test_a_port_that_is_none_is_refused(run, capsys, port):
+    assert main(["serve", str(run), "--port", port]) == 2
+    assert f"--port {port}: expected a number from 1 to 65535" in capsys.readouterr().err
 
 
 def test_another_base_or_a_changed_adapter_is_not_served(run, capsys):

@@ -140,7 +140,7 @@ def test_an_export_holds_its_figures_its_manifest_and_answers_that_compare_reads
 @pytest.mark.parametrize(("kind", "package"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
 def test_a_quantized_export_is_loaded_in_a_fresh_process_and_judged(run, kind, package):
     pytest.importorskip(package, reason="an optional package")
-    assert export(run, "--as", kind, "--max_loss", "1") == 0
+    assert export(run, "--as", kind, "--max_loss", "0.99") == 0
     manifest = verify(run / kind)
     assert package in manifest["versions"] and manifest["verification"]["closeness"]["top1"] >= 0.95
     assert sum(path.stat().st_size for path in (run / kind).glob("*.safetensors")) < 600_000
@@ -221,6 +221,19 @@ def test_answers_that_lose_the_format_are_refused_with_their_number_and_kept_to_
     assert f"format/exact falls from {len(good)} to {valid} of {len(good)} rows" in capsys.readouterr().err
     assert not (run / "merged").exists() and (run / "outcomes/merged.jsonl").is_file()
     assert "falls from" in json.loads((run / "outcomes/merged.json").read_text())["refused"]
+
+
+def test_a_run_that_was_judged_on_some_of_its_test_rows_is_compared_on_them(run):
+    path = run / "outcomes/after.jsonl"
+    lines = path.read_text().splitlines(keepends=True)[1::2]
+    path.write_text("".join(lines))
+    assert [row.where for row in FinishedRun(run).tuned.rows] == [json.loads(line)["where"] for line in lines]
+
+
+@pytest.mark.parametrize("share", ["1", "-0.1", "5"])
+def test_a_loss_that_is_no_share_is_refused(run, capsys, share):
+    assert export(run, "--as", "merged", f"--max_loss={share}") == 2
+    assert "--max_loss: a share of the test rows" in capsys.readouterr().err
 
 
 @pytest.mark.slow
