@@ -188,10 +188,8 @@ class StepsBar(TQDMProgressBar):
         if self.is_disabled and trainer.is_global_zero and step % PRINTED_STEPS == 0 and step < total < math.inf:
             started, first = self._started
             left = timedelta(seconds=round((time.monotonic() - started) / (step - first) * (total - step)))
-            print(
-                f"step {step} of {total}  train/loss {trainer.callback_metrics['train/loss']:.4f}  {left} left",
-                flush=True,
-            )
+            loss = self.get_metrics(trainer, pl_module)["loss"]
+            print(f"step {step} of {total}  train/loss {loss}  {left} left", flush=True)
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         if trainer.sanity_checking:

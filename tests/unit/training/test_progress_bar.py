@@ -60,6 +60,7 @@ def drawn(monkeypatch, capsys):
     """Lines that a fit of 2 epochs of 50 rows in steps of 8, and evaluations of 300 rows, draw at 80 columns."""
     clock = Clock()
     monkeypatch.setattr("tqdm.std.time", clock.monotonic)
+    monkeypatch.setattr("formtune.training.callbacks.time", clock)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda _: (80, 24))
 
@@ -108,6 +109,12 @@ def test_validations_within_a_fit_count_rows_too_and_a_limit_lowers_the_total(dr
 
 def test_nothing_is_drawn_if_the_output_is_not_a_terminal(drawn):
     assert drawn(refresh_rate=0) == drawn("test", refresh_rate=0) == []
+
+
+def test_a_file_gets_a_line_of_progress_every_few_steps(drawn, monkeypatch):
+    monkeypatch.setattr("formtune.training.callbacks.PRINTED_STEPS", 4)
+    lines = ["step 4 of 14  train/loss 0.0123  0:00:20 left", "step 8 of 14  train/loss 0.0123  0:00:34 left"]
+    assert drawn(refresh_rate=0) == [*lines, "step 12 of 14  train/loss 0.0123  0:00:14 left"]
 
 
 @pytest.mark.parametrize(
