@@ -27,7 +27,7 @@ def read(record, with_target=True, **columns):
         ({"prompt": "a", "completion": "b", "reasoning_content": "r"}, "f:1: `reasoning_content`"),
         ({"messages": [USER, ANSWER | {"tools": CALL}]}, r"f:1: messages\[1\]: `tools` .* text of a turn"),
         ({"messages": [USER | {"tool_calls": CALL}, ANSWER]}, r"f:1: messages\[0\]: `tool_calls`"),
-        ({"messages": [USER, ANSWER | {"tool_calls": ["f"]}]}, r"messages\[1\].tool_calls: write .*JSON text"),
+        ({"messages": [USER, ANSWER | {"tool_calls": ["f"]}]}, r"messages\[1\].tool_calls: write .*arguments"),
         ({"messages": [USER, ANSWER | {"tool_calls": [{"name": "f", "arguments": "x"}]}]}, "tool_calls: write"),
         ({"messages": [USER, ANSWER | {"function_call": {"name": "f"}}]}, r"messages\[1\]: `function_call`"),
         ({"messages": [USER, ANSWER | {"thinking": "r"}, USER, ANSWER]}, r"messages\[1\]: `thinking`"),
