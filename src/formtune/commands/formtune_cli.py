@@ -49,6 +49,8 @@ yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
 
 
 class Trainer(L.Trainer):
+    """Lightning's Trainer."""
+
     train = L.Trainer.fit  # LightningCLI looks for a method with the name of each command
 
 
@@ -162,7 +164,6 @@ class FormtuneCLI(LightningCLI):
         self.signals.remedy = f"continue with: {shlex.join(['formtune', *self.words, *words])}"
 
     def _choose_weights(self, config: Namespace, files: list[Path]) -> None:
-        """Set the weights to evaluate, a checkpoint or the untuned base, and the date of their run."""
         run = measured_run(files, LOGS / config.task / config.run if config.run else None)
         self.checkpoint = choose(config.ckpt_path, run)
         # "": the command line sets it

@@ -124,7 +124,7 @@ def test_a_rollback_goes_back_one_by_one_or_to_a_version_and_verifies_it(logs, c
     )
     assert (
         rollback("--to", "never-adapter") == 2
-        and "never-adapter is not an earlier version; --to names" in capsys.readouterr().err
+        and "never-adapter is not an earlier version; choose --to from" in capsys.readouterr().err
     )
     assert rollback("--to", "good2-adapter") == 0
     assert rollback() == 0 and current() == "equal-adapter", "which good2 replaced when it was promoted"
@@ -226,4 +226,4 @@ def test_names_and_folders_that_cannot_be_are_refused_in_one_line(logs, capsys):
 def test_a_name_that_several_tasks_have_needs_the_task(logs, capsys):
     assert promote("good") == 0
     shutil.copytree("deployments/small", "deployments/big")
-    assert rollback() == 2 and "name one of big/production, small/production" in capsys.readouterr().err
+    assert rollback() == 2 and "choose from big/production, small/production" in capsys.readouterr().err

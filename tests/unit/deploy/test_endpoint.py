@@ -67,7 +67,7 @@ def test_a_training_run_called_endpoint_is_not_overwritten(check, capsys):
     run, server = check
     Path("logs/small/endpoint/checkpoints").mkdir(parents=True)
     assert run() == 2 and not server.requests
-    assert "logs/small/endpoint: is a training run" in capsys.readouterr().err
+    assert "logs/small/endpoint: a training run" in capsys.readouterr().err
 
 
 def test_confidence_comes_from_log_probabilities_where_the_server_gives_them(check, capsys):
@@ -142,7 +142,7 @@ def test_a_server_that_does_not_count_proves_nothing(check, capsys):
     [
         ({"status": 401}, "so it is; start the server and wait for its model to load; check the URL, which usually"),
         ({"html": True}, "the reply is not a chat completion"),
-        ({"say": lambda _: {"role": "assistant", "content": None, "reasoning_content": "{}"}}, "took the answer for"),
+        ({"say": lambda _: {"role": "assistant", "content": None, "reasoning_content": "{}"}}, "parsed the answer as"),
         ({"extra": 1}, "test.jsonl:1: the server's prompt has 50 tokens and formtune's 49; serve the tokenizer"),
     ],
 )
