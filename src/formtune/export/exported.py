@@ -32,7 +32,7 @@ class Exported:
         self.task, self.kind = str(self.config["task"]), self.manifest["kind"]
         self.base = self.manifest["base"]["path"] if self.kind == "adapter" else None
         # Servers do not decode constrained: for such a run the answers count that `formtune export` measured without.
-        answers = "after" if folder.name == "adapter" and not self.config["model"]["constrained"] else folder.name
+        answers = "after" if folder.name == "adapter" and not self.config["model"].get("constrained") else folder.name
         self.outcomes = outcomes or folder.parent / "outcomes" / f"{answers}.jsonl"  # of the test rows
 
     @functools.cached_property

@@ -119,7 +119,7 @@ def test_missing_values_in_columns_that_are_not_read_are_ignored(tmp_path):
 def test_null_in_a_template_is_empty_text_unless_all_is_null():
     template = {"prompt": "{title}\n{body}"}
     assert read({"title": None, "body": "B", "completion": "b"}, **template) == [("user", "\nB"), ANSWER]
-    assert read({"title": "T", "body": float("nan"), "completion": "b"}, **template) == [("user", "T\n"), ANSWER]
+    assert read({"title": "T", "body": None, "completion": "b"}, **template) == [("user", "T\n"), ANSWER]
     with pytest.raises(UserError, match="f.jsonl:1: `title` is null"):
         read({"title": None, "body": None, "completion": "b"}, **template)
     with pytest.raises(UserError, match="f.jsonl:1: no column `body`"):

@@ -16,7 +16,7 @@ from formtune.cli import main
 from formtune.commands import promote as command
 from formtune.deploy import registry
 from formtune.deploy.registry import Deployment
-from formtune.training.manifest import verify
+from formtune.training.manifest import file_hash, verify
 
 ROWS = 40
 POINTER = Path("deployments/small/production.json")
@@ -86,9 +86,8 @@ def test_a_worse_run_is_refused_unless_forced_with_a_reason_which_is_recorded(lo
 
 
 def test_an_adapter_whose_export_was_refused_is_not_promoted_silently(logs, capsys):
-    figures = Path("logs/small/one/outcomes/adapter.json")
-    figures.write_text(json.dumps({"refused": "another model"}))
-    assert main(["promote", "logs/small/one", "--to", "production"]) == 2
+    (logs / "good/outcomes/adapter.json").write_text(json.dumps({"refused": "another model"}))
+    assert promote("good") == 2
     assert "its export was refused: another model" in capsys.readouterr().err
 
 
@@ -101,7 +100,7 @@ def test_other_test_rows_a_missing_evaluation_and_another_format_are_no_evidence
     manifest = json.loads((logs / "good2/adapter/manifest.json").read_text())
     format = logs / "good2/adapter/format.json"
     format.write_text(format.read_text() + "\n")
-    manifest["format"] = manifest["files"]["format.json"] = registry.file_hash(format)
+    manifest["format"] = manifest["files"]["format.json"] = file_hash(format)
     (logs / "good2/adapter/manifest.json").write_text(json.dumps(manifest))
     assert promote("good2") == 2 and "the format differs from that of good-adapter" in capsys.readouterr().err
 
@@ -209,7 +208,7 @@ def test_a_damaged_pointer_is_named(logs, capsys, content):
 def test_names_and_folders_that_cannot_be_are_refused_in_one_line(logs, capsys):
     for words, message in (
         (["promote", "logs/small/none", "--to", "production"], "none/adapter/manifest.json: No such file"),
-        (["promote", "logs/small/good", "--to", "../production"], "'small/../production': use letters"),
+        (["promote", "logs/small/good", "--to", "../production"], "'small/../production': a task and --to have letters"),
         (
             ["promote", "logs/small/good", "--to", "production", "--as", "merged"],
             "good/merged/manifest.json: No such file",

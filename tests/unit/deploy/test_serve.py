@@ -137,7 +137,10 @@ def test_missing_packages_and_a_port_in_use_are_one_line(run, capsys, monkeypatc
 def test_a_server_that_ends_by_itself_is_an_error(run, capsys, monkeypatch):
     monkeypatch.setitem(quantize.EXTRAS, "transformers", ("serve", ()))
     monkeypatch.setattr(sys, "executable", "false")
-    assert main(["serve", str(run), "--port", "0"]) == 2
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    assert main(["serve", str(run), "--port", port]) == 2
     assert "the server exited with code 1" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

@@ -27,7 +27,7 @@ def history(train, val, right=None, valid=None, every=100, rows=100):
 
 
 def after(
-    seen, command="train", rows=2000, epoch=125, steps=None, lr=2e-4, rank=16, adapter=None, quick=False, **trainer
+    seen, command="train", rows=2000, epoch=125, steps=None, lr=2e-4, rank=16, adapter=None, full=None, **trainer
 ):
     """What to do after a run, and the command's words."""
     run = {
@@ -36,8 +36,7 @@ def after(
         "optimizers": [SimpleNamespace(defaults={"lr": lr})], "max_steps": -1, "callbacks": [],
         "lightning_module": SimpleNamespace(lora=SimpleNamespace(r=rank), adapter=adapter),
     }  # fmt: skip
-    full = {"baselines": "[few_shot,constrained]", "data.max_evaluation_rows": "null"} if quick else {}
-    what, _, line = next_step(seen, SimpleNamespace(**run | trainer), command, full).rpartition(": ")
+    what, _, line = next_step(seen, SimpleNamespace(**run | trainer), command, full or {}).rpartition(": ")
     assert line.startswith("formtune ")
     return what, line.removeprefix("formtune ")
 
@@ -100,7 +99,8 @@ def test_longer_is_until_the_error_halves_and_at_most_three_times_as_long(power,
 def test_after_a_quick_run_the_next_one_is_measured_in_full():
     seen = history([2, 1, 0.6, 0.5, 0.4], [2, 1.1, 0.7, 0.6, 0.5])
     assert "--baselines" not in after(seen)[1]
-    assert after(seen, quick=True)[1].endswith(" --baselines '[few_shot,constrained]' --data.max_evaluation_rows null")
+    full = {"baselines": "[few_shot]", "data.max_evaluation_rows": 90}
+    assert after(seen, full=full)[1].endswith(" --baselines '[few_shot]' --data.max_evaluation_rows 90")
 
 
 def test_less_than_an_epoch_is_counted_in_steps_and_other_limits_are_lifted():
