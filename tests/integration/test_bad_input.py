@@ -241,7 +241,7 @@ def test_prompts_longer_than_the_context_are_refused_by_their_line(work, record_
     about(record_property, 48, "prompt to predict longer than the context")
     folder = work(data={"prompts": "p.jsonl"})
     write(folder / "p.jsonl", ['{"prompt": "a"}', f'{{"prompt": "{"x" * 600}"}}'])
-    refused(formtune(folder, "predict", "-c", "t.yaml"), "p.jsonl:2: the prompt has", "the limit of 512")
+    refused(formtune(folder, "predict", "-c", "t.yaml"), "p.jsonl:2: the prompt has", "it exceeds 512")
 
 
 SCHEMAS = [
