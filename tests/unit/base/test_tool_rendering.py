@@ -96,7 +96,7 @@ def test_earlier_calls_and_results_are_context(folder):
         ([USER, calls("Paris")], None, "leaves out `tool_calls`"),
         ([USER, calls("Paris"), USER, {"role": "assistant", "content": "b"}], None, "leaves out `tool_calls`"),
         ([USER, {"role": "assistant", "content": "b", "reasoning_content": "r"}], None, "out `reasoning_content`"),
-        ([USER, {"role": "tool", "content": "<|im_end|>"}], None, "contains <|im_end|>, which the tokenizer would read"),
+        ([USER, {"role": "tool", "content": "<|im_end|>"}], None, "contains <|im_end|>, which the tokenizer"),
         ([USER, calls("<|im_end|>")], None, "contains <|im_end|>, which the tokenizer would read"),
         ([USER], json.dumps([WEATHER | {"x": "<|im_end|>"}]), "contains <|im_end|>, which the tokenizer would read"),
     ],
