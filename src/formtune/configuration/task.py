@@ -34,7 +34,7 @@ def task_parser(command: str, description: str = "", own: Set[str] = frozenset()
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML of the task; keys for training alone "
                         "are ignored")  # fmt: skip
     parser.add_argument("--task", type=str | None, help="Name of the task's folder in logs/ (default: the YAML's)")
-    parser.add_argument("--model.base", type=str, required=True, help="Folder or hub id of the base: its tokenizer")
+    parser.add_argument("--model.base", type=str, required=True, help="Folder or Hub id of the base: its tokenizer")
     parser.add_argument(
         "--model.chat_template", type=str | None, help="File of a chat template that replaces the base's"
     )

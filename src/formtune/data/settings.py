@@ -37,25 +37,25 @@ class DataSettings:
     Args:
         format: The format that every answer must have, training targets included.
         train: File (.jsonl, .json, .csv, .tsv, .parquet, also compressed), folder or glob of such files, or a list of
-            these, each alone or as `{path: FILE, weight: 2.5}`; a dataset folder, hub id, or a Source.
+            these, each alone or as `{path: FILE, weight: 2.5}`; a dataset folder, Hub id, or a Source.
         validation: The same for validation, or the share of train's inputs to split off.
         test: The same for the final test, or the share of train's inputs to split off.
         prompts: Inputs for `predict`: the same kinds as train, no answers needed.
         production: Inputs from production, the same kinds as train; the rows are compared with them.
-        tokenizer: Model folder or hub id of the tokenizer (follows `model.base`).
+        tokenizer: Model folder or Hub id of the tokenizer (follows `model.base`).
         chat_template: File of a chat template that replaces the tokenizer's (follows `model.chat_template`).
         system: System prompt for rows that have none; `{schema}` in it is replaced by the format's JSON Schema.
-        columns: Which columns hold the conversation; known layouts, such as ShareGPT's, are recognized without it.
+        columns: Which columns hold the conversation; known row layouts, such as ShareGPT's, need none.
         train_on: The last answer of a conversation, or all: each is then a separate row, in every split.
         group: Column whose rows with the same value, such as a dialogue's or a customer's, are never in two splits.
         split_column: Column of train that says in which split a row is, in place of shares: train, validation or test.
         clean: Cleaning steps for inputs, here and in `predict`.
-        repair_answers: Repairs to run on answers, made only if the answer then has a valid format.
+        repair_answers: Repairs to run on targets, made only if the target then has a valid format.
         near_duplicates: Jaccard index of character 5-grams from which two inputs are near-duplicates; 1 ignores only
             case, punctuation and spacing.
-        bad_rows: Whether to refuse to train if answers break the format, mix styles or are too long, or to drop them.
+        bad_rows: Whether to refuse to train if targets break the format, mix styles or are too long, or to drop them.
         max_synthetic: Largest share of training rows written by models, of those with a `columns.source`.
-        max_length: Maximum tokens of prompt and answer together; longer rows are bad rows and never truncated.
+        max_length: Maximum tokens of prompt and target together; longer rows are bad rows and never truncated.
         max_new_tokens: Maximum tokens of an answer (follows `model.max_new_tokens`).
         date: Date that a chat template writes as today's, YYYY-MM-DD; None takes the date on which the run began.
     """

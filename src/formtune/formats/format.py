@@ -61,7 +61,7 @@ class Verdict:
 class Format(ABC):
     """A format; your own needs `parse`, and the other methods if it has more to say.
 
-    Texts are judged as they are: nothing is stripped. White space around a document is extra text. The constructor
+    Texts are judged as they are: nothing is stripped. Whitespace around a document is extra text. The constructor
     stores each argument as the attribute of the same name, so that the format can be written to a file.
     """
 

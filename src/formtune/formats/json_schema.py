@@ -41,7 +41,7 @@ class JsonSchema(Format):
     Args:
         schema: File of the schema, the schema itself, or a Pydantic class as `module:Class`; draft 7 or 2020-12, all in
             one file. By default each row has its own, in the column that `data.columns.schema` names.
-        canonical: Whether key order (the schema's, of alternatives one that the document keeps) and white space (none)
+        canonical: Whether key order (the schema's, of alternatives one that the document keeps) and whitespace (none)
             are part of the format.
         sets: Dotted paths of arrays whose order does not matter for content.
         derived: Dotted paths of values that answers work out instead of copying them from the input, such as a date

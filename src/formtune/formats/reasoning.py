@@ -11,7 +11,7 @@ from formtune.formats.key_orders import Orders
 class Reasoning(Format):
     """Reasoning, which is free text between two tags, and after it an answer with its own format.
 
-    Fields, metrics and key orders are those of the answer; white space before it is free. Thinking is on if the chat
+    Fields, metrics and key orders are those of the answer; whitespace before it is free. Thinking is on if the chat
     template knows the closing tag.
 
     Args:

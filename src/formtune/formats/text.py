@@ -94,7 +94,7 @@ class Tagged(Format):
     """Sections such as `<reason>...</reason><answer>...</answer>`, all of them, in order, nothing else between.
 
     Args:
-        sections: Names of the sections in their order; white space between two sections is free.
+        sections: Names of the sections in their order; whitespace between two sections is free.
     """
 
     def __init__(self, sections: list[str]) -> None:

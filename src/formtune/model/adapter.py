@@ -100,7 +100,7 @@ def take_settings(model: Any) -> None:
 
 
 def _folder(name: str) -> Path:
-    """An adapter's folder; of a hub id the one in the local cache."""
+    """An adapter's folder; of a Hub id the one in the local cache."""
     from huggingface_hub import snapshot_download
 
     known = check_base(name, "model.adapter")

@@ -99,7 +99,7 @@ class LoraLinear(Linear):
 
 
 def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch.device) -> Any:
-    """The base model of a folder or hub id; refuses a folder that is damaged, incomplete or needs remote code."""
+    """The base model of a folder or Hub id; refuses a folder that is damaged, incomplete or needs remote code."""
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 

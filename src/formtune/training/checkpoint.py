@@ -21,7 +21,7 @@ from formtune.training.validations import best, contenders
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Writes `checkpoints/step-N.ckpt` after each validation and at intervals, and deletes those that are not needed.
+    """Writes `checkpoints/step-N.ckpt` after validations and at intervals; keeps the newest and possible best ones.
 
     A checkpoint holds the whole state of training, and a run resumes from the newest one. It is written between two
     steps, and never between a step and its validation: Lightning would skip that validation when the run resumes.

@@ -44,7 +44,7 @@ class Evaluator:
         self._seconds = 0.0  # that the last baseline took; 0 if it came from the cache
 
     def baselines(self, kinds: Sequence[Baseline], most: int) -> None:
-        """Measure the plain base, and those of `kinds`, on at most so many test rows."""
+        """Measure the zero-shot base, and those of `kinds`, on at most so many test rows."""
         test, format, renderer, result = self.test_rows, self.model.format, self.settings.renderer, self.result
         sample = [test[i] for i in sorted(random.Random(0).sample(range(len(test)), min(most, len(test))))]
         prompts, outcomes = {"zero-shot": sample}, {"zero-shot": self._baseline("before", sample)}
@@ -52,7 +52,7 @@ class Evaluator:
             minutes = max(1, round(more * self._seconds / 60))
             self._print(
                 f"baselines: {more} more on {len(sample)} of {len(test)} test rows, about {minutes} min; "
-                "--baselines '[]' measures only the plain base"
+                "--baselines '[]' measures only the zero-shot base"
             )
         if "few_shot" in kinds:
             shots = prompting.shots_by_schema(self.train_rows, sample, format)

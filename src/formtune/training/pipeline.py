@@ -32,7 +32,7 @@ def train(
     datamodule: FormatDataModule,
     folder: RunFolder,
     config: Callable[[], str],  # returns the configuration as YAML
-    baselines: Sequence[Baseline],  # what to measure beside the plain base
+    baselines: Sequence[Baseline],  # what to measure beside the zero-shot base
     baseline_rows: int,  # test rows that the baselines are measured on, at most
     checkpoint: Path | None,  # to resume from
     quick: bool,  # whether to leave out the test on longer inputs
