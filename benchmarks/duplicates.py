@@ -230,7 +230,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "# Near-duplicates",
         "",
-        f"Written by `python benchmarks/duplicates.py` on {results['cores']} CPU cores, over shuffled utterances of "
+        f"Written by `python benchmarks/duplicates.py UTTERANCES.jsonl.gz` on {results['cores']} CPU cores, over "
+        "shuffled utterances of",
         "the Schema-Guided Dialogue dataset; Jaccard index 0.8 over character 5-grams.",
         "",
         f"All {whole['rows']:,} rows cleaned and selected: **{whole['seconds']:.1f} s**, of which cleaning "

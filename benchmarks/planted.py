@@ -42,7 +42,8 @@ def main() -> None:
         "# The demo's planted defects",
         "",
         "Written by `python benchmarks/planted.py`. Of a row and its copy, the first in the file is used, so an "
-        "original can be dropped and its copy kept. Both rows of a contradiction are dropped.",
+        "original can be dropped",
+        "and its copy kept. Both rows of a conflict are dropped.",
         "",
         "| planted | rows | result |",
         "|---|---|---|",

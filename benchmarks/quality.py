@@ -7,9 +7,10 @@ Each run is `formtune train` in a process of its own; options that this script d
 measured in the first run only. What OUT_DIR has already is kept. Written is OUT_DIR/quality.md: for each way of asking
 valid format, right answers and field F1 with their 95 % intervals, minutes and peak memory.
 
-DIR holds `snips` (spoken requests -> intent and slots; CC0) and `wnut17` (posts -> named entities; CC BY 4.0), each as
-JSON Lines of `{"prompt", "completion"}`. Test rows are drawn from the data set's own held-out rows, validation rows
-from its training rows.
+DIR holds `snips` (spoken requests -> intent and slots; CC0: train.jsonl, validation.jsonl, and intents_slots.json, the
+slots of each intent) and `wnut17` (posts -> named entities; CC BY 4.0: train.jsonl, test.jsonl), as JSON Lines of
+`{"prompt", "completion"}`. Test rows are drawn from the data set's own held-out rows, validation rows from its training
+rows.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="folder with snips and wnut17")
-    parser.add_argument("--base", required=True, help="folder or hub id of the base")
+    parser.add_argument("--base", required=True, help="folder or Hub id of the base")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=4800, help="training rows at most")

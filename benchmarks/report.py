@@ -43,7 +43,8 @@ from the same token ids in the same order, with a constant learning rate. Models
 weights: they take as long as trained ones. Every measurement runs in a separate process, and the tools being
 compared take turns. The workloads are
 
-* `shared`: one system prompt of about 285 tokens (instructions and a schema) before every row;
+* `shared`: one system prompt of about 285 tokens (instructions and a schema) before every row; with the chat template's
+  own tokens, the rows share 287;
 * `plain`: no system prompt;
 * `mixed`: one of four system prompts, of about 100, 300, 600 and 1,000 tokens, drawn for each row.
 
@@ -281,9 +282,9 @@ def growth(results: dict[str, Any]) -> str:
     text = (
         "## Memory and growth\n\nformtune at several token budgets (`model.tokens_per_micro_batch`), on `mixed` with "
         "the 135M shape. Tokens per second count every row in full, prefix included; computed tokens are those that "
-        "the model processed. GFLOP/s are 4 operations for each weight outside the embeddings and computed token, "
-        "and 4 for each weight of the output layer and target; attention, adapters and optimizer are not "
-        "counted. The share is of the fastest float32 product above.\n\n"
+        "the model processed. GFLOP/s: 4 operations per computed token and non-embedding weight, plus 4 per target "
+        "token and output-layer weight; attention, adapters and optimizer are not counted. The share "
+        "is of the fastest float32 product above.\n\n"
     )
     records = ok(results, "memory")
     text += table(["budget", *HEAD], [row_of(f"{r['budget']:,}", figures(results, r)) for r in records])

@@ -146,7 +146,7 @@ class Bench:
         """On a model of some size, with long prompts that begin alike, and whose every answer is right."""
         size = "5M" if self.quick else "135M"
         files = [str(self.work / "models" / size), str(self.answers), "OUT"]
-        about = {"adapter": f"{size}, says its targets", "round": number}
+        about = {"adapter": f"{size}, predicts its targets", "round": number}
         return Measurement("validate", name, about, [str(HERE / script), *files, "--max-new", "33", *more])
 
     @property

@@ -48,7 +48,7 @@ class Clock(Callback):
 
 
 class ConstantRate(FormatModule):
-    """Without warm-up and without the fall to zero, which both depend on the number of steps."""
+    """Without warmup and without the fall to zero, which both depend on the number of steps."""
 
     def configure_optimizers(self) -> Any:
         optimizers = super().configure_optimizers()

@@ -12,7 +12,7 @@ Where the recipe differs from the other tools, it stays as it is:
 
 * the loss is the mean of the micro-batches' means, not weighted by tokens; OUT.json has it as `loss_recipe`, and as
   `loss` the token-weighted one, worked out from the same numbers;
-* no gradient clipping (the recipe refuses `max_norm`), warm-up beginning at a rate of zero (without `--constant`);
+* no gradient clipping (the recipe refuses `max_norm`), warmup beginning at a rate of zero (without `--constant`);
 * bf16 means "bf16-true", the recipe's choice on hardware that has it: adapters and optimizer are in bfloat16, too;
 * tied embeddings are held twice;
 * no attention mask: rows are padded on the right, where nothing that counts can see the padding;

@@ -143,7 +143,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--micro", type=int, choices=(1, 2, 4, 8, 16), default=8, help="rows of one micro-batch")
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps, warm-up included")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps, warmup included")
     parser.add_argument("--warm", type=int, default=1, help="steps at the start that do not count")
     parser.add_argument("--rows-per-step", type=int, default=measure.ROWS_PER_STEP)
     parser.add_argument(

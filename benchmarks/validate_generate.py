@@ -7,7 +7,8 @@ order of the file, and computes logits for every position; `generate` takes prom
 padded on the left, until each has a stop token or `--max-new` tokens. A model with random weights never stops, so it
 shows the longest a validation can take.
 
-`--answers` gives a model of any size that says its targets, as a tuned one does: run again on the workload it writes.
+`--answers` gives a model of any size that predicts its targets, as a tuned one does: run again on the workload it
+writes.
 
 OUT.json: seconds of both parts and in total, the loss (mean over all target tokens), answers as ids in the order of the
 rows, each up to and including its stop token.

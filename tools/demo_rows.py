@@ -138,13 +138,13 @@ def messy_train(test, taken):
         rows.append((near_duplicate(message, rng), canonical(answer), "near-duplicate"))
     for message, answer in rng.sample(base, 20):  # the same message, another answer
         other = rng.choice([value for value in (1, 2, 3, 4) if value != answer["urgency"]])
-        rows.append((message, canonical(answer | {"urgency": other}), "contradiction"))
+        rows.append((message, canonical(answer | {"urgency": other}), "conflict"))
     rows += [(message, canonical(answer), "leak") for message, answer in rng.sample(test, 25)]
     for number, (message, answer) in enumerate(islice(extra, 90)):  # seven wrong formats in turn
         name, text = list(wrong_formats(answer, rng).items())[number % 7]
         rows.append((message, text, f"format: {name}"))
     for message, answer in islice(extra, 45):
-        rows.append((rng.choice(("  ", "\n", "\t")) + message + "  \n", f" {canonical(answer)}\n", "stray white space"))
+        rows.append((rng.choice(("  ", "\n", "\t")) + message + "  \n", f" {canonical(answer)}\n", "stray whitespace"))
     for message, answer in islice(extra, 20):
         at = message.index(" ")
         mark = rng.choice("\u200b\u200d\ufeff\x07\x0b")

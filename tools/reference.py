@@ -9,6 +9,7 @@ from pathlib import Path
 
 REFERENCE = Path(__file__).parents[1] / "configs/reference.yaml"
 COMMAND = ["train", "-c", "configs/smollm2-135m.yaml", "--print_config=comments"]
+TITLES = {"model": "Base, adapters, optimizer and decoding", "data": "Rows, format and splits"}
 HEAD = """\
 # Every key of `formtune train`, with its default and what it does. Written by `make reference`.
 # A task's YAML names only what differs (see the other files in this folder).
@@ -20,6 +21,8 @@ def reference() -> str:
     program = [sys.executable, "-m", "formtune", *COMMAND]
     done = subprocess.run(program, cwd=REFERENCE.parents[1], capture_output=True, text=True, check=True)
     text = re.sub(r"^# (lightning\.pytorch==|The whole job).*\n", "", done.stdout, flags=re.M)
+    for group, title in TITLES.items():  # jsonargparse calls both by what links them
+        text = text.replace(f"# Linked arguments\n{group}:", f"# {title}\n{group}:")
     # Lists of every class that could be named are longer than the rest of the file.
     return HEAD + re.sub(r", known subclasses: [^\n]*(?=\)$)", "", text, flags=re.M)
 

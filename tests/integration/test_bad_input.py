@@ -448,7 +448,7 @@ MODELS = [
     (42, "adapter as base, .bin", adapter("elsewhere", "adapter_model.bin"), ["is an adapter"]),
     (103, "adapter whose base points out of its folder", adapter("../../x"), ["is an adapter"]),
     (103, "adapter whose base is an absolute path", adapter("/etc"), ["is an adapter"]),
-    (103, "adapter whose base is a hub id", adapter("owner/name"), ["is an adapter"]),
+    (103, "adapter whose base is a Hub id", adapter("owner/name"), ["is an adapter"]),
 ]  # fmt: skip
 
 
@@ -560,7 +560,7 @@ def test_a_missing_model_is_named_without_using_the_network(work, record_propert
         (53, "learning rate infinite", ["--model.optimizer.lr=.inf"], ["model.optimizer: "]),
         (53, "weight decay below 0", ["--model.optimizer.weight_decay=-1"], ["model.optimizer: "]),
         (53, "betas of one number", ["--model.optimizer.betas", "[1]"], ["betas", "[1]"]),
-        (53, "warm-up above 1", ["--model.scheduler.warmup", "1.5"], ["warmup"]),
+        (53, "warmup above 1", ["--model.scheduler.warmup", "1.5"], ["warmup"]),
         (53, "gradient norm below 0", ["--model.max_grad_norm=-1"], ["model.max_grad_norm"]),
         (53, "no tokens per micro-batch", ["--model.tokens_per_micro_batch", "0"], ["model.tokens_per_micro_batch"]),
         (53, "validation after every 0 steps", ["--trainer.val_check_interval", "0"], ["trainer.val_check_interval: 0"]),
@@ -682,14 +682,14 @@ def python(folder, *args, **options):
 
 @pytest.mark.parametrize("command", ["audit", "validate"])
 def test_a_hub_id_is_refused_at_once_when_the_hub_is_off(work, record_property, command):
-    about(record_property, 105, f"hub id and HF_HUB_OFFLINE, {command}")
+    about(record_property, 105, f"Hub id and HF_HUB_OFFLINE, {command}")
     refused(formtune(work(model={"base": "owner/name"}), command, "-c", "t.yaml"), "model.base: ", "owner/name")
 
 
 def test_a_hub_id_is_refused_without_retries_where_there_is_no_network(
     work, record_property, monkeypatch, tmp_path_factory
 ):
-    about(record_property, 105, "hub id without a network")
+    about(record_property, 105, "Hub id without a network")
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     folder = work(model={"base": "owner/name"})

@@ -95,7 +95,7 @@ def test_train_holds_every_kind_of_mess_and_enough_clean_rows(data):
     assert len(pairs) - len(set(pairs)) >= 50  # exact duplicates
     assert sum(len(texts) > 1 for texts in answers.values()) == 20  # contradictions
     assert sum(prompt in test for prompt, _ in pairs) == 25  # leaked test rows
-    assert sum(prompt != prompt.strip() for prompt, _ in pairs) >= 40  # stray white space
+    assert sum(prompt != prompt.strip() for prompt, _ in pairs) >= 40  # stray whitespace
     assert sum(prompt.startswith("<p>") for prompt, _ in pairs) == 30  # HTML remains
     assert sum(any(c in prompt for c in "\u200b\u200d\ufeff\x07\x0b") for prompt, _ in pairs) == 20
     assert sum(completion.startswith("```") for _, completion in pairs) >= 10  # other formats

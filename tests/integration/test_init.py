@@ -203,7 +203,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(write_project, capsys, com
         r"^steps: \d+ with 16 rows each, 2 epochs; each has [\d,]+ tokens, 1.0 micro-batches, .* s$", output, re.M
     )
     assert re.search(r"^validations: \d on \d+ rows$", output, re.M)
-    assert ("baselines: plain, few_shot, constrained, on" in output) == (command == "train")
+    assert ("baselines: zero-shot, few_shot, constrained, on" in output) == (command == "train")
 
 
 def test_a_dry_run_refuses_what_training_refuses(write_project, task, capsys):
@@ -236,7 +236,7 @@ def test_a_dry_run_counts_the_baseline_of_the_adapter_that_training_begins_at(wr
     assert main(["train", "-c", "small.yaml", "--run", "first", "--quick"]) == 0
     words = ["--model.adapter", "logs/small/first/adapter", "--baselines", "[few_shot]"]
     assert main(["train", "-c", "small.yaml", "--dry_run", *words]) == 0
-    assert "\nbaselines: plain, few_shot, adapter, on" in capsys.readouterr().out
+    assert "\nbaselines: zero-shot, few_shot, adapter, on" in capsys.readouterr().out
 
 
 def test_the_schema_is_not_written_among_the_rows_of_a_folder(folder, base, capsys):

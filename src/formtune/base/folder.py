@@ -44,10 +44,10 @@ def check_folder(base: str) -> None:
 
 
 def check_base(base: str, key: str = "model.base") -> str:
-    """Return `base` if it is a local model folder or can be a hub id, so that a mistyped path never goes online."""
+    """Return `base` if it is a local model folder or can be a Hub id, so that a mistyped path never goes online."""
     if not Path(base).is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or base.startswith("."):
-            raise UserError(f"{key}: no folder {base} (hub ids look like owner/name)")
+            raise UserError(f"{key}: no folder {base} (Hub ids look like owner/name)")
         _go_offline_if_unreachable()
     return base
 
@@ -66,7 +66,7 @@ def _go_offline_if_unreachable() -> None:
 
 
 def base_folder(base: str) -> Path:
-    """The folder of a base; for a hub id the one in the local cache."""
+    """The folder of a base; for a Hub id the one in the local cache."""
     if Path(base).is_dir():
         return Path(base)
     from transformers.utils.hub import cached_file

@@ -137,7 +137,7 @@ class Renderer:
     @classmethod
     @functools.lru_cache(maxsize=4)
     def load(cls, base: str, date: str | None = None, template: str | None = None, tags: Tags = None) -> Renderer:
-        """Load the tokenizer of a model folder or hub id."""
+        """Load the tokenizer of a model folder or Hub id."""
         from transformers import AutoTokenizer
 
         check_base(base)

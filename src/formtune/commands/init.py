@@ -23,7 +23,7 @@ def run(command: str, args: list[str]) -> int:
     parser = CommandParser(command, COMMANDS[command].description, "formtune init ROWS [--task NAME] [--base BASE]")
     parser.add_argument("rows", metavar="ROWS", help="File, folder, glob or dataset of rows, as for data.train")
     parser.add_argument("--task", help="Name of configs/NAME.yaml and data/NAME/ (default: the name of ROWS)")
-    parser.add_argument("--base", default=BASE, help=f"Folder or hub id of the base model (default: {BASE})")
+    parser.add_argument("--base", default=BASE, help=f"Folder or Hub id of the base model (default: {BASE})")
     parser.add_argument("--prompt", help="Column of the input, or a template over columns (default: guessed)")
     parser.add_argument("--completion", help="Column of the target (default: guessed)")
     config = parser.parse_args(args)

@@ -33,7 +33,7 @@ def task_parser(command: str, description: str = "", used: Set[str] = frozenset(
     parser = TaskParser(prog=f"formtune {command}", description=description)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML of the task; training keys are ignored")
     parser.add_argument("--task", type=str | None, help="Folder in logs/ (default: the YAML's name)")
-    parser.add_argument("--model.base", type=str, required=True, help="Folder or hub id of the base: its tokenizer")
+    parser.add_argument("--model.base", type=str, required=True, help="Folder or Hub id of the base: its tokenizer")
     parser.add_argument("--model.chat_template", type=str | None, help="Chat template file that replaces the base's")
     parser.add_argument("--model.max_new_tokens", type=int, default=256, help="Maximum tokens of an answer")
     parser.add_class_arguments(DataSettings, "data")

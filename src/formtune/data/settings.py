@@ -37,12 +37,12 @@ class DataSettings:
     Args:
         format: The format that every answer must have, training targets included.
         train: File (.jsonl, .json, .csv, .tsv, .parquet, also compressed), folder or glob of such files, or a list of
-            these, each alone or as `{path: FILE, weight: 2.5}`; a dataset folder, hub id, or a Source.
+            these, each alone or as `{path: FILE, weight: 2.5}`; a dataset folder, Hub id, or a Source.
         validation: As train, for validation; or a share of train's inputs to split off.
         test: As train, for the final test; or a share of train's inputs to split off.
         prompts: Inputs for `predict`, of the same kinds as train; no answers needed.
         production: Inputs from production, of the same kinds as train, to compare the rows with.
-        tokenizer: Model folder or hub id of the tokenizer (follows `model.base`).
+        tokenizer: Model folder or Hub id of the tokenizer (follows `model.base`).
         chat_template: File of a chat template that replaces the tokenizer's (follows `model.chat_template`).
         system: System prompt for rows that have none; `{schema}` in it is replaced by the format's JSON Schema.
         columns: Columns of the conversation; known layouts, such as ShareGPT's, are recognized without it.

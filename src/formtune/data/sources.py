@@ -33,12 +33,12 @@ class Source(ABC):
 
 
 class HuggingFace(Source):
-    """A dataset of the `datasets` library: a folder from `save_to_disk`, or a hub id.
+    """A dataset of the `datasets` library: a folder from `save_to_disk`, or a Hub id.
 
     Args:
-        path: Local folder or hub id (a hub id uses the network).
+        path: Local folder or Hub id (a Hub id uses the network).
         split: Name of the split to read.
-        name: Name of the configuration, for hub ids that have several.
+        name: Name of the configuration, for Hub ids that have several.
     """
 
     def __init__(self, path: str, split: str = "train", name: str | None = None) -> None:
@@ -96,7 +96,7 @@ def _read(source: str) -> Records:
     if reader and path.exists():
         return reader(source)
     if path.is_file():
-        raise UserError(f"{source}: unknown kind of file; use {ENDINGS}, a dataset folder or hub id")
+        raise UserError(f"{source}: unknown kind of file; use {ENDINGS}, a dataset folder or Hub id")
     looks_like_id = re.fullmatch(r"[\w-][\w.-]*/[\w-]+", source) and not path.parent.is_dir()
     if path.is_dir() or looks_like_id:
         return HuggingFace(source).records()

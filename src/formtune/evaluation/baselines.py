@@ -1,4 +1,4 @@
-"""What prompting alone reaches: the base on the test rows, plain and few-shot, measured before training."""
+"""What prompting alone reaches: the base on the test rows, zero-shot and few-shot, measured before training."""
 
 import hashlib
 import json

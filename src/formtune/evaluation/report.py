@@ -39,7 +39,7 @@ class Run:
     format: Format
     quarantined: dict[str, int]  # rows by reason
     config: str  # as YAML
-    base: str  # folder or hub id
+    base: str  # folder or Hub id
     train: Sequence[Row] = ()  # what failures are compared with
     date: str | None = None  # written by the chat template
     note: str = ""  # how prompts are rendered, if chat servers render them differently

@@ -99,7 +99,7 @@ class LoraLinear(Linear):
 
 
 def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch.device) -> Any:
-    """Load the base of a folder or hub id; refuse a folder that is damaged, incomplete or needs remote code."""
+    """Load the base of a folder or Hub id; refuse a folder that is damaged, incomplete or needs remote code."""
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 

@@ -44,10 +44,10 @@ class FormatModule(L.LightningModule):
     is divided by the target tokens of the whole step on all devices, so the budget changes memory and nothing else.
 
     Args:
-        base: Folder or hub id of the base model.
+        base: Folder or Hub id of the base model.
         format: The format that answers must have (follows `data.format`).
         chat_template: File of a Jinja chat template that replaces the base's own.
-        adapter: Trained adapter to start from: a finished run, or the folder or hub id of a PEFT adapter.
+        adapter: Trained adapter to start from: a finished run, or the folder or Hub id of a PEFT adapter.
         lora: The adapters.
         optimizer: Optimizer of the adapters; `--model.optimizer.lr 1e-4` sets the peak learning rate.
         scheduler: Learning-rate schedule, stepped after each optimizer step.

@@ -22,7 +22,7 @@ from formtune.training.validations import best, contenders
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Writes `checkpoints/step-N.ckpt` after each validation and at intervals, and deletes those that are not needed.
+    """Writes `checkpoints/step-N.ckpt` after validations and at intervals; keeps the newest and possible best ones.
 
     A checkpoint contains the full state of training, and a run resumes from the newest. It is never written between a
     step and its validation: Lightning would skip that validation when the run resumes.

@@ -44,14 +44,14 @@ class Evaluator:
         self._seconds = 0.0  # time of the last baseline; 0 from the cache
 
     def baselines(self, kinds: Sequence[Baseline], most: int) -> None:
-        """Measure the plain base and the baselines in `kinds`, on `most` test rows at most."""
+        """Measure the zero-shot base and the baselines in `kinds`, on `most` test rows at most."""
         test, format, renderer, result = self.test_rows, self.model.format, self.settings.renderer, self.result
         sample = [test[i] for i in sorted(random.Random(0).sample(range(len(test)), min(most, len(test))))]
         prompts, outcomes = {"zero-shot": sample}, {"zero-shot": self._baseline("before", sample)}
         if self._seconds and (more := len(kinds) + bool(self.model.adapter)):
             minutes = max(1, round(more * self._seconds / 60))
             rest = f"{more} more on {len(sample)} of {len(test)} test rows, about {minutes} min"
-            self._print(f"baselines: {rest}; --baselines '[]' measures only the plain base")
+            self._print(f"baselines: {rest}; --baselines '[]' measures only the zero-shot base")
         if "few_shot" in kinds:
             shots = prompting.shots_by_schema(self.train_rows, sample, format)
             rows, count = prompting.few_shot_rows(sample, shots, renderer, self.context)

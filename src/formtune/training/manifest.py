@@ -25,7 +25,7 @@ _BASE_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 def write_manifest(
     folder: Path,
     kind: str,  # of KINDS
-    base: str,  # folder or hub id, as configured
+    base: str,  # folder or Hub id, as configured
     data: str | None,  # content hash of the rows, as in `metrics.json`
     verification: dict[str, Any] | None = None,  # measurements made before the export
     packages: tuple[str, ...] = (),  # further packages whose versions matter for loading
@@ -76,7 +76,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def base_files(base: str) -> dict[str, str]:
-    """Name and hash of each file that decides a base; for a hub id, of those in the local cache."""
+    """Name and hash of each file that decides a base; for a Hub id, of those in the local cache."""
     folder = base_folder(base)
     return _hashes(folder, (path for path in folder.iterdir() if path.suffix in _BASE_SUFFIXES))
 

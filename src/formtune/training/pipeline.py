@@ -32,7 +32,7 @@ def train(
     datamodule: FormatDataModule,
     folder: RunFolder,
     config: Callable[[], str],  # returns the configuration as YAML
-    baselines: Sequence[Baseline],  # what to measure besides the plain base
+    baselines: Sequence[Baseline],  # what to measure besides the zero-shot base
     baseline_rows: int,  # test rows that the baselines are measured on, at most
     checkpoint: Path | None,  # to resume from
     full: dict[str, Any],  # values without --quick of the keys that it changes; else empty

@@ -94,7 +94,7 @@ def plan(
     tuned = timing.forced + quantile(sizes, 50) / 2 * timing.token
     seconds = {"training": steps * timing.step + validations * validated * (timing.forced + tuned)}
     if baselines is not None:
-        measured = ["plain", *baselines, *(["adapter"] if model.adapter else [])]
+        measured = ["zero-shot", *baselines, *(["adapter"] if model.adapter else [])]
         seconds["baselines"] = (len(measured) * min(most, tested) + validated) * untuned
         seconds["test"] = ((1 + ("constrained" in baselines)) * tested + validated) * tuned
         rank_zero_only(print)(f"baselines: {', '.join(measured)}, on {min(most, tested):,} of {tested:,} test rows")

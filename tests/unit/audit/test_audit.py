@@ -282,13 +282,13 @@ def test_every_planted_defect_is_detected_and_no_clean_row_is_lost(demo):
     findings, kinds, splits = demo
     reasons_by_place = {row["where"]: row["reason"] for row in findings["quarantine"]}
     table = Counter((kind, reasons_by_place.get(where, "used")) for where, kind in kinds.items())
-    # A row and its copy differ only in their place: the first is used. Both rows of a contradiction are quarantined.
+    # A row and its copy differ only in their place: the first is used. Both rows of a conflict are quarantined.
     for kind, reasons in {
         "leak": {"leak"},
-        "contradiction": {"conflict"},
+        "conflict": {"conflict"},
         "invisible characters": {"used"},
         "HTML remains": {"used"},
-        "stray white space": {"format"},
+        "stray whitespace": {"format"},
     }.items():
         assert {reason for k, reason in table if k == kind} == reasons, kind
     assert all(reason == "format" for kind, reason in table if kind.startswith("format"))

@@ -160,7 +160,7 @@ def test_settings_come_from_the_adapter_unless_the_user_sets_them(project, capfd
             [],
             "model.base: own was trained on owner/name, not on base; set model.base: owner/na",
         ),
-        ({}, ["--model.adapter", "none"], "model.adapter: no folder none (hub ids look like owner/name)"),
+        ({}, ["--model.adapter", "none"], "model.adapter: no folder none (Hub ids look like owner/name)"),
         (
             {},
             ["--model.adapter", "logs/small"],
