@@ -208,7 +208,10 @@ def test_a_damaged_pointer_is_named(logs, capsys, content):
 def test_names_and_folders_that_cannot_be_are_refused_in_one_line(logs, capsys):
     for words, message in (
         (["promote", "logs/small/none", "--to", "production"], "none/adapter/manifest.json: No such file"),
-        (["promote", "logs/small/good", "--to", "../production"], "'small/../production': a task and --to have letters"),
+        (
+            ["promote", "logs/small/good", "--to", "../production"],
+            "'small/../production': a task and --to have letters",
+        ),
         (
             ["promote", "logs/small/good", "--to", "production", "--as", "merged"],
             "good/merged/manifest.json: No such file",
