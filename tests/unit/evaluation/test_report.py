@@ -497,7 +497,7 @@ def test_fit_measures_the_prompted_base_first_and_only_once(task, base, monkeypa
     own = ["--model.metrics", "[{class_path: torchmetrics.text.CharErrorRate}]"]
     assert main([*words, *own, "--run", "one"]) == 0
     output = capsys.readouterr().out
-    assert ", reaches 0.0% valid format" in output and ". With constrained decoding it reaches" in output
+    assert ") reaches 0.0% valid format" in output and ". With constrained decoding it reaches" in output
     assert output.index("prompting") < output.index("Result")
     run = folder / "logs/t/one"
     first = json.loads((run / "metrics.json").read_text())
