@@ -164,11 +164,7 @@ def test_a_date_that_is_no_day_is_refused(project, capfd, day):
 def test_help_says_how_the_untuned_base_is_measured(project, capfd):
     with pytest.raises(SystemExit):
         main(["test", "--help-all"])
-<<<<<<< HEAD
-    assert "base (the untuned base, default without a run)" in " ".join(capfd.readouterr().out.split())
-=======
     assert "base (the untuned base" in " ".join(capfd.readouterr().out.split())
->>>>>>> w2
 
 
 def test_a_used_run_folder_is_not_overwritten(project, capfd):
