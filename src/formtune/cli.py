@@ -17,7 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 # spins cost nothing on an idle machine (benchmarks/threads.py).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-# Rows are tokenized before training; else every worker forked after that would print a warning.
+# Rows are tokenized before training; without this, every worker forked after that would print a warning.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from formtune import __version__
@@ -86,7 +86,8 @@ def main(args: list[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that is not writable
         if error.errno is None:
             raise
-        print(f"formtune: error: {os.fsdecode(error.filename or 'a file')}: {error.strerror}", file=sys.stderr)
+        place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        print(f"formtune: error: {place}{error.strerror}", file=sys.stderr)
         return 1
 
 

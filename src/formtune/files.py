@@ -43,9 +43,9 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
 
 
 def write_entry(path: Path, value: Any, kept: int) -> None:
-    """Write a cache entry and delete the least recently used beyond `kept`; do nothing if the folder is read-only."""
+    """Write a cache entry, dataclasses as lists of their fields, and delete the least recently used beyond `kept`."""
     content = json.dumps(value, default=_field_values).encode("ascii")  # escaped: keeps lone surrogates
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # such as a folder that is read-only
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, _checksum(content) + b"\n" + content)
         entries = sorted(path.parent.glob(f"*{path.suffix}"), key=lambda entry: entry.stat().st_mtime, reverse=True)

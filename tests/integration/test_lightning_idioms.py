@@ -141,9 +141,9 @@ def test_answers_that_cannot_be_written_are_refused_before_the_work(task_yaml, c
     assert fit() == 0
     Path("prompts.jsonl").write_text('{"prompt": "number 5"}\n')
     Path("folder").mkdir()
-    for name, reason in (("folder", "Is a directory"), ("prompts.jsonl/answers.jsonl", "exists")):
+    for name, reason in (("folder", "is a folder"), ("prompts.jsonl/answers.jsonl", "exists")):
         assert main(["predict", "logs/small/one", "prompts.jsonl", "--answers", name]) == 2
-        assert f"answers: {name}: " in (error := capsys.readouterr().err) and reason in error
+        assert f"answers: {name}" in (error := capsys.readouterr().err) and reason in error
 
 
 def test_a_dry_run_takes_a_schedule_of_few_steps_and_trains_nothing_whatever_the_least(task_yaml, capsys):

@@ -22,11 +22,13 @@ def run(command: str, args: list[str]) -> None:
     parser.add_argument("--as", metavar="KIND", dest="kind", choices=kinds, default="adapter", help=", ".join(kinds))
     parser.add_argument("--max_loss", metavar="SHARE", type=float, default=0.01, help="Share of the test rows that "
                         "format/exact and joint/exact may lose (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--quant", choices=QUANTIZATIONS, help="With --as gguf (default: q8_0)")
-    parser.add_argument("--converter", metavar="PATH", help="With --as gguf: convert_hf_to_gguf.py of llama.cpp")
+    parser.add_argument("--quant", choices=QUANTIZATIONS, help="With --as gguf and gguf-adapter (default: q8_0)")
+    parser.add_argument(
+        "--converter", metavar="PATH", help="With --as gguf and gguf-adapter: convert_hf_to_gguf.py of llama.cpp"
+    )
     config = parser.parse_args(args)
     if not 0 <= config.max_loss < 1:
-        raise UserError("--max_loss: a share of the test rows from 0 to 1, such as 0.01")
+        raise UserError("--max_loss: a share of the test rows, from 0 and below 1, such as 0.01")
     kind, _, separate = config.kind.partition("-")
     if missing := missing_package(kind):
         raise UserError(f"--as {config.kind}: {missing}")
@@ -42,7 +44,7 @@ def run(command: str, args: list[str]) -> None:
         if options["quant"] not in WRITTEN:
             quantizer(config.converter)
     elif config.quant or config.converter:
-        raise UserError("--quant and --converter need --as gguf")
+        raise UserError("--quant and --converter need --as gguf or gguf-adapter")
     name = folder_name(kind, **options)
     target = config.run / name
     if kind != "adapter" and target.exists():

@@ -266,9 +266,10 @@ class FormtuneCLI(LightningCLI):
         prepare(self.trainer, datamodule, "predict")
         try:  # before the work
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("a").close()
         except OSError as error:
             raise UserError(f"answers: {path}: {error.strerror}") from None
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UserError(f"answers: {path} is a folder, or its folder is not writable")
         self.trainer.predict(model, datamodule, return_predictions=False, ckpt_path=self.checkpoint)
         more = {} if self.checkpoint else {"model": self.measured}
         if self.trainer.is_global_zero:

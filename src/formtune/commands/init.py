@@ -29,6 +29,7 @@ def run(command: str, args: list[str]) -> int:
     config = parser.parse_args(args)
     path = Path(config.rows)
     names = [path.name.partition(".")[0], *(folder.name for folder in path.absolute().parents)]
+    names = [re.sub(r"[^\w.-]+", "-", name).strip("-.") for name in names]
     task = config.task or next((n for n in names if re.fullmatch(r"\w[\w.-]*", n) and n not in GENERIC), "task")
     if Path(task).name != task:
         raise UserError(f"--task: {task} is a path; give a name such as invoices")

@@ -22,7 +22,12 @@ def run(command: str, args: list[str]) -> None:
 def _promote(parser: CommandParser, args: list[str]) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a run")
     parser.add_argument("--to", metavar="NAME", required=True, help="Deployment name, such as production")
-    parser.add_argument("--as", dest="kind", default="adapter", help="Kind of export (default: adapter)")
+    parser.add_argument(
+        "--as",
+        dest="kind",
+        default="adapter",
+        help="Folder of the export, such as merged or gguf-q8_0 (default: adapter)",
+    )
     parser.add_argument("--reason", help="Why, for the history")
     parser.add_argument("--force", action="store_true", help="Promote despite objections; needs --reason")
     config = parser.parse_args(args)
@@ -87,6 +92,9 @@ def objections_to(deployment: registry.Deployment, exported: Exported) -> list[s
     """The objections to promoting an export; prints its comparison with the current version."""
     current, objections = deployment.current, list[str]()
     try:
+        if not exported.outcomes.is_file() and exported.config["model"].get("constrained"):
+            remedy = f"run formtune export {exported.folder.parent} first, which evaluates the adapter without"
+            raise UserError(f"the run was evaluated with constrained decoding; {remedy}")
         read_runs([str(exported.outcomes)])  # refuses a missing file
         figures = exported.outcomes.with_name(f"{exported.folder.name}.json")
         if figures.is_file() and (reason := json.loads(figures.read_text(encoding="utf-8"))["refused"]):

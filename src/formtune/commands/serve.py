@@ -15,8 +15,8 @@ def run(command: str, args: list[str]) -> int:
     parser = CommandParser(command, COMMANDS[command].description)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="A run, a deployment such as demo/production, or an "
                         "exported folder; several adapters of one base are served together")  # fmt: skip
-    parser.add_argument("--as", dest="kind", help="Kind of export (default: adapter; with --engine llamacpp the "
-                        "run's only GGUF file)")  # fmt: skip
+    parser.add_argument("--as", dest="kind", help="Folder of the export in RUN (default: adapter; with --engine "
+                        "llamacpp the run's only GGUF file)")  # fmt: skip
     parser.add_argument("--port", type=int, default=8000, help="Port on this machine (default: 8000)")
     parser.add_argument("--engine", choices=("transformers", "llamacpp", "vllm"), help="Default: llamacpp for GGUF, "
                         "else transformers; vllm prints the command")  # fmt: skip

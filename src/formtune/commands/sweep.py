@@ -50,7 +50,8 @@ def run(command: str, args: list[str]) -> int:
     keys = next(iter(points.values())).keys()
     passed = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
     for key in passed & keys | RESERVED & (passed | keys):
-        raise UserError(f"{key}: not for a sweep; --over names the values to try, --seeds the seeds")
+        reason = "not for a sweep" if key in RESERVED else "the sweep sets it"
+        raise UserError(f"{key}: {reason}; --over names the values to try, --seeds the seeds")
     configuration = _configuration(arguments)
     settings = yaml.safe_load(configuration)
     task = settings.get("task") or Path(["task", *config_paths(arguments)][-1]).stem
@@ -87,7 +88,7 @@ def run(command: str, args: list[str]) -> int:
                 write_whole(folder / "config.yaml", configurations[chosen])
     except Timeout:
         raise UserError(f"{folder}: this sweep is already running") from None
-    print("Chosen on validation rows only. Validation (test):")
+    print("The choice uses validation rows only. Validation (test):")
     for point in measured:
         shares = ", ".join(f"{metric} {point.validation[metric]} ({point.test[metric]:.1%})" for metric in METRICS)
         size = f"{point.seeds} of {len(seeds)} seeds, {point.trainable_parameters:,} trainable parameters"

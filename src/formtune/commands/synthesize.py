@@ -60,7 +60,7 @@ def run(command: str, args: list[str]) -> None:
     rule = json.dumps(format.to_dict()["init_args"], ensure_ascii=False)
     before = [turn for shot in shots for turn in shot.messages if turn["role"] != "system"]
 
-    def ask(prompt: list[Any]) -> str | None:
+    def ask(prompt: list[Any]) -> str | Refused:
         systems = [turn["content"] for turn in prompt if turn["role"] == "system"]
         system = "\n\n".join([*systems, f"Give only the answer, exactly in this format: {rule}"])
         turns = [*before, *(turn for turn in prompt if turn["role"] != "system")]
@@ -69,7 +69,7 @@ def run(command: str, args: list[str]) -> None:
         except Refused as error:
             if error.status not in BAD_PROMPT:
                 raise
-            return None
+            return error
         return reply.choices[0].message.content or ""
 
     rows = [row for row, _ in read_records(config.out)] if path.is_file() else []
@@ -78,8 +78,10 @@ def run(command: str, args: list[str]) -> None:
     try:
         answers = shown(pool.map(ask, (example.messages[:-1] for example in new)), len(new), f"asking {config.teacher}")
         for example, answer in zip(new, answers, strict=True):
-            if answer is None:
+            if isinstance(answer, Refused):
                 refused["the server refused the prompt"] += 1
+                if refused.total() == len(new):  # it refuses all
+                    raise answer
                 continue
             answer = repair_answer(answer, format, REPAIRS, Counter())
             if (verdict := format.check(answer)).exact:
@@ -88,7 +90,7 @@ def run(command: str, args: list[str]) -> None:
                 rows.append({columns.messages: turns, columns.source or "source": config.teacher})
                 write_lines(path, rows)
             else:
-                refused[verdict.kind] += 1
+                refused[f"invalid format, {verdict.kind}"] += 1
     finally:
         pool.shutdown(cancel_futures=True)
     reasons = "".join(f"; {count:,} left out: {kind}" for kind, count in refused.most_common())

@@ -238,5 +238,5 @@ def prompt_rows(settings: DataSettings) -> list[Row]:
 
 def sample(rows: list[Row], count: int | None) -> list[Row]:
     """At most `count` random rows (None: all), in file order; evenly spaced ones could follow a pattern of the file."""
-    places = range(len(rows))
-    return [rows[i] for i in sorted(random.Random(0).sample(places, min(count or len(rows), len(rows))))]
+    most = len(rows) if count is None else min(count, len(rows))
+    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), most))]

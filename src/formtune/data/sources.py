@@ -87,7 +87,7 @@ def _files(name: str) -> list[str]:
     paths = glob.glob(f"{glob.escape(name)}/*" if is_folder else name, recursive=True)  # noqa: PTH207
     files = sorted(file for file in paths if Path(file).is_file() and (_reader(file) or not is_folder))
     if not files and not is_folder:
-        raise UserError(f"{name}: no file matches; paths start at {Path.cwd()}")
+        raise UserError(f"{name}: no file matches; relative paths start at {Path.cwd()}")
     return files or [name]
 
 
@@ -100,7 +100,7 @@ def _read(source: str) -> Records:
     looks_like_id = re.fullmatch(r"[\w-][\w.-]*/[\w-]+", source) and not path.parent.is_dir()
     if path.is_dir() or looks_like_id:
         return HuggingFace(source).records()
-    raise UserError(f"{source}: no such file or folder; paths start at {Path.cwd()}")
+    raise UserError(f"{source}: no such file or folder; relative paths start at {Path.cwd()}")
 
 
 def _reader(path: str) -> Callable[[str], Records] | None:
@@ -146,9 +146,9 @@ def _csv(path: str, delimiters: str = ",;") -> Records:
     delimiter = next((sign for sign in delimiters if sign in unquoted), delimiters[0])
     reader = csv.DictReader(chain([header], lines), delimiter=delimiter, strict=True)
     try:
-        names = reader.fieldnames or ()
-        if len({*names}) < len(names):
-            raise UserError(f"{path}:1: the header has two columns of the same name; rename one")
+        names = list(reader.fieldnames or ())
+        if twice := next((name for name in names if name and names.count(name) > 1), None):
+            raise UserError(f"{path}:1: the header has two columns named `{twice}`; rename one")
         for record in reader:
             where = f"{path}:{reader.line_num}"
             if None in record or None in record.values():

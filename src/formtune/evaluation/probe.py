@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row, quantile
 
+# Only the format is checked: a model trained on short inputs often answers long ones in prose.
 ROWS = 48  # for each length
 LONGER = 1.1  # maximum length of a prompt, as a multiple of the length to try
 

@@ -89,7 +89,7 @@ def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict
         write_outcomes(run.folder / "outcomes" / f"{name}.jsonl", outcomes)
         write_json(run.folder / "outcomes" / f"{name}.json", figures)
         if figures["refused"]:
-            raise UserError(f"--as {kind}: refused, {figures['refused']}")
+            raise UserError(f"--as {name}: refused, {figures['refused']}")
         trained, packages = run.exported.manifest, EXTRAS.get(kind, ("", ()))[1]
         write_manifest(folder, kind, tuned.base, trained["data"], figures, packages, trained.get("training"))
         if kind != "adapter":

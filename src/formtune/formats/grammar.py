@@ -1,4 +1,4 @@
-"""JSON Schemas rewritten for llguidance: a grammar may allow less than its format, never more."""
+"""JSON Schemas rewritten for llguidance: a grammar may allow less than its format, more only where noted."""
 
 import copy
 import json
@@ -37,7 +37,8 @@ def closed(schema: dict[str, Any], canonical: bool) -> dict[str, Any]:
     for path, node in nodes:
         place = f"data.format.schema: {path}"
         if "pattern" in node:
-            node["pattern"] = ecma(node["pattern"])  # llguidance reads possessive quantifiers as greedy ones
+            # llguidance reads possessive quantifiers as greedy ones, which can allow more than the format.
+            node["pattern"] = ecma(node["pattern"])
         for key in node.keys() & {"enum", "const"} if canonical else ():  # keys without a schema are sorted
             node[key] = json.loads(json.dumps(node[key], sort_keys=True))
         _close(place, node, can_close)

@@ -14,7 +14,7 @@ from formtune.formats.key_orders import Orders
 from formtune.formats.strict_json import loads_strict
 
 _SYNTAXES = {  # how calls begin, and the JSON of a call (mistral: of all calls)
-    "hermes": (re.compile(r"</?tool_call>"), re.compile(r"<tool_call>(.*?)</tool_call>", re.S)),
+    "hermes": (re.compile(r"</?tool_call>"), re.compile(r"<tool_call>((?:(?!<tool_call>).)*?)</tool_call>", re.S)),
     "llama": (re.compile(r"\A\s*\{\s*\"name\""), re.compile(r"(\{\s*\"name\".*\})", re.S)),
     "mistral": (re.compile(r"\[TOOL_CALLS\]"), re.compile(r"\[TOOL_CALLS\]\s*(\[.*\])", re.S)),
 }

@@ -23,7 +23,10 @@ MAX_SCHEMAS = 256  # compiled schemas that are kept
 
 
 class Grammar:
-    """A format compiled for a model's tokens; JSON keys come in `orders`, or in any if rows have their own schemas."""
+    """A format compiled for a model's tokens.
+
+    JSON keys come in `orders`, or in any order if that is None or rows have their own schemas.
+    """
 
     def __init__(self, format: Format, renderer: Renderer, orders: Orders | None = None) -> None:
         try:

@@ -47,7 +47,7 @@ class BestCheckpoint(ModelCheckpoint):
         return {"seconds": self.seconds, "stopped": self.stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds, self.stopped = state_dict["seconds"], state_dict["stopped"]
+        self.seconds, self.stopped = state_dict["seconds"], state_dict.get("stopped", False)
         self._set_paths()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -114,7 +114,8 @@ def test_a_format_without_a_grammar_says_why(format):
 
 def test_a_call_without_end_takes_little_time():
     started = time.process_time()
-    assert not ToolCalls().of_row(TOOLS).check("<tool_call>" + "\n" * 50_000).exact
+    for text in ("<tool_call>" + "\n" * 50_000, "<tool_call>" * 9000):
+        assert not ToolCalls().of_row(TOOLS).check(text).exact
     assert time.process_time() - started < 2
 
 

@@ -341,7 +341,7 @@ def test_other_settings_are_another_sweep_and_a_running_one_is_refused(fake_trai
         (["--run", "r1"], "run: not for a sweep"),
         (["--dry_run"], "dry_run: not for a sweep"),
         (["--trainer.fast_dev_run=true"], "trainer.fast_dev_run: not for a sweep"),
-        (["--model.lora.r", "8"], "model.lora.r: not for a sweep"),
+        (["--model.lora.r", "8"], "model.lora.r: the sweep sets it"),
         (["-c", "gone.yaml"], "gone.yaml: No such file"),
     ],
 )

@@ -76,7 +76,7 @@ def test_only_new_prompts_are_asked_and_only_answers_in_a_valid_format_are_writt
     ]  # fmt: skip
     output = capsys.readouterr().out
     assert "s.jsonl: 4 rows; not asked: 2 near-duplicates" in output and "data.columns.source: source" in output
-    assert "1 left out: syntax" in output and "1 left out: extra_key" in output
+    assert "1 left out: invalid format, syntax" in output and "1 left out: invalid format, extra_key" in output
     system, *turns = server.requests[0]["messages"]
     assert system["content"].startswith("Number it.\n\n") and '"additionalProperties": false' in system["content"]
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * 4 + ["user"]
