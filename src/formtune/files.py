@@ -12,6 +12,11 @@ from typing import Any
 LOGS = Path("logs")  # one folder per task, one folder per run
 
 
+def leaves_folder(name: str) -> bool:
+    """Whether a relative name, such as a task's or a run's, leads out of the folder that it is put into."""
+    return bool({"..", "/"} & set(Path(name).parts))
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file atomically: a kill, a crash or a full disk leaves the old file unchanged."""
     if isinstance(content, str):

@@ -26,7 +26,7 @@ from formtune.data.datamodule import FormatDataModule
 from formtune.errors import UserError
 from formtune.evaluation.console import print_result
 from formtune.evaluation.outcomes import write_answers
-from formtune.files import LOGS
+from formtune.files import LOGS, leaves_folder
 from formtune.model import FormatModule
 from formtune.model.adapter import take_settings
 from formtune.model.ranks import ShardedBase
@@ -126,7 +126,7 @@ class FormtuneCLI(LightningCLI):
         files = [Path(str(file)) for file in config.get("config") or []]
         config.task = config.task or (files[-1].stem if files else "task")
         for key in ("task", "run"):
-            if {"..", "/"} & set(Path(config[key] or ".").parts):
+            if leaves_folder(config[key] or "."):
                 raise UserError(f"{key}: {config[key]} is a path; give a name")
         self.full: dict[str, Any] = {}  # values without --quick, for the next command
         if config.quick:

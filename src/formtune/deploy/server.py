@@ -22,7 +22,7 @@ from formtune.export.gguf import FILE
 from formtune.export.llama_cpp import HOST, LOCAL
 from formtune.export.quantize import missing_package
 from formtune.export.rules import refuse, vllm_rank
-from formtune.files import write_json
+from formtune.files import leaves_folder, write_json
 from formtune.training.manifest import base_files
 
 DTYPES = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}  # of the base under an adapter, by the run's precision
@@ -42,7 +42,7 @@ def named(runs: Sequence[str], models: Sequence[Exported]) -> dict[str, Exported
             raise UserError(f"{model.folder}: only {group} are served together; start a server for each run")
     pairs = zip(runs, models, strict=True)
     names = [f"{model.task}-{Path(run).name}" if several else model.task for run, model in pairs]
-    if any({"..", "/"} & set(Path(name).parts) for name in names):  # of a stranger's config.yaml
+    if any(map(leaves_folder, names)):  # of a stranger's config.yaml
         raise UserError(f"{first.folder}: its task is a path ({names[0]}); it cannot be served under this name")
     if len(set(names)) < len(names):
         raise UserError(f"{' '.join(runs)}: several would be called {max(names, key=names.count)}; rename one")

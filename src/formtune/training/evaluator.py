@@ -1,6 +1,5 @@
 """The evaluations of a `formtune train` on the test rows: baselines, tuned model, longer inputs, report."""
 
-import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Literal
 from formtune.base.folder import context_length
 from formtune.base.row import Row
 from formtune.data.datamodule import FormatDataModule
-from formtune.data.preparation import production_rows
+from formtune.data.preparation import production_rows, sample
 from formtune.errors import UserError
 from formtune.evaluation import baselines as prompting
 from formtune.evaluation.outcomes import VIEWS, Outcome, rate, write_outcomes
@@ -46,15 +45,15 @@ class Evaluator:
     def baselines(self, kinds: Sequence[Baseline], most: int) -> None:
         """Measure the zero-shot base and the baselines in `kinds`, on `most` test rows at most."""
         test, format, renderer, result = self.test_rows, self.model.format, self.settings.renderer, self.result
-        sample = [test[i] for i in sorted(random.Random(0).sample(range(len(test)), min(most, len(test))))]
-        prompts, outcomes = {"zero-shot": sample}, {"zero-shot": self._baseline("before", sample)}
+        sampled = sample(test, most)
+        prompts, outcomes = {"zero-shot": sampled}, {"zero-shot": self._baseline("before", sampled)}
         if self._seconds and (more := len(kinds) + bool(self.model.adapter)):
             minutes = max(1, round(more * self._seconds / 60))
-            rest = f"{more} more on {len(sample)} of {len(test)} test rows, about {minutes} min"
+            rest = f"{more} more on {len(sampled)} of {len(test)} test rows, about {minutes} min"
             self._print(f"baselines: {rest}; --baselines '[]' measures only the zero-shot base")
         if "few_shot" in kinds:
-            shots = prompting.shots_by_schema(self.train_rows, sample, format)
-            rows, count = prompting.few_shot_rows(sample, shots, renderer, self.context)
+            shots = prompting.shots_by_schema(self.train_rows, sampled, format)
+            rows, count = prompting.few_shot_rows(sampled, shots, renderer, self.context)
             if count:
                 name = f"{count}-shot"
                 prompts[name], outcomes[name] = rows, self._baseline("few_shot", rows)
@@ -74,7 +73,7 @@ class Evaluator:
                 rows = prompts[prompting.best_prompt(outcomes)]
                 constrained = self._baseline("before_constrained", rows, constrained=True)
         if self.model.adapter:
-            self._baseline("start", sample)
+            self._baseline("start", sampled)
         if self._writes:
             result["constant"] = prompting.constant_answer(self.train_rows, test, format)
             result["prompting"] = prompting.prompting_verdict(outcomes, constrained)
