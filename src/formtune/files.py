@@ -17,7 +17,7 @@ def leaves_folder(name: str) -> bool:
     return bool({"..", "/"} & set(Path(name).parts))
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file atomically: a kill, a crash or a full disk leaves the old file unchanged."""
     if isinstance(content, str):
         content = content.encode("utf-8", errors="backslashreplace")
@@ -38,13 +38,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
     """Write plain data as JSON Lines, and make the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_entry(path: Path, value: Any, kept: int) -> None:
@@ -52,7 +52,7 @@ def write_entry(path: Path, value: Any, kept: int) -> None:
     content = json.dumps(value, default=_field_values).encode("ascii")  # escaped: keeps lone surrogates
     with contextlib.suppress(OSError):  # such as a folder that is read-only
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, _checksum(content) + b"\n" + content)
+        write_atomic(path, _checksum(content) + b"\n" + content)
         entries = sorted(path.parent.glob(f"*{path.suffix}"), key=lambda entry: entry.stat().st_mtime, reverse=True)
         for entry in entries[kept:]:
             entry.unlink(missing_ok=True)

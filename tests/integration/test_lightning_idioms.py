@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from formtune.cli import main
-from formtune.configuration.keys import KEYS
+from formtune.configuration.parsing import KEYS
 from formtune.model import FormatModule
 from interrupting import ROWS, SCHEMA
 

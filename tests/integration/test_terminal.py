@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from formtune.audit.output import print_audit
+from formtune.audit.findings import print_audit
 from formtune.cli import main
 from formtune.commands import COMMANDS
 from formtune.configuration.terminal import wrap
 from formtune.evaluation.comparison import compare, print_comparison
 from formtune.evaluation.console import HEADLINES, print_result
-from formtune.evaluation.outcomes import VIEWS, Outcome, write_outcomes
+from formtune.evaluation.outcomes import EVALUATIONS, Outcome, write_outcomes
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 ROWS = [Outcome(f"t:{i}", "", 9, f"{i}", "{}", "{}", "ok", "", True, 1, 2, {"customer.name": i > 9}) for i in range(30)]
@@ -39,8 +39,8 @@ def audited():
 
 
 SHOWN = {
-    "train": lambda: print_result(result([*VIEWS][:5]), Path("logs/demo/run")),
-    "test": lambda: print_result(result([*VIEWS][:3]), Path("logs/demo/run")),
+    "train": lambda: print_result(result([*EVALUATIONS][:5]), Path("logs/demo/run")),
+    "test": lambda: print_result(result([*EVALUATIONS][:3]), Path("logs/demo/run")),
     "compare": lambda: print_comparison(compare([(f"logs/demo/2026112{n}-041835", ROWS) for n in range(3)])),
     "audit": audited,
 }

@@ -1,4 +1,4 @@
-"""The findings of an audit, as plain data; the rows are prepared by the same code as for training."""
+"""The findings of an audit as plain data, its page, and its lines in the terminal."""
 
 import json
 import re
@@ -7,17 +7,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from formtune.base.row import Row, quantile
+from formtune.configuration.terminal import echo
 from formtune.data.blockers import blockers
 from formtune.data.cleaning import Example
 from formtune.data.encoded import FEW_ROWS, Splits
 from formtune.data.preparation import load_splits, production_rows
 from formtune.data.settings import DataSettings
+from formtune.data.table import print_data
 from formtune.errors import UserError
+from formtune.evaluation.page import render
+from formtune.files import write_atomic, write_json, write_lines
 from formtune.formats import Format, JsonSchema
 from formtune.formats.content import Words, leaves
 
@@ -28,6 +33,8 @@ MAX_BINS = 40  # of a histogram
 MAX_WORDS = 12  # listed with their shares in train and production
 MIN_DIFFERENCE = 0.25  # of a word's two shares, for a warning
 QUANTILES = {"P50": 50, "P95": 95, "P99": 99, "max": 100}
+MAX_PRINTED = 10  # warnings; the page has all of them
+MAX_ROWS = 200  # of a reason on the page; quarantine.jsonl has all of them
 
 
 def audit(settings: DataSettings, splits: Splits | None = None) -> tuple[dict[str, Any], Splits]:
@@ -89,7 +96,7 @@ def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[st
             if path in derived or isinstance(value, bool):
                 continue
             counts[path] += 1
-            if not words.hold(value) and not (context := context or Words(example.text)).hold(value):
+            if not words.contain(value) and not (context := context or Words(example.text)).contain(value):
                 rows.setdefault(path, []).append({"where": example.where, "value": value, "source": example.origin})
     return {path: {"share": len(invented) / counts[path], "rows": invented} for path, invented in rows.items()}
 
@@ -177,3 +184,37 @@ def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]
     words = findings["production"].items()
     if different := [f"{word} {b:.0%} (train {a:.0%})" for word, (a, b) in words if abs(b - a) >= MIN_DIFFERENCE]:
         yield f"production's words differ: {', '.join(different[:MAX_LISTED])}; add rows like production's"
+
+
+def write_report(findings: dict[str, Any], folder: Path) -> None:
+    """Write `audit.json`, `quarantine.jsonl` and `report.html` into the folder, each atomically."""
+    write_lines(folder / "quarantine.jsonl", findings["quarantine"])
+    write_json(folder / "audit.json", {name: value for name, value in findings.items() if name != "quarantine"})
+    write_atomic(folder / "report.html", page(findings))
+
+
+def page(findings: dict[str, Any]) -> str:
+    reasons: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(findings["quarantine"], key=lambda row: -findings["quarantined"][row["reason"]]):
+        reasons.setdefault(row["reason"], []).append(row)
+    return render("audit/report.html.jinja", audit=findings, reasons=reasons, shown=MAX_ROWS)
+
+
+def print_audit(findings: dict[str, Any], settings: DataSettings, splits: Splits, folder: Path) -> None:
+    """Print the data table, the blockers and warnings, and the verdict."""
+    print_data(settings, splits, folder)
+    print_problems(findings)
+    print(f"report: {folder / 'report.html'}")
+    counts = [(findings["blockers"], "to fix first"), (findings["warnings"], "to look at")]
+    parts = [f", {len(lines)} {what}" for lines, what in counts if lines]
+    echo(f"verdict: {findings['verdict']}{''.join(parts)}", "bold")
+
+
+def print_problems(findings: dict[str, Any]) -> None:
+    """Print the blockers and the first warnings, one per line."""
+    for line in findings["blockers"]:
+        echo(f"blocker: {line}", "red")
+    for line in findings["warnings"][:MAX_PRINTED]:
+        echo(f"warning: {line}", "yellow")
+    if more := findings["warnings"][MAX_PRINTED:]:
+        echo(f"warning: {len(more):,} more: formtune audit lists all", "yellow")

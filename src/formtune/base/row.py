@@ -21,7 +21,7 @@ class Row:
     """One example in token ids."""
 
     prompt_ids: list[int]  # up to and including the opening of the assistant's turn
-    target_ids: list[int]  # the target and the end-of-turn token; empty where there is no target
+    target_ids: list[int]  # the target and the end-of-turn token; empty without a target
     input: str  # text of the last user turn
     target: str | None  # text of the target
     where: str  # `file:line` the row came from

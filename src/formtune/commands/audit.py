@@ -2,8 +2,7 @@
 
 import shlex
 
-from formtune.audit.findings import audit
-from formtune.audit.output import print_audit, write_report
+from formtune.audit.findings import audit, print_audit, write_report
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
 from formtune.files import LOGS

@@ -14,7 +14,7 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
-from formtune.configuration.terminal import shown
+from formtune.configuration.terminal import progress
 from formtune.data.blockers import check_rows
 from formtune.data.preparation import load_splits, sample
 from formtune.deploy.endpoint import Endpoint
@@ -57,7 +57,7 @@ def run(command: str, args: list[str]) -> int:
     endpoint.open(rows[0], schemas[0])
     started, pool = time.perf_counter(), ThreadPoolExecutor(config.at_once)
     try:
-        replies = list(shown(pool.map(endpoint.ask, rows, schemas), len(rows), "asking"))
+        replies = list(progress(pool.map(endpoint.ask, rows, schemas), len(rows), "asking"))
     finally:
         pool.shutdown(cancel_futures=True)
     seconds = time.perf_counter() - started

@@ -6,7 +6,7 @@ from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
 from formtune.evaluation.comparison import compare, print_comparison, read_runs
-from formtune.evaluation.outcomes import VIEWS
+from formtune.evaluation.outcomes import EVALUATIONS
 from formtune.files import write_json
 
 HELP = """\
@@ -23,7 +23,7 @@ def run(command: str, args: list[str]) -> None:
     usage = "formtune compare RUN RUN [RUN ...] [--out FILE.json]"
     parser = CommandParser(command, COMMANDS[command].description, usage, HELP)
     parser.add_argument("runs", metavar="RUN", nargs="*", help="Folder of a run, for its tuned model; FOLDER:NAME for "
-                        f"another evaluation ({', '.join(VIEWS)}); or a file of outcomes")  # fmt: skip
+                        f"another evaluation ({', '.join(EVALUATIONS)}); or a file of outcomes")  # fmt: skip
     parser.add_argument("--out", metavar="FILE.json", type=Path, help="Also save as JSON")
     config = parser.parse_intermixed_args(args)
     if len(config.runs) < 2:

@@ -9,7 +9,7 @@ from pathlib import Path
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
-from formtune.files import write_whole
+from formtune.files import write_atomic
 from formtune.start.proposal import propose, task_yaml
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -44,7 +44,7 @@ def run(command: str, args: list[str]) -> int:
     files = {schema_file: schema} if schema else {}
     for file, text in (files | {task_file: task_yaml(guesses, head)}).items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, text)
+        write_atomic(file, text)
     for key, value, why in guesses:
         print(f"{key}: {str(value)[:MAX_CHARACTERS]}  ({why})")
     print("wrote", *files, task_file, flush=True)
@@ -55,7 +55,7 @@ def run(command: str, args: list[str]) -> int:
         return 0
     if find_spec("formtune.audit"):  # an optional folder
         findings, _ = import_module("formtune.audit.findings").audit(*prepared)
-        import_module("formtune.audit.output").print_problems(findings)
+        import_module("formtune.audit.findings").print_problems(findings)
         if findings["blockers"]:
             print(f"next: fix the blockers, then formtune audit {shlex.join(words)}")
             return 1

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 from formtune.commands import COMMANDS
-from formtune.configuration.keys import short_help
+from formtune.configuration.parsing import short_help
 from formtune.configuration.yaml_file import check_configs
 from formtune.errors import Fault, UserError
 

@@ -10,7 +10,7 @@ from formtune.base.folder import context_length, skeleton
 from formtune.base.row import quantile
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
-from formtune.configuration.terminal import say
+from formtune.configuration.terminal import echo
 from formtune.configuration.yaml_file import config_file
 from formtune.data.preparation import encode_inputs, production_rows
 from formtune.errors import UserError, first_line
@@ -67,10 +67,10 @@ def run(command: str, args: list[str]) -> int:
     figures = {"targets": targets, "failed": failed, "input_tokens": length}
     write_json(path, figures | {"checks": [c._asdict() for c in checks]})
     for c in checks:
-        say(f"{c.target}, {c.check}, {c.verdict}: {c.detail}", "green" if c.verdict == "ok" else "yellow")
+        echo(f"{c.target}, {c.check}, {c.verdict}: {c.detail}", "green" if c.verdict == "ok" else "yellow")
     print(f"figures: {path}")
     untried = [c.target for c in checks if c.verdict == "not tried"]
     note = f"; not tried: {', '.join(untried)}" if untried else ""
-    say(f"verdict: {'failed' if failed else 'passed'} for {', '.join(failed or targets)}{note}", "bold")
+    echo(f"verdict: {'failed' if failed else 'passed'} for {', '.join(failed or targets)}{note}", "bold")
     print(f"next: {'change what fails' if failed else f'formtune train -c {config_file(args)}'}")
     return int(bool(failed))

@@ -18,11 +18,11 @@ from formtune.base.renderer import today
 from formtune.commands import COMMANDS
 from formtune.commands.lightning import run as lightning
 from formtune.configuration.parsing import CommandParser
-from formtune.configuration.terminal import say
+from formtune.configuration.terminal import echo
 from formtune.configuration.yaml_file import config_paths
 from formtune.errors import UserError
 from formtune.evaluation.page import render
-from formtune.files import LOGS, write_json, write_whole
+from formtune.files import LOGS, write_atomic, write_json
 from formtune.sweep.points import METRICS, RANKS, choose, grid, measure, result, train
 from formtune.training.run_folder import RunFolder
 
@@ -57,7 +57,7 @@ def run(command: str, args: list[str]) -> int:
     task = settings.get("task") or Path(["task", *config_paths(arguments)][-1]).stem
     arguments += ["--task", task]
     words = {name: [f"--{key}={value}" for key, value in point.items()] for name, point in points.items()}
-    # Of all points, so that a mistake is found before the first run.
+    # Of all points: a mistake must end the sweep before its first run.
     configurations = {name: _configuration([*arguments, *extra]) for name, extra in words.items()}
     digest = hashlib.sha256("\n".join([configuration, *keys]).encode()).hexdigest()[:8]
     folder = LOGS / task / f"sweep-{'-'.join(key.rpartition('.')[2] for key in keys)}-{digest}"
@@ -79,13 +79,13 @@ def run(command: str, args: list[str]) -> int:
             complete = [point for point in measured if point.seeds == len(seeds)]
             chosen, why = choose(complete) if complete else (None, "Nothing chosen: no point has finished all seeds.")
             figures = [asdict(point) for point in measured]
-            summary = {"points": figures, "taken": chosen, "reason": why, "seeds": seeds, "failed": failed}
+            summary = {"points": figures, "chosen": chosen, "reason": why, "seeds": seeds, "failed": failed}
             # The configuration last: a folder that has one and no sweep.json is a run.
             (folder / "config.yaml").unlink(missing_ok=True)
             write_json(folder / "sweep.json", summary)
-            write_whole(folder / "report.html", render("sweep/report.html.jinja", sweep=summary, folder=folder))
+            write_atomic(folder / "report.html", render("sweep/report.html.jinja", sweep=summary, folder=folder))
             if chosen:
-                write_whole(folder / "config.yaml", configurations[chosen])
+                write_atomic(folder / "config.yaml", configurations[chosen])
     except Timeout:
         raise UserError(f"{folder}: this sweep is already running") from None
     print("The choice uses validation rows only. Validation (test):")
@@ -93,7 +93,7 @@ def run(command: str, args: list[str]) -> int:
         shares = ", ".join(f"{metric} {point.validation[metric]} ({point.test[metric]:.1%})" for metric in METRICS)
         size = f"{point.seeds} of {len(seeds)} seeds, {point.trainable_parameters:,} trainable parameters"
         print(f"{point.name}: {shares}, {size}")
-    say(why)
+    echo(why)
     print(f"report: {folder / 'report.html'}\nfigures: {folder / 'sweep.json'}")
     remedy = f"look at {folder}/*/output.log, then repeat the command"
     print(f"next: {f'formtune train -c {folder}/config.yaml' if chosen else remedy}")

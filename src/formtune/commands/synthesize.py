@@ -12,11 +12,10 @@ from jsonargparse.typing import PositiveInt
 
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
-from formtune.configuration.terminal import shown
+from formtune.configuration.terminal import progress
 from formtune.configuration.yaml_file import config_file
-from formtune.data.boilerplate import split_shared
 from formtune.data.cleaning import Example, repair, repair_answer
-from formtune.data.duplicates import near_pairs
+from formtune.data.duplicates import near_pairs, split_shared
 from formtune.data.preparation import as_written, read_examples, read_splits
 from formtune.data.sources import read_records
 from formtune.deploy.endpoint import Client, Refused
@@ -76,7 +75,8 @@ def run(command: str, args: list[str]) -> None:
     added = {"role": "system", "content": settings.system}  # by the task, to each row
     refused, pool = Counter[str](), ThreadPoolExecutor(config.at_once)
     try:
-        answers = shown(pool.map(ask, (example.messages[:-1] for example in new)), len(new), f"asking {config.teacher}")
+        asked = pool.map(ask, (example.messages[:-1] for example in new))
+        answers = progress(asked, len(new), f"asking {config.teacher}")
         for example, answer in zip(new, answers, strict=True):
             if isinstance(answer, Refused):
                 refused["the server refused the prompt"] += 1

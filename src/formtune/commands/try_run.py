@@ -10,7 +10,7 @@ from peft import PeftModel
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.configuration.task import read_run
-from formtune.configuration.terminal import say
+from formtune.configuration.terminal import echo
 from formtune.data.cleaning import repair
 from formtune.data.shapes import own_schema
 from formtune.data.turns import read_tools
@@ -42,7 +42,7 @@ def run(command: str, args: list[str]) -> None:
     base = load_base(task.model.base, torch.float32, task.model.quantize, device)
     base = base if task.model.quantize else base.to(device)
     model = PeftModel.from_pretrained(base, folder / "adapter").eval()
-    say(f"base and {folder}; one prompt per line, Ctrl-D ends")
+    echo(f"base and {folder}; one prompt per line, Ctrl-D ends")
     with suppress(EOFError):
         while True:
             if prompt := input("> ").strip():
@@ -56,9 +56,9 @@ def _answer(model: Any, settings: Any, prompt: str, schema: str | None, tools: s
         turns.insert(0, {"role": "system", "content": system})
     [row] = settings.renderer.encode([(repair(turns, settings.clean), "the prompt", schema, tools)])
     if isinstance(row, Exception):
-        return say(f"the prompt cannot be rendered: {row}", "red")
+        return echo(f"the prompt cannot be rendered: {row}", "red")
     if len(row) >= settings.limit:
-        return say(f"too long: {len(row)} tokens, the limit is {settings.limit}", "red")
+        return echo(f"too long: {len(row)} tokens, the limit is {settings.limit}", "red")
     stop, limit = settings.renderer.stop_ids, min(settings.max_new_tokens, settings.limit - len(row))
     for name in ("base", "tuned"):
         with model.disable_adapter() if name == "base" else nullcontext():
@@ -66,5 +66,5 @@ def _answer(model: Any, settings: Any, prompt: str, schema: str | None, tools: s
             [decoded] = micro_batches.decode([row], micro_batches.split([row], 10**6), stop, [limit])
         answer = judge(row, decoded, settings.renderer, settings.format)
         detail = "valid format" if answer.exact else f"{answer.kind}: {answer.detail}"
-        say(f"{name}, confidence {answer.confidence:.4f}: {detail}", "green" if answer.exact else "red")
+        echo(f"{name}, confidence {answer.confidence:.4f}: {detail}", "green" if answer.exact else "red")
         print(answer.answer)

@@ -6,11 +6,24 @@ import re
 import sys
 from collections.abc import Collection, Iterator
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, get_args
 
-from formtune.configuration.keys import MEANT
+import yaml
+
 from formtune.configuration.yaml_file import line_of
 from formtune.errors import UserError, first_line
+
+KEYS = yaml.safe_load(Path(__file__).with_name("keys.yaml").read_text(encoding="utf-8"))
+# Key and meaning by another tool's name.
+MEANT = {name: (key, entry["meaning"]) for key, entry in KEYS.items() for name in entry.get("names", "").split()}
+USAGE = {
+    "train": "formtune train -c TASK.yaml [--quick] [--dry_run] [--key value ...]",
+    "fit": "formtune fit -c TASK.yaml [--dry_run] [--key value ...]",
+    "validate": "formtune validate RUN | -c TASK.yaml [--ckpt_path best|last|base|FILE] [--key value ...]",
+    "test": "formtune test RUN | -c TASK.yaml [--ckpt_path best|last|base|FILE] [--key value ...]",
+    "predict": "formtune predict RUN PROMPTS | -c TASK.yaml [--answers FILE] [--key value ...]",
+}
 
 _UNKNOWN = (  # in a message of argparse or jsonargparse: the group of a key, and the key
     r"[Uu]nrecognized arguments: --([\w.-]+)|(?:Group '([\w.]+)' does not accept o|\b[Oo])ption '([\w.-]+)'"
@@ -24,6 +37,15 @@ _TYPES = {  # what a message expects, in words
     "list": _LIST, "Sequence": _LIST, "Iterable": _LIST, "PositiveInt": "a positive integer",
     "NonNegativeFloat": "a number of at least 0", "ClosedUnitInterval": "a number from 0 to 1",
 }  # fmt: skip
+
+
+def short_help(command: str, description: str) -> str:
+    lines = [f"usage: {USAGE[command]}", "", description, "", "the most important keys (default):"]
+    for key, entry in KEYS.items():
+        name = f"--{key}" + (f" ({entry['default']})" if "default" in entry else "")
+        lines.append(f"  {name:<46} {entry['meaning']}")
+    lines += ["", "--help-all lists every key, --print_config=comments prints them as YAML (configs/reference.yaml)."]
+    return "\n".join(lines)
 
 
 class OneLine:
@@ -134,9 +156,10 @@ def _reason(message: str, classes: Collection[str]) -> str:
         return "is missing; set it"
     if match := re.search(r"correspond to a (subclass of \w+)", message):
         return f"must name a {match[1]}"
-    found = re.findall(_EXPECTED, message)
-    choices = dict.fromkeys(choice for _, names, _ in found for choice in names.replace("'", "").split(", ") if choice)
-    types = dict.fromkeys(_TYPES[kind or name] for kind, _, name in found if (kind or name) in _TYPES)
+    expectations = re.findall(_EXPECTED, message)
+    names = ", ".join(names for _, names, _ in expectations if names).replace("'", "")
+    choices = dict.fromkeys(names.split(", ") if names else ())
+    types = dict.fromkeys(_TYPES[kind or name] for kind, _, name in expectations if (kind or name) in _TYPES)
     named = re.search(r"dot import path string: (.*)|Not a valid subclass of (\w+)|(\w+) is abstract", message)
     if named and ("NestedArg" in message or not (choices or types.keys() - {_LIST, "true or false"})):
         few = f"one of {', '.join(sorted(classes))}, or " if 0 < len(classes) < 9 else ""

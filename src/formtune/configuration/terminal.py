@@ -13,7 +13,7 @@ from rich.text import Text
 T = TypeVar("T")
 
 
-def say(line: str, style: str = "") -> None:
+def echo(line: str, style: str = "") -> None:
     """Print a line, in a style up to its colon; it is wrapped only in a terminal."""
     console, text = Console(highlight=False), Text(line)
     text.stylize(style, 0, line.find(":") + 1)
@@ -29,7 +29,7 @@ def wrap(name: str, width: int = 12) -> Text:
     return Text("\n".join(filter(None, lines)))
 
 
-def shown(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """The items unchanged, with a progress bar on standard error in a terminal, on one process only."""
     console = Console(stderr=True)
     hidden = not (console.is_terminal and sys.stdout.isatty()) or os.environ.get("LOCAL_RANK", "0") != "0"

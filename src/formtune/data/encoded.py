@@ -15,7 +15,7 @@ from formtune.data.cleaning import Example, Quarantined
 from formtune.data.settings import DataSettings
 from formtune.data.styles import Mixture
 from formtune.files import own_code, read_entry, write_entry
-from formtune.formats.key_orders import Orders
+from formtune.formats.grammar import Orders
 
 FEW_ROWS = 500  # with fewer, a model mostly memorizes the examples
 CACHE = Path(".cache/encoded")  # in the working directory, like `logs`
@@ -34,7 +34,7 @@ class Splits:
     quarantine: list[Quarantined] = field(default_factory=list)
     mixtures: list[Mixture] = field(default_factory=list)
     groups: float = 0.0  # effective number: as many groups of one size make shares vary as much; 0 if unknown
-    shared: float = 0.0  # share of the inputs' text that many inputs share, see `boilerplate`
+    shared: float = 0.0  # share of the inputs' text that many inputs share, see `split_shared`
     orders: Orders = field(default_factory=dict)  # key orders of training targets
     key: str = ""  # content hash of the rows
     ignored: Counter[str] = field(default_factory=Counter)  # number of rows by key that is not read

@@ -9,18 +9,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from formtune.base.row import SYSTEM_ROLES, Row, UnfitRow
-from formtune.configuration.terminal import shown
+from formtune.configuration.terminal import progress
 from formtune.data.cleaning import Example, Quarantined, helpful_repair, judge, repair
 from formtune.data.encoded import Splits, cache_path, content_hash, read_cache, write_cache
 from formtune.data.selection import select
 from formtune.data.settings import DataSettings
 from formtune.data.shapes import own_schema, written
-from formtune.data.sources import Source, entries, read_records
+from formtune.data.sources import Source, entries, read_records, weighted
 from formtune.data.styles import mixtures
-from formtune.data.weights import weighted
 from formtune.errors import UserError
 from formtune.formats import ToolCalls
-from formtune.formats.key_orders import learn_orders
+from formtune.formats.grammar import learn_orders
 
 # Names of the splits in file names and in columns.
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation")
@@ -126,7 +125,7 @@ def _prepare(settings: DataSettings, examples: Sequence[Example]) -> Splits:
     valid: list[Example] = []
     invalid: list[Quarantined] = []
     repairs: Counter[str] = Counter()
-    for example in shown(examples, len(examples), "judging"):
+    for example in progress(examples, len(examples), "judging"):
         judged = as_written(settings, example)
         if isinstance(judged, Example):
             judged = judge(judged, settings.format, settings.clean, settings.repair_answers, repairs)
@@ -195,7 +194,7 @@ def _usual_style(settings: DataSettings, examples: Sequence[Example], splits: Sp
 
 def _encode(settings: DataSettings, examples: Sequence[Example]) -> Iterator[tuple[Example, Row | UnfitRow]]:
     encoded = settings.renderer.encode([(e.messages, e.where, e.schema, e.tools) for e in examples])
-    return zip(examples, shown(encoded, len(examples), "encoding"), strict=True)
+    return zip(examples, progress(encoded, len(examples), "encoding"), strict=True)
 
 
 def encode_inputs(settings: DataSettings, source: str | list[str] | Source, key: str) -> list[Row]:

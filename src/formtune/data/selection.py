@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from formtune.data.boilerplate import split_shared
 from formtune.data.cleaning import Example, Quarantined, folded
-from formtune.data.duplicates import components, near_pairs
+from formtune.data.duplicates import components, near_pairs, split_shared
 from formtune.data.encoded import Splits
 from formtune.formats.content import typed
 

@@ -12,8 +12,7 @@ from formtune.base.folder import context_length
 from formtune.base.renderer import Renderer, read_template, today
 from formtune.data.cleaning import AnswerStep, Step
 from formtune.data.shapes import Columns
-from formtune.data.sources import Source
-from formtune.data.weights import read_weights
+from formtune.data.sources import Source, read_weights
 from formtune.errors import UserError
 from formtune.formats import Format
 from formtune.formats.json_schema import PER_ROW

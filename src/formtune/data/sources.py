@@ -6,18 +6,21 @@ import glob
 import io
 import json
 import os
+import random
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
+from formtune.base.row import Row
 from formtune.errors import UserError, first_line
 from formtune.formats.strict_json import loads_strict
 
 MAX_LINE_BYTES = 4 * 2**20  # a million tokens
+MAX_WEIGHT = 1000  # times that a row may be used in an epoch
 ENDINGS = ".jsonl, .json, .csv, .tsv or .parquet, each also with .gz, .bz2 or .zst"
 SAVED = ("state.json", "dataset_dict.json")  # `save_to_disk` writes one of these into its folder
 
@@ -113,7 +116,7 @@ def _json_lines(path: str) -> Records:
         if text := line.strip():
             record = _parse(text, where, "fix or remove the row; a file has one JSON object per line, or is one array")
             if not isinstance(record, dict):
-                raise UserError(f"{where}: expected one JSON object per line, found {json.dumps(record)[:40]}")
+                raise UserError(f"{where}: expected one JSON object per line, got {json.dumps(record)[:40]}")
             yield record, where
 
 
@@ -125,7 +128,7 @@ def _json(path: str) -> Records:
     records = _parse(text, path, "fix the file")
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
-            raise UserError(f"{path}:row {number}: expected an object, found {json.dumps(record)[:40]}")
+            raise UserError(f"{path}:row {number}: expected an object, got {json.dumps(record)[:40]}")
     return _numbered(records, {}, path)
 
 
@@ -212,3 +215,39 @@ def _lines(path: str, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[str, str]]:
         raise UserError(f"{path}:{number}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}:{number + 1}: not readable ({first_line(error)})") from None
+
+
+def read_weights(train: Any) -> tuple[Any, dict[str, float]]:
+    """The source in `data.train`, and the weight of each of its entries; {} if none has a weight."""
+    if not isinstance(train, list) or all(isinstance(entry, str) for entry in train):
+        return train, {}
+    weights: dict[str, float] = {}
+    for item in train:
+        entry = {"weight": 1} | ({"path": item} if isinstance(item, str) else item)
+        path, weight = entry.get("path"), entry["weight"]
+        is_weight = type(weight) in (int, float) and 0 < weight <= MAX_WEIGHT
+        if not isinstance(path, str) or path in weights or not is_weight or len(entry) > 2:
+            rule = f"{{path: FILE, weight: NUMBER}}, each file once, with a weight above 0 and up to {MAX_WEIGHT}"
+            raise UserError(f"data.train: expected a file or {rule}; got {item}")
+        weights[path] = float(weight)
+    return list(weights), weights
+
+
+def weighted(
+    rows: Sequence[Row], entry_of: Mapping[str, str], weights: Mapping[str, float]
+) -> tuple[list[Row], dict[str, dict[str, float]]]:
+    """Each row as often as its entry's weight says, and counts by entry; `entry_of` maps a file to its entry."""
+    # The fraction is a share of the rows, drawn once, so that every epoch and a resumed run have the same rows.
+    entries = [entry_of[row.where.rpartition(":")[0].removesuffix("[train]")] for row in rows]
+    times, counts = [int(weights[entry]) for entry in entries], {}
+    for name, weight in weights.items():
+        if name not in entry_of.values():
+            raise UserError(f"data.train: all files of {name} belong to entries before it; name each file once")
+        members = [at for at, entry in enumerate(entries) if entry == name]
+        for at in random.Random(0).sample(members, round(weight % 1 * len(members))):
+            times[at] += 1
+        used = sum(times[at] for at in members)
+        if members and not used:
+            raise UserError(f"data.train: weight {weight:g} of {name} leaves none of its {len(members)} rows; raise it")
+        counts[name] = {"weight": weight, "rows": len(members), "used": used}
+    return [row for row, count in zip(rows, times, strict=True) for _ in range(count)], counts

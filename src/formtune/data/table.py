@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from formtune.base.row import quantile
-from formtune.configuration.terminal import say
+from formtune.configuration.terminal import echo
 from formtune.data.encoded import Splits
 from formtune.data.settings import DataSettings
 
@@ -47,4 +47,4 @@ def print_data(settings: DataSettings, splits: Splits | None, folder: Path | Non
         columns = ", ".join(f"{name} ({count:,} rows)" for name, count in counts.most_common(MAX_COLUMNS))
         lines += [f"{f'data.{key}: ' if key else ''}ignored columns: {columns}"] if columns else []
     for line in lines:
-        say(line)
+        echo(line)

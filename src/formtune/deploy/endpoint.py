@@ -74,7 +74,7 @@ class Endpoint(Client):
         self._options: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": True}
 
     def open(self, row: Row, schema: Any = None) -> None:
-        """Ask once, so that general errors are found first and loading the model is not timed."""
+        """Ask once: general errors come first, and loading the model is not timed."""
         try:
             self.complete(**self._body(row, schema))  # first of all: a server that is down is asked nothing else
         except Refused:  # some servers refuse a request for log-probabilities

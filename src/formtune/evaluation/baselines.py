@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from formtune.base.identity import identity
+from formtune.base.folder import identity
 from formtune.base.renderer import Renderer
 from formtune.base.row import SYSTEM_ROLES, Row
 from formtune.evaluation.outcomes import Outcome, field_f1, paired, rate

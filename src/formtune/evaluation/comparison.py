@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from formtune.configuration.terminal import say, wrap
+from formtune.configuration.terminal import echo, wrap
 from formtune.errors import UserError
-from formtune.evaluation.outcomes import F1, FIELD, RATES, VIEWS, Outcome, field_f1, read_outcomes
+from formtune.evaluation.outcomes import EVALUATIONS, F1, FIELD, RATES, Outcome, field_f1, read_outcomes
 from formtune.evaluation.statistics import f1_difference, f1_interval, rate_difference, verdict, wilson
 
 FIELDS = 20  # most frequent fields of rows with their own schemas
@@ -70,9 +70,9 @@ def print_comparison(comparison: dict[str, Any]) -> None:
         parts = []
         for name in IN_WORDS:
             difference = run["figures"][name]["difference"]
-            size = f" by {100 * abs(difference['value']):.1f} points ({_p(difference)})" if difference["sure"] else ""
-            parts.append(f"{name} {difference['verdict']}{size}")
-        say(f"{run['name']} against {first['name']}: {'; '.join(parts)}")
+            size = f" by {100 * abs(difference['value']):.1f} points ({_p(difference)})"
+            parts.append(f"{name} {difference['verdict']}{size * difference['significant']}")
+        echo(f"{run['name']} against {first['name']}: {'; '.join(parts)}")
 
 
 def figures_table(title: str, runs: Sequence[dict[str, Any]]) -> Table:
@@ -87,13 +87,13 @@ def figures_table(title: str, runs: Sequence[dict[str, Any]]) -> Table:
 
 
 def _path(argument: str) -> Path:
-    """The file of outcomes that `FILE.jsonl`, `FOLDER` or `FOLDER:VIEW` names."""
+    """The file of outcomes that `FILE.jsonl`, `FOLDER` or `FOLDER:NAME` names."""
     if argument.endswith(".jsonl"):
         return Path(argument)
-    folder, _, view = argument.rpartition(":")
-    if view not in VIEWS:
-        folder, view = argument, "after"
-    return Path(folder, "outcomes", f"{view}.jsonl")
+    folder, _, evaluation = argument.rpartition(":")
+    if evaluation not in EVALUATIONS:
+        folder, evaluation = argument, "after"
+    return Path(folder, "outcomes", f"{evaluation}.jsonl")
 
 
 def _by_row(outcomes: Sequence[Outcome]) -> dict[str, Any]:

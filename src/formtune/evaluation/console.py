@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from formtune.configuration.terminal import say
-from formtune.evaluation.outcomes import FIELD, VIEWS
+from formtune.configuration.terminal import echo
+from formtune.evaluation.outcomes import EVALUATIONS, FIELD
 
 MAX_FIELDS = 5  # the worst fields, which are printed
 HEADLINES = ("format/exact", "format/loose", "joint/exact", "content/field_f1", "val/loss")
@@ -18,23 +18,23 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
 
     `result` is as in `metrics.json`, or has one evaluation called `result`, of the model `measured`.
     """
-    views = [view for view in (*VIEWS, "result") if view in result]
-    first, counts = result[views[0]], result["counts"]
+    columns = {name: result[name] for name in (*EVALUATIONS, "result") if name in result}
+    first, counts = next(iter(columns.values())), result["counts"]
     model = measured.rpartition("/checkpoints/")[2] if measured else None
     title = f"{model or 'Result'} on {result['rows']:,} {split} rows"
-    narrow = (0, 0 if len(views) > 5 else 1)  # breaks no word in 80 characters
+    narrow = (0, 0 if len(columns) > 5 else 1)  # breaks no word in 80 characters
     table = Table(Column("metric", no_wrap=True), title=title, title_justify="left", pad_edge=False, padding=narrow)
-    for view in views:
-        rows = counts[view]["format/exact"][1]
+    for column in columns:
+        rows = counts[column]["format/exact"][1]
         sample = f"\n{rows:,} rows" if rows != result["rows"] else ""
-        table.add_column((model or VIEWS.get(view, view).replace(" ", "\n")) + sample, justify="right")
+        table.add_column((model or EVALUATIONS.get(column, column).replace(" ", "\n")) + sample, justify="right")
     custom = [name for name in first if name.startswith("custom/")]
     fields = sorted((name for name in first if name.startswith(FIELD)), key=result.get("after", first).__getitem__)
-    fields = fields[:MAX_FIELDS] if len(views) <= 3 else []  # with five columns they would not fit into 80 characters
-    kinds = [name for name in first if name.startswith("fail/") and any(result[view][name] for view in views)]
+    fields = fields[:MAX_FIELDS] if len(columns) <= 3 else []  # with five columns they would not fit into 80 characters
+    kinds = [name for name in first if name.startswith("fail/") and any(figures[name] for figures in columns.values())]
     ends = ((custom or HEADLINES)[-1], *fields[-1:])
     for name in (*HEADLINES, *custom, *fields, *kinds):
-        cells = [_cell(name, result[view][name]) for view in views]
+        cells = [_cell(name, figures[name]) for figures in columns.values()]
         table.add_row(name.replace(FIELD, "field "), *cells, end_section=name in ends)
     Console().print(table)
     if folder is None:
@@ -42,8 +42,8 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
     training = result["training"]
     files = {"checkpoint": f"checkpoints/step-{training['best_step']}.ckpt", "adapter": "adapter"}
     files |= {"report": "report.html", "figures": "metrics.json", "configuration": "config.yaml"}
-    say(f"{training['steps']} steps in {training['seconds']:.0f} s; {training['best_reason']}")
-    say(f"diagnosis: {training['diagnosis']}")
+    echo(f"{training['steps']} steps in {training['seconds']:.0f} s; {training['best_reason']}")
+    echo(f"diagnosis: {training['diagnosis']}")
     print(f"next: {training['next']}")  # a command to copy
     for what, name in files.items():
         print(f"{what:>14}: {folder / name}")

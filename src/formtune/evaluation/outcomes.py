@@ -15,7 +15,7 @@ from formtune.files import write_lines
 from formtune.formats import KINDS, Format, Verdict
 from formtune.formats.content import Comparison
 
-VIEWS = {  # the evaluations of the test rows, and how they are displayed
+EVALUATIONS = {  # the evaluations of the test rows, and how they are displayed
     "before": "base",
     "few_shot": "base few-shot",
     "before_constrained": "base constrained",
@@ -136,7 +136,7 @@ def write_answers(
 
 
 def read_outcomes(path: Path) -> list[Outcome]:
-    """Read outcomes; raise a UserError if there is no such file, or a line is not an outcome."""
+    """Read outcomes; raise a UserError if the file is missing, or a line is not an outcome."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -17,11 +17,11 @@ from formtune.base.row import Row
 from formtune.evaluation.baselines import best_prompt
 from formtune.evaluation.comparison import figures
 from formtune.evaluation.failures import MAX_CHARACTERS, MAX_VALUES, failures, slices
-from formtune.evaluation.outcomes import FIELD, VIEWS, Outcome, field_f1, paired, rate
+from formtune.evaluation.outcomes import EVALUATIONS, FIELD, Outcome, field_f1, paired, rate
 from formtune.evaluation.page import render
 from formtune.evaluation.selective import calibration, judged, risks
 from formtune.evaluation.statistics import rate_difference, share, verdict, wilson
-from formtune.files import write_whole
+from formtune.files import write_atomic
 from formtune.formats import KINDS, Format
 
 POINTS = 100  # of the risk-coverage curve
@@ -47,9 +47,9 @@ class Run:
 
 def write_run_report(run: Run, folder: Path) -> None:
     """Write `report.html` into the run's folder, and the card into its adapter if there is one."""
-    write_whole(folder / "report.html", page(run))
+    write_atomic(folder / "report.html", page(run))
     if (folder / "adapter").is_dir():
-        write_whole(folder / "adapter" / "README.md", card(run))
+        write_atomic(folder / "adapter" / "README.md", card(run))
 
 
 def page(run: Run) -> str:
@@ -62,7 +62,7 @@ def page(run: Run) -> str:
         kind_names=KINDS,
         config=yaml.safe_load(run.config),
         curves=_curves(run.result["training"].get("history", ())),
-        kinds={view: Counter(o.kind for o in outcomes) for view, outcomes in run.outcomes.items()},
+        kinds={name: Counter(o.kind for o in outcomes) for name, outcomes in run.outcomes.items()},
         trust=_trust(run),
         slices=list(_slices(run)),
         gallery=gallery,
@@ -87,8 +87,8 @@ def conclusion(run: Run) -> tuple[bool, str]:
     parts = []
     for name, what in WHAT.items():
         count, rows = rate(run.outcomes["after"], name)
-        view, best, _, compared = max(_against(run, name), key=itemgetter(1))
-        parts += [compared, f"{count / rows:.1%} of the answers {what}, against {best:.1%} before ({VIEWS[view]})"]
+        way, best, _, compared = max(_against(run, name), key=itemgetter(1))
+        parts += [compared, f"{count / rows:.1%} of the answers {what}, against {best:.1%} before ({EVALUATIONS[way]})"]
     form, valid, content, right = parts
     if content in ("better", "worse"):
         helped = content == "better"
@@ -107,8 +107,8 @@ def headline(run: Run) -> list[str]:
         if "after_constrained" in run.outcomes:
             tuned += f", {share(*rate(run.outcomes['after_constrained'], name), ' constrained')}"
         against = [
-            f"{VIEWS[view]} {before:.1%}{f' of {rows:,} rows' if rows != total else ''} ({compared})"
-            for view, before, rows, compared in _against(run, name)
+            f"{EVALUATIONS[way]} {before:.1%}{f' of {rows:,} rows' if rows != total else ''} ({compared})"
+            for way, before, rows, compared in _against(run, name)
         ]
         if name == "joint" and (majority := _majority(run)):
             against.append(f"majority answer {majority:.1%}")
@@ -121,12 +121,12 @@ def _against(run: Run, name: str) -> Iterator[tuple[str, float, int, str]]:
 
     They are the best prompt, and the constrained base and the adapter at the start if they were measured.
     """
-    prompts = {view: run.outcomes[view] for view in ("before", "few_shot") if view in run.outcomes}
-    for view in (best_prompt(prompts), "before_constrained", "start"):
-        if view in run.outcomes:
-            right = ([getattr(o, name) for o in rows] for rows in paired(run.outcomes[view], run.outcomes["after"]))
-            count, rows = rate(run.outcomes[view], name)
-            yield view, count / rows, rows, verdict(rate_difference(*right))
+    prompts = {way: run.outcomes[way] for way in ("before", "few_shot") if way in run.outcomes}
+    for way in (best_prompt(prompts), "before_constrained", "start"):
+        if way in run.outcomes:
+            right = ([getattr(o, name) for o in rows] for rows in paired(run.outcomes[way], run.outcomes["after"]))
+            count, rows = rate(run.outcomes[way], name)
+            yield way, count / rows, rows, verdict(rate_difference(*right))
 
 
 def _majority(run: Run) -> float:
@@ -135,15 +135,15 @@ def _majority(run: Run) -> float:
 
 
 def _facts(run: Run) -> dict[str, Any]:
-    views = [view for view in VIEWS if view in run.outcomes]
+    names = [name for name in EVALUATIONS if name in run.outcomes]
     return {
         "run": run,
         "hub": not Path(run.base).exists(),  # a folder's path would mean nothing elsewhere
         "result": run.result,
         "headline": headline(run),
-        "names_of": VIEWS,
-        "views": {view: f"{VIEWS[view]}, {len(run.outcomes[view]):,} rows" for view in views},
-        "figures": {view: figures(run.outcomes[view]) for view in views},
+        "names_of": EVALUATIONS,
+        "evaluations": {name: f"{EVALUATIONS[name]}, {len(run.outcomes[name]):,} rows" for name in names},
+        "figures": {name: figures(run.outcomes[name]) for name in names},
         "field": FIELD,
         "custom": [name for name in run.result["after"] if name.startswith("custom/")],
         "versions": {"formtune": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},

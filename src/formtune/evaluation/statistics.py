@@ -22,7 +22,7 @@ class Difference:
     """How the second of two runs differs from the first on the same rows."""
 
     value: float  # second minus first, between -1 and 1
-    sure: bool  # significant (the name in `compare --out`)
+    significant: bool
     rows: int
     needed: int | None  # rows with which the test would have 80 % power, None for no difference
     p: float
@@ -103,7 +103,7 @@ def f1_difference(first: np.ndarray, second: np.ndarray) -> Difference:
 
 def verdict(difference: Difference) -> str:
     """`better`, `worse`, or `cannot tell with 300 rows: about 1,200 would`."""
-    if difference.sure:
+    if difference.significant:
         return "better" if difference.value > 0 else "worse"
     if not difference.needed:
         return f"cannot tell with {difference.rows:,} rows"

@@ -15,7 +15,7 @@ from formtune.base.row import Message, Row
 from formtune.data.settings import system_prompt
 from formtune.evaluation.page import render
 from formtune.export.gguf import ADAPTER
-from formtune.files import write_json, write_whole
+from formtune.files import write_atomic, write_json
 from formtune.training.manifest import CARD, verify
 
 CONTEXT = 8192  # tokens of a server's context, or more if the test rows need them: a longer context costs memory
@@ -65,7 +65,7 @@ def write_usage(folder: Path, adapter: Exported, schema: Any, rows: Sequence[Row
     facts["template"] = go_template(renderer, rows)
     facts["stop"] = [renderer.tokenizer.decode([id]) for id in renderer.stop_ids]
     for name, source in (("Modelfile", "Modelfile.jinja"), (CARD, "gguf.md.jinja")):
-        write_whole(folder / name, render(f"export/{source}", **facts))
+        write_atomic(folder / name, render(f"export/{source}", **facts))
 
 
 def go_template(renderer: Renderer, rows: Sequence[Row]) -> str | None:

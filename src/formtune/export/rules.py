@@ -1,4 +1,4 @@
-"""Known failures on the way to production, often silent, found before training from shapes and names."""
+"""Known failures on the way to production, often silent, checked before training by shapes and names."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from formtune.model.lora import Lora, lora_config
 MERGED = ("merge", *SCHEMES)  # every scheme begins with the merged model
 TARGETS = (*MERGED, "vllm")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank; 16 is its default
-RULES = {  # message by rule, with the version where it was seen; `{found}` is what breaks it
-    "tied embeddings": "model.lora.targets: LoRA on {found}, whose weights this base shares between input and output, "
+RULES = {  # message by rule, with the version where it was seen; `{value}` breaks it
+    "tied embeddings": "model.lora.targets: LoRA on {value}, whose weights this base shares between input and output, "
     "silently merges into a different model; remove it from model.lora.targets (peft 0.21.2)",
-    "quantized base": "model.base: weights quantized by {found} cannot be merged into; use the original base "
+    "quantized base": "model.base: weights quantized by {value} cannot be merged into; use the original base "
     "(peft 0.21.2)",
-    "rank": "model.lora.r: rank {found} is more than vLLM supports; use at most 512, or serve the merged model "
+    "rank": "model.lora.r: rank {value} is more than vLLM supports; use at most 512, or serve the merged model "
     "(vllm 0.33.0)",
     "DoRA": "model.lora.dora is not supported by vLLM; set model.lora.dora: false, or serve the merged model "
     "(vllm 0.33.0)",
@@ -45,7 +45,7 @@ def check(model: Any, adapter: Any, target: str) -> list[tuple[str, str]]:
         violations = {"tied embeddings": _tied_target(model, adapter), "quantized base": method}
     if target == "vllm":
         violations = {"rank": None if vllm_rank(adapter.r) else adapter.r, "DoRA": adapter.use_dora}
-    return [(name, RULES[name].format(found=found)) for name, found in violations.items() if found]
+    return [(name, RULES[name].format(value=value)) for name, value in violations.items() if value]
 
 
 def vllm_rank(rank: int) -> int | None:

@@ -16,7 +16,7 @@ from formtune.model.lora import Lora, add_lora
 LAYERS, CALIBRATION, COMPARED_ROWS = 2, 16, 2
 NOISE = 0.02  # standard deviation of noise on the adapter, which would otherwise have no effect
 ANSWER = 8  # tokens
-# Random weights give nearly equal logits, so the most likely token is no criterion. Another model is 1 or more apart,
+# Random weights give nearly equal logits, so the most likely token says nothing. Another model is 1 or more apart,
 # the same one rounded to 4 bits 0.1 to 0.3.
 ROUNDED = Closeness(relative_max=0.6)
 

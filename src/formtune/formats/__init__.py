@@ -2,8 +2,7 @@
 
 from formtune.formats.format import KINDS, Format, Problem, SyntaxProblem, Verdict
 from formtune.formats.json_schema import JsonSchema
-from formtune.formats.reasoning import Reasoning
-from formtune.formats.text import Labels, Regex, Tagged
+from formtune.formats.text import Labels, Reasoning, Regex, Tagged
 from formtune.formats.tool_calls import ToolCalls
 
 __all__ = ["KINDS", "Format", "JsonSchema", "Labels", "Problem", "Reasoning", "Regex", "SyntaxProblem"]

@@ -28,7 +28,7 @@ def compare(value: Any, target: Any, is_document: bool, fields: tuple[str, ...],
     missing, extra = [p for p in expected if p not in got], [p for p in got if p not in expected]
     mismatched = [p for p in expected if p in got and _exact(got[p][0]) != _exact(expected[p][0])]
     equal = is_document and typed(value, sets) == typed(target, sets)
-    difference = "" if equal else "nulls, empty values or types differ" if is_document else "there is no document"
+    difference = "" if equal else "nulls, empty values or types differ" if is_document else "no document"
     for path in [*missing, *extra, *mismatched][:1]:
         shown = (repr(values[path][0])[:60] if path in values else "nothing" for values in (got, expected))
         difference = f"{path or '$'}: {' instead of '.join(shown)}"
@@ -89,7 +89,7 @@ class Words:
     def __init__(self, text: str) -> None:
         self._words, self._numbers = _words(text), _numbers(text)
 
-    def hold(self, value: Any) -> bool:
+    def contain(self, value: Any) -> bool:
         """Whether the text contains a value: strings by their words, numbers by their size; True for other types."""
         if isinstance(value, int | float) and not isinstance(value, bool):
             return abs(value) in self._numbers

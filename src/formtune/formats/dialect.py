@@ -71,7 +71,7 @@ def read_draft(schema: Any, name: str) -> tuple[dict[str, Any], list[str]]:
     """The schema in draft 2020-12 with checked keywords only, and notes on what is not checked; raises UserError."""
     # Nodes are translated in place: no object may be in the schema twice.
     if not isinstance(schema, dict):
-        raise UserError(f"{name}: expected an object as schema, found {schema!r:.40}")
+        raise UserError(f"{name}: expected an object as schema, got {schema!r:.40}")
     draft = re.match(r"https?://json-schema\.org/draft[-/]0?([\d-]+)", str(schema.get("$schema")))
     number = draft[1] if draft else "2020-12"
     root, unchecked = copy.deepcopy(schema), list[str]()

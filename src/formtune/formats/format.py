@@ -11,7 +11,7 @@ from typing import Any
 from formtune.errors import UserError
 from formtune.formats.bounded import CHECK_SECONDS, time_limit
 from formtune.formats.content import Comparison, compare
-from formtune.formats.key_orders import Orders
+from formtune.formats.grammar import Orders
 
 MAX_CHARACTERS = 100_000  # longer texts are not read: a verdict must be cheap whatever a model writes
 MAX_FENCES = 8  # code fences searched for a document

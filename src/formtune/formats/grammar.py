@@ -1,15 +1,17 @@
-"""JSON Schemas rewritten for llguidance: a grammar may allow less than its format, more only where noted."""
+"""JSON Schemas as grammars for llguidance, which may allow less than their format, and more only where noted."""
 
 import copy
 import json
 import math
 import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 from formtune.errors import UserError
-from formtune.formats.bounded import ecma
-from formtune.formats.dialect import schema_nodes, types
-from formtune.formats.key_orders import WHITESPACE
+from formtune.formats.bounded import ecma, resolver
+from formtune.formats.dialect import KEYWORDS, schema_nodes, types
 
 _DAYS = "(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
 _LEAP = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
@@ -24,6 +26,17 @@ _FORMATS = {
     "date-time": f"{_DATE}[Tt]{_TIME}",
     "uri": r"[A-Za-z][A-Za-z0-9+.-]*:[^\s<>\"{}|\\^`]+",
 }
+
+# By the key whose value the objects are ("" for the root): how often a key comes right before another one.
+Orders = dict[str, dict[str, dict[str, int]]]
+Pairs = dict[tuple[str, str], int]
+
+MAX_NAMES = 1000  # different keys of the objects at one key: more are data, not names
+MAX_KEYS = 64  # of an object in any order: llguidance's rules have one 64-bit parameter
+
+# Enough to indent; bounded, so that a model cannot fill its answer with whitespace.
+WHITESPACE = r"([\x20\x09]{1,2}|\x0D?\x0A[\x20\x09]{0,20})"
+_SCALARS = {"null", "string", "boolean", "integer"}
 
 
 def closed(schema: dict[str, Any], canonical: bool) -> dict[str, Any]:
@@ -80,3 +93,182 @@ def _close(place: str, node: dict[str, Any], can_close: bool) -> None:
 
 def _is_object(node: dict[str, Any]) -> bool:
     return bool({"properties", "patternProperties"} & node.keys()) or "object" in types(node)
+
+
+def learn_orders(values: Iterable[Any]) -> Orders:
+    orders: Orders = {}
+    stack = [("", value) for value in values]
+    while stack:
+        holder, value = stack.pop()
+        if isinstance(value, list):
+            stack += [(holder, item) for item in value]
+        elif isinstance(value, dict):
+            stack += value.items()
+            keys, counts = list(value), orders.setdefault(holder, {})
+            for key, following in pairwise(keys):
+                after = counts.setdefault(key, {})
+                after[following] = after.get(following, 0) + 1
+    return {holder: counts for holder, counts in orders.items() if len(counts) <= MAX_NAMES}
+
+
+class OrderedRules:
+    """Rules for a schema as `closed` returns it, with the keys of its objects in these orders; None allows any order.
+
+    `text` is None if the schema's own order is right. The order is always fixed in parts of allOf, beside a union or
+    `$ref`, in tuples, in objects of more than 64 keys, and in a root that may be a scalar. The rules allow no more than
+    the schema if llguidance accepts it: then the alternatives of each `oneOf` exclude one another.
+    """
+
+    def __init__(self, root: dict[str, Any], orders: Orders | None) -> None:
+        self._root, self._resolve = root, resolver(root)
+        self._names: dict[int, str] = {}  # of the rules, by schema
+        self._rules: dict[str, str] = {}
+        self._terminals: dict[str, str] = {}  # by key
+        self._objects: set[int] = set()
+        self._free: set[int] = set()  # objects whose keys come in any order
+        self.text = f"answer: {self._json(root)}" if self._arrange(orders) else None
+        if self._free and not self._starts_with_json(start := self._rule(root)):
+            self.text = self._lark(start)
+
+    def _starts_with_json(self, name: str) -> bool:
+        """Whether an alternative of the root is a %json, before which llguidance would allow whitespace."""
+        options = self._rules[name].split(" | ")
+        return any(o.startswith("%json") or (o in self._rules and self._starts_with_json(o)) for o in options)
+
+    def _lark(self, start: str) -> str:
+        lines = [
+            "answer: %lark {",
+            '%llguidance {"ignore_once": true}',
+            f"start: {start}",
+            *(f"{name}: {body}" for name, body in self._rules.items()),
+        ]
+        for key, name in self._terminals.items():
+            text = json.dumps(json.dumps(key, ensure_ascii=False), ensure_ascii=False)
+            lines.append(f'{name}: {text} SPACE? ":" SPACE?')
+        # llguidance skips no whitespace before a %json, so the terminals before it include whitespace.
+        lines += ['OPEN: "[" SPACE?', 'COMMA: "," SPACE?', f"SPACE: /{WHITESPACE}/", f"%ignore /{WHITESPACE}/", "}"]
+        return "\n".join(lines)
+
+    def _arrange(self, orders: Orders | None) -> bool:
+        """Put each object's properties in the order that fits most targets; returns whether any was moved."""
+        objects: dict[int, tuple[dict[str, Any], Counter[tuple[str, str]]]] = {}
+        seen, stack = set[tuple[int, str]](), [(self._root, "")]
+        while stack:
+            node, holder = stack.pop()
+            if not isinstance(node, dict) or (id(node), holder) in seen:
+                continue
+            seen.add((id(node), holder))
+            stack += [(inner, holder) for inner in self._same_place(node)]
+            stack += [(inner, key) for key, inner in node.get("properties", {}).items()]
+            if node.get("properties"):
+                self._objects.add(id(node))
+                pairs = objects.setdefault(id(node), (node, Counter()))[1]
+                for key, following in (orders or {}).get(holder, {}).items():
+                    pairs.update({(key, other): count for other, count in following.items()})
+        is_moved = False
+        for number, (node, pairs) in objects.items():
+            declared = list(node["properties"])
+            keys, agrees = _arranged(declared, pairs)
+            if len(declared) > 1 and (orders is None or not agrees):
+                self._free.add(number)
+            is_moved |= keys != declared
+            node["properties"] = {key: node["properties"][key] for key in keys}
+        return is_moved
+
+    def _same_place(self, node: dict[str, Any]) -> Iterator[Any]:
+        """The schemas that describe the same place as a schema, or its items."""
+        yield from (part for key in ("anyOf", "oneOf", "allOf", "prefixItems") for part in node.get(key, ()))
+        yield node.get("items")
+        if "$ref" in node:
+            yield self._resolve(node["$ref"])
+
+    def _reaches(self, node: Any, objects: set[int]) -> bool:
+        """Whether a schema is one of these objects or contains one."""
+        seen, stack = set[int](), [node]
+        while stack:
+            node = stack.pop()
+            if isinstance(node, dict) and id(node) not in seen:
+                if id(node) in objects:
+                    return True
+                seen.add(id(node))
+                stack += [*node.get("properties", {}).values(), *self._same_place(node)]
+        return False
+
+    def _rule(self, node: Any) -> str:
+        keywords = node.keys() & KEYWORDS - {"$defs", "definitions"} if isinstance(node, dict) else set()
+        if keywords == {"$ref"}:
+            return self._rule(self._resolve(node["$ref"]))
+        if id(node) not in self._names:
+            name = self._names[id(node)] = f"part{len(self._names)}"
+            self._rules[name] = ""  # keeps the schema's order, and lets a schema refer to itself
+            self._rules[name] = self._body(node, name, keywords)
+        return self._names[id(node)]
+
+    def _body(self, node: Any, name: str, keywords: set[str]) -> str:
+        # Every object is a rule: in a union, the keys of a %json would be other tokens than those of a rule.
+        if not self._reaches(node, self._objects):
+            return self._json(node)
+        if keywords in ({"anyOf"}, {"oneOf"}):
+            return " | ".join(self._rule(option) for key in keywords for option in node[key])
+        kinds, body = {*types(node)}, ""
+        if kinds <= {"object", *_SCALARS} and keywords <= {"type", "properties", "required", "additionalProperties"}:
+            body = self._object(node, name)
+        elif kinds <= {"array", *_SCALARS} and keywords <= {"type", "items", "minItems", "maxItems"}:
+            body = self._array(node)
+        if not body:
+            return self._json(node)
+        others = sorted(kinds & _SCALARS)
+        return body + (f" | {self._json({'type': others})}" if others else "")
+
+    def _object(self, node: dict[str, Any], name: str) -> str:
+        """The rule of an object, "" if there is none; the bits of its parameter are the keys written so far."""
+        keys = [key for key, value in node["properties"].items() if value is not False]
+        required, is_free = {*node.get("required", ())}, id(node) in self._free
+        if len(keys) > MAX_KEYS or not required <= {*keys}:
+            return ""
+        if is_free:
+            keys.sort(key=lambda key: key not in required)
+        needed = f"is_ones([0:{len(required)}])" if is_free and required else "true"
+        items, size = [], len(keys)
+        for bit, key in enumerate(keys):
+            may_come = f"bit_clear({bit})" if is_free else f"and(is_zeros([{bit}:{size}]), {needed})"
+            terminal = self._terminals.setdefault(key, f"KEY{len(self._terminals)}")
+            value = self._rule(node["properties"][key])
+            items.append(f"{terminal} {value} {name}end::set_bit({bit}) %if {may_come}")
+            if key in required and not is_free:
+                needed = f"bit_set({bit})"  # the next keys come after this one
+        # After a comma there must be a key left.
+        more = f"not(is_ones([0:{size}]))" if is_free else f"bit_clear({size - 1})"
+        self._rules[f"{name}key::_"] = "\n | ".join(items)
+        self._rules[f"{name}end::_"] = f'"" %if {needed}\n | COMMA {name}key::_ %if {more}'
+        return f'"{{" {name}key::0x0 "}}"' + ("" if required else ' | "{" "}"')
+
+    def _array(self, node: dict[str, Any]) -> str:
+        fewest, most = int(node.get("minItems", 0)), node.get("maxItems", "")
+        if most != "" and most < max(fewest, 1):
+            return ""
+        count = f"{max(fewest - 1, 0)},{most and int(most) - 1}"
+        item = self._rule(node["items"])
+        return f'OPEN {item} (COMMA {item}){{{count}}} "]"' + ("" if fewest else ' | OPEN "]"')
+
+    def _json(self, node: Any) -> str:
+        if not isinstance(node, dict):
+            return f"%json {json.dumps(node)}"
+        text = json.dumps(node | {"x-guidance": self._root["x-guidance"]})
+        if node is not self._root and '"$ref"' in text:  # the root becomes a definition of the part
+            text = json.dumps(json.loads(text) | {"$defs": {"root": self._root}})
+            text = text.replace('"$ref": "#', '"$ref": "#/$defs/root')
+        return f"%json {text}"
+
+
+def _arranged(keys: list[str], pairs: Pairs) -> tuple[list[str], bool]:
+    """The keys in the order of most pairs, unchanged if these contradict; and whether all pairs have that order."""
+    counts = {(a, b): count for (a, b), count in pairs.items() if a in keys and b in keys}
+    majority = {(a, b) for (a, b), count in counts.items() if count > counts.get((b, a), 0)}
+    before = {key: {a for a, b in majority if b == key} for key in keys}
+    order: list[str] = []
+    rest = dict.fromkeys(keys)  # keys without a pair stay near their place
+    while (first := next((key for key in rest if before[key].isdisjoint(rest)), None)) is not None:
+        order.append(first)
+        del rest[first]
+    return (keys, False) if rest else (order, len(majority) == len(counts))

@@ -17,8 +17,7 @@ from formtune.errors import UserError
 from formtune.formats.bounded import bounded_validator, time_limit
 from formtune.formats.dialect import KEYWORDS, TYPES, read_draft
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
-from formtune.formats.grammar import closed
-from formtune.formats.key_orders import OrderedRules, Orders
+from formtune.formats.grammar import OrderedRules, Orders, closed
 from formtune.formats.places import Part, Places, is_array, is_label
 from formtune.formats.strict_json import find_documents, loads_strict, value_spans
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from formtune.errors import UserError
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
+from formtune.formats.grammar import Orders
 from formtune.formats.json_schema import JsonSchema
-from formtune.formats.key_orders import Orders
 from formtune.formats.strict_json import loads_strict
 
 _SYNTAXES = {  # how calls begin, and the JSON of a call (mistral: of all calls)

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from formtune.base.folder import check_base
-from formtune.base.identity import identity
+from formtune.base.folder import check_base, identity
 from formtune.configuration.yaml_file import is_set
 from formtune.errors import UserError, first_line
 from formtune.model.lora import Lora, difference

@@ -16,7 +16,7 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.errors import UserError
 from formtune.formats import Format
-from formtune.formats.key_orders import Orders
+from formtune.formats.grammar import Orders
 from formtune.model.loss import log_probabilities
 
 MAX_SCHEMAS = 256  # compiled schemas that are kept

@@ -70,7 +70,7 @@ class SharedInput:
         if not layer.training or not isinstance(dropout, nn.Dropout):
             return x
         dropped = round(dropout.p * 2**16)
-        if x.device.type != "cpu" or dropped == 2**16:  # 2**16: everything is dropped, there is no scale
+        if x.device.type != "cpu" or dropped == 2**16:  # 2**16: all is dropped
             return F.dropout(x, dropout.p)
         # On a CPU torch draws a number per element on one core; 16 bits of a draw are enough, so one serves four.
         draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)

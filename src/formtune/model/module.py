@@ -15,15 +15,14 @@ from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torchmetrics import Metric
 
-from formtune.base.folder import context_length, skeleton
-from formtune.base.identity import check_identity, format_hash, identity, template_hash
+from formtune.base.folder import check_identity, context_length, format_hash, identity, skeleton, template_hash
 from formtune.base.renderer import Renderer, read_template
 from formtune.base.row import Row
 from formtune.errors import Fault, UserError
 from formtune.evaluation.metrics import LossMetrics, Scores, ratios
 from formtune.evaluation.outcomes import Outcome
 from formtune.formats import Format
-from formtune.formats.key_orders import Orders
+from formtune.formats.grammar import Orders
 from formtune.model.adapter import TrainedAdapter
 from formtune.model.constrained import Grammar
 from formtune.model.lora import Lora, add_lora, decoder_layers, difference, load_base, lora_config

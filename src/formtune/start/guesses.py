@@ -1,8 +1,8 @@
-"""Guesses for a task's YAML from its rows: columns, instruction, format and group, each with its reason."""
+"""Guesses for a task's YAML from its rows: columns, instruction, format, schema and group, each with its reason."""
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,9 +13,19 @@ from formtune.data.preparation import SPLITS
 from formtune.data.shapes import Columns
 from formtune.data.turns import empty
 from formtune.errors import UserError
+from formtune.formats.bounded import FORMATS
 from formtune.formats.content import Words
 from formtune.formats.strict_json import loads_strict
-from formtune.start.documents import MIN_VALUES, common_pattern, infer, is_closed
+
+MIN_VALUES = 10  # to infer a rule about them
+MAX_NEW_SHARE = 0.01  # chance that the next value is new: about the share of values seen once (Good-Turing)
+MAX_CHOICES, MIN_REPEATS = 200, 10  # values of an enum, and occurrences of each on average
+MIN_COPIED = 0.8  # share of values that are in their inputs, from which a field is copied and no enum
+NAMES = ("date", "date-time", "time", "uuid", "ipv4", "email", "uri")
+TYPES = {str: "string", int: "integer", float: "number", dict: "object", list: "array", bool: "boolean"}
+
+Values = Sequence[tuple[Any, Words]]  # each with the input of its document
+Records = Sequence[tuple[dict[str, Any], str]]
 
 MIN_FIT = 0.9  # share of the answers that a format must accept
 MAX_LABEL = 80  # characters of a label
@@ -32,7 +42,68 @@ GROUP = (
 SPLIT = r"(?i)(data_?)?(split|subset|fold|partition|set)"
 NUMBER = r"(?i)((row_?)?(id|index)|uuid|unnamed: 0)?"  # row numbers; pandas writes its index without a name
 
-Records = Sequence[tuple[dict[str, Any], str]]
+
+def infer(values: Values) -> dict[str, Any]:
+    """Infer the schema of the values at one place of the documents."""
+    kinds = {TYPES.get(type(value), "null") for value, _ in values}
+    types = sorted(kinds - ({"integer"} if "number" in kinds else set()))
+    schema: dict[str, Any] = {"type": types[0] if len(types) == 1 else types}
+    if {*types} <= {"string", "null"}:
+        texts = [(value, input) for value, input in values if value is not None]
+        counts = Counter(text for text, _ in texts)
+        if is_closed(counts) and sum(input.contain(text) for text, input in texts) < MIN_COPIED * len(texts):
+            return {"enum": [*sorted(counts), *([None] if "null" in types else [])]}
+        schema |= form([*counts])
+    if items := [(inner, input) for value, input in values if isinstance(value, list) for inner in value]:
+        schema["items"] = infer(items)
+    if objects := [(value, input) for value, input in values if isinstance(value, dict)]:
+        schema |= _object(objects)
+    return schema
+
+
+def _object(values: Values) -> dict[str, Any]:
+    keys: dict[str, list[tuple[Any, Words]]] = defaultdict(list)
+    for value, input in values:
+        for key, inner in value.items():
+            keys[key].append((inner, input))
+    required = [key for key, inner in keys.items() if len(inner) == len(values)]
+    is_open = has_more([*map(len, keys.values())], len(values))
+    known = [key for key, inner in keys.items() if len(inner) >= MIN_VALUES or key in required or not is_open]
+    schema = {"properties": {key: infer(keys[key]) for key in known}, "required": required}
+    return schema if is_open else schema | {"additionalProperties": False}
+
+
+def has_more(counts: list[int], total: int) -> bool:
+    """Whether new values are likely, by how many of the counted ones occur once."""
+    return counts.count(1) > MAX_NEW_SHARE * total + 1
+
+
+def is_closed(values: Counter[Any]) -> bool:
+    """Whether the values repeat so often that no new one is likely."""
+    total, count = values.total(), len(values)
+    return 0 < count <= MAX_CHOICES and total >= MIN_REPEATS * count and not has_more([*values.values()], total)
+
+
+def form(texts: list[str]) -> dict[str, str]:
+    """The format or the pattern that all texts match."""
+    for name in NAMES:
+        if len(texts) >= MIN_VALUES and all(FORMATS.conforms(text, name) for text in texts):
+            return {"format": name}
+    pattern = common_pattern(texts)
+    return {"pattern": f"^{pattern}$"} if pattern else {}
+
+
+def common_pattern(texts: list[str]) -> str:
+    """The pattern that all texts match if they contain numbers, such as `[A-Z]{2}-[0-9]+`; "" if there is none."""
+    classes = {"0": "[0-9]+", "A": "[A-Z]", "a": "[a-z]"}
+    shapes = {re.sub("[a-z]", "a", re.sub("[A-Z]", "A", re.sub("[0-9]+", "0", text))) for text in texts}
+    if len(texts) < MIN_VALUES or len(shapes) > 1 or "0" not in (shape := shapes.pop()):
+        return ""
+    pattern = ""
+    for run in re.finditer(r"(?s)(.)\1*", shape):
+        part = classes.get(run[1]) or re.sub(r"[\\^$.|?*+()\[\]{}/]", r"\\\g<0>", run[1])
+        pattern += part + (f"{{{len(run[0])}}}" if len(run[0]) > 1 else "")
+    return pattern
 
 
 class Guess(NamedTuple):
@@ -90,16 +161,16 @@ def guess_system(rows: Sequence[Example]) -> str:
 
 def guess_splits(records: Records) -> list[Guess]:
     """Columns whose names and values say which rows belong together, and in which split each row is."""
-    found: dict[str, Guess] = {}
+    guesses: dict[str, Guess] = {}
     for name in reversed(records[0][0]):  # the first one counts
         values = Counter(str(record[name]) for record, _ in records if not empty(record.get(name)))
         if re.fullmatch(GROUP, name) and MIN_VALUES <= len(values) < values.total():
             why = f"{len(values):,} values over {values.total():,} rows: never in two splits"
-            found["group"] = Guess("data.group", name, why)
+            guesses["group"] = Guess("data.group", name, why)
         elif re.fullmatch(SPLIT, name) and {"train"} < {*map(str.lower, values)} <= SPLITS.keys():
             why = ", ".join(f"{count:,} rows of {value}" for value, count in values.items())
-            found["split"] = Guess("data.split_column", name, why)
-    return [*found.values()]
+            guesses["split"] = Guess("data.split_column", name, why)
+    return [*guesses.values()]
 
 
 def guess_tags(rows: list[Example]) -> tuple[dict[str, Any], list[Example]]:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from formtune.errors import Fault, Stopped, UserError, first_line
-from formtune.files import write_whole
+from formtune.files import write_atomic
 from formtune.model.ranks import highest
 from formtune.training import callback
 from formtune.training.callbacks import OverfittingWatch, Signals
@@ -105,7 +105,7 @@ class CheckpointFiles(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(Path(path), buffer.getvalue())
+            write_atomic(Path(path), buffer.getvalue())
         except OSError as error:
             remedy = "earlier checkpoints are kept; free some space and rerun with --resume"
             raise Fault(f"{path}: cannot be written ({error.strerror}); {remedy}") from error

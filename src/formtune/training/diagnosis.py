@@ -86,7 +86,7 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
 
 
 def should_stop(history: Sequence[Validation], validations: int) -> bool:
-    """Whether each of the last `validations` found the run overfitting or saturated; a run that learns never stops."""
+    """Whether each of the last `validations` shows overfitting or saturation; a run that learns never stops."""
     ends = range(len(history), len(history) - validations, -1)
     return all(end > 0 and diagnose(history[:end]).kind in ("overfitting", "saturated") for end in ends)
 

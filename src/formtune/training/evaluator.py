@@ -11,7 +11,7 @@ from formtune.data.datamodule import FormatDataModule
 from formtune.data.preparation import production_rows, sample
 from formtune.errors import UserError
 from formtune.evaluation import baselines as prompting
-from formtune.evaluation.outcomes import VIEWS, Outcome, rate, write_outcomes
+from formtune.evaluation.outcomes import EVALUATIONS, Outcome, rate, write_outcomes
 from formtune.evaluation.probe import LONGER, probe_lengths, probe_rows
 from formtune.evaluation.report import Run, write_run_report
 from formtune.evaluation.selective import judged, summary
@@ -42,10 +42,10 @@ class Evaluator:
         self._longest = max(len(row.target_ids) for row in self.test_rows)
         self._seconds = 0.0  # time of the last baseline; 0 from the cache
 
-    def baselines(self, kinds: Sequence[Baseline], most: int) -> None:
-        """Measure the zero-shot base and the baselines in `kinds`, on `most` test rows at most."""
+    def baselines(self, kinds: Sequence[Baseline], max_rows: int) -> None:
+        """Measure the zero-shot base and the baselines in `kinds`, on at most `max_rows` test rows."""
         test, format, renderer, result = self.test_rows, self.model.format, self.settings.renderer, self.result
-        sampled = sample(test, most)
+        sampled = sample(test, max_rows)
         prompts, outcomes = {"zero-shot": sampled}, {"zero-shot": self._baseline("before", sampled)}
         if self._seconds and (more := len(kinds) + bool(self.model.adapter)):
             minutes = max(1, round(more * self._seconds / 60))
@@ -85,7 +85,7 @@ class Evaluator:
         if "before_constrained" in self.result:
             decodings["after_constrained"] = Decoding(constrained=True, logged=False)
         for name, decoding in decodings.items():
-            outcomes = self._test(VIEWS[name], self.test_rows, decoding)
+            outcomes = self._test(EVALUATIONS[name], self.test_rows, decoding)
             self._record(name, outcomes, self.model.evaluation, self.model.counts)
         rows = self.datamodule.rows["validation"]  # answered again: checkpoints contain verdicts, not confidences
         validation = self._test("tuned, on the validation rows", rows, Decoding(logged=False))
@@ -148,7 +148,7 @@ class Evaluator:
         else:
             # Step 0 of the curves has one point: the model as it will be trained.
             first, untuned = ("start", name != "start") if model.adapter else ("before", False)
-            outcomes = self._test(VIEWS[name], rows, Decoding(constrained, limit, name == first, untuned))
+            outcomes = self._test(EVALUATIONS[name], rows, Decoding(constrained, limit, name == first, untuned))
             values, counts = model.evaluation, model.counts
             if self._writes:
                 write_entry(path, [values, counts, outcomes], prompting.MAX_ENTRIES)

@@ -14,7 +14,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from formtune.errors import UserError
-from formtune.files import LOGS, write_whole
+from formtune.files import LOGS, write_atomic
 
 Name = Literal["tensorboard", "csv", "wandb", "mlflow"]
 # The page "Custom Scalars" of TensorBoard; tags are regular expressions.
@@ -72,7 +72,7 @@ def make_loggers(names: Name | Sequence[Name], task: str, run: str, step: int | 
 
 def record(trainer: Any, file: Path, configuration: str) -> None:
     """Write a new run's configuration, in YAML, to its file and to the loggers that compare runs by it."""
-    write_whole(file, configuration)
+    write_atomic(file, configuration)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             charts = {title: ["Multiline", tags] for title, tags in CHARTS.items()}
@@ -93,7 +93,7 @@ def log_table(trainer: Any, tag: str, columns: Sequence[str], rows: Sequence[Seq
             path, text = Path(logger.log_dir, f"{tag}-{step}.csv"), io.StringIO(newline="")
             csv.writer(text).writerows([columns, *rows])
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, text.getvalue())
+            write_atomic(path, text.getvalue())
         elif isinstance(logger, WandbLogger):
             logger.log_table(tag, list(columns), [list(row) for row in rows], step=step)
         elif isinstance(logger, MLFlowLogger):

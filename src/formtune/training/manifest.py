@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from formtune import __version__
-from formtune.base.folder import base_folder
-from formtune.base.identity import identity
+from formtune.base.folder import base_folder, identity
 from formtune.errors import UserError
 from formtune.files import write_json
 

@@ -74,7 +74,7 @@ class Timing(Callback):
 
 def plan(
     trainer: Any, model: FormatModule, datamodule: FormatDataModule, config: Callable[[], str],
-    baselines: Sequence[str] | None, most: int,
+    baselines: Sequence[str] | None, max_rows: int,
 ) -> None:  # fmt: skip
     """Prepare the rows, and print the steps, time and memory of a run; `baselines` is None for `fit`.
 
@@ -95,9 +95,9 @@ def plan(
     seconds = {"training": steps * timing.step + validations * validated * (timing.forced + tuned)}
     if baselines is not None:
         measured = ["zero-shot", *baselines, *(["adapter"] if model.adapter else [])]
-        seconds["baselines"] = (len(measured) * min(most, tested) + validated) * untuned
+        seconds["baselines"] = (len(measured) * min(max_rows, tested) + validated) * untuned
         seconds["test"] = ((1 + ("constrained" in baselines)) * tested + validated) * tuned
-        rank_zero_only(print)(f"baselines: {', '.join(measured)}, on {min(most, tested):,} of {tested:,} test rows")
+        rank_zero_only(print)(f"baselines: {', '.join(measured)}, on {min(max_rows, tested):,} of {tested:,} test rows")
     parts = ", ".join(f"{name} {timedelta(seconds=round(value))}" for name, value in seconds.items())
     estimates = {"steps": steps, "peak memory, GiB": peak_memory()}
     estimates |= {f"{name}, min": value / 60 for name, value in seconds.items()}

@@ -20,8 +20,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from conftest import SCHEMA, SHARED, WORDY, pair
-from formtune.audit.findings import _histogram, audit, compare_inputs, ungrounded
-from formtune.audit.output import page
+from formtune.audit.findings import _histogram, audit, compare_inputs, page, ungrounded
 from formtune.cli import main
 from formtune.data.blockers import uneven_shares
 from formtune.data.cleaning import Example

@@ -2,7 +2,7 @@
 
 import pytest
 
-from formtune.base.identity import check_identity
+from formtune.base.folder import check_identity
 from formtune.errors import UserError
 
 NOW = {"base": "a", "format": "b", "processes": 1, "orders": None, "adapter": None, "template": "c"}

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from formtune.cli import main
-from formtune.configuration import keys, parsing, task
+from formtune.configuration import parsing, task
 from formtune.configuration.parsing import did_you_mean
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -224,5 +224,5 @@ def test_a_run_is_named_by_its_last_configuration(write_project, capsys):
 
 
 def test_no_name_of_another_tool_is_a_key_itself():
-    own = set(keys.KEYS)
-    assert not own & set(keys.MEANT) and {key for key, _ in keys.MEANT.values()} <= own
+    own = set(parsing.KEYS)
+    assert not own & set(parsing.MEANT) and {key for key, _ in parsing.MEANT.values()} <= own

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from near_pairs_on_ray import near_pairs_on_ray
 
 from conftest import WORDY, selected
-from formtune.data.boilerplate import split_shared
 from formtune.data.cleaning import Example
 from formtune.data.duplicates import (
     SHINGLE,
@@ -19,6 +18,7 @@ from formtune.data.duplicates import (
     near_pairs,
     shingles,
     similar,
+    split_shared,
 )
 
 WORDS = [

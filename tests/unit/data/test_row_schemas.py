@@ -107,7 +107,7 @@ def test_a_fixed_format_is_the_format_of_every_row():
 UNREADABLE = {
     "none": (None, "the row has no schema; write it into the column that data.columns.schema names"),
     "no JSON": ('{"type": obj}', "the row's schema: not valid JSON"),
-    "a list": ("[1]", r"expected an object as schema, found \[1\]"),
+    "a list": ("[1]", r"expected an object as schema, got \[1\]"),
     "a file's name": ("schema.json", "the row's schema: not valid JSON"),
     "a typo": ('{"type":"object","propertys":{}}', r"\$.propertys: not a keyword"),
     "nulls of a table": ('{"type":"object","properties":{"a":null}}', "not a JSON Schema"),

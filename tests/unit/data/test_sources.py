@@ -73,7 +73,7 @@ def test_a_parquet_file_may_be_compressed(tmp_path, packed):
         ("a.parquet.gz", b"nothing", "a.parquet.gz: not a readable Parquet file"),
         ("a.json", b'[\n{"a": 1},\n{"a": }\n]', "a.json: not valid JSON .Expecting value at line 3"),
         ("a.json", b'[\n{"a": 1}\n{"a": 2}\n]', "a.json: not valid JSON .Expecting ',' delimiter at line 3"),
-        ("a.json", b'[\n{"a": 1},\n7]', "a.json:row 2: expected an object, found 7"),
+        ("a.json", b'[\n{"a": 1},\n7]', "a.json:row 2: expected an object, got 7"),
         ("a.json", b'[\n{"a": 1},\n{"a": 1, "a": 2}]', "a.json: not valid JSON .duplicate key 'a'"),
         ("a.json", b'[\n{"a": 1},\n', "a.json: not valid JSON .* line 2"),
         ("a.json", b'[{"a": 1}]\n[{"a": 1}]', "a.json: not valid JSON"),

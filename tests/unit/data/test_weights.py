@@ -103,7 +103,7 @@ def test_a_repeated_synthetic_file_counts_as_often_as_it_is_used(options, task):
         prepared(options, [{"path": "a.jsonl", "weight": 2}, "b.jsonl"], **columns)
 
 
-RULE = "expected a file or {path: FILE, weight: NUMBER}, each file once, with a weight above 0 and up to 1000; found "
+RULE = "expected a file or {path: FILE, weight: NUMBER}, each file once, with a weight above 0 and up to 1000; got "
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,6 @@ def test_a_yaml_and_a_command_line_take_weights(write_project, capfd):
     rows, used = map(int, re.search(line, capfd.readouterr().out).groups())
     assert used == rows + round(rows / 2)
     assert main(["audit", "-c", "small.yaml", "--data.train", '[{"path": "train.jsonl", "weight": 0}]']) == 2
-    assert "with a weight above 0 and up to 1000; found {'path': 'train.jsonl', 'weight': 0}" in capfd.readouterr().err
+    assert "with a weight above 0 and up to 1000; got {'path': 'train.jsonl', 'weight': 0}" in capfd.readouterr().err
     assert main(["audit", "-c", "small.yaml", "--data.validation", '[{"path": "train.jsonl", "weight": 2}]']) == 2
     assert len(capfd.readouterr().err.splitlines()) == 1

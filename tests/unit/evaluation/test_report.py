@@ -28,7 +28,7 @@ from formtune.evaluation.baselines import best_prompt, choose_shots, constant_an
 from formtune.evaluation.console import HEADLINES, print_result
 from formtune.evaluation.failures import slices
 from formtune.evaluation.outcomes import (
-    VIEWS,
+    EVALUATIONS,
     Outcome,
     field_f1,
     paired,
@@ -249,12 +249,12 @@ def test_a_baseline_measured_on_a_sample_is_compared_on_its_rows_and_shown_with_
     print_result({"rows": 300, "before": figures, "after": figures, "counts": counts}, None)
     header = capsys.readouterr().out.partition("format/exact")[0]
     assert "Result on 300 test rows" in header and re.search(r" base ?┃.*\n.* 20 rows ?┃ *tuned ?┃", header)
-    six = dict.fromkeys(VIEWS, figures) | {"counts": dict.fromkeys(VIEWS, counts["after"]), "rows": 300}
+    six = dict.fromkeys(EVALUATIONS, figures) | {"counts": dict.fromkeys(EVALUATIONS, counts["after"]), "rows": 300}
     print_result(six, None)
     header = capsys.readouterr().out.partition("format/exact")[0]
     assert "…" not in header and max(map(len, header.splitlines())) <= 80 and "adapter" in header
-    five = {view: figures for view in VIEWS if view != "start"} | {
-        "counts": dict.fromkeys(VIEWS, counts["after"]),
+    five = {view: figures for view in EVALUATIONS if view != "start"} | {
+        "counts": dict.fromkeys(EVALUATIONS, counts["after"]),
         "rows": 300,
     }
     print_result(five, None)
@@ -265,7 +265,7 @@ def test_a_baseline_measured_on_a_sample_is_compared_on_its_rows_and_shown_with_
     assert "rows" not in header.replace("300 test rows", "")
 
 
-@pytest.mark.parametrize("views", [("before", "after"), ("result",), tuple(VIEWS)])
+@pytest.mark.parametrize("views", [("before", "after"), ("result",), tuple(EVALUATIONS)])
 def test_of_many_fields_only_the_five_worst_of_the_tuned_model_are_printed(views, capsys):
     fields = {f"content/field_acc/f{n}": n / 40 for n in range(40)}
     figures = dict.fromkeys((*HEADLINES, "fail/syntax"), 0.5)
@@ -501,7 +501,7 @@ def test_fit_measures_the_prompted_base_first_and_only_once(task, base, monkeypa
     assert output.index("prompting") < output.index("Result")
     run = folder / "logs/t/one"
     first = json.loads((run / "metrics.json").read_text())
-    names = VIEWS.keys() - {"start"}  # the run does not begin from an adapter
+    names = EVALUATIONS.keys() - {"start"}  # the run does not begin from an adapter
     evaluations = {name: read_outcomes(run / "outcomes" / f"{name}.jsonl") for name in names}
     assert len({tuple(one.where for one in outcomes) for outcomes in evaluations.values()}) == 1
     assert names <= first.keys() and names == first["counts"].keys()

@@ -86,10 +86,10 @@ def test_runs_swapped_say_the_opposite(pairs):
     assert there.value == -back.value and (there.p, there.needed) == pytest.approx((back.p, back.needed))
     assert there.value == pytest.approx((sum(second) - sum(first)) / max(len(pairs), 1))
     assert {verdict(there), verdict(back)} in ({"better", "worse"}, {verdict(there)})
-    assert there.sure == (there.p < 0.05)
-    assert there.sure or there.needed is None or there.needed > there.rows
+    assert there.significant == (there.p < 0.05)
+    assert there.significant or there.needed is None or there.needed > there.rows
     same = rate_difference(first, first)
-    assert (same.value, same.sure, same.needed, same.p) == (0, False, None, 1)
+    assert (same.value, same.significant, same.needed, same.p) == (0, False, None, 1)
 
 
 def power(gained, lost, rows, tries=2000):
@@ -132,7 +132,7 @@ def test_f1_intervals_are_finite_and_repeat(rows, dice):
     there, back = f1_difference(first, second), f1_difference(second, first)
     assert there.value == -back.value == 0  # the same rows in another order
     assert there.p == pytest.approx(back.p)
-    assert not f1_difference(first, first).sure
+    assert not f1_difference(first, first).significant
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_f1_intervals_are_finite_and_repeat(rows, dice):
 )
 def test_f1_where_there_is_little_to_draw(first, second, value, sure):
     difference = f1_difference(counts(first), counts(second))
-    assert (difference.value, difference.sure) == (value, sure)
+    assert (difference.value, difference.significant) == (value, sure)
     assert all(0 <= end <= 1 for end in f1_interval(counts(first)))
 
 
@@ -168,8 +168,8 @@ def test_f1_is_tested_by_dealing_the_answers_in_every_way(rows):
     assert difference.p == pytest.approx(min(1, 2 * tail)) and difference.p == pytest.approx(
         f1_difference(second, first).p
     )
-    assert difference.sure == (difference.p < 0.05) and (
-        difference.sure or not difference.needed or difference.needed > difference.rows
+    assert difference.significant == (difference.p < 0.05) and (
+        difference.significant or not difference.needed or difference.needed > difference.rows
     )
 
 
@@ -194,7 +194,7 @@ def test_f1_agrees_with_the_delta_method_and_tells_apart_by_chance_in_1_of_20():
     error = gain.std() / math.sqrt(300)
     assert difference.needed == pytest.approx(300 * (2.80 * error / gain.mean()) ** 2, rel=0.05)
     tries = 40
-    assert sum(f1_difference(run(0.1, 100), run(0.1, 100)).sure for _ in range(tries)) <= stats.binom.ppf(
+    assert sum(f1_difference(run(0.1, 100), run(0.1, 100)).significant for _ in range(tries)) <= stats.binom.ppf(
         0.999, tries, 0.05
     )
 

@@ -245,7 +245,7 @@ def test_a_schema_is_taken_out_of_the_request_that_holds_it(wrapped, keys):
 def test_a_schema_that_accepts_everything_is_refused(schema):
     with pytest.raises(UserError, match="the schema checks nothing, so any JSON would be valid"):
         JsonSchema(schema)
-    with pytest.raises(UserError, match="expected an object as schema, found True"):
+    with pytest.raises(UserError, match="expected an object as schema, got True"):
         JsonSchema(True)
 
 

@@ -11,7 +11,7 @@ from test_constrained import ANY, DIGIT, RENDERER, UNIONS, closed, document, key
 from conftest import shared
 from formtune.base.renderer import Renderer
 from formtune.formats import JsonSchema
-from formtune.formats.key_orders import MAX_KEYS, learn_orders
+from formtune.formats.grammar import MAX_KEYS, learn_orders
 from formtune.model.constrained import Grammar
 
 pytest.importorskip("llguidance", reason="needs the extra `constrained`")

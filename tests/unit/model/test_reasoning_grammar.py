@@ -10,7 +10,7 @@ from conftest import SCHEMA, byte_tokenizer, shared
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.formats import Format, JsonSchema, Labels, Reasoning, Regex, Tagged, ToolCalls
-from formtune.formats.key_orders import learn_orders
+from formtune.formats.grammar import learn_orders
 from formtune.model.constrained import Grammar
 
 pytest.importorskip("llguidance", reason="needs the extra `constrained`")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from formtune.formats import JsonSchema
 from formtune.formats.content import Words
-from formtune.start import documents as inferred
-from formtune.start.documents import common_pattern, form, is_closed
+from formtune.start import guesses as inferred
+from formtune.start.guesses import common_pattern, form, is_closed
 
 SCALARS = (
     st.none()

@@ -190,7 +190,7 @@ def test_two_ranks_are_trained_from_the_command_line_to_a_configuration_that_tra
     assert sweep(*arguments, over="model.lora.r=2,4") == 0
     assert re.fullmatch(r"sweep-r-[0-9a-f]{8}", folder().name)
     summary, printed = read(), capsys.readouterr().out
-    assert summary["taken"] == "r2" and "r2 is chosen" in printed and str(folder() / "sweep.json") in printed
+    assert summary["chosen"] == "r2" and "r2 is chosen" in printed and str(folder() / "sweep.json") in printed
     small, large = summary["points"]
     assert large["trainable_parameters"] == 2 * small["trainable_parameters"] > 0
     runs = [folder() / "r2-seed3", folder() / "r4-seed3"]
@@ -219,7 +219,7 @@ def test_two_ranks_are_trained_from_the_command_line_to_a_configuration_that_tra
 def test_each_seed_trains_all_points_and_a_larger_grid_keeps_what_is_finished(fake_train):
     assert sweep("--seeds", "0,1") == 0
     assert fake_train() == [f"r{r}-seed{seed}" for seed in (0, 1) for r in (2, 4, 8)]
-    assert read()["taken"] == "r4"  # 2 is too small, 8 no better; on the test rows 8 is better
+    assert read()["chosen"] == "r4"  # 2 is too small, 8 no better; on the test rows 8 is better
     page = (folder() / "report.html").read_text()
     assert f'<p class="verdict">{html.escape(read()["reason"])}</p>' in page
     assert re.findall(r'<tr( class="best")?><th scope="row">([^<]*)<', page) == [
@@ -239,20 +239,20 @@ def test_a_run_that_fails_is_named_with_its_log_and_the_others_count(fake_train,
     monkeypatch.setenv("FAKE_TRAIN", mode)
     assert sweep("--seeds", "0") == 1
     assert capfd.readouterr().err.strip() == f"r8-seed0 failed: {why} (see {folder()}/r8-seed0/output.log)"
-    assert read()["taken"] == "r4" and "r8-seed0 failed" in read()["failed"][0] and len(read()["points"]) == 2
+    assert read()["chosen"] == "r4" and "r8-seed0 failed" in read()["failed"][0] and len(read()["points"]) == 2
     monkeypatch.setenv("FAKE_TRAIN", "")
     assert sweep("--seeds", "0") == 0 and fake_train()[3:] == ["r8-seed0"] and not read()["failed"]
 
 
 def test_a_point_that_lost_a_seed_is_not_taken(fake_train, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
-    assert sweep("--seeds", "0", over="model.lora.r=8,16") == 0 and read()["taken"] == "r8"
+    assert sweep("--seeds", "0", over="model.lora.r=8,16") == 0 and read()["chosen"] == "r8"
     monkeypatch.setenv("FAKE_TRAIN", "breaks")
-    assert sweep("--seeds", "0,1", over="model.lora.r=8,16") == 1 and read()["taken"] == "r16"
+    assert sweep("--seeds", "0,1", over="model.lora.r=8,16") == 1 and read()["chosen"] == "r16"
     assert ", 1 of 2 seeds, 800 trainable parameters\n" in capsys.readouterr().out
     monkeypatch.setenv("FAKE_TRAIN", "mistake")
     assert sweep("--seeds", "0,4", over="model.lora.r=8,16") == 1
-    assert read()["taken"] is None and "no point has finished all seeds" in read()["reason"]
+    assert read()["chosen"] is None and "no point has finished all seeds" in read()["reason"]
     assert '<p class="verdict blocked">Nothing chosen' in (folder() / "report.html").read_text()
     assert not (folder() / "config.yaml").exists()
 
@@ -282,7 +282,7 @@ def test_an_interruption_ends_the_run_at_once_and_keeps_the_others(fake_train, m
     assert sweep("--seeds", "0") == 0 and fake_train()[3:] == ["r8-seed0"]
 
 
-@pytest.mark.parametrize("write", ["write_json", "write_whole"])
+@pytest.mark.parametrize("write", ["write_json", "write_atomic"])
 def test_a_kill_between_the_sweeps_files_leaves_no_folder_that_looks_like_a_run(fake_train, monkeypatch, write):
     def killed(*_):
         raise KeyboardInterrupt

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from formtune.base.identity import identity
+from formtune.base.folder import identity
 from formtune.errors import UserError
 from formtune.training.manifest import base_files, file_hash, read_manifest, verify, write_manifest
 
