@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import rensa
 from numpy.typing import NDArray
-from scipy.sparse import csr_array, triu
+from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from formtune.configuration.terminal import progress
@@ -19,6 +19,7 @@ SHINGLE = 5  # characters
 PERMUTATIONS = 120  # length of a MinHash signature
 MAX_MISSED = 0.003  # share of the pairs right at the threshold that are not proposed; of all pairs about 1 in 500
 TEXTS, PAIRS = 8192, 100_000  # processed at once
+MAX_BUCKET = 16  # texts that a text with the same band is compared with
 SEED = 1
 
 Indices = NDArray[np.int64]
@@ -90,21 +91,35 @@ def similar(texts: Sequence[str], left: Indices, right: Indices) -> NDArray[np.f
 
 
 def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
-    """Pairs of texts whose Jaccard index reaches the threshold; none is wrong, about one in 500 is missed."""
+    """Pairs of texts whose Jaccard index reaches the threshold; none is wrong, about one in 500 is missed.
+
+    Of more than `MAX_BUCKET` texts with one band, each is compared with that many, so that time stays linear in the
+    texts of a template; through these pairs, nearly all of them are still in one cluster.
+    """
     hashes = [bands(texts[start : start + TEXTS], threshold) for start in range(0, len(texts), TEXTS)]
     if not hashes:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
-    columns = np.unique(np.concatenate(hashes), return_inverse=True)[1].ravel()
-    offsets = np.arange(len(texts) + 1) * len(hashes[0][0])
-    holders = csr_array((np.ones(len(columns), np.bool_), columns, offsets))
-    candidates = triu(holders @ holders.T, 1, format="csr").sorted_indices().tocoo()
-    left, right = (indices.astype(np.int64) for indices in candidates.coords)
+    left, right = _candidates(np.concatenate(hashes))
     index = np.zeros(len(left))
     for start in progress(range(0, len(left), PAIRS), -(-len(left) // PAIRS), "comparing"):
         part = slice(start, start + PAIRS)
         index[part] = similar(texts, left[part], right[part])
     close = index >= threshold
     return left[close], right[close], index[close]
+
+
+def _candidates(hashes: NDArray[np.uint64]) -> tuple[Indices, Indices]:
+    """The different pairs of texts that share a band, from their band hashes."""
+    pairs = np.zeros(0, np.int64)  # as one number each
+    for band in hashes.T:
+        order = band.argsort(kind="stable")
+        at, shared = np.arange(len(order)), [pairs]
+        for distance in range(1, MAX_BUCKET + 1):
+            at = at[: np.searchsorted(at, len(order) - distance)]
+            at = at[band[order[at]] == band[order[at + distance]]]
+            shared.append(order[at] * len(order) + order[at + distance])
+        pairs = np.unique(np.concatenate(shared))
+    return pairs // max(len(hashes), 1), pairs % max(len(hashes), 1)
 
 
 def components(count: int, left: Indices, right: Indices) -> NDArray[np.int32]:

@@ -107,6 +107,14 @@ def test_a_chain_is_one_cluster():
     assert components(4, np.array([0, 1]), np.array([1, 3])).tolist() == [0, 0, 1, 0]
 
 
+def test_many_texts_of_one_template_are_one_cluster_although_few_of_their_pairs_are_compared():
+    numbers = random.Random(0).sample(range(10**6), 1000)
+    texts = [f"please set an alarm on my phone in the kitchen for tomorrow morning at {number} ok" for number in numbers]
+    left, right, _ = near_pairs(texts, 0.8)
+    assert set(components(len(texts), left, right).tolist()) == {0}
+    assert len(set(zip(left.tolist(), right.tolist(), strict=True))) == len(left) < 40 * len(texts)
+
+
 def example(where, text, answer, system=None):
     turns = [{"role": "system", "content": system}] if system else []
     turns += [{"role": "user", "content": text}, {"role": "assistant", "content": str(answer)}]
