@@ -96,7 +96,7 @@ def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[st
             if path in derived or isinstance(value, bool):
                 continue
             counts[path] += 1
-            if not words.contain(value) and not (context := context or Words(example.text)).contain(value):
+            if not words.contains(value) and not (context := context or Words(example.text)).contains(value):
                 rows.setdefault(path, []).append({"where": example.where, "value": value, "source": example.origin})
     return {path: {"share": len(invented) / counts[path], "rows": invented} for path, invented in rows.items()}
 

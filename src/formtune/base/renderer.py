@@ -15,7 +15,17 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 
 from formtune.base.folder import check_base
-from formtune.base.row import SYSTEM_ROLES, Message, Row, Tags, UnfitRow, check_turns, full_text, with_json_arguments
+from formtune.base.row import (
+    SYSTEM_ROLES,
+    Message,
+    Row,
+    Tags,
+    UnfitRow,
+    check_turns,
+    full_text,
+    shared,
+    with_json_arguments,
+)
 from formtune.errors import UserError, first_line
 
 
@@ -183,6 +193,7 @@ class Renderer:
             if (decoded := self.answer(target_ids)[0]) != target:
                 raise UnfitRow(f"the tokenizer turns the answer {target[:40]!r} into {decoded[:40]!r}")
         input = next(turn["content"] for turn in reversed(messages) if turn["role"] == "user")
+        prompt_ids, target_ids = shared(prompt_ids), shared(target_ids)
         return Row(prompt_ids, target_ids, input, target, where, number, messages=messages, schema=schema, tools=tools)
 
     def _with_reasoning(self, turn: Message) -> Message:

@@ -15,6 +15,8 @@ Message = dict[str, Any]
 Tags = tuple[str, str] | None  # around reasoning; None without reasoning
 SYSTEM_ROLES = ("system", "developer")
 
+_IDS: dict[int, int] = {}  # each token id once
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -33,6 +35,11 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.target_ids)
+
+
+def shared(ids: Sequence[int]) -> list[int]:
+    """The ids, equal ones as one object: lists of them take a fifth of the memory."""
+    return [*map(_IDS.setdefault, ids, ids)]
 
 
 def with_json_arguments(messages: Sequence[Message]) -> list[Message]:

@@ -81,8 +81,8 @@ def run(command: str, args: list[str]) -> int:
     Console().print(figures_table(title, [column]))
     print(f"prompts: {result['prompts']} as formtune's in every row")
     print("kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in result["kinds"].items()))
-    quality = f"AURC {aurc(rated):.4f}, expected calibration error {calibration_error(rated):.1%}" if rated else None
-    print(f"confidence: {quality or 'the server gives no log-probabilities'}")
+    quality = "AURC {aurc:.4f}, expected calibration error {calibration_error:.1%}"
+    print(f"confidence: {quality.format(**result['confidence']) if rated else 'the server gives no log-probabilities'}")
     speed = "P50 {P50:.2f} s, P95 {P95:.2f} s".format(**result["latency_s"])
     speed += f"; {result['requests_per_s']:.2f} requests/s, {result['tokens_per_s']:.0f} tokens/s"
     print(f"latency with {config.at_once} at once: {speed}")

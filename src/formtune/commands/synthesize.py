@@ -17,10 +17,11 @@ from formtune.configuration.yaml_file import config_file
 from formtune.data.cleaning import Example, repair, repair_answer
 from formtune.data.duplicates import near_pairs, split_shared
 from formtune.data.preparation import as_written, read_examples, read_splits
+from formtune.data.selection import input_keys
 from formtune.data.sources import read_records
 from formtune.deploy.endpoint import Client, Refused
 from formtune.errors import UserError
-from formtune.files import write_lines
+from formtune.files import append_line
 
 BAD_PROMPT = (400, 413, 422)  # HTTP statuses for one prompt, such as a too long one; others apply to all
 SHOTS = 4  # training rows in the teacher's prompt
@@ -50,7 +51,7 @@ def run(command: str, args: list[str]) -> None:
         raise UserError("data.prompts: tools are not sent to a teacher; remove prompts with tools")
     prompts = [replace(one, messages=[*one.messages, {"role": "assistant", "content": ""}]) for one in prompts]
     # A new row must not repeat a validation or test row either.
-    keys = [replace(one, messages=repair(one.messages, settings.clean)).key for one in (*known, *prompts)]
+    keys = input_keys([replace(one, messages=repair(one.messages, settings.clean)) for one in (*known, *prompts)])
     texts = [rest for rest, _ in split_shared(keys, range(len(keys)))]  # without text that many inputs share
     repeats = set(near_pairs(texts, settings.near_duplicates)[1].tolist())
     new = [example for i, example in enumerate(prompts, len(known)) if i not in repeats]
@@ -71,7 +72,7 @@ def run(command: str, args: list[str]) -> None:
             return error
         return reply.choices[0].message.content or ""
 
-    rows = [row for row, _ in read_records(config.out)] if path.is_file() else []
+    count = sum(1 for _ in read_records(config.out)) if path.is_file() else 0
     added = {"role": "system", "content": settings.system}  # by the task, to each row
     refused, pool = Counter[str](), ThreadPoolExecutor(config.at_once)
     try:
@@ -87,14 +88,15 @@ def run(command: str, args: list[str]) -> None:
             if (verdict := format.check(answer)).exact:
                 turns = [turn for turn in example.messages[:-1] if turn != added]
                 turns.append({"role": "assistant", "content": answer})
-                rows.append({columns.messages: turns, columns.source or "source": config.teacher})
-                write_lines(path, rows)
+                row = {columns.messages: turns, columns.source or "source": config.teacher}
+                append_line(path, row)
+                count += 1
             else:
                 refused[f"invalid format, {verdict.kind}"] += 1
     finally:
         pool.shutdown(cancel_futures=True)
     reasons = "".join(f"; {count:,} left out: {kind}" for kind, count in refused.most_common())
-    print(f"{path}: {len(rows):,} rows; not asked: {len(prompts) - len(new):,} near-duplicates{reasons}")
+    print(f"{path}: {count:,} rows; not asked: {len(prompts) - len(new):,} near-duplicates{reasons}")
     if columns.source is None:
         print("to count rows by author, set data.columns.source: source in the task")
     print(f"next: read some of the rows, add {path} to data.train, then formtune audit -c {config_file(args)}")

@@ -6,18 +6,18 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import ftfy
 
 from formtune.base.row import SYSTEM_ROLES, Message, full_text
 from formtune.errors import UserError
 from formtune.formats import Format
+from formtune.formats.format import unfenced
 
 Step = Literal["encoding", "unicode", "control", "html", "spaces", "edges"]
-AnswerStep = Literal["edges", "fence", "canonical"]
+AnswerStep = Literal["encoding", "unicode", "edges", "fence", "canonical"]
 
-_FENCE = re.compile(r"```[^\n`]*\n(.*?)\n?```", re.S)
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
 # Without joiners (U+200D) and direction marks, which have a meaning in emoji and in several scripts.
 _INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff\u00ad]")
@@ -28,7 +28,7 @@ _MARKS = re.compile(r"(?<!\d)[.,:;!?…\"'“”‘’()\[\]]|[.,:;!?…\"'“�
 STEPS: dict[str, Callable[[str], str]] = {
     "encoding": lambda text: text if text.isascii() else ftfy.fix_encoding(text),
     "unicode": lambda text: unicodedata.normalize("NFC", text),
-    "control": lambda text: _INVISIBLE.sub("", text),
+    "control": lambda text: _INVISIBLE.sub("", text.replace("\r\n", "\n")),
     "html": lambda text: html.unescape(_TAG.sub(" ", text)).replace("\xa0", " "),
     "spaces": lambda text: re.sub(r"[^\S\n]+", " ", text),
     "edges": str.strip,
@@ -91,12 +91,12 @@ class Example:
     def key(self) -> str:
         """The input without case, punctuation and spacing: rows that share it are never in two splits."""
         # Coarser than `text`: "call anna" and "Call Anna!" leak, but their answers may differ.
-        return folded("\x1e".join(map(_single_spaced, self.turn_texts)))
+        return "\x1e".join(self.turns)
 
     @property
     def turns(self) -> list[str]:
         """The text of each turn without case, punctuation and spacing."""
-        return [folded(_single_spaced(content)) for content in self.turn_texts]
+        return [folded(content) for content in self.turn_texts]
 
     def quarantined(self, reason: str, detail: str, other: str = "", fix: str = "") -> Quarantined:
         return Quarantined(self.where, reason, detail, self.messages, other, fix, self.split)
@@ -130,12 +130,12 @@ def repair_answer(answer: str, format: Format, steps: Sequence[str], repairs: Co
     """An answer repaired by `steps`, unchanged if it would then break the format; counts the repairs."""
     reasoning, text = format.split(answer)
     format, made = format.inner or format, []
-    for step in [step for step in ("edges", "fence", "canonical") if step in steps]:
+    for step in [step for step in get_args(AnswerStep) if step in steps]:
         before = text
-        if step == "edges":
-            text = text.strip()
-        elif step == "fence" and (match := _FENCE.fullmatch(text.strip())):
-            text = match[1]
+        if step in STEPS:
+            text = STEPS[step](text)
+        elif step == "fence":
+            text = unfenced(text)
         elif step == "canonical" and (verdict := format.check(text)).kind in ("ok", "layout"):
             text = format.write(verdict.value) or text
         made += [f"answer {step}"] if text != before else []

@@ -18,7 +18,7 @@ from formtune.configuration.terminal import progress
 SHINGLE = 5  # characters
 PERMUTATIONS = 120  # length of a MinHash signature
 MAX_MISSED = 0.003  # share of the pairs right at the threshold that are not proposed; of all pairs about 1 in 500
-TEXTS, PAIRS = 8192, 100_000  # processed at once
+TEXTS, PAIRS = 8192, 20_000  # processed at once
 MAX_BUCKET = 16  # texts that a text with the same band is compared with
 SEED = 1
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from formtune.base.row import Row
+from formtune.base.row import Row, shared
 from formtune.data.cleaning import Example, Quarantined
 from formtune.data.settings import DataSettings
 from formtune.data.styles import Mixture
@@ -93,7 +93,9 @@ def read_cache(path: Path) -> Splits | None:
     """The splits in this file, None if there is none or it is damaged."""
     if (stored := read_entry(path)) is None:
         return None
-    stored["rows"] = {name: [Row(*row) for row in rows] for name, rows in stored["rows"].items()}
+    stored["rows"] = {
+        name: [Row(shared(p), shared(t), *rest) for p, t, *rest in rows] for name, rows in stored["rows"].items()
+    }
     records = {"quarantine": Quarantined, "mixtures": Mixture}
     stored |= {name: [record(*values) for values in stored[name]] for name, record in records.items()}
     stored |= {name: Counter(stored[name]) for name in ("read", "repairs")}

@@ -16,7 +16,7 @@ from formtune.data.selection import select
 from formtune.data.settings import DataSettings
 from formtune.data.shapes import own_schema, written
 from formtune.data.sources import Source, entries, read_records, weighted
-from formtune.data.styles import mixtures
+from formtune.data.styles import Mixture, mixtures
 from formtune.errors import UserError
 from formtune.formats import ToolCalls
 from formtune.formats.grammar import learn_orders
@@ -133,10 +133,11 @@ def _prepare(settings: DataSettings, examples: Sequence[Example]) -> Splits:
             valid.append(judged)
         else:
             invalid.append(judged)
-    chosen, splits = select(valid, settings.near_duplicates, settings.format.sets, any(settings.shares.values()))
-    splits.quarantine = invalid + splits.quarantine
+    mixed = mixtures(valid, settings.format)
+    usual, unusual = _usual_style(settings, valid, mixed)
+    chosen, splits = select(usual, settings.near_duplicates, settings.format.sets, any(settings.shares.values()))
+    splits.quarantine, splits.mixtures = [*invalid, *unusual, *splits.quarantine], mixed
     splits.read, splits.repairs = Counter(example.split for example in examples), repairs
-    chosen = _usual_style(settings, chosen, splits)
     test, validation = settings.shares.get("test", 0.0), settings.shares.get("validation", 0.0)
     train = [example for example in chosen if example.split == "train"]
     sizes = Counter(example.group or example.where for example in train).values()
@@ -176,20 +177,24 @@ def as_written(settings: DataSettings, example: Example) -> Example | Quarantine
     return replace(example, written=row.target)
 
 
-def _usual_style(settings: DataSettings, examples: Sequence[Example], splits: Splits) -> list[Example]:
-    splits.mixtures = mixtures(examples, settings.format)
+def _usual_style(
+    settings: DataSettings, examples: Sequence[Example], mixed: Sequence[Mixture]
+) -> tuple[list[Example], list[Quarantined]]:
+    """The rows whose answers have the usual styles, and the others."""
     details: dict[str, str] = {}
-    for mixture in splits.mixtures:
+    for mixture in mixed:
         usual = next(iter(mixture.forms))
         for form, places in mixture.minority.items():
             detail = f"{mixture.what} of {mixture.path or 'the answer'}: {form}, most rows have {usual}"
-            details = dict.fromkeys(places, detail) | details
+            for place in places:
+                details.setdefault(place, detail)
+    unusual = []
     for example in (e for e in examples if e.where in details):
         detail, fix = details[example.where], ""
         if detail.startswith(("layout", "key order")):
             fix = helpful_repair(example.target, settings.format.of_row(example.schema), settings.repair_answers)
-        splits.quarantine.append(example.quarantined("style", detail, fix=fix))
-    return [example for example in examples if example.where not in details]
+        unusual.append(example.quarantined("style", detail, fix=fix))
+    return [example for example in examples if example.where not in details], unusual
 
 
 def _encode(settings: DataSettings, examples: Sequence[Example]) -> Iterator[tuple[Example, Row | UnfitRow]]:

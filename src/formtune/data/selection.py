@@ -62,7 +62,7 @@ def select(
     `threshold` is the Jaccard index of near-duplicates, 1 for none; `sets` are the paths of arrays without an order;
     `cut` is whether splits are then made from train, by cluster.
     """
-    keyed = [(example, example.key) for example in examples]
+    keyed = list(zip(examples, input_keys(examples), strict=True))
     inputs = {key: number for number, key in enumerate(dict.fromkeys(key for _, key in keyed))}
     hashes = [_unit_hash(key) for key in inputs]
     parts = [(key, "") for key in inputs] if threshold >= 1 else list(split_shared(list(inputs), hashes))
@@ -125,6 +125,18 @@ def select(
     lowest |= {clusters[groups[name]]: _unit_hash(name) for name in sorted(groups, reverse=True)}
     splits.cluster = {row.example.where: lowest[row.cluster] for group in used.values() for row in group}
     return chosen, splits
+
+
+def input_keys(examples: Sequence[Example]) -> list[str]:
+    """The key of each input, see `Example.key`; with a system prompt twice as long, if the input has many."""
+    # Such an input is only a question, such as "Extract the fields", about the text in the system prompt.
+    systems: dict[str, set[str]] = defaultdict(set)
+    keys = [example.key for example in examples]
+    for example, key in zip(examples, keys, strict=True):
+        if len(example.system) > 2 * len(key):
+            systems[key].add(example.system)
+    many = {key for key, prompts in systems.items() if len(prompts) > MAX_LINKS}
+    return [folded(f"{e.system}\n{k}") if k in many else k for e, k in zip(examples, keys, strict=True)]
 
 
 def _continuations(rows: Sequence[_Row]) -> Iterator[tuple[int, int]]:

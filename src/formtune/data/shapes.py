@@ -40,6 +40,8 @@ class Columns:
         self.prompt, self.completion, self.messages = prompt, completion, messages
         self.source, self.schema = source, schema
         self.system = None if system in (*_fields(prompt), completion) else system
+        if not _fields(prompt):
+            raise UserError(f"data.columns.prompt: {prompt!r} names no column; write {{column}} for each")
 
     def conversation(
         self, record: dict[str, Any], where: str, with_target: bool | str, ignored: set[str] | None = None
@@ -105,7 +107,7 @@ def _filled(record: dict[str, Any], prompt: str, where: str) -> str:
     if any(record.get(name) is not None for name in _fields(prompt)):
         record = {name: "" if value is None else value for name, value in record.items()}
     # Not str.format: it would look up attributes, and replace braces in the data.
-    return _FIELD.sub(lambda match: _read(record, match[1], where), prompt)
+    return _FIELD.sub(lambda match: str(_read(record, match[1], where, (str, int, float))), prompt)
 
 
 def _read(record: dict[str, Any], column: str, where: str, types: tuple[type, ...] = (str,), remedy: str = "") -> Any:
@@ -153,18 +155,17 @@ def written(value: Any, format: Format, where: str) -> str:
 def _without_nulls(value: Any, format: Format) -> Any:
     """A copy without the null keys that the format refuses: tables write absent keys as null."""
     value, dropped = deepcopy(value), False
-    stack = [value]
+    stack, before = [value], format.problems(value)
     while stack:
         holder = stack.pop()
         is_object = isinstance(holder, dict)
         stack += [x for x in reversed([*holder.values()] if is_object else holder) if isinstance(x, dict | list)]
         for key in [key for key, inner in holder.items() if inner is None] if is_object else []:
-            before = format.problems(value)
             del holder[key]
             after = format.problems(value)
             if before == after or len(after) > len(before):
                 holder[key] = None
             else:
-                dropped = True
+                before, dropped = after, True
     # A format lists only the first problems.
     return _without_nulls(value, format) if dropped and format.problems(value) else value

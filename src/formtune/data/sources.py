@@ -140,13 +140,13 @@ def _parse(text: str, where: str, remedy: str) -> Any:
 
 
 def _csv(path: str, delimiters: str = ",;") -> Records:
-    """Rows of strings below a header line, divided by the first of `delimiters` that the header contains."""
+    """Rows of strings below a header line, divided by the most frequent of `delimiters` in the header."""
     # Data-frame libraries guess types (ISO dates become timestamps) and lose line numbers.
     csv.field_size_limit(MAX_LINE_BYTES)
     lines = (line for _, line in _lines(path))
     header = next(lines, "")
     unquoted = re.sub(r'"[^"]*("|$)', "", header)
-    delimiter = next((sign for sign in delimiters if sign in unquoted), delimiters[0])
+    delimiter = max(delimiters, key=unquoted.count)
     reader = csv.DictReader(chain([header], lines), delimiter=delimiter, strict=True)
     try:
         names = list(reader.fieldnames or ())
@@ -169,7 +169,7 @@ def _parquet(path: str) -> Records:
         with _open(path) as file:
             table = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read()))
         stored = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-        records = table.to_pylist()
+        records = table.to_pylist(maps_as_pydicts="strict")
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
     return _numbered(records, stored.get("info", {}).get("features", {}), path)
@@ -177,10 +177,14 @@ def _parquet(path: str) -> Records:
 
 def _numbered(records: Iterable[dict[str, Any]], features: dict[str, Any], name: str) -> Records:
     """Each record with its place; class labels become their names in the `features` of `datasets`."""
-    labels = {key: feature.get("names") for key, feature in features.items() if isinstance(feature, dict)}
-    names = {key: dict(enumerate(texts)) for key, texts in labels.items() if isinstance(texts, list)}
+    kinds = {key: kind.get("feature", kind) for key, kind in features.items() if isinstance(kind, dict)}
+    labels = {key: kind["names"] for key, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
+    names = {key: dict(enumerate(texts)) for key, texts in labels.items()}
     for number, record in enumerate(records, 1):
-        named = {key: names[key].get(record[key]) for key in names.keys() & record.keys()}
+        named = {}
+        for key in names.keys() & record.keys():
+            value, of = record[key], names[key].get
+            named[key] = [*map(of, value)] if isinstance(value, list) else of(value)
         yield record | named, f"{name}:row {number}"
 
 

@@ -76,7 +76,10 @@ def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _mixture(path: str, what: str, forms: Forms) -> Mixture | None:
     counts = dict(Counter(form for form, _ in forms).most_common())
-    minority = {form: list(dict.fromkeys(e.where for f, e in forms if f == form)) for form in [*counts][1:]}
+    places: dict[str, dict[str, None]] = {form: {} for form in counts}
+    for form, example in forms:
+        places[form].setdefault(example.where)
+    minority = {form: [*places[form]] for form in [*counts][1:]}
     return Mixture(path, what, counts, minority) if minority else None
 
 
@@ -106,7 +109,7 @@ def _empties(path: str, objects: Mapping[str, Sequence[Entry]]) -> Forms:
     """The style of an empty value of a declared field: null, an empty string or no key."""
     parent, _, key = path.rpartition(".")
     holders = objects.get(parent, ())
-    beside = {name for holder, _ in holders if key in holder for name in holder}
+    beside = set().union(*(holder for holder, _ in holders if key in holder))
     forms = []
     for holder, example in holders:
         value = holder.get(key, ...)

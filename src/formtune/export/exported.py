@@ -49,7 +49,10 @@ class Exported:
         turns: list[Message] = [{"role": "system", "content": system}] if system is not None else []
         turns = self.renderer.turns([*turns, {"role": "user", "content": text}])
         limits = {"temperature": 0, "max_tokens": self.config["model"]["max_new_tokens"]}
-        return {"model": self.task, **limits, "messages": turns}
+        inner = self.format["init_args"].get("format", self.format)  # of the answer after the reasoning
+        calls = schema is not None and inner["class_path"].endswith(".ToolCalls")
+        tools = {"tools": json.loads(str(schema)), "tool_choice": "none"} if calls else {}
+        return {"model": self.task, **limits, "messages": turns, **tools}
 
 
 def write_usage(folder: Path, adapter: Exported, schema: Any, rows: Sequence[Row]) -> None:
@@ -57,7 +60,7 @@ def write_usage(folder: Path, adapter: Exported, schema: Any, rows: Sequence[Row
     renderer, request = adapter.renderer, adapter.request(rows[0].input, rows[0].schema)
     needed = max(len(row.prompt_ids) for row in rows) + request["max_tokens"]
     context = min(context_length(str(adapter.base)) or 10**9, max(CONTEXT, needed))
-    body = {"model": request["model"], "messages": request["messages"], "stream": False}
+    body = {key: request[key] for key in ("model", "messages", "tools") if key in request} | {"stream": False}
     body |= {"options": {"temperature": 0, "num_ctx": context}} | ({"format": schema} if schema else {})
     write_json(folder / "request.json", body)
     facts = {"request": request, "schema": schema, "context": context, "thinking": renderer.thinking}

@@ -57,7 +57,7 @@ class FinishedRun:
         if [(row.input, row.target, row.schema, len(row.prompt_ids)) for row in rows] != judged:
             raise UserError(f"{path}: {folder / 'config.yaml'} gives other test rows or prompts; train again")
         context = context_length(base) or 10**9
-        of_all_lengths = sorted(rows, key=len)[:: max(1, len(rows) // COMPARED_ROWS)][:COMPARED_ROWS]
+        of_all_lengths = sorted(rows, key=len)[:: -(-len(rows) // COMPARED_ROWS)]
         prompts = sorted((row.prompt_ids for row in production_rows(settings) or rows), key=len)
         timed = prompts[len(prompts) * 95 // 100][: context - TIMED]
         self.tuned = Tuned(

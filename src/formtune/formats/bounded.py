@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
 from datetime import time as clock
+from fractions import Fraction
 from functools import cache, lru_cache
+from itertools import islice
 from typing import Any
 from urllib.parse import unquote
 
@@ -149,6 +151,25 @@ def _unique_items(validator: Any, unique: bool, value: Any, schema: Any) -> Iter
             yield ValidationError("items are not unique")
 
 
+def _multiple_of(validator: Any, divisor: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
+    # As decimals: for floats, 19.99 / 0.01 is 1998.9999999999998.
+    if validator.is_type(value, "number") and Fraction(str(value)) % Fraction(str(divisor)):
+        yield ValidationError(f"{value!r} is not a multiple of {divisor}")
+
+
+def _union(name: str) -> Callable[[Any, Any, Any, Any], Iterator[ValidationError]]:
+    """The library's anyOf or oneOf, that checks all of every alternative only if the value is invalid."""
+    library: Any = Draft202012Validator.VALIDATORS[name]
+
+    def check(validator: Any, options: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
+        # An alternative fails at its discriminator, before its parts are checked: else time doubles with each level.
+        valid = (option for option in options if validator.evolve(schema=option).is_valid(value))
+        if len([*islice(valid, 2 if name == "oneOf" else 1)]) != 1:
+            yield from library(validator, options, value, schema)
+
+    return check
+
+
 def resolver(root: dict[str, Any]) -> Callable[[str], Any]:
     """A function that resolves references if they are JSON pointers within the schema; else it returns None."""
 
@@ -175,6 +196,7 @@ def bounded_validator(root: dict[str, Any], formats: FormatChecker = FORMATS) ->
 
     # The library hands patterns to `re`, compares all pairs of items, and follows references up to 2**depth times.
     keywords: dict[str, Any] = {"pattern": _pattern, "patternProperties": _pattern_properties, "$ref": follow}
-    keywords |= {"additionalProperties": _additional, "uniqueItems": _unique_items}
+    keywords |= {"additionalProperties": _additional, "uniqueItems": _unique_items, "multipleOf": _multiple_of}
+    keywords |= {name: _union(name) for name in ("anyOf", "oneOf")}
     cls: Any = extend(Draft202012Validator, keywords)
     return cls(root, format_checker=formats)

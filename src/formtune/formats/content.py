@@ -89,11 +89,15 @@ class Words:
     def __init__(self, text: str) -> None:
         self._words, self._numbers = _words(text), _numbers(text)
 
-    def contain(self, value: Any) -> bool:
+    def contains(self, value: Any) -> bool:
         """Whether the text contains a value: strings by their words, numbers by their size; True for other types."""
         if isinstance(value, int | float) and not isinstance(value, bool):
             return abs(value) in self._numbers
-        return not isinstance(value, str) or _words(value) in self._words
+        if not isinstance(value, str):
+            return True
+        words = _words(value)
+        # From the beginning of a word: "on" is not in "London". Other scripts may have no spaces.
+        return f" {words}" in f" {self._words}" if words.isascii() else words in self._words
 
 
 def _words(text: str) -> str:

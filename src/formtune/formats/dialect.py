@@ -26,6 +26,7 @@ _REFUSED = {  # unsupported keywords, which no tool writes for language models, 
     "unevaluatedProperties": "additionalProperties",
     "$dynamicRef": "$ref",
     "$recursiveRef": "$ref",
+    "nullable": 'a list of types, such as ["string", "null"]',  # of OpenAPI, else ignored
 }
 _DEFINITIONS = {"$defs", "definitions"}
 KEYWORDS = {*Draft202012Validator.VALIDATORS, "then", "else", "minContains", "maxContains", *_DEFINITIONS} - {*_REFUSED}
@@ -96,7 +97,7 @@ def _mistakes(schema: dict[str, Any], draft: str) -> Iterator[str]:
         if node is not schema and not str(node.get("$id", "#")).startswith("#"):
             yield f"{path}.$id: an address within a schema is not supported; remove it and refer by #/$defs/name"
         for key in node:
-            if key in _REFUSED:
+            if key in _REFUSED and (key, node[key]) != ("nullable", False):
                 yield f"{path}.{key}: not supported; use {_REFUSED[key]}"
             elif key not in KEYWORDS and not key.startswith("x-") and (keyword := _meant(key)):
                 hint = f"did you mean {keyword!r}? If not, write 'x-{key}'"

@@ -204,6 +204,12 @@ class Format(ABC):
             raise SyntaxProblem(f"{type(error).__name__}: {error}") from error
 
 
+def unfenced(text: str) -> str:
+    """The text within the code fence around all of it; unchanged if there is none."""
+    match = _FENCE.fullmatch(text.strip())
+    return match[1].strip() if match else text
+
+
 def answer_start(text: str) -> int:
     """Where the answer begins: after a think block (also one that the prompt opened), never within one."""
     end = text.find("</think>")

@@ -68,18 +68,18 @@ class Labels(Format):
     def __init__(self, labels: list[str]) -> None:
         if not labels or len(set(labels)) < len(labels) or any(x != x.strip() for x in labels):
             raise UserError("data.format.labels: name at least one label; each once, without surrounding spaces")
-        self.labels = labels
+        self.labels, self._set = labels, frozenset(labels)
         self.derived = frozenset({""})
         longest_first = sorted(filter(None, labels), key=len, reverse=True)
         self._any = regex.compile(rf"(?<!\w)(?:{'|'.join(map(regex.escape, longest_first))})(?!\w)")
 
     def parse(self, text: str) -> Any:
-        if text not in self.labels and ("\n" in text or text != text.strip() or self._any.search(text)):
+        if text not in self._set and ("\n" in text or text != text.strip() or self._any.search(text)):
             raise SyntaxProblem("not one label alone")
         return text
 
     def problems(self, value: Any) -> list[Problem]:
-        if value in self.labels:
+        if value in self._set:
             return []
         return [Problem("bad_value_form", f"{value[:60]!r} is not one of the {len(self.labels)} labels")]
 

@@ -18,6 +18,7 @@ _SYNTAXES = {  # how calls begin, and the JSON of a call (mistral: of all calls)
     "llama": (re.compile(r"\A\s*\{\s*\"name\""), re.compile(r"(\{\s*\"name\".*\})", re.S)),
     "mistral": (re.compile(r"\[TOOL_CALLS\]"), re.compile(r"\[TOOL_CALLS\]\s*(\[.*\])", re.S)),
 }
+NO_PARAMETERS = {"type": "object", "properties": {}}
 _CALL = {"name": {"type": "string"}, "arguments": {"type": "object"}}
 _CALLS = {"type": "array", "items": {
     "type": "object", "properties": _CALL, "required": [*_CALL], "additionalProperties": False,
@@ -55,7 +56,7 @@ class ToolCalls(Format):
             name, function = str(tool_name(tool)), tool.get("function", tool)
             try:
                 schemas = filter(None, map(function.get, ("parameters", "input_schema", "inputSchema")))
-                row_format._tools[name] = JsonSchema(next(schemas, {"type": "object", "properties": {}}))
+                row_format._tools[name] = _parameters(json.dumps(next(schemas, NO_PARAMETERS)))
             except UserError as error:
                 detail = str(error).removeprefix("data.format.schema: ")
                 raise UserError(f"the parameters of {name}: {detail}") from None
@@ -120,6 +121,11 @@ class ToolCalls(Format):
         tagged = 'tagged ("\\n" tagged)*\ntagged: ( "<tool_call>" "\\n" call "\\n" "</tool_call>" )'
         answer = "call" if self.syntax == "llama" else tagged
         return "\n".join([f"answer: {answer}", f"call: {' | '.join(calls)}", *rules])
+
+
+@functools.lru_cache(maxsize=10_000)  # rows share tools more often than lists of them
+def _parameters(schema: str) -> JsonSchema:
+    return JsonSchema(json.loads(schema))
 
 
 def tool_name(tool: Any) -> str | None:

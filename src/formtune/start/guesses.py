@@ -15,13 +15,14 @@ from formtune.data.turns import empty
 from formtune.errors import UserError
 from formtune.formats.bounded import FORMATS
 from formtune.formats.content import Words
+from formtune.formats.format import unfenced
 from formtune.formats.strict_json import loads_strict
 
 MIN_VALUES = 10  # to infer a rule about them
 MAX_NEW_SHARE = 0.01  # chance that the next value is new: about the share of values seen once (Good-Turing)
 MAX_CHOICES, MIN_REPEATS = 200, 10  # values of an enum, and occurrences of each on average
 MIN_COPIED = 0.8  # share of values that are in their inputs, from which a field is copied and no enum
-NAMES = ("date", "date-time", "time", "uuid", "ipv4", "email", "uri")
+NAMES = ("date", "date-time", "time", "uuid", "ipv4", "email")
 TYPES = {str: "string", int: "integer", float: "number", dict: "object", list: "array", bool: "boolean"}
 
 Values = Sequence[tuple[Any, Words]]  # each with the input of its document
@@ -51,7 +52,7 @@ def infer(values: Values) -> dict[str, Any]:
     if {*types} <= {"string", "null"}:
         texts = [(value, input) for value, input in values if value is not None]
         counts = Counter(text for text, _ in texts)
-        if is_closed(counts) and sum(input.contain(text) for text, input in texts) < MIN_COPIED * len(texts):
+        if is_closed(counts) and sum(input.contains(text) for text, input in texts) < MIN_COPIED * len(texts):
             return {"enum": [*sorted(counts), *([None] if "null" in types else [])]}
         schema |= form([*counts])
     if items := [(inner, input) for value, input in values if isinstance(value, list) for inner in value]:
@@ -89,8 +90,10 @@ def form(texts: list[str]) -> dict[str, str]:
     for name in NAMES:
         if len(texts) >= MIN_VALUES and all(FORMATS.conforms(text, name) for text in texts):
             return {"format": name}
-    pattern = common_pattern(texts)
-    return {"pattern": f"^{pattern}$"} if pattern else {}
+    if pattern := common_pattern(texts):  # before `uri`, which GO:0001 is too
+        return {"pattern": f"^{pattern}$"}
+    is_uri = len(texts) >= MIN_VALUES and all(FORMATS.conforms(text, "uri") for text in texts)
+    return {"format": "uri"} if is_uri else {}
 
 
 def common_pattern(texts: list[str]) -> str:
@@ -116,10 +119,12 @@ class Guess(NamedTuple):
 
 def guess_columns(records: Records, prompt: str | None, completion: str | None) -> dict[str, str]:
     """`data.columns`; empty if the layout of the rows is recognized without it."""
-    record, where = records[0]
+    where = records[0][1]
+    # The first value of each column: it may be null in the first rows.
+    record = {key: value for row, _ in reversed(records[:100]) for key, value in row.items() if value is not None}
     if not (prompt or completion):
         try:
-            Columns().conversation(record, where, True)
+            Columns().conversation(*records[0], True)
             return {}
         except UserError:
             if {"messages", "conversations"} & record.keys():  # the turns are wrong, not the columns
@@ -228,7 +233,7 @@ def guess_format(rows: Sequence[Example], template: str) -> tuple[str, dict[str,
 def _document(answer: Any) -> Any:
     """A string parsed as JSON, also within a code fence, None if it is not JSON; other answers unchanged."""
     try:
-        return loads_strict(re.sub(r"```\w*\n(.*?)\n?```", r"\1", answer.strip(), flags=re.S))
+        return loads_strict(unfenced(answer).strip())
     except ValueError:
         return None
     except AttributeError:
@@ -236,7 +241,9 @@ def _document(answer: Any) -> Any:
 
 
 def _schema(documents: Sequence[tuple[Any, Example]], total: int) -> tuple[str, dict[str, Any], str]:
-    schema = infer([(value, Words(row.input)) for value, row in documents])
+    # Without the instruction that all inputs begin with: it may list the labels, which are then not copied.
+    skip = len(os.path.commonprefix([row.input for _, row in documents]))  # noqa: RUF071
+    schema = infer([(value, Words(row.input[skip:])) for value, row in documents])
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
     why = f"{len(documents):,} of {total:,} answers match it ({documents[0][1].where})"
     return "JsonSchema", {"schema": schema}, why

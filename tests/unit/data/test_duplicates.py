@@ -109,7 +109,9 @@ def test_a_chain_is_one_cluster():
 
 def test_many_texts_of_one_template_are_one_cluster_although_few_of_their_pairs_are_compared():
     numbers = random.Random(0).sample(range(10**6), 1000)
-    texts = [f"please set an alarm on my phone in the kitchen for tomorrow morning at {number} ok" for number in numbers]
+    texts = [
+        f"please set an alarm on my phone in the kitchen for tomorrow morning at {number} ok" for number in numbers
+    ]
     left, right, _ = near_pairs(texts, 0.8)
     assert set(components(len(texts), left, right).tolist()) == {0}
     assert len(set(zip(left.tolist(), right.tolist(), strict=True))) == len(left) < 40 * len(texts)
@@ -355,3 +357,14 @@ def test_conversations_that_only_open_alike_are_not_a_cluster():
     rows = [talk("hello", ["hello"], "hello, how can I help")]
     rows += [talk(text, ["hello", "hello, how can I help", text], text) for text in messages(40)]
     assert len(set(selected(train=rows).cluster.values())) == 41
+
+
+def test_rows_with_their_text_in_the_system_prompt_are_different_inputs():
+    def document(i):
+        return " ".join(WORDY[(i * k + k * k) % 16] + str(i * 7919 % (k + 90)) for k in range(8))
+
+    rows = [example(f"f:{i}", "Extract the fields.", f"answer {i}", system=document(i)) for i in range(60)]
+    selection = selected(train=rows)
+    assert not selection.quarantine and len(set(selection.cluster.values())) > 30
+    few = [example(f"f:{i}", "Extract the fields.", "same", system=f"You serve the shop {i}.") for i in range(60)]
+    assert len(set(selected(train=few).cluster.values())) == 1, "a short system prompt is no text to extract from"

@@ -175,3 +175,29 @@ def test_a_header_that_names_a_column_twice_is_refused(tmp_path):
 def test_a_field_called_names_is_no_class_label():
     features = {"info": {"names": {"dtype": "string"}}}
     assert list(_numbered([{"info": {"names": "a"}}], features, "f")) == [({"info": {"names": "a"}}, "f:row 1")]
+
+
+def test_several_labels_of_a_row_are_read_by_their_names(tmp_path):
+    import datasets
+
+    kind = datasets.ClassLabel(names=["joy", "anger", "fear"])
+    features = datasets.Features({"text": datasets.Value("string"), "labels": datasets.Sequence(kind)})
+    rows = {"text": ["a", "b"], "labels": [[0, 2], []]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "emotions")
+    records = [record for record, _ in HuggingFace(str(tmp_path / "emotions")).records()]
+    assert [record["labels"] for record in records] == [["joy", "fear"], []]
+
+
+def test_a_map_in_a_parquet_file_is_an_object(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    column = pyarrow.array([[("k", "v")], []], pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    pyarrow.parquet.write_table(pyarrow.table({"slots": column}), tmp_path / "a.parquet")
+    assert [record for record, _ in read_records(str(tmp_path / "a.parquet"))] == [{"slots": {"k": "v"}}, {"slots": {}}]
+
+
+def test_the_delimiter_is_the_more_frequent_sign_of_the_header(tmp_path):
+    (tmp_path / "a.csv").write_text("Nachricht, kurz;Label;Zeit\nx;y;z\n")
+    [(record, _)] = read_records(str(tmp_path / "a.csv"))
+    assert record == {"Nachricht, kurz": "x", "Label": "y", "Zeit": "z"}

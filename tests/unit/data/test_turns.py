@@ -176,3 +176,26 @@ def test_a_template_over_columns_is_filled_as_plain_text():
     assert read(record | {"width (cm)": "3"}, prompt="{width (cm)} {body}")[0][0] == ("user", "3 B")
     with pytest.raises(UserError, match="f:1: no column `titel`"):
         read(record, prompt="T {titel}: {body}")
+
+
+@pytest.mark.parametrize("arguments", [{"arguments": ""}, {"arguments": None}, {}, {"arguments": "{}"}])
+def test_a_call_may_have_no_arguments(arguments):
+    call = {"id": "c", "type": "function", "function": {"name": "now", **arguments}}
+    record = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    assert Columns().conversation(record, "f:1", True)[-1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_nulls_that_a_table_adds_to_tools_are_no_part_of_them():
+    tools = [
+        {"name": "f", "parameters": {"properties": {"a": {"type": "string"}, "b": None}}},
+        {"name": "g", "parameters": None},
+    ]
+    text = Columns().tools({"tools": tools}, "f:1")
+    assert json.loads(text) == [{"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}, {"name": "g"}]
+
+
+def test_a_template_over_columns_names_at_least_one():
+    with pytest.raises(UserError, match="names no column"):
+        Columns(prompt="Q: {What is it?}")
+    record = {"title": "t", "price": 2.5, "completion": "x"}
+    assert Columns(prompt="{title}: {price}").conversation(record, "f:1", True)[0]["content"] == "t: 2.5"

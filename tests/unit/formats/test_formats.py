@@ -621,3 +621,33 @@ def test_a_slow_answer_says_nothing_of_its_target():
 def test_flags_that_exclude_one_another_are_refused(pattern):
     with pytest.raises(UserError, match="not a regular expression"):
         Regex(pattern)
+
+
+def test_a_valid_document_of_nested_unions_is_checked_in_linear_time():
+    types = {
+        f"N{i}": {
+            "type": "object",
+            "properties": {
+                "kind": {"const": f"k{i}"},
+                "child": {"anyOf": [{"oneOf": [{"$ref": f"#/$defs/N{j}"} for j in range(12)]}, {"type": "null"}]},
+            },
+            "required": ["kind", "child"],
+        }
+        for i in range(12)
+    }
+    format = JsonSchema({"$defs": types, "$ref": "#/$defs/N0"})
+    document = {"kind": "k0", "child": None}
+    for i in range(20):
+        document = {"kind": f"k{(19 - i) % 12}", "child": document}
+    verdict = format.check(json.dumps(document))
+    assert verdict.exact, verdict.detail  # each level had taken twelve times as long as the one below
+    document["child"]["child"]["kind"] = "other"
+    assert format.check(json.dumps(document)).kind == "bad_value_form"
+
+
+@pytest.mark.parametrize(("divisor", "text", "valid"), [
+    (0.01, "19.99", True), (0.1, "0.3", True), (0.01, "0.005", False), (5, "10", True), (5, "12", False),
+    (0.01, "1e300", True),
+])  # fmt: skip
+def test_multiples_are_those_of_the_decimals(divisor, text, valid):
+    assert JsonSchema({"type": "number", "multipleOf": divisor}).check(text).exact == valid

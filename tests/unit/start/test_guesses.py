@@ -180,3 +180,30 @@ def test_the_schema_of_real_rows_takes_all_of_them_and_those_of_other_splits(nam
 
 def test_numbers_with_a_point_are_not_labels():
     assert guess_format(pairs(*[float(n % 4) for n in range(80)]), "")[0] == "JsonSchema"
+
+
+def test_labels_that_the_instruction_lists_are_an_enum():
+    labels, start = ("billing", "delivery", "other"), "Classify the message as billing, delivery or other. Message: "
+    rows = [
+        {"prompt": f"{start}number {i} is {i * 7919}", "completion": json.dumps({"category": labels[i % 3]})}
+        for i in range(90)
+    ]
+    _, init_args, _ = guess_format(read_rows(placed(*rows), Columns()), "")
+    assert init_args["schema"]["properties"]["category"] == {"enum": sorted(labels)}
+
+
+def test_a_fence_may_have_windows_line_ends():
+    rows = [{"prompt": f"{i}", "completion": f'```json\r\n{{"n": {i}}}\r\n```'} for i in range(20)]
+    kind, init_args, _ = guess_format(read_rows(placed(*rows), Columns()), "")
+    assert kind == "JsonSchema" and init_args["schema"]["required"] == ["n"]
+
+
+def test_identifiers_with_a_colon_are_a_pattern_and_no_uri():
+    rows = [{"prompt": f"{i}", "completion": json.dumps({"term": f"GO:{7919 * i:07}"})} for i in range(20)]
+    _, init_args, _ = guess_format(read_rows(placed(*rows), Columns()), "")
+    assert init_args["schema"]["properties"]["term"] == {"type": "string", "pattern": "^[A-Z]{2}:[0-9]+$"}
+
+
+def test_a_column_that_is_null_in_the_first_row_is_guessed_too():
+    rows = [{"subject": None, "body": "a", "label": "x"}, {"subject": "b", "body": "c", "label": "y"}]
+    assert guess_columns(placed(*rows), None, None) == {"prompt": "{subject}\n\n{body}", "completion": "label"}
