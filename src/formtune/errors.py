@@ -1,6 +1,8 @@
 """Exceptions and their exit codes."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -20,6 +22,17 @@ class Stopped(BaseException):
     def __init__(self, number: int, detail: str = "") -> None:
         super().__init__(f"{signal.Signals(number).name}: {detail or 'stopped'}")
         self.code = 128 + number
+
+
+@contextmanager
+def as_user_error(what: str, remedy: str = "") -> Iterator[None]:
+    """Turn any exception into a UserError: damaged files and code by others can raise anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} ({first_line(error)}){remedy}") from error
 
 
 def first_line(error: BaseException) -> str:

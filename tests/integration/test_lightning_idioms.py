@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import lightning.pytorch as L
 import pytest
 import torch
 import yaml
@@ -104,6 +105,55 @@ def test_a_run_that_a_callback_stopped_early_stays_stopped_when_it_is_resumed(ta
     assert max(stopped) == "step-4.ckpt"
     assert fit(early, "--trainer.max_steps", "8", "--resume") == 0
     assert {path.name: path.stat().st_mtime for path in folder.iterdir()} == stopped, "nothing was trained or validated"
+
+
+def test_a_callback_needs_no_list(task_yaml):
+    assert fit("--trainer.callbacks", "LearningRateMonitor") == 0
+
+
+class Unsafe(L.Callback):
+    """A callback whose state safe loading refuses."""
+
+    def state_dict(self):
+        return {"place": Path("somewhere")}
+
+    def load_state_dict(self, state_dict):
+        pass
+
+
+def test_a_state_that_cannot_be_loaded_again_is_refused_at_the_first_checkpoint(task_yaml, capfd):
+    flags = "--trainer.callbacks=" + json.dumps([{"class_path": f"{__name__}.Unsafe"}])
+    assert fit(flags) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "checkpoint: the state of a callback, optimizer or schedule cannot be loaded" in error
+    assert not list(Path("logs/small/one/checkpoints").glob("*.ckpt"))
+
+
+def test_a_run_that_has_only_damaged_checkpoints_does_not_begin_again(task_yaml, capfd):
+    assert fit() == 0
+    for path in Path("logs/small/one/checkpoints").glob("*.ckpt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    assert fit("--resume") == 2
+    assert "every checkpoint is damaged; start a new run" in capfd.readouterr().err
+
+
+def test_less_memory_may_be_set_when_a_run_is_resumed(task_yaml):
+    flags = "--trainer.callbacks=" + json.dumps([{"class_path": f"{__name__}.StopAt"}])
+    with pytest.raises(MemoryError):
+        fit(flags, "--checkpoint.every_n_seconds", "0")
+    StopAt.step = None
+    less = ["--model.tokens_per_micro_batch", "64", "--model.gradient_checkpointing", "true"]
+    assert fit(flags, "--resume", *less) == 0
+
+
+class StopAt(L.Callback):
+    """Ends the run by an error after a step."""
+
+    step = 3
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise MemoryError
 
 
 def test_a_progress_bar_of_ones_own_replaces_formtunes(task_yaml):

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from formtune.errors import UserError, first_line
+from formtune.errors import UserError, as_user_error
 from formtune.formats import Format
 
 BLOCK, BLOCKS = 4096, 256  # bytes of a block, and blocks per file: reading all of a large base takes minutes
@@ -18,15 +18,11 @@ def skeleton(base: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    with as_user_error(f"model.base: {base} cannot be loaded"):
         check_folder(base)
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"model.base: {base} cannot be loaded ({first_line(error)})") from error
 
 
 def check_folder(base: str) -> None:

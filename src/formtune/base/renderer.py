@@ -26,7 +26,7 @@ from formtune.base.row import (
     shared,
     with_json_arguments,
 )
-from formtune.errors import UserError, first_line
+from formtune.errors import UserError, as_user_error, first_line
 
 
 def today() -> str:
@@ -151,12 +151,8 @@ class Renderer:
         from transformers import AutoTokenizer
 
         check_base(base)
-        try:
+        with as_user_error(f"model.base: no usable tokenizer in {base}"):
             return cls(AutoTokenizer.from_pretrained(base, trust_remote_code=False), date, template, tags)
-        except UserError:
-            raise
-        except Exception as error:  # a damaged file can raise anything
-            raise UserError(f"model.base: no usable tokenizer in {base}: {first_line(error)}") from error
 
     def encode(self, rows: Sequence[tuple[Any, ...]]) -> Iterator[Row | UnfitRow]:
         """Encode tuples (messages, where, schema, tools), the last two optional; each yields a Row or an UnfitRow."""

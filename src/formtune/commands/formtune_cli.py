@@ -35,7 +35,7 @@ from formtune.training.callbacks import AnswerTable, OverfittingWatch, Signals, 
 from formtune.training.checkpoint import BestCheckpoint, CheckpointFiles, choose, newest
 from formtune.training.diagnosis import diagnose, next_step
 from formtune.training.evaluator import Baseline
-from formtune.training.loggers import Name, make_loggers, record
+from formtune.training.loggers import Name, make_loggers
 from formtune.training.pipeline import prepare, train
 from formtune.training.plan import Timing, plan
 from formtune.training.run_folder import RunFolder, choose_run, measured_run, minimum_confidence
@@ -150,9 +150,11 @@ class FormtuneCLI(LightningCLI):
         if config.ckpt_path:
             raise UserError(f"ckpt_path: {self.subcommand} continues a run with --resume")
         launched = os.environ.get("FORMTUNE_RUN")  # by Lightning, with the command line and environment of rank 0
-        if launched is None and config.run is None and trainer_checks.launched_externally():
+        external = trainer_checks.launched_externally()
+        if launched is None and config.run is None and external:
             raise UserError("run: processes from torchrun or srun must agree on a folder; name it with --run")
-        if launched is None:
+        # Of processes from torchrun, a slow one could see the run that rank 0 has just begun.
+        if launched is None and not (external and os.environ.get("RANK", "0") != "0"):
             config.run = choose_run(LOGS / config.task, config.run, config.resume, lambda: self._dump(config))
         config.run = os.environ["FORMTUNE_RUN"] = launched or config.run or time.strftime("%Y%m%d-%H%M%S")
         self.folder = RunFolder(LOGS / config.task / config.run)
@@ -184,6 +186,9 @@ class FormtuneCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self.config_init[self.subcommand]
         options = dict(config.trainer)
+        for key in ("callbacks", "plugins"):  # Lightning also takes one alone
+            value = options[key]
+            options[key] = value if isinstance(value, list) else [] if value is None else [value]
         # formtune's checkpoints come first: `trainer.checkpoint_callback` and `ckpt_path="best"` refer to them.
         callbacks: list[Any] = [config.answer_table, self.signals]
         if config.dry_run and self.subcommand in TRAINS:
@@ -195,12 +200,12 @@ class FormtuneCLI(LightningCLI):
                 options["logger"] = make_loggers(config.logger, config.task, config.run, again)
         else:
             options["logger"] = False
-        custom_bar = any(isinstance(one, ProgressBar) for one in options["callbacks"] or ())
+        custom_bar = any(isinstance(one, ProgressBar) for one in options["callbacks"])
         if options["enable_progress_bar"] is not False and not custom_bar:
             # 0: no bar in a file, or if standard output is closed.
             callbacks.append(StepsBar(int(bool(sys.stdout and sys.stdout.isatty()))))
-        options["callbacks"] = callbacks + (options["callbacks"] or [])
-        options["plugins"] = [*(options["plugins"] or []), CheckpointFiles()]
+        options["callbacks"] = callbacks + options["callbacks"]
+        options["plugins"] = [*options["plugins"], CheckpointFiles()]
         if SLURMEnvironment.detect():
             # Lightning would save in a signal handler, and load that file unasked.
             options["plugins"].append(SLURMEnvironment(auto_requeue=False))
@@ -221,22 +226,16 @@ class FormtuneCLI(LightningCLI):
         trainer: Any = self.trainer
         for line in _preflight(model) if all_stages else ():
             rank_zero_only(print)(f"preflight: {line}")
+        baselines = config.baselines if all_stages else None
         if config.dry_run:
-            baselines = config.baselines if all_stages else None
             return plan(trainer, model, datamodule, self._record, baselines, config.baseline_rows)
         writes = trainer.is_global_zero and not trainer.fast_dev_run
         with self.folder.locked() if writes else contextlib.nullcontext():
-            if all_stages:
-                result: Any = train(
-                    trainer, model, datamodule, self.folder, self._record, config.baselines, config.baseline_rows,
-                    self.checkpoint, self.full,
-                )  # fmt: skip
-            else:
-                prepare(trainer, datamodule)
-                if writes and not self.folder.begun:
-                    record(trainer, self.folder.path / "config.yaml", self._record())
-                trainer.fit(model, datamodule, ckpt_path=self.checkpoint)
-        if writes and all_stages:
+            result = train(
+                trainer, model, datamodule, self.folder, self._record, baselines, config.baseline_rows,
+                self.checkpoint, self.full,
+            )  # fmt: skip
+        if writes and result:
             print_result(result, self.folder.path)
         elif writes:
             history = callback(trainer, OverfittingWatch).history

@@ -10,7 +10,7 @@ from pathlib import Path
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import short_help
 from formtune.configuration.yaml_file import check_configs
-from formtune.errors import Fault, UserError
+from formtune.errors import Fault, UserError, first_line
 
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "Broken pipe")  # in messages
 QUIET = (
@@ -59,6 +59,8 @@ def run(command: str, args: list[str]) -> None:
         name, remedy = os.fsdecode(error.filename or "a file"), "fix this and continue with --resume"
         raise Fault(f"{name}: {error.strerror}" + f"; {remedy}" * (command in ("train", "fit"))) from error
     except RuntimeError as error:
+        if "conditioned on metric" in str(error):  # EarlyStopping, on a custom metric
+            raise UserError(f"trainer.callbacks: {first_line(error)}") from None
         if not any(words in str(error) for words in LOST_CONNECTION):
             raise
         time.sleep(1)  # the failed process prints its message first

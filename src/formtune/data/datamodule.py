@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,12 @@ class FormatDataModule(L.LightningDataModule):
 
     def training_sample(self) -> list[Row]:
         """This process's share of a fixed sample of training rows, as many as validation sees."""
-        assert self.trainer is not None
-        validated = int(sum(self.trainer.num_val_batches)) * EVALUATION_ROWS
-        return self._share(sample(self.rows["train"], min(len(self.rows["validation"]), validated)))
+        trainer: Any = self.trainer
+        validated, rows = int(sum(trainer.num_val_batches)) * EVALUATION_ROWS, self.rows["train"]
+        if trainer.overfit_batches:  # the only ones that are trained
+            count = int(trainer.num_training_batches) * self.rows_per_step
+            rows = [rows[i] for i in islice(Order(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0))), count)]
+        return self._share(sample(rows, min(len(self.rows["validation"]), validated)))
 
     def _collate(self, rows: list[Row], evaluation: bool = False, decoding: Any = None) -> Any:
         """This process's share of the rows, as the model's batch; the rows themselves without a model."""

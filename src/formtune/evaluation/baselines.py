@@ -5,6 +5,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ SHOTS = 4  # training rows in the prompt; fewer if they do not fit
 ENOUGH = 0.95  # share of right answers with which prompting may be enough
 FOLDER = Path(".cache/baseline")
 MAX_ENTRIES = 24  # measurements that it keeps
+PACKAGES = ("torch", "transformers", "tokenizers")  # whose versions may change an answer
 
 
 def choose_shots(train: Sequence[Row], count: int, format: Format) -> list[Row]:
@@ -67,7 +69,7 @@ def few_shot_rows(
 
 def cache_entry(base: str, rows: Sequence[Row], settings: dict[str, Any], format: Format) -> Path:
     """The cache entry of a baseline, named by a hash of everything that decides its answers, code included."""
-    inputs = [identity(base), settings, format.to_dict()]
+    inputs = [identity(base), settings, format.to_dict(), *map(version, PACKAGES)]
     hashed = hashlib.blake2b(json.dumps(inputs, default=str).encode(), digest_size=16)
     for path in own_code("base", "model", "formats", "evaluation"):
         hashed.update(path.read_bytes())

@@ -34,7 +34,7 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
     kinds = [name for name in first if name.startswith("fail/") and any(figures[name] for figures in columns.values())]
     ends = ((custom or HEADLINES)[-1], *fields[-1:])
     for name in (*HEADLINES, *custom, *fields, *kinds):
-        cells = [_cell(name, figures[name]) for figures in columns.values()]
+        cells = [_cell(name, figures[name]) if name in figures else "-" for figures in columns.values()]
         table.add_row(name.replace(FIELD, "field "), *cells, end_section=name in ends)
     Console().print(table)
     if folder is None:

@@ -93,6 +93,7 @@ class Scores(nn.Module):
         numbered = (f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1))
         custom = dict(zip(numbered, metrics, strict=True))
         self.custom = MetricCollection(custom, prefix="custom/", compute_groups=False)  # type: ignore[arg-type]
+        self.custom.requires_grad_(False)  # a network within a metric is not trained
 
     @property
     def names(self) -> set[str]:

@@ -169,10 +169,11 @@ def _curves(history: Sequence[dict[str, Any]]) -> list[tuple[str, float, float, 
     """Title and limits of each plot, and its curves: at each validation a value, and its height from 0 to 1."""
     measured = {"train": [p.get("train_loss") for p in history], "validation": [p.get("val_loss") for p in history]}
     losses: dict[str, list[Any]] = {name: values for name, values in measured.items() if None not in values}
-    positive = [value for values in losses.values() for value in values if value > 0] or [1.0]
+    positive = [value for values in losses.values() for value in values if 0 < value < math.inf] or [1.0]
     low, high = min(positive), max(positive)
     scale = math.log(high / low) or 1  # logarithmic: the first loss is often a hundred times the last
-    heights = {name: [(v, math.log(max(v, low) / low) / scale) for v in values] for name, values in losses.items()}
+    drawn = {name: [(v, v if math.isfinite(v) else high) for v in values] for name, values in losses.items()}
+    heights = {name: [(v, math.log(max(y, low) / low) / scale) for v, y in points] for name, points in drawn.items()}
     rates = {"format/exact": [p["exact"] / p["rows"] for p in history], "field F1": [p["field_f1"] for p in history]}
     shares = {name: [(100 * value, value) for value in values] for name, values in rates.items()}
     return [("loss, nats per token, logarithmic", low, high, heights), ("% of the validation rows", 0, 100, shares)]

@@ -9,7 +9,7 @@ import torch
 
 from formtune.base.folder import check_base, identity
 from formtune.configuration.yaml_file import is_set
-from formtune.errors import UserError, first_line
+from formtune.errors import UserError, as_user_error
 from formtune.model.lora import Lora, difference
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -20,6 +20,7 @@ FREE = {
     "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config",
     "fan_in_fan_out",
 }  # fmt: skip
+PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")  # others change the base too
 MERGE = "merge it with PEFT's merge_and_unload and set model.base to the result"
 
 
@@ -31,19 +32,17 @@ class TrainedAdapter:
         from safetensors.torch import load
 
         self.name, run = name, Path(name, "adapter")
-        try:
+        remedy = "; name a finished run, or a PEFT adapter saved as safetensors"
+        with as_user_error(f"model.adapter: {name} cannot be read", remedy):
             folder = run if run.is_dir() else _folder(name)
             self.config: Any = PeftConfig.from_pretrained(str(folder))
             content, manifest = (folder / WEIGHTS).read_bytes(), folder / "manifest.json"
             self.weights, self.hash = load(content), hashlib.sha256(content).hexdigest()
             self._base = json.loads(manifest.read_bytes())["base"].get("identity") if manifest.is_file() else None
-        except UserError:
-            raise
-        except Exception as error:  # a damaged file can raise anything
-            remedy = "name a finished run, or a PEFT adapter saved as safetensors"
-            raise UserError(f"model.adapter: {name} cannot be read ({first_line(error)}); {remedy}") from None
-        plain = vars(LoraConfig(init_lora_weights=getattr(self.config, "init_lora_weights", True) is True))
+        plain = vars(LoraConfig())
         for key, value in vars(self.config).items():
+            if key == "init_lora_weights" and value in PLAIN_INITIALIZATIONS:
+                continue
             if key not in FREE and key not in KEYS and (value or None) != (plain.get(key) or None):
                 raise UserError(f"model.adapter: {name} is not plain LoRA ({key}: {value}); {MERGE}")
         if not all(torch.isfinite(tensor).all() for tensor in self.weights.values()):
@@ -69,9 +68,10 @@ class TrainedAdapter:
 
     def check_base(self, base: str, base_identity: str) -> None:
         """Refuse another base than the adapter's, compared by its weights if these are known, else by name."""
-        name = str(self.config.base_model_name_or_path)
-        recorded = self._base or (identity(name) if Path(name).is_dir() else None)
-        if recorded != base_identity if recorded else name != base:
+        name = str(self.config.base_model_name_or_path or "an unnamed base")
+        recorded = self._base or (identity(name) if Path(name, "config.json").is_file() else None)
+        same = recorded == base_identity if recorded else name == base
+        if not same:
             remedy = f"set model.base: {name}, or, for a copy of it, base_model_name_or_path in the adapter's {CONFIG}"
             raise UserError(f"model.base: {self.name} was trained on {name}, not on {base}; {remedy}")
 

@@ -31,17 +31,27 @@ def attention_forward(
     scaling: float | None = None, sliding_window: int | None = None, attend: Attend | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """An attention implementation of transformers; `attend` reaches it as a keyword argument of the decoder."""
-    special = {"mask": attention_mask} | {name: options.get(name) for name in ("softcap", "s_aux", "position_bias")}
-    if names := [name for name, value in special.items() if value is not None]:
-        raise NotImplementedError(f"the model has a special attention implementation ({', '.join(names)})")
+    unsupported = {name: options.get(name) for name in ("softcap", "s_aux", "position_bias")}
+    unsupported["mask"] = attention_mask if attend else None
+    if names := [name for name, value in unsupported.items() if value is not None]:
+        raise NotImplementedError(f"packed attention does not support: {', '.join(names)}")
     if attend is not None:
         return attend(module.layer_idx, query, key, value, scaling, sliding_window).transpose(1, 2), None
     # Rows are not packed, for example if a callback calls the model.
-    if sliding_window is not None and key.size(2) > sliding_window:
-        raise NotImplementedError("rows are longer than the window: call set_attn_implementation('sdpa') first")
-    causal = query.size(2) > 1
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
+    if attention_mask is None and sliding_window is not None and key.size(2) > sliding_window:
+        raise NotImplementedError("this call needs a mask for its window: call set_attn_implementation('sdpa') first")
+    causal = attention_mask is None and query.size(2) > 1
+    out = F.scaled_dot_product_attention(
+        query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=True
+    )
     return out.transpose(1, 2), None
+
+
+def padding_mask(attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
+    """The mask that goes with `attention_forward`: that of padding, and none without it."""
+    from transformers.masking_utils import sdpa_mask
+
+    return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **options)
 
 
 class PackedAttention:

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from formtune.base.folder import check_folder
-from formtune.errors import UserError, first_line
+from formtune.errors import UserError, as_user_error
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,12 @@ def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch
 
     logging.disable_progress_bar()
     extra = _in_4_bits(dtype, device) if quantize else {}
-    try:
+    with as_user_error(f"model.base: {base} cannot be loaded"):
         check_folder(base)
         # Pickle files are never read: a base without safetensors is refused.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **extra
         )
-    except UserError:
-        raise
-    except Exception as error:  # a damaged folder can raise anything
-        raise UserError(f"model.base: {base} cannot be loaded ({first_line(error)})") from error
     model, info = loaded
     for name in ("missing_keys", "mismatched_keys", "error_msgs"):
         if keys := info.get(name):  # transformers would continue with random numbers in these tensors

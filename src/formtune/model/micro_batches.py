@@ -106,6 +106,8 @@ class Padded:
 class MicroBatches:
     """Padded rows of similar length, for any causal model; `SharedPrefixes` is faster where the model allows it."""
 
+    alone = False  # whether each row is a micro-batch: the model computes other logits for padded rows
+
     def __init__(self, model: Any) -> None:
         self.base = model.get_base_model() if hasattr(model, "peft_config") else model
         self.vocabulary = self.base.get_input_embeddings().num_embeddings
@@ -121,7 +123,7 @@ class MicroBatches:
         for i in sorted(range(len(rows)), key=lambda i: prompts[i] + answers[i], reverse=True):
             wider = [*group, i]
             columns = max(prompts[j] for j in wider) + max(answers[j] for j in wider)
-            if group and columns * len(wider) > tokens:
+            if group and (self.alone or columns * len(wider) > tokens):
                 yield _pad(rows, group)
                 wider = [i]
             group = wider
@@ -226,9 +228,12 @@ def out_of_memory_named(rows: Sequence[Row], tokens: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|(allocate|enough) memory", str(error)):
+        text = "out of memory|(allocate|enough) memory"
+        if not rows or not (isinstance(error, MemoryError) or re.search(text, str(error))):
             raise
         longest = max(rows, key=len)
-        step = f"a step of {len(rows)} rows, the longest {longest.where} with {len(longest)} tokens"
-        remedy = f"lower model.tokens_per_micro_batch (now {tokens}) or set model.gradient_checkpointing: true"
-        raise Fault(f"out of memory in {step}; {remedy}") from error
+        batch = f"a batch of {len(rows)} rows, the longest {longest.where} with {len(longest)} tokens"
+        remedy = f"lower model.tokens_per_micro_batch (now {tokens})"
+        if torch.is_grad_enabled():  # in training
+            remedy += " or set model.gradient_checkpointing: true"
+        raise Fault(f"out of memory in {batch}; {remedy}") from error

@@ -92,6 +92,7 @@ class FormatModule(L.LightningModule):
         # No save_hyperparameters(): on resume the checkpoint's values would silently override YAML and flags.
         self.automatic_optimization = False  # the number of micro-batches differs from step to step
         self.base, self.format, self.lora, self.quantize = base, format, lora, quantize
+        self.context = context_length(base) or 10**9
         self.template = read_template(chat_template)
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
         self.max_new_tokens, self.tokens_per_micro_batch = max_new_tokens, tokens_per_micro_batch
@@ -111,7 +112,6 @@ class FormatModule(L.LightningModule):
             return
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.renderer = Renderer.load(self.base, template=self.template, tags=self.format.tags)
-        self.context = context_length(self.base) or 10**9
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.trainer.precision, torch.float32)
         strategy = self.trainer.strategy
         sharded = isinstance(strategy, ShardedBase)  # then the base may not fit on one device
@@ -173,7 +173,8 @@ class FormatModule(L.LightningModule):
         optimizer: Any = self.optimizers()
         strategy, started = self.trainer.strategy, time.perf_counter()
         # Dropout is a function of seed, step and rank: nothing that happens between two steps changes the next one.
-        torch.manual_seed((self.seed * 1_000_003 + self.trainer.global_step) * 8191 + self.trainer.global_rank)
+        seed = (self.seed * 1_000_003 + self.trainer.global_step) * 8191 + self.trainer.global_rank
+        torch.manual_seed(seed % 2**63)
         sizes = [sum(len(row.target_ids) for row in batch.rows), sum(map(len, batch.rows))]
         tokens, all_tokens = strategy.reduce(torch.tensor(sizes, device=self.device), reduce_op="sum")
         # DDP averages gradients over the ranks; the step's gradient is their sum, divided by the tokens of all ranks.
@@ -267,7 +268,8 @@ class FormatModule(L.LightningModule):
         """Loss over the rows of all processes, in nats per token, without decoding; each process passes its share."""
         losses, batch = LossMetrics().to(self.device), self.collate(rows, evaluation=True)
         # Precision and micro-batches as in validation: equal rows get an equal loss.
-        with self.trainer.precision_plugin.forward_context(), uneven_counts(self.trainer, self.micro_batches):
+        named = out_of_memory_named(rows, self.tokens_per_micro_batch)
+        with named, self.trainer.precision_plugin.forward_context(), uneven_counts(self.trainer, self.micro_batches):
             self.micro_batches.decode(rows, batch.micro_batches, (), [0] * len(rows), losses=losses)
         return ratios(losses.compute())["val/loss"]
 
@@ -278,7 +280,7 @@ class FormatModule(L.LightningModule):
         saved: Any = checkpoint.get("formtune")
         resumes = self.trainer.state.fn == "fit"
         check_identity(saved, self._identity, resumes)
-        self.orders = saved.get("orders", self.orders)  # the training targets', also for prompts alone
+        self.orders = saved["orders"]  # of the training targets, also for prompts alone
         self.__dict__.pop("grammar", None)
         if resumes:
             self.skipped, self.skipped_in_a_row = saved["skipped"]

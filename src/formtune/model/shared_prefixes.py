@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from formtune.base.row import Row
 from formtune.errors import first_line
-from formtune.model.attention import NAME, CachedAttention, PackedAttention, attention_forward
+from formtune.model.attention import NAME, CachedAttention, PackedAttention, attention_forward, padding_mask
 from formtune.model.micro_batches import Answers, MicroBatches
 from formtune.model.packing import Packed, pack
 
@@ -52,24 +52,39 @@ class SharedPrefixes(MicroBatches):
 @torch.no_grad()
 def choose_micro_batches(model: Any) -> MicroBatches:
     """Shared prefixes if the model computes the same logits with them, on a few dozen tokens; else padded rows."""
-    shared, training = SharedPrefixes(model), model.training
+    shared, padded, training = SharedPrefixes(model), MicroBatches(model), model.training
     usual = shared.base.config._attn_implementation
     model.eval()
     try:
         difference = _difference(shared)
     except Exception as error:  # an architecture can fail in any way on unknown keyword arguments
         difference = first_line(error)
+    if difference is not None:
+        shared.base.set_attn_implementation(usual)
+        padded.alone = not _ignores_padding(padded)
+        how = "each row is computed alone" if padded.alone else "rows are padded"
+        rank_zero_warn(f"prefixes are not shared, {how}: {difference}")
     model.train(training)
-    if difference is None:
-        return shared
-    shared.base.set_attn_implementation(usual)
-    rank_zero_warn(f"prefixes are not shared, each row is computed separately: {difference}")
-    return MicroBatches(model)
+    return padded if difference is not None else shared
+
+
+def _ignores_padding(padded: MicroBatches) -> bool:
+    """Whether the model computes the same logits for padded rows; recurrent ones may not."""
+    ids = [1 + i * 7919 % (padded.vocabulary - 1) for i in range(24)]
+    [batch] = padded.split([Row(ids, [], "", None, ""), Row(ids[:8], [], "", None, "")], 10**6)
+    alone = [padded.base(torch.tensor([row], device=padded.device), use_cache=False) for row in (ids, ids[:8])]
+    return _error(padded._forward(batch)[1], torch.stack([output.logits[0, -1] for output in alone])) is None
+
+
+def _error(logits: Tensor, expected: Tensor) -> float | None:
+    """The relative error of logits, None if rounding explains it."""
+    error = float((logits.float() - expected.float()).norm() / expected.float().norm())
+    return None if error < (1e-3 if logits.dtype == torch.float32 else 0.05) else error
 
 
 def _difference(shared: SharedPrefixes) -> str | None:
     """Why this model does not support packed rows, None if it does; its attention is then the packed one."""
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     base, config, head = shared.base, shared.base.config.get_text_config(), shared.base.get_output_embeddings()
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
@@ -84,6 +99,7 @@ def _difference(shared: SharedPrefixes) -> str | None:
     alone = [base(torch.tensor([prompts[i]], device=shared.device), use_cache=False).logits[0] for i in packed.rows]
     # Not compiled with the layers: its Python code runs differently for each packed sequence.
     AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))
+    AttentionMaskInterface.register(NAME, padding_mask)
     base.set_attn_implementation(NAME)
     windows, attention = set(), PackedAttention(packed)
 
@@ -96,8 +112,7 @@ def _difference(shared: SharedPrefixes) -> str | None:
     if window and "sliding_attention" in kinds and window not in windows:
         return "the model does not pass its sliding window to the attention"
     for path, logits in zip(packed.paths(), alone, strict=True):
-        same = torch.cat([together[segment.start : segment.end] for segment in path]).float()
-        error = float((same - logits.float()).norm() / logits.float().norm())
-        if not error < (1e-3 if together.dtype == torch.float32 else 0.05):
+        same = torch.cat([together[segment.start : segment.end] for segment in path])
+        if (error := _error(same, logits)) is not None:
             return f"the model's logits differ by {error:.1%}"
     return None

@@ -185,11 +185,13 @@ class StepsBar(TQDMProgressBar):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step, total = trainer.global_step, trainer.estimated_stepping_batches
         super().on_train_batch_end(trainer, pl_module, outputs, batch, step - 1)
-        if self.is_disabled and trainer.is_global_zero and step % PRINTED_STEPS == 0 and step < total < math.inf:
+        if self.is_disabled and trainer.is_global_zero and step % PRINTED_STEPS == 0 and step < total:
             started, first = self._started
-            left = timedelta(seconds=round((time.monotonic() - started) / (step - first) * (total - step)))
-            loss = self.get_metrics(trainer, pl_module)["loss"]
-            print(f"step {step} of {total}  train/loss {loss}  {left} left", flush=True)
+            line = f"step {step}  train/loss {self.get_metrics(trainer, pl_module)['loss']}"
+            if total < math.inf:  # no time limit alone
+                left = timedelta(seconds=round((time.monotonic() - started) / (step - first) * (total - step)))
+                line = f"{line.replace('  ', f' of {total}  ', 1)}  {left} left"
+            print(line, flush=True)
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         if trainer.sanity_checking:

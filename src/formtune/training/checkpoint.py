@@ -13,7 +13,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from formtune.errors import Fault, Stopped, UserError, first_line
+from formtune.errors import Fault, Stopped, UserError, as_user_error, first_line
 from formtune.files import write_atomic
 from formtune.model.ranks import highest
 from formtune.training import callback
@@ -100,9 +100,17 @@ class BestCheckpoint(ModelCheckpoint):
 class CheckpointFiles(TorchCheckpointIO):
     """Lightning's checkpoint IO, with atomic writes and checked reads."""
 
+    checked = False  # whether a checkpoint of this run can be read
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
+        if not self.checked:
+            buffer.seek(0)
+            remedy = "; keep numbers, strings, lists, dictionaries and tensors in it"
+            with as_user_error("checkpoint: the state of a callback, optimizer or schedule cannot be loaded", remedy):
+                torch.load(buffer, weights_only=True)
+            self.checked = True
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(Path(path), buffer.getvalue())
@@ -122,13 +130,17 @@ def steps(folder: Path) -> dict[int, Path]:
 
 def newest(folder: Path) -> Path | None:
     """The intact checkpoint of the highest step; damaged ones above it are renamed to `*.damaged`."""
-    for path in reversed(steps(folder).values()):
+    files = steps(folder)
+    for path in reversed(files.values()):
         try:
             read(path)
             return path
-        except UserError:
+        except UserError as error:
+            print(f"{error}; renamed to {path.name}.damaged", flush=True)
             with contextlib.suppress(FileNotFoundError):  # another process was first
                 path.replace(f"{path}.damaged")
+    if files:
+        raise UserError(f"{folder}: every checkpoint is damaged; start a new run with another --run")
     return None
 
 

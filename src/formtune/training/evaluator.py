@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from formtune.base.folder import context_length
 from formtune.base.row import Row
 from formtune.data.datamodule import FormatDataModule
 from formtune.data.preparation import production_rows, sample
@@ -31,11 +30,9 @@ class Evaluator:
         assert datamodule.splits is not None, "prepare() comes first"
         self.trainer, self.model, self.datamodule, self.folder = trainer, model, datamodule, folder
         self.splits, self.settings = datamodule.splits, datamodule.settings
-        model.orders = self.splits.orders  # the baselines are tested before the trainer knows the data module
         # Each row once, whatever its weight: no example is in a prompt twice.
         self.train_rows = list({id(row): row for row in datamodule.rows["train"]}.values())
         self.test_rows = datamodule.rows["test"]
-        self.context = context_length(model.base) or 10**9
         self.result: dict[str, Any] = {"counts": {}}
         self.outcomes: dict[str, list[Outcome]] = {}
         self._writes = trainer.is_global_zero and not trainer.fast_dev_run
@@ -53,7 +50,7 @@ class Evaluator:
             self._print(f"baselines: {rest}; --baselines '[]' measures only the zero-shot base")
         if "few_shot" in kinds:
             shots = prompting.shots_by_schema(self.train_rows, sampled, format)
-            rows, count = prompting.few_shot_rows(sampled, shots, renderer, self.context)
+            rows, count = prompting.few_shot_rows(sampled, shots, renderer, self.model.context)
             if count:
                 name = f"{count}-shot"
                 prompts[name], outcomes[name] = rows, self._baseline("few_shot", rows)
@@ -98,7 +95,7 @@ class Evaluator:
         """Valid format on extended test rows, up to production's P99 and beyond the training rows."""
         production = production_rows(self.settings)
         train, longer = ([len(row.prompt_ids) for row in rows] for rows in (self.train_rows, production))
-        lengths = probe_lengths(train, longer, int((self.context - self._longest) / LONGER))
+        lengths = probe_lengths(train, longer, int((self.model.context - self._longest) / LONGER))
         texts = [row.input for row in production or self.train_rows]
         probes = []
         for name, rows in probe_rows(self.test_rows, texts, lengths, self.settings.renderer).items():

@@ -1,6 +1,7 @@
 """The stages of `formtune train`, in the order in which they run."""
 
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,23 +33,26 @@ def train(
     datamodule: FormatDataModule,
     folder: RunFolder,
     config: Callable[[], str],  # returns the configuration as YAML
-    baselines: Sequence[Baseline],  # what to measure besides the zero-shot base
+    baselines: Sequence[Baseline] | None,  # what to measure besides the zero-shot base; None only fits
     baseline_rows: int,  # test rows that the baselines are measured on, at most
     checkpoint: Path | None,  # to resume from
     full: dict[str, Any],  # values without --quick of the keys that it changes; else empty
 ) -> dict[str, Any] | None:
-    """Measure the base, fit, test the best checkpoint, export the adapter and write the report.
+    """Measure the base, fit, test the best checkpoint, write its adapter and the report.
 
-    Returns the content of `metrics.json`; None under `fast_dev_run`, which writes nothing.
+    Returns the content of `metrics.json`; None for `fit` and under `fast_dev_run`, which writes nothing.
     """
     # Rows
     prepare(trainer, datamodule)
-    evaluator = Evaluator(trainer, model, datamodule, folder.path)
     writes = trainer.is_global_zero and not trainer.fast_dev_run
     if writes and not folder.begun:
         record(trainer, folder.path / "config.yaml", config())
+    if baselines is None:
+        trainer.fit(model, datamodule, ckpt_path=checkpoint)
+        return None
+    evaluator = Evaluator(trainer, model, datamodule, folder.path)
 
-    # What prompting reaches
+    # Prompting baselines
     began = time.monotonic()
     evaluator.baselines(baselines, baseline_rows)
 
@@ -61,7 +65,7 @@ def train(
     if trainer.fast_dev_run:
         return None
 
-    # The best checkpoint; its adapter is written before anything else can fail
+    # The best checkpoint; its adapter is written before the test
     history, checkpoints = callback(trainer, OverfittingWatch).history, callback(trainer, BestCheckpoint)
     chosen, advice = best(history), next_step(history, trainer, "train", full)
     if chosen is None:
@@ -103,7 +107,7 @@ def train(
 
 def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> None:
     """Prepare the rows, and describe them before anything slow starts."""
-    datamodule.trainer = trainer
+    datamodule.trainer, trainer.datamodule = trainer, datamodule  # before Lightning does it: baselines need the rows
     datamodule.setup(stage)
     if not trainer.is_global_zero:
         return
@@ -120,7 +124,8 @@ def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> N
 def peak_memory() -> float:
     """Peak GiB of this process so far, on its GPU if it has one."""
     on_gpu = torch.cuda.is_available()
-    return (torch.cuda.max_memory_allocated() if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return (torch.cuda.max_memory_allocated() if on_gpu else unit * getrusage(RUSAGE_SELF).ru_maxrss) / 2**30
 
 
 def export_adapter(module: FormatModule, folder: Path, config: Path, data: str | None, origin: dict[str, Any]) -> None:

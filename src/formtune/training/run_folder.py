@@ -19,6 +19,8 @@ FREE = (
     *("run", "resume", "task", "trainer.default_root_dir", "trainer.enable_progress_bar", "data.prompts", "logger"),
     *("checkpoint.every_n_seconds", "checkpoint.save_last", "answer_table"),
 )
+# Keys that a resumed run may change if memory runs out: sums are rounded, and dropout drawn, in another order.
+MEMORY = ("model.tokens_per_micro_batch", "model.gradient_checkpointing")
 # Keys that do not change the time of a run, and those that a dry run sets itself.
 UNPLANNED = (*FREE, "data.date", *(f"trainer.{key}" for key in ("logger", "callbacks", "enable_checkpointing", "min_")))
 
@@ -50,7 +52,7 @@ class RunFolder:
         if None in (old.get("data.date"), new.get("data.date")):  # the template writes none, or the run's is used
             old["data.date"] = new["data.date"] = None
         for key in new | old:
-            if old.get(key) != new.get(key) and not key.startswith(FREE):
+            if old.get(key) != new.get(key) and not key.startswith((*FREE, *MEMORY)):
                 return f"{key} {old.get(key)}, now {new.get(key)}"
         return None
 
@@ -98,7 +100,8 @@ def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], 
     if path is None or not (folder := RunFolder(path)).begun or (folder.finished and not name):
         return name
     if not resume:
-        raise UserError(f"run: {folder.path} already has a run; continue it with --resume, or choose another --run")
+        remedy = "choose another --run" if folder.finished else "continue it with --resume, or choose another --run"
+        raise UserError(f"run: {folder.path} already has a {'finished ' * folder.finished}run; {remedy}")
     difference = folder.difference(config())
     if difference and name:
         raise UserError(f"resume: {folder.path} was started with {difference}; choose another --run for a new run")

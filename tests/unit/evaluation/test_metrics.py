@@ -135,3 +135,18 @@ def test_a_metric_of_ones_own_that_fails_is_named_in_one_line():
         own(scores, ("a", "b"))
     with pytest.raises(UserError, match="compute failed: ValueError: could not"):
         scores.compute([], [])  # a process may get no row
+
+
+def test_a_network_within_a_metric_is_not_trained():
+    class Network(Metric):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.nn.Linear(2, 2)
+
+        def update(self, answers, targets):
+            pass
+
+        def compute(self):
+            return 0.0
+
+    assert not [p for p in Scores(FORMAT, [Network()]).parameters() if p.requires_grad]

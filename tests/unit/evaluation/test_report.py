@@ -561,3 +561,16 @@ def test_another_base_or_format_is_measured_anew(tmp_path):
     (tmp_path / "config.json").write_text('{"a": 1}')
     keys.add(baseline.cache_entry(str(tmp_path), [row], {"precision": "32-true"}, JsonSchema(SCHEMA)))
     assert len(keys) == 5
+
+
+def test_a_custom_figure_that_only_one_evaluation_has_is_left_empty(capsys):
+    run = full_run()
+    run.result["before"] = run.result.get("before", {})
+    run.result["after"] |= {"custom/rarity": 0.5}
+    assert "rarity" in card(run) and "rarity" in page(run)
+
+
+def test_an_infinite_loss_leaves_the_curves_in_their_frame():
+    run = full_run()
+    run.result["training"]["history"][1]["val_loss"] = float("inf")
+    assert ",nan" not in page(run) and ",inf" not in page(run)

@@ -180,7 +180,7 @@ def test_a_model_that_cannot_take_packed_rows_gets_padded_rows_and_a_warning():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **sizes))
     torch.nn.init.normal_(model.lm_head.weight, std=2.0)
     model = tuned(model)
-    with pytest.warns(UserWarning, match="prefixes are not shared, each row is computed separately"):
+    with pytest.warns(UserWarning, match="prefixes are not shared, rows are padded"):
         micro_batches = choose_micro_batches(model)
     assert type(micro_batches) is MicroBatches
     rows = random_rows(1)
@@ -208,3 +208,29 @@ def test_the_loss_is_the_same_in_chunks_and_with_an_adapter_on_the_output_layer(
         micro_batches = choose_micro_batches(model)
     assert isinstance(micro_batches, SharedPrefixes) == ("lm_head" not in targets)
     assert_same(in_micro_batches(model, micro_batches, rows, 10**6), one_by_one(model, rows))
+
+
+def test_a_padded_forward_pass_of_a_callback_ignores_the_padding():
+    model = tuned(tiny_model())
+    choose_micro_batches(model)  # sets the packed attention
+    ids, short = torch.tensor([[5, 6, 7, 8, 9, 10]]), torch.tensor([[5, 6, 7, 8]])
+    padded = torch.cat([torch.zeros(1, 2, dtype=torch.long), short], 1)
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    together = model(
+        torch.cat([ids, padded]), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)
+    ).logits
+    torch.testing.assert_close(together[1, 2:], model(short).logits[0], atol=1e-5, rtol=1e-4)
+
+
+def test_rows_of_a_model_that_ignores_the_attention_mask_are_computed_alone(monkeypatch):
+    model = tuned(tiny_model())
+    decoder = type(model.get_base_model().get_decoder())
+    forward = decoder.forward
+
+    def without_mask(self, *args, attention_mask=None, position_ids=None, attend=None, **options):
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(decoder, "forward", without_mask)
+    with pytest.warns(UserWarning, match="each row is computed alone"):
+        micro_batches = choose_micro_batches(model)
+    assert [len(part.rows) for part in micro_batches.split(random_rows(1), 10**6)] == [1] * 12
