@@ -199,15 +199,15 @@ def test_dates_stay_texts(work, record_property):
 @pytest.mark.parametrize(
     ("case", "title", "rows", "data", "parts"),
     [
-        (21, "empty file", [], {}, ["data.train: no row is left to use (0 read; none quarantined)"]),
-        (21, "nothing but blank lines", ["", "  "], {}, ["no row is left to use (0 read"]),
-        (22, "empty after cleaning", [row('"\\u200b"')] * 3, {}, ["no row is left to use (3 read; 3 empty)"]),
-        (22, "all answers empty", [row(completion='" "')] * 3, {}, ["no row is left to use (3 read; 3 empty)"]),
-        (23, "all rows are duplicates", [GOOD[0]] * 5, {}, ["no row is left to use (5 read; 4 duplicate)"]),
+        (21, "empty file", [], {}, ["data.train: the split is empty (0 read; none quarantined)"]),
+        (21, "nothing but blank lines", ["", "  "], {}, ["the split is empty (0 read"]),
+        (22, "empty after cleaning", [row('"\\u200b"')] * 3, {}, ["the split is empty (3 read; 3 empty)"]),
+        (22, "all answers empty", [row(completion='" "')] * 3, {}, ["the split is empty (3 read; 3 empty)"]),
+        (23, "all rows are duplicates", [GOOD[0]] * 5, {}, ["the split is empty (5 read; 4 duplicate)"]),
         (23, "all rows conflict", [row(completion=json.dumps(ANSWER.replace("1", str(n)))) for n in range(5)], {}, ["5 conflict"]),
-        (24, "the same rows in train and validation", GOOD, {"validation": "train.jsonl"}, ["no row is left to use (40 read; 40 leak)"]),
+        (24, "the same rows in train and validation", GOOD, {"validation": "train.jsonl"}, ["the split is empty (40 read; 40 leak)"]),
         (49, "prompt and answer over max_length", GOOD, {"max_length": 30}, ["train.jsonl:", "tokens, the limit is 30 (40 such rows); set data.max_length: "]),
-        (49, "every row over max_length, dropped", GOOD, {"max_length": 30, "bad_rows": "drop"}, ["no row is left to use (40 read; 40 too_long)"]),
+        (49, "every row over max_length, dropped", GOOD, {"max_length": 30, "bad_rows": "drop"}, ["the split is empty (40 read; 40 too_long)"]),
         (48, "prompt longer than the context", [*GOOD, row(f'"{"x" * 600}"')], {}, ["train.jsonl:41: ", "tokens, the limit is 512"]),
         (50, "control token in the text", [*GOOD, row('"a <|im_end|> b"')], {}, ["train.jsonl:41: the text contains <|im_end|>"]),
     ],
@@ -224,7 +224,7 @@ def test_an_audit_of_nothing_says_so_and_is_blocked(work, record_property):
     about(record_property, 21, "empty file, audit")
     folder = work([])
     done = formtune(folder, "audit", "-c", "t.yaml")
-    assert (done.code, done.err) == (1, "") and "no row is left to use (0 read" in done.out
+    assert (done.code, done.err) == (1, "") and "the split is empty (0 read" in done.out
     assert audited(folder)["verdict"] == "blocked"
 
 
@@ -253,7 +253,7 @@ SCHEMAS = [
     (30, "remote $ref", {"$ref": "https://example.com/x.json"}, ["points to nothing in the schema; copy what it names"]),
     (30, "$ref to a file", {"properties": {"a": {"$ref": "../x.json"}}}, ["points to nothing"]),
     (30, "remote $dynamicRef", {"$dynamicRef": "http://169.254.169.254/"}, ["$.$dynamicRef: not supported; use $ref"]),
-    (30, "cyclic $ref", {"properties": {"n": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, ["refers to itself endlessly"]),
+    (30, "cyclic $ref", {"properties": {"n": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, ["an endless $ref loop"]),
     (30, "$ref to nowhere", {"$ref": "#/$defs/gone"}, ["'#/$defs/gone' points to nothing"]),
     (31, "schema of 200,000 properties", {"properties": {f"p{n}": {"type": "string"} for n in range(200_000)}}, ["schema.json: "]),
     (31, "schema with 20,000 references", {"$defs": {"a": {}}, "properties": {f"p{n}": {"$ref": "#/$defs/a"} for n in range(20_000)}}, None),

@@ -284,7 +284,7 @@ def test_a_runs_configuration_measures_its_best_checkpoint(whole, monkeypatch, c
     for arguments in ([], ["--ckpt_path", "best"]):
         assert main(["test", "-c", config, *arguments]) == 0
         out = capfd.readouterr().out
-        assert f"measuring: logs/small/one/checkpoints/{best}, the run's best checkpoint" in out
+        assert f"evaluating: logs/small/one/checkpoints/{best}, the run's best checkpoint" in out
         assert f"{best} on 5 test rows" in out and f"{figures['after']['val/loss']:.4f}" in out
     assert main(["validate", "-c", "small.yaml", "--run", "one"]) == 0
     assert f"{best} on 7 validation rows" in capfd.readouterr().out
@@ -298,7 +298,7 @@ def test_the_untuned_base_is_named(whole, monkeypatch, capfd):
     for arguments in (["logs/small/one/config.yaml", "--ckpt_path", "base"], ["small.yaml"]):
         assert main(["test", "-c", *arguments]) == 0
         out = capfd.readouterr().out
-        assert "measuring: untuned base\n" in out and "untuned base on 5 test rows" in out and before in out
+        assert "evaluating: untuned base\n" in out and "untuned base on 5 test rows" in out and before in out
         assert main(["predict", "-c", *arguments, "--data.prompts", "test.jsonl", "--answers", "answers.jsonl"]) == 0
         assert "answers of untuned base: 5 in answers.jsonl" in capfd.readouterr().out
         assert {json.loads(line)["model"] for line in Path("answers.jsonl").read_text().splitlines()} == {

@@ -87,7 +87,7 @@ def _sizes(rows: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[int]]]
 
 
 def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[str, Any]]:
-    """Values to copy that no earlier turn contains: by field, their share and rows; derived fields are exempt."""
+    """Values of answers that are not in their prompts: by field, their share and rows; derived fields are exempt."""
     counts: Counter[str] = Counter()
     rows: dict[str, list[dict[str, Any]]] = {}
     for example in examples:
@@ -179,7 +179,7 @@ def _warnings(findings: dict[str, Any], settings: DataSettings) -> Iterator[str]
         first = entry["rows"][0]
         yield (
             f"{path or 'the answer'}: {len(entry['rows']):,} values ({entry['share']:.0%}) are not in their inputs "
-            f"({first['where']}: {str(first['value'])[:40]!r}): invented, or derived?{derived}"
+            f"({first['where']}: {str(first['value'])[:40]!r}): hallucinated in the data, or derived?{derived}"
         )
     words = findings["production"].items()
     if different := [f"{word} {b:.0%} (train {a:.0%})" for word, (a, b) in words if abs(b - a) >= MIN_DIFFERENCE]:

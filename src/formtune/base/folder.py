@@ -13,8 +13,8 @@ from formtune.formats import Format
 BLOCK, BLOCKS = 4096, 256  # bytes of a block, and blocks per file: reading all of a large base takes minutes
 
 
-def skeleton(base: str) -> Any:
-    """The model without its weights, with the name and the shape of every layer."""
+def meta_model(base: str) -> Any:
+    """The model on the meta device: names and shapes of its layers, no weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -40,7 +40,7 @@ def check_folder(base: str) -> None:
                 raise UserError(f"model.base: {index} names {name!r}; weights must be safetensors files beside it")
     attention = AutoConfig.from_pretrained(base, trust_remote_code=False)._attn_implementation
     if attention is not None and "/" in attention:
-        raise UserError(f"model.base: config.json of {base} asks for a kernel to download ({attention}); remove that")
+        raise UserError(f"model.base: config.json of {base} asks for a kernel to download ({attention}); remove it")
 
 
 def check_base(base: str, key: str = "model.base") -> str:

@@ -48,7 +48,7 @@ def read_template(path: str | None) -> str | None:
 
 
 class Renderer:
-    """Renders with a tokenizer's own chat template and proves the mask of every row.
+    """Renders with a tokenizer's own chat template and verifies the loss mask of every row.
 
         <bos> system user <start of assistant> | answer <end of turn> | anything the template adds after it
         ------------- prompt: context only --- | -- target: loss --- | dropped, never predicted
@@ -82,7 +82,7 @@ class Renderer:
         self.probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
         specials = [token.content for token in added.values() if token.special]
         control_tokens = [re.escape(token) for token in specials if token not in (tags or ())]
-        self._control_token = re.compile("|".join(control_tokens) or r"(?!)")  # (?!) never matches
+        self._special_token = re.compile("|".join(control_tokens) or r"(?!)")  # (?!) never matches
         self._missing: tuple[str, ...] = ()  # roles of a system prompt that the template does not render
         self.lead = ""  # whitespace that the template puts before an answer, as decoded
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -166,8 +166,8 @@ class Renderer:
         self, number: int, messages: list[Message], where: str, schema: str | None = None, tools: str | None = None
     ) -> Row:
         for text in (*map(full_text, messages), *(turn.get("reasoning_content", "") for turn in messages), tools or ""):
-            if token := self._control_token.search(text):
-                raise UnfitRow(f"the text contains {token[0]}, which the tokenizer would read as a control token")
+            if token := self._special_token.search(text):
+                raise UnfitRow(f"the text contains {token[0]}, which the tokenizer would read as a special token")
         turns = self.turns(messages)
         if self.tags and not self.thinking and turns[-1]["role"] == "assistant":
             turns[-1] = self._with_reasoning(turns[-1])
@@ -277,7 +277,7 @@ class Renderer:
         if len(messages[-1]) > 2 or self.thinking:  # the target is all up to the end of the turn
             stop = next((i for i in range(len(prompt_ids), len(ids)) if ids[i] in self.stop_ids), -1)
             target_ids = ids[len(prompt_ids) : stop + 1]
-            target = self.answer(target_ids)[0]  # tokenizers put a space after a control token
+            target = self.answer(target_ids)[0]  # tokenizers put a space after a special token
             if stop < 0 or target.split() != conversation[len(prompt) : offsets[stop][0]].split():
                 raise UnfitRow("the tokenizer changes the answer, or the template does not end it")
             parts = [messages[-1].get("reasoning_content", ""), *messages[-1]["content"].split(self._closing, 1)]

@@ -32,7 +32,7 @@ def run(command: str, args: list[str]) -> int:
     parser = task_parser(command, COMMANDS[command].description)
     parser.add_argument("url", type=str, help="Such as http://127.0.0.1:8000/v1; the API key is in OPENAI_API_KEY")
     parser.add_argument("--served_model", type=str | None, help="Name of the model (default: the task's)")
-    parser.add_argument("--at_once", type=PositiveInt, default=4, help="Concurrent requests")
+    parser.add_argument("--concurrency", type=PositiveInt, default=4, help="Concurrent requests")
     parser.add_argument("--min_exact", type=ClosedUnitInterval, default=0.0, help="Exit 1 if format/exact is lower")
     parser.add_argument("--constrained", type=bool, default=False, help="Send the schema for constrained decoding")
     config, settings = read_task(parser, args)
@@ -55,7 +55,7 @@ def run(command: str, args: list[str]) -> int:
         schemas = [inner.of_row(row.schema).schema for row in rows]  # type: ignore[attr-defined]
     endpoint = Endpoint(config.url, config.served_model or config.task, settings.max_new_tokens, renderer)
     endpoint.open(rows[0], schemas[0])
-    started, pool = time.perf_counter(), ThreadPoolExecutor(config.at_once)
+    started, pool = time.perf_counter(), ThreadPoolExecutor(config.concurrency)
     try:
         replies = list(progress(pool.map(endpoint.ask, rows, schemas), len(rows), "asking"))
     finally:
@@ -66,7 +66,7 @@ def run(command: str, args: list[str]) -> int:
     rated, kinds = judged(outcomes), Counter(outcome.kind for outcome in outcomes)
     result = {
         "endpoint": endpoint.url, "model": endpoint.model, "data": splits.key, "rows": len(outcomes),
-        "at_once": config.at_once, "constrained": config.constrained,
+        "concurrency": config.concurrency, "constrained": config.constrained,
         "prompts": "same tokens" if endpoint.ids else "same number of tokens",
         "figures": figures(outcomes),
         "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
@@ -85,7 +85,7 @@ def run(command: str, args: list[str]) -> int:
     print(f"confidence: {quality.format(**result['confidence']) if rated else 'the server gives no log-probabilities'}")
     speed = "P50 {P50:.2f} s, P95 {P95:.2f} s".format(**result["latency_s"])
     speed += f"; {result['requests_per_s']:.2f} requests/s, {result['tokens_per_s']:.0f} tokens/s"
-    print(f"latency with {config.at_once} at once: {speed}")
+    print(f"latency with concurrency {config.concurrency}: {speed}")
     for failed in worst_first(outcomes)[:3]:
         print(f"{failed.where}: {failed.kind}: {failed.detail}\n  target {failed.target!r}\n  answer {failed.answer!r}")
     print(f"answers: {folder / 'outcomes/after.jsonl'} (formtune compare RUN {folder})")

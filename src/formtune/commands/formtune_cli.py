@@ -109,8 +109,8 @@ class FormtuneCLI(LightningCLI):
         parser.add_argument("--min_confidence", type=ClosedUnitInterval | None, help="predict writes answers of at "
                             "least this confidence to answers.accepted.jsonl, the others to answers.review.jsonl "
                             "(named after --answers)")  # fmt: skip
-        parser.add_argument("--target_precision", type=OpenUnitInterval | None, help="As --min_confidence, at the "
-                            "confidence where this share of validation answers is right")  # fmt: skip
+        parser.add_argument("--target_precision", type=OpenUnitInterval | None, help="Choose --min_confidence so that "
+                            "this share of the accepted validation answers is right")  # fmt: skip
         parser.add_argument("--ckpt_path", type=str | None, help="Weights to evaluate: best (default with a run), "
                             "last, base (the untuned base, default without a run), or a checkpoint file")  # fmt: skip
         parser.link_arguments("model.base", "data.tokenizer")
@@ -176,7 +176,7 @@ class FormtuneCLI(LightningCLI):
         untuned = f"adapter {config.model.adapter}" if config.model.adapter else "untuned base"
         self.measured = str(self.checkpoint or untuned)
         best = ", the run's best checkpoint" if self.checkpoint and config.ckpt_path in (None, "best") else ""
-        rank_zero_only(print)(f"measuring: {self.measured}{best}", flush=True)
+        rank_zero_only(print)(f"evaluating: {self.measured}{best}", flush=True)
         config.trainer.default_root_dir = str(LOGS / config.task)
         if config.target_precision is not None and self.subcommand == "predict":
             config.min_confidence = minimum_confidence(config, run)
@@ -228,11 +228,11 @@ class FormtuneCLI(LightningCLI):
             rank_zero_only(print)(f"preflight: {line}")
         baselines = config.baselines if all_stages else None
         if config.dry_run:
-            return plan(trainer, model, datamodule, self._record, baselines, config.baseline_rows)
+            return plan(trainer, model, datamodule, self._final_config, baselines, config.baseline_rows)
         writes = trainer.is_global_zero and not trainer.fast_dev_run
         with self.folder.locked() if writes else contextlib.nullcontext():
             result = train(
-                trainer, model, datamodule, self.folder, self._record, baselines, config.baseline_rows,
+                trainer, model, datamodule, self.folder, self._final_config, baselines, config.baseline_rows,
                 self.checkpoint, self.full,
             )  # fmt: skip
         if writes and result:
@@ -276,7 +276,7 @@ class FormtuneCLI(LightningCLI):
             print(f"answers of {self.measured}: {', '.join(f'{count:,} in {file}' for file, count in files)}")
             print("next: look at answers with an invalid format or a low confidence; --min_confidence separates them")
 
-    def _record(self) -> str:
+    def _final_config(self) -> str:
         config = self.config[self.subcommand]
         config.data.date = self.datamodule.settings.date
         return self._dump(config)

@@ -6,7 +6,7 @@ import warnings
 from collections import namedtuple
 from pathlib import Path
 
-from formtune.base.folder import context_length, skeleton
+from formtune.base.folder import context_length, meta_model
 from formtune.base.row import quantile
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
@@ -39,7 +39,7 @@ def run(command: str, args: list[str]) -> int:
     targets, base = [name.strip() for name in config.targets.split(",")], config.model.base
     if unknown := [name for name in targets if name not in TARGETS]:
         raise UserError(f"--for: no target {unknown[0]!r}; choose from {', '.join(TARGETS)}")
-    lora, model = Lora(**vars(config.model.lora)), skeleton(base)
+    lora, model = Lora(**vars(config.model.lora)), meta_model(base)
     adapter = lora_config(model, lora)
     if settings.production is None and settings.sources["train"] is None:
         raise UserError("data.train: name a file to train on")

@@ -23,7 +23,7 @@ from formtune.configuration.yaml_file import config_paths
 from formtune.errors import UserError
 from formtune.evaluation.page import render
 from formtune.files import LOGS, write_atomic, write_json
-from formtune.sweep.points import METRICS, RANKS, choose, grid, measure, result, train
+from formtune.sweep.points import METRICS, RANKS, choose, grid, result, summarize, train
 from formtune.training.run_folder import RunFolder
 
 HELP = """\
@@ -74,7 +74,7 @@ def run(command: str, args: list[str]) -> int:
             failed = _train(runs, folder, same_rows=not any(key.startswith(CHANGES_ROWS) for key in keys))
             results = {name: [result(folder / f"{name}-seed{seed}") for seed in seeds] for name in points}
             finished = {name: [one for one in all_seeds if one] for name, all_seeds in results.items()}
-            measured = [measure(name, ended) for name, ended in finished.items() if ended]
+            measured = [summarize(name, ended) for name, ended in finished.items() if ended]
             # A point with a failed seed would be judged by its successful ones.
             complete = [point for point in measured if point.seeds == len(seeds)]
             chosen, why = choose(complete) if complete else (None, "Nothing chosen: no point has finished all seeds.")

@@ -16,7 +16,7 @@ from formtune.configuration.terminal import progress
 from formtune.configuration.yaml_file import config_file
 from formtune.data.cleaning import Example, repair, repair_answer
 from formtune.data.duplicates import near_pairs, split_shared
-from formtune.data.preparation import as_written, read_examples, read_splits
+from formtune.data.preparation import read_examples, read_splits, with_rendered_answer
 from formtune.data.selection import input_keys
 from formtune.data.sources import read_records
 from formtune.deploy.endpoint import Client, Refused
@@ -35,7 +35,7 @@ def run(command: str, args: list[str]) -> None:
     parser.add_argument("--endpoint", type=str, required=True, help=url)
     parser.add_argument("--teacher", type=str, required=True, help="Name of the model, for the rows' source column")
     parser.add_argument("--out", type=str, required=True, help="File of JSON Lines to write or to continue")
-    parser.add_argument("--at_once", type=PositiveInt, default=4, help="Concurrent requests")
+    parser.add_argument("--concurrency", type=PositiveInt, default=4, help="Concurrent requests")
     config, settings = read_task(parser, args)
     format, columns, path = settings.format, settings.columns, Path(config.out)
     if format.per_row:
@@ -43,7 +43,7 @@ def run(command: str, args: list[str]) -> None:
     if settings.prompts is None:
         raise UserError("data.prompts: name a file of inputs for the teacher to answer")
     known, _ = read_splits(settings)
-    written = (as_written(settings, example) for example in known if example.split == "train")
+    written = (with_rendered_answer(settings, example) for example in known if example.split == "train")
     shots = [*islice((e for e in written if isinstance(e, Example) and format.check(e.target).exact), SHOTS)]
     known += read_examples(settings, config.out, Counter()) if path.is_file() else []
     prompts = read_examples(settings, settings.prompts, Counter(), with_target=False)
@@ -74,7 +74,7 @@ def run(command: str, args: list[str]) -> None:
 
     count = sum(1 for _ in read_records(config.out)) if path.is_file() else 0
     added = {"role": "system", "content": settings.system}  # by the task, to each row
-    refused, pool = Counter[str](), ThreadPoolExecutor(config.at_once)
+    refused, pool = Counter[str](), ThreadPoolExecutor(config.concurrency)
     try:
         asked = pool.map(ask, (example.messages[:-1] for example in new))
         answers = progress(asked, len(new), f"asking {config.teacher}")

@@ -12,7 +12,7 @@ from formtune.configuration.parsing import CommandParser
 from formtune.configuration.task import read_run
 from formtune.configuration.terminal import echo
 from formtune.data.cleaning import repair
-from formtune.data.shapes import own_schema
+from formtune.data.shapes import row_schema
 from formtune.data.turns import read_tools
 from formtune.errors import UserError
 from formtune.formats import ToolCalls
@@ -34,7 +34,7 @@ def run(command: str, args: list[str]) -> None:
     if settings.format.per_row != bool(config.schema):
         raise UserError(f"--schema: needed if each row of {folder} has its own schema, and only then")
     value, tools = config.schema and read_schema(config.schema), None
-    schema = own_schema(value)
+    schema = row_schema(value)
     if isinstance(settings.format.inner or settings.format, ToolCalls):
         schema = tools = read_tools(value, "--schema", config.schema)
     settings.format.of_row(schema)  # refuses an invalid schema

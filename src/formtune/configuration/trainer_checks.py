@@ -58,7 +58,7 @@ def check_trainer(config: Namespace) -> None:
     if trainer.check_val_every_n_epoch not in (None, 1) or (
         trainer.check_val_every_n_epoch and isinstance(trainer.val_check_interval, int)
     ):
-        remedy = "null counts the interval in steps; 1 needs trainer.val_check_interval as a share, such as 0.5"
+        remedy = "with null, val_check_interval counts steps; with 1, it must be a share of an epoch, such as 0.5"
         raise UserError(f"trainer.check_val_every_n_epoch: use null or 1; {remedy}")
     if trainer.default_root_dir:
         raise UserError("trainer.default_root_dir: runs are in logs/TASK/RUN; set task and run instead")

@@ -77,7 +77,7 @@ def _empty_split(settings: DataSettings, splits: Splits, name: str) -> str:
     lost = [row for row in splits.quarantine if row.split in source]
     read, reasons = sum(splits.read[split] for split in source), Splits(quarantine=lost).quarantined
     reasons = reasons or "none quarantined"
-    line, remedy = f"data.{name}: no row is left to use ({read:,} read; {reasons})", ""
+    line, remedy = f"data.{name}: the split is empty ({read:,} read; {reasons})", ""
     if lost:
         most = max(_kinds(lost), key=len)
         line += f", such as {most[0].where}: {most[0].detail}"

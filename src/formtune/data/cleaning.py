@@ -40,7 +40,7 @@ class Quarantined:
     """A row that is not used."""
 
     where: str
-    reason: str  # one word
+    reason: str  # a short name, such as near_duplicate
     detail: str  # what is wrong, in one line
     messages: list[Message]  # with the repairs made so far
     other: str = ""  # place of the row that it repeats or contradicts
@@ -57,14 +57,14 @@ class Example:
     origin: str = ""  # author: "human", the name of a model, or "" if unknown
     value: Any = None  # the document of its answer, once judged
     tools: str | None = None  # JSON list of the tools that its prompt defines
-    written: str | None = None  # the answer as the chat template writes it, if that is more than the last turn's text
+    rendered: str | None = None  # the answer as the chat template writes it, if that is more than the last turn's text
     schema: str | None = None  # JSON text of the row's own schema, or of its tools
     group: str = ""  # rows of one group are never in two splits; "" for a group of one
     split: str = "train"
 
     @property
     def target(self) -> str:
-        return self.messages[-1]["content"] if self.written is None else self.written
+        return self.messages[-1]["content"] if self.rendered is None else self.rendered
 
     @property
     def input(self) -> str:
@@ -154,7 +154,7 @@ def judge(
     except UserError as error:
         return example.quarantined("schema", str(error))
     example = replace(example, messages=repair(example.messages, steps, repairs))
-    if example.written is None:
+    if example.rendered is None:
         example.messages[-1]["content"] = repair_answer(example.target, format, answer_steps, repairs)
     verdict = format.check(example.target)
     if verdict.kind == "empty" or not example.input.strip():

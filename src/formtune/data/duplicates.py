@@ -17,7 +17,7 @@ from formtune.configuration.terminal import progress
 
 SHINGLE = 5  # characters
 PERMUTATIONS = 120  # length of a MinHash signature
-MAX_MISSED = 0.003  # share of the pairs right at the threshold that are not proposed; of all pairs about 1 in 500
+MAX_MISSED = 0.003  # miss rate for pairs exactly at the threshold; over all pairs about 1 in 500
 TEXTS, PAIRS = 8192, 20_000  # processed at once
 MAX_BUCKET = 16  # texts that a text with the same band is compared with
 SEED = 1
@@ -91,7 +91,7 @@ def similar(texts: Sequence[str], left: Indices, right: Indices) -> NDArray[np.f
 
 
 def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
-    """Pairs of texts whose Jaccard index reaches the threshold; none is wrong, about one in 500 is missed.
+    """Pairs of texts whose Jaccard index reaches the threshold; no false positives, about 1 in 500 is missed.
 
     Of more than `MAX_BUCKET` texts with one band, each is compared with that many, so that time stays linear in the
     texts of a template; through these pairs, nearly all of them are still in one cluster.

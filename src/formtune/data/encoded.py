@@ -33,7 +33,7 @@ class Splits:
     repairs: Counter[str] = field(default_factory=Counter)
     quarantine: list[Quarantined] = field(default_factory=list)
     mixtures: list[Mixture] = field(default_factory=list)
-    groups: float = 0.0  # effective number: as many groups of one size make shares vary as much; 0 if unknown
+    groups: float = 0.0  # effective number of groups (Kish: (sum n)**2 / sum n**2); 0 if unknown
     shared: float = 0.0  # share of the inputs' text that many inputs share, see `split_shared`
     orders: Orders = field(default_factory=dict)  # key orders of training targets
     key: str = ""  # content hash of the rows

@@ -14,7 +14,7 @@ from formtune.data.cleaning import Example, Quarantined, helpful_repair, judge, 
 from formtune.data.encoded import Splits, cache_path, content_hash, read_cache, write_cache
 from formtune.data.selection import select
 from formtune.data.settings import DataSettings
-from formtune.data.shapes import own_schema, written
+from formtune.data.shapes import row_schema, serialize
 from formtune.data.sources import Source, entries, read_records, weighted
 from formtune.data.styles import Mixture, mixtures
 from formtune.errors import UserError
@@ -79,7 +79,7 @@ def read_examples(
         messages, tools = columns.conversation(record, where, targets, unread), columns.tools(record, where)
         schema = tools if isinstance(format, ToolCalls) else None
         if format.per_row and not isinstance(format, ToolCalls):
-            schema = own_schema(record.get(columns.schema))
+            schema = row_schema(record.get(columns.schema))
             unread.discard(columns.schema)
         if not isinstance(answer := messages[-1]["content"], str):
             try:
@@ -87,7 +87,7 @@ def read_examples(
             except UserError:  # the row will be quarantined
                 messages[-1]["content"] = json.dumps(answer, ensure_ascii=False, default=str)
             else:
-                messages[-1]["content"] = written(answer, row_format, where)
+                messages[-1]["content"] = serialize(answer, row_format, where)
         ignored.update(sorted(unread - {settings.group, settings.split_column}))
         if (system := settings.system_of(schema)) and messages[0]["role"] not in SYSTEM_ROLES:
             # The instruction must not come twice if every input begins with it.
@@ -126,7 +126,7 @@ def _prepare(settings: DataSettings, examples: Sequence[Example]) -> Splits:
     invalid: list[Quarantined] = []
     repairs: Counter[str] = Counter()
     for example in progress(examples, len(examples), "judging"):
-        judged = as_written(settings, example)
+        judged = with_rendered_answer(settings, example)
         if isinstance(judged, Example):
             judged = judge(judged, settings.format, settings.clean, settings.repair_answers, repairs)
         if isinstance(judged, Example):
@@ -164,7 +164,7 @@ def _prepare(settings: DataSettings, examples: Sequence[Example]) -> Splits:
     return splits
 
 
-def as_written(settings: DataSettings, example: Example) -> Example | Quarantined:
+def with_rendered_answer(settings: DataSettings, example: Example) -> Example | Quarantined:
     """The row with its answer as the chat template writes it, if that differs from the text of its last turn."""
     if len(example.messages[-1]) == 2 and not settings.format.tags:
         return example
@@ -174,7 +174,7 @@ def as_written(settings: DataSettings, example: Example) -> Example | Quarantine
         return example.quarantined("unfit", str(row))
     if settings.format.tags and "tool_calls" not in messages[-1]:
         return replace(example, messages=[*example.messages[:-1], {"role": "assistant", "content": row.target}])
-    return replace(example, written=row.target)
+    return replace(example, rendered=row.target)
 
 
 def _usual_style(

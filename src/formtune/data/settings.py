@@ -50,10 +50,10 @@ class DataSettings:
         split_column: Column of train that says in which split a row is, in place of shares: train, validation or test.
         clean: Cleaning steps for inputs, here and in `predict`.
         repair_answers: Repairs of answers, made only if the answer then has a valid format.
-        near_duplicates: Jaccard index of character 5-grams from which two inputs are near-duplicates; 1 ignores only
-            case, punctuation and spacing.
+        near_duplicates: Jaccard index of character 5-grams from which two inputs are near-duplicates; at 1 only
+            those are that differ in nothing but case, punctuation and spacing.
         bad_rows: If answers break the format, mix styles or are too long: refuse to train, or drop the rows.
-        max_synthetic: Largest share of training rows written by models, of those with a `columns.source`.
+        max_synthetic: Maximum share of rows written by models, among the training rows with a `columns.source`.
         max_length: Maximum tokens of prompt and answer together; longer rows are bad rows and never truncated.
         max_new_tokens: Maximum tokens of an answer (follows `model.max_new_tokens`).
         date: Date that a chat template writes as today's, YYYY-MM-DD; None takes the date on which the run began.

@@ -125,7 +125,7 @@ def _is_turns(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) and "role" in turn for turn in value)
 
 
-def own_schema(value: Any) -> str | None:
+def row_schema(value: Any) -> str | None:
     """A row's schema as normalized JSON text; unchanged if it is not JSON, None if it is empty."""
     value = parsed(value)
     if isinstance(value, str):
@@ -133,7 +133,7 @@ def own_schema(value: Any) -> str | None:
     return None if empty(value) else json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
-def written(value: Any, format: Format, where: str) -> str:
+def serialize(value: Any, format: Format, where: str) -> str:
     """The text of an answer that is not a string, as the format writes it."""
     try:
         text = format.write(value)

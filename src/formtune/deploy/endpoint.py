@@ -16,7 +16,7 @@ TIMEOUT = 120  # seconds for an answer
 RETRIES = 2  # after an error of the server or the network
 UNANSWERED = (
     "start the server and wait for its model to load; check the URL, which usually ends in /v1, the model's name and "
-    "OPENAI_API_KEY; lower --at_once if it is too slow"
+    "OPENAI_API_KEY; lower --concurrency if it is too slow"
 )
 REMEDY = (
     "serve the tokenizer and the chat template of the exported folder as formtune serve does, with one BOS, and "

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from formtune.base.folder import base_folder, skeleton
+from formtune.base.folder import base_folder, meta_model
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import read_outcomes
 from formtune.export.exported import Exported
@@ -118,7 +118,7 @@ def _vllm(models: dict[str, Exported], port: int) -> list[str]:
 
         adapters = [PeftConfig.from_pretrained(folder) for folder in folders.values()]
         for adapter in adapters:
-            refuse(skeleton(base), adapter, "vllm")
+            refuse(meta_model(base), adapter, "vllm")
         template = f"{folder}/chat_template.jinja"
         words = [
             str(Path(base).resolve()) if Path(base).is_dir() else base,

@@ -18,7 +18,7 @@ Counts = dict[str, tuple[float, int]]  # numerator and denominator of each figur
 
 
 def count(outcomes: Sequence[Outcome], format: Format) -> Counts:
-    """Rates of format and content, accuracies of fields (one of all with a schema per row), and failures by kind."""
+    """Rates of format and content, accuracy of each field (of all, if rows have schemas), and failures by kind."""
     rows = len(outcomes)
     counts: Counts = {name: (sum(getattr(one, what) for one in outcomes), rows) for name, what in RATES.items()}
     fields = {FIELD + name: [one.fields[name] for one in outcomes if name in one.fields] for name in format.fields}
@@ -60,7 +60,7 @@ class LossMetrics(Metric):
 
 
 def ratios(counts: Counts) -> dict[str, float]:
-    """Each figure: a number of answers for `fail/*`, else a ratio, NaN without rows; 0 if no answer has a value."""
+    """Each figure: a number of answers for `fail/*`, else a ratio; 0/0 is NaN without rows, else 0."""
     none = 0.0 if counts.get("format/exact", (0, 0))[1] else math.nan
     return {
         name: float(count) if name.startswith("fail/") else count / total if total else none

@@ -19,7 +19,7 @@ from formtune.evaluation.comparison import figures
 from formtune.evaluation.failures import MAX_CHARACTERS, MAX_VALUES, failures, slices
 from formtune.evaluation.outcomes import EVALUATIONS, FIELD, Outcome, field_f1, paired, rate
 from formtune.evaluation.page import render
-from formtune.evaluation.selective import calibration, judged, risks
+from formtune.evaluation.selective import calibration, judged, selective_risk
 from formtune.evaluation.statistics import rate_difference, share, verdict, wilson
 from formtune.files import write_atomic
 from formtune.formats import KINDS, Format
@@ -183,7 +183,7 @@ def _trust(run: Run) -> dict[str, Any] | None:
     """The summary of confidence, and the points of its plots; None if the run has none."""
     if "confidence" not in run.result or not (rows := judged(run.outcomes["after"])):
         return None
-    curve = risks(rows)
+    curve = selective_risk(rows)
     at = sorted({round(i) for i in np.linspace(1, len(rows), POINTS)})
     risk = [(count / len(rows), float(curve[count - 1])) for count in at]
     return run.result["confidence"] | {"risk": risk, "highest": max(curve) or 1.0, "bins": calibration(rows)}

@@ -26,7 +26,7 @@ def judged(outcomes: Sequence[Outcome], field: str | None = None) -> list[tuple[
     return [((o.field_confidences or {}).get(field, 0.0), o.fields[field]) for o in known if field in o.fields]
 
 
-def risks(rows: Judged) -> np.ndarray:
+def selective_risk(rows: Judged) -> np.ndarray:
     """The share of wrong answers among the k most confident ones, for each k from 1 to all."""
     # Answers of equal confidence have no order: each counts as their mean.
     confidence, right = np.array(rows, dtype=float).T
@@ -36,8 +36,8 @@ def risks(rows: Judged) -> np.ndarray:
 
 
 def aurc(rows: Judged) -> float:
-    """Area under the risk-coverage curve (Geifman et al., 2019): the mean of `risks`."""
-    return float(risks(rows).mean())
+    """Area under the risk-coverage curve (Geifman et al., 2019): the mean of `selective_risk`."""
+    return float(selective_risk(rows).mean())
 
 
 def calibration(rows: Judged) -> list[tuple[int, float, float]]:
@@ -57,7 +57,7 @@ def threshold(rows: Judged, target: float) -> float | None:
     """The lowest confidence from which at least `target` of the answers are right; None if there is none.
 
     One right and one wrong answer are added to those counted (Laplace's rule of succession). Confidence 0 means an
-    invalid format and is never accepted.
+    invalid format and is never coverage_and_precision.
     """
     lowest, count, right = None, 0, 0
     for confidence, group in groupby(sorted(rows, reverse=True), itemgetter(0)):
@@ -68,8 +68,8 @@ def threshold(rows: Judged, target: float) -> float | None:
     return lowest
 
 
-def accepted(rows: Judged, minimum: float) -> dict[str, Any]:
-    """Coverage, and precision with its interval, if answers of at least this confidence are accepted."""
+def coverage_and_precision(rows: Judged, minimum: float) -> dict[str, Any]:
+    """Coverage, and precision with its interval, if answers of at least this confidence are coverage_and_precision."""
     verdicts = [is_right for confidence, is_right in rows if confidence >= minimum]
     count, right = len(verdicts), sum(verdicts)
     figures = {"min_confidence": minimum, "accepted": count, "coverage": count / len(rows)}
@@ -96,4 +96,4 @@ def summary(validation: Sequence[Outcome], test: Sequence[Outcome]) -> dict[str,
 
 def _accept(validation: Judged, test: Judged, target: float) -> dict[str, Any]:
     minimum = threshold(validation, target)
-    return {"target": target, **({} if minimum is None else accepted(test, minimum))}
+    return {"target": target, **({} if minimum is None else coverage_and_precision(test, minimum))}

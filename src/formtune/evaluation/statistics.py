@@ -24,7 +24,7 @@ class Difference:
     value: float  # second minus first, between -1 and 1
     significant: bool
     rows: int
-    needed: int | None  # rows with which the test would have 80 % power, None for no difference
+    needed: int | None  # rows for 80 % power, None if there is no difference
     p: float
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from formtune.base.folder import context_length, skeleton
+from formtune.base.folder import context_length, meta_model
 from formtune.configuration.task import read_run
 from formtune.data.preparation import load_splits, production_rows
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import RATES, Outcome, rate, read_outcomes, write_outcomes
 from formtune.export.exported import Exported, write_usage
 from formtune.export.llama_cpp import measure_gguf
-from formtune.export.measure import COMPARED_ROWS, TIMED, Tuned, call_fresh, measure, merge
+from formtune.export.measure import COMPARED_ROWS, TIMED, Reference, call_fresh, measure, merge
 from formtune.export.quantize import EXTRAS, SCHEMES, folder_name
 from formtune.export.rules import refuse
 from formtune.files import write_json
@@ -60,7 +60,7 @@ class FinishedRun:
         of_all_lengths = sorted(rows, key=len)[:: -(-len(rows) // COMPARED_ROWS)]
         prompts = sorted((row.prompt_ids for row in production_rows(settings) or rows), key=len)
         timed = prompts[len(prompts) * 95 // 100][: context - TIMED]
-        self.tuned = Tuned(
+        self.tuned = Reference(
             adapter=exported.folder, base=base, quantize=task.model.quantize,
             dtype=getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "dtype", None) or torch.float32,
             calibration=[row.prompt_ids + row.target_ids for row in splits.rows["train"][:CALIBRATION]],
@@ -79,7 +79,8 @@ def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict
     if run.constrained and kind != "adapter":
         remedy = f"run formtune export {run.folder} first, to measure the adapter without it"
         raise UserError(f"--as {kind}: the run was evaluated with constrained decoding; {remedy}")
-    refuse(skeleton(tuned.base), PeftConfig.from_pretrained(str(tuned.adapter)), "merge" if kind == "merged" else kind)
+    adapter = PeftConfig.from_pretrained(str(tuned.adapter))
+    refuse(meta_model(tuned.base), adapter, "merge" if kind == "merged" else kind)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=run.folder) as scratch:
         folder = tuned.adapter if kind == "adapter" else make(tuned, kind, Path(scratch), **options)
         if kind == "gguf":
@@ -103,7 +104,7 @@ def measured(run: FinishedRun, kind: str, folder: Path, max_loss: float) -> tupl
     closeness, answers, speeds = measure_fresh(run.tuned, kind, folder)
     outcomes = [judge(row, answer, run.renderer, run.format) for row, answer in zip(rows, answers, strict=True)]
     pairs = list(zip(outcomes if run.constrained else run.outcomes, outcomes, strict=True))
-    broken = run.tuned.bounds(kind).broken_by(closeness)
+    broken = run.tuned.bounds(kind).violation(closeness)
     figures: dict[str, Any] = {
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")),
         **speeds,
@@ -123,7 +124,7 @@ def measured(run: FinishedRun, kind: str, folder: Path, max_loss: float) -> tupl
     return figures, outcomes
 
 
-def merged(tuned: Tuned) -> Any:
+def merged(tuned: Reference) -> Any:
     """The adapter merged into its base in float32; a UserError if the result is another model."""
     from peft import PeftModel
 
@@ -132,7 +133,7 @@ def merged(tuned: Tuned) -> Any:
     return merge(PeftModel.from_pretrained(base, tuned.adapter).eval(), tuned.compared)
 
 
-def make(tuned: Tuned, kind: str, scratch: Path, **options: Any) -> Path:
+def make(tuned: Reference, kind: str, scratch: Path, **options: Any) -> Path:
     """Make a folder of this kind: the merged model, quantized in a fresh process if the kind is a scheme."""
     from transformers import GenerationConfig
 
@@ -153,6 +154,6 @@ def make(tuned: Tuned, kind: str, scratch: Path, **options: Any) -> Path:
     return target
 
 
-def measure_fresh(tuned: Tuned, kind: str, folder: Path) -> Any:
+def measure_fresh(tuned: Reference, kind: str, folder: Path) -> Any:
     function = measure_gguf if kind == "gguf" else measure
     return call_fresh(function, f"{folder} does not load", tuned=tuned, kind=kind, folder=folder)

@@ -19,7 +19,17 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Row, with_json_arguments
 from formtune.errors import UserError
 from formtune.export.gguf import ADAPTER, FILE
-from formtune.export.measure import COMPARED_ROWS, POSITIONS, TIMED, TRIES, Closeness, Tuned, compare, last_logits, load
+from formtune.export.measure import (
+    COMPARED_ROWS,
+    POSITIONS,
+    TIMED,
+    TRIES,
+    Closeness,
+    Reference,
+    compare,
+    last_logits,
+    load,
+)
 from formtune.model.micro_batches import Decoded
 
 HOST = "127.0.0.1"
@@ -107,7 +117,7 @@ def check_prompts(server: LlamaServer, rows: Sequence[Row], renderer: Renderer) 
             raise UserError(f"{row.where}: {fault}")
 
 
-def measure_gguf(tuned: Tuned, kind: str, folder: Path) -> tuple[Closeness, list[Decoded], dict[str, float]]:
+def measure_gguf(tuned: Reference, kind: str, folder: Path) -> tuple[Closeness, list[Decoded], dict[str, float]]:
     """`measure` for a GGUF file in llama.cpp, which must render every prompt as training did.
 
     The server gives log-probabilities only for its own answers, so the adapter computes logits of these.

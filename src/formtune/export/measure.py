@@ -32,8 +32,8 @@ TIMED, TRIES = 48, 5  # tokens of a timed answer, and repetitions
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
-    """An adapter on its base, with the data to calibrate and measure an export."""
+class Reference:
+    """The adapter on its base, and the data to calibrate and measure an export with."""
 
     adapter: Path
     base: str
@@ -65,14 +65,14 @@ class Closeness:
     def __str__(self) -> str:
         return f"logits {self.relative_max:.1e} apart, KL {self.kl:.1e}, top-1 {self.top1:.1%}"
 
-    def broken_by(self, closeness: Closeness) -> str | None:
+    def violation(self, closeness: Closeness) -> str | None:
         """The figures and the bounds if one is broken, also by NaN; else None."""
         kept = closeness.relative_max <= self.relative_max and closeness.kl <= self.kl and closeness.top1 >= self.top1
         return None if kept else f"{closeness}; the limits are {self}"
 
     def within(self, bounds: Closeness, name: str) -> Self:
-        """Returns itself if the model of this name keeps the bounds; else raises a UserError."""
-        if broken := bounds.broken_by(self):
+        """Returns itself if the model of this name is within the limits; else raises a UserError."""
+        if broken := bounds.violation(self):
             raise UserError(f"{name} is not the same model as the adapter: {broken}")
         return self
 
@@ -135,7 +135,7 @@ def load(folder: Path, base: str | None = None, dtype: Any = "auto", quantize: s
     return PeftModel.from_pretrained(model if quantize else model.to(device), folder).eval()
 
 
-def measure(tuned: Tuned, kind: str, folder: Path) -> tuple[Closeness, list[Decoded], dict[str, float]]:
+def measure(tuned: Reference, kind: str, folder: Path) -> tuple[Closeness, list[Decoded], dict[str, float]]:
     """How close an export is to the adapter in float32, its answers, and its tokens per second."""
     expected = last_logits(load(tuned.adapter, tuned.base, torch.float32, tuned.quantize), tuned.compared)
     dtype = tuned.dtype if tuned.quantize else "auto"  # which bitsandbytes does not take

@@ -68,10 +68,10 @@ def _gptqmodel(scheme: str, source: str, target: str, rows: list[list[int]]) -> 
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
     from gptqmodel.quantization import FORMAT, METHOD
 
-    from formtune.base.folder import skeleton
+    from formtune.base.folder import meta_model
 
     method, layout = (METHOD.GPTQ, FORMAT.GPTQ) if scheme == "gptq" else (METHOD.AWQ, FORMAT.GEMM)
-    group = group_size(skeleton(source))
+    group = group_size(meta_model(source))
     config = QuantizeConfig(bits=4, group_size=group, method=method, format=layout, offload_to_disk=False)
     model = GPTQModel.load(source, config)
     # The default AWQ backend needs a GPU.

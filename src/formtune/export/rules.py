@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from formtune.base.folder import skeleton
+from formtune.base.folder import meta_model
 from formtune.errors import UserError
 from formtune.export.quantize import SCHEMES
 from formtune.model.lora import Lora, lora_config
@@ -24,7 +24,7 @@ RULES = {  # message by rule, with the version where it was seen; `{value}` brea
 
 def before_training(base: str, lora: Lora) -> list[str]:
     """Warnings before training, a line each; a UserError if the adapter would merge into another model."""
-    model = skeleton(base)
+    model = meta_model(base)
     adapter = lora_config(model, lora)
     refuse(model, adapter, "merge")
     return [line for _, line in check(model, adapter, "vllm")]

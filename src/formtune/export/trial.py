@@ -10,7 +10,7 @@ import torch
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.export.exporter import make, measure_fresh, merged
-from formtune.export.measure import EXACT, Closeness, Tuned, compare, last_logits
+from formtune.export.measure import EXACT, Closeness, Reference, compare, last_logits
 from formtune.model.lora import Lora, add_lora
 
 LAYERS, CALIBRATION, COMPARED_ROWS = 2, 16, 2
@@ -43,7 +43,7 @@ def attempt(
             parameter += NOISE * torch.randn_like(parameter)
     model.save_pretrained(folder / "adapter", save_embedding_layers=False)
     renderer.tokenizer.save_pretrained(folder / "adapter")
-    tuned = Tuned(
+    tuned = Reference(
         folder / "adapter", str(folder / "base"), None, dtype, rows, rows[:COMPARED_ROWS], answered,
         [ANSWER] * len(answered), renderer.stop_ids if gguf else (0,), renderer.tags,
     )  # fmt: skip

@@ -45,19 +45,19 @@ _ENDS = {"$": r"\Z", r"\b": r"(?a:\b)", r"\B": r"(?a:\B)"}
 _TIME = r"\d\d:\d\d:\d\d(?:\.\d+)?(?:[zZ]|[+-]\d\d:\d\d)"
 
 
-def _shape(pattern: str, parse: Callable[[str], Any] = bool) -> tuple[Callable[[Any], Any], type[Exception]]:
+def _format_check(pattern: str, parse: Callable[[str], Any] = bool) -> tuple[Callable[[Any], Any], type[Exception]]:
     compiled = re.compile(pattern, re.ASCII)
     return lambda value: not isinstance(value, str) or (compiled.fullmatch(value) and parse(value.upper())), ValueError
 
 
 FORMATS = FormatChecker(("date", "ipv4", "ipv6"))
 FORMATS.checkers |= {  # formats that the library leaves to other packages, or checks only in part
-    "time": _shape(_TIME, clock.fromisoformat),
-    "date-time": _shape(rf"\d{{4}}-\d\d-\d\d[Tt]{_TIME}", datetime.fromisoformat),
-    "duration": _shape(r"P(?=.)(?:\d+W|(?:\d+Y)?(?:\d+M)?(?:\d+D)?(?:T(?=.)(?:\d+H)?(?:\d+M)?(?:\d+S)?)?)"),
-    "email": _shape(r"[^@\s]+@[^@\s]+"),
-    "uri": _shape(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s<>\"{}|\\^`]+"),
-    "uuid": _shape(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"),
+    "time": _format_check(_TIME, clock.fromisoformat),
+    "date-time": _format_check(rf"\d{{4}}-\d\d-\d\d[Tt]{_TIME}", datetime.fromisoformat),
+    "duration": _format_check(r"P(?=.)(?:\d+W|(?:\d+Y)?(?:\d+M)?(?:\d+D)?(?:T(?=.)(?:\d+H)?(?:\d+M)?(?:\d+S)?)?)"),
+    "email": _format_check(r"[^@\s]+@[^@\s]+"),
+    "uri": _format_check(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s<>\"{}|\\^`]+"),
+    "uuid": _format_check(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"),
 }
 
 

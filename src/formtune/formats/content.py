@@ -46,7 +46,7 @@ def _exact(value: Any) -> Any:
 
 
 def typed(value: Any, sets: frozenset[str] = frozenset(), path: str = "", scalar: Callable[[Any], Any] = _exact) -> Any:
-    """A hashable form in which values are equal only if their types are; arrays in `sets` lose their order."""
+    """A hashable form; two are equal only if values and types are. Arrays in `sets` lose their order."""
     if isinstance(value, dict):
         items = ((k, typed(v, sets, f"{path}.{k}" if path else k, scalar)) for k, v in value.items())
         return "object", frozenset(items)
@@ -57,22 +57,22 @@ def typed(value: Any, sets: frozenset[str] = frozenset(), path: str = "", scalar
 
 
 def leaves(
-    value: Any, sets: frozenset[str] = frozenset(), path: str = "", plain: str = ""
+    value: Any, sets: frozenset[str] = frozenset(), path: str = "", schema_path: str = ""
 ) -> Iterator[tuple[str, tuple[Any, str]]]:
     """Every value that is not null: its path (with the value in place of the index in a set), and its schema path."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from leaves(inner, sets, f"{path}.{key}" if path else key, f"{plain}.{key}" if plain else key)
+            yield from leaves(inner, sets, *(f"{above}.{key}" if above else key for above in (path, schema_path)))
     elif isinstance(value, list):
         seen: Counter[Any] = Counter()
         for index, inner in enumerate(value):
             mark: Any = index
-            if plain in sets:
+            if schema_path in sets:
                 seen[typed(inner)] += 1
                 mark = f"{inner!r}#{seen[typed(inner)]}"
-            yield from leaves(inner, sets, f"{path}[{mark}]", plain)
+            yield from leaves(inner, sets, f"{path}[{mark}]", schema_path)
     elif value is not None:
-        yield path, (value, plain)
+        yield path, (value, schema_path)
 
 
 def _at(value: Any, path: str) -> Any:

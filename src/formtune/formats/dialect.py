@@ -78,7 +78,7 @@ def read_draft(schema: Any, name: str) -> tuple[dict[str, Any], list[str]]:
     root, unchecked = copy.deepcopy(schema), list[str]()
     if not (problems := [*_mistakes(schema, number)]):
         unchecked = _translate(root, number == "7")
-        problems = [*_wrong_whole(root)]
+        problems = [*_structural_problems(root)]
     if problems:
         more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
         raise UserError(f"{name}: {' | '.join([*problems[:MAX_PROBLEMS], *more])}")
@@ -99,13 +99,13 @@ def _mistakes(schema: dict[str, Any], draft: str) -> Iterator[str]:
         for key in node:
             if key in _REFUSED and (key, node[key]) != ("nullable", False):
                 yield f"{path}.{key}: not supported; use {_REFUSED[key]}"
-            elif key not in KEYWORDS and not key.startswith("x-") and (keyword := _meant(key)):
+            elif key not in KEYWORDS and not key.startswith("x-") and (keyword := _likely_keyword(key)):
                 hint = f"did you mean {keyword!r}? If not, write 'x-{key}'"
                 yield f"{path}.{key}: not a keyword, so it would be ignored; {hint}"
 
 
 @cache
-def _meant(key: str) -> str | None:
+def _likely_keyword(key: str) -> str | None:
     word = _letters(key)
     spelled = {_letters(keyword): keyword for keyword in KEYWORDS - {*_DEFINITIONS, "not", "if"}}
     close = difflib.get_close_matches(word, spelled, 1, MIN_SIMILARITY)
@@ -134,8 +134,8 @@ def _translate(root: dict[str, Any], is_draft7: bool) -> list[str]:
     return unchecked
 
 
-def _wrong_whole(root: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with a schema as a whole, such as unresolved or endless references."""
+def _structural_problems(root: dict[str, Any]) -> Iterator[str]:
+    """Problems of the schema as a whole, such as unresolved or endless references."""
     nodes, resolve, applied = [*schema_nodes(root)], resolver(root), dict[int, list[int]]()
     for path, node in nodes:
         inner = [option for key in ("allOf", "anyOf", "oneOf") for option in node.get(key, ())]
@@ -152,4 +152,4 @@ def _wrong_whole(root: dict[str, Any]) -> Iterator[str]:
         TopologicalSorter(applied).prepare()
     except CycleError as error:
         path = next(path for path, node in nodes if id(node) in error.args[1] and "$ref" in node)
-        yield f"{path}: refers to itself endlessly; put a property or items between"
+        yield f"{path}: an endless $ref loop; a recursive schema must recurse through properties or items"

@@ -73,7 +73,7 @@ def _close(place: str, node: dict[str, Any], can_close: bool) -> None:
             node.setdefault("additionalProperties", False)
         if node.get("additionalProperties") is not False or "patternProperties" in node:
             raise UserError(
-                f"{place}: a grammar cannot rule out duplicates of keys that the schema does not name; name them, set "
+                f"{place}: constrained decoding needs closed objects: list the keys in `properties`, set "
                 "additionalProperties: false, or turn constrained decoding off"
             )
     first = node.get("prefixItems", ())

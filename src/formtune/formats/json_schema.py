@@ -79,7 +79,7 @@ class JsonSchema(Format):
             with time_limit():
                 self._validator.is_valid({})
         except RecursionError:
-            raise UserError(f"{name}: the schema refers to itself endlessly, or is nested too deeply") from None
+            raise UserError(f"{name}: an endless $ref loop, or a schema that is nested too deeply") from None
         except TimeoutError:
             raise UserError(f"{name}: the schema takes too long to check; its references multiply") from None
         notes += [f"the schema is read from {keys!r}"] if keys else []

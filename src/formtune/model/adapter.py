@@ -13,9 +13,9 @@ from formtune.errors import UserError, as_user_error
 from formtune.model.lora import Lora, difference
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-KEYS = {"r": "r", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}  # PEFT's keys: those of model.lora
+PEFT_TO_LORA = {"r": "r", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}
 # Settings of PEFT that do not change what the adapter computes, or that the names of its weights show.
-FREE = {
+IGNORED = {
     "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type", "inference_mode",
     "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config",
     "fan_in_fan_out",
@@ -43,7 +43,7 @@ class TrainedAdapter:
         for key, value in vars(self.config).items():
             if key == "init_lora_weights" and value in PLAIN_INITIALIZATIONS:
                 continue
-            if key not in FREE and key not in KEYS and (value or None) != (plain.get(key) or None):
+            if key not in IGNORED and key not in PEFT_TO_LORA and (value or None) != (plain.get(key) or None):
                 raise UserError(f"model.adapter: {name} is not plain LoRA ({key}: {value}); {MERGE}")
         if not all(torch.isfinite(tensor).all() for tensor in self.weights.values()):
             raise UserError(f"model.adapter: {name} has non-finite weights")
@@ -51,7 +51,7 @@ class TrainedAdapter:
     @property
     def settings(self) -> dict[str, Any]:
         """The adapter's values of `model.lora`."""
-        values = {key: getattr(self.config, field) for field, key in KEYS.items()}
+        values = {key: getattr(self.config, field) for field, key in PEFT_TO_LORA.items()}
         values["alpha"] = None if values["alpha"] == 2 * values["r"] else values["alpha"]
         targets = self.config.target_modules
         if isinstance(targets, str):  # a pattern
@@ -61,7 +61,7 @@ class TrainedAdapter:
     def check(self, lora: Lora) -> None:
         """Refuse other settings in `model.lora`."""
         settings = {"r": lora.r, "alpha": lora.alpha or 2 * lora.r, "rslora": lora.rslora, "dora": lora.dora}
-        for field, key in KEYS.items():
+        for field, key in PEFT_TO_LORA.items():
             if (value := getattr(self.config, field)) != settings[key]:
                 remedy = f"set model.lora.{key}: {str(value).lower()}"
                 raise UserError(f"model.lora.{key}: {self.name} was trained with {field}: {value}; {remedy}")
@@ -87,7 +87,7 @@ class TrainedAdapter:
 
 def take_settings(model: Any) -> None:
     """Set the keys of `model.lora` that the user leaves unset to the values of `model.adapter`."""
-    missing = [key for key in (*KEYS.values(), "targets") if not is_set(f"model.lora.{key}")]
+    missing = [key for key in (*PEFT_TO_LORA.values(), "targets") if not is_set(f"model.lora.{key}")]
     if model.adapter and missing:
         settings = TrainedAdapter(model.adapter).settings
         for key in missing:

@@ -27,7 +27,7 @@ class Lora:
     Args:
         r: Rank of the adapters; `formtune sweep` compares 8 to 64.
         alpha: Numerator of the scale alpha / r; twice the rank by default.
-        dropout: Share of the adapter's inputs that is dropped in training.
+        dropout: Dropout probability of the adapters' inputs.
         targets: `attention` (query, key, value and output projections), `all-linear`, or names of layers.
         rslora: Scale by alpha / sqrt(r), which keeps high ranks stable (arXiv:2312.03732).
         dora: Learn magnitude and direction separately (arXiv:2402.09353); slower.
@@ -54,10 +54,10 @@ class SharedInput:
         """x A^T of one layer, shape (..., r), with dropout in training, to be multiplied by `scale`."""
         if self._input is not x or layer not in self._waiting:
             if layer is not self.layers[0]:
-                return F.linear(self._drop(layer, x), layer.down)
+                return F.linear(self._drop(layer, x), layer.lora_a)
             # A layer that did not use its part last time has another input; from now on it computes alone.
             self.layers = [sharing for sharing in self.layers if sharing not in self._waiting]
-            weights = [sharing.down for sharing in self.layers]
+            weights = [sharing.lora_a for sharing in self.layers]
             h = F.linear(self._drop(layer, x), torch.cat(weights) if len(weights) > 1 else weights[0])
             self._waiting = dict(zip(self.layers, h.split([len(w) for w in weights], -1), strict=True))
         h = self._waiting.pop(layer)
@@ -85,7 +85,7 @@ class LoraLinear(Linear):
     shared: SharedInput
 
     @property
-    def down(self) -> Tensor:
+    def lora_a(self) -> Tensor:
         return self.lora_A["default"].weight  # type: ignore[return-value]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

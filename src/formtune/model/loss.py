@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 # Logits of a chunk: on a CPU 32 MiB in float32, since larger blocks are mapped anew each time, page by page.
-LOGITS = {"cpu": 2**23 - 2**10, "cuda": 2**26}
+CHUNK_LOGITS = {"cpu": 2**23 - 2**10, "cuda": 2**26}
 
 
 @dataclass(slots=True)
@@ -22,13 +22,13 @@ class Predictions:
 
 def summed_loss(head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
     """Summed NLL of the labels in nats, from the hidden states that predict them, (labels, width); `head` is frozen."""
-    return _Loss.apply(hidden, targets, head, _chunk(hidden, vocabulary))  # type: ignore[no-any-return]
+    return _Loss.apply(hidden, targets, head, _labels_per_chunk(hidden, vocabulary))  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
 def predict(head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: int) -> Predictions:
     """Predictions from hidden states, shape (labels, width)."""
-    size = _chunk(hidden, vocabulary)
+    size = _labels_per_chunk(hidden, vocabulary)
     chunks = []
     for chunk, labels in zip(hidden.split(size), targets.split(size), strict=True):
         logits = head(chunk).float()
@@ -68,9 +68,9 @@ class _Loss(torch.autograd.Function):
         return ctx.saved_tensors[0] * grad, None, None, None
 
 
-def _chunk(hidden: Tensor, vocabulary: int) -> int:
+def _labels_per_chunk(hidden: Tensor, vocabulary: int) -> int:
     """Labels whose logits are computed at once."""
-    return max(1, LOGITS.get(hidden.device.type, 2**25) // vocabulary)
+    return max(1, CHUNK_LOGITS.get(hidden.device.type, 2**25) // vocabulary)
 
 
 def _nll_in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -140,7 +140,7 @@ class MicroBatches:
         return summed_loss(head, hidden, micro_batch.targets.to(self.device), self.vocabulary)
 
     def predictions(self, micro_batch: Any) -> tuple[Predictions, Any]:
-        """What the model predicts at each label, and the KV cache that `_generate` continues, if it uses one."""
+        """Predictions at each label, and the KV cache for `_generate`, None if it needs none."""
         head, hidden, cache = self._forward(micro_batch)
         return predict(head, hidden, micro_batch.targets.to(self.device), self.vocabulary), cache
 
@@ -167,7 +167,7 @@ class MicroBatches:
         return decoded
 
     def _forward(self, padded: Any) -> tuple[nn.Module, Tensor, Any]:
-        """Output layer, its input at each label, and a KV cache if `_generate` uses one."""
+        """Output layer, its input at each label, and the KV cache for `_generate`, None if it needs none."""
         inputs = self._inputs(padded.ids)
         positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
         columns = padded.predicting.size(1)
@@ -223,7 +223,7 @@ def judge(row: Row, decoded: Decoded, renderer: Renderer, format: Format) -> Out
 
 
 @contextlib.contextmanager
-def out_of_memory_named(rows: Sequence[Row], tokens: int) -> Iterator[None]:
+def explain_out_of_memory(rows: Sequence[Row], tokens: int) -> Iterator[None]:
     """If memory runs out, name the rows of the step and the setting to lower."""
     try:
         yield

@@ -15,7 +15,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torchmetrics import Metric
 
-from formtune.base.folder import check_identity, context_length, format_hash, identity, skeleton, template_hash
+from formtune.base.folder import check_identity, context_length, format_hash, identity, meta_model, template_hash
 from formtune.base.renderer import Renderer, read_template
 from formtune.base.row import Row
 from formtune.errors import Fault, UserError
@@ -26,14 +26,14 @@ from formtune.formats.grammar import Orders
 from formtune.model.adapter import TrainedAdapter
 from formtune.model.constrained import Grammar
 from formtune.model.lora import Lora, add_lora, decoder_layers, difference, load_base, lora_config
-from formtune.model.micro_batches import Batch, Decoded, Decoding, MicroBatches, judge, out_of_memory_named
+from formtune.model.micro_batches import Batch, Decoded, Decoding, MicroBatches, explain_out_of_memory, judge
 from formtune.model.optimization import CosineWithWarmup, build_optimizer, check_optimizer
-from formtune.model.ranks import ShardedBase, gathered, padded, uneven_counts, unsynced
+from formtune.model.ranks import ShardedBase, all_gather, no_sync, uneven_counts, with_dummies
 from formtune.model.shared_prefixes import choose_micro_batches
 
-EVALUATION = 16  # tokens of an evaluation micro-batch, answers included, as a multiple of a training one's
+EVALUATION_FACTOR = 16  # tokens of an evaluation micro-batch, answers included, as a multiple of a training one's
 MAX_SKIPPED = 20  # skipped steps in a row that abort a run; 16-mixed skips a few while it finds its scale
-PARITY = 2  # rows of each evaluation batch that are also decoded in full
+PARITY_ROWS = 2  # rows of each evaluation batch that are also decoded in full
 
 
 class FormatModule(L.LightningModule):
@@ -50,10 +50,10 @@ class FormatModule(L.LightningModule):
         lora: The adapters.
         optimizer: Optimizer of the adapters; `--model.optimizer.lr 1e-4` sets the peak learning rate.
         scheduler: Learning-rate schedule, stepped after each optimizer step.
-        max_grad_norm: Norm that gradients are clipped to; 0 switches clipping off.
+        max_grad_norm: Norm that gradients are clipped to; 0 disables clipping.
         max_new_tokens: Tokens of the longest answer that evaluation decodes.
-        tokens_per_micro_batch: Tokens computed at once, a shared prefix counted once (16 times as many in evaluation,
-            which keeps no activations). Lower it if memory runs out; the result stays the same.
+        tokens_per_micro_batch: Maximum tokens of a forward pass, a shared prefix counted once; 16 times as many in
+            evaluation, which keeps no activations. Lower it if memory runs out; the result stays the same.
         gradient_checkpointing: Compute activations twice instead of keeping them: less memory, a third slower.
         compile: Compile the layers with torch.compile: about a minute at the start, then each step is shorter.
         quantize: Load the frozen base in 4 bits (QLoRA, arXiv:2305.14314); needs the extra `qlora`.
@@ -84,7 +84,7 @@ class FormatModule(L.LightningModule):
         metrics: Sequence[Metric] = (),
     ) -> None:
         super().__init__()
-        lora_config(skeleton(base), lora)  # checks the layers' names before the weights are read
+        lora_config(meta_model(base), lora)  # checks the layers' names before the weights are read
         self.adapter = TrainedAdapter(adapter) if adapter else None
         if self.adapter:
             self.adapter.check(lora)
@@ -165,7 +165,7 @@ class FormatModule(L.LightningModule):
         decoding = decoding or Decoding()
         most = min(self.max_new_tokens, decoding.max_new_tokens or self.max_new_tokens)
         limits = [min(most, self.context - len(row.prompt_ids)) for row in rows]
-        parts = self.micro_batches.split(rows, EVALUATION * self.tokens_per_micro_batch, max(limits, default=0))
+        parts = self.micro_batches.split(rows, EVALUATION_FACTOR * self.tokens_per_micro_batch, max(limits, default=0))
         return Batch(rows, list(parts), limits, decoding)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -180,12 +180,12 @@ class FormatModule(L.LightningModule):
         # DDP averages gradients over the ranks; the step's gradient is their sum, divided by the tokens of all ranks.
         scale = self.trainer.world_size / tokens
         nats = torch.zeros((), device=self.device)
-        micro_batches = padded(self.trainer, batch.micro_batches, self.micro_batches.dummy)
+        micro_batches = with_dummies(self.trainer, batch.micro_batches, self.micro_batches.dummy)
         dummies = len(micro_batches) - len(batch.micro_batches)
-        with out_of_memory_named(batch.rows, self.tokens_per_micro_batch):
+        with explain_out_of_memory(batch.rows, self.tokens_per_micro_batch):
             for i, micro_batch in enumerate(micro_batches):
                 last = i == len(micro_batches) - 1  # gradients are exchanged once, in its backward pass
-                with contextlib.nullcontext() if last else unsynced(strategy):
+                with contextlib.nullcontext() if last else no_sync(strategy):
                     loss = self.micro_batches.loss(micro_batch) * (i >= dummies)
                     self.manual_backward(loss * scale)
                 nats += loss.detach()
@@ -224,7 +224,7 @@ class FormatModule(L.LightningModule):
         """Loss and greedy answers of the rows from the same forward passes."""
         rows, self.logged = batch.rows, batch.decoding.logged
         decoded = self._decode(batch, self.scores.losses)
-        sample = sorted({len(rows) * i // PARITY for i in range(PARITY)}) if rows else []
+        sample = sorted({len(rows) * i // PARITY_ROWS for i in range(PARITY_ROWS)}) if rows else []
         in_full = self._decode(self.collate([replace(rows[i], target_ids=[]) for i in sample], True, batch.decoding))
         self.scores.losses.compare([answer.ids == decoded[i].ids for i, answer in zip(sample, in_full, strict=True)])
         self._judged += self._judge(rows, decoded)
@@ -237,7 +237,7 @@ class FormatModule(L.LightningModule):
         return [one for _, one in judged]
 
     def on_predict_epoch_end(self) -> None:
-        self.outcomes = [one for _, one in sorted(gathered(self.trainer, self._judged), key=itemgetter(0))]
+        self.outcomes = [one for _, one in sorted(all_gather(self.trainer, self._judged), key=itemgetter(0))]
 
     def on_validation_epoch_end(self) -> None:
         self.on_predict_epoch_end()
@@ -255,7 +255,7 @@ class FormatModule(L.LightningModule):
         grammar = self.grammar if self.constrained or batch.decoding.constrained else None
         stop = self.renderer.stop_ids
         model = self.model.disable_adapter() if batch.decoding.untuned else contextlib.nullcontext()
-        named = out_of_memory_named(batch.rows, self.tokens_per_micro_batch)
+        named = explain_out_of_memory(batch.rows, self.tokens_per_micro_batch)
         with named, uneven_counts(self.trainer, self.micro_batches), model:
             return self.micro_batches.decode(batch.rows, batch.micro_batches, stop, batch.limits, grammar, losses)
 
@@ -268,7 +268,7 @@ class FormatModule(L.LightningModule):
         """Loss over the rows of all processes, in nats per token, without decoding; each process passes its share."""
         losses, batch = LossMetrics().to(self.device), self.collate(rows, evaluation=True)
         # Precision and micro-batches as in validation: equal rows get an equal loss.
-        named = out_of_memory_named(rows, self.tokens_per_micro_batch)
+        named = explain_out_of_memory(rows, self.tokens_per_micro_batch)
         with named, self.trainer.precision_plugin.forward_context(), uneven_counts(self.trainer, self.micro_batches):
             self.micro_batches.decode(rows, batch.micro_batches, (), [0] * len(rows), losses=losses)
         return ratios(losses.compute())["val/loss"]

@@ -22,14 +22,14 @@ from formtune.model.micro_batches import MicroBatches
 T = TypeVar("T")
 
 
-def highest(trainer: Any, *values: float) -> list[float]:
+def max_over_ranks(trainer: Any, *values: float) -> list[float]:
     if trainer.world_size == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device)
     return trainer.strategy.reduce(tensor, reduce_op="max").tolist()  # type: ignore[no-any-return]
 
 
-def gathered(trainer: Any, part: list[T]) -> list[T]:
+def all_gather(trainer: Any, part: list[T]) -> list[T]:
     """The parts of all processes in the order of their ranks."""
     if trainer.world_size == 1:
         return part
@@ -44,7 +44,7 @@ class ShardedBase(DDPStrategy):
     def shard(self, module: Any, model: Any) -> None:
         """Shard the decoder layers of `model`, a causal language model with adapters."""
         decoder = model.get_base_model().get_decoder()
-        # A separate group: DDP exchanges gradients while layers are gathered for the backward pass.
+        # A separate group: DDP exchanges gradients while layers are all_gather for the backward pass.
         mesh = DeviceMesh.from_group(dist.new_group(), self.root_device.type)
         trained = {p for p in decoder.parameters() if p.requires_grad}
         for layer in decoder_layers(decoder):
@@ -55,11 +55,11 @@ class ShardedBase(DDPStrategy):
         module._ddp_params_and_buffers_to_ignore = [n for n, p in module.named_parameters() if isinstance(p, DTensor)]
 
 
-def padded(trainer: Any, micro_batches: list[Any], dummy: Callable[[], Any]) -> list[Any]:
+def with_dummies(trainer: Any, micro_batches: list[Any], dummy: Callable[[], Any]) -> list[Any]:
     """Dummies, then the micro-batches: at least one, to join the gradient exchange; under FSDP as many on each rank."""
     count = max(len(micro_batches), 1)
     if isinstance(trainer.strategy, ShardedBase):
-        count = int(*highest(trainer, count))
+        count = int(*max_over_ranks(trainer, count))
     return [dummy()] * (count - len(micro_batches)) + micro_batches
 
 
@@ -71,17 +71,17 @@ def uneven_counts(trainer: Any, micro_batches: MicroBatches) -> Iterator[None]:
         return
 
     def announce(*_: Any) -> None:
-        highest(trainer, 1)
+        max_over_ranks(trainer, 1)
 
     hook = micro_batches.base.get_decoder().register_forward_pre_hook(announce)
     try:
         yield
     finally:
         hook.remove()
-    while highest(trainer, 0)[0]:
+    while max_over_ranks(trainer, 0)[0]:
         micro_batches.predictions(micro_batches.dummy())
 
 
-def unsynced(strategy: Any) -> Any:
+def no_sync(strategy: Any) -> Any:
     """A context in which a backward pass exchanges no gradients."""
     return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else contextlib.nullcontext()

@@ -63,7 +63,7 @@ def choose_micro_batches(model: Any) -> MicroBatches:
         shared.base.set_attn_implementation(usual)
         padded.alone = not _ignores_padding(padded)
         how = "each row is computed alone" if padded.alone else "rows are padded"
-        rank_zero_warn(f"prefixes are not shared, {how}: {difference}")
+        rank_zero_warn(f"prefix sharing is off, which is slower; {how}: {difference}")
     model.train(training)
     return padded if difference is not None else shared
 

@@ -52,9 +52,9 @@ def infer(values: Values) -> dict[str, Any]:
     if {*types} <= {"string", "null"}:
         texts = [(value, input) for value, input in values if value is not None]
         counts = Counter(text for text, _ in texts)
-        if is_closed(counts) and sum(input.contains(text) for text, input in texts) < MIN_COPIED * len(texts):
+        if is_categorical(counts) and sum(input.contains(text) for text, input in texts) < MIN_COPIED * len(texts):
             return {"enum": [*sorted(counts), *([None] if "null" in types else [])]}
-        schema |= form([*counts])
+        schema |= string_constraint([*counts])
     if items := [(inner, input) for value, input in values if isinstance(value, list) for inner in value]:
         schema["items"] = infer(items)
     if objects := [(value, input) for value, input in values if isinstance(value, dict)]:
@@ -68,24 +68,25 @@ def _object(values: Values) -> dict[str, Any]:
         for key, inner in value.items():
             keys[key].append((inner, input))
     required = [key for key, inner in keys.items() if len(inner) == len(values)]
-    is_open = has_more([*map(len, keys.values())], len(values))
+    is_open = likely_unseen_values([*map(len, keys.values())], len(values))
     known = [key for key, inner in keys.items() if len(inner) >= MIN_VALUES or key in required or not is_open]
     schema = {"properties": {key: infer(keys[key]) for key in known}, "required": required}
     return schema if is_open else schema | {"additionalProperties": False}
 
 
-def has_more(counts: list[int], total: int) -> bool:
+def likely_unseen_values(counts: list[int], total: int) -> bool:
     """Whether new values are likely, by how many of the counted ones occur once."""
     return counts.count(1) > MAX_NEW_SHARE * total + 1
 
 
-def is_closed(values: Counter[Any]) -> bool:
+def is_categorical(values: Counter[Any]) -> bool:
     """Whether the values repeat so often that no new one is likely."""
     total, count = values.total(), len(values)
-    return 0 < count <= MAX_CHOICES and total >= MIN_REPEATS * count and not has_more([*values.values()], total)
+    repeats = 0 < count <= MAX_CHOICES and total >= MIN_REPEATS * count
+    return repeats and not likely_unseen_values([*values.values()], total)
 
 
-def form(texts: list[str]) -> dict[str, str]:
+def string_constraint(texts: list[str]) -> dict[str, str]:
     """The format or the pattern that all texts match."""
     for name in NAMES:
         if len(texts) >= MIN_VALUES and all(FORMATS.conforms(text, name) for text in texts):
@@ -216,7 +217,7 @@ def guess_format(rows: Sequence[Example], template: str) -> tuple[str, dict[str,
     if 0 < len(set(usual)) == len(usual) and count >= MIN_FIT * total:
         return "Tagged", {"sections": [*usual]}, f"{count:,} of {total:,} answers have these sections ({first})"
     labels = Counter(label for text in texts.elements() if 0 < len(label := text.strip()) <= MAX_LABEL)
-    if labels.total() >= MIN_FIT * total and is_closed(labels) and not isinstance(answers[0], bool | float):
+    if labels.total() >= MIN_FIT * total and is_categorical(labels) and not isinstance(answers[0], bool | float):
         label, count = labels.most_common()[-1]
         why = f"{len(labels)} answers repeat over {total:,} rows, the rarest is {label!r}: {count:,} times"
         return "Labels", {"labels": sorted(labels)}, why

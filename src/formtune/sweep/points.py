@@ -81,7 +81,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class PointResult:
     """The figures of a point's finished runs: those of their best checkpoints, and the means on the test rows."""
 
     name: str
@@ -93,11 +93,11 @@ class Measured:
     test: dict[str, float]
 
 
-def measure(name: str, results: Sequence[dict[str, Any]]) -> Measured:
+def summarize(name: str, results: Sequence[dict[str, Any]]) -> PointResult:
     training = [result["training"] for result in results]
     best, rows = [each["best"] for each in training], training[0]["best"]["rows"]
     shares = {FORMAT: [b["exact"] / rows for b in best], CONTENT: [b["field_f1"] for b in best]}
-    return Measured(
+    return PointResult(
         name, len(results), training[0]["trainable_parameters"], rows, fmean(b["loss"] for b in best),
         validation={metric: estimate(values, rows) for metric, values in shares.items()},
         test={metric: fmean(result["after"][metric] for result in results) for metric in METRICS},
@@ -112,12 +112,12 @@ def estimate(shares: Sequence[float], rows: int) -> Estimate:
     return Estimate(mean, math.sqrt(mean * (1 - mean) / rows))
 
 
-def choose(points: Sequence[Measured]) -> tuple[str, str]:
+def choose(points: Sequence[PointResult]) -> tuple[str, str]:
     """The name of the chosen point, and why."""
-    valid = _equal_to_the_best(points, FORMAT)
-    right = _equal_to_the_best(valid, CONTENT)
+    valid = _within_one_standard_error(points, FORMAT)
+    right = _within_one_standard_error(valid, CONTENT)
 
-    def smallest(point: Measured) -> tuple[float, ...]:
+    def smallest(point: PointResult) -> tuple[float, ...]:
         return (point.trainable_parameters, *(-point.validation[metric].mean for metric in METRICS), point.loss)
 
     chosen = min(right, key=smallest)
@@ -130,7 +130,7 @@ def choose(points: Sequence[Measured]) -> tuple[str, str]:
     )
 
 
-def _equal_to_the_best(points: Sequence[Measured], metric: str) -> list[Measured]:
+def _within_one_standard_error(points: Sequence[PointResult], metric: str) -> list[PointResult]:
     best = max((p.validation[metric] for p in points), key=lambda e: (e.mean, e.standard_error))
     # One row never decides, as for checkpoints: seeds may agree by chance, with a standard error of 0.
     margin = max(best.standard_error, 1 / points[0].rows) + 1e-9  # a row's share is rounded

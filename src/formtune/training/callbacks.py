@@ -16,13 +16,13 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import convert_inf
 from formtune.errors import Stopped
 from formtune.evaluation.metrics import ratios
 from formtune.evaluation.outcomes import worst_first
-from formtune.model.ranks import highest
+from formtune.model.ranks import max_over_ranks
 from formtune.training.diagnosis import diagnose, should_stop
 from formtune.training.loggers import log_table
 from formtune.training.validations import Validation
 
-# From a terminal, a shell, a batch system (SLURM can announce a preemption by SIGUSR1), and the end of a session.
-NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# Ctrl-C, kill, a batch system (SLURM can announce a preemption by SIGUSR1), and a closed terminal
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 PRINTED = ("val/loss", "format/exact", "joint/exact", "content/field_f1")
 PRINTED_STEPS = 50  # between two lines of progress in a file
 
@@ -31,7 +31,7 @@ class AnswerTable(Callback):
     """Logs a table of the worst answers of each evaluation beside their targets.
 
     Args:
-        rows: Number of answers, invalid formats first.
+        rows: Maximum number of answers; invalid formats come first.
     """
 
     def __init__(self, rows: NonNegativeInt = 12) -> None:
@@ -105,7 +105,7 @@ class OverfittingWatch(Callback):
 
 
 class Signals(Callback):
-    """Notes a signal in `number` while a step could be lost; elsewhere, and at a second Ctrl-C, stops at once."""
+    """In training, lets the current step finish; otherwise, and at a second Ctrl-C, stops at once."""
 
     def __init__(self) -> None:
         self.remedy = ""  # how to continue, for the last line
@@ -116,7 +116,7 @@ class Signals(Callback):
     def install(self) -> None:
         """Install the handlers, except for ignored signals (`nohup`)."""
         if threading.current_thread() is threading.main_thread():
-            for number in NUMBERS:
+            for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before.setdefault(number, signal.signal(number, self._note))
 
@@ -133,7 +133,7 @@ class Signals(Callback):
         self.number = number
 
     def _poll(self, trainer: Any, *_: Any, **__: Any) -> None:
-        [number] = highest(trainer, self.number)
+        [number] = max_over_ranks(trainer, self.number)
         if number:
             raise Stopped(int(number), self.remedy)
 

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from formtune.errors import Fault, Stopped, UserError, as_user_error, first_line
 from formtune.files import write_atomic
-from formtune.model.ranks import highest
+from formtune.model.ranks import max_over_ranks
 from formtune.training import callback
 from formtune.training.callbacks import OverfittingWatch, Signals
 from formtune.training.validations import best, contenders
@@ -58,7 +58,8 @@ class BestCheckpoint(ModelCheckpoint):
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step >= trainer.estimated_stepping_batches:
             trainer.should_stop = True  # makes Lightning validate the last weights too, whatever the interval
-        signal, due = highest(trainer, self._signals.number, time.monotonic() - self._saved >= self.every_n_seconds)
+        late = time.monotonic() - self._saved >= self.every_n_seconds
+        signal, due = max_over_ranks(trainer, self._signals.number, late)
         loop = trainer.fit_loop
         # Lightning cannot resume at the end of an epoch or before a validation: the next step is soon enough.
         unsafe = trainer.is_last_batch or loop.epoch_loop._should_check_val_fx(loop._data_fetcher)

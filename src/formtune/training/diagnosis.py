@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Timer
 from formtune.data.encoded import FEW_ROWS
 from formtune.training.validations import Validation, best, fewer
 
-LASTING = 3  # validations that a change must last; the last two of a run are close, and may share their noise
+LASTING = 3  # validations without improvement before a verdict; the last two of a run are close, and not independent
 # Shares of a loss. Small gains add up and keep a run going; overfitting must exceed the noise between validations, a
 # few percent.
 GAIN = 0.01
@@ -51,7 +51,7 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
     """Diagnose a run from its validations in the order of their steps, at least one."""
     finite = [v for v in history if v.is_finite]
     start, last = (finite or history)[0], history[-1]
-    if not last.is_finite or _counts(last.train_loss - start.train_loss, start.train_loss, DIVERGENCE):
+    if not last.is_finite or _exceeds(last.train_loss - start.train_loss, start.train_loss, DIVERGENCE):
         figures = f"train {last.train_loss:.4g}, validation {last.val_loss:.4g}, {start.train_loss:.4g} at the start"
         return Diagnosis("diverged", f"diverged: losses {figures}")
 
@@ -65,7 +65,7 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
     }
     recent = [name for name, at in gains.items() if at and len(finite) - 1 - at < LASTING]
     lowest = loss.index(min(loss))
-    above = all(_counts(value - loss[lowest], loss[lowest], CHANGE) for value in loss[-LASTING:])
+    above = all(_exceeds(value - loss[lowest], loss[lowest], CHANGE) for value in loss[-LASTING:])
     rise = f"validation loss {_percent(loss[lowest], loss[-1])} from its lowest"
     if recent:
         text = f"learning: {' and '.join(recent)} still improve{'s' if len(recent) == 1 else ''}"
@@ -73,14 +73,14 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
     if len(finite) <= LASTING:
         text = f"too early to tell: validation {len(finite)} of the {LASTING + 1} needed, nothing improved yet"
         return Diagnosis("too early", text)
-    if above and _counts(train[lowest] - train[-1], train[lowest], CHANGE):
+    if above and _exceeds(train[lowest] - train[-1], train[lowest], CHANGE):
         fell = _percent(train[lowest], train[-1])[1:]
         return Diagnosis("overfitting", f"overfitting since step {finite[lowest].step}: {rise} while train fell {fell}")
     if not any(gains.values()) and not _last_gain(train, _fell):
         return Diagnosis("not learning", f"not learning: neither loss has fallen in {len(finite)} validations")
     at = max(gains.values())
     text = f"saturated: nothing improved since step {finite[at].step}"
-    if _counts(train[at] - train[-1], train[at], CHANGE):
+    if _exceeds(train[at] - train[-1], train[at], CHANGE):
         text += f", while train fell {_percent(train[at], train[-1])[1:]}"
     return Diagnosis("saturated", text)
 
@@ -114,12 +114,12 @@ def _change(history: Sequence[Validation], chosen: Validation | None, trainer: A
         return _rate(trainer, 0.1, "training diverged")
     first, last = measured[0], measured[-1]
     for old, new in itertools.pairwise(history):
-        if not new.is_finite or _counts(new.train_loss - old.train_loss, first.train_loss, SPIKE):
+        if not new.is_finite or _exceeds(new.train_loss - old.train_loss, first.train_loss, SPIKE):
             change = f"from {old.train_loss:.3g} to {new.train_loss:.3g}"
             return _rate(trainer, 1 / 3, f"training loss rose {change} at step {new.step}")
     fell = first.train_loss - last.train_loss
     if kind == "not learning":
-        rose = _counts(-fell, first.train_loss, CHANGE)
+        rose = _exceeds(-fell, first.train_loss, CHANGE)
         return _rate(trainer, 1 / 3 if rose else 10, f"training loss has {'risen' if rose else 'not fallen'}")
     if kind == "learning" and len(measured) > LASTING and fell < SLOW * first.train_loss:
         return _rate(trainer, 3, f"training loss fell by only {fell / first.train_loss:.0%}")
@@ -137,7 +137,7 @@ def _change(history: Sequence[Validation], chosen: Validation | None, trainer: A
         if rank > LOWEST_RANK:
             return "lower the rank (training is already short)", _rank(trainer, rank // 2)
     losses = f"training loss {last.train_loss:.3g}, validation loss {last.val_loss:.3g}"
-    near = not _counts(last.val_loss - last.train_loss, last.val_loss, GAP)
+    near = not _exceeds(last.val_loss - last.train_loss, last.val_loss, GAP)
     if kind == "saturated" and near and rank < HIGHEST_RANK:
         return f"raise the rank ({losses})", _rank(trainer, 2 * rank)
     return f"add rows like those that the audit finds rare or missing ({losses} with {rows:,} rows)", {}
@@ -180,13 +180,13 @@ def _rate(trainer: Any, times: float, why: str) -> Step:
     return f"{'lower' if times < 1 else 'raise'} the learning rate ({why})", {"model.optimizer.lr": f"{lr:.1e}"}
 
 
-def _counts(change: float, value: float, share: float) -> bool:
+def _exceeds(change: float, value: float, share: float) -> bool:
     """Whether a change exceeds a share of a value, and `FLOOR`."""
     return change > max(share * value, FLOOR)
 
 
 def _fell(lowest: float, new: float) -> bool:
-    return _counts(lowest - new, lowest, GAIN)
+    return _exceeds(lowest - new, lowest, GAIN)
 
 
 def _last_rise(scores: Sequence[T], rose: Callable[[T, T], bool], size: Callable[[T], float]) -> int:

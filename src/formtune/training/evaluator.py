@@ -56,7 +56,7 @@ class Evaluator:
                 prompts[name], outcomes[name] = rows, self._baseline("few_shot", rows)
                 result["shots"] = [row.where for rows in shots.values() for row in rows[:count]]
             else:
-                self._print("few-shot is not measured: no example fits beside the longest test row")
+                self._print("skipped few-shot: no example fits into the context with the longest test row")
         constrained = None
         if "constrained" in kinds and not self.model.constrained:  # else every evaluation is constrained
             try:
@@ -65,7 +65,7 @@ class Evaluator:
                     grammar.matcher(row)
             except UserError as error:
                 result["no_grammar"] = str(error).removeprefix("model.constrained: ")
-                self._print(f"constrained decoding is not measured: {result['no_grammar']}")
+                self._print(f"skipped constrained decoding: {result['no_grammar']}")
             else:
                 rows = prompts[prompting.best_prompt(outcomes)]
                 constrained = self._baseline("before_constrained", rows, constrained=True)
@@ -83,7 +83,7 @@ class Evaluator:
             decodings["after_constrained"] = Decoding(constrained=True, logged=False)
         for name, decoding in decodings.items():
             outcomes = self._test(EVALUATIONS[name], self.test_rows, decoding)
-            self._record(name, outcomes, self.model.evaluation, self.model.counts)
+            self._store(name, outcomes, self.model.evaluation, self.model.counts)
         rows = self.datamodule.rows["validation"]  # answered again: checkpoints contain verdicts, not confidences
         validation = self._test("tuned, on the validation rows", rows, Decoding(logged=False))
         if self._writes:
@@ -150,15 +150,15 @@ class Evaluator:
             if self._writes:
                 write_entry(path, [values, counts, outcomes], prompting.MAX_ENTRIES)
         self._seconds = 0.0 if entry else time.monotonic() - started
-        self._record(name, outcomes, values, counts)
+        self._store(name, outcomes, values, counts)
         return outcomes
 
     def _test(self, name: str, rows: list[Row], decoding: Decoding) -> list[Outcome]:
-        self._print(f"measuring: {name}, {len(rows)} rows")  # a bar shows nothing in a log file
+        self._print(f"evaluating: {name}, {len(rows)} rows")  # a bar shows nothing in a log file
         self.trainer.test(self.model, self.datamodule.evaluation_loader(rows, decoding), verbose=False)
         return self.model.outcomes
 
-    def _record(self, name: str, outcomes: list[Outcome], values: dict[str, float], counts: dict[str, Any]) -> None:
+    def _store(self, name: str, outcomes: list[Outcome], values: dict[str, float], counts: dict[str, Any]) -> None:
         self.outcomes[name], self.result[name], self.result["counts"][name] = outcomes, values, counts
         if self._writes:
             write_outcomes(self.folder / "outcomes" / f"{name}.jsonl", outcomes)

@@ -70,7 +70,7 @@ def make_loggers(names: Name | Sequence[Name], task: str, run: str, step: int | 
     return [make() for name, make in makers.items() if name in names]
 
 
-def record(trainer: Any, file: Path, configuration: str) -> None:
+def save_config(trainer: Any, file: Path, configuration: str) -> None:
     """Write a new run's configuration, in YAML, to its file and to the loggers that compare runs by it."""
     write_atomic(file, configuration)
     for logger in trainer.loggers:

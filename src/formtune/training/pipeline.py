@@ -21,7 +21,7 @@ from formtune.training.callbacks import OverfittingWatch
 from formtune.training.checkpoint import BestCheckpoint, read
 from formtune.training.diagnosis import diagnose, next_step
 from formtune.training.evaluator import Baseline, Evaluator
-from formtune.training.loggers import record
+from formtune.training.loggers import save_config
 from formtune.training.manifest import write_manifest
 from formtune.training.run_folder import RunFolder, plan_entry
 from formtune.training.validations import best, reason
@@ -46,7 +46,7 @@ def train(
     prepare(trainer, datamodule)
     writes = trainer.is_global_zero and not trainer.fast_dev_run
     if writes and not folder.begun:
-        record(trainer, folder.path / "config.yaml", config())
+        save_config(trainer, folder.path / "config.yaml", config())
     if baselines is None:
         trainer.fit(model, datamodule, ckpt_path=checkpoint)
         return None

@@ -17,7 +17,7 @@ from formtune.errors import UserError
 from formtune.files import write_entry
 from formtune.model import FormatModule
 from formtune.model.micro_batches import Decoding
-from formtune.model.ranks import highest
+from formtune.model.ranks import max_over_ranks
 from formtune.training import callback
 from formtune.training.evaluator import untuned_limit
 from formtune.training.pipeline import peak_memory, prepare
@@ -58,7 +58,7 @@ class Timing(Callback):
         for batch in batches:
             with trainer.precision_plugin.train_step_context():
                 model.training_step(batch, 0)
-        return highest(trainer, _now() - started)[0]  # equal on all processes, which then time equally many
+        return max_over_ranks(trainer, _now() - started)[0]  # equal on all processes, which then time equally many
 
     def _answer(self, trainer: Any, model: Any, rows: Sequence[Any], limit: int) -> float:
         """Seconds to decode answers from their first token up to a limit."""

@@ -531,13 +531,13 @@ def test_an_empty_split_is_one_line_with_the_reason(task, capsys):
     task(rows, format=labels)
     assert main(["audit", "-c", "t.yaml", "--data.test", "0"]) == 1
     [line] = read(folder)["blockers"]
-    assert line.startswith("data.test: no row is left to use (60 read; none quarantined); add rows, or name a file")
+    assert line.startswith("data.test: the split is empty (60 read; none quarantined); add rows, or name a file")
     assert main(["train", "-c", "t.yaml", "--data.test", "0"]) == 2
     assert line in capsys.readouterr().err
     assert main(["audit", "-c", "t.yaml", "--data.validation", "train.jsonl"]) == 1
     [line] = read(folder)["blockers"]
     assert line.startswith(
-        "data.train: no row is left to use (60 read; 60 leak), such as train.jsonl:1: the input is also"
+        "data.train: the split is empty (60 read; 60 leak), such as train.jsonl:1: the input is also"
     )
 
 

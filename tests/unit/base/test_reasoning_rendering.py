@@ -125,5 +125,5 @@ def test_tags_that_are_control_tokens_are_allowed_where_the_format_has_them_and_
     turn = answer(f"<think>hm</think>{ANSWER}")
     row = encode(Renderer(tokenizer, tags=FORMAT.tags), turn)
     assert row.target == turn["content"] and len(row.target_ids) == len("hm") + len(ANSWER) + 3
-    assert "control token" in str(encode(Renderer(tokenizer), turn))
-    assert "control token" in str(encode(Renderer(tokenizer, tags=FORMAT.tags), answer("<|im_start|>")))
+    assert "special token" in str(encode(Renderer(tokenizer), turn))
+    assert "special token" in str(encode(Renderer(tokenizer, tags=FORMAT.tags), answer("<|im_start|>")))

@@ -328,7 +328,7 @@ def test_an_empty_split_names_what_became_of_its_rows(task, base, monkeypatch):
         tokenizer=base, bad_rows="drop", max_length=200,
     )  # fmt: skip
     [line] = blockers(settings, load_splits(settings, from_cache=False))
-    assert line.startswith("data.validation: no row is left to use (3 read; 3 too_long), such as ")
+    assert line.startswith("data.validation: the split is empty (3 read; 3 too_long), such as ")
     assert "v.jsonl:1: 261 tokens, " in line and line.endswith("; set data.max_length: 266")
 
 

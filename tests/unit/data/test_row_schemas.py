@@ -17,7 +17,7 @@ from formtune.data.cleaning import Example, Quarantined, judge
 from formtune.data.encoded import cache_path, content_hash
 from formtune.data.preparation import load_splits, prompt_rows
 from formtune.data.settings import DataSettings
-from formtune.data.shapes import own_schema
+from formtune.data.shapes import row_schema
 from formtune.data.styles import mixtures
 from formtune.errors import UserError
 from formtune.evaluation.baselines import cache_entry, choose_shots, constant_answer, few_shot_rows, shots_by_schema
@@ -140,7 +140,7 @@ def test_a_schema_that_cannot_be_read_is_refused_with_the_reason(case):
     ],
 )
 def test_an_object_and_its_json_text_are_the_same_schema(value, text):
-    assert own_schema(value) == text
+    assert row_schema(value) == text
 
 
 def test_each_answer_is_judged_repaired_and_quarantined_by_its_own_schema():

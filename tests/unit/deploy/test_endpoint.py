@@ -38,7 +38,7 @@ def test_served_answers_are_judged_as_a_runs_and_can_be_compared_with_it(check, 
     run, server = check
     right = server.say
     server.say = lambda text: "It is " + right(text) if text == "number 203" else right(text)
-    assert run("--at_once", "3") == 0
+    assert run("--concurrency", "3") == 0
     outcomes = read_outcomes(Path("logs/small/endpoint/outcomes/after.jsonl"))
     assert [it.input for it in outcomes] == [f"number {n}" for n in range(200, 200 + ROWS)]
     assert [it.kind for it in outcomes if not it.exact] == ["extra_text"] and outcomes[3].loose

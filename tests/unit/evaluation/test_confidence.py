@@ -19,12 +19,12 @@ from formtune.evaluation.outcomes import Outcome, confidence, read_outcomes, wri
 from formtune.evaluation.outcomes import outcome as judge
 from formtune.evaluation.report import page
 from formtune.evaluation.selective import (
-    accepted,
     aurc,
     calibration,
     calibration_error,
+    coverage_and_precision,
     judged,
-    risks,
+    selective_risk,
     summary,
     threshold,
 )
@@ -96,10 +96,10 @@ PAIRS = [(0.9, True), (0.8, False), (0.8, True), (0.6, True), (0.3, False)]
 
 
 def test_risk_and_coverage_by_hand_and_ties_in_no_order():
-    assert risks(PAIRS).tolist() == pytest.approx([0, 0.5 / 2, 1 / 3, 1 / 4, 2 / 5])
+    assert selective_risk(PAIRS).tolist() == pytest.approx([0, 0.5 / 2, 1 / 3, 1 / 4, 2 / 5])
     assert aurc(PAIRS) == pytest.approx((0 + 1 / 4 + 1 / 3 + 1 / 4 + 2 / 5) / 5)
-    assert risks(PAIRS[::-1]).tolist() == risks(PAIRS).tolist()
-    assert risks([(1.0, True), (1.0, False)] * 2).tolist() == [0.5] * 4
+    assert selective_risk(PAIRS[::-1]).tolist() == selective_risk(PAIRS).tolist()
+    assert selective_risk([(1.0, True), (1.0, False)] * 2).tolist() == [0.5] * 4
 
 
 def test_calibration_by_hand():
@@ -122,10 +122,10 @@ def test_a_threshold_is_the_lowest_that_reaches_the_target_with_one_right_and_on
 
 
 def test_what_is_accepted_has_its_coverage_and_interval():
-    figures = accepted(PAIRS, 0.8)
+    figures = coverage_and_precision(PAIRS, 0.8)
     assert (figures["accepted"], figures["coverage"], figures["precision"]) == (3, 0.6, 2 / 3)
     assert figures["interval"] == wilson(2, 3)
-    assert accepted(PAIRS, 0.95) == {
+    assert coverage_and_precision(PAIRS, 0.95) == {
         "min_confidence": 0.95, "accepted": 0, "coverage": 0.0, "precision": None, "interval": (0.0, 1.0),
     }  # fmt: skip
 

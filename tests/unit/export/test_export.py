@@ -28,7 +28,7 @@ from formtune.export.measure import (
     QUANTIZED,
     ROUNDED,
     Closeness,
-    Tuned,
+    Reference,
     call_fresh,
     compare,
     last_logits,
@@ -261,18 +261,18 @@ def test_a_killed_export_leaves_no_folder_of_its_final_name(run, monkeypatch):
 
 def test_tolerances_break_at_what_they_name_and_at_numbers_that_are_none():
     same = [torch.randn(5, 9)]
-    assert EXACT.broken_by(compare(same, same)) is None
-    assert "logits" in EXACT.broken_by(compare(same, [same[0] * 1.01]))
-    assert "KL" in ROUNDED.broken_by(Closeness(0.01, 0.5, 1.0))
-    assert "top-1 90.0%" in QUANTIZED.broken_by(Closeness(9.0, 0.01, 0.9))
+    assert EXACT.violation(compare(same, same)) is None
+    assert "logits" in EXACT.violation(compare(same, [same[0] * 1.01]))
+    assert "KL" in ROUNDED.violation(Closeness(0.01, 0.5, 1.0))
+    assert "top-1 90.0%" in QUANTIZED.violation(Closeness(9.0, 0.01, 0.9))
     for value in (torch.nan, torch.inf):
-        assert all(bounds.broken_by(compare(same, [same[0] * value])) for bounds in (EXACT, ROUNDED, QUANTIZED))
+        assert all(bounds.violation(compare(same, [same[0] * value])) for bounds in (EXACT, ROUNDED, QUANTIZED))
 
 
 def measured(folder, reference):
     return call_fresh(
         measure, f"{folder} does not load", kind="nf4", folder=folder,
-        tuned=Tuned(reference, None, None, torch.float32, [], ROWS, [Row(ROWS[0], [], "", None, "")], [4], [0]),
+        tuned=Reference(reference, None, None, torch.float32, [], ROWS, [Row(ROWS[0], [], "", None, "")], [4], [0]),
     )  # fmt: skip
 
 
@@ -318,8 +318,8 @@ def test_nf4_weights_that_a_forward_pass_repacked_before_they_were_saved_are_ref
         closeness, *_ = measured(tmp_path / f"nf4-{repacked}", tmp_path / "whole")
         measurements.append(closeness)
     right, wrong = measurements
-    assert QUANTIZED.broken_by(wrong) and trial.ROUNDED.broken_by(wrong), measurements
-    assert wrong.kl > 3 * right.kl and trial.ROUNDED.broken_by(right) is None, measurements
+    assert QUANTIZED.violation(wrong) and trial.ROUNDED.violation(wrong), measurements
+    assert wrong.kl > 3 * right.kl and trial.ROUNDED.violation(right) is None, measurements
 
 
 def test_an_adapter_merged_into_a_base_of_4_bits_is_refused(tmp_path):

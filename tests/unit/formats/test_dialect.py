@@ -335,7 +335,7 @@ def test_a_large_schema_is_read_in_time():
     ],
 )
 def test_a_schema_that_applies_itself_to_the_same_value_is_refused(schema):
-    with pytest.raises(UserError, match="refers to itself endlessly"):
+    with pytest.raises(UserError, match=r"an endless \$ref loop"):
         JsonSchema(schema)
 
 

@@ -67,7 +67,7 @@ def test_training_begins_where_the_adapter_ended_and_compares_with_it_and_the_ba
     card = (project / "two/adapter/README.md").read_text()
     assert f"started from the adapter `logs/small/one` (SHA-256 of its weights `{sha256}`)" in card
     assert "| adapter, " in card and ">adapter, " in (project / "two/report.html").read_text()
-    assert "measuring: adapter, " in capfd.readouterr().out
+    assert "evaluating: adapter, " in capfd.readouterr().out
     assert main(["compare", str(project / "two:start"), str(project / "two")]) == 0
     assert "cannot tell" in capfd.readouterr().out
 
@@ -76,10 +76,10 @@ def test_an_adapter_is_measured_without_a_checkpoint_and_the_base_if_asked(proje
     loss = metrics("logs/small/one")["after"]["val/loss"]
     assert main(["test", *FROM_ONE]) == 0
     out = capfd.readouterr().out
-    assert "measuring: adapter logs/small/one\n" in out and f"{loss:.4f}" in out
+    assert "evaluating: adapter logs/small/one\n" in out and f"{loss:.4f}" in out
     assert main(["test", *FROM_ONE, "--ckpt_path", "base"]) == 0
     out = capfd.readouterr().out
-    assert "measuring: untuned base\n" in out and f"{loss:.4f}" not in out
+    assert "evaluating: untuned base\n" in out and f"{loss:.4f}" not in out
     assert main(["test", "logs/small/one", "--model.adapter", "logs/small/one"]) == 2
     assert "is evaluated; for an adapter, use -c TASK.yaml" in capfd.readouterr().err
 

@@ -180,7 +180,7 @@ def test_a_model_that_cannot_take_packed_rows_gets_padded_rows_and_a_warning():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **sizes))
     torch.nn.init.normal_(model.lm_head.weight, std=2.0)
     model = tuned(model)
-    with pytest.warns(UserWarning, match="prefixes are not shared, rows are padded"):
+    with pytest.warns(UserWarning, match="prefix sharing is off, which is slower; rows are padded"):
         micro_batches = choose_micro_batches(model)
     assert type(micro_batches) is MicroBatches
     rows = random_rows(1)
@@ -193,7 +193,7 @@ def test_other_architectures_are_trained_in_padded_rows(shape):
 
     sizes = {"hidden_size": 32, "vocab_size": 259, "n_head": 4, "n_layer": 2, "num_hidden_layers": 2}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape, **sizes)).eval()
-    with pytest.warns(UserWarning, match="prefixes are not shared"):
+    with pytest.warns(UserWarning, match="prefix sharing is off"):
         assert type(choose_micro_batches(model)) is MicroBatches
 
 

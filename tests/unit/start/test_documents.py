@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from formtune.formats import JsonSchema
 from formtune.formats.content import Words
 from formtune.start import guesses as inferred
-from formtune.start.guesses import common_pattern, form, is_closed
+from formtune.start.guesses import common_pattern, is_categorical, string_constraint
 
 SCALARS = (
     st.none()
@@ -94,10 +94,10 @@ def test_values_that_inputs_hold_are_no_enum():
 
 
 def test_a_set_is_closed_if_its_values_repeat():
-    assert is_closed(Counter("aabb" * 10)) and not is_closed(Counter("abcdefgh"))
-    assert not is_closed(Counter(dict.fromkeys("abcde", 1)) + Counter("x" * 100))
+    assert is_categorical(Counter("aabb" * 10)) and not is_categorical(Counter("abcdefgh"))
+    assert not is_categorical(Counter(dict.fromkeys("abcde", 1)) + Counter("x" * 100))
 
 
 def test_forms_need_enough_texts():
-    assert form(["2026-03-12"]) == {}
+    assert string_constraint(["2026-03-12"]) == {}
     assert common_pattern(["12.50", "3.10"]) == ""

@@ -23,7 +23,7 @@ from formtune.cli import main
 from formtune.commands import sweep as command
 from formtune.errors import UserError
 from formtune.sweep import points as sweep_points
-from formtune.sweep.points import CONTENT, FORMAT, METRICS, Estimate, Measured, choose, estimate, grid
+from formtune.sweep.points import CONTENT, FORMAT, METRICS, Estimate, PointResult, choose, estimate, grid
 
 ROWS = 200
 
@@ -33,7 +33,7 @@ def measured(parameters, exact, field_f1=0.9, error=0.01, loss=0.1):
 
 
 def point(parameters, exact, field_f1, loss):
-    return Measured(f"p{parameters}", 1, parameters, ROWS, loss, {FORMAT: exact, CONTENT: field_f1}, {})
+    return PointResult(f"p{parameters}", 1, parameters, ROWS, loss, {FORMAT: exact, CONTENT: field_f1}, {})
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def test_the_rows_are_in_the_order_of_the_file_whichever_process_has_them(monkey
     for numbers, others in (([1, 2, 3, 4, 5, 6, 7], []), ([7, 3, 1, 5], [6, 4, 2]), ([], [2, 1, 3, 7, 6, 5, 4])):
         module = SimpleNamespace(trainer=trainer, _judged=[(n, verdicts[n]) for n in numbers])
         monkeypatch.setattr(
-            "formtune.model.module.gathered", lambda _, part, others=others: [(n, verdicts[n]) for n in others] + part
+            "formtune.model.module.all_gather", lambda _, part, others=others: [(n, verdicts[n]) for n in others] + part
         )
         FormatModule.on_predict_epoch_end(module)
         record = OverfittingWatch()
