@@ -57,7 +57,7 @@ def threshold(rows: Judged, target: float) -> float | None:
     """The lowest confidence from which at least `target` of the answers are right; None if there is none.
 
     One right and one wrong answer are added to those counted (Laplace's rule of succession). Confidence 0 means an
-    invalid format and is never coverage_and_precision.
+    invalid format and is never accepted.
     """
     lowest, count, right = None, 0, 0
     for confidence, group in groupby(sorted(rows, reverse=True), itemgetter(0)):
@@ -69,7 +69,7 @@ def threshold(rows: Judged, target: float) -> float | None:
 
 
 def coverage_and_precision(rows: Judged, minimum: float) -> dict[str, Any]:
-    """Coverage, and precision with its interval, if answers of at least this confidence are coverage_and_precision."""
+    """Coverage, and precision with its interval, if answers of at least this confidence are accepted."""
     verdicts = [is_right for confidence, is_right in rows if confidence >= minimum]
     count, right = len(verdicts), sum(verdicts)
     figures = {"min_confidence": minimum, "accepted": count, "coverage": count / len(rows)}

@@ -44,7 +44,7 @@ class ShardedBase(DDPStrategy):
     def shard(self, module: Any, model: Any) -> None:
         """Shard the decoder layers of `model`, a causal language model with adapters."""
         decoder = model.get_base_model().get_decoder()
-        # A separate group: DDP exchanges gradients while layers are all_gather for the backward pass.
+        # A separate group: DDP exchanges gradients while layers are gathered for the backward pass.
         mesh = DeviceMesh.from_group(dist.new_group(), self.root_device.type)
         trained = {p for p in decoder.parameters() if p.requires_grad}
         for layer in decoder_layers(decoder):

@@ -69,7 +69,7 @@ def propose(
             formats.Reasoning(format, **tags) if tags else format, **files, tokenizer=base, columns=Columns(**columns),
             system=system, **{key.removeprefix("data."): value for key, value, _ in by_column},
         )  # fmt: skip
-        prepared = settings, check_rows(settings, guesses)
+        prepared = settings, check_limits(settings, guesses)
     schema = None
     if "schema" in init_args:
         schema = json.dumps(init_args["schema"], indent=2, ensure_ascii=False) + "\n"
@@ -110,7 +110,7 @@ def instruction_for(init_args: dict[str, Any], tags: dict[str, Any]) -> str | No
     return think + "Answer with one JSON document that matches this schema: {schema}"
 
 
-def check_rows(settings: DataSettings, guesses: list[Guess]) -> Splits:
+def check_limits(settings: DataSettings, guesses: list[Guess]) -> Splits:
     """Prepare the rows; guess repairs that make answers valid, token limits, and what to do with bad rows."""
     max_length, max_new_tokens = settings.max_length, settings.max_new_tokens  # the defaults
     settings.max_length = settings.max_new_tokens = NO_LIMIT
