@@ -16,7 +16,7 @@ from formtune.training.manifest import KINDS
 def run(command: str, args: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that no file or process is left
     warnings.simplefilter("ignore")  # libraries warn of what the measurements judge
-    parser = CommandParser(command, COMMANDS[command].description, "formtune export RUN [--as KIND] [--max_loss SHARE]")
+    parser = CommandParser(command, COMMANDS[command].description)
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a finished run")
     kinds = (*KINDS, "gguf-adapter")
     parser.add_argument("--as", metavar="KIND", dest="kind", choices=kinds, default="adapter", help=", ".join(kinds))

@@ -20,7 +20,7 @@ MAX_CHARACTERS = 200  # of a printed value
 
 def run(command: str, args: list[str]) -> int:
     """Guess, write, audit and estimate; 1 if the rows must not be trained on as they are."""
-    parser = CommandParser(command, COMMANDS[command].description, "formtune init ROWS [--task NAME] [--base BASE]")
+    parser = CommandParser(command, COMMANDS[command].description)
     parser.add_argument("rows", metavar="ROWS", help="File, folder, glob or dataset of rows, as for data.train")
     parser.add_argument("--task", help="Name of configs/NAME.yaml and data/NAME/ (default: the name of ROWS)")
     parser.add_argument("--base", default=BASE, help=f"Folder or Hub id of the base model (default: {BASE})")

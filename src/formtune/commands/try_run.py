@@ -23,7 +23,7 @@ from formtune.model.micro_batches import MicroBatches, judge
 
 def run(command: str, args: list[str]) -> None:
     """Answer prompts until standard input ends."""
-    parser = CommandParser(command, COMMANDS[command].description, "formtune try RUN")
+    parser = CommandParser(command, COMMANDS[command].description)
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a finished run")
     parser.add_argument("--schema", type=str, help="File of the schema, or of the tools, if each row has its own")
     config = parser.parse_args(args)

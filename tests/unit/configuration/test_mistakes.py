@@ -176,7 +176,7 @@ NAMED = [
     (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches: 0 leaves nothing to train"),
     (["--trainer.use_distributed_sampler", "true"], "trainer.use_distributed_sampler: True would split the rows"),
     (["--trainer.check_val_every_n_epoch", "5"], "trainer.check_val_every_n_epoch: use null or 1"),
-    (["--trainer.check_val_every_n_epoch", "1"], "1 needs trainer.val_check_interval as a share"),
+    (["--trainer.check_val_every_n_epoch", "1"], "with 1, it must be a share of an epoch"),
     (["--trainer.default_root_dir", "x"], "trainer.default_root_dir: runs are in logs/TASK/RUN; set task and run"),
     (["--model.scheduler", "torch.optim.lr_scheduler.OneCycleLR", "--model.scheduler.max_lr", "1"], "model.scheduler: You must"),
     (["--model.scheduler", "lightning.pytorch.cli.ReduceLROnPlateau", "--model.scheduler.monitor", "x"], "model.scheduler: "),

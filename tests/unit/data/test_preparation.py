@@ -191,7 +191,7 @@ def test_long_rows_are_refused_or_dropped_and_never_cut(data, limits):
 
 
 def test_if_no_row_is_left_the_error_names_the_reasons(data):
-    with pytest.raises(UserError, match=r"data.train: no row is left to use \(2 read; 2 conflict\)"):
+    with pytest.raises(UserError, match=r"data.train: the split is empty \(2 read; 2 conflict\)"):
         data([pair(1, "a"), pair(2, "a")])
 
 

@@ -11,7 +11,7 @@ from formtune.data import Columns
 from formtune.data.cleaning import judge
 from formtune.data.preparation import load_splits, read_examples
 from formtune.data.settings import DataSettings
-from formtune.data.shapes import written
+from formtune.data.shapes import serialize
 from formtune.data.sources import read_records
 from formtune.errors import UserError
 from formtune.formats import JsonSchema, Labels, Regex
@@ -260,4 +260,4 @@ def test_any_number_of_null_keys_is_left_out():
         "additionalProperties": False,
     }
     value = {f"k{n}": None for n in reversed(range(1, 60))} | {"k0": "x"}
-    assert written(value, JsonSchema(schema), "f:1") == '{"k0":"x"}'
+    assert serialize(value, JsonSchema(schema), "f:1") == '{"k0":"x"}'

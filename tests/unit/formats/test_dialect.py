@@ -122,7 +122,7 @@ def test_every_verdict_is_that_of_the_drafts_own_validator(draft, data):
         JsonSchema(schema)
     except UserError as error:
         assert any(
-            why in str(error) for why in ("points to nothing", "to itself endlessly", "the schema checks nothing")
+            why in str(error) for why in ("points to nothing", "endless $ref loop", "the schema checks nothing")
         ), error
         return
     with contextlib.suppress(RecursionError):  # of the reference, for a schema that refers to itself endlessly
@@ -340,5 +340,5 @@ def test_a_schema_that_applies_itself_to_the_same_value_is_refused(schema):
 
 
 def test_a_part_that_refers_to_itself_endlessly_is_refused():
-    with pytest.raises(UserError, match=r"\$\.\$defs\.x: refers to itself endlessly"):
+    with pytest.raises(UserError, match=r"\$\.\$defs\.x: an endless \$ref loop"):
         JsonSchema({"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"$ref": "#/$defs/x"}}})
