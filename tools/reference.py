@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 REFERENCE = Path(__file__).parents[1] / "configs/reference.yaml"
-COMMAND = ["train", "-c", "configs/smollm2-135m.yaml", "--print_config=comments"]
+COMMAND = ["train", "-c", "configs/smollm2-135m.yaml", "--data.system=null", "--print_config=comments"]
 TITLES = {"model": "Base, adapters, optimizer and decoding", "data": "Rows, format and splits"}
 HEAD = """\
 # Every key of `formtune train`, with its default and what it does. Written by `make reference`.

@@ -1,6 +1,7 @@
 """The LightningDataModule: a training batch has the rows of one optimizer step."""
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -121,9 +122,10 @@ class FormatDataModule(L.LightningDataModule):
         """This process's share of a fixed sample of training rows, as many as validation sees."""
         trainer: Any = self.trainer
         validated, rows = int(sum(trainer.num_val_batches)) * EVALUATION_ROWS, self.rows["train"]
-        if trainer.overfit_batches:  # the only ones that are trained
-            count = int(trainer.num_training_batches) * self.rows_per_step
-            rows = [rows[i] for i in islice(Order(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0))), count)]
+        if batches := trainer.overfit_batches:  # or a share of them: the only ones that are trained
+            batches *= 1 if isinstance(batches, int) else math.ceil(len(rows) / self.rows_per_step)
+            order = Order(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0)))
+            rows = [rows[i] for i in islice(order, int(batches) * self.rows_per_step)]
         return self._share(sample(rows, min(len(self.rows["validation"]), validated)))
 
     def _collate(self, rows: list[Row], evaluation: bool = False, decoding: Any = None) -> Any:

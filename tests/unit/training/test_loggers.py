@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from formtune.cli import main
-from formtune.training.loggers import CHARTS, OneEventFile, log_table, make_loggers, record
+from formtune.training.loggers import CHARTS, OneEventFile, log_table, make_loggers, save_config
 
 COLUMNS, ROWS = ("why", "answer"), [("syntax: a | b", "```\n{"), ("ok", "{}")]
 
@@ -91,7 +91,7 @@ def test_tables_go_to_every_logger(tmp_path):
     board, file = OneEventFile(tmp_path, "t", "r"), CSVLogger(tmp_path, "csv", "")
     every = trainer(board, file, Table(), Client())
     log_table(every, "answers/test", COLUMNS, ROWS)
-    record(every, tmp_path / "config.yaml", "model: {base: b}")
+    save_config(every, tmp_path / "config.yaml", "model: {base: b}")
     assert configurations == [{"model": {"base": "b"}}] * 2
     assert tables[0] == (("answers/test", ["why", "answer"], [list(row) for row in ROWS]), {"step": 3})
     whole = {"step": [3, 3], "why": ["syntax: a | b", "ok"], "answer": ["```\n{", "{}"]}
