@@ -24,7 +24,7 @@ from formtune.data.datamodule import EVALUATION_ROWS
 from formtune.evaluation.metrics import LossMetrics
 from formtune.model.lora import load_base
 from formtune.model.micro_batches import MicroBatches
-from formtune.model.module import EVALUATION, PARITY
+from formtune.model.module import EVALUATION_FACTOR, PARITY_ROWS
 from formtune.model.shared_prefixes import choose_micro_batches
 
 
@@ -59,13 +59,13 @@ def main() -> None:
 
     measure.synchronise()
     began = time.perf_counter()
-    way, budget = choose_micro_batches(model), EVALUATION * args.tokens
+    way, budget = choose_micro_batches(model), EVALUATION_FACTOR * args.tokens
     given: list[list[int]] = []
     nats, same = 0.0, []
     for start in range(0, len(rows), args.batch):
         batch = rows[start : start + args.batch]
         answers, part = decode(way, batch, budget, args.max_new, context, stop)
-        sample = sorted({len(batch) * i // PARITY for i in range(PARITY)})
+        sample = sorted({len(batch) * i // PARITY_ROWS for i in range(PARITY_ROWS)})
         blind = [replace(batch[i], target_ids=[]) for i in sample]
         in_full, _ = decode(way, blind, budget, args.max_new, context, stop)
         same += [answer == answers[i] for i, answer in zip(sample, in_full, strict=True)]
