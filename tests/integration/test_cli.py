@@ -229,7 +229,7 @@ HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "numpy")
         (["train", "-c", "gone.yaml"], 2, "gone.yaml: No such file"),
         (["train", "--config=broken.yaml"], 2, "broken.yaml:1: not valid YAML"),
         (["compare", "--help"], 0, "formtune compare RUN RUN"),
-        (["export", "--help"], 0, "formtune export RUN"),
+        (["export", "--help"], 0, "usage: formtune export "),
         (["export", "one", "--as", "onnx"], 2, "invalid choice: 'onnx'"),
         (["preflight", "-c"], 2, "-c: name the YAML of a task"),
         (["compare", "one"], 2, "name two runs or more"),

@@ -564,7 +564,7 @@ def test_lack_of_memory_names_the_longest_row_and_what_to_lower(work, monkeypatc
 
     at(monkeypatch, "on_train_start", 0, lambda *_: monkeypatch.setattr(SharedPrefixes, "loss", full))
     assert main([*FIT]) == 1
-    line = one_line(capfd, "out of memory in a step of 8 rows", "model.tokens_per_micro_batch (now 4096)")
+    line = one_line(capfd, "out of memory in a batch of 8 rows", "model.tokens_per_micro_batch (now 4096)")
     assert re.search(r"train\.jsonl:\d+ with \d+ tokens", line)
 
 

@@ -21,7 +21,9 @@ from formtune.formats import Regex
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 TEXT = "\n".join(page.read_text() for page in PAGES)
-LINES = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
+LINES = [
+    line for block in re.findall(r"```bash\n(.*?)```", TEXT.replace("\\\n", " "), re.S) for line in block.splitlines()
+]
 NOTEBOOK = [
     "".join(cell["source"])
     for cell in json.loads((ROOT / "docs/quickstart.ipynb").read_text(encoding="utf-8"))["cells"]

@@ -154,7 +154,8 @@ class FormtuneCLI(LightningCLI):
         if launched is None and config.run is None and external:
             raise UserError("run: processes from torchrun or srun must agree on a folder; name it with --run")
         # Of processes from torchrun, a slow one could see the run that rank 0 has just begun.
-        if launched is None and not (external and os.environ.get("RANK", "0") != "0"):
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        if launched is None and (config.resume or not external or rank == "0"):
             config.run = choose_run(LOGS / config.task, config.run, config.resume, lambda: self._dump(config))
         config.run = os.environ["FORMTUNE_RUN"] = launched or config.run or time.strftime("%Y%m%d-%H%M%S")
         self.folder = RunFolder(LOGS / config.task / config.run)

@@ -38,6 +38,8 @@ def run(command: str, args: list[str]) -> None:
     parser.add_argument("--concurrency", type=PositiveInt, default=4, help="Concurrent requests")
     config, settings = read_task(parser, args)
     format, columns, path = settings.format, settings.columns, Path(config.out)
+    if path.suffix != ".jsonl":
+        raise UserError(f"--out: {path} must be a .jsonl file, one row per line")
     if format.per_row:
         raise UserError("data.format: a teacher needs one schema for all rows; set data.format.init_args.schema")
     if settings.prompts is None:

@@ -170,7 +170,7 @@ def _reason(message: str, classes: Collection[str]) -> str:
         value = next((value for value in values if len(value) < 60 and "Namespace(" not in value), "")
         actual = f", not {'null' if value == 'None' else value}" if value else ""
         unquoted = [*types] == ["a string"] and value not in ("", "None")
-        quotes = "; quote it: YAML reads yes, no, on and off as booleans" if unquoted else ""
+        quotes = "; quote it (yes, no, on and off too)" if unquoted else ""
         return f"must be {' or '.join(expected)}{actual}{quotes}"
     lines = [line.strip(" -") for line in message.splitlines() if not re.match(_FRAME, line)]
     return "; ".join(dict.fromkeys(lines))

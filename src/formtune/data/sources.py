@@ -22,6 +22,7 @@ from formtune.formats.strict_json import loads_strict
 MAX_LINE_BYTES = 4 * 2**20  # a million tokens
 MAX_WEIGHT = 1000  # times that a row may be used in an epoch
 ENDINGS = ".jsonl, .json, .csv, .tsv or .parquet, each also with .gz, .bz2 or .zst"
+LISTS = ("Sequence", "List", "LargeList")  # features of `datasets`
 SAVED = ("state.json", "dataset_dict.json")  # `save_to_disk` writes one of these into its folder
 
 Records = Iterator[tuple[dict[str, Any], str]]  # each record with its place
@@ -61,7 +62,7 @@ class HuggingFace(Source):
         except (OSError, ValueError, RuntimeError) as error:
             reason = first_line(error)
             raise UserError(f"{self.path}: the split {self.split} is not readable ({reason}); set `split`") from None
-        yield from _numbered(loaded, loaded.features.to_dict(), f"{self.path}[{self.split}]")
+        yield from _numbered(map(_table_row, loaded), loaded.features.to_dict(), f"{self.path}[{self.split}]")
 
 
 def read_records(source: str | list[str] | Source) -> Records:
@@ -170,16 +171,30 @@ def _parquet(path: str) -> Records:
             table = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read()))
         stored = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
         records = table.to_pylist(maps_as_pydicts="strict")
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
-    return _numbered(records, stored.get("info", {}).get("features", {}), path)
+    return _numbered(map(_table_row, records), stored.get("info", {}).get("features", {}), path)
+
+
+def _table_row(record: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table, which gives tools of different shapes the keys of all of them, as nulls."""
+
+    def without_nulls(value: Any) -> Any:
+        if isinstance(value, list):
+            return [*map(without_nulls, value)]
+        is_object = isinstance(value, dict)
+        return {key: without_nulls(v) for key, v in value.items() if v is not None} if is_object else value
+
+    return record | {"tools": without_nulls(record["tools"])} if "tools" in record else record
 
 
 def _numbered(records: Iterable[dict[str, Any]], features: dict[str, Any], name: str) -> Records:
     """Each record with its place; class labels become their names in the `features` of `datasets`."""
-    kinds = {key: kind.get("feature", kind) for key, kind in features.items() if isinstance(kind, dict)}
-    labels = {key: kind["names"] for key, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
-    names = {key: dict(enumerate(texts)) for key, texts in labels.items()}
+    names = {}
+    for key, kind in features.items():
+        inner = kind.get("feature") if isinstance(kind, dict) and kind.get("_type") in LISTS else kind
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+            names[key] = dict(enumerate(inner["names"]))
     for number, record in enumerate(records, 1):
         named = {}
         for key in names.keys() & record.keys():

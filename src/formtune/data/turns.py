@@ -50,7 +50,7 @@ def read_tools(tools: Any, column: str, where: str) -> str | None:
     """A row's tools as the text of a JSON list, None if it has none."""
     if empty(tools):
         return None
-    tools = _without_nulls(parsed(tools))
+    tools = parsed(tools)
     names = [*map(tool_name, tools)] if isinstance(tools, list) else [None]
     if None in names or len(set(names)) < len(names):
         raise UserError(
@@ -58,15 +58,6 @@ def read_tools(tools: Any, column: str, where: str) -> str | None:
             '{"type": "function", "function": {"name": ..., "parameters": ...}}; fix it, or rename the column'
         )
     return json.dumps(tools, ensure_ascii=False)
-
-
-def _without_nulls(value: Any) -> Any:
-    """The value without keys that are null, which Parquet adds to tools of different shapes."""
-    if isinstance(value, list):
-        return [_without_nulls(inner) for inner in value]
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return value
 
 
 def unread(holder: Mapping[str, Any], read: Set[Any], refused: Set[str], where: str) -> set[str]:

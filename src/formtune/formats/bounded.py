@@ -25,6 +25,9 @@ CHECK_SECONDS = 0.5  # CPU time, so that a busy machine changes no verdict; an o
 MAX_REPEATS = 100_000  # repetitions in a pattern; the `regex` package expands those that must match
 
 _END: ContextVar[float] = ContextVar("end", default=1e9)
+_PROBING: ContextVar[bool] = ContextVar(
+    "probing", default=False
+)  # whether it is tried if an alternative of a union fits
 
 _ECMA = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|[$.]", re.S)
 _CLASSES = {  # character classes of ECMA-262: ASCII digits and word characters, Unicode whitespace
@@ -157,15 +160,25 @@ def _multiple_of(validator: Any, divisor: Any, value: Any, schema: Any) -> Itera
         yield ValidationError(f"{value!r} is not a multiple of {divisor}")
 
 
-def _union(name: str) -> Callable[[Any, Any, Any, Any], Iterator[ValidationError]]:
-    """The library's anyOf or oneOf, that checks all of every alternative only if the value is invalid."""
-    library: Any = Draft202012Validator.VALIDATORS[name]
+def _union(most: int) -> Callable[[Any, Any, Any, Any], Iterator[ValidationError]]:
+    """anyOf (1) or oneOf (2); the library's take time that is exponential in the depth of unions within unions."""
 
     def check(validator: Any, options: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
-        # An alternative fails at its discriminator, before its parts are checked: else time doubles with each level.
-        valid = (option for option in options if validator.evolve(schema=option).is_valid(value))
-        if len([*islice(valid, 2 if name == "oneOf" else 1)]) != 1:
-            yield from library(validator, options, value, schema)
+        within, token = _PROBING.get(), _PROBING.set(True)
+        try:  # an alternative fails at its discriminator, before its parts are checked
+            fitting = (option for option in options if validator.evolve(schema=option).is_valid(value))
+            count = len([*islice(fitting, most)])
+            tried = [] if count or within else [[*validator.descend(value, option)] for option in options]
+        finally:
+            _PROBING.reset(token)
+        if count == 1:
+            return
+        context = []
+        if tried:  # report the alternative that comes closest
+            sizes = [(-max(len(error.path) for error in errors), len(errors)) for errors in tried]
+            closest = sizes.index(min(sizes))
+            context = [*validator.descend(value, options[closest], schema_path=closest)]
+        yield ValidationError(f"valid under {'several' if count else 'none'} of the alternatives", context=context)
 
     return check
 
@@ -197,6 +210,6 @@ def bounded_validator(root: dict[str, Any], formats: FormatChecker = FORMATS) ->
     # The library hands patterns to `re`, compares all pairs of items, and follows references up to 2**depth times.
     keywords: dict[str, Any] = {"pattern": _pattern, "patternProperties": _pattern_properties, "$ref": follow}
     keywords |= {"additionalProperties": _additional, "uniqueItems": _unique_items, "multipleOf": _multiple_of}
-    keywords |= {name: _union(name) for name in ("anyOf", "oneOf")}
+    keywords |= {"anyOf": _union(1), "oneOf": _union(2)}
     cls: Any = extend(Draft202012Validator, keywords)
     return cls(root, format_checker=formats)

@@ -97,7 +97,8 @@ class Words:
             return True
         words = _words(value)
         # From the beginning of a word: "on" is not in "London". Other scripts may have no spaces.
-        return f" {words}" in f" {self._words}" if words.isascii() else words in self._words
+        start = r"(?<![0-9a-z_])" if words.isascii() else ""
+        return re.search(start + re.escape(words), self._words) is not None
 
 
 def _words(text: str) -> str:

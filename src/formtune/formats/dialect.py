@@ -38,7 +38,7 @@ _SINGLES = {"items", "contains", "additionalProperties", "propertyNames", "not",
 _DRAFT7: Any = Draft7Validator.META_SCHEMA["properties"]
 _VALUES = {key: value for key, value in _DRAFT7.items() if key in KEYWORDS} | {
     "prefixItems": _DRAFT7["allOf"],
-    "dependentRequired": {"additionalProperties": _DRAFT7["required"]},
+    "dependentRequired": {"type": "object", "additionalProperties": _DRAFT7["required"]},
     "$defs": _DRAFT7["definitions"],
     "minContains": _DRAFT7["maxItems"],
     "maxContains": _DRAFT7["maxItems"],

@@ -136,11 +136,8 @@ class JsonSchema(Format):
 
 
 def _problem(error: ValidationError) -> Problem:
-    while error.context:  # anyOf, oneOf: report the alternative that came closest
-        branches: dict[Any, list[ValidationError]] = {}
-        for inner in error.context:
-            branches.setdefault(next(iter(inner.schema_path), None), []).append(inner)  # none for `false`
-        error = min(branches.values(), key=lambda errors: (-max(len(e.absolute_path) for e in errors), len(errors)))[0]
+    while error.context:  # anyOf, oneOf: what is wrong with the alternative that came closest
+        error = error.context[0]
     kind, message = _KINDS.get(str(error.validator), "bad_value_form"), error.message
     if error.validator == "enum":
         message = f"{error.instance!r} is not one of {', '.join(map(repr, error.validator_value))}"

@@ -68,12 +68,13 @@ class TrainedAdapter:
 
     def check_base(self, base: str, base_identity: str) -> None:
         """Refuse another base than the adapter's, compared by its weights if these are known, else by name."""
-        name = str(self.config.base_model_name_or_path or "an unnamed base")
+        name = str(self.config.base_model_name_or_path or "")
         recorded = self._base or (identity(name) if Path(name, "config.json").is_file() else None)
         same = recorded == base_identity if recorded else name == base
         if not same:
-            remedy = f"set model.base: {name}, or, for a copy of it, base_model_name_or_path in the adapter's {CONFIG}"
-            raise UserError(f"model.base: {self.name} was trained on {name}, not on {base}; {remedy}")
+            key = f"base_model_name_or_path in the adapter's {CONFIG}"
+            remedy = f"set model.base: {name}, or, for a copy of it, {key}" if name else f"set {key}"
+            raise UserError(f"model.base: {self.name} was trained on {name or 'an unnamed base'}; {remedy}")
 
     def load(self, model: Any) -> None:
         """Load the weights into a model's adapters; refuse the weights of other layers."""

@@ -15,7 +15,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from formtune.model.packing import Packed, Segment
 
-NAME = "formtune"  # of `attention_forward` in transformers, which then builds no mask
+NAME = "formtune"  # of `attention_forward` in transformers
+NO_MASK = torch.empty(0, 0, 0, 0)  # of packed rows: transformers passes masks of this shape on, and builds none
 GROWTH = 32  # tokens that the cache grows by at a time
 
 # (layer, query, key, value, scaling, sliding window) -> output, all of shape (batch, heads, tokens, width).
@@ -32,7 +33,7 @@ def attention_forward(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """An attention implementation of transformers; `attend` reaches it as a keyword argument of the decoder."""
     unsupported = {name: options.get(name) for name in ("softcap", "s_aux", "position_bias")}
-    unsupported["mask"] = attention_mask if attend else None
+    unsupported["mask"] = attention_mask if attend and attention_mask is not None and attention_mask.numel() else None
     if names := [name for name, value in unsupported.items() if value is not None]:
         raise NotImplementedError(f"packed attention does not support: {', '.join(names)}")
     if attend is not None:
@@ -45,13 +46,6 @@ def attention_forward(
         query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=True
     )
     return out.transpose(1, 2), None
-
-
-def padding_mask(attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
-    """The mask that goes with `attention_forward`: that of padding, and none without it."""
-    from transformers.masking_utils import sdpa_mask
-
-    return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **options)
 
 
 class PackedAttention:

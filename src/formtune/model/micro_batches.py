@@ -224,7 +224,7 @@ def judge(row: Row, decoded: Decoded, renderer: Renderer, format: Format) -> Out
 
 @contextlib.contextmanager
 def explain_out_of_memory(rows: Sequence[Row], tokens: int) -> Iterator[None]:
-    """If memory runs out, name the rows of the step and the setting to lower."""
+    """If memory runs out, name the rows of the batch and the setting to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

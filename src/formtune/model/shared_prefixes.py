@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from formtune.base.row import Row
 from formtune.errors import first_line
-from formtune.model.attention import NAME, CachedAttention, PackedAttention, attention_forward, padding_mask
+from formtune.model.attention import NAME, NO_MASK, CachedAttention, PackedAttention, attention_forward
 from formtune.model.micro_batches import Answers, MicroBatches
 from formtune.model.packing import Packed, pack
 
@@ -44,7 +44,11 @@ class SharedPrefixes(MicroBatches):
 
     def _hidden(self, ids: Tensor, positions: Tensor, attend: Any) -> Tensor:
         out = self.base.get_decoder()(
-            input_ids=ids.to(self.device), position_ids=positions.to(self.device), use_cache=False, attend=attend
+            input_ids=ids.to(self.device),
+            position_ids=positions.to(self.device),
+            attention_mask=NO_MASK,
+            use_cache=False,
+            attend=attend,
         )
         return out.last_hidden_state
 
@@ -61,14 +65,15 @@ def choose_micro_batches(model: Any) -> MicroBatches:
         difference = first_line(error)
     if difference is not None:
         shared.base.set_attn_implementation(usual)
-        padded.alone = not _ignores_padding(padded)
+        padded.alone = not ignores_padding(padded)
         how = "each row is computed alone" if padded.alone else "rows are padded"
         rank_zero_warn(f"prefix sharing is off, which is slower; {how}: {difference}")
     model.train(training)
     return padded if difference is not None else shared
 
 
-def _ignores_padding(padded: MicroBatches) -> bool:
+@torch.no_grad()
+def ignores_padding(padded: MicroBatches) -> bool:
     """Whether the model computes the same logits for padded rows; recurrent ones may not."""
     ids = [1 + i * 7919 % (padded.vocabulary - 1) for i in range(24)]
     [batch] = padded.split([Row(ids, [], "", None, ""), Row(ids[:8], [], "", None, "")], 10**6)
@@ -85,6 +90,7 @@ def _error(logits: Tensor, expected: Tensor) -> float | None:
 def _difference(shared: SharedPrefixes) -> str | None:
     """Why this model does not support packed rows, None if it does; its attention is then the packed one."""
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
 
     base, config, head = shared.base, shared.base.config.get_text_config(), shared.base.get_output_embeddings()
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
@@ -99,7 +105,7 @@ def _difference(shared: SharedPrefixes) -> str | None:
     alone = [base(torch.tensor([prompts[i]], device=shared.device), use_cache=False).logits[0] for i in packed.rows]
     # Not compiled with the layers: its Python code runs differently for each packed sequence.
     AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))
-    AttentionMaskInterface.register(NAME, padding_mask)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
     base.set_attn_implementation(NAME)
     windows, attention = set(), PackedAttention(packed)
 

@@ -243,7 +243,7 @@ def _document(answer: Any) -> Any:
 
 def _schema(documents: Sequence[tuple[Any, Example]], total: int) -> tuple[str, dict[str, Any], str]:
     # Without the instruction that all inputs begin with: it may list the labels, which are then not copied.
-    skip = len(os.path.commonprefix([row.input for _, row in documents]))  # noqa: RUF071
+    skip = os.path.commonprefix([row.input for _, row in documents]).rfind(" ") + 1  # noqa: RUF071
     schema = infer([(value, Words(row.input[skip:])) for value, row in documents])
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
     why = f"{len(documents):,} of {total:,} answers match it ({documents[0][1].where})"

@@ -110,7 +110,7 @@ class CheckpointFiles(TorchCheckpointIO):
             buffer.seek(0)
             remedy = "; keep numbers, strings, lists, dictionaries and tensors in it"
             with as_user_error("checkpoint: the state of a callback, optimizer or schedule cannot be loaded", remedy):
-                torch.load(buffer, weights_only=True)
+                torch.load(buffer, map_location="cpu", weights_only=True)
             self.checked = True
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -137,10 +137,10 @@ def newest(folder: Path) -> Path | None:
             read(path)
             return path
         except UserError as error:
-            print(f"{error}; renamed to {path.name}.damaged", flush=True)
             with contextlib.suppress(FileNotFoundError):  # another process was first
                 path.replace(f"{path}.damaged")
-    if files:
+                print(f"{error}; renamed to {path.name}.damaged", flush=True)
+    if files or any(folder.glob("*.damaged")):
         raise UserError(f"{folder}: every checkpoint is damaged; start a new run with another --run")
     return None
 

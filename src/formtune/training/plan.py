@@ -97,7 +97,7 @@ def plan(
     if baselines is not None:
         measured = ["zero-shot", *baselines, *(["adapter"] if model.adapter else [])]
         seconds["baselines"] = (len(measured) * min(max_rows, tested) + validated) * untuned
-        seconds["test"] = ((1 + ("constrained" in baselines)) * tested + validated) * tuned
+        seconds["test"] = ((1 + ("constrained" in baselines)) * tested + len(rows["validation"])) * tuned
         rank_zero_only(print)(f"baselines: {', '.join(measured)}, on {min(max_rows, tested):,} of {tested:,} test rows")
     parts = ", ".join(f"{name} {timedelta(seconds=round(value))}" for name, value in seconds.items())
     estimates = {"steps": steps, "peak memory, GiB": peak_memory()}

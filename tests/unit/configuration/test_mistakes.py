@@ -138,7 +138,7 @@ def test_a_value_of_a_class_in_a_yaml_is_named_with_its_line(refused):
 @pytest.mark.parametrize("command", ["fit", "audit"])
 def test_booleans_in_a_list_of_texts_are_to_be_quoted(refused, command):
     line = refused(data={"format": {"class_path": "Labels", "init_args": {"labels": [True, False]}}}, command=command)
-    reason = "must be a string, not True; quote it: YAML reads yes, no, on and off as booleans"
+    reason = "must be a string, not True; quote it (yes, no, on and off too)"
     assert line.endswith(f"data.format.labels: {reason}")
 
 

@@ -201,3 +201,17 @@ def test_the_delimiter_is_the_more_frequent_sign_of_the_header(tmp_path):
     (tmp_path / "a.csv").write_text("Nachricht, kurz;Label;Zeit\nx;y;z\n")
     [(record, _)] = read_records(str(tmp_path / "a.csv"))
     assert record == {"Nachricht, kurz": "x", "Label": "y", "Zeit": "z"}
+
+
+def test_nulls_that_a_table_adds_to_tools_are_no_part_of_them(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    tools = [
+        {"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}},
+        {"name": "g", "parameters": {"properties": {"b": {"type": "integer"}}}},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"tools": tools}]), tmp_path / "a.parquet")
+    assert next(read_records(str(tmp_path / "a.parquet")))[0]["tools"] == tools
+    (tmp_path / "a.jsonl").write_text(json.dumps({"tools": [{"name": "f", "default": None}]}))
+    assert next(read_records(str(tmp_path / "a.jsonl")))[0]["tools"] == [{"name": "f", "default": None}]

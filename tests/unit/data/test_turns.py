@@ -185,15 +185,6 @@ def test_a_call_may_have_no_arguments(arguments):
     assert Columns().conversation(record, "f:1", True)[-1]["tool_calls"][0]["function"]["arguments"] == {}
 
 
-def test_nulls_that_a_table_adds_to_tools_are_no_part_of_them():
-    tools = [
-        {"name": "f", "parameters": {"properties": {"a": {"type": "string"}, "b": None}}},
-        {"name": "g", "parameters": None},
-    ]
-    text = Columns().tools({"tools": tools}, "f:1")
-    assert json.loads(text) == [{"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}, {"name": "g"}]
-
-
 def test_a_template_over_columns_names_at_least_one():
     with pytest.raises(UserError, match="names no column"):
         Columns(prompt="Q: {What is it?}")

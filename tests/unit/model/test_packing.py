@@ -201,7 +201,7 @@ def test_other_architectures_are_trained_in_padded_rows(shape):
 def test_the_loss_is_the_same_in_chunks_and_with_an_adapter_on_the_output_layer(targets, monkeypatch):
     from formtune.model import loss
 
-    monkeypatch.setattr(loss, "LOGITS", {"cpu": 259 * 5})
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": 259 * 5})
     model = tuned(tiny_model(tie_word_embeddings=False), targets=targets)
     rows = random_rows(2)
     with pytest.warns(UserWarning, match="its output layer") if "lm_head" in targets else nullcontext():
