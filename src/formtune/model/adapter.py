@@ -74,7 +74,8 @@ class TrainedAdapter:
         if not same:
             key = f"base_model_name_or_path in the adapter's {CONFIG}"
             remedy = f"set model.base: {name}, or, for a copy of it, {key}" if name else f"set {key}"
-            raise UserError(f"model.base: {self.name} was trained on {name or 'an unnamed base'}; {remedy}")
+            trained_on = f"{name or 'an unnamed base'}, not on {base}"
+            raise UserError(f"model.base: {self.name} was trained on {trained_on}; {remedy}")
 
     def load(self, model: Any) -> None:
         """Load the weights into a model's adapters; refuse the weights of other layers."""
