@@ -130,13 +130,13 @@ def select(
 def input_keys(examples: Sequence[Example]) -> list[str]:
     """The key of each input, see `Example.key`; with a system prompt twice as long, if the input has many."""
     # Such an input is only a question, such as "Extract the fields", about the text in the system prompt.
+    keys, prompts = [example.key for example in examples], [example.system for example in examples]
     systems: dict[str, set[str]] = defaultdict(set)
-    keys = [example.key for example in examples]
-    for example, key in zip(examples, keys, strict=True):
-        if len(example.system) > 2 * len(key):
-            systems[key].add(example.system)
-    many = {key for key, prompts in systems.items() if len(prompts) > MAX_LINKS}
-    return [folded(f"{e.system}\n{k}") if k in many else k for e, k in zip(examples, keys, strict=True)]
+    for key, prompt in zip(keys, prompts, strict=True):
+        if len(prompt) > 2 * len(key):
+            systems[key].add(prompt)
+    many = {key for key, different in systems.items() if len(different) > MAX_LINKS}
+    return [folded(f"{prompt}\n{key}") if key in many else key for key, prompt in zip(keys, prompts, strict=True)]
 
 
 def _continuations(rows: Sequence[_Row]) -> Iterator[tuple[int, int]]:
