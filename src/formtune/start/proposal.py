@@ -27,6 +27,7 @@ from formtune.start.guesses import Guess, guess_columns, guess_format, guess_spl
 MAX_PROMPT = 4000  # characters of a system prompt that lists what is allowed
 SMALL_BASE = 2**30  # bytes of weights; a smaller base needs more than the defaults, see docs/training.md
 MIN_NEW_TOKENS = 16  # lowest max_new_tokens
+MAX_EVALUATED = 500  # rows of an evaluation
 NO_LIMIT = 10**6  # tokens
 WIDTH = 100  # characters of a comment's line
 
@@ -136,6 +137,10 @@ def check_limits(settings: DataSettings, guesses: list[Guess]) -> Splits:
         if not max_new_tokens / 2 < limit <= max_new_tokens:
             settings.max_new_tokens = limit
             guesses.append(Guess("model.max_new_tokens", limit, f"twice the longest answer, {answer.where}"))
+    if (most := max(len(splits.rows.get(name, ())) for name in ("validation", "test"))) > MAX_EVALUATED:
+        settings.max_evaluation_rows = MAX_EVALUATED
+        reason = f"drawn from up to {most:,} rows: evaluating all could take longer than training"
+        guesses.append(Guess("data.max_evaluation_rows", MAX_EVALUATED, reason))
     return splits
 
 
