@@ -54,8 +54,9 @@ def run(command: str, args: list[str]) -> int:
         print(f"next: formtune audit -c {task_file} (it downloads the tokenizer; or set model.base to a folder)")
         return 0
     if find_spec("formtune.audit"):  # an optional folder
-        findings, _ = import_module("formtune.audit.findings").audit(*prepared)
-        import_module("formtune.audit.findings").print_problems(findings)
+        audit = import_module("formtune.audit.findings")
+        findings, _ = audit.audit(*prepared)
+        audit.print_problems(findings)
         if findings["blockers"]:
             print(f"next: fix the blockers, then formtune audit {shlex.join(words)}")
             return 1

@@ -88,13 +88,14 @@ def is_categorical(values: Counter[Any]) -> bool:
 
 def string_constraint(texts: list[str]) -> dict[str, str]:
     """The format or the pattern that all texts match."""
+    if len(texts) < MIN_VALUES:
+        return {}
     for name in NAMES:
-        if len(texts) >= MIN_VALUES and all(FORMATS.conforms(text, name) for text in texts):
+        if all(FORMATS.conforms(text, name) for text in texts):
             return {"format": name}
     if pattern := common_pattern(texts):  # before `uri`, which GO:0001 is too
         return {"pattern": f"^{pattern}$"}
-    is_uri = len(texts) >= MIN_VALUES and all(FORMATS.conforms(text, "uri") for text in texts)
-    return {"format": "uri"} if is_uri else {}
+    return {"format": "uri"} if all(FORMATS.conforms(text, "uri") for text in texts) else {}
 
 
 def common_pattern(texts: list[str]) -> str:

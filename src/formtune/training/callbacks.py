@@ -187,11 +187,11 @@ class StepsBar(TQDMProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, step - 1)
         if self.is_disabled and trainer.is_global_zero and step % PRINTED_STEPS == 0 and step < total:
             started, first = self._started
-            line = f"step {step}  train/loss {self.get_metrics(trainer, pl_module)['loss']}"
+            parts = [f"step {step}", f"train/loss {self.get_metrics(trainer, pl_module)['loss']}"]
             if total < math.inf:  # no time limit alone
                 left = timedelta(seconds=round((time.monotonic() - started) / (step - first) * (total - step)))
-                line = f"{line.replace('  ', f' of {total}  ', 1)}  {left} left"
-            print(line, flush=True)
+                parts = [f"{parts[0]} of {total}", parts[1], f"{left} left"]
+            print("  ".join(parts), flush=True)
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         if trainer.sanity_checking:

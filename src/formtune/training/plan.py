@@ -87,8 +87,8 @@ def plan(
     if math.isinf(steps):
         raise UserError("dry_run: a time limit gives no number of steps; set trainer.max_epochs or trainer.max_steps")
     interval = trainer.val_check_batch or math.inf
-    validations, validated, tested = max(1, math.ceil(steps / interval)), len(rows["validation"]), len(rows["test"])
-    validated = min(validated, int(sum(trainer.num_val_batches)) * EVALUATION_ROWS)
+    validations, tested = max(1, math.ceil(steps / interval)), len(rows["test"])
+    validated = min(len(rows["validation"]), int(sum(trainer.num_val_batches)) * EVALUATION_ROWS)
     sizes = [len(row.target_ids) for row in rows["train"]]
     # An untuned base rarely ends its answers; a tuned model decodes few tokens after its first mismatch.
     untuned = timing.forced + untuned_limit(model, max(sizes)) * timing.token
