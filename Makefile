@@ -77,5 +77,5 @@ faults: $(INSTALLED) ## Kill runs a hundred times, run the fault matrix, write d
 	$(BIN)/python benchmarks/faults.py $(ARGS)
 
 clean: ## Remove the environments, the demo's data and caches (runs in logs/ stay)
-	rm -rf $(VENV) $(BENCH) .cache data/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
-	find src tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf $(VENV) $(BENCH) .cache data/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find src contrib tests -name __pycache__ -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -49,6 +50,8 @@ SHAPES = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "gpt_neox": {k: v for k, v in SIZES.items() if k != "num_key_value_heads"},
 }
+# For `parametrize`: the quick tests take one family.
+FAMILIES = ["llama", *(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES if shape != "llama")]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -78,6 +81,11 @@ def record_case(request, record_property):
     for mark in request.node.iter_markers("case"):
         record_property("case", mark.args[0])
         record_property("title", mark.args[1])
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("contrib") and find_spec("formtune_contrib") is None:
+        pytest.skip("the package formtune_contrib was deleted")
 
 
 @pytest.fixture(autouse=True)

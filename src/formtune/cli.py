@@ -102,8 +102,7 @@ def _run(args: list[str]) -> int:
         print(f"formtune {__version__}")
     elif name in COMMANDS:
         check_configs(args)
-        command = importlib.import_module(f"formtune.commands.{COMMANDS[name].module}")
-        return command.run(name, rest) or 0
+        return importlib.import_module(COMMANDS[name].module).run(name, rest) or 0
     else:
         near = did_you_mean(name, COMMANDS) or f"; put one of these first: {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {name!r}{near}")

@@ -49,15 +49,6 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def append_line(path: Path, row: Any) -> None:
-    """Append plain data to a file of JSON Lines, and make the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        file.seek(max(file.tell() - 1, 0))
-        line = "" if file.read() in (b"", b"\n") else "\n"  # the last line may lack its end
-        file.write(f"{line}{json.dumps(row, ensure_ascii=False)}\n".encode(errors="backslashreplace"))
-
-
 def write_entry(path: Path, value: Any, kept: int) -> None:
     """Write a cache entry, dataclasses as lists of their fields, and delete the least recently used beyond `kept`."""
     content = json.dumps(value, default=_field_values).encode("ascii")  # escaped: keeps lone surrogates

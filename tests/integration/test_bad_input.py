@@ -650,7 +650,7 @@ def test_a_broken_yaml_is_named_with_its_line(work, record_property, case, title
 )
 def test_a_missing_yaml_is_named(work, record_property, case, title, name, parts):
     about(record_property, case, title)
-    for command in ("audit", "train", "sweep", "synthesize"):
+    for command in ("audit", "train", "sweep"):
         refused(formtune(work(), command, "-c", name), *parts)
 
 

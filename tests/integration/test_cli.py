@@ -222,7 +222,7 @@ HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "numpy")
         (
             ["quux"],
             2,
-            "unknown command 'quux'; put one of these first: init, audit, synthesize, preflight, train, fit, validate",
+            "unknown command 'quux'; put one of these first: init, audit, train, fit, validate",
         ),
         (["-c", "small.yaml", "fit"], 2, "unknown command '-c'; put one of these first: init"),
         (["train", "-c"], 2, "-c: name the YAML of a task"),
@@ -231,7 +231,7 @@ HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "numpy")
         (["compare", "--help"], 0, "formtune compare RUN RUN"),
         (["export", "--help"], 0, "usage: formtune export "),
         (["export", "one", "--as", "onnx"], 2, "invalid choice: 'onnx'"),
-        (["preflight", "-c"], 2, "-c: name the YAML of a task"),
+        (["audit", "-c"], 2, "-c: name the YAML of a task"),
         (["compare", "one"], 2, "name two runs or more"),
         (["compare", "one", "two", "--ot", "x.json"], 2, "did you mean out?"),
         (["compare", "one", "two"], 2, "one/outcomes/after.jsonl: No such file or directory; a finished run has it"),

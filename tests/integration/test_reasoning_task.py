@@ -10,7 +10,6 @@ from transformers import AutoTokenizer
 from chat_server import ChatServer
 from conftest import SCHEMA, byte_tokenizer, pair, tiny_model
 from formtune.cli import main
-from formtune.deploy.server import command
 from formtune.evaluation.outcomes import read_outcomes
 from formtune.export.exported import Exported
 from formtune.formats import JsonSchema, Reasoning
@@ -117,6 +116,7 @@ def test_a_merged_model_and_what_is_served_are_judged_alike(run):
     assert [one.kind for one in after] == [one.kind for one in merged]
 
 
+@pytest.mark.contrib
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_server_may_give_the_reasoning_apart(run, apart, capfd):
     pytest.importorskip("openai", reason="needs the extra `synthesize`")
@@ -138,7 +138,10 @@ def test_a_server_may_give_the_reasoning_apart(run, apart, capfd):
     assert json.loads(server.requests[0]["messages"][0]["content"][5:-1]) == SCHEMA
 
 
+@pytest.mark.contrib
 def test_a_served_model_thinks(run):
+    from formtune_contrib.server import command
+
     models = {"small": Exported(run / "adapter")}
     assert command(models, "vllm", 8000)[-1] == '{"enable_thinking": true}'
     assert command(models, "transformers", 8000)[-2:] == ["on", "small"]

@@ -125,6 +125,7 @@ def test_an_export_and_a_comparison_use_the_rows_schemas(run, capfd):
     assert "field n " in output and "field color " in output
 
 
+@pytest.mark.contrib
 def test_a_server_is_sent_each_rows_schema_and_judged_by_it(run, base):
     pytest.importorskip("openai", reason="needs the extra `synthesize`")
     rows = {record(n)["prompt"]: record(n)["completion"] for n in range(60)}

@@ -12,26 +12,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "src/formtune"
+PACKAGE, CONTRIB = ROOT / "src/formtune", ROOT / "contrib/formtune_contrib"
 OPTIONAL = {  # folder: what is deleted with it
-    "audit": ["commands/audit.py"],
-    "sweep": ["commands/sweep.py"],
-    "deploy": ["commands/promote.py", "commands/serve.py", "commands/check_endpoint.py", "commands/synthesize.py"],
-    "export": ["deploy", "commands/export.py", "commands/preflight.py", "commands/promote.py", "commands/serve.py",
-               "commands/check_endpoint.py", "commands/synthesize.py"],
-    "commands/synthesize.py": [],
-    "start": ["commands/init.py"],
-}  # fmt: skip
+    PACKAGE / "audit": [PACKAGE / "commands/audit.py"],
+    PACKAGE / "sweep": [PACKAGE / "commands/sweep.py"],
+    PACKAGE / "start": [PACKAGE / "commands/init.py"],
+    PACKAGE / "export": [PACKAGE / "commands/export.py", CONTRIB],
+    CONTRIB: [],
+}
 CORE = ("base", "configuration", "data", "evaluation", "formats", "model", "training")
 
 
 def modules() -> dict[str, Path]:
-    return {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
+    packages = (PACKAGE, CONTRIB)
+    return {".".join(p.relative_to(one.parent).with_suffix("").parts): p for one in packages for p in one.rglob("*.py")}
 
 
 @functools.cache
 def imports() -> dict[str, set[str]]:
-    """For each module those of the package that it imports, anywhere in its text."""
+    """For each module those of both packages that it imports, anywhere in its text."""
     files = modules()
     edges = collections.defaultdict(set)
     for name, path in files.items():
@@ -47,7 +46,8 @@ def imports() -> dict[str, set[str]]:
 
 
 def folder(module: str) -> str:
-    return module.split(".")[1] if module.count(".") else ""
+    package, *parts = module.split(".")
+    return package if package != "formtune" else parts[0] if parts else ""
 
 
 def test_there_are_no_import_circles():
@@ -70,7 +70,7 @@ def test_nothing_imports_the_entry_point():
 
 
 def test_the_core_imports_neither_an_optional_folder_nor_a_command():
-    beyond = {"audit", "sweep", "export", "deploy", "demo", "start", "commands"}
+    beyond = {"audit", "sweep", "export", "demo", "start", "commands", "formtune_contrib"}
     for name, imported in imports().items():
         if folder(name) in CORE:
             assert not [one for one in imported if folder(one) in beyond], name
@@ -97,14 +97,14 @@ def test_the_package_root_holds_the_entry_point_errors_and_files_alone():
 
 
 def test_no_two_files_have_the_same_name():
-    names = collections.Counter(path.name for path in PACKAGE.rglob("*.py") if not path.name.startswith("__"))
+    names = collections.Counter(path.name for path in modules().values() if not path.name.startswith("__"))
     optional = {"audit.py", "sweep.py", "export.py"}
     assert not [name for name, count in names.items() if count > 1 and name not in optional]
 
 
-@pytest.mark.parametrize("folder", OPTIONAL)
+@pytest.mark.parametrize("folder", OPTIONAL, ids=lambda folder: folder.name)
 def test_nothing_imports_an_optional_folder_that_can_be_deleted(folder):
-    deleted = [PACKAGE / name for name in (folder, *OPTIONAL[folder])]
+    deleted = [folder, *OPTIONAL[folder]]
     files = modules()
     gone = {name for name, path in files.items() if any(path.is_relative_to(one) for one in deleted)}
     assert gone
@@ -117,13 +117,14 @@ def test_nothing_imports_an_optional_folder_that_can_be_deleted(folder):
 def test_the_core_runs_the_demo_without_the_optional_folders(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "src/formtune", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    deleted = {name for folder, files in OPTIONAL.items() for name in (folder, *files)}
-    for name in deleted:
-        path = tmp_path / "src/formtune" / name
+    deleted = {path for folder, files in OPTIONAL.items() for path in (folder, *files)} - {CONTRIB}
+    for original in deleted:
+        path = tmp_path / original.relative_to(ROOT)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     env = os.environ | {"PYTHONPATH": f"{tmp_path}/src", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, ROOT / "tools/demo_rows.py", "data/demo/"], cwd=tmp_path, env=env, check=True)
-    program = [sys.executable, "-m", "formtune"]
+    # None: as if the package, which is installed, were not.
+    program = [sys.executable, "-c", "import sys; sys.modules['formtune_contrib'] = None; import formtune.__main__"]
     flags = ["--quick", "--trainer.max_steps", "2", "--data.max_evaluation_rows", "10", "--trainer.precision",
              "32-true"]  # fmt: skip
     done = subprocess.run(
@@ -132,10 +133,10 @@ def test_the_core_runs_the_demo_without_the_optional_folders(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert list(tmp_path.glob("logs/demo/*/adapter/adapter_model.safetensors"))
     help_text = subprocess.run([*program, "--help"], cwd=tmp_path, env=env, capture_output=True, text=True).stdout
-    gone = [Path(name).stem.replace("_", "-") for name in deleted if name.endswith(".py")]
+    gone = ["serve", *(path.stem for path in deleted if path.is_file())]
     assert "\n  train " in help_text and not [name for name in gone if f"\n  {name} " in help_text]
 
 
 def test_no_file_has_more_than_300_lines():
-    long = {path.name: count for path in PACKAGE.rglob("*.py") if (count := len(path.read_text().splitlines())) > 300}
+    long = {path.name: count for path in modules().values() if (count := len(path.read_text().splitlines())) > 300}
     assert not long

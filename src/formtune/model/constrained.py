@@ -31,7 +31,6 @@ class Grammar:
     def __init__(self, format: Format, renderer: Renderer, orders: Orders | None = None) -> None:
         try:
             from llguidance import LLExecutor, LLMatcher
-            from llguidance.hf import from_tokenizer
             from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask_par
         except ImportError:
             raise UserError("model.constrained: needs llguidance; pip install 'formtune[constrained]'") from None
@@ -42,7 +41,7 @@ class Grammar:
         self._allocate = functools.partial(allocate_token_bitmask, vocab_size=self.vocabulary)
         self._fill = functools.partial(fill_next_token_bitmask_par, LLExecutor())
         self._read: Any = LLMatcher
-        self._tokenizer = from_tokenizer(renderer.tokenizer, n_vocab=self.vocabulary, eos_token=list(renderer.stop_ids))
+        self._tokenizer = _llguidance_tokenizer(renderer, self.vocabulary)
         [row] = renderer.encode([(renderer.probe, "")])
         # Spaces that chat template and tokenizer put before every answer belong to the grammar's text.
         text = self._tokenizer.decode_str(row.target_ids[:-1])  # type: ignore[union-attr]
@@ -104,6 +103,13 @@ class Grammar:
                 rank_zero_warn(f"constrained decoding failed and ended an answer early: {_reason(matcher)}")
                 tokens[i], logprobs[i] = min(self.stop), -math.inf
         return tokens, logprobs
+
+
+@functools.lru_cache(maxsize=4)  # a second for a large vocabulary, and a run needs several grammars
+def _llguidance_tokenizer(renderer: Renderer, vocabulary: int) -> Any:
+    from llguidance.hf import from_tokenizer
+
+    return from_tokenizer(renderer.tokenizer, n_vocab=vocabulary, eos_token=list(renderer.stop_ids))
 
 
 def _reason(matcher: Any) -> str:

@@ -277,6 +277,7 @@ def demo(tmp_path_factory):
     return findings, {f"{files['train']}:{n}": kind for n, kind in enumerate(planted(), 1)}, splits
 
 
+@pytest.mark.slow
 def test_every_planted_defect_is_detected_and_no_clean_row_is_lost(demo):
     findings, kinds, splits = demo
     reasons_by_place = {row["where"]: row["reason"] for row in findings["quarantine"]}
@@ -309,6 +310,7 @@ def test_every_planted_defect_is_detected_and_no_clean_row_is_lost(demo):
     assert len(used) == findings["rows"]["train"]["used"]
 
 
+@pytest.mark.slow
 def test_the_demos_production_inputs_are_longer(demo):
     findings, _, _ = demo
     production, train = findings["lengths"]["production"]["prompt"], findings["lengths"]["train"]["prompt"]
@@ -316,6 +318,7 @@ def test_the_demos_production_inputs_are_longer(demo):
     assert findings["production"] and not findings["ungrounded"]
 
 
+@pytest.mark.slow
 def test_the_page_is_self_contained_and_escapes_the_texts_of_rows(demo):
     findings, _, _ = demo
     strange = {

@@ -65,6 +65,7 @@ def perturbed(number, seed):
     return list(dict.fromkeys(texts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9])
 def test_nearly_all_pairs_are_reported_each_once_and_no_other(threshold):
     texts = perturbed(500, seed=int(threshold * 10))

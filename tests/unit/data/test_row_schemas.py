@@ -360,6 +360,7 @@ def test_labels_and_invented_values_are_those_of_each_schema(settings):
     assert findings["ungrounded"]["color"]["share"] == 1
 
 
+@pytest.mark.slow
 def test_each_answer_is_constrained_by_its_rows_schema():
     pytest.importorskip("llguidance", reason="needs the extra `constrained`")
     from formtune.model import constrained
@@ -393,8 +394,9 @@ def test_a_row_whose_schema_has_no_grammar_is_named():
         grammar.matcher(row(json.dumps({"minLength": 1}), "f:9", target="1"))
 
 
+@pytest.mark.contrib
 def test_synthesize_needs_one_schema(settings, base, monkeypatch):
-    from formtune.commands.synthesize import run
+    from formtune_contrib.synthesize import run
 
     settings([record(n) for n in range(9)])
     Path("small.yaml").write_text(

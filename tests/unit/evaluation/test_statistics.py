@@ -99,6 +99,7 @@ def power(gained, lost, rows, tries=2000):
     return sum(times[[stats.binomtest(int(g), int(g + n)).pvalue < 0.05 for g, n in pairs]]) / tries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gained", "lost", "rows"), [(20, 12, 330), (30, 20, 330), (10, 5, 100), (60, 40, 1000), (20, 12, 50), (8, 2, 330)]
 )
@@ -180,6 +181,7 @@ def test_f1_of_one_value_a_row_is_tested_as_a_rate_is(gained, lost):
     assert f1_difference(first, second).p == pytest.approx(mcnemar(gained, lost), abs=0.005)
 
 
+@pytest.mark.slow
 def test_f1_agrees_with_the_delta_method_and_tells_apart_by_chance_in_1_of_20():
     dice = np.random.default_rng(3)
 

@@ -21,7 +21,6 @@ from formtune.cli import main
 from formtune.errors import UserError
 from formtune.export import exporter as exporting
 from formtune.export import measure as measure_module
-from formtune.export import trial
 from formtune.export.exporter import FinishedRun
 from formtune.export.measure import (
     EXACT,
@@ -304,8 +303,11 @@ def four_bits(folder, double):
 
 
 @pytest.mark.slow
+@pytest.mark.contrib
 def test_nf4_weights_that_a_forward_pass_repacked_before_they_were_saved_are_refused(tmp_path):
     pytest.importorskip("bitsandbytes", reason="an optional package")
+    from formtune_contrib import trial
+
     if not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("bitsandbytes repacks only on a CPU with AVX512-BF16")
     confident(dtype=torch.bfloat16).save_pretrained(tmp_path / "whole")

@@ -183,6 +183,7 @@ def test_what_is_missing_for_a_quantization_is_reported_before_anything_is_made(
     assert gguf.quantizer(str(script)) == str(built)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_converted_for_its_base_by_the_script_beside_the_converter(tmp_path):
     write = "import sys\nopen(sys.argv[sys.argv.index('--outfile') + 1], 'w').write(' '.join(sys.argv[1:]))\n"
     for name in ("convert_hf_to_gguf.py", gguf.LORA_CONVERTER):
@@ -210,6 +211,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.slow
 @needs_llama_cpp
+@pytest.mark.contrib
 def test_an_export_answers_as_the_adapter_and_is_served_checked_and_promoted(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     run = Path("logs/small/one")
@@ -291,6 +293,7 @@ def test_a_file_with_another_template_is_refused_by_the_prompts_it_renders(fault
 
 @pytest.mark.slow
 @needs_llama_cpp
+@pytest.mark.contrib
 def test_preflight_goes_the_whole_way_with_random_layers(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     assert main(["preflight", "-c", "small.yaml", "--for", "gguf"]) == 0

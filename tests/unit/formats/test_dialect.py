@@ -112,6 +112,7 @@ DOCUMENTS = st.recursive(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft", DRAFTS)
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())

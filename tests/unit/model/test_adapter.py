@@ -47,6 +47,7 @@ def metrics(run):
     return json.loads(Path(run, "metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_training_begins_where_the_adapter_ended_and_compares_with_it_and_the_base(project, capfd):
     words = ["--run", "two", "--baselines", "[]", "--model.optimizer.lr", "0"]
     assert main(["train", *FROM_ONE, *words]) == 0
@@ -72,6 +73,7 @@ def test_training_begins_where_the_adapter_ended_and_compares_with_it_and_the_ba
     assert "cannot tell" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_adapter_is_measured_without_a_checkpoint_and_the_base_if_asked(project, capfd):
     loss = metrics("logs/small/one")["after"]["val/loss"]
     assert main(["test", *FROM_ONE]) == 0
@@ -84,6 +86,7 @@ def test_an_adapter_is_measured_without_a_checkpoint_and_the_base_if_asked(proje
     assert "is evaluated; for an adapter, use -c TASK.yaml" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits_and_needs_the_adapter_it_began_with(project, capfd):
     assert main(["fit", *FROM_ONE, "--run", "a"]) == 0
     shutil.copytree(project / "a", project / "b")
@@ -113,7 +116,8 @@ def foreign(name, base="base", weights=True, **options):
     return name
 
 
-def test_settings_come_from_the_adapter_unless_the_user_sets_them(project, capfd):
+@pytest.mark.slow
+def test_settings_come_from_the_adapter_unless_the_user_sets_them(project):
     foreign("own", r=4, lora_alpha=12, target_modules=r".*\.(q|v)_proj", use_rslora=True, use_dora=True)
     adapter = TrainedAdapter("own")
     assert adapter.settings == {
@@ -125,6 +129,12 @@ def test_settings_come_from_the_adapter_unless_the_user_sets_them(project, capfd
     assert start.keys() == tuned.keys() and all(torch.equal(start[name], tuned[name]) for name in start)
     loss = metrics(project / "own")["before"]["val/loss"]
     assert loss == metrics("logs/small/one")["before"]["val/loss"], "the base is measured without the adapter"
+
+
+@pytest.mark.slow
+@pytest.mark.contrib
+def test_preflight_knows_the_settings_of_the_adapter(project, capfd):
+    foreign("own", use_dora=True)
     assert main(["preflight", "-c", "next.yaml", "--model.adapter", "own", "--for", "vllm"]) == 1
     assert "DoRA" in capfd.readouterr().out
 
@@ -175,6 +185,7 @@ def test_an_adapter_that_does_not_fit_is_one_line_with_the_key(project, capfd, o
     assert message in error
 
 
+@pytest.mark.slow
 def test_a_pickle_damaged_weights_and_another_base_are_refused(project, capfd):
     def refused(message, *words):
         assert main(["fit", "-c", "next.yaml", "--model.adapter", "own", *words]) == 2

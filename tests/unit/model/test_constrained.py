@@ -171,7 +171,9 @@ def rows_of_every_kind(prompts, answers):
 
 
 @pytest.mark.parametrize(
-    "shape, name", [(s, "canonical") for s in SHAPES] + [("llama", n) for n in FORMATS if n != "canonical"]
+    "shape, name",
+    [pytest.param(s, "canonical", marks=pytest.mark.slow) for s in SHAPES]
+    + [("llama", n) for n in FORMATS if n != "canonical"],
 )
 def test_answers_equal_those_of_a_naive_masked_loop(shape, name):
     model, grammar = sharp_model(shape), grammar_of(FORMATS[name])
@@ -487,6 +489,7 @@ def test_without_the_library_one_line_names_what_to_install(monkeypatch):
         grammar_of(Labels(labels=["a"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "phi-3-mini-instruct", "mistral-v3-instruct"])
 def test_targets_of_other_tokenizers_keep_the_grammar(name):
     renderer = Renderer.load(str(shared(f"tokenizers/{name}")))
@@ -505,6 +508,7 @@ def test_targets_of_other_tokenizers_keep_the_grammar(name):
         assert FORMATS["json"].check(text, finished=finished).exact
 
 
+@pytest.mark.slow
 def test_the_grammar_of_tool_calls_allows_the_tools_of_the_row_and_tags_that_are_one_token():
     city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     tools = json.dumps([{"name": "weather", "parameters": city}, {"name": "now"}])

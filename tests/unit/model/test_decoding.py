@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_packing import random_rows, row
 
-from conftest import SHAPES, tiny_model
+from conftest import FAMILIES, tiny_model
 from formtune.model.attention import CachedAttention
 from formtune.model.micro_batches import MicroBatches
 from formtune.model.shared_prefixes import SharedPrefixes, choose_micro_batches
@@ -55,7 +55,7 @@ def both(shape):
     return model, rows, expected
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", FAMILIES)
 def test_answers_equal_those_of_a_naive_loop(shape):
     model, rows, expected = both(shape)
     limits = [LIMIT] * len(rows)
@@ -67,6 +67,7 @@ def test_answers_equal_those_of_a_naive_loop(shape):
     assert answered(MicroBatches(model), rows, limits) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
 def test_every_way_of_decoding_gives_the_same_log_probabilities(shape):
     model, rows, expected = both(shape)

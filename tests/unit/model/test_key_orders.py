@@ -123,6 +123,7 @@ def test_an_object_with_too_many_keys_keeps_the_most_frequent_order():
     assert takes(grammar_for(schema, *targets), json.dumps({"n": 1, "wide": dict.fromkeys(reversed(names[:2]), 1)}))
 
 
+@pytest.mark.slow
 def test_snips_targets_of_every_order_are_accepted():
     rows = [json.loads(line) for line in shared("data/snips/train.jsonl").read_text().splitlines()]
     held_out = [json.loads(line) for line in shared("data/snips/validation.jsonl").read_text().splitlines()]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import SHAPES, pair, shared, tiny_model
+from conftest import FAMILIES, SHAPES, pair, shared, tiny_model
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.model.attention import PackedAttention, _block_mask
@@ -82,7 +82,7 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", FAMILIES)
 def test_loss_and_gradients_equal_those_of_one_row_at_a_time(shape, seed):
     model, rows = tuned(tiny_model(shape)), random_rows(seed)
     micro_batches = choose_micro_batches(model)
@@ -108,6 +108,7 @@ def test_the_model_is_left_in_the_mode_it_was_in():
 TOKENIZERS = ["qwen3", "mistral-v3-instruct", "phi-3-mini-instruct", "smollm2-instruct", "gpt2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_real_tokenizers_and_templates_share_their_system_prompts(name):
     renderer = Renderer.load(str(shared(f"tokenizers/{name}")))

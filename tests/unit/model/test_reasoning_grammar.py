@@ -101,6 +101,7 @@ def test_any_format_with_a_grammar_can_follow(name, inner, right, wrong):
     assert not taken(grammar, renderer, right)
 
 
+@pytest.mark.slow
 def test_calls_of_the_rows_tools_follow_in_tags_that_are_one_token():
     city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     tools, renderer = json.dumps([{"name": "weather", "parameters": city}]), renderer_of("qwen3")
@@ -110,6 +111,7 @@ def test_calls_of_the_rows_tools_follow_in_tags_that_are_one_token():
     assert not taken(grammar, renderer, f"<think>\nhm\n</think>\n\n{call.replace('weather', 'time')}", tools)
 
 
+@pytest.mark.slow
 def test_other_tags_and_a_block_that_the_prompt_opened():
     for tags, text in (
         (("[R]", "[/R]"), f"[R]a</think>[/R] {ANSWER}"),

@@ -33,6 +33,7 @@ def accepts(schema, document):
     return JsonSchema(schema).check(json.dumps(document)).exact
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(JSON, min_size=1, max_size=12), st.sampled_from([1, 20]))
 def test_the_schema_takes_all_documents(documents, times):

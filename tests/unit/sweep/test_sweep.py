@@ -216,6 +216,7 @@ def test_two_ranks_are_trained_from_the_command_line_to_a_configuration_that_tra
     assert (config["task"], config["model"]["lora"]["r"], config["data"]["rows_per_step"]) == ("small", 2, 8)
 
 
+@pytest.mark.slow
 def test_each_seed_trains_all_points_and_a_larger_grid_keeps_what_is_finished(fake_train):
     assert sweep("--seeds", "0,1") == 0
     assert fake_train() == [f"r{r}-seed{seed}" for seed in (0, 1) for r in (2, 4, 8)]
@@ -234,6 +235,7 @@ def test_each_seed_trains_all_points_and_a_larger_grid_keeps_what_is_finished(fa
     assert fake_train()[6:] == ["r16-seed0", "r4-seed2", "r8-seed2", "r16-seed2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "why"), [("breaks", "MemoryError: out of memory"), ("killed", "ended by SIGKILL")])
 def test_a_run_that_fails_is_named_with_its_log_and_the_others_count(fake_train, monkeypatch, capfd, mode, why):
     monkeypatch.setenv("FAKE_TRAIN", mode)
@@ -294,6 +296,7 @@ def test_a_kill_between_the_sweeps_files_leaves_no_folder_that_looks_like_a_run(
     assert sweep("--seeds", "0") == 0 and (folder() / "config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_all_runs_of_a_sweep_write_the_date_of_its_first_day(fake_train, monkeypatch):
     def dates():
         return [line.split()[-1] for line in Path("ran.txt").read_text().splitlines()]

@@ -30,6 +30,7 @@ def trainer(*loggers, step=3):
     return SimpleNamespace(loggers=loggers, global_step=step, is_global_zero=True)
 
 
+@pytest.mark.slow
 def test_a_run_writes_one_event_file_with_the_headline_charts_and_the_csv_beside_it(project, capsys):
     assert train("--logger", "[tensorboard,csv]") == 0
     run = project / "logs/small/one"

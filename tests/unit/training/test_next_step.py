@@ -111,6 +111,7 @@ def test_less_than_an_epoch_is_counted_in_steps_and_other_limits_are_lifted():
     assert timed == TRAIN + "--trainer.max_epochs 3 --trainer.max_time null"
 
 
+@pytest.mark.slow
 def test_the_commands_work_as_they_are_printed(write_project, capsys):
     write_project({"max_epochs": 4, "val_check_interval": 2}, {"r": 4, "dropout": 0.0}, {"rows_per_step": 5})
     assert main(["train", "-c", "small.yaml", "--run", "one", "--model.optimizer.lr", "1e-9"]) == 0

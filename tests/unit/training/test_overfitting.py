@@ -221,6 +221,7 @@ def train(teachable, task):
     return lambda **options: run(teachable, folder, write, **options)
 
 
+@pytest.mark.slow
 def test_few_rows_and_a_high_rate_overfit_and_are_stopped(train):
     trainer, _, watch = train(patience=3, steps=400, lr=0.02, interval=40)
     assert diagnose(watch.history).kind == "overfitting"
@@ -228,17 +229,20 @@ def test_few_rows_and_a_high_rate_overfit_and_are_stopped(train):
     assert watch.history[0].step == 0 and watch.history[-1].val_loss - watch.history[-1].train_loss > 0.1
 
 
+@pytest.mark.slow
 def test_a_tiny_rate_does_not_learn(train):
     _, _, watch = train(lr=1e-7, steps=80)
     assert diagnose(watch.history).kind == "not learning"
 
 
+@pytest.mark.slow
 def test_many_rows_and_a_usual_rate_learn_and_are_not_stopped(train):
     trainer, _, watch = train(rows=200, lr=5e-3, steps=120, patience=1)
     assert diagnose(watch.history).kind == "learning" and trainer.global_step == 120
     assert [v.step for v in watch.history] == list(range(0, 121, 20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_same_rows_have_the_same_loss_as_validation_rows_and_dropout_is_off(train, precision):
     def same_rows(trainer, module, data):
@@ -274,6 +278,7 @@ class Half(L.Callback):
         pl_module._judge = lambda rows, decoded: [(row.number, judge(row)) for row in rows]
 
 
+@pytest.mark.slow
 def test_a_limited_validation_records_the_rows_that_it_saw(train, monkeypatch):
     monkeypatch.setattr("formtune.data.datamodule.EVALUATION_ROWS", 8)
     for batches, valid in ((2, "0110110110110110"), (3, "011011011011011011011011")):
@@ -299,6 +304,7 @@ def random_states_stay():
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
 
 
+@pytest.mark.slow
 def test_the_sample_is_fixed_and_no_larger_than_what_is_validated_and_draws_nothing(train):
     def look(trainer, module, data):
         class Look(L.Callback):
@@ -318,6 +324,7 @@ def test_the_sample_is_fixed_and_no_larger_than_what_is_validated_and_draws_noth
     assert len(seen[0]) == 10
 
 
+@pytest.mark.slow
 def test_the_watch_does_not_change_what_is_trained(train):
     (_, watched, _), (_, alone, _) = train(steps=40), train(steps=40, watched=False)
     one, two = watched.state_dict(), alone.state_dict()
@@ -372,6 +379,7 @@ def test_two_processes_measure_the_same_as_one(project, monkeypatch):
     assert count > int(valid, 16).bit_count() > int(right, 16).bit_count() > 0
 
 
+@pytest.mark.slow
 def test_fit_prints_logs_and_writes_the_diagnosis_and_stops_only_if_asked_to(project, capsys):
     arguments = ["--model.optimizer.lr", "1e-9", "--trainer.max_epochs", "4", "--trainer.val_check_interval", "2"]
     assert main(["train", "-c", "small.yaml", "--run", "one", *arguments]) == 0

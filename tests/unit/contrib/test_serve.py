@@ -17,10 +17,10 @@ import torch
 
 from conftest import byte_tokenizer, tiny_model, write_run, write_splits
 from formtune.cli import main
-from formtune.deploy.server import link
 from formtune.export import quantize
 from formtune.export.exported import Exported
 from formtune.training.manifest import write_manifest
+from formtune_contrib.server import link
 
 SOURCE = Path(__file__).resolve().parents[3] / "src"
 LACKING = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
@@ -110,7 +110,7 @@ def test_a_base_without_a_chat_template_is_served_by_no_chat_server(run, tmp_pat
 
 def test_llama_cpp_serves_the_gguf_folder_of_a_run_that_has_one(run, tmp_path, capsys, monkeypatch):
     served = []
-    monkeypatch.setattr("formtune.deploy.server.serve", lambda models, *_: served.extend(models.values()))
+    monkeypatch.setattr("formtune_contrib.server.serve", lambda models, *_: served.extend(models.values()))
     words = ["serve", str(run), "--engine", "llamacpp"]
     assert main(words) == 2 and "create one with formtune export RUN --as gguf" in capsys.readouterr().err
     for quant in ("q8_0", "q4_k_m"):
@@ -200,7 +200,7 @@ def test_what_cannot_be_served_together_is_refused(run, tmp_path, capsys):
 def test_adapters_share_the_weights_of_their_base_and_answer_as_they_do_alone(run, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from formtune.deploy.adapters import share_weights
+    from formtune_contrib.adapters import share_weights
 
     second = write_run(Path("logs/small/r40"), str(tmp_path / "base"), [("it's number 5", True)], rank=40)
     models = []

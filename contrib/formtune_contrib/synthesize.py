@@ -19,9 +19,8 @@ from formtune.data.duplicates import near_pairs, split_shared
 from formtune.data.preparation import read_examples, read_splits, with_rendered_answer
 from formtune.data.selection import input_keys
 from formtune.data.sources import read_records
-from formtune.deploy.endpoint import Client, Refused
 from formtune.errors import UserError
-from formtune.files import append_line
+from formtune_contrib.endpoint import Client, Refused
 
 BAD_PROMPT = (400, 413, 422)  # HTTP statuses for one prompt, such as a too long one; others apply to all
 SHOTS = 4  # training rows in the teacher's prompt
@@ -91,7 +90,7 @@ def run(command: str, args: list[str]) -> None:
                 turns = [turn for turn in example.messages[:-1] if turn != added]
                 turns.append({"role": "assistant", "content": answer})
                 row = {columns.messages: turns, columns.source or "source": config.teacher}
-                append_line(path, row)
+                _append(path, row)
                 count += 1
             else:
                 refused[f"invalid format, {verdict.kind}"] += 1
@@ -102,3 +101,12 @@ def run(command: str, args: list[str]) -> None:
     if columns.source is None:
         print("to count rows by author, set data.columns.source: source in the task")
     print(f"next: read some of the rows, add {path} to data.train, then formtune audit -c {config_file(args)}")
+
+
+def _append(path: Path, row: Any) -> None:
+    """Append plain data to a file of JSON Lines, and make the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        file.seek(max(file.tell() - 1, 0))
+        line = "" if file.read() in (b"", b"\n") else "\n"  # the last line may lack its end
+        file.write(f"{line}{json.dumps(row, ensure_ascii=False)}\n".encode(errors="backslashreplace"))

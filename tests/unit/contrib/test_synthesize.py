@@ -108,7 +108,7 @@ def test_the_same_command_again_asks_what_has_no_answer_yet(serve, task):
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "nonsense"])
 def test_an_endpoint_that_does_not_answer_is_named_in_one_line(task, capsys, monkeypatch, url):
-    monkeypatch.setattr("formtune.deploy.endpoint.RETRIES", 0)
+    monkeypatch.setattr("formtune_contrib.endpoint.RETRIES", 0)
     run, *_ = task
     assert run(SimpleNamespace(url=url)) == 2
     output = capsys.readouterr().err

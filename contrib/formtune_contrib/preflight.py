@@ -16,10 +16,10 @@ from formtune.data.preparation import encode_inputs, production_rows
 from formtune.errors import UserError, first_line
 from formtune.export.quantize import missing_package
 from formtune.export.rules import MERGED, TARGETS, check
-from formtune.export.trial import ANSWER, attempt
 from formtune.files import LOGS, write_json
 from formtune.model.adapter import take_settings
 from formtune.model.lora import Lora, lora_config
+from formtune_contrib.trial import ANSWER, attempt
 
 RENDERED_PROMPTS = 16  # prompts that llama.cpp must render as training does
 Check = namedtuple("Check", ["target", "check", "verdict", "detail"])

@@ -13,10 +13,10 @@ import pytest
 
 from conftest import write_run
 from formtune.cli import main
-from formtune.commands import promote as command
-from formtune.deploy import registry
-from formtune.deploy.registry import Deployment
 from formtune.training.manifest import file_hash, verify
+from formtune_contrib import promote as command
+from formtune_contrib import registry
+from formtune_contrib.registry import Deployment
 
 ROWS = 40
 POINTER = Path("deployments/small/production.json")

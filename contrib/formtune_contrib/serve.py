@@ -5,9 +5,9 @@ from pathlib import Path
 
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
-from formtune.deploy import server
-from formtune.deploy.registry import find_exported
 from formtune.errors import UserError
+from formtune_contrib import server
+from formtune_contrib.registry import find_exported
 
 
 def run(command: str, args: list[str]) -> int:

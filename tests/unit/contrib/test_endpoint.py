@@ -23,7 +23,7 @@ ROWS = 12
 def check(tmp_path, monkeypatch, base):
     """A task, a server that answers it rightly, and a function that checks that server."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("formtune.deploy.endpoint.RETRIES", 0)
+    monkeypatch.setattr("formtune_contrib.endpoint.RETRIES", 0)
     write_splits(base, 48, test_rows=ROWS)
     server = ChatServer(lambda text: pair(int(text.split()[1]))["completion"], AutoTokenizer.from_pretrained(base))
 
@@ -163,7 +163,7 @@ def test_a_server_that_is_slow_or_not_there_is_one_line(check, capsys, monkeypat
         in capsys.readouterr().err
     )
     assert run(url="nonsense") == 2 and "nonsense: Connection error." in capsys.readouterr().err
-    monkeypatch.setattr("formtune.deploy.endpoint.TIMEOUT", 0.2)
+    monkeypatch.setattr("formtune_contrib.endpoint.TIMEOUT", 0.2)
     server.say = lambda _: time.sleep(0.5)
     assert (
         run() == 2

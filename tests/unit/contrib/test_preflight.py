@@ -18,8 +18,8 @@ from formtune.errors import UserError
 from formtune.export.measure import merge
 from formtune.export.quantize import EXTRAS, group_size
 from formtune.export.rules import MERGED, TARGETS, check, vllm_rank
-from formtune.export.trial import attempt, shrink
 from formtune.model.lora import Lora, lora_config
+from formtune_contrib.trial import attempt, shrink
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 259}
 ROWS = [[(7 * i + 13 * j) % 250 for j in range(20)] for i in range(2)]
@@ -188,6 +188,7 @@ def test_mistakes_are_one_line(project, capsys, words, message):
     assert message in output and len(output.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_fit_refuses_what_would_merge_into_another_model_and_warns_of_what_vllm_refuses(project, capsys):
     assert main(["train", "-c", "small.yaml", "--model.lora.targets", '["lm_head"]']) == 2
     assert "shares between input and output" in capsys.readouterr().err

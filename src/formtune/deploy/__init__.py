@@ -1,1 +1,0 @@
-"""Deployments, servers, and a check of what is served."""
