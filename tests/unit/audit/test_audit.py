@@ -340,6 +340,7 @@ def test_the_page_is_self_contained_and_escapes_the_texts_of_rows(demo):
     assert len(text) < 3_000_000
 
 
+@pytest.mark.slow
 def test_the_page_draws_lengths_labels_and_quarantine_to_scale(demo):
     findings, _, _ = demo
     text = page(findings)

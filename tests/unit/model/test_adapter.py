@@ -139,6 +139,7 @@ def test_preflight_knows_the_settings_of_the_adapter(project, capfd):
     assert "DoRA" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words", "message"),
     [
