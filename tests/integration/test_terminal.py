@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import termios
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,6 +118,6 @@ def test_quiet_prints_errors_only(words, capsys):
 
 def test_every_command_says_what_to_do_next():
     for name, command in COMMANDS.items():
-        text = (SOURCE / f"formtune/commands/{command.module}.py").read_text()
-        text += (SOURCE / "formtune/commands/formtune_cli.py").read_text() * (command.module == "lightning")
+        module = "formtune.commands.formtune_cli" if command.module.endswith(".lightning") else command.module
+        text = Path(find_spec(module).origin).read_text()
         assert re.search(r"\"\\?n?n?next: |CHECK\.format|formtune compare RUN", text), name
