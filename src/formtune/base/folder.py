@@ -46,7 +46,7 @@ def check_folder(base: str) -> None:
 def check_base(base: str, key: str = "model.base") -> str:
     """Return `base` if it is a local model folder or can be a Hub id, so that a mistyped path never goes online."""
     if not Path(base).is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or base.startswith("."):
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or base.startswith(".") or Path(base).parent.is_dir():
             raise UserError(f"{key}: no folder {base} (Hub ids look like owner/name)")
         _go_offline_if_unreachable()
     return base

@@ -140,7 +140,9 @@ class Renderer:
         if "system" in self._missing:
             system = [turn["content"] for turn in takewhile(lambda turn: turn["role"] == "system", turns)]
             turns = turns[len(system) :]
-            first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
+            first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
+            if first is None:
+                raise UnfitRow("the chat template has no system role, and no user turn comes before the answer")
             turns[first] = turns[first] | {"content": "\n\n".join([*system, turns[first]["content"]])}
         return turns
 
@@ -188,7 +190,7 @@ class Renderer:
             target, target_ids = self._target(turns, tools, prompt, prompt_ids)
             if (decoded := self.answer(target_ids)[0]) != target:
                 raise UnfitRow(f"the tokenizer turns the answer {target[:40]!r} into {decoded[:40]!r}")
-        input = next(turn["content"] for turn in reversed(messages) if turn["role"] == "user")
+        input = next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), "")
         prompt_ids, target_ids = shared(prompt_ids), shared(target_ids)
         return Row(prompt_ids, target_ids, input, target, where, number, messages=messages, schema=schema, tools=tools)
 
@@ -253,7 +255,9 @@ class Renderer:
             )  # fmt: skip
             if "&#34;" in text and "&#34;" not in json.dumps([messages, tools]):
                 # `tojson | safe` in a template (Mistral) escapes the text beside it; given JSON text it does not.
-                return self._render(with_json_arguments(messages), add_generation_prompt, tools)
+                if (plain := with_json_arguments(messages)) == messages:
+                    raise ValueError("it escapes the quotes in a text")
+                return self._render(plain, add_generation_prompt, tools)
             return text
         except Exception as error:  # a template is a program by the model's author
             raise UnfitRow(f"the chat template refuses the conversation: {first_line(error)}") from None

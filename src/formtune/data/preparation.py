@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -91,7 +92,9 @@ def read_examples(
         ignored.update(sorted(unread - {settings.group, settings.split_column}))
         if (system := settings.system_of(schema)) and messages[0]["role"] not in SYSTEM_ROLES:
             # The instruction must not come twice if every input begins with it.
-            messages[0]["content"] = messages[0]["content"].removeprefix(system)
+            rest = messages[0]["content"].removeprefix(system)
+            if not re.match(r"\w", rest) or system[-1:].isspace():  # "Answer" does not begin "Answers are due when?"
+                messages[0]["content"] = rest
             messages.insert(0, {"role": "system", "content": system})
         group = record.get(settings.group) if settings.group else None
         row_split = split

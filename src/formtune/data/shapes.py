@@ -78,7 +78,7 @@ class Columns:
         if not empty(record.get("conversations")):
             return self.prompt, self.completion, "conversations"
         if "instruction" in record:
-            prompt = "instruction" if empty(record.get("input")) else "{instruction}\n\n{input}"
+            prompt = "instruction" if record.get("input") in (None, "") else "{instruction}\n\n{input}"
             return prompt, "output", self.messages
         return columns
 

@@ -59,7 +59,7 @@ class HuggingFace(Source):
                 loaded = loaded[self.split] if isinstance(loaded, dict) else loaded
             else:
                 loaded = datasets.load_dataset(self.path, self.name, split=self.split)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = first_line(error)
             raise UserError(f"{self.path}: the split {self.split} is not readable ({reason}); set `split`") from None
         yield from _numbered(map(_table_row, loaded), loaded.features.to_dict(), f"{self.path}[{self.split}]")
@@ -68,7 +68,12 @@ class HuggingFace(Source):
 def read_records(source: str | list[str] | Source) -> Records:
     """Yield the records of a source; a path is read by its ending, or as a Hugging Face dataset."""
     records = source.records() if isinstance(source, Source) else chain.from_iterable(map(_read, entries(source)))
+    places = set[str]()
     for record, where in records:  # in tables, NaN is a missing value
+        if where in places:
+            raise UserError(f"{where}: two rows have this place; {type(source).__name__} must give each row its own")
+        if isinstance(source, Source):
+            places.add(where)
         yield {key: None if isinstance(cell, float) and cell != cell else cell for key, cell in record.items()}, where
 
 
@@ -177,7 +182,7 @@ def _parquet(path: str) -> Records:
 
 
 def _table_row(record: dict[str, Any]) -> dict[str, Any]:
-    """A row of a table, which gives tools of different shapes the keys of all of them, as nulls."""
+    """A row of a table, which gives tools and calls of different shapes the keys of all of them, as nulls."""
 
     def without_nulls(value: Any) -> Any:
         if isinstance(value, list):
@@ -185,7 +190,16 @@ def _table_row(record: dict[str, Any]) -> dict[str, Any]:
         is_object = isinstance(value, dict)
         return {key: without_nulls(v) for key, v in value.items() if v is not None} if is_object else value
 
-    return record | {"tools": without_nulls(record["tools"])} if "tools" in record else record
+    def turn_without_nulls(turn: Any) -> Any:
+        has_calls = isinstance(turn, dict) and turn.get("tool_calls")
+        return turn | {"tool_calls": without_nulls(turn["tool_calls"])} if has_calls else turn
+
+    for key, cell in record.items():
+        if key == "tools":
+            record = record | {key: without_nulls(cell)}
+        elif isinstance(cell, list):
+            record = record | {key: [*map(turn_without_nulls, cell)]}
+    return record
 
 
 def _numbered(records: Iterable[dict[str, Any]], features: dict[str, Any], name: str) -> Records:

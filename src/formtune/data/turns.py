@@ -5,7 +5,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from formtune.base.row import Message
-from formtune.errors import UserError
+from formtune.errors import UserError, as_user_error
 from formtune.formats.strict_json import loads_strict
 from formtune.formats.tool_calls import tool_name
 
@@ -110,6 +110,8 @@ def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[Message, set[str]
                 f"{here}: `{key}` is {weight!r}; write 1, or 0 for a context-only answer (the last one only with "
                 "data.train_on: all), or remove the row"
             )
+    if not isinstance(message.get("reasoning_content", ""), str):
+        raise UserError(f"{here}: `reasoning_content` is {kind(message['reasoning_content'])}; write it as a string")
     if "tool_calls" in message:
         message["tool_calls"] = _read_calls(message["tool_calls"], f"{here}.tool_calls")
     content = turn.get("content")
@@ -135,6 +137,8 @@ def _read_calls(calls: Any, here: str) -> list[dict[str, Any]]:
         arguments = parsed(function.get("arguments") or {}) if name else None
         if not isinstance(arguments, dict):
             raise UserError(f'{here}: write {{"type": "function", "function": {{"name": ..., "arguments": {{...}}}}}}')
+        with as_user_error(f"{here}: the arguments are not JSON", "; write them as JSON text"):
+            json.dumps(arguments)  # a table may have dates in them
         call_id = {"id": call["id"]} if call.get("id") else {}
         read.append(call_id | {"type": "function", "function": {"name": name, "arguments": arguments}})
     return read

@@ -25,9 +25,7 @@ CHECK_SECONDS = 0.5  # CPU time, so that a busy machine changes no verdict; an o
 MAX_REPEATS = 100_000  # repetitions in a pattern; the `regex` package expands those that must match
 
 _END: ContextVar[float] = ContextVar("end", default=1e9)
-_PROBING: ContextVar[bool] = ContextVar(
-    "probing", default=False
-)  # whether it is tried if an alternative of a union fits
+_PROBING: ContextVar[bool] = ContextVar("probing", default=False)  # True while the alternatives of a union are tried
 
 _ECMA = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|[$.]", re.S)
 _CLASSES = {  # character classes of ECMA-262: ASCII digits and word characters, Unicode whitespace
@@ -42,6 +40,7 @@ _CLASSES = {  # character classes of ECMA-262: ASCII digits and word characters,
 }
 # In a character class: text to keep (group 1), and characters that Rust's regex (in grammars) may read as operators.
 _IN_CLASS = re.compile(r"(^\[\^?-?|\\.|\[:\^?\w+:\])|--|[\[&~]", re.S)
+_NO_RANGE = re.compile(r"(?<=\\[dDwWsS])-(?!\])|(?<!\[)-(?=\\[dDwWsS])")  # hyphens beside an escape are literal
 _ANCHORS = {r"\A": "^", r"\Z": "$", r"\z": "$"}  # not in ECMA-262, but widely used
 _ENDS = {"$": r"\Z", r"\b": r"(?a:\b)", r"\B": r"(?a:\B)"}
 
@@ -84,7 +83,7 @@ def seconds_left() -> float:
 
 def compile_pattern(pattern: str) -> Any:
     """Compile a pattern of the `regex` package; raises `regex.error` also if it is too large."""
-    single, grouped = (map(int, re.findall(before + r"\{(\d{1,9})", pattern)) for before in (r"(?<!\))", r"\)"))
+    single, grouped = (map(int, re.findall(before + r"\s*\{(\d{1,9})", pattern)) for before in (r"(?<!\))", r"\)"))
     if max(sum(single), 1) * math.prod(count or 1 for count in grouped) > MAX_REPEATS:
         raise regex.error(f"its repetitions amount to more than {MAX_REPEATS:,}")
     try:
@@ -112,6 +111,7 @@ def ecma(pattern: str) -> str:
     def write_out(match: re.Match[str]) -> str:
         token = match[0]
         if token.startswith("["):
+            token = _NO_RANGE.sub(r"\-", token)
             return escape_class(re.sub(r"\\.", lambda escape: _CLASSES.get(escape[0], escape[0]), token, flags=re.S))
         return f"[{_CLASSES[token]}]" if token in _CLASSES else _ANCHORS.get(token, token)
 
@@ -164,6 +164,7 @@ def _union(most: int) -> Callable[[Any, Any, Any, Any], Iterator[ValidationError
     """anyOf (1) or oneOf (2); the library's take time that is exponential in the depth of unions within unions."""
 
     def check(validator: Any, options: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
+        seconds_left()
         within, token = _PROBING.get(), _PROBING.set(True)
         try:  # an alternative fails at its discriminator, before its parts are checked
             fitting = (option for option in options if validator.evolve(schema=option).is_valid(value))

@@ -1,5 +1,6 @@
 """Compares two documents value by value, types included: 1, 1.0, true and "1" are four different values."""
 
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -68,8 +69,9 @@ def leaves(
         for index, inner in enumerate(value):
             mark: Any = index
             if schema_path in sets:
-                seen[typed(inner)] += 1
-                mark = f"{inner!r}#{seen[typed(inner)]}"
+                mark = json.dumps(inner, sort_keys=True, ensure_ascii=False, default=str)  # in any order of its keys
+                seen[mark] += 1
+                mark = f"{mark}#{seen[mark]}"
             yield from leaves(inner, sets, f"{path}[{mark}]", schema_path)
     elif value is not None:
         yield path, (value, schema_path)

@@ -58,7 +58,7 @@ class ToolCalls(Format):
                 schemas = filter(None, map(function.get, ("parameters", "input_schema", "inputSchema")))
                 row_format._tools[name] = _parameters(json.dumps(next(schemas, NO_PARAMETERS)))
             except UserError as error:
-                detail = str(error).removeprefix("data.format.schema: ")
+                detail = str(error).removeprefix("the row's schema: ")
                 raise UserError(f"the parameters of {name}: {detail}") from None
             row_format.derived |= {f"arguments.{path}" for path in row_format._tools[name].derived}
         return row_format
@@ -85,6 +85,8 @@ class ToolCalls(Format):
 
     def problems(self, value: Any) -> list[Problem]:
         if isinstance(value, str):
+            if not value:
+                return [Problem("empty", "the answer is empty")]
             if not self._tools or self.tool_choice == "auto":
                 return []
             return [Problem("wrong_root", "text instead of a tool call; tool_choice: auto allows it")]
@@ -125,7 +127,8 @@ class ToolCalls(Format):
 
 @functools.lru_cache(maxsize=10_000)  # rows share tools more often than lists of them
 def _parameters(schema: str) -> JsonSchema:
-    return JsonSchema(json.loads(schema))
+    # As data: the constructor would read a string as a file or import it as a class.
+    return JsonSchema().of_row(schema)  # type: ignore[return-value]
 
 
 def tool_name(tool: Any) -> str | None:

@@ -140,6 +140,8 @@ class FormatModule(L.LightningModule):
         self._trained = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
         if isinstance(strategy, ShardedBase):
             strategy.shard(self, self.model)
+        for layer in decoder_layers(self.model) if self.compile_layers else ():
+            layer.compile(dynamic=True)  # a compiled model would be recompiled for each kind of call
 
     @functools.cached_property
     def grammar(self) -> Grammar:
@@ -150,11 +152,7 @@ class FormatModule(L.LightningModule):
         """How batches go through the model; chosen at the first batch, when the model is on its device."""
         # Batches are collated outside of autocast, where a base of 16 bits and adapters of 32 do not multiply.
         with self.trainer.precision_plugin.forward_context():
-            micro_batches = choose_micro_batches(self.model)
-        # Only now: those calls settle which adapters share an input, and each change would recompile a layer.
-        for layer in decoder_layers(self.model) if self.compile_layers else ():
-            layer.compile(dynamic=True)  # a compiled model would be recompiled for each kind of call
-        return micro_batches
+            return choose_micro_batches(self.model)
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]

@@ -127,3 +127,16 @@ def test_tags_that_are_control_tokens_are_allowed_where_the_format_has_them_and_
     assert row.target == turn["content"] and len(row.target_ids) == len("hm") + len(ANSWER) + 3
     assert "special token" in str(encode(Renderer(tokenizer), turn))
     assert "special token" in str(encode(Renderer(tokenizer, tags=FORMAT.tags), answer("<|im_start|>")))
+
+
+def test_an_answer_before_any_question_is_no_traceback(qwen3):
+    greeting = [{"role": "system", "content": "s"}, answer("Hello", reasoning_content="hm")]
+    [row] = qwen3.encode([(greeting, "f:1")])
+    assert isinstance(row, UnfitRow) or row.input == ""
+
+
+def test_a_template_that_escapes_the_text_is_refused_at_once():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("m.content", "m.content | e")
+    [row] = Renderer(tokenizer).encode([([{"role": "user", "content": 'say "a"'}, answer("b")], "f:1")])
+    assert str(row) == "the chat template refuses the conversation: it escapes the quotes in a text"

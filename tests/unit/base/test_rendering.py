@@ -1,6 +1,7 @@
 """Only the answer and its end of turn are supervised, with every tokenizer."""
 
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
@@ -257,8 +258,10 @@ def test_a_template_without_a_date_has_none():
     assert Renderer(byte_tokenizer(), "2026-11-25").date is None
 
 
-@pytest.mark.parametrize("base", ["no/such/folder", "./here", "nowhere", "../x"])
-def test_a_mistyped_folder_is_not_looked_up_on_a_hub(base):
+@pytest.mark.parametrize("base", ["no/such/folder", "./here", "nowhere", "../x", "models/qwen"])
+def test_a_mistyped_folder_is_not_looked_up_on_a_hub(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
     with pytest.raises(UserError, match="no folder"):
         check_base(base)
 

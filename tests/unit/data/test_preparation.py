@@ -215,3 +215,12 @@ def test_the_system_prompt_may_hold_the_schema(data):
     text = byte_tokenizer().decode(datamodule.splits.rows["train"][0].prompt_ids)
     schema = datamodule.settings.format.to_dict()["init_args"]["schema"]
     assert json.dumps(schema, separators=(",", ":")) in text
+
+
+def test_only_an_instruction_of_its_own_is_removed_from_the_input(data):
+    rows = [
+        pair(n) | {"prompt": f"{'Answer: ' if n % 2 else 'Answers are due: '}{pair(n)['prompt']}"} for n in range(60)
+    ]
+    splits = data(rows, system="Answer").splits
+    inputs = {row.input.split()[0] for split in splits.rows.values() for row in split}
+    assert inputs == {":", "Answers"}

@@ -39,6 +39,7 @@ RECOGNIZED = [
     ({"instruction": "a", "input": "more", "output": "b"}, [("user", "a\n\nmore"), ANSWER]),
     ({"instruction": "a", "input": "", "output": "b"}, [USER, ANSWER]),
     ({"instruction": "a", "input": None, "output": "b"}, [USER, ANSWER]),
+    ({"instruction": "a", "input": "[]", "output": "b"}, [("user", "a\n\n[]"), ANSWER]),
     ({"instruction": "a", "output": "b", "system": "s", "text": "rendered"}, [("system", "s"), USER, ANSWER]),
     ({"prompt": CHAT[:1], "completion": CHAT[1:]}, [USER, ANSWER]),
     (

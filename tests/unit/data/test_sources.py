@@ -7,7 +7,7 @@ import json
 import pytest
 
 from conftest import shared
-from formtune.data.sources import HuggingFace, _numbered, read_records
+from formtune.data.sources import HuggingFace, Source, _numbered, read_records
 from formtune.errors import UserError
 
 RECORDS = [{"prompt": "a; b", "completion": "2026-01-02"}, {"prompt": 'q, "r"\ns', "completion": "7"}]
@@ -215,3 +215,26 @@ def test_nulls_that_a_table_adds_to_tools_are_no_part_of_them(tmp_path):
     assert next(read_records(str(tmp_path / "a.parquet")))[0]["tools"] == tools
     (tmp_path / "a.jsonl").write_text(json.dumps({"tools": [{"name": "f", "default": None}]}))
     assert next(read_records(str(tmp_path / "a.jsonl")))[0]["tools"] == [{"name": "f", "default": None}]
+
+
+def test_nulls_that_a_table_adds_to_calls_are_no_part_of_them(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    calls = [
+        {"function": {"name": "f", "arguments": {"city": "Oslo"}}},
+        {"function": {"name": "g", "arguments": {"n": 1}}},
+    ]
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns}]), tmp_path / "a.parquet")
+    assert next(read_records(str(tmp_path / "a.parquet")))[0]["messages"][1]["tool_calls"] == calls
+
+
+def test_a_source_gives_each_row_its_own_place():
+    class Own(Source):
+        def records(self):
+            yield {"prompt": "a"}, "db"
+            yield {"prompt": "b"}, "db"
+
+    with pytest.raises(UserError, match="^db: two rows have this place; Own must give each row its own"):
+        list(read_records(Own()))

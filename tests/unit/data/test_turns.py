@@ -1,6 +1,7 @@
 """Every part of a record and of its turns is read, refused by name, or named as ignored."""
 
 import json
+from datetime import date
 
 import pytest
 
@@ -32,6 +33,14 @@ def read(record, with_target=True, **columns):
         ({"messages": [USER, ANSWER | {"function_call": {"name": "f"}}]}, r"messages\[1\]: `function_call`"),
         ({"messages": [USER, ANSWER | {"thinking": "r"}, USER, ANSWER]}, r"messages\[1\]: `thinking`"),
         ({"messages": [USER, {"role": "assistant", "content": None, "refusal": "no"}]}, r"messages\[1\]: `refusal`"),
+        (
+            {"messages": [USER, ANSWER | {"reasoning_content": [{"text": "r"}]}]},
+            "`reasoning_content` is list; write it",
+        ),
+        (
+            {"messages": [USER, ANSWER | {"tool_calls": [{"name": "f", "arguments": {"d": date(2026, 1, 1)}}]}]},
+            "tool_calls: the arguments are not JSON .*; write them as JSON text",
+        ),
         ({"messages": [USER, ANSWER | {"audio": {"id": "x"}}]}, r"messages\[1\]: `audio`"),
         ({"messages": [USER, ANSWER | {"weight": 0}]}, r"messages\[1\]: `weight` is 0; .* remove the row"),
         (

@@ -651,3 +651,17 @@ def test_a_valid_document_of_nested_unions_is_checked_in_linear_time():
 ])  # fmt: skip
 def test_multiples_are_those_of_the_decimals(divisor, text, valid):
     assert JsonSchema({"type": "number", "multipleOf": divisor}).check(text).exact == valid
+
+
+def test_objects_in_an_array_without_order_are_equal_whatever_the_order_of_their_keys():
+    item = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}
+    format = JsonSchema({"type": "object", "properties": {"x": {"type": "array", "items": item}}}, sets=["x"])
+    verdict = format.check('{"x":[{"a":1,"b":2},{"a":3}]}', target='{"x":[{"a":3},{"b":2,"a":1}]}')
+    assert verdict.kind == "ok" and verdict.content.matched == 3
+
+
+def test_a_long_array_of_alternatives_is_judged_in_time():
+    format = JsonSchema({"type": "array", "items": {"anyOf": [{"const": [i]} for i in range(40)]}})
+    started = time.process_time()
+    assert format.check(json.dumps([[39]] * 12_000)).kind in ("ok", "bad_value_form")
+    assert time.process_time() - started < 3

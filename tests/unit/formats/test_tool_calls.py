@@ -124,3 +124,13 @@ def test_tools_in_other_layouts_are_checked_by_their_own_schema():
     for key in ("input_schema", "inputSchema"):
         format = ToolCalls().of_row(json.dumps([{"name": "weather", key: parameters}]))
         assert format.check(call("weather", city="Oslo")).exact and not format.check(call("weather", town="Oslo")).exact
+
+
+@pytest.mark.parametrize("parameters", ["json:JSONDecoder", "/etc/hostname", "per row", ["a"]])
+def test_parameters_are_data_and_neither_a_file_nor_a_class(parameters):
+    with pytest.raises(UserError, match="^the parameters of f: expected an object as schema"):
+        ToolCalls().of_row(json.dumps([{"name": "f", "parameters": parameters}]))
+
+
+def test_an_empty_answer_is_no_text():
+    assert ToolCalls().check("").kind == ToolCalls(tool_choice="auto").of_row(TOOLS).check("").kind == "empty"
