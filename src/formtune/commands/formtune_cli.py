@@ -134,10 +134,10 @@ class FormtuneCLI(LightningCLI):
             self.full = {"baselines": f"[{','.join(config.baselines)}]", "data.max_evaluation_rows": most or "null"}
             config.baselines, config.data.max_evaluation_rows = [], min(most or QUICK_ROWS, QUICK_ROWS)
         take_settings(config.model)
-        trainer_checks.check_trainer(config)
+        trainer_checks.check_trainer(config, str(self.subcommand))
+        trainer_checks.complete_trainer(config.trainer)
         self.checkpoint: Path | None = None
         trainer = config.trainer
-        trainer.precision = trainer.precision or trainer_checks.default_precision(trainer.accelerator)
         if self.subcommand not in TRAINS:
             self._choose_weights(config, files)
         elif config.dry_run:

@@ -60,7 +60,7 @@ def run(command: str, args: list[str]) -> int:
         if findings["blockers"]:
             print(f"next: fix the blockers, then formtune audit {shlex.join(words)}")
             return 1
-    import_module("formtune.commands.lightning").run("train", [*words, "--dry_run"])
+    import_module("formtune.commands.lightning").run("train", [*words, "--dry_run", "--trainer.devices=1"])
     print(f"next: formtune train {shlex.join(words)} {FIRST}")
     print(f"then: formtune train {shlex.join(words)}")
     return 0

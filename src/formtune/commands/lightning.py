@@ -81,6 +81,8 @@ def _with_named_run(command: str, args: list[str]) -> list[str]:
         raise UserError(f"{args[0]}: not a run (no config.yaml); name its folder, such as logs/demo/RUN")
     if not (config.parent / "checkpoints").is_dir():
         remedy = f"-c {config} --model.adapter {args[0]} uses its adapter, -c {config} alone the base"
+        if not (config.parent / "adapter").is_dir():
+            remedy = f"continue it with formtune train -c {config} --run {config.parent.name} --resume"
         raise UserError(f"{args[0]}: the run has no checkpoints; {remedy}")
     if command == "predict" and words and not words[0].startswith("-"):
         prompts = ["--data.prompts", words.pop(0)]

@@ -40,9 +40,9 @@ def run(command: str, args: list[str]) -> None:
     settings.format.of_row(schema)  # refuses an invalid schema
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load_base(task.model.base, torch.float32, task.model.quantize, device)
-    base = base if task.model.quantize else base.to(device)
     model = PeftModel.from_pretrained(base, folder / "adapter").eval()
-    echo(f"base and {folder}; one prompt per line, Ctrl-D ends")
+    without = " (without constrained decoding)" if task.model.constrained else ""
+    echo(f"base and {folder}{without}; one prompt per line, Ctrl-D ends")
     with suppress(EOFError):
         while True:
             if prompt := input("> ").strip():

@@ -12,6 +12,7 @@ from formtune.configuration.parsing import OneLine
 from formtune.configuration.yaml_file import check_yaml, config_paths
 from formtune.data.settings import DataSettings
 from formtune.errors import UserError
+from formtune.files import leaves_folder
 
 # Keys that only training reads.
 TRAINING = {
@@ -49,6 +50,8 @@ def read_task(parser: TaskParser, args: list[str]) -> tuple[Namespace, DataSetti
     """The values of a command line, with `task` set, and its data settings."""
     config = parser.parse_args(args)
     config.task = config.task or Path(["task", *config_paths(args)][-1]).stem
+    if leaves_folder(config.task):
+        raise UserError(f"task: {config.task} is a path; give a name")
     _, max_evaluation_rows = (config.pop(key) for key in BATCHES)
     # Only data: no loggers or callbacks are created here.
     settings = parser.instantiate_classes(Namespace(data=config.data)).data

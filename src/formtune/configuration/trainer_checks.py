@@ -9,10 +9,11 @@ import lightning.pytorch as L
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser
 
 from formtune.configuration.parsing import OneLine, did_you_mean
+from formtune.configuration.yaml_file import LINES, is_set
 from formtune.errors import UserError
 
 REFUSED = {  # values that a flag cannot have, and why
@@ -24,9 +25,14 @@ REFUSED = {  # values that a flag cannot have, and why
     "val_check_interval": ((0,), "never validates; the default is 100"),
     "use_distributed_sampler": ((True,), "would split the rows a second time; remove it"),
     # Adam's second moments and the adapters would be rounded away.
-    "precision": (("bf16-true", "bf16", "16-true", "16", 16), "would store the adapters in 16 bits; use bf16-mixed or "
-                  "16-mixed"),
+    "precision": (("bf16-true", "16-true"), "would store the adapters in 16 bits; use bf16-mixed or 16-mixed"),
 }  # fmt: skip
+ALIASES = {"bf16": "bf16-mixed", "16": "16-mixed", 16: "16-mixed"}  # of precisions
+USED_BY = {  # the commands that use a key
+    **dict.fromkeys(("baselines", "baseline_rows"), ("train",)),
+    **dict.fromkeys(("dry_run", "resume", "logger", "trainer.logger"), ("train", "fit")),
+    **dict.fromkeys(("answers", "min_confidence", "target_precision"), ("predict",)),
+}
 # Parts of a strategy's name and start_method.
 REFUSED_STRATEGIES = dict.fromkeys(("spawn", "fork", "notebook"), "cannot return the trained weights; use ddp")
 REFUSED_STRATEGIES |= dict.fromkeys(("fsdp", "deepspeed", "modelparallel"), "shards the adapters too; use fsdp or ddp")
@@ -44,17 +50,24 @@ class Parser(OneLine, LightningArgumentParser):
         return super().add_class_arguments(*args, **kwargs | {"sub_configs": False})
 
 
-def check_trainer(config: Namespace) -> None:
+def check_trainer(config: Namespace, command: str) -> None:
     """Refuse unsupported flags; the UserError names the flag, the reason and what to use instead."""
     trainer = config.trainer
+    for key, commands in USED_BY.items():
+        # On the command line: a run's configuration may have it.
+        if command not in commands and LINES.get(key) == "" and config[key]:
+            raise UserError(f"{key}: {command} does not use it, only {' and '.join(commands)}")
     for flag, (values, reason) in REFUSED.items():
         if trainer[flag] in values:
             raise UserError(f"trainer.{flag}: {trainer[flag]} {reason}")
     for unit in ("steps", "epochs"):
         if 0 <= (trainer[f"max_{unit}"] or -1) < (trainer[f"min_{unit}"] or 0):
             raise UserError(f"trainer.min_{unit}: more than trainer.max_{unit}, {trainer[f'max_{unit}']}")
-    if trainer.max_steps == -1 and trainer.max_epochs == -1 and not trainer.max_time:
-        raise UserError("trainer.max_epochs: -1 never ends; set this key, trainer.max_steps or max_time")
+    timed = trainer.max_time and not config.model.scheduler.class_path.endswith(".CosineWithWarmup")
+    if trainer.max_steps == -1 and trainer.max_epochs == -1 and not timed:
+        raise UserError("trainer.max_epochs: with -1 the schedule has no last step; set this key or trainer.max_steps")
+    if not isinstance(trainer.val_check_interval, int | float | None):
+        raise UserError("trainer.val_check_interval: set steps, or a share of an epoch; the clocks of processes differ")
     if trainer.check_val_every_n_epoch not in (None, 1) or (
         trainer.check_val_every_n_epoch and isinstance(trainer.val_check_interval, int)
     ):
@@ -85,6 +98,8 @@ def check_callbacks(trainer: Any, names: Set[str]) -> None:
         kind, monitor = type(callback).__name__, getattr(callback, "monitor", None)
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             fault = "averages weights after the best checkpoint was chosen, without validating them; remove it"
+        elif isinstance(callback, GradientAccumulationScheduler):
+            fault = "changes the rows of a step, which data.rows_per_step sets; remove it"
         elif kind in ("LearningRateMonitor", "DeviceStatsMonitor") and not trainer.loggers:
             fault = "needs a logger; remove trainer.logger: false"
         elif monitor is not None and monitor not in names and not monitor.startswith(custom):
@@ -95,8 +110,14 @@ def check_callbacks(trainer: Any, names: Set[str]) -> None:
         raise UserError(f"trainer.callbacks: {kind} {fault}")
 
 
-def default_precision(accelerator: Any) -> str:
-    """bfloat16 arithmetic if the hardware has it."""
+def complete_trainer(trainer: Namespace) -> None:
+    """Set the precision that the hardware has, and with `max_steps` alone no other limit, as Lightning does."""
+    trainer.precision = ALIASES.get(trainer.precision, trainer.precision) or _default_precision(trainer.accelerator)
+    if trainer.max_steps > 0 and is_set("trainer.max_steps") and not is_set("trainer.max_epochs"):
+        trainer.max_epochs = -1
+
+
+def _default_precision(accelerator: Any) -> str:
     if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda"):
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
     on_cpu = accelerator == "cpu" or not torch.backends.mps.is_available()

@@ -132,8 +132,7 @@ def load(folder: Path, base: str | None = None, dtype: Any = "auto", quantize: s
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map={"": device}, trust_remote_code=False, use_safetensors=True
         ).eval()
-    model = load_base(base, dtype, quantize, device)  # a quantized base is on its device
-    return PeftModel.from_pretrained(model if quantize else model.to(device), folder).eval()
+    return PeftModel.from_pretrained(load_base(base, dtype, quantize, device), folder).eval()
 
 
 def measure(tuned: Reference, kind: str, folder: Path) -> tuple[Closeness, list[Decoded], dict[str, float]]:

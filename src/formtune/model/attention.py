@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from formtune.model.packing import Packed, Segment
 
 NAME = "formtune"  # of `attention_forward` in transformers
 NO_MASK = torch.empty(0, 0, 0, 0)  # of packed rows: transformers passes masks of this shape on, and builds none
+BLOCK = 128  # tokens on a side of a block that FlexAttention skips if nothing in it is seen
 GROWTH = 32  # tokens that the cache grows by at a time
 
 # (layer, query, key, value, scaling, sliding window) -> output, all of shape (batch, heads, tokens, width).
@@ -160,7 +161,20 @@ def _block_mask(packed: Packed, window: int | None, query: Tensor) -> BlockMask:
         seen = (k <= q) & (q < stops[k])
         return seen if window is None else seen & (positions[q] - positions[k] < window)
 
-    return create_block_mask(see, None, None, len(stops), len(stops), device=query.device)
+    # Block by block of queries: `create_block_mask` takes ten bytes for each pair of tokens.
+    count, keys = -(-len(stops) // BLOCK), torch.arange(len(stops), device=query.device)
+    some, every = (torch.zeros(count, count, dtype=torch.bool, device=query.device) for _ in range(2))
+    for i, queries in enumerate(keys.split(BLOCK)):
+        seen = F.pad(see(0, 0, queries[:, None], keys[None]), (0, count * BLOCK - len(keys)))
+        seen = seen.view(len(queries), count, BLOCK)
+        every[i] = seen.all(-1).all(0) & (len(queries) == BLOCK)
+        some[i] = seen.any(-1).any(0) & ~every[i]
+    # For each line of blocks their number, and first their columns.
+    counts = [kind.sum(-1).int()[None, None] for kind in (some, every)]
+    columns = [kind.int().argsort(dim=-1, descending=True, stable=True).int()[None, None] for kind in (some, every)]
+    return BlockMask.from_kv_blocks(
+        counts[0], columns[0], counts[1], columns[1], BLOCK, mask_mod=see, seq_lengths=(len(keys), len(keys))
+    )
 
 
 class CachedAttention:

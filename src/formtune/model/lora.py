@@ -99,13 +99,13 @@ class LoraLinear(Linear):
 
 
 def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch.device) -> Any:
-    """Load the base of a folder or Hub id; refuse a folder that is damaged, incomplete or needs remote code."""
+    """Load the base of a folder or Hub id on a device; refuse one that is damaged, incomplete or needs remote code."""
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     extra = _in_4_bits(dtype, device) if quantize else {}
-    with as_user_error(f"model.base: {base} cannot be loaded"):
+    with device, as_user_error(f"model.base: {base} cannot be loaded"):
         check_folder(base)
         # Pickle files are never read: a base without safetensors is refused.
         loaded: Any = AutoModelForCausalLM.from_pretrained(

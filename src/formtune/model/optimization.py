@@ -47,9 +47,10 @@ def build_optimizer(
     built = optimizer(parameters)
     # Fused optimizers would unscale 16-mixed gradients inside step(), after they should have been clipped.
     built._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-    schedule = scheduler(built)
+    schedule, steps = scheduler(built), trainer.estimated_stepping_batches
+    if (total := getattr(schedule, "total_steps", steps)) < steps < float("inf"):
+        raise UserError(f"model.scheduler: total_steps is {total}, but the run has {steps} steps; set it to these")
     if isinstance(schedule, CosineWithWarmup):
-        steps = trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise UserError("trainer.max_steps: set it; the learning-rate schedule needs to know the last step")
         schedule.start(int(steps))
@@ -60,10 +61,13 @@ def check_optimizer(optimizer: OptimizerCallable, scheduler: LRSchedulerCallable
     """Try the arguments of optimizer and schedule before the base is loaded."""
     key = "model.optimizer"
     try:
-        built = optimizer([Parameter(torch.zeros(1, 1))])
+        parameter = Parameter(torch.zeros(2, 2))
+        built = optimizer([parameter])
         for name, value in built.defaults.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} is {value}, it must be a finite number")
+        parameter.grad = torch.zeros(2, 2)
+        built.step()  # some need a closure, or sparse gradients
         key = "model.scheduler"
         if isinstance(scheduler(built), ReduceLROnPlateau):
             raise ValueError("ReduceLROnPlateau needs a metric after each step; use another schedule")

@@ -58,6 +58,7 @@ class BestCheckpoint(ModelCheckpoint):
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step >= trainer.estimated_stepping_batches:
             trainer.should_stop = True  # makes Lightning validate the last weights too, whatever the interval
+            trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = 0, None  # they would prevent that
         late = time.monotonic() - self._saved >= self.every_n_seconds
         signal, due = max_over_ranks(trainer, self._signals.number, late)
         loop = trainer.fit_loop
@@ -161,7 +162,8 @@ def choose(name: str | None, run: Path | None) -> Path | None:
             chosen = best(watch.history)
             step = chosen.step if chosen else None
         if step not in files:
-            remedy = "use --ckpt_path last for the newest, or --ckpt_path base for the untuned base"
+            remedy = "use --ckpt_path base for the untuned base"
+            remedy = f"use --ckpt_path last for the newest, or {remedy.removeprefix('use ')}" if files else remedy
             raise UserError(f"ckpt_path: {run} has no {name or 'best'} checkpoint; {remedy}")
         path = files[step]
     read(path)

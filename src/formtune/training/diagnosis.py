@@ -48,7 +48,9 @@ class Diagnosis(NamedTuple):
 
 
 def diagnose(history: Sequence[Validation]) -> Diagnosis:
-    """Diagnose a run from its validations in the order of their steps, at least one."""
+    """Diagnose a run from its validations in the order of their steps."""
+    if not history:
+        return Diagnosis("too early", "too early to tell: no validation yet")
     finite = [v for v in history if v.is_finite]
     start, last = (finite or history)[0], history[-1]
     if not last.is_finite or _exceeds(last.train_loss - start.train_loss, start.train_loss, DIVERGENCE):
@@ -110,6 +112,8 @@ def next_step(
 def _change(history: Sequence[Validation], chosen: Validation | None, trainer: Any) -> Step:
     kind, _, improving = diagnose(history)
     measured = [v for v in history if v.is_finite]
+    if not history:
+        return _longer((), (), trainer)
     if kind == "diverged" or chosen is None:
         return _rate(trainer, 0.1, "training diverged")
     first, last = measured[0], measured[-1]

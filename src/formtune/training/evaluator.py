@@ -133,10 +133,10 @@ class Evaluator:
             "adapter": model.adapter.hash if model.adapter and name == "start" else None,
         }
         path = prompting.cache_entry(model.base, rows, settings, model.format)
-        # Custom code may have changed since. Of several machines some might find the entry and others not, and these
-        # would wait for those forever.
+        # Custom code may have changed since. If only some processes read the entry, they would wait forever for those
+        # that measure: another run may write it in between.
         custom = bool(model.scores.custom) or model.format.is_custom
-        measured = custom or trainer.num_nodes > 1 or trainer.fast_dev_run
+        measured = custom or trainer.world_size > 1 or trainer.fast_dev_run
         entry = None if measured else read_entry(path)
         if entry:
             values, counts, records = entry

@@ -123,9 +123,9 @@ def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> N
 
 def peak_memory() -> float:
     """Peak GiB of this process so far, on its GPU if it has one."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return (torch.cuda.max_memory_allocated() if on_gpu else unit * getrusage(RUSAGE_SELF).ru_maxrss) / 2**30
+    return (on_gpu or unit * getrusage(RUSAGE_SELF).ru_maxrss) / 2**30
 
 
 def export_adapter(module: FormatModule, folder: Path, config: Path, data: str | None, origin: dict[str, Any]) -> None:

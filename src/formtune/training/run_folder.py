@@ -115,6 +115,8 @@ def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], 
 
 def measured_run(configs: Sequence[Path], named: Path | None) -> Path | None:
     """The run to evaluate: that of `--run`, else the one whose `config.yaml` is given; None if neither is a run."""
+    if named and not (named / "checkpoints").is_dir():
+        raise UserError(f"run: {named} has no checkpoints; name another run, or train this one")
     folders = [*([named] if named else []), *(path.parent for path in reversed(configs) if path.name == "config.yaml")]
     return next((run for run in folders if RunFolder(run).begun and (run / "checkpoints").is_dir()), None)
 

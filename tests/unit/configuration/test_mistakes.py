@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 
 from formtune.cli import main
 from formtune.configuration import parsing, task
@@ -182,7 +183,12 @@ NAMED = [
     (["--model.scheduler", "lightning.pytorch.cli.ReduceLROnPlateau", "--model.scheduler.monitor", "x"], "model.scheduler: "),
     (["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.fused=true", "--model.optimizer.foreach=true"], "model.optimizer: "),
     (["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/los"], "did you mean val/loss?"),
-    (["--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "trainer.max_epochs: -1 never ends; set this key,"),
+    (["--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "trainer.max_epochs: with -1 the schedule has no last"),
+    (["--trainer.max_steps=-1", "--trainer.max_epochs=-1", "--trainer.max_time=00:00:01:00"], "set this key or trainer.max_steps"),
+    (["--trainer.val_check_interval", "00:00:10:00"], "trainer.val_check_interval: set steps, or a share of an epoch"),
+    (["--trainer.callbacks+=GradientAccumulationScheduler", "--trainer.callbacks.scheduling={0: 2}"], "GradientAccumulationScheduler changes the rows of a step"),
+    (["--model.optimizer", "torch.optim.LBFGS"], "model.optimizer: "),
+    (["--model.optimizer", "torch.optim.SparseAdam"], "model.optimizer: SparseAdam does not support dense gradients"),
     (["--trainer.logger", "false", "--trainer.callbacks+=LearningRateMonitor"], "LearningRateMonitor needs a logger"),
 ]  # fmt: skip
 
@@ -226,3 +232,37 @@ def test_a_run_is_named_by_its_last_configuration(write_project, capsys):
 def test_no_name_of_another_tool_is_a_key_itself():
     own = set(parsing.KEYS)
     assert not own & set(parsing.MEANT) and {key for key, _ in parsing.MEANT.values()} <= own
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "line"),
+    [
+        ("test", ["--dry_run"], "dry_run: test does not use it, only train and fit"),
+        (
+            "test",
+            ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "x"],
+            "trainer.logger: test does not use it, only train and fit",
+        ),
+        ("fit", ["--baseline_rows", "9"], "baseline_rows: fit does not use it, only train"),
+        ("validate", ["--min_confidence", "0.5"], "min_confidence: validate does not use it, only predict"),
+        ("test", ["--run", "typo"], "run: logs/changed/typo has no checkpoints; name another run, or train this one"),
+        ("audit", ["--task", "../x"], "task: ../x is a path; give a name"),
+    ],
+)
+def test_what_a_command_would_ignore_or_put_elsewhere_is_refused(refused, command, words, line):
+    assert refused(*words, command=command) == line
+
+
+def test_a_precision_has_lightnings_short_names_and_steps_alone_have_no_other_limit():
+    from formtune.configuration import trainer_checks
+    from formtune.configuration.yaml_file import LINES
+
+    for words, precision, epochs in (
+        (["--trainer.precision", "bf16", "--trainer.max_steps", "9"], "bf16-mixed", -1),
+        (["--trainer.precision", "16", "--trainer.max_steps", "9", "--trainer.max_epochs", "2"], "16-mixed", 2),
+    ):
+        LINES.clear()
+        LINES.update(dict.fromkeys((word.removeprefix("--") for word in words[::2]), ""))
+        trainer = Namespace(precision=words[1], max_steps=9, max_epochs=2 if len(words) > 4 else 3, accelerator="cpu")
+        trainer_checks.complete_trainer(trainer)
+        assert (trainer.precision, trainer.max_epochs) == (precision, epochs)

@@ -37,7 +37,7 @@ def test_values_are_compared_path_by_path_with_their_types():
 def test_a_set_in_another_order_differs_in_nothing():
     format = JsonSchema({"properties": {"t": {"type": "array", "items": {"type": "string"}}}}, sets=["t"])
     assert differences(outcome(1, "content", target='{"t":["a","b"]}', answer='{"t":["b","a","c"]}'), format) == (
-        [["t['c'#1]", "", '"c"']],
+        [['t["c"#1]', "", '"c"']],
         ["t"],
     )
 

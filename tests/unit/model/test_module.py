@@ -1,5 +1,7 @@
 """A step is the same step however it is split; what is saved is the adapter, and only a fitting one is loaded."""
 
+from types import SimpleNamespace
+
 import lightning.pytorch as L
 import pytest
 import torch
@@ -9,7 +11,7 @@ from formtune.data.datamodule import FormatDataModule
 from formtune.errors import UserError
 from formtune.formats import JsonSchema
 from formtune.model import FormatModule, Lora
-from formtune.model.optimization import CosineWithWarmup
+from formtune.model.optimization import CosineWithWarmup, build_optimizer
 from formtune.model.shared_prefixes import SharedPrefixes
 
 
@@ -131,3 +133,14 @@ def test_a_checkpoint_that_is_not_finite_is_refused(train):
     next(iter(state.values()))[0, 0] = float("nan")
     with pytest.raises(UserError, match="non-finite weights"):
         module.load_state_dict(state)
+
+
+def test_a_schedule_with_fewer_steps_than_the_run_is_refused():
+    def one_cycle(optimizer):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=5)
+
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    for steps in (5, 3, float("inf")):
+        build_optimizer(torch.optim.AdamW, one_cycle, parameters, SimpleNamespace(estimated_stepping_batches=steps))
+    with pytest.raises(UserError, match="^model.scheduler: total_steps is 5, but the run has 6 steps"):
+        build_optimizer(torch.optim.AdamW, one_cycle, parameters, SimpleNamespace(estimated_stepping_batches=6))

@@ -174,6 +174,25 @@ def test_the_mask_of_a_gpu_equals_the_pieces_of_a_cpu(window):
     torch.testing.assert_close(pieces, dense)
 
 
+@pytest.mark.parametrize("window", [None, 60])
+@pytest.mark.parametrize("count", [1, 20, 60])
+def test_the_block_mask_is_that_of_torch_without_its_memory(window, count):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    [packed] = pack(random_rows(5, count=count), 10**6)
+    size = packed.ids.size(1)
+    ours = _block_mask(packed, window, torch.empty(0))
+    theirs = create_block_mask(ours.mask_mod, None, None, size, size, device="cpu")
+    assert torch.equal(ours.to_dense(), theirs.to_dense()) and ours.shape == theirs.shape
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    for number, indices in (("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")):
+        for line in range(ours.kv_num_blocks.size(-1)):
+            used = int(getattr(ours, number)[0, 0, line])
+            first = [sorted(getattr(mask, indices)[0, 0, line, :used].tolist()) for mask in (ours, theirs)]
+            assert first[0] == first[1]
+
+
 def test_a_model_that_cannot_take_packed_rows_gets_padded_rows_and_a_warning():
     from transformers import AutoConfig, AutoModelForCausalLM
 

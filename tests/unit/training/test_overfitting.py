@@ -22,7 +22,7 @@ from formtune.model import FormatModule, Lora
 from formtune.training import checkpoint
 from formtune.training.callbacks import OverfittingWatch
 from formtune.training.diagnosis import LASTING, diagnose, should_stop
-from formtune.training.validations import Validation
+from formtune.training.validations import Validation, reason
 
 
 def history(train, val, exact=None, f1=None, right=None, rows=100):
@@ -397,3 +397,18 @@ def test_fit_prints_logs_and_writes_the_diagnosis_and_stops_only_if_asked_to(pro
 def test_early_stopping_is_a_key_of_the_run_and_is_refused_below_one(project, capfd):
     assert main(["train", "-c", "small.yaml", "--overfitting.patience", "0"]) == 2
     assert "overfitting.patience" in capfd.readouterr().err
+
+
+def test_without_a_validation_it_is_too_early():
+    assert diagnose([]).kind == "too early" and "no validation was run" in reason([])
+
+
+@pytest.mark.slow
+def test_the_last_weights_are_validated_whatever_the_lower_limits(project):
+    words = ["--trainer.max_steps", "3", "--trainer.min_epochs", "1", "--trainer.val_check_interval", "50"]
+    assert main(["fit", "-c", "small.yaml", "--run", "one", *words]) == 0
+    assert [path.stem for path in Path("logs/small/one/checkpoints").glob("step-3.ckpt")] == ["step-3"]
+    [*_, last] = checkpoint.read(Path("logs/small/one/checkpoints/step-3.ckpt"))["callbacks"]["OverfittingWatch"][
+        "history"
+    ]
+    assert last["step"] == 3
