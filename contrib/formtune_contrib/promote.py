@@ -93,7 +93,7 @@ def objections_to(deployment: registry.Deployment, exported: Exported) -> list[s
     current, objections = deployment.current, list[str]()
     try:
         if not exported.outcomes.is_file() and exported.config["model"].get("constrained"):
-            remedy = f"run formtune export {exported.folder.parent} first, which evaluates the adapter without"
+            remedy = f"run formtune export {exported.folder.parent} first, to evaluate it unconstrained"
             raise UserError(f"the run was evaluated with constrained decoding; {remedy}")
         read_runs([str(exported.outcomes)])  # refuses a missing file
         figures = exported.outcomes.with_name(f"{exported.folder.name}.json")

@@ -64,7 +64,7 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, date: str | None = None, template: str | None = None, tags: Tags = None) -> None:
         if not tokenizer.is_fast:
-            raise UserError("model.base: the tokenizer has no tokenizer.json, so its offsets cannot be checked")
+            raise UserError("model.base: formtune needs a fast tokenizer (tokenizer.json); use another base")
         self.tokenizer = tokenizer
         self.replaced = template not in (None, tokenizer.chat_template)  # whether a server of the base uses another one
         if template is not None:
@@ -107,7 +107,7 @@ class Renderer:
         if not self.thinking and (before := written.removesuffix(self.probe[1]["content"])) != self.lead:
             raise UserError(f"{self._key}: the chat template writes {before!r} before every answer")
         if self.thinking and prompt.rstrip().endswith(self._tag) == bool(self._opening):
-            raise UserError(f"data.format.open: must be '' exactly if the template's prompt ends with {self._tag}")
+            raise UserError(f"data.format.open: must be '' if the template's prompt ends with {self._tag}, else not")
         self.stop_ids = tuple(dict.fromkeys([target_ids[-1], *self.stop_ids]))
         bos = self.tokenizer.bos_token_id
         if bos is not None and prompt_ids[:2] == [bos, bos]:

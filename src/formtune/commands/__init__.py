@@ -21,8 +21,8 @@ _ALL = {  # module of this package, and description
     "validate": ("lightning", "Evaluate a run's best checkpoint, or the untuned base, on the validation rows."),
     "test": ("lightning", "Evaluate a run's best checkpoint, or the untuned base, on the test rows."),
     "predict": ("lightning", "Answer a file of prompts and check the format of each answer."),
-    "try": ("try_run", "Type a prompt; see the answers of base and tuned model side by side."),
-    "sweep": ("sweep", "Train a grid of settings (default: ranks); choose the smallest near the best."),
+    "try": ("try_run", "Type a prompt; see the answers of the base and of the tuned model."),
+    "sweep": ("sweep", "Grid search (default: ranks); choose the smallest model within one standard error."),
     "compare": ("compare", "Compare runs on the same test rows: better, worse, or cannot tell."),
     "export": ("export", "Merge or quantize a run's adapter; refused if answers get worse."),
 }

@@ -19,7 +19,8 @@ def run(command: str, args: list[str]) -> None:
     parser = CommandParser(command, COMMANDS[command].description)
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a finished run")
     kinds = (*KINDS, "gguf-adapter")
-    parser.add_argument("--as", metavar="KIND", dest="kind", choices=kinds, default="adapter", help=", ".join(kinds))
+    parser.add_argument("--as", metavar="KIND", dest="kind", choices=kinds, default="adapter", help="Kind of export "
+                        f"(default: %(default)s): {', '.join(kinds)}")  # fmt: skip
     parser.add_argument("--max_loss", metavar="SHARE", type=float, default=0.01, help="Share of the test rows that "
                         "format/exact and joint/exact may lose (default: %(default)s)")  # fmt: skip
     parser.add_argument("--quant", choices=QUANTIZATIONS, help="With --as gguf and gguf-adapter (default: q8_0)")
@@ -62,7 +63,7 @@ def run(command: str, args: list[str]) -> None:
     print(f"against the float32 adapter: {Closeness(**figures['closeness'])}")
     for rate in JUDGED:
         right, rows, gained, lost = figures[rate].values()
-        print(f"{rate} {right / rows:.1%} of {rows:,} test rows, +{gained} -{lost} against the run")
-    others = "; every prompt has the same tokens, so the others differ by rounding" if options else ""
+        print(f"{rate} {right / rows:.1%} of {rows:,} test rows, {gained} gained, {lost} lost against the run")
+    others = "; prompts have the same tokens, so others differ by rounding" if options else ""
     print(f"{figures['same_answers']:,} of {rows:,} answers are identical to the run's{others}")
     print(f"next: formtune promote {config.run} --as {name} --to production, or formtune serve {target}")

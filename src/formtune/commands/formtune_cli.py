@@ -97,13 +97,13 @@ class FormtuneCLI(LightningCLI):
         parser.add_argument("--run", type=str | None, help="Folder in logs/TASK/ (default: the date and time)")
         parser.add_argument("--resume", action="store_true", help="Continue --run, or the task's last run, if it was "
                             "interrupted and has this configuration; otherwise start a new run")  # fmt: skip
-        parser.add_argument("--logger", type=Name | list[Name], default="tensorboard", help="One or a list, in the "
-                            "run's folder; trainer.logger takes a class instead, or false")  # fmt: skip
+        parser.add_argument("--logger", type=Name | list[Name], default="tensorboard", help="One logger or a list, in "
+                            "the run's folder; for a class or false set trainer.logger")  # fmt: skip
         parser.add_argument("--baselines", type=list[Baseline], default=["few_shot", "constrained"], help="Baselines "
                             "that train measures besides the zero-shot base; [] for none")  # fmt: skip
         parser.add_argument("--baseline_rows", type=PositiveInt, default=200, help="Maximum test rows for baselines")
-        parser.add_argument("--quick", action="store_true", help="A quick first run: of the baselines only the "
-                            "zero-shot base, few evaluation rows, no test on longer inputs")  # fmt: skip
+        parser.add_argument("--quick", action="store_true", help="A quick first run: only the zero-shot "
+                            "baseline, few evaluation rows, no test on longer inputs")  # fmt: skip
         parser.add_argument("--dry_run", action="store_true", help="Print steps, time and memory; do not train")
         parser.add_argument("--answers", type=str, default="answers.jsonl", help="JSON Lines file that predict writes")
         parser.add_argument("--min_confidence", type=ClosedUnitInterval | None, help="predict writes answers of at "

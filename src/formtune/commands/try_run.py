@@ -1,4 +1,4 @@
-"""`formtune try`: type a prompt; see the answers of base and tuned model, each with its verdict."""
+"""`formtune try`: type a prompt; see the answers of the base and of the tuned model, each checked."""
 
 from contextlib import nullcontext, suppress
 from pathlib import Path

@@ -122,7 +122,7 @@ class FormatDataModule(L.LightningDataModule):
         """This process's share of a fixed sample of training rows, as many as validation sees."""
         trainer: Any = self.trainer
         validated, rows = int(sum(trainer.num_val_batches)) * EVALUATION_ROWS, self.rows["train"]
-        if batches := trainer.overfit_batches:  # or a share of them: the only ones that are trained
+        if batches := trainer.overfit_batches:  # the only batches trained on: a number or a share
             batches *= 1 if isinstance(batches, int) else math.ceil(len(rows) / self.rows_per_step)
             order = Order(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0)))
             rows = [rows[i] for i in islice(order, int(batches) * self.rows_per_step)]

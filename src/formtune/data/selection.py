@@ -128,7 +128,7 @@ def select(
 
 
 def input_keys(examples: Sequence[Example]) -> list[str]:
-    """The key of each input, see `Example.key`; with a system prompt twice as long, if the input has many."""
+    """`Example.key` of each input; with its system prompt, if the input has many that are twice as long as itself."""
     # Such an input is only a question, such as "Extract the fields", about the text in the system prompt.
     keys, prompts = [example.key for example in examples], [example.system for example in examples]
     systems: dict[str, set[str]] = defaultdict(set)

@@ -107,7 +107,7 @@ def _read_turn(turn: Any, here: str, is_answer: bool) -> tuple[Message, set[str]
     for key in WEIGHTS:
         if (weight := turn.get(key)) not in (None, 0, 1) or (weight == 0 and is_answer):
             raise UserError(
-                f"{here}: `{key}` is {weight!r}; write 1, or 0 for a context-only answer (the last one only with "
+                f"{here}: `{key}` is {weight!r}; write 1, or 0 to exclude it from the loss (the last answer only with "
                 "data.train_on: all), or remove the row"
             )
     if not isinstance(message.get("reasoning_content", ""), str):

@@ -31,7 +31,7 @@ class Exported:
         self.format: Any = json.loads((folder / "format.json").read_text(encoding="utf-8"))
         self.task, self.kind = str(self.config["task"]), self.manifest["kind"]
         self.base = self.manifest["base"]["path"] if self.kind == "adapter" else None
-        # Servers do not decode constrained: for such a run the answers count that `formtune export` measured without.
+        # Servers do not constrain decoding: for a constrained run, the answers that `formtune export` measured without.
         answers = "after" if folder.name == "adapter" and not self.config["model"].get("constrained") else folder.name
         self.outcomes = outcomes or folder.parent / "outcomes" / f"{answers}.jsonl"  # of the test rows
 

@@ -25,7 +25,7 @@ def missing_package(what: str) -> str | None:
     """The package that a kind or server needs and that is not installed, with its install command."""
     extra, packages = EXTRAS.get(what, ("", ()))
     missing = (name for name in packages if not list(distributions(name=name)))
-    return next((f"needs {name}: pip install -e '.[{extra}]'" for name in missing), None)
+    return next((f"needs {name}; pip install -e '.[{extra}]'" for name in missing), None)
 
 
 def folder_name(kind: str, quant: str | None = None, adapter: str | None = None, **_: Any) -> str:

@@ -27,7 +27,7 @@ _FORMATS = {
     "uri": r"[A-Za-z][A-Za-z0-9+.-]*:[^\s<>\"{}|\\^`]+",
 }
 
-# By the key whose value the objects are ("" for the root): how often a key comes right before another one.
+# Key of the object ("" for the root) -> one of its keys -> the next key -> count.
 Orders = dict[str, dict[str, dict[str, int]]]
 Pairs = dict[tuple[str, str], int]
 

@@ -33,7 +33,7 @@ class Grammar:
             from llguidance import LLExecutor, LLMatcher
             from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask_par
         except ImportError:
-            raise UserError("model.constrained: needs llguidance; pip install 'formtune[constrained]'") from None
+            raise UserError("model.constrained: needs llguidance; pip install -e '.[constrained]'") from None
         # Some models pad their vocabulary: logits beyond the tokenizer's tokens have no text and are never chosen.
         self.vocabulary = max(renderer.tokenizer.get_vocab().values()) + 1
         self.stop = frozenset(renderer.stop_ids)

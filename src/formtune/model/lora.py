@@ -135,7 +135,7 @@ def _in_4_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise UserError("model.quantize: 4-bit needs bitsandbytes; pip install 'formtune[qlora]'") from None
+        raise UserError("model.quantize: 4-bit needs bitsandbytes; pip install -e '.[qlora]'") from None
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )

@@ -56,7 +56,7 @@ class Packed:
 
 
 def pack(rows: Sequence[Row], tokens: int, extra: int = 0) -> Iterator[Packed]:
-    """Packed sequences of similar rows, of one row or at most `tokens` tokens, where a row counts `extra` more."""
+    """Packed sequences of at most `tokens` tokens, or of one longer row; each row counts `extra` tokens more."""
     order = sorted(range(len(rows)), key=lambda i: rows[i].prompt_ids)
     # In sorted order, the prefix that two rows share is the shortest of those that neighbors between them share.
     common = [_shared(rows[a].prompt_ids, rows[b].prompt_ids) for a, b in pairwise(order)]

@@ -227,7 +227,7 @@ def guess_format(rows: Sequence[Example], template: str) -> tuple[str, dict[str,
     if pattern := common_pattern([*texts]):
         return "Regex", {"pattern": pattern}, f"a suggestion, check it: answers look like {answers[0]!r:.40} ({first})"
     raise UserError(
-        f"{first}: no format fits {MIN_FIT:.0%} of the answers, such as {answers[0]!r:.40}; formtune trains answers "
+        f"{first}: no format fits {MIN_FIT:.0%} of the answers, such as {answers[0]!r:.40}; formtune needs answers "
         "that code can check: JSON, labels, tagged sections, tool calls, a pattern, or a custom class"
     )
 

@@ -49,7 +49,7 @@ def propose(
     kind, init_args, why = guess_format(judged, str(Renderer.load(base).tokenizer.chat_template) if folder else "")
     guesses = [Guess("model.base", base, "choose another one with --base")]
     if folder and 0 < sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL_BASE:
-        reason = "a base this small learns content faster with more adapters and a higher rate (docs/training.md)"
+        reason = "a small base learns faster with LoRA on all layers and a higher learning rate (docs/training.md)"
         optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2.0e-3}}
         guesses += [Guess("model.lora.targets", "all-linear", reason), Guess("model.optimizer", optimizer, "as above")]
     for split, file in files.items():

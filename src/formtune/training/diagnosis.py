@@ -136,7 +136,7 @@ def _change(history: Sequence[Validation], chosen: Validation | None, trainer: A
         lowest = min(measured, key=lambda v: v.val_loss)
         epochs = max(1, math.ceil(max(lowest.step, chosen.step) / epoch))
         if epochs < math.ceil(trainer.global_step / epoch):
-            what = "train shorter, so that the learning rate has decayed by the best validation"
+            what = "train fewer epochs, so that the learning rate decays by the best step"
             return what, _epochs(trainer, epochs)
         if rank > LOWEST_RANK:
             return "lower the rank (training is already short)", _rank(trainer, rank // 2)

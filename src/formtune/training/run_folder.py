@@ -129,8 +129,8 @@ def minimum_confidence(config: Any, run: Path | None) -> float:
         or config.min_confidence is not None or config.ckpt_path not in (None, "best")
         or RunFolder(run).config()["model.constrained"] != config.model.constrained
     ):  # fmt: skip
-        needs = "a finished run of formtune train, its best checkpoint and model.constrained, and no min_confidence"
-        raise UserError(f"target_precision: it needs {needs}; name the run, or give --min_confidence alone")
+        needs = "a finished run, its best checkpoint, its value of model.constrained, and no min_confidence"
+        raise UserError(f"target_precision: needs {needs}; name the run, or set --min_confidence instead")
     rows = judged(read_outcomes(path))
     minimum = threshold(rows, config.target_precision)
     if minimum is None:

@@ -94,10 +94,10 @@ def test_a_template_whose_prompt_opens_the_block_needs_no_opening_tag():
     opened = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
     opened.chat_template = template[:start] + "{{- '<think>\\n' }}\n{%- endif %}"
     with pytest.raises(
-        UserError, match="data.format.open: must be '' exactly if the template's prompt ends with <think>"
+        UserError, match="data.format.open: must be '' if the template's prompt ends with <think>, else not"
     ):
         Renderer(opened, tags=FORMAT.tags)
-    with pytest.raises(UserError, match="data.format.open: must be '' exactly if"):
+    with pytest.raises(UserError, match="data.format.open: must be '' if"):
         Renderer(tokenizer, tags=("", "</think>"))
     format = Reasoning(FORMAT.format, open="")
     renderer = Renderer(opened, tags=format.tags)

@@ -167,7 +167,7 @@ def test_a_package_that_is_not_there_is_a_line_and_no_failure(project, monkeypat
 
     monkeypatch.setitem(quantize.EXTRAS, "int8", ("quantize", ("no-such-package",)))
     code, result = preflight("--for", "int8")
-    assert code == 0 and quantize.missing_package("int8") == "needs no-such-package: pip install -e '.[quantize]'"
+    assert code == 0 and quantize.missing_package("int8") == "needs no-such-package; pip install -e '.[quantize]'"
     assert [it["verdict"] for it in result["checks"]] == ["ok", "not tried"]
     assert "only the rules were checked" in " ".join(capsys.readouterr().out.split())
 

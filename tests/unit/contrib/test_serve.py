@@ -124,7 +124,7 @@ def test_llama_cpp_serves_the_gguf_folder_of_a_run_that_has_one(run, tmp_path, c
 def test_missing_packages_and_a_port_in_use_are_one_line(run, capsys, monkeypatch):
     monkeypatch.setitem(quantize.EXTRAS, "transformers", ("serve", ("no_such_package",)))
     assert main(["serve", str(run)]) == 2
-    assert "transformers needs no_such_package: pip install -e '.[serve]'" in capsys.readouterr().err
+    assert "transformers needs no_such_package; pip install -e '.[serve]'" in capsys.readouterr().err
     monkeypatch.setitem(quantize.EXTRAS, "transformers", ("serve", ()))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

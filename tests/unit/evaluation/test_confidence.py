@@ -250,7 +250,7 @@ def test_a_target_precision_takes_the_threshold_of_the_runs_validation_rows(tmp_
         return minimum_confidence(config, run)
 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"constrained": False}}))
-    needs = "it needs a finished run of formtune train, its best checkpoint and model.constrained, and no min"
+    needs = "needs a finished run, its best checkpoint, its value of model.constrained, and no min"
     with pytest.raises(UserError, match=needs):
         minimum()
     write_outcomes(tmp_path / "outcomes/validation.jsonl", rows(10))

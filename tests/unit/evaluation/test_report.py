@@ -539,7 +539,7 @@ def test_fit_measures_the_prompted_base_first_and_only_once(task, base, monkeypa
     capsys.readouterr()
     monkeypatch.setitem(sys.modules, "llguidance", None)
     assert main([*words, "--run", "three", "--baselines", "[constrained]"]) == 0
-    why = "skipped constrained decoding: needs llguidance; pip install 'formtune[constrained]'"
+    why = "skipped constrained decoding: needs llguidance; pip install -e '.[constrained]'"
     assert why in capsys.readouterr().out.splitlines()
     third = json.loads((folder / "logs/t/three/metrics.json").read_text())
     assert third["counts"].keys() == {"before", "after"} and third["after"] == second["after"]

@@ -150,7 +150,7 @@ def test_a_package_that_is_not_there_is_one_line_with_the_command(run, monkeypat
 
     monkeypatch.setitem(quantize.EXTRAS, "int8", ("quantize", ("no-such-package",)))
     assert export(run, "--as", "int8") == 2
-    assert "needs no-such-package: pip install -e '.[quantize]'" in capsys.readouterr().err
+    assert "needs no-such-package; pip install -e '.[quantize]'" in capsys.readouterr().err
 
 
 def _edit(path, change):

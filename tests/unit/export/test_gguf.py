@@ -198,7 +198,7 @@ def test_an_adapter_is_converted_for_its_base_by_the_script_beside_the_converter
 
 def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(quantize, "distributions", lambda name: [] if name == "xllamacpp" else [name])
-    assert quantize.missing_package("gguf") == "needs xllamacpp: pip install -e '.[gguf]'"
+    assert quantize.missing_package("gguf") == "needs xllamacpp; pip install -e '.[gguf]'"
 
 
 @pytest.fixture(scope="module")

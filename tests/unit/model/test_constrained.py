@@ -485,7 +485,7 @@ def test_the_switch_constrains_evaluation_and_nothing_else(base, task, constrain
 
 def test_without_the_library_one_line_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(UserError, match=r"needs llguidance; pip install 'formtune\[constrained\]'$"):
+    with pytest.raises(UserError, match=r"needs llguidance; pip install -e '.\[constrained\]'$"):
         grammar_of(Labels(labels=["a"]))
 
 
