@@ -183,7 +183,7 @@ def test_a_run_without_checkpoints_is_not_measured_as_the_base(task_yaml, capsys
     shutil.rmtree("logs/small/one/checkpoints")
     assert main(["test", "logs/small/one"]) == 2
     assert (
-        "logs/small/one: the run has no checkpoints; -c logs/small/one/config.yaml --model.adapter"
+        "logs/small/one: the run has no checkpoints; continue it with formtune train -c logs/small/one/config.yaml"
         in capsys.readouterr().err
     )
 

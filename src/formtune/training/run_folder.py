@@ -21,6 +21,7 @@ FREE = (
 )
 # Keys that a resumed run may change if memory runs out: sums are rounded, and dropout drawn, in another order.
 MEMORY = ("model.tokens_per_micro_batch", "model.gradient_checkpointing")
+MAX_NAMED = 3  # differences in a message
 # Keys that do not change the time of a run, and those that a dry run sets itself.
 UNPLANNED = (*FREE, "data.date", *(f"trainer.{key}" for key in ("logger", "callbacks", "enable_checkpointing", "min_")))
 
@@ -47,14 +48,12 @@ class RunFolder:
         return date and str(date)
 
     def difference(self, config: str) -> str | None:
-        """The first key, with both values, in which this run's configuration differs from another (YAML), or None."""
+        """The keys, with both values, in which this run's configuration differs from another (YAML), or None."""
         old, new = self.config(), dict(_leaves(yaml.safe_load(config)))
         if None in (old.get("data.date"), new.get("data.date")):  # the template writes none, or the run's is used
             old["data.date"] = new["data.date"] = None
-        for key in new | old:
-            if old.get(key) != new.get(key) and not key.startswith((*FREE, *MEMORY)):
-                return f"{key} {old.get(key)}, now {new.get(key)}"
-        return None
+        keys = [key for key in new | old if old.get(key) != new.get(key) and not key.startswith((*FREE, *MEMORY))]
+        return "; ".join(f"{key} {old.get(key)}, now {new.get(key)}" for key in keys[:MAX_NAMED]) or None
 
     def config(self) -> dict[str, Any]:
         """The run's configuration by dotted keys."""

@@ -1,5 +1,6 @@
 """A step is the same step however it is split; what is saved is the adapter, and only a fitting one is loaded."""
 
+import functools
 from types import SimpleNamespace
 
 import lightning.pytorch as L
@@ -90,7 +91,10 @@ def test_adapters_stay_in_32_bits_under_mixed_precision_and_learn(train, precisi
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_the_same_step(tmp_path, task):
+def test_a_compiled_step_is_the_same_step(tmp_path, task, monkeypatch):
+    # Traced and differentiated, but without PyTorch's C++ code, which takes a minute to compile.
+    traced = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
     tiny_model(num_hidden_layers=1).save_pretrained(tmp_path / "base")  # each layer is compiled anew
     byte_tokenizer().save_pretrained(tmp_path / "base")
     folder, write = task
