@@ -76,10 +76,7 @@ def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _mixture(path: str, what: str, forms: Forms) -> Mixture | None:
     counts = dict(Counter(form for form, _ in forms).most_common())
-    places: dict[str, dict[str, None]] = {form: {} for form in counts}
-    for form, example in forms:
-        places[form].setdefault(example.where)
-    minority = {form: [*places[form]] for form in [*counts][1:]}
+    minority = {form: [*dict.fromkeys(e.where for f, e in forms if f == form)] for form in [*counts][1:]}
     return Mixture(path, what, counts, minority) if minority else None
 
 

@@ -33,7 +33,7 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, every_n_seconds: NonNegativeFloat = 30.0, save_last: PositiveInt = 2) -> None:
-        super().__init__(filename="step-{step}", auto_insert_metric_name=False)
+        super().__init__(save_top_k=0)  # so that ModelCheckpoint itself saves nothing
         self.every_n_seconds, self.newest = every_n_seconds, save_last
         self.seconds = 0.0  # of training, validations and the time before an interruption included
         self.stopped = False  # whether a callback ended training early
@@ -47,7 +47,7 @@ class BestCheckpoint(ModelCheckpoint):
         return {"seconds": self.seconds, "stopped": self.stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds, self.stopped = state_dict["seconds"], state_dict.get("stopped", False)
+        self.seconds, self.stopped = state_dict["seconds"], state_dict["stopped"]
         self._set_paths()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -72,11 +72,6 @@ class BestCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save(trainer)
-
-    def on_train_epoch_end(self, *_: Any) -> None:
-        pass  # validations and intervals decide when to save, and a step that failed is computed again
-
-    on_exception = on_train_epoch_end  # type: ignore[assignment]
 
     def _save(self, trainer: Any) -> None:
         if trainer.fast_dev_run:
