@@ -66,4 +66,5 @@ def run(command: str, args: list[str]) -> None:
         print(f"{rate} {right / rows:.1%} of {rows:,} test rows, {gained} gained, {lost} lost against the run")
     others = "; prompts have the same tokens, so others differ by rounding" if options else ""
     print(f"{figures['same_answers']:,} of {rows:,} answers are identical to the run's{others}")
-    print(f"next: formtune promote {config.run} --as {name} --to production, or formtune serve {target}")
+    if "promote" in COMMANDS:  # of an optional package
+        print(f"next: formtune promote {config.run} --as {name} --to production, or formtune serve {target}")

@@ -39,7 +39,8 @@ def run(command: str, args: list[str]) -> None:
         schema = tools = read_tools(value, "--schema", config.schema)
     settings.format.of_row(schema)  # refuses an invalid schema
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = load_base(task.model.base, torch.float32, task.model.quantize, device)
+    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    base = load_base(task.model.base, dtype, task.model.quantize, device)
     model = PeftModel.from_pretrained(base, folder / "adapter").eval()
     without = " (without constrained decoding)" if task.model.constrained else ""
     echo(f"base and {folder}{without}; one prompt per line, Ctrl-D ends")

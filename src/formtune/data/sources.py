@@ -106,6 +106,8 @@ def _read(source: str) -> Records:
         return reader(source)
     if path.is_file():
         raise UserError(f"{source}: unknown kind of file; use {ENDINGS}, a dataset folder or Hub id")
+    if path.is_dir() and not any((path / file).is_file() for file in SAVED):
+        raise UserError(f"{source}: no file of a known kind in this folder; use {ENDINGS}; subfolders are not read")
     looks_like_id = re.fullmatch(r"[\w-][\w.-]*/[\w-]+", source) and not path.parent.is_dir()
     if path.is_dir() or looks_like_id:
         return HuggingFace(source).records()
