@@ -86,9 +86,9 @@ def test_the_best_checkpoint_gives_the_exported_figures_again_and_predict_judges
     assert main(["predict", "-c", str(run / "config.yaml"), *arguments]) == 0
     answers = [json.loads(line) for line in Path("new/out.jsonl").read_text().splitlines()]
     assert [a["prompt"] for a in answers] == ["xxx", "xxxxxxxxx", "x"]
-    keys = {"where", "prompt", "answer", "compliant", "kind", "detail", "confidence", "field_confidences"}
+    keys = {"where", "prompt", "answer", "valid", "kind", "detail", "confidence", "field_confidences"}
     assert all(a.keys() == keys and 0 <= a["confidence"] <= 1 for a in answers)
-    assert not any(a["compliant"] != (a["kind"] == "ok") for a in answers)
+    assert not any(a["valid"] != (a["kind"] == "ok") for a in answers)
     assert main(["predict", str(run), "prompts.jsonl", "--min_confidence", "0.9"]) == 0
     parts = [Path(f"answers.{name}.jsonl").read_text().splitlines() for name in ("accepted", "review")]
     assert (

@@ -95,7 +95,7 @@ def test_the_prompts_are_asked_with_thinking_on_and_the_system_prompt_has_the_sc
     assert main(["predict", str(run), "prompts.jsonl", *words]) == 0
     answers = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
     finished = [answer for answer in answers if answer["kind"] != "truncated"]
-    assert finished and all(answer["compliant"] and FORMAT.check(answer["answer"]).exact for answer in finished)
+    assert finished and all(answer["valid"] and FORMAT.check(answer["answer"]).exact for answer in finished)
     assert all(answer["answer"].startswith("<think>") for answer in answers), "the grammar begins with the tag"
 
 

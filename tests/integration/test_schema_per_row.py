@@ -101,7 +101,7 @@ def test_predict_answers_each_prompt_by_its_schema(run, capfd):
     write("prompts.jsonl", prompts)
     assert main(["predict", str(run), "prompts.jsonl", "--model.constrained", "true", "--answers", "a.jsonl"]) == 0
     answers = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
-    assert [answer["compliant"] for answer in answers] == [True] * 6
+    assert [answer["valid"] for answer in answers] == [True] * 6
     for n, answer in enumerate(answers):
         assert JsonSchema(SCHEMAS[n % 3], canonical=True).check(answer["answer"]).exact
     for n, (one, other) in enumerate(zip(answers[:3], answers[3:], strict=True)):

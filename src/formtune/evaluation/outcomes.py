@@ -119,7 +119,7 @@ def write_answers(
     records: list[dict[str, Any]] = [
         {
             "where": one.where, "prompt": one.input, "answer": one.answer,
-            "compliant": one.exact, "kind": one.kind, "detail": one.detail,
+            "valid": one.exact, "kind": one.kind, "detail": one.detail,
             "confidence": one.confidence, "field_confidences": one.field_confidences or {}, **more,
         }
         for one in outcomes
@@ -129,7 +129,7 @@ def write_answers(
         review, accepted = (path.with_stem(f"{path.stem}.{name}") for name in ("review", "accepted"))
         files = {review: [], accepted: []}
         for record in records:
-            files[accepted if record["compliant"] and record["confidence"] >= minimum else review].append(record)
+            files[accepted if record["valid"] and record["confidence"] >= minimum else review].append(record)
     for file, part in files.items():
         write_lines(file, part)
     return {file: len(part) for file, part in files.items()}
