@@ -40,7 +40,8 @@ _CLASSES = {  # character classes of ECMA-262: ASCII digits and word characters,
 }
 # In a character class: text to keep (group 1), and characters that Rust's regex (in grammars) may read as operators.
 _IN_CLASS = re.compile(r"(^\[\^?-?|\\.|\[:\^?\w+:\])|--|[\[&~]", re.S)
-_NO_RANGE = re.compile(r"(?<=\\[dDwWsS])-(?!\])|(?<!\[)-(?=\\[dDwWsS])")  # hyphens beside an escape are literal
+# In a character class: a hyphen beside an escape such as \d, which is no range; other escapes are kept.
+_NO_RANGE = re.compile(r"(\\[dDwWsS])-(?!\])|\\.|(?<!\[)-(?=\\[dDwWsS])", re.S)
 _ANCHORS = {r"\A": "^", r"\Z": "$", r"\z": "$"}  # not in ECMA-262, but widely used
 _ENDS = {"$": r"\Z", r"\b": r"(?a:\b)", r"\B": r"(?a:\B)"}
 
@@ -111,7 +112,7 @@ def ecma(pattern: str) -> str:
     def write_out(match: re.Match[str]) -> str:
         token = match[0]
         if token.startswith("["):
-            token = _NO_RANGE.sub(r"\-", token)
+            token = _NO_RANGE.sub(lambda m: f"{m[1]}\\-" if m[1] else "\\-" if m[0] == "-" else m[0], token)
             return escape_class(re.sub(r"\\.", lambda escape: _CLASSES.get(escape[0], escape[0]), token, flags=re.S))
         return f"[{_CLASSES[token]}]" if token in _CLASSES else _ANCHORS.get(token, token)
 
