@@ -242,5 +242,7 @@ def test_a_source_gives_each_row_its_own_place():
 
 def test_a_folder_without_a_readable_file_is_refused_with_the_kinds_that_are_read(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(UserError, match="no file of a known kind in this folder; use .jsonl, .* subfolders are not read"):
+    with pytest.raises(
+        UserError, match="no file of a known kind in this folder; use .jsonl, .* subfolders are not read"
+    ):
         list(read_records(str(tmp_path)))
