@@ -157,8 +157,8 @@ def choose(name: str | None, run: Path | None) -> Path | None:
             chosen = best(watch.history)
             step = chosen.step if chosen else None
         if step not in files:
-            remedy = "use --ckpt_path base for the untuned base"
-            remedy = f"use --ckpt_path last for the newest, or {remedy.removeprefix('use ')}" if files else remedy
+            last = "--ckpt_path last for the newest, or " if files else ""
+            remedy = f"use {last}--ckpt_path base for the untuned base"
             raise UserError(f"ckpt_path: {run} has no {name or 'best'} checkpoint; {remedy}")
         path = files[step]
     read(path)

@@ -79,11 +79,7 @@ def reason(history: Sequence[Validation]) -> str:
     """The best checkpoint, and those that other rules would choose, in one line."""
     chosen, measured = best(history), _measured(history)
     if chosen is None:
-        return (
-            "no best checkpoint: no validation had a finite loss"
-            if history
-            else "no best checkpoint: no validation was run"
-        )
+        return f"no best checkpoint: no validation {'had a finite loss' if history else 'was run'}"
     parts = [f"best checkpoint: step {chosen.step} ({chosen.joint} of {chosen.rows} right, {chosen.exact} valid)"]
     others = {
         "most valid": _most_valid(measured),
