@@ -1,5 +1,6 @@
 """Flags, callbacks, loggers and checkpoints work as a Lightning user expects."""
 
+import csv
 import io
 import json
 import re
@@ -8,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import lightning.pytorch as L
 import pytest
@@ -16,7 +19,10 @@ import yaml
 
 from formtune.cli import main
 from formtune.configuration.parsing import KEYS
-from formtune.model import FormatModule
+from formtune.data.datamodule import FormatDataModule
+from formtune.errors import UserError
+from formtune.formats import JsonSchema
+from formtune.model import FormatModule, Lora
 from interrupting import ROWS, SCHEMA
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -306,3 +312,52 @@ def test_the_reference_configuration_is_current(monkeypatch):
     from reference import REFERENCE, reference
 
     assert REFERENCE.read_text() == reference(), "run make reference"
+
+
+def test_the_classes_work_by_hand_and_refuse_a_second_split_of_the_rows(task_yaml, base):
+    class Loss(L.Callback):
+        values: ClassVar[list[float]] = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.values.append(float(outputs["loss"]))
+
+    format = JsonSchema("schema.json")
+    data = FormatDataModule(format=format, tokenizer=base, train="train.jsonl", rows_per_step=8)
+    model = FormatModule(base=base, format=format, lora=Lora(r=4))
+    options = {"max_steps": 3, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0, "accelerator": "cpu"}
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "callbacks": [Loss()]}
+    trainer = L.Trainer(**options, **quiet, use_distributed_sampler=False)
+    trainer.fit(model, data)
+    assert len(Loss.values) == 3 and all(value > 0 for value in Loss.values)
+    [figures] = trainer.test(model, data, verbose=False)
+    assert "test/format/exact" in figures
+    data.trainer = SimpleNamespace(
+        world_size=2,
+        state=SimpleNamespace(fn="fit"),
+        _accelerator_connector=SimpleNamespace(use_distributed_sampler=True),
+    )
+    with pytest.raises(UserError, match="would split the rows a second time; set it to False"):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize("command", ["train", "fit", "validate", "test", "predict"])
+def test_without_a_task_the_line_says_so(command, capsys):
+    assert main([command]) == 2
+    assert "formtune: error: name a task, -c TASK.yaml" in capsys.readouterr().err
+
+
+def test_a_share_of_an_epoch_and_a_rate_monitor_work_and_what_stops_a_run_is_named(task_yaml, capsys):
+    monitor = ["--trainer.callbacks+=LearningRateMonitor", "--trainer.log_every_n_steps", "1", "--logger", "csv"]
+    stopping = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+    stopping += ["--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=100"]
+    assert fit("--trainer.max_steps", "9", "--trainer.val_check_interval", "0.5", *monitor, *stopping) == 0
+    assert re.search(r"stopped at step \d of 9: EarlyStopping", capsys.readouterr().out)
+    rows = list(csv.DictReader(next(Path("logs/small/one").rglob("metrics.csv")).open()))
+    assert len([row for row in rows if row.get("lr-AdamW")]) > 2
+
+
+def test_a_run_that_was_refused_before_its_first_step_is_no_run(task_yaml, capsys):
+    words = ["--model.scheduler", "torch.optim.lr_scheduler.OneCycleLR", "--model.scheduler.max_lr", "1"]
+    assert fit(*words, "--model.scheduler.total_steps", "1") == 2
+    assert "total_steps is 1, but the run has" in capsys.readouterr().err
+    assert not Path("logs/small/one/config.yaml").exists() and fit() == 0

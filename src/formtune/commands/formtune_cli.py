@@ -49,8 +49,6 @@ yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer."""
-
     train = L.Trainer.fit  # LightningCLI looks for a method with the name of each command
 
 
@@ -134,8 +132,8 @@ class FormtuneCLI(LightningCLI):
             self.full = {"baselines": f"[{','.join(config.baselines)}]", "data.max_evaluation_rows": most or "null"}
             config.baselines, config.data.max_evaluation_rows = [], min(most or QUICK_ROWS, QUICK_ROWS)
         take_settings(config.model)
-        trainer_checks.check_trainer(config, str(self.subcommand))
         trainer_checks.complete_trainer(config.trainer)
+        trainer_checks.check_trainer(config, str(self.subcommand))
         self.checkpoint: Path | None = None
         trainer = config.trainer
         if self.subcommand not in TRAINS:
@@ -167,7 +165,7 @@ class FormtuneCLI(LightningCLI):
         self.signals.remedy = f"continue with: {shlex.join(['formtune', *self.words, *words])}"
 
     def _choose_weights(self, config: Namespace, files: list[Path]) -> None:
-        run = measured_run(files, LOGS / config.task / config.run if config.run else None)
+        run = self.run = measured_run(files, LOGS / config.task / config.run if config.run else None)
         self.checkpoint = choose(config.ckpt_path, run)
         # "": the command line sets it
         if self.checkpoint and config.model.adapter and LINES.get("model.adapter") == "":
@@ -247,8 +245,7 @@ class FormtuneCLI(LightningCLI):
 
     def test(self, model: FormatModule, datamodule: FormatDataModule) -> None:
         prepare(self.trainer, datamodule)
-        evaluate = getattr(self.trainer, str(self.subcommand))
-        evaluate(model, datamodule, ckpt_path=self.checkpoint, verbose=False)
+        getattr(self.trainer, str(self.subcommand))(model, datamodule, ckpt_path=self.checkpoint, verbose=False)
         rows = model.counts["format/exact"][1]
         result = {"result": model.evaluation, "counts": {"result": model.counts}, "rows": rows}
         split = "validation" if self.subcommand == "validate" else "test"
@@ -256,7 +253,8 @@ class FormtuneCLI(LightningCLI):
         words = "train -c TASK.yaml"
         if self.checkpoint:
             named = self.config[self.subcommand].ckpt_path
-            words = f"predict {self.checkpoint.parent.parent} PROMPTS{f' --ckpt_path {named}' if named else ''}"
+            run = self.run or self.checkpoint.parent.parent
+            words = f"predict {run} PROMPTS{f' --ckpt_path {named}' if named else ''}"
         rank_zero_only(print)(f"next: formtune {words}")
 
     validate = test

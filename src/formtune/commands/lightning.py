@@ -21,6 +21,7 @@ QUIET = (
     ".*smaller than the logging interval.*",
     ".*sync_dist=True.*",  # values are summed over all processes before they are logged
     ".*callbacks used to create the checkpoint need to be provided.*",  # by fit alone
+    ".*dirpath has changed from.*",  # of a user's own checkpoints, in an evaluation
     ".*ModelCheckpoint with manual optimization.*",  # a step is complete when a callback sees it
 )
 
@@ -34,6 +35,8 @@ def run(command: str, args: list[str]) -> None:
     from formtune.commands.formtune_cli import FormtuneCLI  # several seconds: torch, lightning, transformers
     from formtune.training.callbacks import Signals
 
+    if not args:
+        raise UserError(f"name a task, -c TASK.yaml{'' if command in ('train', 'fit') else ', or a run'}")
     args = ["--help" if word == "--help-all" else word for word in _with_named_run(command, args)]
     check_configs(args)
     for message in QUIET:
@@ -42,6 +45,8 @@ def run(command: str, args: list[str]) -> None:
     # Lightning's notes on hardware and on its other products; warnings still come through.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("profilers", "callbacks"):  # what a user asks for: a profile, `verbose`, the end of a Timer
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
     # TensorBoard's writer fails in a thread, and again where the next value is logged.
     hook = threading.__excepthook__
     threading.excepthook = lambda failure: None if issubclass(failure.exc_type, OSError) else hook(failure)

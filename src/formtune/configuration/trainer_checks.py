@@ -9,7 +9,7 @@ import lightning.pytorch as L
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch import callbacks as known
 from lightning.pytorch.cli import LightningArgumentParser
 
 from formtune.configuration.parsing import OneLine, did_you_mean
@@ -23,6 +23,8 @@ REFUSED = {  # values that a flag cannot have, and why
     "max_steps": ((0,), "leaves nothing to train"),
     "max_epochs": ((0,), "leaves nothing to train"),
     "val_check_interval": ((0,), "never validates; the default is 100"),
+    "enable_checkpointing": ((False,), "would keep no best checkpoint; set checkpoint.every_n_seconds"),
+    "barebones": ((True,), "switches off the checkpoints and the logger that a run needs"),
     "use_distributed_sampler": ((True,), "would split the rows a second time; remove it"),
     # Adam's second moments and the adapters would be rounded away.
     "precision": (("bf16-true", "16-true"), "would store the adapters in 16 bits; use bf16-mixed or 16-mixed"),
@@ -96,10 +98,14 @@ def check_callbacks(trainer: Any, names: Set[str]) -> None:
     custom = "custom/"  # prefix of custom metrics, whose figures get their names in a validation
     for callback in trainer.callbacks:
         kind, monitor = type(callback).__name__, getattr(callback, "monitor", None)
-        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+        if isinstance(callback, known.StochasticWeightAveraging | known.WeightAveraging):
             fault = "averages weights after the best checkpoint was chosen, without validating them; remove it"
-        elif isinstance(callback, GradientAccumulationScheduler):
+        elif isinstance(callback, known.GradientAccumulationScheduler):
             fault = "changes the rows of a step, which data.rows_per_step sets; remove it"
+        elif isinstance(callback, known.LearningRateFinder | known.BatchSizeFinder):
+            fault = (
+                "cannot set these keys; use formtune sweep --over model.optimizer.lr=..., model.tokens_per_micro_batch"
+            )
         elif kind in ("LearningRateMonitor", "DeviceStatsMonitor") and not trainer.loggers:
             fault = "needs a logger; remove trainer.logger: false"
         elif monitor is not None and monitor not in names and not monitor.startswith(custom):
@@ -111,10 +117,16 @@ def check_callbacks(trainer: Any, names: Set[str]) -> None:
 
 
 def complete_trainer(trainer: Namespace) -> None:
-    """Set the precision that the hardware has, and with `max_steps` alone no other limit, as Lightning does."""
+    """Set the hardware's precision, and of what is not set what follows from the other limits and intervals."""
     trainer.precision = ALIASES.get(trainer.precision, trainer.precision) or _default_precision(trainer.accelerator)
     if trainer.max_steps > 0 and is_set("trainer.max_steps") and not is_set("trainer.max_epochs"):
         trainer.max_epochs = -1
+    if trainer.min_steps and not is_set("trainer.min_epochs"):
+        trainer.min_epochs = 0  # Lightning's is 1
+    if isinstance(trainer.val_check_interval, float) and not is_set("trainer.check_val_every_n_epoch"):
+        trainer.check_val_every_n_epoch = 1  # a share is of an epoch
+    if trainer.check_val_every_n_epoch == 1 and not is_set("trainer.val_check_interval"):
+        trainer.val_check_interval = 1.0
 
 
 def _default_precision(accelerator: Any) -> str:

@@ -21,7 +21,7 @@ def check_configs(args: list[str]) -> None:
 
 def config_paths(args: list[str]) -> list[str]:
     paths = []
-    for option, value in zip(args, [*args[1:], ""], strict=True):
+    for option, value in zip(args, [*args[1:], ""], strict=False):
         name, equals, attached = option.partition("=")
         if name in ("-c", "--config"):
             paths.append(attached if equals else value)

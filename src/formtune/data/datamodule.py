@@ -72,9 +72,12 @@ class FormatDataModule(L.LightningDataModule):
         """Read the splits (fit, validate, test) or the prompts (predict), once."""
         if stage == "predict":
             self.prompt_rows = self.prompt_rows or prompt_rows(self.settings)
-        elif self.splits is None:
+            return
+        trainer: Any = self.trainer
+        if trainer and trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise UserError("Trainer(use_distributed_sampler=True) would split the rows a second time; set it to False")
+        if self.splits is None:
             splits = load_splits(self.settings)
-            trainer: Any = self.trainer
             if trainer is not None and trainer.loggers and trainer.is_global_zero and not trainer.fast_dev_run:
                 write_lines(Path(trainer.default_root_dir) / "quarantine.jsonl", map(asdict, splits.quarantine))
             check_rows(self.settings, splits)

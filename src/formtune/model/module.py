@@ -168,7 +168,7 @@ class FormatModule(L.LightningModule):
         parts = self.micro_batches.split(rows, EVALUATION_FACTOR * self.tokens_per_micro_batch, max(limits, default=0))
         return Batch(rows, list(parts), limits, decoding)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One optimizer step over the batch's rows; a step with a non-finite gradient is skipped and counted."""
         optimizer: Any = self.optimizers()
         strategy, started = self.trainer.strategy, time.perf_counter()
@@ -200,6 +200,7 @@ class FormatModule(L.LightningModule):
         self.log_dict(figures, prog_bar=True, batch_size=1)
         # Lightning would log values after step 100 as step 99.
         self.log("step", float(self.trainer.global_step), batch_size=1)
+        return {"loss": figures["train/loss"]}  # for callbacks
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Clip the gradients, or drop them all if one is non-finite."""

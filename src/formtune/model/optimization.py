@@ -54,7 +54,7 @@ def build_optimizer(
         if steps == float("inf"):
             raise UserError("trainer.max_steps: set it; the learning-rate schedule needs to know the last step")
         schedule.start(int(steps))
-    return {"optimizer": built, "lr_scheduler": schedule}
+    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def check_optimizer(optimizer: OptimizerCallable, scheduler: LRSchedulerCallable) -> None:

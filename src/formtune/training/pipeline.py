@@ -9,6 +9,7 @@ from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from formtune.data.datamodule import FormatDataModule
 from formtune.data.encoded import FEW_ROWS
@@ -48,7 +49,7 @@ def train(
     if writes and not folder.begun:
         save_config(trainer, folder.path / "config.yaml", config())
     if baselines is None:
-        trainer.fit(model, datamodule, ckpt_path=checkpoint)
+        _fit(trainer, model, datamodule, checkpoint)
         return None
     evaluator = Evaluator(trainer, model, datamodule, folder.path)
 
@@ -60,7 +61,7 @@ def train(
     if checkpoint is None and not full:
         trainer.validate(model, datamodule, verbose=False)
     before = time.monotonic() - began
-    trainer.fit(model, datamodule, ckpt_path=checkpoint)
+    _fit(trainer, model, datamodule, checkpoint)
     steps, fitted = trainer.global_step, time.monotonic()
     if trainer.fast_dev_run:
         return None
@@ -103,6 +104,16 @@ def train(
         evaluator.report()
         write_json(folder.path / "metrics.json", result)  # last of all: it says that the run is finished
     return result
+
+
+def _fit(trainer: Any, model: FormatModule, datamodule: FormatDataModule, checkpoint: Path | None) -> None:
+    """Fit, and say what ended it early."""
+    trainer.fit(model, datamodule, ckpt_path=checkpoint)
+    enders = [type(one).__name__ for one in trainer.callbacks if isinstance(one, EarlyStopping | Timer)]
+    if enders and trainer.global_step < trainer.estimated_stepping_batches and trainer.is_global_zero:
+        print(f"stopped at step {trainer.global_step} of {trainer.estimated_stepping_batches}: {' or '.join(enders)}")
+    if trainer.fast_dev_run and trainer.is_global_zero:
+        print("fast_dev_run: nothing was written")
 
 
 def prepare(trainer: Any, datamodule: FormatDataModule, stage: str = "fit") -> None:

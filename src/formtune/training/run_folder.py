@@ -76,6 +76,12 @@ class RunFolder:
             raise UserError(f"{self.path}: not writable ({error.strerror})") from None
         try:
             yield
+        except UserError:
+            if not (
+                self.path / "checkpoints"
+            ).exists():  # nothing was trained, and the corrected command may begin anew
+                (self.path / "config.yaml").unlink(missing_ok=True)
+            raise
         finally:
             if not self.begun:
                 (self.path / ".lock").unlink(missing_ok=True)
