@@ -62,8 +62,8 @@ def _rollback(parser: CommandParser, args: list[str]) -> None:
         version = config.to or deployment.previous or "none"
         others = {move["version"] for move in deployment.history} - {deployment.current}
         if version not in others:
-            versions = ", ".join(sorted(others)) or "none"
-            raise UserError(f"{name}: {version} is not an earlier version; choose --to from {versions}")
+            choice = f"choose --to from {', '.join(sorted(others))}" if others else "there is no earlier version"
+            raise UserError(f"{name}: {version} is not an earlier version; {choice}")
         verify(deployment.version_folder(version))
         deployment.move("rollback", version, config.reason)
     _print(deployment, moves=0)

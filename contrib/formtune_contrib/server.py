@@ -94,7 +94,13 @@ def command(models: dict[str, Exported], engine: str, port: int) -> list[str]:
     if engine == "llamacpp":
         request = json.loads((exported.folder / "request.json").read_text(encoding="utf-8"))
         words = [exported.folder.resolve() / FILE, request["options"]["num_ctx"], port, name]
-        return [sys.executable, "-m", "formtune.export.llama_cpp", *map(str, words), str(exported.renderer.thinking)]
+        return [
+            sys.executable,
+            "-m",
+            "formtune_contrib.llama_server",
+            *map(str, words),
+            str(exported.renderer.thinking),
+        ]
     return [sys.executable, "-m", "formtune_contrib.adapters", str(port), *loading(exported), *models]
 
 

@@ -26,6 +26,9 @@ def attempt(
 ) -> str:
     """Make a target in a folder, without the base's weights, and describe it; llama.cpp must render the prompts."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     gguf = target == "gguf"
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)

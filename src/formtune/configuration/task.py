@@ -48,6 +48,8 @@ def task_parser(command: str, description: str = "", used: Set[str] = frozenset(
 
 def read_task(parser: TaskParser, args: list[str]) -> tuple[Namespace, DataSettings]:
     """The values of a command line, with `task` set, and its data settings."""
+    if not args:
+        raise UserError("name a task, -c TASK.yaml")
     config = parser.parse_args(args)
     config.task = config.task or Path(["task", *config_paths(args)][-1]).stem
     if leaves_folder(config.task):

@@ -67,7 +67,7 @@ def _remedy(settings: DataSettings, rows: Sequence[Quarantined]) -> str:
     if rows[0].reason == "too_long":
         value = str(longest := max(int(row.fix.rpartition(" ")[2]) for row in rows))
         if key == "data.max_length" and longest > (context_length(settings.base) or longest):
-            return f"use a base with a context of {longest:,} tokens"
+            return f"shorten them, or use a base with a context of {longest:,} tokens"
     return f"set {key}: {value}" if key else "fix them"
 
 

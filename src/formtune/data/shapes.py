@@ -112,7 +112,7 @@ def _filled(record: dict[str, Any], prompt: str, where: str) -> str:
 
 def _read(record: dict[str, Any], column: str, where: str, types: tuple[type, ...] = (str,), remedy: str = "") -> Any:
     if column not in record:
-        raise UserError(f"{where}: no column `{column}` among {', '.join(record)}; set data.columns")
+        raise UserError(f"{where}: no column `{column}` among {', '.join(record)}; fill it, or set data.columns")
     if not isinstance(record[column], types):
         remedy = remedy or (
             "fill it or remove the row" if record[column] is None else "write it as a string, JSON answers too"

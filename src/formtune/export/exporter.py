@@ -36,6 +36,10 @@ class FinishedRun:
         from transformers import AutoConfig
 
         task, settings = read_run(folder)
+        if not (folder / "adapter").is_dir():
+            raise UserError(
+                f"{folder}: no adapter; formtune train writes it, and continues an interrupted run: --resume"
+            )
         base, exported = task.model.base, Exported(folder / "adapter")
         self.folder, self.exported = folder, exported
         self.format, self.renderer = settings.format, settings.renderer
@@ -110,7 +114,7 @@ def measured(run: FinishedRun, kind: str, folder: Path, max_loss: float) -> tupl
         **speeds,
         "closeness": asdict(closeness),
         "same_answers": sum(a.answer == b.answer for a, b in pairs),
-        "refused": f"it is not the same model as the adapter: {broken}" if broken else None,
+        "refused": f"its logits differ from the adapter's in float32: {broken}" if broken else None,
     }
     for name in JUDGED:
         right = operator.attrgetter(RATES[name])

@@ -1,8 +1,6 @@
 """llama.cpp's server, a check that it renders prompts as training does, and the measurements of a GGUF file."""
 
 import json
-import sys
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -162,8 +160,3 @@ def _speed(server: LlamaServer, prompt: Sequence[int], **options: Any) -> float:
     times = [server.answer(prompt, TIMED, cache_prompt=False, **options)["timings"] for _ in range(TRIES)]
     # A constrained answer may end early: its time per token is extrapolated to all tokens.
     return TIMED / min(time["prompt_ms"] + TIMED * time["predicted_per_token_ms"] for time in times) * 1000
-
-
-if __name__ == "__main__":  # formtune serve starts it: FILE CONTEXT PORT NAME True|False
-    listening = LlamaServer(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5] == "True")
-    threading.Event().wait()

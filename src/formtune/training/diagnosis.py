@@ -73,7 +73,7 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
         text = f"learning: {' and '.join(recent)} still improve{'s' if len(recent) == 1 else ''}"
         return Diagnosis("learning", text + (f", with the {rise}" if above else ""), tuple(recent))
     if len(finite) <= LASTING:
-        text = f"too early to tell: validation {len(finite)} of the {LASTING + 1} needed, nothing improved yet"
+        text = f"too early to tell: validation {len(finite)} of the {LASTING + 1} needed"
         return Diagnosis("too early", text)
     if above and _exceeds(train[lowest] - train[-1], train[lowest], CHANGE):
         fell = _percent(train[lowest], train[-1])[1:]

@@ -167,7 +167,7 @@ def test_a_mistake_is_one_line(task, capsys):
         (["audit", "-c", "t.yaml", "--data.trian", "x"], "did you mean data.train?"),
         (["audit", "-c", "t.yaml", "--data.near_duplicates", "2"], "near_duplicates"),
         (["audit", "-c", "none.yaml"], "none.yaml"),
-        (["audit"], "model.base"),
+        (["audit"], "name a task, -c TASK.yaml"),
     ):
         assert main(words) == 2
         error = capsys.readouterr().err
@@ -510,7 +510,10 @@ def test_every_kind_of_bad_row_has_its_own_line_count_and_remedy(task):
         "train.jsonl:61: ": ("(3 such rows); set data.repair_answers: [fence]", "extra_text"),
         "train.jsonl:64: ": ("(1 such rows); fix them", "syntax"),
         "train.jsonl:65: ": ("(2 such rows); set data.repair_answers: [canonical]", "layout"),
-        "train.jsonl:67: ": ("(4 such rows); use a base with a context of 834 tokens", "the limit is 500"),
+        "train.jsonl:67: ": (
+            "(4 such rows); shorten them, or use a base with a context of 834 tokens",
+            "the limit is 500",
+        ),
         "train.jsonl:71: ": ("(2 such rows); set model.max_new_tokens: 145", "the answer has"),
         "train.jsonl:73: ": ("(1 such rows); fix them", "the text contains <|im_end|>"),
     }

@@ -177,7 +177,7 @@ NAMED = [
     (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches: 0 leaves nothing to train"),
     (["--trainer.use_distributed_sampler", "true"], "trainer.use_distributed_sampler: True would split the rows"),
     (["--trainer.check_val_every_n_epoch", "5"], "trainer.check_val_every_n_epoch: use null or 1"),
-    (["--trainer.check_val_every_n_epoch", "1"], "with 1, it must be a share of an epoch"),
+    (["--trainer.check_val_every_n_epoch", "1", "--trainer.val_check_interval", "9"], "with 1, it must be a share of an epoch"),
     (["--trainer.default_root_dir", "x"], "trainer.default_root_dir: runs are in logs/TASK/RUN; set task and run"),
     (["--model.scheduler", "torch.optim.lr_scheduler.OneCycleLR", "--model.scheduler.max_lr", "1"], "model.scheduler: You must"),
     (["--model.scheduler", "lightning.pytorch.cli.ReduceLROnPlateau", "--model.scheduler.monitor", "x"], "model.scheduler: "),
@@ -263,6 +263,14 @@ def test_a_precision_has_lightnings_short_names_and_steps_alone_have_no_other_li
     ):
         LINES.clear()
         LINES.update(dict.fromkeys((word.removeprefix("--") for word in words[::2]), ""))
-        trainer = Namespace(precision=words[1], max_steps=9, max_epochs=2 if len(words) > 4 else 3, accelerator="cpu")
+        trainer = Namespace(
+            precision=words[1],
+            max_steps=9,
+            max_epochs=2 if len(words) > 4 else 3,
+            accelerator="cpu",
+            min_steps=None,
+            val_check_interval=9,
+            check_val_every_n_epoch=None,
+        )
         trainer_checks.complete_trainer(trainer)
         assert (trainer.precision, trainer.max_epochs) == (precision, epochs)

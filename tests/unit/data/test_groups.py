@@ -285,7 +285,7 @@ def too_long(*sizes, key="data.max_length"):
 def test_the_remedy_of_long_rows_is_the_limit_that_takes_them_all(base):
     settings = DataSettings(Labels(["a", "b"]), "train.jsonl", tokenizer=base, max_length=100)  # its context is 512
     assert _remedy(settings, too_long(120, 300)) == "set data.max_length: 300"
-    assert _remedy(settings, too_long(120, 700)) == "use a base with a context of 700 tokens"
+    assert _remedy(settings, too_long(120, 700)) == "shorten them, or use a base with a context of 700 tokens"
     assert _remedy(settings, too_long(70, 60, key="model.max_new_tokens")) == "set model.max_new_tokens: 70"
 
 

@@ -82,7 +82,7 @@ def test_ignored_columns_are_counted_over_all_files_and_printed_before_training(
     test = write("test.jsonl", [pair(61, "another text") | {"id": 61}])
     datamodule = data(rows, test=test, prompts=write("prompts.jsonl", [{"prompt": "p", "user": 4}] * 3))
     assert datamodule.splits.ignored == {"id": 61, "topic": 9}
-    trainer = SimpleNamespace(is_global_zero=True, loggers=[], default_root_dir="")
+    trainer = SimpleNamespace(is_global_zero=True, world_size=1, loggers=[], default_root_dir="")
     prepare(trainer, datamodule)
     assert "\nignored columns: id (61 rows), topic (9 rows)\n" in capsys.readouterr().out
     datamodule.splits = None
