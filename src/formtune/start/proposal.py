@@ -79,7 +79,8 @@ def propose(
     value = {"class_path": kind, "init_args": init_args} if init_args else kind
     value = {"class_path": "Reasoning", "init_args": {"format": value, **tags}} if tags else value
     guesses.append(Guess("data.format", value, why))
-    return sorted(guesses, key=lambda guess: not guess.key.startswith("model.")), schema, prepared
+    groups = ("model", "data", "trainer")
+    return sorted(guesses, key=lambda guess: groups.index(guess.key.partition(".")[0])), schema, prepared
 
 
 def local_folder(base: str) -> Path | None:
