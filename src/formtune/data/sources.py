@@ -90,7 +90,7 @@ def _files(name: str) -> list[str]:
     """The files of a glob or a folder, sorted by name; any other name as it is."""
     name = os.path.expanduser(name)  # noqa: PTH111 (it leaves the rest unchanged)
     path = Path(name)
-    is_folder = path.is_dir() and not any((path / file).is_file() for file in SAVED)
+    is_folder = _has_files(path)
     if not is_folder and (path.exists() or not glob.has_magic(name)):
         return [name]
     paths = glob.glob(f"{glob.escape(name)}/*" if is_folder else name, recursive=True)  # noqa: PTH207
@@ -100,13 +100,18 @@ def _files(name: str) -> list[str]:
     return files or [name]
 
 
+def _has_files(path: Path) -> bool:
+    """Whether a path is a folder of files, and not one that `save_to_disk` wrote."""
+    return path.is_dir() and not any((path / file).is_file() for file in SAVED)
+
+
 def _read(source: str) -> Records:
     path, reader = Path(source), _reader(source)
     if reader and path.exists():
         return reader(source)
     if path.is_file():
         raise UserError(f"{source}: unknown kind of file; use {ENDINGS}, a dataset folder or Hub id")
-    if path.is_dir() and not any((path / file).is_file() for file in SAVED):
+    if _has_files(path):
         raise UserError(f"{source}: no file of a known kind in this folder; use {ENDINGS}; subfolders are not read")
     looks_like_id = re.fullmatch(r"[\w-][\w.-]*/[\w-]+", source) and not path.parent.is_dir()
     if path.is_dir() or looks_like_id:

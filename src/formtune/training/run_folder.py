@@ -77,9 +77,8 @@ class RunFolder:
         try:
             yield
         except UserError:
-            if not (
-                self.path / "checkpoints"
-            ).exists():  # nothing was trained, and the corrected command may begin anew
+            # If nothing was trained, the corrected command may begin anew.
+            if not (self.path / "checkpoints").exists():
                 (self.path / "config.yaml").unlink(missing_ok=True)
             raise
         finally:
