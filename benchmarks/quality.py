@@ -134,8 +134,8 @@ def train(config: Path, out: Path, seed: int, options: list[str]) -> dict[str, A
 
 def rows_of_table(folder: Path, seed: int, usage: dict[str, Any]) -> list[str]:
     """A line for each way of asking the model that a run has measured."""
-    from formtune.evaluation.comparison import figures
     from formtune.evaluation.outcomes import read_outcomes
+    from formtune.report.comparison import figures
 
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     lines = []

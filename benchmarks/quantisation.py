@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from formtune.errors import UserError
+from formtune.export.exported import KINDS
 from formtune.export.exporter import JUDGED, FinishedRun, export
 from formtune.export.quantize import folder_name, missing_package
-from formtune.training.manifest import KINDS
 
 DOCS = Path(__file__).parents[1] / "docs" / "deployment.md"
 MARKS = ("<!-- quantisation: begin -->", "<!-- quantisation: end -->")

@@ -1,6 +1,7 @@
 """Commands around a trained model that training does not need; `formtune` lists them if this package is installed."""
 
 COMMANDS = {  # module and description
+    "try": ("try_run", "Type a prompt; see the answers of the base and of the tuned model."),
     "synthesize": ("synthesize", "Ask a teacher model to answer prompts; keep the answers with a valid format."),
     "preflight": ("preflight", "Check before training whether the result can be merged, quantized and served."),
     "promote": ("promote", "Deploy a run under a name such as production, if it is not worse on the test rows."),

@@ -11,7 +11,7 @@ from formtune.base.row import quantile
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
 from formtune.configuration.terminal import echo
-from formtune.configuration.yaml_file import config_file
+from formtune.configuration.yaml_file import config_paths
 from formtune.data.preparation import encode_inputs, production_rows
 from formtune.errors import UserError, first_line
 from formtune.export.quantize import missing_package
@@ -72,5 +72,6 @@ def run(command: str, args: list[str]) -> int:
     untried = [c.target for c in checks if c.verdict == "not tried"]
     note = f"; not tried: {', '.join(untried)}" if untried else ""
     echo(f"verdict: {'failed' if failed else 'passed'} for {', '.join(failed or targets)}{note}", "bold")
-    print(f"next: {'change what fails' if failed else f'formtune train -c {config_file(args)}'}")
+    task = (config_paths(args) or ["TASK.yaml"])[-1]
+    print(f"next: {'change what fails' if failed else f'formtune train -c {task}'}")
     return int(bool(failed))

@@ -7,10 +7,9 @@ from pathlib import Path
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
-from formtune.evaluation.comparison import IN_WORDS, compare, print_comparison, read_runs
 from formtune.evaluation.outcomes import read_outcomes, write_outcomes
-from formtune.export.exported import Exported
-from formtune.training.manifest import read_manifest, verify
+from formtune.export.exported import Exported, read_manifest, verify
+from formtune.report.comparison import IN_WORDS, compare, print_comparison, read_runs
 from formtune_contrib import registry
 
 

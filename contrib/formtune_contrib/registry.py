@@ -20,9 +20,9 @@ from typing import Any
 from filelock import FileLock
 
 from formtune.errors import UserError, first_line
-from formtune.export.exported import Exported
+from formtune.export.exported import Exported, verify
 from formtune.files import write_json
-from formtune.training.manifest import NAME, verify
+from formtune.training.manifest import NAME
 
 DEPLOYMENTS = Path("deployments")
 

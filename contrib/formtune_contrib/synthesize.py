@@ -13,7 +13,7 @@ from jsonargparse.typing import PositiveInt
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
 from formtune.configuration.terminal import progress
-from formtune.configuration.yaml_file import config_file
+from formtune.configuration.yaml_file import config_paths
 from formtune.data.cleaning import Example, repair, repair_answer
 from formtune.data.duplicates import near_pairs, split_shared
 from formtune.data.preparation import read_examples, read_splits, with_rendered_answer
@@ -100,7 +100,8 @@ def run(command: str, args: list[str]) -> None:
     print(f"{path}: {count:,} rows; not asked: {len(prompts) - len(new):,} near-duplicates{reasons}")
     if columns.source is None:
         print("to count rows by author, set data.columns.source: source in the task")
-    print(f"next: read some of the rows, add {path} to data.train, then formtune audit -c {config_file(args)}")
+    task = (config_paths(args) or ["TASK.yaml"])[-1]
+    print(f"next: read some of the rows, add {path} to data.train, then formtune audit -c {task}")
 
 
 def _append(path: Path, row: Any) -> None:

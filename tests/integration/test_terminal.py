@@ -18,9 +18,9 @@ from formtune.audit.findings import print_audit
 from formtune.cli import main
 from formtune.commands import COMMANDS
 from formtune.configuration.terminal import wrap
-from formtune.evaluation.comparison import compare, print_comparison
 from formtune.evaluation.console import HEADLINES, print_result
 from formtune.evaluation.outcomes import EVALUATIONS, Outcome, write_outcomes
+from formtune.report.comparison import compare, print_comparison
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 ROWS = [Outcome(f"t:{i}", "", 9, f"{i}", "{}", "{}", "ok", "", True, 1, 2, {"customer.name": i > 9}) for i in range(30)]

@@ -17,6 +17,7 @@ OPTIONAL = {  # folder: what is deleted with it
     PACKAGE / "audit": [PACKAGE / "commands/audit.py"],
     PACKAGE / "sweep": [PACKAGE / "commands/sweep.py"],
     PACKAGE / "start": [PACKAGE / "commands/init.py"],
+    PACKAGE / "report": [PACKAGE / "commands/compare.py", CONTRIB],
     PACKAGE / "export": [PACKAGE / "commands/export.py", CONTRIB],
     CONTRIB: [],
 }
@@ -70,7 +71,7 @@ def test_nothing_imports_the_entry_point():
 
 
 def test_the_core_imports_neither_an_optional_folder_nor_a_command():
-    beyond = {"audit", "sweep", "export", "demo", "start", "commands", "formtune_contrib"}
+    beyond = {"audit", "sweep", "export", "demo", "start", "report", "commands", "formtune_contrib"}
     for name, imported in imports().items():
         if folder(name) in CORE:
             assert not [one for one in imported if folder(one) in beyond], name
@@ -98,7 +99,7 @@ def test_the_package_root_holds_the_entry_point_errors_and_files_alone():
 
 def test_no_two_files_have_the_same_name():
     names = collections.Counter(path.name for path in modules().values() if not path.name.startswith("__"))
-    optional = {"audit.py", "sweep.py", "export.py"}
+    optional = {"audit.py", "sweep.py", "export.py", "report.py"}
     assert not [name for name, count in names.items() if count > 1 and name not in optional]
 
 
@@ -109,8 +110,7 @@ def test_nothing_imports_an_optional_folder_that_can_be_deleted(folder):
     gone = {name for name, path in files.items() if any(path.is_relative_to(one) for one in deleted)}
     assert gone
     for name, imported in imports().items():
-        optional = {"formtune.export"} if name == "formtune.commands.formtune_cli" else set()  # caught if it is missing
-        assert name in gone or not {one for one in imported & gone if one.rpartition(".")[0] not in optional}, name
+        assert name in gone or not imported & gone, name
 
 
 @pytest.mark.slow

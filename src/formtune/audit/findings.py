@@ -2,8 +2,10 @@
 
 import json
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain
 from math import ceil
@@ -24,7 +26,7 @@ from formtune.errors import UserError
 from formtune.evaluation.page import render
 from formtune.files import write_atomic, write_json, write_lines
 from formtune.formats import Format, JsonSchema
-from formtune.formats.content import Words, leaves
+from formtune.formats.content import leaves
 
 MAX_LISTED = 8  # labels or words in a warning
 MIN_LABEL_SHARE = 0.1  # of the rows that each label would have if all had as many; a label with fewer is rare
@@ -218,3 +220,35 @@ def print_problems(findings: dict[str, Any]) -> None:
         echo(f"warning: {line}", "yellow")
     if more := findings["warnings"][MAX_PRINTED:]:
         echo(f"warning: {len(more):,} more: formtune audit lists all", "yellow")
+
+
+class Words:
+    """The words and numbers of a text, for looking up values."""
+
+    def __init__(self, text: str) -> None:
+        self._words, self._numbers = _words(text), _numbers(text)
+
+    def contains(self, value: Any) -> bool:
+        """Whether the text contains a value: strings by their words, numbers by their size; True for other types."""
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return abs(value) in self._numbers
+        if not isinstance(value, str):
+            return True
+        words = _words(value)
+        # From the beginning of a word: "on" is not in "London". Other scripts may have no spaces.
+        start = r"(?<![0-9a-z_])" if words.isascii() else ""
+        return re.search(start + re.escape(words), self._words) is not None
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+
+
+def _numbers(text: str) -> set[float]:
+    """The numbers in a text; a comma or point is read both as thousands separator and as decimal point."""
+    numbers = set()
+    for token in re.findall(r"\d+(?:[.,]\d+)*", text, re.ASCII):
+        for thousands, point in ((",", "."), (".", ",")):
+            with suppress(ValueError):
+                numbers.add(float(token.replace(thousands, "").replace(point, ".")))
+    return numbers

@@ -3,12 +3,18 @@
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Command(NamedTuple):
     module: str  # its `run(command, args)` runs the command
     description: str
+
+
+def optional(module: str, name: str) -> Any:
+    """A function of an optional folder of this package, None if the folder was deleted."""
+    file = Path(__file__).parents[1] / f"{module.replace('.', '/')}.py"
+    return getattr(import_module(f"formtune.{module}"), name) if file.is_file() else None
 
 
 CONTRIB = "formtune_contrib"  # optional, with a table of its own
@@ -21,7 +27,6 @@ _ALL = {  # module of this package, and description
     "validate": ("lightning", "Evaluate a run's best checkpoint, or the untuned base, on the validation rows."),
     "test": ("lightning", "Evaluate a run's best checkpoint, or the untuned base, on the test rows."),
     "predict": ("lightning", "Answer a file of prompts and check the format of each answer."),
-    "try": ("try_run", "Type a prompt; see the answers of the base and of the tuned model."),
     "sweep": ("sweep", "Grid search (default: ranks); choose the smallest model within one standard error."),
     "compare": ("compare", "Compare runs on the same test rows: better, worse, or cannot tell."),
     "export": ("export", "Merge or quantize a run's adapter; refused if answers get worse."),

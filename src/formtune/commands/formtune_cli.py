@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from formtune.base.renderer import today
-from formtune.commands import COMMANDS
+from formtune.commands import COMMANDS, optional
 from formtune.configuration import trainer_checks
 from formtune.configuration.yaml_file import LINES
 from formtune.data.datamodule import FormatDataModule
@@ -37,7 +37,6 @@ from formtune.training.diagnosis import diagnose, next_step
 from formtune.training.evaluator import Baseline
 from formtune.training.loggers import Name, make_loggers
 from formtune.training.pipeline import prepare, train
-from formtune.training.plan import Timing, plan
 from formtune.training.run_folder import RunFolder, choose_run, measured_run, minimum_confidence
 from formtune.training.validations import reason
 
@@ -190,9 +189,7 @@ class FormtuneCLI(LightningCLI):
             options[key] = value if isinstance(value, list) else [] if value is None else [value]
         # formtune's checkpoints come first: `trainer.checkpoint_callback` and `ckpt_path="best"` refer to them.
         callbacks: list[Any] = [config.answer_table, self.signals]
-        if config.dry_run and self.subcommand in TRAINS:
-            callbacks.append(Timing())
-        elif self.subcommand in TRAINS:
+        if self.subcommand in TRAINS and not config.dry_run:
             callbacks += [config.overfitting, config.checkpoint]
             if options["logger"] in (None, True):
                 again = int(self.checkpoint.stem.removeprefix("step-")) + 1 if self.checkpoint else None
@@ -223,16 +220,19 @@ class FormtuneCLI(LightningCLI):
         """Run `train` or `fit`; with --dry_run print an estimate."""
         config, all_stages = self.config[self.subcommand], self.subcommand == "train"
         trainer: Any = self.trainer
-        for line in _preflight(model) if all_stages else ():
+        before_training = optional("export.rules", "before_training")
+        for line in before_training(model.base, model.lora) if before_training and all_stages else ():
             rank_zero_only(print)(f"preflight: {line}")
         baselines = config.baselines if all_stages else None
         if config.dry_run:
+            if not (plan := optional("start.plan", "plan")):
+                raise UserError("dry_run: the optional folder `start` is not installed")
             return plan(trainer, model, datamodule, self._final_config, baselines, config.baseline_rows)
         writes = trainer.is_global_zero and not trainer.fast_dev_run
         with self.folder.locked() if writes else contextlib.nullcontext():
             result = train(
                 trainer, model, datamodule, self.folder, self._final_config, baselines, config.baseline_rows,
-                self.checkpoint, self.full,
+                self.checkpoint, self.full, optional("report.report", "write_report"),
             )  # fmt: skip
         if writes and result:
             print_result(result, self.folder.path)
@@ -287,12 +287,3 @@ class FormtuneCLI(LightningCLI):
             config.pop(key, None)
         config.run, config.resume, config.quick, config.trainer.default_root_dir = None, False, False, None
         return self._parser(self.subcommand).dump(config, skip_none=False)
-
-
-def _preflight(model: FormatModule) -> list[str]:
-    """Warnings of the optional folder `export` on merging and serving; it refuses what would fail."""
-    if not Path(__file__).parents[1].joinpath("export/rules.py").is_file():
-        return []
-    from formtune.export.rules import before_training
-
-    return before_training(model.base, model.lora)

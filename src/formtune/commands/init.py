@@ -2,11 +2,10 @@
 
 import re
 import shlex
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
-from formtune.commands import COMMANDS
+from formtune.commands import COMMANDS, optional
+from formtune.commands.lightning import run as run_lightning
 from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
 from formtune.files import write_atomic
@@ -53,14 +52,13 @@ def run(command: str, args: list[str]) -> int:
         print(f"not checked: {config.base} is not on this machine; bad rows, limits, time and memory are unknown")
         print(f"next: formtune audit -c {task_file} (it downloads the tokenizer; or set model.base to a folder)")
         return 0
-    if find_spec("formtune.audit"):  # an optional folder
-        audit = import_module("formtune.audit.findings")
-        findings, _ = audit.audit(*prepared)
-        audit.print_problems(findings)
+    if audit := optional("audit.findings", "audit"):
+        findings, _ = audit(*prepared)
+        optional("audit.findings", "print_problems")(findings)
         if findings["blockers"]:
             print(f"next: fix the blockers, then formtune audit {shlex.join(words)}")
             return 1
-    import_module("formtune.commands.lightning").run("train", [*words, "--dry_run", "--trainer.devices=1"])
+    run_lightning("train", [*words, "--dry_run", "--trainer.devices=1"])
     print(f"next: formtune train {shlex.join(words)} {FIRST}")
     print(f"then: formtune train {shlex.join(words)}")
     return 0

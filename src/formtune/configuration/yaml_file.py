@@ -30,11 +30,6 @@ def config_paths(args: list[str]) -> list[str]:
     return paths
 
 
-def config_file(args: list[str]) -> str:
-    """The last YAML that a command line names, to print in the next command."""
-    return (config_paths(args) or ["TASK.yaml"])[-1]
-
-
 def line_of(key: str) -> str:
     """The `file:line` of a dotted key or its group; "" if no file, or the command line, sets it."""
     while key and key not in LINES:

@@ -41,7 +41,8 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
         return
     training = result["training"]
     files = {"checkpoint": f"checkpoints/step-{training['best_step']}.ckpt", "adapter": "adapter"}
-    files |= {"report": "report.html", "figures": "metrics.json", "configuration": "config.yaml"}
+    files |= {"report": "report.html"} if (folder / "report.html").exists() else {}
+    files |= {"figures": "metrics.json", "configuration": "config.yaml"}
     echo(f"{training['steps']} steps in {training['seconds']:.0f} s; {training['best_reason']}")
     echo(f"diagnosis: {training['diagnosis']}")
     print(f"next: {training['next']}")  # a command to copy

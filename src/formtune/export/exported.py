@@ -13,13 +13,41 @@ from formtune.base.folder import context_length
 from formtune.base.renderer import Renderer
 from formtune.base.row import Message, Row
 from formtune.data.settings import system_prompt
+from formtune.errors import UserError
 from formtune.evaluation.page import render
 from formtune.export.gguf import ADAPTER
 from formtune.files import write_atomic, write_json
-from formtune.training.manifest import CARD, verify
+from formtune.training.manifest import CARD, NAME, file_hash
 
+KINDS = ("adapter", "merged", "int8", "nf4", "gptq", "awq", "gguf")
 CONTEXT = 8192  # tokens of a server's context, or more if the test rows need them: a longer context costs memory
 PIECES = ("system", "after_system", "answer", "after_answer", "end")  # of a template, between the texts of the turns
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / NAME
+    try:
+        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
+        files, base = manifest["files"], manifest["base"]
+        texts = [base["path"], *files.values(), *base["files"].values()]
+        if manifest["kind"] in KINDS and all(isinstance(text, str) for text in texts):
+            return manifest
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; an exported folder has one (formtune export)") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise UserError(f"{path}: not a manifest; export the folder again")
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The folder's manifest; a UserError names a listed file that is missing, changed or outside the folder."""
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        outside = "\0" in name or ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve())
+        if outside or not path.is_file() or file_hash(path) != expected:
+            raise UserError(f"{path}: changed since it was exported, missing, or outside the folder; export it again")
+    return manifest
 
 
 class Exported:

@@ -80,7 +80,7 @@ def _gptqmodel(scheme: str, source: str, target: str, rows: list[list[int]]) -> 
     model.save(target)
 
 
-# How each kind is made. A new one also needs a name in `training.manifest.KINDS`, and `EXTRAS` if it needs packages.
+# How each kind is made. A new one also needs a name in `exported.KINDS`, and `EXTRAS` if it needs packages.
 SCHEMES: dict[str, Callable[..., None]] = {
     "int8": partial(_transformers, "int8"),
     "nf4": partial(_transformers, "nf4"),

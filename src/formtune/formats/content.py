@@ -1,11 +1,8 @@
 """Compares two documents value by value, types included: 1, 1.0, true and "1" are four different values."""
 
 import json
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,35 +80,3 @@ def _at(value: Any, path: str) -> Any:
             return _MISSING
         value = value[key]
     return value
-
-
-class Words:
-    """The words and numbers of a text, for looking up values."""
-
-    def __init__(self, text: str) -> None:
-        self._words, self._numbers = _words(text), _numbers(text)
-
-    def contains(self, value: Any) -> bool:
-        """Whether the text contains a value: strings by their words, numbers by their size; True for other types."""
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return abs(value) in self._numbers
-        if not isinstance(value, str):
-            return True
-        words = _words(value)
-        # From the beginning of a word: "on" is not in "London". Other scripts may have no spaces.
-        start = r"(?<![0-9a-z_])" if words.isascii() else ""
-        return re.search(start + re.escape(words), self._words) is not None
-
-
-def _words(text: str) -> str:
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
-
-
-def _numbers(text: str) -> set[float]:
-    """The numbers in a text; a comma or point is read both as thousands separator and as decimal point."""
-    numbers = set()
-    for token in re.findall(r"\d+(?:[.,]\d+)*", text, re.ASCII):
-        for thousands, point in ((",", "."), (".", ",")):
-            with suppress(ValueError):
-                numbers.add(float(token.replace(thousands, "").replace(point, ".")))
-    return numbers

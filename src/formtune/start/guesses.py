@@ -14,7 +14,6 @@ from formtune.data.shapes import Columns
 from formtune.data.turns import empty
 from formtune.errors import UserError
 from formtune.formats.bounded import FORMATS
-from formtune.formats.content import Words
 from formtune.formats.format import unfenced
 from formtune.formats.strict_json import loads_strict
 
@@ -25,7 +24,7 @@ MIN_COPIED = 0.8  # share of values that are in their inputs, from which a field
 NAMES = ("date", "date-time", "time", "uuid", "ipv4", "email")
 TYPES = {str: "string", int: "integer", float: "number", dict: "object", list: "array", bool: "boolean"}
 
-Values = Sequence[tuple[Any, Words]]  # each with the input of its document
+Values = Sequence[tuple[Any, str]]  # each with the input of its document
 Records = Sequence[tuple[dict[str, Any], str]]
 
 MIN_FIT = 0.9  # share of the answers that a format must accept
@@ -52,7 +51,7 @@ def infer(values: Values) -> dict[str, Any]:
     if {*types} <= {"string", "null"}:
         texts = [(value, input) for value, input in values if value is not None]
         counts = Counter(text for text, _ in texts)
-        if is_categorical(counts) and sum(input.contains(text) for text, input in texts) < MIN_COPIED * len(texts):
+        if is_categorical(counts) and sum(_copied(text, input) for text, input in texts) < MIN_COPIED * len(texts):
             return {"enum": [*sorted(counts), *([None] if "null" in types else [])]}
         schema |= string_constraint([*counts])
     if items := [(inner, input) for value, input in values if isinstance(value, list) for inner in value]:
@@ -62,8 +61,14 @@ def infer(values: Values) -> dict[str, Any]:
     return schema
 
 
+def _copied(text: str, input: str) -> bool:
+    # From the beginning of a word: "on" is not in "London". Other scripts may have no spaces.
+    start = r"(?<!\w)" if text.isascii() else ""
+    return re.search(start + re.escape(text), input, re.IGNORECASE) is not None
+
+
 def _object(values: Values) -> dict[str, Any]:
-    keys: dict[str, list[tuple[Any, Words]]] = defaultdict(list)
+    keys: dict[str, list[tuple[Any, str]]] = defaultdict(list)
     for value, input in values:
         for key, inner in value.items():
             keys[key].append((inner, input))
@@ -245,7 +250,7 @@ def _document(answer: Any) -> Any:
 def _schema(documents: Sequence[tuple[Any, Example]], total: int) -> tuple[str, dict[str, Any], str]:
     # Without the instruction that all inputs begin with: it may list the labels, which are then not copied.
     skip = os.path.commonprefix([row.input for _, row in documents]).rfind(" ") + 1  # noqa: RUF071
-    schema = infer([(value, Words(row.input[skip:])) for value, row in documents])
+    schema = infer([(value, row.input[skip:]) for value, row in documents])
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
     why = f"{len(documents):,} of {total:,} answers match it ({documents[0][1].where})"
     return "JsonSchema", {"schema": schema}, why

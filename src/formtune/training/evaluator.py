@@ -1,4 +1,4 @@
-"""The evaluations of a `formtune train` on the test rows: baselines, tuned model, longer inputs, report."""
+"""The evaluations of a `formtune train` on the test rows: baselines, tuned model, longer inputs."""
 
 import time
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ from formtune.errors import UserError
 from formtune.evaluation import baselines as prompting
 from formtune.evaluation.outcomes import EVALUATIONS, Outcome, rate, write_outcomes
 from formtune.evaluation.probe import LONGER, probe_lengths, probe_rows
-from formtune.evaluation.report import Run, write_run_report
 from formtune.evaluation.selective import judged, summary
 from formtune.files import read_entry, write_entry
 from formtune.model import FormatModule
@@ -103,21 +102,6 @@ class Evaluator:
             exact, count = rate(outcomes, "exact")
             probes.append({"name": name, "tokens": lengths[name], "rows": count, "exact": exact})
         return probes
-
-    def report(self) -> None:
-        run = Run(
-            name=f"{self.folder.parent.name}/{self.folder.name}",
-            result=self.result,
-            outcomes=self.outcomes,
-            format=self.model.format,
-            quarantined=dict(self.splits.reasons.most_common()),
-            config=(self.folder / "config.yaml").read_text(encoding="utf-8"),
-            base=self.model.base,
-            train=self.train_rows,
-            date=self.settings.date,
-            note=self.settings.renderer.note,
-        )
-        write_run_report(run, self.folder)
 
     def _baseline(self, name: str, rows: list[Row], constrained: bool = False) -> list[Outcome]:
         """Outcomes of the base or of `model.adapter` on the rows, from the cache if it has them."""

@@ -1,7 +1,6 @@
 """`manifest.json` of an exported folder: hashes of its files, and of its base, template and format."""
 
 import hashlib
-import json
 import platform
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -10,12 +9,10 @@ from typing import Any
 
 from formtune import __version__
 from formtune.base.folder import base_folder, identity
-from formtune.errors import UserError
 from formtune.files import write_json
 
 NAME = "manifest.json"
 CARD = "README.md"  # not listed: it is written later, and people edit it
-KINDS = ("adapter", "merged", "int8", "nf4", "gptq", "awq", "gguf")
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
 # Files that decide a base's weights, shape and tokens; cards and pictures do not.
 _BASE_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
@@ -23,7 +20,7 @@ _BASE_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 
 def write_manifest(
     folder: Path,
-    kind: str,  # of KINDS
+    kind: str,  # "adapter", or a kind of export
     base: str,  # folder or Hub id, as configured
     data: str | None,  # content hash of the rows, as in `metrics.json`
     verification: dict[str, Any] | None = None,  # measurements made before the export
@@ -46,32 +43,6 @@ def write_manifest(
         "verification": verification,
     }
     write_json(folder / NAME, manifest)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / NAME
-    try:
-        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
-        files, base = manifest["files"], manifest["base"]
-        texts = [base["path"], *files.values(), *base["files"].values()]
-        if manifest["kind"] in KINDS and all(isinstance(text, str) for text in texts):
-            return manifest
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; an exported folder has one (formtune export)") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pass
-    raise UserError(f"{path}: not a manifest; export the folder again")
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """The folder's manifest; a UserError names a listed file that is missing, changed or outside the folder."""
-    manifest = read_manifest(folder)
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        outside = "\0" in name or ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve())
-        if outside or not path.is_file() or file_hash(path) != expected:
-            raise UserError(f"{path}: changed since it was exported, missing, or outside the folder; export it again")
-    return manifest
 
 
 def base_files(base: str) -> dict[str, str]:

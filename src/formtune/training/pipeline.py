@@ -38,8 +38,9 @@ def train(
     baseline_rows: int,  # test rows that the baselines are measured on, at most
     checkpoint: Path | None,  # to resume from
     full: dict[str, Any],  # values without --quick of the keys that it changes; else empty
+    report: Callable[[Evaluator], None] | None = None,  # writes the report, from all measurements
 ) -> dict[str, Any] | None:
-    """Measure the base, fit, test the best checkpoint, write its adapter and the report.
+    """Measure the base, fit, test the best checkpoint, write its adapter.
 
     Returns the content of `metrics.json`; None for `fit` and under `fast_dev_run`, which writes nothing.
     """
@@ -101,7 +102,8 @@ def train(
         if estimates := read_entry(plan_entry(config(), evaluator.splits.key)):
             pairs = {name: {"estimated": value, "measured": took[name]} for name, value in estimates.items()}
             result["estimates"] = pairs
-        evaluator.report()
+        if report:
+            report(evaluator)
         write_json(folder.path / "metrics.json", result)  # last of all: it says that the run is finished
     return result
 

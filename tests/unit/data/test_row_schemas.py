@@ -21,12 +21,12 @@ from formtune.data.shapes import row_schema
 from formtune.data.styles import mixtures
 from formtune.errors import UserError
 from formtune.evaluation.baselines import cache_entry, choose_shots, constant_answer, few_shot_rows, shots_by_schema
-from formtune.evaluation.comparison import FIELDS, compare, read_runs
-from formtune.evaluation.failures import slices
 from formtune.evaluation.metrics import count, ratios
 from formtune.evaluation.outcomes import outcome, write_outcomes
 from formtune.evaluation.probe import probe_rows
 from formtune.formats import JsonSchema, Regex
+from formtune.report.comparison import FIELDS, compare, read_runs
+from formtune.report.failures import slices
 
 PER_ROW = JsonSchema()
 

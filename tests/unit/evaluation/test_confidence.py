@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,6 @@ from formtune.base.row import Row
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import Outcome, confidence, read_outcomes, write_answers, write_outcomes
 from formtune.evaluation.outcomes import outcome as judge
-from formtune.evaluation.report import page
 from formtune.evaluation.selective import (
     aurc,
     calibration,
@@ -172,26 +170,6 @@ def test_thresholds_come_from_the_validation_rows_and_all_else_from_the_test_row
     assert figures["fields"]["n"] == {"right": 180 / 201, "target": 0.99}, "its confidences are all the same"
     assert figures["validation_rows"] == 201 and figures["aurc"] == aurc(judged(test))
     assert judged([dataclasses.replace(test[0], confidence=None)]) == []
-
-
-def test_the_page_shows_what_to_accept_and_nothing_where_no_confidence_is_known(monkeypatch):
-    from test_report import run_of
-
-    plain = run_of(rows(20), rows(20))
-    assert "Which answers to trust" not in page(plain)
-    plain.result["confidence"] = summary(rows(10), rows(20))
-    text = re.sub(r"\s+", " ", page(plain))
-    assert "chosen on 201 validation rows" in text
-    assert (
-        '<th scope="row" class="n">98.0%</th><td class="n">0.808</td><td class="n">95.5%</td><td class="n">93.8% '
-        "<small>89.4 to" in text
-    )
-    assert "On the validation rows, no confidence threshold reaches 99.5% right." in text
-    assert '<th scope="row">n</th><td class="n">89.6%</td><td class="n" colspan="3">not reached on the' in text
-    assert "--target_precision 0.99</pre>" in text
-    points = re.search(r'<polyline class="curve1" points="([^"]*)"', text)[1].split()
-    assert points[-1] == "356.0,25.0" and points[0].endswith(",130.0"), "all accepted; the most confident one is right"
-    assert text.count("<circle") == 3
 
 
 def load(path):

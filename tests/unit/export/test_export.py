@@ -21,6 +21,7 @@ from formtune.cli import main
 from formtune.errors import UserError
 from formtune.export import exporter as exporting
 from formtune.export import measure as measure_module
+from formtune.export.exported import read_manifest, verify
 from formtune.export.exporter import FinishedRun
 from formtune.export.measure import (
     EXACT,
@@ -36,7 +37,7 @@ from formtune.export.measure import (
     merge,
 )
 from formtune.model import lora
-from formtune.training.manifest import file_hash, read_manifest, verify
+from formtune.training.manifest import file_hash
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
 ROWS = [[(7 * i + 13 * j) % 250 for j in range(20)] for i in range(2)]

@@ -16,10 +16,9 @@ from formtune.cli import main
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import read_outcomes
 from formtune.export import gguf, quantize
-from formtune.export.exported import go_template
+from formtune.export.exported import go_template, verify
 from formtune.export.llama_cpp import LlamaServer, check_prompts, prompt_fault
 from formtune.export.measure import call_fresh
-from formtune.training.manifest import verify
 
 DEMO = Path(__file__).parents[3] / "src/formtune/demo/base"
 MISSING = quantize.missing_package("gguf")

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formtune.formats import JsonSchema
-from formtune.formats.content import Words
 from formtune.start import guesses as inferred
 from formtune.start.guesses import common_pattern, is_categorical, string_constraint
 
@@ -26,7 +25,7 @@ JSON = st.recursive(
 
 def infer(documents, inputs=None):
     texts = inputs or [""] * len(documents)
-    return inferred.infer([(document, Words(text)) for document, text in zip(documents, texts, strict=True)])
+    return inferred.infer([(document, text) for document, text in zip(documents, texts, strict=True)])
 
 
 def accepts(schema, document):

@@ -14,7 +14,8 @@ from rich.text import Text
 from formtune.configuration.terminal import echo, wrap
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import EVALUATIONS, F1, FIELD, RATES, Outcome, field_f1, read_outcomes
-from formtune.evaluation.statistics import f1_difference, f1_interval, rate_difference, verdict, wilson
+from formtune.evaluation.statistics import wilson
+from formtune.report.paired_tests import f1_difference, f1_interval, rate_difference, verdict
 
 FIELDS = 20  # most frequent fields of rows with their own schemas
 IN_WORDS = ("format/exact", "joint/exact")  # figures in the sentence below the table

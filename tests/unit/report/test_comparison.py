@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from formtune.cli import main
-from formtune.evaluation.comparison import read_runs
 from formtune.evaluation.outcomes import Outcome, field_f1, read_outcomes, write_outcomes
-from formtune.evaluation.statistics import (
+from formtune.evaluation.statistics import wilson
+from formtune.report.comparison import read_runs
+from formtune.report.paired_tests import (
     Difference,
     f1_difference,
     f1_interval,
@@ -27,7 +28,6 @@ from formtune.evaluation.statistics import (
     rate_difference,
     rows_needed,
     verdict,
-    wilson,
 )
 
 

@@ -15,14 +15,15 @@ import yaml
 from formtune import __version__
 from formtune.base.row import Row
 from formtune.evaluation.baselines import best_prompt
-from formtune.evaluation.comparison import figures
-from formtune.evaluation.failures import MAX_CHARACTERS, MAX_VALUES, failures, slices
 from formtune.evaluation.outcomes import EVALUATIONS, FIELD, Outcome, field_f1, paired, rate
 from formtune.evaluation.page import render
 from formtune.evaluation.selective import calibration, judged, selective_risk
-from formtune.evaluation.statistics import rate_difference, share, verdict, wilson
+from formtune.evaluation.statistics import share, wilson
 from formtune.files import write_atomic
 from formtune.formats import KINDS, Format
+from formtune.report.comparison import figures
+from formtune.report.failures import MAX_CHARACTERS, MAX_VALUES, failures, slices
+from formtune.report.paired_tests import rate_difference, verdict
 
 POINTS = 100  # of the risk-coverage curve
 WHAT = {"exact": "have a valid format", "joint": "are right"}  # rates of outcomes in words
@@ -45,8 +46,21 @@ class Run:
     note: str = ""  # how prompts are rendered, if chat servers render them differently
 
 
-def write_run_report(run: Run, folder: Path) -> None:
-    """Write `report.html` into the run's folder, and the card into its adapter if there is one."""
+def write_report(evaluator: Any) -> None:
+    """Write `report.html` into a run's folder, and the card into its adapter if there is one."""
+    folder, settings = evaluator.folder, evaluator.settings
+    run = Run(
+        name=f"{folder.parent.name}/{folder.name}",
+        result=evaluator.result,
+        outcomes=evaluator.outcomes,
+        format=evaluator.model.format,
+        quarantined=dict(evaluator.splits.reasons.most_common()),
+        config=(folder / "config.yaml").read_text(encoding="utf-8"),
+        base=evaluator.model.base,
+        train=evaluator.train_rows,
+        date=settings.date,
+        note=settings.renderer.note,
+    )
     write_atomic(folder / "report.html", page(run))
     if (folder / "adapter").is_dir():
         write_atomic(folder / "adapter" / "README.md", card(run))
@@ -56,7 +70,7 @@ def page(run: Run) -> str:
     """The report as HTML."""
     gallery = failures(run.outcomes["after"], run.format, run.train)
     return render(
-        "evaluation/report.html.jinja",
+        "report/report.html.jinja",
         **_facts(run),
         conclusion=conclusion(run),
         kind_names=KINDS,
@@ -74,7 +88,7 @@ def page(run: Run) -> str:
 
 def card(run: Run) -> str:
     """The model card, in Markdown with the metadata that a hub reads."""
-    return render("evaluation/card.md.jinja", **_facts(run))
+    return render("report/card.md.jinja", **_facts(run))
 
 
 def conclusion(run: Run) -> tuple[bool, str]:

@@ -6,9 +6,9 @@ from dataclasses import replace
 from test_report import FORMAT, outcome
 
 from formtune.base.row import Row
-from formtune.evaluation import failures as gallery
-from formtune.evaluation.failures import differences, failures, marked, nearest
 from formtune.formats import JsonSchema, Labels
+from formtune.report import failures as gallery
+from formtune.report.failures import differences, failures, marked, nearest
 
 
 def row(text, number=0, target="t"):

@@ -18,7 +18,6 @@ from formtune.files import write_entry
 from formtune.model import FormatModule
 from formtune.model.micro_batches import Decoding
 from formtune.model.ranks import max_over_ranks
-from formtune.training import callback
 from formtune.training.evaluator import untuned_limit
 from formtune.training.pipeline import peak_memory, prepare
 from formtune.training.run_folder import plan_entry
@@ -81,7 +80,8 @@ def plan(
     The estimates are kept for the report of a run of the same configuration.
     """
     prepare(trainer, datamodule)
-    timing, rows = callback(trainer, Timing), datamodule.rows
+    timing, rows = Timing(), datamodule.rows
+    trainer.callbacks.append(timing)
     trainer.fit(model, datamodule)
     steps = trainer.estimated_stepping_batches
     if math.isinf(steps):
