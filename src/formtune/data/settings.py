@@ -13,7 +13,7 @@ from formtune.base.renderer import Renderer, read_template, today
 from formtune.data.cleaning import AnswerStep, Step
 from formtune.data.shapes import Columns
 from formtune.data.sources import Source, read_weights
-from formtune.errors import UserError
+from formtune.errors import UserError, as_user_error
 from formtune.formats import Format
 from formtune.formats.json_schema import PER_ROW
 
@@ -97,10 +97,8 @@ class DataSettings:
         self.clean, self.repair_answers, self.near_duplicates = clean, repair_answers, near_duplicates
         self.bad_rows, self.max_synthetic = bad_rows, max_synthetic
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
-        try:
+        with as_user_error(f"data.date: {date!r} is not a date", "; write it as YYYY-MM-DD"):
             self._date = calendar_date.fromisoformat(today() if date is None else date).isoformat()
-        except ValueError:
-            raise UserError(f"data.date: {date!r} is not a date; write it as YYYY-MM-DD") from None
         self.max_evaluation_rows: int | None = None  # that a command without a data module takes, None for all
         self.ignored: dict[str, Counter[str]] = {}  # columns of `prompts` and `production` that were not read
 

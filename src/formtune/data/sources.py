@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from formtune.base.row import Row
-from formtune.errors import UserError, first_line
+from formtune.errors import UserError, as_user_error, first_line
 from formtune.formats.strict_json import loads_strict
 
 MAX_LINE_BYTES = 4 * 2**20  # a million tokens
@@ -51,7 +51,7 @@ class HuggingFace(Source):
     def records(self) -> Records:
         import datasets
 
-        try:
+        with as_user_error(f"{self.path}: the split {self.split} is not readable", "; set `split`"):
             if Path(self.path).is_dir():
                 loaded = datasets.load_from_disk(self.path)
                 if isinstance(loaded, dict) and self.split not in loaded:
@@ -59,9 +59,6 @@ class HuggingFace(Source):
                 loaded = loaded[self.split] if isinstance(loaded, dict) else loaded
             else:
                 loaded = datasets.load_dataset(self.path, self.name, split=self.split)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            reason = first_line(error)
-            raise UserError(f"{self.path}: the split {self.split} is not readable ({reason}); set `split`") from None
         yield from _numbered(map(_table_row, loaded), loaded.features.to_dict(), f"{self.path}[{self.split}]")
 
 
@@ -146,10 +143,8 @@ def _json(path: str) -> Records:
 
 
 def _parse(text: str, where: str, remedy: str) -> Any:
-    try:
+    with as_user_error(f"{where}: not valid JSON", f"; {remedy}"):
         return loads_strict(text, constants=True)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}); {remedy}") from None
 
 
 def _csv(path: str, delimiters: str = ",;") -> Records:
@@ -178,13 +173,10 @@ def _parquet(path: str) -> Records:
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        with _open(path) as file:
-            table = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read()))
+    with as_user_error(f"{path}: not a readable Parquet file"), _open(path) as file:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read()))
         stored = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
         records = table.to_pylist(maps_as_pydicts="strict")
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
     return _numbered(map(_table_row, records), stored.get("info", {}).get("features", {}), path)
 
 

@@ -1,14 +1,13 @@
 """Metrics as sums and counts over all rows, so that the number of processes and uneven batches change nothing."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from formtune.errors import UserError, first_line
+from formtune.errors import as_user_error
 from formtune.evaluation.outcomes import F1, FIELD, RATES, Outcome
 from formtune.formats import KINDS, Format
 
@@ -68,18 +67,6 @@ def ratios(counts: Counts) -> dict[str, float]:
     }
 
 
-@contextmanager
-def _custom(what: str) -> Iterator[None]:
-    # Lightning tests in inference mode, and a state made there could not be changed in place in a validation.
-    with torch.inference_mode(False), torch.no_grad():
-        try:
-            yield
-        except Exception as error:  # custom code can raise anything
-            cause = f"{type(error).__name__}: {first_line(error)}"
-            expected = "update takes two lists of strings, compute returns a number or numbers by name"
-            raise UserError(f"model.metrics: {what} failed: {cause} ({expected})") from error
-
-
 class Scores(nn.Module):
     """All figures of an evaluation: of the outcomes, the losses and the custom metrics.
 
@@ -106,12 +93,12 @@ class Scores(nn.Module):
         All metrics are then reset.
         """
         counts = self.losses.compute() | count(outcomes, self.format)
-        if local:
-            with _custom("update"):
+        expected = "; update takes two lists of strings, compute returns a number or numbers by name"
+        # Lightning tests in inference mode, and a state made there could not be changed in place in a validation.
+        with torch.inference_mode(False), torch.no_grad(), as_user_error("model.metrics: a metric failed", expected):
+            if local:
                 self.custom.update([one.answer for one in local], [one.target for one in local])
-        with _custom("compute"):
             figures = ratios(counts) | {name: float(value) for name, value in self.custom.compute().items()}
-        with _custom("reset"):
             self.custom.reset()
         self.losses.reset()
         return figures, counts

@@ -13,7 +13,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from formtune.errors import Fault, Stopped, UserError, as_user_error, first_line
+from formtune.errors import Fault, Stopped, UserError, as_user_error
 from formtune.files import write_atomic
 from formtune.model.ranks import max_over_ranks
 from formtune.training import callback
@@ -169,14 +169,12 @@ def read(path: Path) -> dict[str, Any]:
     """Load a checkpoint's tensors and plain types, never code; a UserError if it is not an intact checkpoint."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; name a run before the flags, or one of its .ckpt files")
-    try:
+    damaged = f"{path}: damaged, or not a checkpoint of formtune"
+    with as_user_error(damaged, "; use another checkpoint in its folder"):
         with zipfile.ZipFile(path) as archive:
             # Compares CRC-32, which torch.load does not; nor does it read a record that is marked as a folder.
             if archive.testzip() is not None or any(entry.external_attr for entry in archive.infolist()):
                 raise ValueError("its content has changed")
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["state_dict"]
-    except Exception as error:  # a truncated, overwritten or foreign file can raise anything
-        what = f"damaged, or not a checkpoint of formtune ({first_line(error)})"
-        raise UserError(f"{path}: {what}; use another checkpoint in its folder") from None
     return checkpoint

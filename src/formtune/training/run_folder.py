@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from formtune.errors import UserError
+from formtune.errors import UserError, as_user_error
 from formtune.evaluation.outcomes import read_outcomes
 from formtune.evaluation.selective import judged, threshold
 
@@ -58,10 +58,8 @@ class RunFolder:
     def config(self) -> dict[str, Any]:
         """The run's configuration by dotted keys."""
         path = self.path / "config.yaml"
-        try:
+        with as_user_error(f"{path}: cannot be read", "; start a new run"):
             return dict(_leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); start a new run") from None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
