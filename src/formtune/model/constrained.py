@@ -17,7 +17,6 @@ from formtune.base.row import Row
 from formtune.errors import UserError
 from formtune.formats import Format
 from formtune.formats.grammar import Orders
-from formtune.model.loss import log_probabilities
 
 MAX_SCHEMAS = 256  # compiled schemas that are kept
 
@@ -96,7 +95,8 @@ class Grammar:
         self._fill([(matcher, i) for i, matcher in enumerate(matchers)], bitmask)
         allowed = bitmask.to(logits.device)[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1
         chosen = logits[:, :size].masked_fill(allowed.flatten(1)[:, :size] == 0, float("-inf")).argmax(-1)
-        tokens, logprobs = chosen.tolist(), log_probabilities(logits, chosen).tolist()
+        tokens = chosen.tolist()
+        logprobs = logits.float().log_softmax(-1).gather(-1, chosen[:, None])[:, 0].tolist()
         for i, (matcher, token) in enumerate(zip(matchers, tokens, strict=True)):
             # A row must neither end the run nor make other processes wait: the format judges the answer so far.
             if matcher.is_error() or not (token in self.stop or matcher.consume_token(token)):

@@ -48,35 +48,20 @@ class SharedInput:
         self.layers = layers
         self._input: Tensor | None = None
         self._waiting: dict[LoraLinear, Tensor] = {}
-        self.scale = 1.0  # 1 / (1 - dropout), applied by `LoraLinear.forward`
 
     def down(self, layer: "LoraLinear", x: Tensor) -> Tensor:
-        """x A^T of one layer, shape (..., r), with dropout in training, to be multiplied by `scale`."""
+        """x A^T of one layer, shape (..., r), with dropout in training."""
         if self._input is not x or layer not in self._waiting:
             if layer is not self.layers[0]:
-                return F.linear(self._drop(layer, x), layer.lora_a)
+                return F.linear(layer.lora_dropout["default"](x), layer.lora_a)
             # A layer that did not use its part last time has another input; from now on it computes alone.
             self.layers = [sharing for sharing in self.layers if sharing not in self._waiting]
             weights = [sharing.lora_a for sharing in self.layers]
-            h = F.linear(self._drop(layer, x), torch.cat(weights) if len(weights) > 1 else weights[0])
+            h = F.linear(layer.lora_dropout["default"](x), torch.cat(weights))
             self._waiting = dict(zip(self.layers, h.split([len(w) for w in weights], -1), strict=True))
         h = self._waiting.pop(layer)
         self._input = x if self._waiting else None  # frees the activation as soon as possible
         return h
-
-    def _drop(self, layer: "LoraLinear", x: Tensor) -> Tensor:
-        dropout = layer.lora_dropout["default"]  # nn.Identity for a share of 0
-        self.scale = 1.0
-        if not layer.training or not isinstance(dropout, nn.Dropout):
-            return x
-        dropped = round(dropout.p * 2**16)
-        if x.device.type != "cpu" or dropped == 2**16:  # 2**16: all is dropped
-            return F.dropout(x, dropout.p)
-        # On a CPU torch draws a number per element on one core; 16 bits of a draw are enough, so one serves four.
-        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-        self.scale = 2**16 / (2**16 - dropped)
-        return torch.where(keep, x, 0.0)
 
 
 class LoraLinear(Linear):
@@ -93,18 +78,20 @@ class LoraLinear(Linear):
             return super().forward(x, *args, **kwargs)
         out = self.base_layer(x)
         h, up = self.shared.down(self, x).to(out.dtype), self.lora_B["default"].weight.to(out.dtype)
-        scale = self.scaling["default"] * self.shared.scale
-        out.view(-1, out.size(-1)).addmm_(h.reshape(-1, h.size(-1)), up.T, alpha=scale)
+        out.view(-1, out.size(-1)).addmm_(h.reshape(-1, h.size(-1)), up.T, alpha=self.scaling["default"])
         return out
 
 
 def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch.device) -> Any:
     """Load the base of a folder or Hub id on a device; refuse one that is damaged, incomplete or needs remote code."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    extra = _in_4_bits(dtype, device) if quantize else {}
+    extra: dict[str, Any] = {}
+    if quantize:
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        extra = {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4)}
     with device, as_user_error(f"model.base: {base} cannot be loaded"):
         check_folder(base)
         # Pickle files are never read: a base without safetensors is refused.
@@ -112,10 +99,8 @@ def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch
             base, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **extra
         )
     model, info = loaded
-    for name in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if keys := info.get(name):  # transformers would continue with random numbers in these tensors
-            words = name.replace("_", " ")
-            raise UserError(f"model.base: {base} is incomplete ({len(keys)} {words}, first {min(keys)})")
+    if keys := info["missing_keys"]:  # transformers would continue with random numbers in these tensors
+        raise UserError(f"model.base: {base} is incomplete ({len(keys)} missing keys, first {min(keys)})")
     if any(p.is_floating_point() and not torch.isfinite(p).all() for p in model.parameters()):
         raise UserError(f"model.base: {base} has non-finite weights")
     # A base may ship sampling, penalties or forced tokens; `generate` would merge them into every call.
@@ -127,19 +112,6 @@ def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     return model
-
-
-def _in_4_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    from transformers import BitsAndBytesConfig
-
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise UserError("model.quantize: 4-bit needs bitsandbytes; pip install -e '.[qlora]'") from None
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    return {"device_map": {"": device}, "quantization_config": config}
 
 
 def lora_config(model: Any, lora: Lora) -> Any:

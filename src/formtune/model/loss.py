@@ -4,17 +4,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Logits of a chunk: on a CPU 32 MiB in float32, since larger blocks are mapped anew each time, page by page.
-CHUNK_LOGITS = {"cpu": 2**23 - 2**10, "cuda": 2**26}
+CHUNK_LOGITS = {"cpu": 2**23 - 2**10}
+NO_LABEL = -1
 
 
 @dataclass(slots=True)
 class Predictions:
     """What the model predicts at each label, row after row."""
 
-    targets: Tensor  # the labels, -1 where there is none
     nll: Tensor  # negative log-likelihood of each label in nats, float32, 0 where there is none
     tokens: Tensor  # the most likely tokens
     logprobs: Tensor  # their log-probabilities
@@ -31,16 +32,10 @@ def predict(head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: int) -
     size = _labels_per_chunk(hidden, vocabulary)
     chunks = []
     for chunk, labels in zip(hidden.split(size), targets.split(size), strict=True):
-        logits = head(chunk).float()
-        tokens = logits.argmax(-1)
-        nll, total = _nll_in_place(logits, labels)
-        chunks.append((nll, tokens, -total.log().squeeze(-1)))
-    return Predictions(targets, *(torch.cat(parts) for parts in zip(*chunks, strict=True)))
-
-
-def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability of one token per row of logits, shape (rows,)."""
-    return logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        logprobs = head(chunk).float().log_softmax(-1)
+        largest, tokens = logprobs.max(-1)
+        chunks.append((F.nll_loss(logprobs, labels, ignore_index=NO_LABEL, reduction="none"), tokens, largest))
+    return Predictions(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
 class _Loss(torch.autograd.Function):
@@ -48,20 +43,15 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Any, size: int) -> Tensor:
-        grads, nll = [], []
+        grads, losses = [], []
         for chunk, labels in zip(hidden.detach().split(size), targets.split(size), strict=True):
             with torch.enable_grad():
-                logits = head(chunk.requires_grad_())
-            grad = logits.detach().float()  # overwrites logits: the backward pass of a frozen head needs none
-            chunk_nll, total = _nll_in_place(grad, labels)
-            nll.append(chunk_nll)
-            # d loss / d logits = softmax - one-hot label
-            grad.div_(total)
-            grad.scatter_add_(-1, labels.clamp_min(0).unsqueeze(-1), -torch.ones_like(grad[:, :1]))
-            grad.masked_fill_((labels < 0).unsqueeze(-1), 0.0)
-            grads += torch.autograd.grad(logits, chunk, grad.to(logits.dtype))
+                logits = head(chunk.requires_grad_()).float()
+                loss = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
+            losses.append(loss.detach())
+            grads += torch.autograd.grad(loss, chunk)
         ctx.save_for_backward(torch.cat(grads))
-        return torch.cat(nll).sum()
+        return torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -71,12 +61,3 @@ class _Loss(torch.autograd.Function):
 def _labels_per_chunk(hidden: Tensor, vocabulary: int) -> int:
     """Labels whose logits are computed at once."""
     return max(1, CHUNK_LOGITS.get(hidden.device.type, 2**25) // vocabulary)
-
-
-def _nll_in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """NLL of each label, 0 where it is -1, and each row's sum of exp(logit - largest); `logits` become these exps."""
-    logits -= logits.amax(-1, keepdim=True)
-    label_logits = logits.gather(-1, targets.clamp_min(0).unsqueeze(-1))
-    total = logits.exp_().sum(-1, keepdim=True)
-    nll = (total.log() - label_logits).squeeze(-1)
-    return nll.masked_fill(targets < 0, 0.0), total

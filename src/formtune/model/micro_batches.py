@@ -18,7 +18,7 @@ from formtune.evaluation.metrics import LossMetrics
 from formtune.evaluation.outcomes import Outcome, confidence, outcome
 from formtune.formats import Format
 from formtune.model.constrained import Grammar
-from formtune.model.loss import Predictions, log_probabilities, predict, summed_loss
+from formtune.model.loss import Predictions, predict, summed_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,9 @@ class Answers:
         self.limits, self.stop, self.grammar = limits, stop, grammar
         self.matchers = [grammar.matcher(row) for row in rows] if grammar else []
 
-    def read(self, predictions: Predictions, sizes: list[int]) -> None:
+    def read(self, predictions: Predictions, targets: Tensor, sizes: list[int]) -> None:
         """Read the predicted tokens of each row up to the first that differs from its target."""
-        columns = (predictions.targets.tolist(), predictions.tokens.tolist(), predictions.logprobs.tolist())
+        columns = (targets.tolist(), predictions.tokens.tolist(), predictions.logprobs.tolist())
         for j, end in enumerate(accumulate(sizes)):
             labels, ids, logprobs = (column[end - sizes[j] : end] for column in columns)
             same = next((i for i, label in enumerate(labels) if ids[i] != label), len(labels))
@@ -80,8 +80,7 @@ class Answers:
         if self.grammar:
             tokens, logprobs = self.grammar.choose([self.matchers[j] for j in rows], logits)
         else:
-            most_likely = logits.argmax(-1)
-            tokens, logprobs = most_likely.tolist(), log_probabilities(logits, most_likely).tolist()
+            tokens, logprobs = logits.argmax(-1).tolist(), logits.float().log_softmax(-1).amax(-1).tolist()
         for j, token, logprob in zip(rows, tokens, logprobs, strict=True):
             self.decoded[j].ids.append(token)
             self.decoded[j].logprobs.append(logprob)
@@ -110,11 +109,7 @@ class MicroBatches:
 
     def __init__(self, model: Any) -> None:
         self.base = model.get_base_model() if hasattr(model, "peft_config") else model
-        self.vocabulary = self.base.get_input_embeddings().num_embeddings
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
+        self.vocabulary, self.device = self.base.get_input_embeddings().num_embeddings, self.base.device
 
     def split(self, rows: Sequence[Row], tokens: int, extra: int = 0) -> Iterator[Any]:
         """Micro-batches of at most `tokens` tokens, where each row counts `extra` tokens more than it has."""
@@ -158,7 +153,7 @@ class MicroBatches:
             predictions, cache = self.predictions(micro_batch)
             if losses is not None:
                 losses.update(predictions.nll)
-            answers.read(predictions, micro_batch.sizes)
+            answers.read(predictions, micro_batch.targets, micro_batch.sizes)
             if unfinished := answers.unfinished(range(len(part))):
                 self._generate(micro_batch, cache, answers, unfinished)
             del cache  # before the next micro-batch fills its own

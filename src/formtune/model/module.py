@@ -28,7 +28,7 @@ from formtune.model.constrained import Grammar
 from formtune.model.lora import Lora, add_lora, decoder_layers, difference, load_base, lora_config
 from formtune.model.micro_batches import Batch, Decoded, Decoding, MicroBatches, explain_out_of_memory, judge
 from formtune.model.optimization import CosineWithWarmup, build_optimizer, check_optimizer
-from formtune.model.ranks import ShardedBase, all_gather, no_sync, uneven_counts, with_dummies
+from formtune.model.ranks import ShardedBase, all_gather, uneven_counts, with_dummies
 from formtune.model.shared_prefixes import choose_micro_batches
 
 EVALUATION_FACTOR = 16  # tokens of an evaluation micro-batch, answers included, as a multiple of a training one's
@@ -182,10 +182,11 @@ class FormatModule(L.LightningModule):
         nats = torch.zeros((), device=self.device)
         micro_batches = with_dummies(self.trainer, batch.micro_batches, self.micro_batches.dummy)
         dummies = len(micro_batches) - len(batch.micro_batches)
+        no_sync = getattr(strategy, "block_backward_sync", contextlib.nullcontext)  # of several processes
         with explain_out_of_memory(batch.rows, self.tokens_per_micro_batch):
             for i, micro_batch in enumerate(micro_batches):
                 last = i == len(micro_batches) - 1  # gradients are exchanged once, in its backward pass
-                with contextlib.nullcontext() if last else no_sync(strategy):
+                with contextlib.nullcontext() if last else no_sync():
                     loss = self.micro_batches.loss(micro_batch) * (i >= dummies)
                     self.manual_backward(loss * scale)
                 nats += loss.detach()
@@ -253,7 +254,8 @@ class FormatModule(L.LightningModule):
 
     def _decode(self, batch: Batch, losses: LossMetrics | None = None) -> list[Decoded]:
         """The greedy answers, in the order of the rows; the targets' loss goes to `losses`."""
-        grammar = self.grammar if self.constrained or batch.decoding.constrained else None
+        constrained = any(batch.limits) and (self.constrained or batch.decoding.constrained)
+        grammar = self.grammar if constrained else None
         stop = self.renderer.stop_ids
         model = self.model.disable_adapter() if batch.decoding.untuned else contextlib.nullcontext()
         named = explain_out_of_memory(batch.rows, self.tokens_per_micro_batch)
@@ -264,14 +266,13 @@ class FormatModule(L.LightningModule):
         pairs = zip(rows, decoded, strict=True)
         return [(row.number, judge(row, answer, self.renderer, self.format)) for row, answer in pairs]
 
-    @torch.no_grad()
     def teacher_forced_loss(self, rows: Sequence[Row]) -> float:
         """Loss over the rows of all processes, in nats per token, without decoding; each process passes its share."""
         losses, batch = LossMetrics().to(self.device), self.collate(rows, evaluation=True)
+        batch.limits = [0] * len(rows)
         # Precision and micro-batches as in validation: equal rows get an equal loss.
-        named = explain_out_of_memory(rows, self.tokens_per_micro_batch)
-        with named, self.trainer.precision_plugin.forward_context(), uneven_counts(self.trainer, self.micro_batches):
-            self.micro_batches.decode(rows, batch.micro_batches, (), [0] * len(rows), losses=losses)
+        with self.trainer.precision_plugin.forward_context():
+            self._decode(batch, losses)
         return ratios(losses.compute())["val/loss"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -80,8 +80,3 @@ def uneven_counts(trainer: Any, micro_batches: MicroBatches) -> Iterator[None]:
         hook.remove()
     while max_over_ranks(trainer, 0)[0]:
         micro_batches.predictions(micro_batches.dummy())
-
-
-def no_sync(strategy: Any) -> Any:
-    """A context in which a backward pass exchanges no gradients."""
-    return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else contextlib.nullcontext()
