@@ -20,9 +20,8 @@ TRAINING = {
     "baselines", "quick", "dry_run", "baseline_rows", "answers", "min_confidence", "target_precision", "ckpt_path",
     "model.lora", "model.optimizer", "model.scheduler", "model.max_grad_norm", "model.tokens_per_micro_batch",
     "model.gradient_checkpointing", "model.compile", "model.quantize", "model.metrics", "model.constrained",
-    "model.format", "model.adapter",
+    "model.format", "model.adapter", "data.rows_per_step",
 }  # fmt: skip
-BATCHES = ("data.rows_per_step", "data.max_evaluation_rows")  # keys of the data module alone
 
 
 class TaskParser(OneLine, ArgumentParser):
@@ -38,7 +37,7 @@ def task_parser(command: str, description: str = "", used: Set[str] = frozenset(
     parser.add_argument("--model.chat_template", type=str | None, help="Chat template file that replaces the base's")
     parser.add_argument("--model.max_new_tokens", type=int, default=256, help="Maximum tokens of an answer")
     parser.add_class_arguments(DataSettings, "data")
-    for key in (*(TRAINING - used), *BATCHES):
+    for key in TRAINING - used:
         parser.add_argument(f"--{key}", type=Any, help=SUPPRESS)
     parser.link_arguments("model.base", "data.tokenizer")
     parser.link_arguments("model.chat_template", "data.chat_template")
@@ -54,11 +53,9 @@ def read_task(parser: TaskParser, args: list[str]) -> tuple[Namespace, DataSetti
     config.task = config.task or Path(["task", *config_paths(args)][-1]).stem
     if leaves_folder(config.task):
         raise UserError(f"task: {config.task} is a path; give a name")
-    _, max_evaluation_rows = (config.pop(key) for key in BATCHES)
+    config.data.pop("rows_per_step", None)
     # Only data: no loggers or callbacks are created here.
-    settings = parser.instantiate_classes(Namespace(data=config.data)).data
-    settings.max_evaluation_rows = max_evaluation_rows
-    return config, settings
+    return config, parser.instantiate_classes(Namespace(data=config.data)).data
 
 
 def read_run(folder: Path) -> tuple[Namespace, DataSettings]:

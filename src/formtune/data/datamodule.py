@@ -49,15 +49,12 @@ class FormatDataModule(L.LightningDataModule):
 
     Args:
         rows_per_step: Rows of one optimizer step, over all devices.
-        max_evaluation_rows: Maximum of validation and of test rows, the same ones in every run; None uses all.
         settings: Arguments of `DataSettings`.
     """
 
-    def __init__(
-        self, rows_per_step: PositiveInt = 16, max_evaluation_rows: PositiveInt | None = None, **settings: Any
-    ) -> None:
+    def __init__(self, rows_per_step: PositiveInt = 16, **settings: Any) -> None:
         super().__init__()
-        self.rows_per_step, self.max_evaluation_rows = rows_per_step, max_evaluation_rows
+        self.rows_per_step = rows_per_step
         self.settings = DataSettings(**settings)
         self.splits: Splits | None = None
         self.rows: dict[str, list[Row]] = {}  # used rows by split
@@ -83,7 +80,7 @@ class FormatDataModule(L.LightningDataModule):
             check_rows(self.settings, splits)
             self.splits, self.rows = splits, splits.rows | {"train": splits.training}
             for name in ("validation", "test"):
-                self.rows[name] = sample(splits.rows[name], self.max_evaluation_rows)
+                self.rows[name] = sample(splits.rows[name], self.settings.max_evaluation_rows)
 
     def train_dataloader(self) -> DataLoader:
         rows: Any = self.rows["train"]

@@ -56,6 +56,7 @@ class DataSettings:
         max_synthetic: Maximum share of rows written by models, among the training rows with a `columns.source`.
         max_length: Maximum tokens of prompt and answer together; longer rows are bad rows and never truncated.
         max_new_tokens: Maximum tokens of an answer (follows `model.max_new_tokens`).
+        max_evaluation_rows: Maximum of validation and of test rows, the same ones in every run; None uses all.
         date: Date that a chat template writes as today's, YYYY-MM-DD; None takes the date on which the run began.
     """
 
@@ -81,6 +82,7 @@ class DataSettings:
         max_synthetic: ClosedUnitInterval = 0.5,
         max_length: PositiveInt = 1024,
         max_new_tokens: PositiveInt = 256,
+        max_evaluation_rows: PositiveInt | None = None,
         date: str | None = None,
     ) -> None:
         # An input in several splits stays in the first, in this order.
@@ -97,9 +99,9 @@ class DataSettings:
         self.clean, self.repair_answers, self.near_duplicates = clean, repair_answers, near_duplicates
         self.bad_rows, self.max_synthetic = bad_rows, max_synthetic
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
+        self.max_evaluation_rows = max_evaluation_rows
         with as_user_error(f"data.date: {date!r} is not a date", "; write it as YYYY-MM-DD"):
             self._date = calendar_date.fromisoformat(today() if date is None else date).isoformat()
-        self.max_evaluation_rows: int | None = None  # that a command without a data module takes, None for all
         self.ignored: dict[str, Counter[str]] = {}  # columns of `prompts` and `production` that were not read
 
     def system_of(self, schema: str | None) -> str | None:

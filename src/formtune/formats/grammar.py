@@ -124,7 +124,6 @@ class OrderedRules:
         self._names: dict[int, str] = {}  # of the rules, by schema
         self._rules: dict[str, str] = {}
         self._terminals: dict[str, str] = {}  # by key
-        self._objects: set[int] = set()
         self._free: set[int] = set()  # objects whose keys come in any order
         self.text = f"answer: {self._json(root)}" if self._arrange(orders) else None
         if self._free and not self._starts_with_json(start := self._rule(root)):
@@ -161,7 +160,6 @@ class OrderedRules:
             stack += [(inner, holder) for inner in self._same_place(node)]
             stack += [(inner, key) for key, inner in node.get("properties", {}).items()]
             if node.get("properties"):
-                self._objects.add(id(node))
                 pairs = objects.setdefault(id(node), (node, Counter()))[1]
                 for key, following in (orders or {}).get(holder, {}).items():
                     pairs.update({(key, other): count for other, count in following.items()})
@@ -182,18 +180,6 @@ class OrderedRules:
         if "$ref" in node:
             yield self._resolve(node["$ref"])
 
-    def _reaches(self, node: Any, objects: set[int]) -> bool:
-        """Whether a schema is one of these objects or contains one."""
-        seen, stack = set[int](), [node]
-        while stack:
-            node = stack.pop()
-            if isinstance(node, dict) and id(node) not in seen:
-                if id(node) in objects:
-                    return True
-                seen.add(id(node))
-                stack += [*node.get("properties", {}).values(), *self._same_place(node)]
-        return False
-
     def _rule(self, node: Any) -> str:
         keywords = node.keys() & KEYWORDS - {"$defs", "definitions"} if isinstance(node, dict) else set()
         if keywords == {"$ref"}:
@@ -206,14 +192,12 @@ class OrderedRules:
 
     def _body(self, node: Any, name: str, keywords: set[str]) -> str:
         # Every object is a rule: in a union, the keys of a %json would be other tokens than those of a rule.
-        if not self._reaches(node, self._objects):
-            return self._json(node)
         if keywords in ({"anyOf"}, {"oneOf"}):
             return " | ".join(self._rule(option) for key in keywords for option in node[key])
-        kinds, body = {*types(node)}, ""
-        if kinds <= {"object", *_SCALARS} and keywords <= {"type", "properties", "required", "additionalProperties"}:
-            body = self._object(node, name)
-        elif kinds <= {"array", *_SCALARS} and keywords <= {"type", "items", "minItems", "maxItems"}:
+        kinds, body = {*types(node)} if keywords else set(), ""
+        if "properties" in keywords <= {"type", "properties", "required", "additionalProperties"}:
+            body = self._object(node, name) if kinds <= {"object", *_SCALARS} and node["properties"] else ""
+        elif "items" in keywords <= {"type", "items", "minItems", "maxItems"} and kinds <= {"array", *_SCALARS}:
             body = self._array(node)
         if not body:
             return self._json(node)

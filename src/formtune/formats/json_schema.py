@@ -92,7 +92,7 @@ class JsonSchema(Format):
         self._brackets = {"object": "{", "array": "["}.get(str(self._root.get("type")), "{[")
         return places
 
-    @functools.lru_cache(maxsize=1000)  # noqa: B019 - a format is kept as long as the process
+    @functools.lru_cache(maxsize=10_000)  # noqa: B019 - a format is kept as long as the process
     def of_row(self, schema: str | None) -> Format:
         if not self.per_row:
             return self

@@ -23,6 +23,8 @@ _CALL = {"name": {"type": "string"}, "arguments": {"type": "object"}}
 _CALLS = {"type": "array", "items": {
     "type": "object", "properties": _CALL, "required": [*_CALL], "additionalProperties": False,
 }}  # fmt: skip
+# Reads a schema as data: the constructor would read a string as a file or import it as a class.
+_PARAMETERS = JsonSchema()
 
 
 class ToolCalls(Format):
@@ -56,7 +58,8 @@ class ToolCalls(Format):
             name, function = str(tool_name(tool)), tool.get("function", tool)
             try:
                 schemas = filter(None, map(function.get, ("parameters", "input_schema", "inputSchema")))
-                row_format._tools[name] = _parameters(json.dumps(next(schemas, NO_PARAMETERS)))
+                parameters = json.dumps(next(schemas, NO_PARAMETERS))
+                row_format._tools[name] = _PARAMETERS.of_row(parameters)  # type: ignore[assignment]
             except UserError as error:
                 detail = str(error).removeprefix("the row's schema: ")
                 raise UserError(f"the parameters of {name}: {detail}") from None
@@ -123,12 +126,6 @@ class ToolCalls(Format):
         tagged = 'tagged ("\\n" tagged)*\ntagged: ( "<tool_call>" "\\n" call "\\n" "</tool_call>" )'
         answer = "call" if self.syntax == "llama" else tagged
         return "\n".join([f"answer: {answer}", f"call: {' | '.join(calls)}", *rules])
-
-
-@functools.lru_cache(maxsize=10_000)  # rows share tools more often than lists of them
-def _parameters(schema: str) -> JsonSchema:
-    # As data: the constructor would read a string as a file or import it as a class.
-    return JsonSchema().of_row(schema)  # type: ignore[return-value]
 
 
 def tool_name(tool: Any) -> str | None:

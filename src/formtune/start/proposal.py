@@ -147,7 +147,6 @@ def check_limits(settings: DataSettings, guesses: list[Guess]) -> Splits:
         )
         guesses.append(Guess("trainer.val_check_interval", interval, f"validations {reason} of them"))
     if (most := max(len(splits.rows.get(name, ())) for name in ("validation", "test"))) > MAX_EVALUATED:
-        settings.max_evaluation_rows = MAX_EVALUATED
         reason = f"drawn from up to {most:,} rows: evaluating all could take longer than training"
         guesses.append(Guess("data.max_evaluation_rows", MAX_EVALUATED, reason))
     return splits

@@ -1,9 +1,12 @@
 """The evaluations of a `formtune train` on the test rows: baselines, tuned model, longer inputs."""
 
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+from lightning.pytorch.utilities import rank_zero_only
 
 from formtune.base.row import Row
 from formtune.data.datamodule import FormatDataModule
@@ -20,6 +23,8 @@ from formtune.model.micro_batches import Decoding
 
 Baseline = Literal["few_shot", "constrained"]
 LENGTH_FACTOR, MIN_TOKENS = 2, 16  # tokens that a baseline may decode: a multiple of the longest target's, at least 16
+
+_print = rank_zero_only(functools.partial(print, flush=True))
 
 
 class Evaluator:
@@ -46,7 +51,7 @@ class Evaluator:
         if self._seconds and (more := len(kinds) + bool(self.model.adapter)):
             minutes = max(1, round(more * self._seconds / 60))
             rest = f"{more} more on {len(sampled)} of {len(test)} test rows, about {minutes} min"
-            self._print(f"baselines: {rest}; --baselines '[]' measures only the zero-shot base")
+            _print(f"baselines: {rest}; --baselines '[]' measures only the zero-shot base")
         if "few_shot" in kinds:
             shots = prompting.shots_by_schema(self.train_rows, sampled, format)
             rows, count = prompting.few_shot_rows(sampled, shots, renderer, self.model.context)
@@ -55,7 +60,7 @@ class Evaluator:
                 prompts[name], outcomes[name] = rows, self._baseline("few_shot", rows)
                 result["shots"] = [row.where for rows in shots.values() for row in rows[:count]]
             else:
-                self._print("skipped few-shot: no example fits into the context with the longest test row")
+                _print("skipped few-shot: no example fits into the context with the longest test row")
         constrained = None
         if "constrained" in kinds and not self.model.constrained:  # else every evaluation is constrained
             try:
@@ -64,7 +69,7 @@ class Evaluator:
                     grammar.matcher(row)
             except UserError as error:
                 result["no_grammar"] = str(error).removeprefix("model.constrained: ")
-                self._print(f"skipped constrained decoding: {result['no_grammar']}")
+                _print(f"skipped constrained decoding: {result['no_grammar']}")
             else:
                 rows = prompts[prompting.best_prompt(outcomes)]
                 constrained = self._baseline("before_constrained", rows, constrained=True)
@@ -138,7 +143,7 @@ class Evaluator:
         return outcomes
 
     def _test(self, name: str, rows: list[Row], decoding: Decoding) -> list[Outcome]:
-        self._print(f"evaluating: {name}, {len(rows)} rows")  # a bar shows nothing in a log file
+        _print(f"evaluating: {name}, {len(rows)} rows")  # a bar shows nothing in a log file
         self.trainer.test(self.model, self.datamodule.evaluation_loader(rows, decoding), verbose=False)
         return self.model.outcomes
 
@@ -146,10 +151,6 @@ class Evaluator:
         self.outcomes[name], self.result[name], self.result["counts"][name] = outcomes, values, counts
         if self._writes:
             write_outcomes(self.folder / "outcomes" / f"{name}.jsonl", outcomes)
-
-    def _print(self, line: str) -> None:
-        if self._writes:
-            print(line, flush=True)
 
 
 def untuned_limit(model: Any, longest: int) -> int:

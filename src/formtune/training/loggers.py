@@ -1,7 +1,5 @@
 """The loggers that `--logger` names, each in the run's folder, and their tables."""
 
-import csv
-import io
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -89,11 +87,6 @@ def log_table(trainer: Any, tag: str, columns: Sequence[str], rows: Sequence[Seq
             lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
             lines += [" | ".join(map(_cell, row)) for row in rows]
             logger.experiment.add_text(tag, "\n".join(f"| {line} |" for line in lines), step)
-        elif isinstance(logger, CSVLogger):
-            path, text = Path(logger.log_dir, f"{tag}-{step}.csv"), io.StringIO(newline="")
-            csv.writer(text).writerows([columns, *rows])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, text.getvalue())
         elif isinstance(logger, WandbLogger):
             logger.log_table(tag, list(columns), [list(row) for row in rows], step=step)
         elif isinstance(logger, MLFlowLogger):
