@@ -33,7 +33,7 @@ from formtune.model.ranks import ShardedBase
 from formtune.training import callback
 from formtune.training.callbacks import AnswerTable, OverfittingWatch, Signals, StepsBar
 from formtune.training.checkpoint import BestCheckpoint, CheckpointFiles, choose, newest
-from formtune.training.diagnosis import diagnose, next_step
+from formtune.training.diagnosis import diagnose
 from formtune.training.evaluator import Baseline
 from formtune.training.loggers import Name, make_loggers
 from formtune.training.pipeline import prepare, train
@@ -228,18 +228,21 @@ class FormtuneCLI(LightningCLI):
             if not (plan := optional("start.plan", "plan")):
                 raise UserError("dry_run: the optional folder `start` is not installed")
             return plan(trainer, model, datamodule, self._final_config, baselines, config.baseline_rows)
+        next_step = optional("report.next_step", "next_step")
         writes = trainer.is_global_zero and not trainer.fast_dev_run
         with self.folder.locked() if writes else contextlib.nullcontext():
             result = train(
                 trainer, model, datamodule, self.folder, self._final_config, baselines, config.baseline_rows,
-                self.checkpoint, self.full, optional("report.report", "write_report"),
+                self.checkpoint, self.full, next_step, optional("report.report", "write_report"),
             )  # fmt: skip
         if writes and result:
             print_result(result, self.folder.path)
         elif writes:
             history = callback(trainer, OverfittingWatch).history
             print(f"{reason(history)}\ndiagnosis: {diagnose(history).text}")
-            print(f"next: {next_step(history, trainer, 'fit')}\nrun: {self.folder.path}")
+            if next_step:
+                print(f"next: {next_step(history, trainer, 'fit', {})}")
+            print(f"run: {self.folder.path}")
 
     fit = train
 

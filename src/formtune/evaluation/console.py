@@ -45,7 +45,8 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
     files |= {"figures": "metrics.json", "configuration": "config.yaml"}
     echo(f"{training['steps']} steps in {training['seconds']:.0f} s; {training['best_reason']}")
     echo(f"diagnosis: {training['diagnosis']}")
-    print(f"next: {training['next']}")  # a command to copy
+    if training["next"]:
+        print(f"next: {training['next']}")  # a command to copy
     for what, name in files.items():
         print(f"{what:>14}: {folder / name}")
     print(f"{'curves':>14}: {'make tensorboard' if any(folder.glob('events.*')) else folder}")

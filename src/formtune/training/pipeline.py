@@ -20,7 +20,7 @@ from formtune.model import FormatModule
 from formtune.training import callback
 from formtune.training.callbacks import OverfittingWatch
 from formtune.training.checkpoint import BestCheckpoint, read
-from formtune.training.diagnosis import diagnose, next_step
+from formtune.training.diagnosis import diagnose
 from formtune.training.evaluator import Baseline, Evaluator
 from formtune.training.loggers import save_config
 from formtune.training.manifest import write_manifest
@@ -38,6 +38,7 @@ def train(
     baseline_rows: int,  # test rows that the baselines are measured on, at most
     checkpoint: Path | None,  # to resume from
     full: dict[str, Any],  # values without --quick of the keys that it changes; else empty
+    next_step: Callable[..., str] | None = None,  # what to do after the run, in one line
     report: Callable[[Evaluator], None] | None = None,  # writes the report, from all measurements
 ) -> dict[str, Any] | None:
     """Measure the base, fit, test the best checkpoint, write its adapter.
@@ -69,9 +70,9 @@ def train(
 
     # The best checkpoint; its adapter is written before the test
     history, checkpoints = callback(trainer, OverfittingWatch).history, callback(trainer, BestCheckpoint)
-    chosen, advice = best(history), next_step(history, trainer, "train", full)
+    chosen, advice = best(history), next_step(history, trainer, "train", full) if next_step else ""
     if chosen is None:
-        raise UserError(f"{reason(history)}; {advice}")
+        raise UserError(f"{reason(history)}; {advice}".removesuffix("; "))
     model.load_state_dict(read(Path(checkpoints.best_model_path))["state_dict"])
     adapter = {"path": model.adapter.name, "sha256": model.adapter.hash} if model.adapter else None
     origin = {"adapter": adapter, "weights": evaluator.splits.weights}

@@ -223,7 +223,7 @@ def train(teachable, task):
 
 @pytest.mark.slow
 def test_few_rows_and_a_high_rate_overfit_and_are_stopped(train):
-    trainer, _, watch = train(patience=3, steps=400, lr=0.02, interval=40)
+    trainer, _, watch = train(patience=2, steps=400, lr=0.02, interval=40)
     assert diagnose(watch.history).kind == "overfitting"
     assert trainer.global_step == watch.history[-1].step < 400
     assert watch.history[0].step == 0 and watch.history[-1].val_loss - watch.history[-1].train_loss > 0.1

@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch.callbacks import Timer
 
 from formtune.cli import main
-from formtune.training.diagnosis import next_step
+from formtune.report.next_step import next_step
 from formtune.training.validations import Validation
 
 
