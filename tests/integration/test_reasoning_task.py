@@ -66,7 +66,7 @@ def run(tmp_path_factory):
                         "enable_progress_bar": False},
         }  # fmt: skip
         Path("small.yaml").write_text(yaml.safe_dump(config))
-        assert main(["train", "-c", "small.yaml", "--run", "one", "--model.optimizer.lr", "0.02"]) == 0
+        assert main(["train", "-c", "small.yaml", "--run", "one", "--model.optimizer.lr", "0.01"]) == 0
         yield Path("logs/small/one")
 
 
