@@ -33,7 +33,7 @@ from formtune.evaluation.selective import aurc, calibration_error
 from formtune.formats import Format
 from formtune.model.constrained import Grammar
 from formtune.model.lora import load_base
-from formtune.model.micro_batches import judge
+from formtune.model.micro_batches import check_answer
 from formtune.model.shared_prefixes import choose_micro_batches
 
 PROBABILITIES = ("product", "value product", "minimum", "value minimum")  # of the whole answer, more or less
@@ -88,7 +88,7 @@ def answered(run: Path, limit: int | None, constrained: bool, tokens: int) -> li
     decoded = micro_batches.decode(rows, split, settings.renderer.stop_ids, limits, grammar)
     result: list[tuple[Any, bool]] = []
     for row, one in zip(rows, decoded, strict=True):
-        answer = judge(row, one, settings.renderer, settings.format)
+        answer = check_answer(row, one, settings.renderer, settings.format)
         sure = None
         if answer.exact:
             own = settings.format.of_row(row.schema)

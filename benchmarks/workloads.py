@@ -132,7 +132,7 @@ def growth(prefix: int, vocabulary: int, stop: int) -> list[dict[str, list[int]]
 
 
 def demo() -> tuple[list[Row], Renderer]:
-    """The demo's test rows, cleaned, judged and rendered as configs/demo.yaml says."""
+    """The demo's test rows, cleaned, checked and rendered as configs/demo.yaml says."""
     settings = yaml.safe_load((ROOT / "configs/demo.yaml").read_text(encoding="utf-8"))["data"]
     settings.pop("rows_per_step")
     format = settings.pop("format")["init_args"]

@@ -1,4 +1,4 @@
-"""`formtune check-endpoint`: send the test rows to a server; judge its answers as in evaluation."""
+"""`formtune check-endpoint`: send the test rows to a server; check its answers as in evaluation."""
 
 import time
 from collections import Counter
@@ -19,7 +19,7 @@ from formtune.data.blockers import check_rows
 from formtune.data.preparation import load_splits, sample
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import Outcome, confidence, outcome, worst_first, write_outcomes
-from formtune.evaluation.selective import aurc, calibration_error, judged
+from formtune.evaluation.selective import aurc, calibration_error, confidences
 from formtune.files import LOGS, write_json
 from formtune.formats import KINDS, Format
 from formtune.formats.json_schema import JsonSchema
@@ -28,7 +28,7 @@ from formtune_contrib.endpoint import Endpoint
 
 
 def run(command: str, args: list[str]) -> int:
-    """Ask, judge, print, write `logs/<task>/endpoint/`; 1 if fewer answers than `--min_exact` have a valid format."""
+    """Ask, check, print, write `logs/<task>/endpoint/`; 1 if fewer answers than `--min_exact` have a valid format."""
     parser = task_parser(command, COMMANDS[command].description)
     parser.add_argument("url", type=str, help="Such as http://127.0.0.1:8000/v1; the API key is in OPENAI_API_KEY")
     parser.add_argument("--served_model", type=str | None, help="Name of the model (default: the task's)")
@@ -62,8 +62,8 @@ def run(command: str, args: list[str]) -> int:
         pool.shutdown(cancel_futures=True)
     seconds = time.perf_counter() - started
     choices, sizes, latencies = zip(*replies, strict=True)
-    outcomes = [_judge(row, choice, format, renderer) for row, choice in zip(rows, choices, strict=True)]
-    rated, kinds = judged(outcomes), Counter(outcome.kind for outcome in outcomes)
+    outcomes = [_check(row, choice, format, renderer) for row, choice in zip(rows, choices, strict=True)]
+    rated, kinds = confidences(outcomes), Counter(outcome.kind for outcome in outcomes)
     result = {
         "endpoint": endpoint.url, "model": endpoint.model, "data": splits.key, "rows": len(outcomes),
         "concurrency": config.concurrency, "constrained": config.constrained,
@@ -95,7 +95,7 @@ def run(command: str, args: list[str]) -> int:
     return int(exact < config.min_exact)
 
 
-def _judge(row: Row, choice: Any, format: Format, renderer: Renderer) -> Outcome:
+def _check(row: Row, choice: Any, format: Format, renderer: Renderer) -> Outcome:
     row_format, text = format.of_row(row.schema), (choice.message.content or "").removeprefix(renderer.lead)
     verdict = row_format.check(text, finished=choice.finish_reason != "length", target=row.target)
     tokens = getattr(choice.logprobs, "content", None) or []

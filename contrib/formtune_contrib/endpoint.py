@@ -106,7 +106,7 @@ class Endpoint(Client):
         return choice, getattr(reply.usage, "completion_tokens", 0), seconds
 
     def _fault(self, row: Row, message: Any, count: int | None, ids: list[int] | None) -> str | None:
-        """Why a reply cannot be judged: it is not the answer, or its prompt is not verifiably formtune's."""
+        """Why a reply cannot be checked: it is not the answer, or its prompt is not verifiably formtune's."""
         parsed = [name for name in ("reasoning_content", "reasoning", "tool_calls") if getattr(message, name, None)]
         if parsed and not message.content:
             return f"the server parsed the answer as {parsed[0]}; start it without that parser"

@@ -28,7 +28,7 @@ Check = namedtuple("Check", ["target", "check", "verdict", "detail"])
 def run(command: str, args: list[str]) -> int:
     """Check, print, write `logs/<task>/preflight.json`; 1 if a target would fail."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that no file or process is left
-    warnings.simplefilter("ignore")  # libraries warn of what the trial judges
+    warnings.simplefilter("ignore")  # libraries warn of what the trial measures
     parser = task_parser(command, COMMANDS[command].description, {"model.lora", "model.adapter"})
     parser.add_class_arguments(Lora, "model.lora")
     parser.add_argument("--model.adapter", type=str | None, help="As in training")

@@ -18,7 +18,7 @@ from formtune.errors import UserError
 from formtune.formats import ToolCalls
 from formtune.formats.json_schema import read_schema
 from formtune.model.lora import load_base
-from formtune.model.micro_batches import MicroBatches, judge
+from formtune.model.micro_batches import MicroBatches, check_answer
 
 
 def run(command: str, args: list[str]) -> None:
@@ -65,7 +65,7 @@ def _answer(model: Any, settings: Any, prompt: str, schema: str | None, tools: s
         with model.disable_adapter() if name == "base" else nullcontext():
             micro_batches = MicroBatches(model)
             [decoded] = micro_batches.decode([row], micro_batches.split([row], 10**6), stop, [limit])
-        answer = judge(row, decoded, settings.renderer, settings.format)
+        answer = check_answer(row, decoded, settings.renderer, settings.format)
         detail = "valid format" if answer.exact else f"{answer.kind}: {answer.detail}"
         echo(f"{name}, confidence {answer.confidence:.4f}: {detail}", "green" if answer.exact else "red")
         print(answer.answer)

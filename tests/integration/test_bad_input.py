@@ -157,7 +157,7 @@ def test_how_lines_end_changes_no_row(work, record_property, case, title, change
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.csv"])
-def test_a_row_of_half_a_megabyte_is_judged_like_any_other(work, record_property, name):
+def test_a_row_of_half_a_megabyte_is_checked_like_any_other(work, record_property, name):
     about(record_property, 9, f"row of half a megabyte, {name}")
     rows = [pair(n) for n in range(40)] + [pair(41, "x" * 2**19)]
     lines = [json.dumps(one) for one in rows]

@@ -70,7 +70,7 @@ def test_fit_leaves_an_adapter_that_peft_loads_alone_and_figures_before_and_afte
     assert float(out.stdout) == pytest.approx(float(tuned(torch.tensor([[5, 6, 7]])).logits.double().sum()))
 
 
-def test_the_best_checkpoint_gives_the_exported_figures_again_and_predict_judges_answers(project, capsys):
+def test_the_best_checkpoint_gives_the_exported_figures_again_and_predict_checks_answers(project, capsys):
     assert fit() == 0
     run = project / "logs/small/one"
     checkpoint = (

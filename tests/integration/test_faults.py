@@ -159,7 +159,7 @@ def test_a_kill_between_writing_and_removing_a_checkpoint_loses_nothing(work, wh
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patched, pytest.raises(RuntimeError):
-        patched.setattr(checkpoint, "contenders", fail)
+        patched.setattr(checkpoint, "can_still_win", fail)
         main([*FIT])
     assert steps(work) == [4]
     assert main([*FIT, "--resume"]) == 0

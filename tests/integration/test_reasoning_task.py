@@ -70,7 +70,7 @@ def run(tmp_path_factory):
         yield Path("logs/small/one")
 
 
-def test_every_evaluation_judges_the_answer_and_measures_its_fields(run):
+def test_every_evaluation_checks_the_answer_and_measures_its_fields(run):
     figures = json.loads((run / "metrics.json").read_text())
     for view in ("before", "few_shot", "before_constrained", "after", "after_constrained"):
         for outcome in read_outcomes(run / "outcomes" / f"{view}.jsonl"):
@@ -110,7 +110,7 @@ def test_the_audit_compares_the_answers_after_the_reasoning(run, capfd):
     assert {(one["reason"], one["where"].rpartition(":")[2]) for one in quarantine} == {("style", "4"), ("unfit", "5")}
 
 
-def test_a_merged_model_and_what_is_served_are_judged_alike(run):
+def test_a_merged_model_and_what_is_served_are_checked_alike(run):
     assert main(["export", str(run), "--as", "merged"]) == 0
     after, merged = (read_outcomes(run / f"outcomes/{name}.jsonl") for name in ("after", "merged"))
     assert [one.kind for one in after] == [one.kind for one in merged]

@@ -1,4 +1,4 @@
-"""A task whose rows have three schemas goes through every command, and each row is judged by its own schema."""
+"""A task whose rows have three schemas goes through every command, and each row is checked by its own schema."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def run(tmp_path_factory, base):
         yield Path("logs/small/one")
 
 
-def test_every_evaluation_judges_and_constrains_by_the_rows_schema(run):
+def test_every_evaluation_checks_and_constrains_by_the_rows_schema(run):
     figures = json.loads((run / "metrics.json").read_text())
     for view in ("before", "few_shot", "before_constrained", "after", "after_constrained"):
         outcomes = read_outcomes(run / "outcomes" / f"{view}.jsonl")
@@ -126,7 +126,7 @@ def test_an_export_and_a_comparison_use_the_rows_schemas(run, capfd):
 
 
 @pytest.mark.contrib
-def test_a_server_is_sent_each_rows_schema_and_judged_by_it(run, base):
+def test_a_server_is_sent_each_rows_schema_and_checked_by_it(run, base):
     pytest.importorskip("openai", reason="needs the extra `synthesize`")
     rows = {record(n)["prompt"]: record(n)["completion"] for n in range(60)}
     server = ChatServer(rows.__getitem__, AutoTokenizer.from_pretrained(base))

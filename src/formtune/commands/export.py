@@ -15,7 +15,7 @@ from formtune.export.quantize import folder_name, missing_package
 
 def run(command: str, args: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that no file or process is left
-    warnings.simplefilter("ignore")  # libraries warn of what the measurements judge
+    warnings.simplefilter("ignore")  # libraries warn of what is measured
     parser = CommandParser(command, COMMANDS[command].description)
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a finished run")
     kinds = (*KINDS, "gguf-adapter")

@@ -75,7 +75,7 @@ def run(command: str, args: list[str]) -> int:
             results = {name: [result(folder / f"{name}-seed{seed}") for seed in seeds] for name in points}
             finished = {name: [one for one in all_seeds if one] for name, all_seeds in results.items()}
             measured = [summarize(name, ended) for name, ended in finished.items() if ended]
-            # A point with a failed seed would be judged by its successful ones.
+            # A point with a failed seed would be compared by its successful ones.
             complete = [point for point in measured if point.seeds == len(seeds)]
             chosen, why = choose(complete) if complete else (None, "Nothing chosen: no point has finished all seeds.")
             figures = [asdict(point) for point in measured]

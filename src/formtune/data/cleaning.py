@@ -1,4 +1,4 @@
-"""Repairs inputs, in training, evaluation and prediction alike, and judges answers by the format."""
+"""Repairs inputs, in training, evaluation and prediction alike, and checks answers against the format."""
 
 import html
 import re
@@ -55,7 +55,7 @@ class Example:
     messages: list[Message]  # the last one is the answer
     where: str  # the place it came from
     origin: str = ""  # author: "human", the name of a model, or "" if unknown
-    value: Any = None  # the document of its answer, once judged
+    value: Any = None  # the document of its answer, once checked
     tools: str | None = None  # JSON list of the tools that its prompt defines
     rendered: str | None = None  # the answer as the chat template writes it, if that is more than the last turn's text
     schema: str | None = None  # JSON text of the row's own schema, or of its tools
@@ -145,10 +145,10 @@ def repair_answer(answer: str, format: Format, steps: Sequence[str], repairs: Co
     return reasoning + text
 
 
-def judge(
+def check_example(
     example: Example, format: Format, steps: Sequence[str], answer_steps: Sequence[str], repairs: Counter[str]
 ) -> Example | Quarantined:
-    """Repair a row and judge its target by the format that judges the model's answers; counts the repairs."""
+    """Repair a row and check its target against the format that checks the model's answers; counts the repairs."""
     try:
         format = format.of_row(example.schema)
     except UserError as error:

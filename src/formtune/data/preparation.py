@@ -1,4 +1,4 @@
-"""From files to cleaned, judged, split and encoded rows: no input is in two splits, and no row is truncated."""
+"""From files to cleaned, checked, split and encoded rows: no input is in two splits, and no row is truncated."""
 
 import functools
 import hashlib
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from formtune.base.row import SYSTEM_ROLES, Row, UnfitRow
 from formtune.configuration.terminal import progress
-from formtune.data.cleaning import Example, Quarantined, helpful_repair, judge, repair
+from formtune.data.cleaning import Example, Quarantined, check_example, helpful_repair, repair
 from formtune.data.encoded import Splits, cache_path, content_hash, read_cache, write_cache
 from formtune.data.selection import select
 from formtune.data.settings import DataSettings
@@ -128,14 +128,14 @@ def _prepare(settings: DataSettings, examples: Sequence[Example]) -> Splits:
     valid: list[Example] = []
     invalid: list[Quarantined] = []
     repairs: Counter[str] = Counter()
-    for example in progress(examples, len(examples), "judging"):
-        judged = with_rendered_answer(settings, example)
-        if isinstance(judged, Example):
-            judged = judge(judged, settings.format, settings.clean, settings.repair_answers, repairs)
-        if isinstance(judged, Example):
-            valid.append(judged)
+    for example in progress(examples, len(examples), "checking"):
+        checked = with_rendered_answer(settings, example)
+        if isinstance(checked, Example):
+            checked = check_example(checked, settings.format, settings.clean, settings.repair_answers, repairs)
+        if isinstance(checked, Example):
+            valid.append(checked)
         else:
-            invalid.append(judged)
+            invalid.append(checked)
     mixed = mixtures(valid, settings.format)
     usual, unusual = _usual_style(settings, valid, mixed)
     chosen, splits = select(usual, settings.near_duplicates, settings.format.sets, any(settings.shares.values()))

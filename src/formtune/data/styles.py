@@ -42,7 +42,7 @@ class Mixture:
 
 
 def mixtures(examples: Sequence[Example], format: Format) -> list[Mixture]:
-    """Mixtures of styles in the answers of judged rows; fields are compared only among rows of one schema."""
+    """Mixtures of styles in the answers of checked rows; fields are compared only among rows of one schema."""
     texts = [(format.split(e.target)[1], e) for e in examples if isinstance(e.value, dict | list)]
     compared = [("", "layout", [(form, e) for text, e in texts if text[:1] in "{[" and (form := _layout(text))])]
     same_schema: dict[str | None, list[Example]] = defaultdict(list)

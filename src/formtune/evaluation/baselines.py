@@ -12,7 +12,7 @@ from formtune.base.folder import identity
 from formtune.base.renderer import Renderer
 from formtune.base.row import SYSTEM_ROLES, Row
 from formtune.evaluation.outcomes import Outcome, field_f1, paired, rate
-from formtune.evaluation.statistics import share
+from formtune.evaluation.statistics import rate_text
 from formtune.files import own_code
 from formtune.formats import Format
 from formtune.formats.content import leaves
@@ -103,7 +103,7 @@ def _reached(outcomes: Sequence[Outcome], by: str) -> str:
     (valid, rows), (right, _) = rate(outcomes, "exact"), rate(outcomes, "joint")
     truncated = sum(outcome.kind == "truncated" for outcome in outcomes)
     return (
-        f"{share(valid, rows, ' valid format')} and {share(right, rows, ' right')}"
+        f"{rate_text(valid, rows, ' valid format')} and {rate_text(right, rows, ' right')}"
         + (f", {truncated:,} of {rows:,} answers truncated" if truncated else "")
         + f": {100 * (1 - valid / rows):.1f} points of valid format and "
         f"{100 * (1 - right / rows):.1f} of right answers to gain"

@@ -32,7 +32,7 @@ DIGITS = 6  # of a probability
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The answer to a row and the format's verdict on it; without a target, only the format is judged."""
+    """The answer to a row and the format's verdict on it; without a target, only the format is checked."""
 
     where: str  # file:line of the row
     origin: str  # author of the row: "human", the name of a model, or ""

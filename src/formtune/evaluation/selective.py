@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 
 from formtune.evaluation.outcomes import Outcome
-from formtune.evaluation.statistics import wilson
+from formtune.evaluation.statistics import wilson_interval
 
 TARGETS = (0.9, 0.95, 0.98, 0.99, 0.995)  # precisions of the report's table
 FIELD_TARGET = 0.99  # precision of the table of fields
 FIELDS = 20  # of that table
 BINS = 10  # of the calibration, equally wide
 
-Judged = Sequence[tuple[float, bool]]  # the confidence of each answer, and whether the answer is right
+Confidences = Sequence[tuple[float, bool]]  # the confidence of each answer, and whether the answer is right
 
 
-def judged(outcomes: Sequence[Outcome], field: str | None = None) -> list[tuple[float, bool]]:
+def confidences(outcomes: Sequence[Outcome], field: str | None = None) -> list[tuple[float, bool]]:
     """The confidence of each answer, or of one field, and whether it is right; empty if no confidence is known."""
     known = [o for o in outcomes if o.confidence is not None]
     if field is None:
@@ -26,7 +26,7 @@ def judged(outcomes: Sequence[Outcome], field: str | None = None) -> list[tuple[
     return [((o.field_confidences or {}).get(field, 0.0), o.fields[field]) for o in known if field in o.fields]
 
 
-def selective_risk(rows: Judged) -> np.ndarray:
+def selective_risk(rows: Confidences) -> np.ndarray:
     """The share of wrong answers among the k most confident ones, for each k from 1 to all."""
     # Answers of equal confidence have no order: each counts as their mean.
     confidence, right = np.array(rows, dtype=float).T
@@ -35,12 +35,12 @@ def selective_risk(rows: Judged) -> np.ndarray:
     return wrong[np.sort(group)].cumsum() / np.arange(1, len(group) + 1)
 
 
-def aurc(rows: Judged) -> float:
+def aurc(rows: Confidences) -> float:
     """Area under the risk-coverage curve (Geifman et al., 2019): the mean of `selective_risk`."""
     return float(selective_risk(rows).mean())
 
 
-def calibration(rows: Judged) -> list[tuple[int, float, float]]:
+def calibration(rows: Confidences) -> list[tuple[int, float, float]]:
     """For each bin with rows, from low to high: their number, their mean confidence, and the share that is right."""
     table = np.array(sorted(rows), dtype=float)
     starts = np.searchsorted(table[:, 0] * BINS, np.arange(1, BINS))  # the last bin includes 1
@@ -48,12 +48,12 @@ def calibration(rows: Judged) -> list[tuple[int, float, float]]:
     return [(len(part), *map(float, part.mean(axis=0))) for part in bins]  # type: ignore[misc]
 
 
-def calibration_error(rows: Judged) -> float:
+def calibration_error(rows: Confidences) -> float:
     """Expected calibration error (Guo et al., 2017): the mean distance of confidence and precision over the rows."""
     return sum(count * abs(confidence - right) for count, confidence, right in calibration(rows)) / len(rows)
 
 
-def threshold(rows: Judged, target: float) -> float | None:
+def threshold(rows: Confidences, target: float) -> float | None:
     """The lowest confidence from which at least `target` of the answers are right; None if there is none.
 
     One right and one wrong answer are added to those counted (Laplace's rule of succession). Confidence 0 means an
@@ -68,18 +68,18 @@ def threshold(rows: Judged, target: float) -> float | None:
     return lowest
 
 
-def coverage_and_precision(rows: Judged, minimum: float) -> dict[str, Any]:
+def coverage_and_precision(rows: Confidences, minimum: float) -> dict[str, Any]:
     """Coverage, and precision with its interval, if answers of at least this confidence are accepted."""
     verdicts = [is_right for confidence, is_right in rows if confidence >= minimum]
     count, right = len(verdicts), sum(verdicts)
     figures = {"min_confidence": minimum, "accepted": count, "coverage": count / len(rows)}
-    return figures | {"precision": right / count if count else None, "interval": wilson(right, count)}
+    return figures | {"precision": right / count if count else None, "interval": wilson_interval(right, count)}
 
 
 def summary(validation: Sequence[Outcome], test: Sequence[Outcome]) -> dict[str, Any]:
     """For `metrics.json`: thresholds chosen on the validation rows, all else measured on the test rows."""
-    rows, chosen_on = judged(test), judged(validation)
-    fields = {name: judged(test, name) for name in dict.fromkeys(name for o in test for name in o.fields)}
+    rows, chosen_on = confidences(test), confidences(validation)
+    fields = {name: confidences(test, name) for name in dict.fromkeys(name for o in test for name in o.fields)}
     share = {name: float(np.mean([right for _, right in field])) for name, field in fields.items()}
     worst = sorted((name for name in fields if share[name] < 1), key=share.__getitem__)[:FIELDS]
     return {
@@ -88,12 +88,12 @@ def summary(validation: Sequence[Outcome], test: Sequence[Outcome]) -> dict[str,
         "validation_rows": len(chosen_on),
         "accept": [_accept(chosen_on, rows, target) for target in TARGETS],
         "fields": {
-            name: {"right": share[name], **_accept(judged(validation, name), fields[name], FIELD_TARGET)}
+            name: {"right": share[name], **_accept(confidences(validation, name), fields[name], FIELD_TARGET)}
             for name in worst
         },
     }
 
 
-def _accept(validation: Judged, test: Judged, target: float) -> dict[str, Any]:
+def _accept(validation: Confidences, test: Confidences, target: float) -> dict[str, Any]:
     minimum = threshold(validation, target)
     return {"target": target, **({} if minimum is None else coverage_and_precision(test, minimum))}

@@ -22,7 +22,7 @@ from formtune.export.quantize import EXTRAS, SCHEMES, folder_name
 from formtune.export.rules import refuse
 from formtune.files import write_json
 from formtune.model.lora import load_base
-from formtune.model.micro_batches import judge
+from formtune.model.micro_batches import check_answer
 from formtune.training.manifest import CARD, NAME, base_files, write_manifest
 
 JUDGED = ("format/exact", "joint/exact")
@@ -47,7 +47,7 @@ class FinishedRun:
             raise UserError(f"model.base: {base} is not the base of {exported.folder}; its files differ")
         if exported.format != self.format.to_dict():
             raise UserError(f"{folder / 'config.yaml'}: the format has changed since the run; train again")
-        # An export is judged without constrained decoding, so its reference must be too.
+        # An export is checked without constrained decoding, so its reference must be too.
         unconstrained = folder / "outcomes" / "adapter.jsonl"
         self.constrained = task.model.constrained and not unconstrained.is_file()
         measured = task.model.constrained and not self.constrained
@@ -57,8 +57,8 @@ class FinishedRun:
         splits = load_splits(settings)
         places = {row.where: row for row in splits.rows["test"]}  # data.max_evaluation_rows draws some of them
         rows = [places[outcome.where] for outcome in self.outcomes if outcome.where in places]
-        judged = [(outcome.input, outcome.target, outcome.schema, outcome.prompt_tokens) for outcome in self.outcomes]
-        if [(row.input, row.target, row.schema, len(row.prompt_ids)) for row in rows] != judged:
+        expected = [(outcome.input, outcome.target, outcome.schema, outcome.prompt_tokens) for outcome in self.outcomes]
+        if [(row.input, row.target, row.schema, len(row.prompt_ids)) for row in rows] != expected:
             raise UserError(f"{path}: {folder / 'config.yaml'} gives other test rows or prompts; train again")
         context = context_length(base) or 10**9
         of_all_lengths = sorted(rows, key=len)[:: -(-len(rows) // COMPARED_ROWS)]
@@ -106,7 +106,7 @@ def measured(run: FinishedRun, kind: str, folder: Path, max_loss: float) -> tupl
     """The figures of an export, with the reason if it is refused, and the outcomes of the test rows."""
     rows = run.tuned.rows
     closeness, answers, speeds = measure_fresh(run.tuned, kind, folder)
-    outcomes = [judge(row, answer, run.renderer, run.format) for row, answer in zip(rows, answers, strict=True)]
+    outcomes = [check_answer(row, answer, run.renderer, run.format) for row, answer in zip(rows, answers, strict=True)]
     pairs = list(zip(outcomes if run.constrained else run.outcomes, outcomes, strict=True))
     broken = run.tuned.bounds(kind).violation(closeness)
     figures: dict[str, Any] = {

@@ -61,7 +61,7 @@ class Verdict:
 class Format(ABC):
     """Base class of formats; a subclass needs `parse`, the rest is optional.
 
-    Texts are judged as they are: nothing is stripped. Whitespace around a document is extra text. The constructor
+    Texts are checked as they are: nothing is stripped. Whitespace around a document is extra text. The constructor
     stores each argument as the attribute of the same name, so that the format can be written to a file.
     """
 
@@ -142,7 +142,7 @@ class Format(ABC):
 
     @time_limit()
     def check(self, text: str, *, finished: bool = True, target: str | None = None) -> Verdict:
-        """Judge an answer without its stop token; every text gets a verdict. `finished` is False if it is truncated."""
+        """Check an answer without its stop token; every text gets a verdict. `finished` is False if it is truncated."""
         if target is not None:  # first, before the answer uses up the time
             try:
                 expected = self._parse(target)
@@ -170,7 +170,7 @@ class Format(ABC):
         errors, first = [], None
         for start, end in chain([(0, len(text))], self.documents(text)):
             try:
-                value, problems = self._judge(text[start:end])
+                value, problems = self._check_document(text[start:end])
             except SyntaxProblem as error:
                 errors.append(str(error))
                 continue
@@ -184,7 +184,7 @@ class Format(ABC):
                 first = True, value, [extra, *problems]
         return first or ((False, None, [Problem("syntax", errors[0])]) if text else empty)
 
-    def _judge(self, text: str) -> tuple[Any, list[Problem]]:
+    def _check_document(self, text: str) -> tuple[Any, list[Problem]]:
         value = self._parse(text)
         try:
             problems = [*self.problems(value)]

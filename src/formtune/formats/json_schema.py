@@ -1,4 +1,4 @@
-"""JSON that conforms to a JSON Schema, parsed strictly and judged by the `jsonschema` library."""
+"""JSON that conforms to a JSON Schema, parsed strictly and checked by the `jsonschema` library."""
 
 import copy
 import functools
@@ -68,7 +68,7 @@ class JsonSchema(Format):
             raise UserError(f"data.format.sets, derived: {name} declares no array, or no value, at {paths}")
 
     def _adopt(self, schema: Any, name: str) -> list[tuple[str, list[Part], bool]]:
-        """Set the schema to judge by; returns its places, see `Places.paths`."""
+        """Set the schema to validate with; returns its places, see `Places.paths`."""
         self.schema, keys = unwrap(schema)
         self.per_row = False
         try:

@@ -1,4 +1,4 @@
-"""Tool calls as chat templates write them, judged by the tools that each row defines."""
+"""Tool calls as chat templates write them, checked by the tools that each row defines."""
 
 import copy
 import functools

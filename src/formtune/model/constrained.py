@@ -98,7 +98,7 @@ class Grammar:
         tokens = chosen.tolist()
         logprobs = logits.float().log_softmax(-1).gather(-1, chosen[:, None])[:, 0].tolist()
         for i, (matcher, token) in enumerate(zip(matchers, tokens, strict=True)):
-            # A row must neither end the run nor make other processes wait: the format judges the answer so far.
+            # A row must neither end the run nor make other processes wait: the answer so far is checked.
             if matcher.is_error() or not (token in self.stop or matcher.consume_token(token)):
                 rank_zero_warn(f"constrained decoding failed and ended an answer early: {_reason(matcher)}")
                 tokens[i], logprobs[i] = min(self.stop), -math.inf

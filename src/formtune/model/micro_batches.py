@@ -209,7 +209,7 @@ def _pad(rows: Sequence[Row], group: list[int]) -> Padded:
     return Padded(group, list(map(len, labels)), ids, predicting, targets[predicting])
 
 
-def judge(row: Row, decoded: Decoded, renderer: Renderer, format: Format) -> Outcome:
+def check_answer(row: Row, decoded: Decoded, renderer: Renderer, format: Format) -> Outcome:
     text, finished = renderer.answer(decoded.ids)
     row_format = format.of_row(row.schema)
     verdict = row_format.check(text, finished=finished, target=row.target)

@@ -26,7 +26,7 @@ from formtune.formats.grammar import Orders
 from formtune.model.adapter import TrainedAdapter
 from formtune.model.constrained import Grammar
 from formtune.model.lora import Lora, add_lora, decoder_layers, difference, load_base, lora_config
-from formtune.model.micro_batches import Batch, Decoded, Decoding, MicroBatches, explain_out_of_memory, judge
+from formtune.model.micro_batches import Batch, Decoded, Decoding, MicroBatches, check_answer, explain_out_of_memory
 from formtune.model.optimization import CosineWithWarmup, build_optimizer, check_optimizer
 from formtune.model.ranks import ShardedBase, all_gather, uneven_counts, with_dummies
 from formtune.model.shared_prefixes import choose_micro_batches
@@ -104,7 +104,7 @@ class FormatModule(L.LightningModule):
         self.skipped = self.skipped_in_a_row = 0  # steps with a non-finite gradient
         self.logged = True  # whether the evaluation in progress goes to the logger
         self.outcomes: list[Outcome] = []  # of the last evaluation on all processes, in the order of the rows
-        self._judged: list[tuple[int, Outcome]] = []  # of the evaluation in progress on this process
+        self._checked: list[tuple[int, Outcome]] = []  # of the evaluation in progress on this process
 
     def configure_model(self) -> None:
         """Load the base and add the adapters; Lightning calls this before every fit, test and predict."""
@@ -218,7 +218,7 @@ class FormatModule(L.LightningModule):
             raise Fault(f"model.optimizer: {what}; lower the learning rate, or check the rows with formtune audit")
 
     def on_validation_epoch_start(self) -> None:
-        self._judged = []
+        self._checked = []
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
@@ -229,21 +229,21 @@ class FormatModule(L.LightningModule):
         sample = sorted({len(rows) * i // PARITY_ROWS for i in range(PARITY_ROWS)}) if rows else []
         in_full = self._decode(self.collate([replace(rows[i], target_ids=[]) for i in sample], True, batch.decoding))
         self.scores.losses.compare([answer.ids == decoded[i].ids for i, answer in zip(sample, in_full, strict=True)])
-        self._judged += self._judge(rows, decoded)
+        self._checked += self._check(rows, decoded)
 
     test_step = validation_step
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Outcome]:
-        judged = self._judge(batch.rows, self._decode(batch))
-        self._judged += judged
-        return [one for _, one in judged]
+        checked = self._check(batch.rows, self._decode(batch))
+        self._checked += checked
+        return [one for _, one in checked]
 
     def on_predict_epoch_end(self) -> None:
-        self.outcomes = [one for _, one in sorted(all_gather(self.trainer, self._judged), key=itemgetter(0))]
+        self.outcomes = [one for _, one in sorted(all_gather(self.trainer, self._checked), key=itemgetter(0))]
 
     def on_validation_epoch_end(self) -> None:
         self.on_predict_epoch_end()
-        self.evaluation, self.counts = self.scores.compute(self.outcomes, [one for _, one in self._judged])
+        self.evaluation, self.counts = self.scores.compute(self.outcomes, [one for _, one in self._checked])
         if self.logged:
             for name, value in self.evaluation.items():
                 tag = f"test/{name.removeprefix('val/')}" if self.trainer.testing else name
@@ -262,9 +262,9 @@ class FormatModule(L.LightningModule):
         with named, uneven_counts(self.trainer, self.micro_batches), model:
             return self.micro_batches.decode(batch.rows, batch.micro_batches, stop, batch.limits, grammar, losses)
 
-    def _judge(self, rows: Sequence[Row], decoded: Sequence[Decoded]) -> list[tuple[int, Outcome]]:
+    def _check(self, rows: Sequence[Row], decoded: Sequence[Decoded]) -> list[tuple[int, Outcome]]:
         pairs = zip(rows, decoded, strict=True)
-        return [(row.number, judge(row, answer, self.renderer, self.format)) for row, answer in pairs]
+        return [(row.number, check_answer(row, answer, self.renderer, self.format)) for row, answer in pairs]
 
     def teacher_forced_loss(self, rows: Sequence[Row]) -> float:
         """Loss over the rows of all processes, in nats per token, without decoding; each process passes its share."""

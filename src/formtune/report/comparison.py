@@ -14,7 +14,7 @@ from rich.text import Text
 from formtune.configuration.terminal import echo, wrap
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import EVALUATIONS, F1, FIELD, RATES, Outcome, field_f1, read_outcomes
-from formtune.evaluation.statistics import wilson
+from formtune.evaluation.statistics import wilson_interval
 from formtune.report.paired_tests import f1_difference, f1_interval, rate_difference, verdict
 
 FIELDS = 20  # most frequent fields of rows with their own schemas
@@ -56,7 +56,7 @@ def figures(outcomes: Sequence[Outcome], first: Sequence[Outcome] = ()) -> dict[
         if name == F1:
             result[name] = {"value": field_f1(outcomes), "interval": f1_interval(rows)}
         else:
-            result[name] = {"value": sum(rows) / len(rows), "interval": wilson(sum(rows), len(rows))}
+            result[name] = {"value": sum(rows) / len(rows), "interval": wilson_interval(sum(rows), len(rows))}
         if name in before:
             difference = (f1_difference if name == F1 else rate_difference)(before[name], rows)
             result[name]["difference"] = {"verdict": verdict(difference), **asdict(difference)}

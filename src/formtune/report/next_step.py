@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Timer
 
 from formtune.data.encoded import FEW_ROWS
-from formtune.training.diagnosis import CHANGE, LASTING, diagnose, exceeds
+from formtune.training.diagnosis import CHANGE, PATIENCE, diagnose, exceeds
 from formtune.training.validations import Validation, best
 
 MAX_FACTOR = 3  # of the steps: the last validations say nothing about a longer run
@@ -60,7 +60,7 @@ def _change(history: Sequence[Validation], chosen: Validation | None, trainer: A
     if kind == "not learning":
         rose = exceeds(-fell, first.train_loss, CHANGE)
         return _rate(trainer, 1 / 3 if rose else 10, f"training loss has {'risen' if rose else 'not fallen'}")
-    if kind == "learning" and len(measured) > LASTING and fell < SLOW * first.train_loss:
+    if kind == "learning" and len(measured) > PATIENCE and fell < SLOW * first.train_loss:
         return _rate(trainer, 3, f"training loss fell by only {fell / first.train_loss:.0%}")
     if kind in ("learning", "too early"):
         return _longer([v for v in measured if v.step], improving, trainer)
@@ -86,7 +86,7 @@ def _longer(trained: Sequence[Validation], improving: Sequence[str], trainer: An
     """Train until the error halves, if it falls as a power of the steps, as in the last half of the validations."""
     times, why = float(MAX_FACTOR), "too few validations to say how long"
     name = next((name for name in ERRORS if name in improving), None)
-    late = trained[-max(LASTING, math.ceil(len(trained) / 2)) :]
+    late = trained[-max(PATIENCE, math.ceil(len(trained) / 2)) :]
     if name and len(late) > 1:
         errors = [max(ERRORS[name](v), 1e-6) for v in late]
         power = -linear_regression([math.log(v.step) for v in late], list(map(math.log, errors))).slope

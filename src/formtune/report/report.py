@@ -17,8 +17,8 @@ from formtune.base.row import Row
 from formtune.evaluation.baselines import best_prompt
 from formtune.evaluation.outcomes import EVALUATIONS, FIELD, Outcome, field_f1, paired, rate
 from formtune.evaluation.page import render
-from formtune.evaluation.selective import calibration, judged, selective_risk
-from formtune.evaluation.statistics import share, wilson
+from formtune.evaluation.selective import calibration, confidences, selective_risk
+from formtune.evaluation.statistics import rate_text, wilson_interval
 from formtune.files import write_atomic
 from formtune.formats import KINDS, Format
 from formtune.report.comparison import figures
@@ -82,7 +82,7 @@ def page(run: Run) -> str:
         gallery=gallery,
         limits=(MAX_CHARACTERS, MAX_VALUES),
         failed_fields=Counter(field for failure in gallery for field in failure.fields).most_common(),
-        parity=share(*run.result["counts"]["after"]["val/parity"]),
+        parity=rate_text(*run.result["counts"]["after"]["val/parity"]),
     )
 
 
@@ -94,7 +94,7 @@ def card(run: Run) -> str:
 def conclusion(run: Run) -> tuple[bool, str]:
     """Whether training was worth it, against the best that the base reached in any way, and why in one sentence."""
     count, rows = rate(run.outcomes["after"], "joint")
-    if (majority := _majority(run)) and wilson(count, rows)[0] <= majority:
+    if (majority := _majority(run)) and wilson_interval(count, rows)[0] <= majority:
         constant = f"the most frequent training answer alone is right in {majority:.1%}"
         worse = "Do not use it" if count < majority * rows else "No better than the majority answer"
         return False, f"{worse}: {count / rows:.1%} of the answers are right, and {constant}."
@@ -117,9 +117,9 @@ def headline(run: Run) -> list[str]:
     lines = []
     for name, what in WHAT.items():
         count, total = rate(run.outcomes["after"], name)
-        tuned = share(count, total, f" of the answers {what}")
+        tuned = rate_text(count, total, f" of the answers {what}")
         if "after_constrained" in run.outcomes:
-            tuned += f", {share(*rate(run.outcomes['after_constrained'], name), ' constrained')}"
+            tuned += f", {rate_text(*rate(run.outcomes['after_constrained'], name), ' constrained')}"
         against = [
             f"{EVALUATIONS[way]} {before:.1%}{f' of {rows:,} rows' if rows != total else ''} ({compared})"
             for way, before, rows, compared in _against(run, name)
@@ -174,7 +174,7 @@ def _slices(run: Run) -> Iterator[tuple[str, str, list[str], set[str]]]:
         before, _ = paired(run.outcomes["before"], after)
         cells = [f"{len(after):,}" if len(before) == len(after) else f"{len(after):,} (base {len(before):,})"]
         for right in ("exact", "joint"):
-            cells += [f"{rate(before, right)[0] / len(before):.1%}" if before else "", share(*rate(after, right))]
+            cells += [f"{rate(before, right)[0] / len(before):.1%}" if before else "", rate_text(*rate(after, right))]
         cells += [f"{field_f1(before):.1%}" if before else "", f"{field_f1(after):.1%}"]
         yield group, name, cells, {outcome.where for outcome in after}
 
@@ -195,7 +195,7 @@ def _curves(history: Sequence[dict[str, Any]]) -> list[tuple[str, float, float, 
 
 def _trust(run: Run) -> dict[str, Any] | None:
     """The summary of confidence, and the points of its plots; None if the run has none."""
-    if "confidence" not in run.result or not (rows := judged(run.outcomes["after"])):
+    if "confidence" not in run.result or not (rows := confidences(run.outcomes["after"])):
         return None
     curve = selective_risk(rows)
     at = sorted({round(i) for i in np.linspace(1, len(rows), POINTS)})

@@ -46,8 +46,10 @@ def propose(
     examples = read_rows(records, Columns(**columns))
     others = chain(*(read_records(file) for split, file in files.items() if split != "train"))
     # The format must accept the rows of all splits.
-    tags, judged = guess_tags(examples + read_rows([*others], Columns(**columns)))
-    kind, init_args, why = guess_format(judged, str(Renderer.load(base).tokenizer.chat_template) if folder else "")
+    tags, without_tags = guess_tags(examples + read_rows([*others], Columns(**columns)))
+    kind, init_args, why = guess_format(
+        without_tags, str(Renderer.load(base).tokenizer.chat_template) if folder else ""
+    )
     guesses = [Guess("model.base", base, "choose another one with --base")]
     if folder and 0 < sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL_BASE:
         reason = "a small base learns faster with LoRA on all layers and a higher learning rate (docs/training.md)"

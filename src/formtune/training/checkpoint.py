@@ -18,7 +18,7 @@ from formtune.files import write_atomic
 from formtune.model.ranks import max_over_ranks
 from formtune.training import callback
 from formtune.training.callbacks import OverfittingWatch, Signals
-from formtune.training.validations import best, contenders
+from formtune.training.validations import best, can_still_win
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -85,7 +85,7 @@ class BestCheckpoint(ModelCheckpoint):
         self._set_paths()
         if trainer.is_global_zero:
             files = steps(self.folder)
-            for step in files.keys() - contenders(self._watch.history) - set(list(files)[-self.newest :]):
+            for step in files.keys() - can_still_win(self._watch.history) - set(list(files)[-self.newest :]):
                 files[step].unlink(missing_ok=True)
 
     def _set_paths(self) -> None:

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from formtune.training.validations import Validation, fewer
 
-LASTING = 3  # validations without improvement before a verdict; the last two of a run are close, and not independent
+PATIENCE = 3  # validations without improvement before a verdict; the last two of a run are close, and not independent
 # Shares of a loss. Small gains add up and keep a run going; overfitting must exceed the noise between validations, a
 # few percent.
 GAIN = 0.01
@@ -42,15 +42,15 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
         # At least by one row's worth.
         "content/field_f1": _last_rise([v.field_f1 for v in finite], lambda old, new: new - old > 1 / last.rows, float),
     }
-    recent = [name for name, at in gains.items() if at and len(finite) - 1 - at < LASTING]
+    recent = [name for name, at in gains.items() if at and len(finite) - 1 - at < PATIENCE]
     lowest = loss.index(min(loss))
-    above = all(exceeds(value - loss[lowest], loss[lowest], CHANGE) for value in loss[-LASTING:])
+    above = all(exceeds(value - loss[lowest], loss[lowest], CHANGE) for value in loss[-PATIENCE:])
     rise = f"validation loss {_percent(loss[lowest], loss[-1])} from its lowest"
     if recent:
         text = f"learning: {' and '.join(recent)} still improve{'s' if len(recent) == 1 else ''}"
         return Diagnosis("learning", text + (f", with the {rise}" if above else ""), tuple(recent))
-    if len(finite) <= LASTING:
-        text = f"too early to tell: validation {len(finite)} of the {LASTING + 1} needed"
+    if len(finite) <= PATIENCE:
+        text = f"too early to tell: validation {len(finite)} of the {PATIENCE + 1} needed"
         return Diagnosis("too early", text)
     if above and exceeds(train[lowest] - train[-1], train[lowest], CHANGE):
         fell = _percent(train[lowest], train[-1])[1:]

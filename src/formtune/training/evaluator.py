@@ -15,7 +15,7 @@ from formtune.errors import UserError
 from formtune.evaluation import baselines as prompting
 from formtune.evaluation.outcomes import EVALUATIONS, Outcome, rate, write_outcomes
 from formtune.evaluation.probe import LONGER, probe_lengths, probe_rows
-from formtune.evaluation.selective import judged, summary
+from formtune.evaluation.selective import confidences, summary
 from formtune.files import read_entry, write_entry
 from formtune.model import FormatModule
 from formtune.model.constrained import Grammar
@@ -92,7 +92,7 @@ class Evaluator:
         validation = self._test("tuned, on the validation rows", rows, Decoding(logged=False))
         if self._writes:
             write_outcomes(self.folder / "outcomes" / "validation.jsonl", validation)
-            if judged(self.outcomes["after"]):  # not for answers from a custom callback
+            if confidences(self.outcomes["after"]):  # not for answers from a custom callback
                 self.result["confidence"] = summary(validation, self.outcomes["after"])
 
     def probe(self) -> list[dict[str, Any]]:

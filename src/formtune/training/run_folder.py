@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from formtune.errors import UserError, as_user_error
 from formtune.evaluation.outcomes import read_outcomes
-from formtune.evaluation.selective import judged, threshold
+from formtune.evaluation.selective import confidences, threshold
 
 # Keys that change where a run is or how it is watched, but not what is trained.
 FREE = (
@@ -133,7 +133,7 @@ def minimum_confidence(config: Any, run: Path | None) -> float:
     ):  # fmt: skip
         needs = "a finished run, its best checkpoint, its value of model.constrained, and no min_confidence"
         raise UserError(f"target_precision: needs {needs}; name the run, or set --min_confidence instead")
-    rows = judged(read_outcomes(path))
+    rows = confidences(read_outcomes(path))
     minimum = threshold(rows, config.target_precision)
     if minimum is None:
         what = f"{config.target_precision} on the {len(rows):,} validation rows of {run}"

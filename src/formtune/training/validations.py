@@ -57,7 +57,7 @@ def best(history: Iterable[Validation]) -> Validation | None:
     return min((v for v in measured if not fewer(v.valid, most)), key=lambda v: v.order)
 
 
-def contenders(history: Iterable[Validation]) -> set[int]:
+def can_still_win(history: Iterable[Validation]) -> set[int]:
     """Steps of the checkpoints that are the best now, or can be after later validations.
 
     A checkpoint cannot win any more if another one comes before it in the order and is a candidate whenever it is.

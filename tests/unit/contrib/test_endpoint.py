@@ -1,4 +1,4 @@
-"""What is served is judged as the run was, and must show that it renders the same prompts; against a real server here."""
+"""What is served is checked as the run was, and must show that it renders the same prompts; against a real server here."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def check(tmp_path, monkeypatch, base):
     server.close()
 
 
-def test_served_answers_are_judged_as_a_runs_and_can_be_compared_with_it(check, capsys):
+def test_served_answers_are_checked_as_a_runs_and_can_be_compared_with_it(check, capsys):
     run, server = check
     right = server.say
     server.say = lambda text: "It is " + right(text) if text == "number 203" else right(text)

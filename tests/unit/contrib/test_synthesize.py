@@ -1,4 +1,4 @@
-"""A teacher's answers are judged before they are written, against a real server on this machine."""
+"""A teacher's answers are checked before they are written, against a real server on this machine."""
 
 import json
 from pathlib import Path

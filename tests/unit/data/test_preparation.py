@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import SCHEMA, WORDY, byte_tokenizer, pair, shared
-from formtune.data.cleaning import Example, judge, repair, repair_answer
+from formtune.data.cleaning import Example, check_example, repair, repair_answer
 from formtune.data.datamodule import FormatDataModule, Order
 from formtune.errors import UserError
 from formtune.formats import JsonSchema, ToolCalls
@@ -44,7 +44,7 @@ def tool_rows(count, **more):
         yield {"messages": [user, {"role": "assistant", "tool_calls": [call]}], "tools": [tool], **more}
 
 
-def test_rows_of_tool_calls_are_judged_by_their_tools_and_encoded(data):
+def test_rows_of_tool_calls_are_checked_by_their_tools_and_encoded(data):
     rows = list(tool_rows(60))
     rows[7]["tools"] = [{"name": "other"}]
     rows[8]["tools"] = json.dumps([{"name": "count", "parameters": {"type": "dict"}}])
@@ -125,13 +125,13 @@ def test_inputs_are_repaired_by_the_named_steps_and_answers_never(text, steps, r
     assert [turn["content"] for turn in repair(turns, steps)] == [repaired, " <b> cafÃ© "]
 
 
-def test_rows_are_judged_with_a_reason(task):
+def test_rows_are_checked_with_a_reason(task):
     one, two = '{"n":1,"s":"a"}', '{"n":2,"s":"a"}'
     rows = [("a text", one), (" twice ", one), ("a text", two), ("", one), ("fenced", f"```json\n{one}\n```")]
     turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": c}] for p, c in rows]
     repairs = Counter()
     examples = [Example(messages, f"f:{line}") for line, messages in enumerate(turns, 1)]
-    judged = [judge(example, JsonSchema(SCHEMA), ["edges"], [], repairs) for example in examples]
+    judged = [check_example(example, JsonSchema(SCHEMA), ["edges"], [], repairs) for example in examples]
     assert [getattr(row, "reason", "") for row in judged] == ["", "", "", "empty", "format"]
     assert judged[1].input == "twice" and judged[1].value == {"n": 1, "s": "a"} and repairs == {"edges": 1}
 

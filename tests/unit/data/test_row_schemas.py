@@ -1,4 +1,4 @@
-"""Where each row has its own schema, that schema judges, constrains, groups and describes the row, and no other."""
+"""Where each row has its own schema, that schema checks, constrains, groups and describes the row, and no other."""
 
 import json
 from collections import Counter
@@ -13,7 +13,7 @@ from formtune.audit.findings import audit
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.data import Columns
-from formtune.data.cleaning import Example, Quarantined, judge
+from formtune.data.cleaning import Example, Quarantined, check_example
 from formtune.data.encoded import cache_path, content_hash
 from formtune.data.preparation import load_splits, prompt_rows
 from formtune.data.settings import DataSettings
@@ -143,12 +143,12 @@ def test_an_object_and_its_json_text_are_the_same_schema(value, text):
     assert row_schema(value) == text
 
 
-def test_each_answer_is_judged_repaired_and_quarantined_by_its_own_schema():
+def test_each_answer_is_checked_repaired_and_quarantined_by_its_own_schema():
     rows = [example("q", answer, schema, f"f:{n}") for n, (schema, answer) in enumerate(ANSWERS.items(), 1)]
     rows += [example("q", ANSWERS[NUMBER], COLOR, "f:4"), example("q", '{"n":4}', None, "f:5")]
     rows += [example("q", '{"n":4}', "{oops", "f:6"), example("q", '```json\n{ "n": 4 }\n```', NUMBER, "f:7")]
     repairs = Counter()
-    judged_rows = [judge(row, PER_ROW, [], ["fence", "canonical"], repairs) for row in rows]
+    judged_rows = [check_example(row, PER_ROW, [], ["fence", "canonical"], repairs) for row in rows]
     valid = [row for row in judged_rows if isinstance(row, Example)]
     assert [(e.where, e.target, e.schema) for e in valid] == [
         *((f"f:{n}", answer, schema) for n, (schema, answer) in enumerate(ANSWERS.items(), 1)),
@@ -341,7 +341,7 @@ def test_few_shot_examples_have_the_schema_of_the_row_and_others_only_where_none
     assert shots_by_schema(plain, plain[:2], fixed) == {None: choose_shots(plain, 4, fixed)}
 
 
-def test_the_constant_answer_and_longer_inputs_are_judged_by_the_rows_schema():
+def test_the_constant_answer_and_longer_inputs_are_checked_by_the_rows_schema():
     train = [row(NUMBER)] * 3 + [row(COLOR)]
     assert constant_answer(train, [row(NUMBER), row(COLOR), row(LIST)], PER_ROW) == (1, 3)
     renderer = Renderer(byte_tokenizer())

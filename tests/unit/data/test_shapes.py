@@ -8,7 +8,7 @@ import pytest
 
 from conftest import SCHEMA, pair
 from formtune.data import Columns
-from formtune.data.cleaning import judge
+from formtune.data.cleaning import check_example
 from formtune.data.preparation import load_splits, read_examples
 from formtune.data.settings import DataSettings
 from formtune.data.shapes import serialize
@@ -180,7 +180,7 @@ def test_an_answer_that_the_format_cannot_write_is_refused_by_its_line(tmp_path,
         answers(tmp_path, format, [{"prompt": "a", "completion": first}, {"prompt": "a", "completion": value}])
 
 
-def test_an_answer_that_breaks_the_format_is_written_and_then_judged(tmp_path):
+def test_an_answer_that_breaks_the_format_is_written_and_then_checked(tmp_path):
     [text] = answers(tmp_path, JsonSchema(OPEN), [{"prompt": "a", "completion": {"b": 1}}])
     assert text == '{"b":1}' and JsonSchema(OPEN).check(text).kind == "missing_key"
 
@@ -213,7 +213,7 @@ def test_an_empty_answer_is_kept_if_the_format_allows_it(tmp_path):
     ):
         settings = DataSettings(format, str(tmp_path / "rows.jsonl"))
         examples = read_examples(settings, settings.sources["train"], Counter())
-        judged = [judge(example, format, [], [], Counter()) for example in examples]
+        judged = [check_example(example, format, [], [], Counter()) for example in examples]
         assert [getattr(row, "reason", "") for row in judged] == reasons
 
 

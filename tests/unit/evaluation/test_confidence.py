@@ -20,13 +20,13 @@ from formtune.evaluation.selective import (
     aurc,
     calibration,
     calibration_error,
+    confidences,
     coverage_and_precision,
-    judged,
     selective_risk,
     summary,
     threshold,
 )
-from formtune.evaluation.statistics import wilson
+from formtune.evaluation.statistics import wilson_interval
 from formtune.formats import JsonSchema, Labels, Regex, Tagged
 from formtune.training.run_folder import minimum_confidence
 
@@ -122,7 +122,7 @@ def test_a_threshold_is_the_lowest_that_reaches_the_target_with_one_right_and_on
 def test_what_is_accepted_has_its_coverage_and_interval():
     figures = coverage_and_precision(PAIRS, 0.8)
     assert (figures["accepted"], figures["coverage"], figures["precision"]) == (3, 0.6, 2 / 3)
-    assert figures["interval"] == wilson(2, 3)
+    assert figures["interval"] == wilson_interval(2, 3)
     assert coverage_and_precision(PAIRS, 0.95) == {
         "min_confidence": 0.95, "accepted": 0, "coverage": 0.0, "precision": None, "interval": (0.0, 1.0),
     }  # fmt: skip
@@ -162,14 +162,14 @@ def test_thresholds_come_from_the_validation_rows_and_all_else_from_the_test_row
     figures = summary(validation, test)
     by_target = {one["target"]: one for one in figures["accept"]}
     assert by_target[0.9]["min_confidence"] == 0.8 and by_target[0.9]["accepted"] == 200
-    assert by_target[0.9]["precision"] == 180 / 200 and by_target[0.9]["interval"] == wilson(180, 200)
+    assert by_target[0.9]["precision"] == 180 / 200 and by_target[0.9]["interval"] == wilson_interval(180, 200)
     # 191 of the upper 192 or more: (190 + 1) / (192 + 2) > 0.98, but 193 rows would have 3 wrong ones.
     assert by_target[0.98]["min_confidence"] == 0.8 + 8 / 1000 and by_target[0.98]["precision"] == 180 / 192
     assert by_target[0.995] == {"target": 0.995}, "199 right ones would be needed"
     assert figures["fields"].keys() == {"n", "s"} - {"s"} and figures["fields"]["n"]["right"] == 180 / 201
     assert figures["fields"]["n"] == {"right": 180 / 201, "target": 0.99}, "its confidences are all the same"
-    assert figures["validation_rows"] == 201 and figures["aurc"] == aurc(judged(test))
-    assert judged([dataclasses.replace(test[0], confidence=None)]) == []
+    assert figures["validation_rows"] == 201 and figures["aurc"] == aurc(confidences(test))
+    assert confidences([dataclasses.replace(test[0], confidence=None)]) == []
 
 
 def load(path):
@@ -232,7 +232,7 @@ def test_a_target_precision_takes_the_threshold_of_the_runs_validation_rows(tmp_
     with pytest.raises(UserError, match=needs):
         minimum()
     write_outcomes(tmp_path / "outcomes/validation.jsonl", rows(10))
-    assert minimum() == minimum(ckpt="best") == 0.808 == threshold(judged(rows(10)), 0.98)
+    assert minimum() == minimum(ckpt="best") == 0.808 == threshold(confidences(rows(10)), 0.98)
     with pytest.raises(UserError, match=r"target_precision: no confidence gives 0.999 on the 201 validation rows of"):
         minimum(target=0.999)
     for wrong in ({"run": None}, {"given": 0.9}, {"ckpt": "last"}, {"ckpt": "base"}, {"constrained": True}):

@@ -138,7 +138,7 @@ def test_an_export_holds_its_figures_its_manifest_and_answers_that_compare_reads
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "package"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
-def test_a_quantized_export_is_loaded_in_a_fresh_process_and_judged(run, kind, package):
+def test_a_quantized_export_is_loaded_in_a_fresh_process_and_checked(run, kind, package):
     pytest.importorskip(package, reason="an optional package")
     assert export(run, "--as", kind, "--max_loss", "0.99") == 0
     manifest = verify(run / kind)
@@ -223,7 +223,7 @@ def test_answers_that_lose_the_format_are_refused_with_their_number_and_kept_to_
     assert "falls from" in json.loads((run / "outcomes/merged.json").read_text())["refused"]
 
 
-def test_a_run_that_was_judged_on_some_of_its_test_rows_is_compared_on_them(run):
+def test_a_run_that_was_checked_on_some_of_its_test_rows_is_compared_on_them(run):
     path = run / "outcomes/after.jsonl"
     lines = path.read_text().splitlines(keepends=True)[1::2]
     path.write_text("".join(lines))
@@ -237,7 +237,7 @@ def test_a_loss_that_is_no_share_is_refused(run, capsys, share):
 
 
 @pytest.mark.slow
-def test_a_run_judged_under_constrained_decoding_is_measured_without_before_anything_is_compared_with_it(run, capsys):
+def test_a_run_checked_under_constrained_decoding_is_measured_without_before_anything_is_compared_with_it(run, capsys):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"]["constrained"] = True
     (run / "config.yaml").write_text(yaml.safe_dump(config))

@@ -495,7 +495,7 @@ def test_numbers_beyond_a_float_break_no_arithmetic():
         (Tagged(["think", "answer"]), "<think>a</think>\n<answer>b</answer>", "ok", "", True),
     ],
 )
-def test_texts_that_are_not_json_are_judged_alike(format, text, kind, detail, loose):
+def test_texts_that_are_not_json_are_checked_alike(format, text, kind, detail, loose):
     verdict = format.check(text)
     assert (verdict.kind, verdict.loose) == (kind, loose) and verdict.detail.startswith(detail), verdict.detail
 
@@ -660,7 +660,7 @@ def test_objects_in_an_array_without_order_are_equal_whatever_the_order_of_their
     assert verdict.kind == "ok" and verdict.content.matched == 3
 
 
-def test_a_long_array_of_alternatives_is_judged_in_time():
+def test_a_long_array_of_alternatives_is_checked_in_time():
     format = JsonSchema({"type": "array", "items": {"anyOf": [{"const": [i]} for i in range(40)]}})
     started = time.process_time()
     assert format.check(json.dumps([[39]] * 12_000)).kind in ("ok", "bad_value_form")

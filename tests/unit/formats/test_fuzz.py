@@ -195,7 +195,7 @@ DOCUMENTS = st.recursive(
 @example({"properties": {}, "$id": {}}, [None])
 @SETTINGS
 @given(SCHEMAS | VALUES, st.lists(DOCUMENTS, max_size=4))
-def test_a_schema_is_refused_or_judges_as_the_reference_does(schema, documents):
+def test_a_schema_is_refused_or_checks_as_the_reference_does(schema, documents):
     started = time.process_time()
     try:
         format = JsonSchema(schema)  # type: ignore[arg-type]

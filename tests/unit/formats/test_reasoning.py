@@ -1,4 +1,4 @@
-"""Reasoning, and then an answer that its own format judges."""
+"""Reasoning, and then an answer that its own format checks."""
 
 import json
 
@@ -46,7 +46,7 @@ JSON = Reasoning(JsonSchema(SCHEMA))
         (Reasoning(JsonSchema(SCHEMA), "[R]", "[/R]"), TARGET, "extra_text", "'<think>", False),
     ],
 )
-def test_the_answer_after_the_reasoning_is_judged_by_its_own_format(format, text, kind, detail, loose):
+def test_the_answer_after_the_reasoning_is_checked_by_its_own_format(format, text, kind, detail, loose):
     target = f"{format.open}{format.close}{ANSWER}"
     verdict = format.check(text, target=target)
     assert (verdict.kind, verdict.loose) == (kind, loose) and verdict.detail.startswith(detail), verdict

@@ -1,4 +1,4 @@
-"""Calls are judged by the row's own tools, in the syntax of the chat template."""
+"""Calls are checked by the row's own tools, in the syntax of the chat template."""
 
 import json
 import time

@@ -18,7 +18,7 @@ from scipy import stats
 
 from formtune.cli import main
 from formtune.evaluation.outcomes import Outcome, field_f1, read_outcomes, write_outcomes
-from formtune.evaluation.statistics import wilson
+from formtune.evaluation.statistics import wilson_interval
 from formtune.report.comparison import read_runs
 from formtune.report.paired_tests import (
     Difference,
@@ -51,7 +51,7 @@ def counts(rows):
 @given(COUNTS)
 def test_wilson_is_the_closed_formula_and_holds_the_rate(count):
     k, n = count
-    low, high = wilson(k, n)
+    low, high = wilson_interval(k, n)
     if not n:
         assert (low, high) == (0, 1)
         return
@@ -60,13 +60,15 @@ def test_wilson_is_the_closed_formula_and_holds_the_rate(count):
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     assert (low, high) == pytest.approx((centre - half, centre + half), abs=1e-12)
     assert 0 <= low <= p <= high <= 1
-    assert wilson(n - k, n) == pytest.approx((1 - high, 1 - low))
+    assert wilson_interval(n - k, n) == pytest.approx((1 - high, 1 - low))
 
 
 def test_wilson_holds_the_true_rate_in_19_of_20_test_sets():
     rows, rate = 330, 0.97
     held = sum(
-        stats.binom.pmf(k, rows, rate) for k in range(rows + 1) if wilson(k, rows)[0] <= rate <= wilson(k, rows)[1]
+        stats.binom.pmf(k, rows, rate)
+        for k in range(rows + 1)
+        if wilson_interval(k, rows)[0] <= rate <= wilson_interval(k, rows)[1]
     )
     assert held == pytest.approx(0.95, abs=0.02)
 

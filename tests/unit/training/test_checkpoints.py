@@ -16,7 +16,7 @@ from formtune.formats import JsonSchema
 from formtune.model import FormatModule
 from formtune.training.callbacks import OverfittingWatch
 from formtune.training.checkpoint import steps
-from formtune.training.validations import Validation, best, contenders, reason
+from formtune.training.validations import Validation, best, can_still_win, reason
 
 ROWS = 119
 
@@ -41,7 +41,7 @@ EARLY, LATE = measured(125, rows((0, 115)), 22, 0.625), measured(248, rows((5, 1
 
 def test_two_rows_less_that_are_noise_do_not_beat_21_more_right_answers():
     assert (EARLY.exact, LATE.exact) == (115, 113)
-    assert best([EARLY, LATE]) == LATE and contenders([EARLY, LATE]) >= {248}
+    assert best([EARLY, LATE]) == LATE and can_still_win([EARLY, LATE]) >= {248}
     assert reason([EARLY, LATE]) == (
         "best checkpoint: step 248 (43 of 119 right, 113 valid); most valid: step 125 (22 right, 115 valid); "
         "most right: the same; lowest loss: step 125 (22 right, 115 valid); last: the same"
@@ -80,18 +80,18 @@ def test_the_candidates_are_a_set_and_not_a_chain():
 def test_a_later_reference_brings_back_what_was_behind():
     right = measured(1, rows((0, 100)), 50)
     behind = measured(2, rows((4, 105)), 40)  # more valid rows, less right
-    assert best([right, behind]) == right and contenders([right, behind]) == {1, 2}
+    assert best([right, behind]) == right and can_still_win([right, behind]) == {1, 2}
     later = measured(3, rows((0, 103)), 30)  # 100 rows of it are those of the first: 3 > sqrt(3), and 2 < sqrt(6)
     assert best([right, behind, later]) == behind
-    assert contenders([right, behind, later]) >= {2}
+    assert can_still_win([right, behind, later]) >= {2}
 
 
 def test_nan_is_never_best_and_without_finite_figures_there_is_no_best():
     nan = measured(1, first(119), 99, loss=math.nan)
-    assert best([nan]) is None and contenders([nan]) == set() and best([]) is None
+    assert best([nan]) is None and can_still_win([nan]) == set() and best([]) is None
     assert reason([nan]) == "no best checkpoint: no validation had a finite loss"
     good = measured(2, first(1), 0, 0.0, 3.0)
-    assert best([nan, good]) == best([good, nan]) == good and contenders([nan, good]) == {2}
+    assert best([nan, good]) == best([good, nan]) == good and can_still_win([nan, good]) == {2}
     assert best([measured(1, 1, f1=math.nan), good]) == good
 
 
@@ -121,7 +121,7 @@ def history_of(rng, size, validations):
 
 
 def test_the_best_of_all_is_always_among_the_kept_and_what_was_removed_is_never_needed():
-    """`contenders` leaves out none that can win.
+    """`can_still_win` leaves out none that can win.
 
     Let the reference have t valid rows now; a later one has r >= t. A checkpoint A with a valid rows cannot be the best,
     now or later, if another checkpoint B, with b valid rows, comes before A in the order and is a candidate whenever A
@@ -141,7 +141,7 @@ def test_the_best_of_all_is_always_among_the_kept_and_what_was_removed_is_never_
     for _ in range(1500):
         history, kept = history_of(rng, rng.choice([5, 8, 20, 119]), 12), set()
         for seen in range(1, len(history) + 1):
-            needed = contenders(history[:seen])
+            needed = can_still_win(history[:seen])
             assert needed <= kept | {seen}
             kept, winner = needed, best(history[:seen])
             assert winner is None or winner.step in kept
@@ -154,7 +154,7 @@ def test_no_reference_that_can_be_measured_later_makes_a_removed_checkpoint_the_
     wins = 0
     for _ in range(150):
         history = history_of(rng, 7, 5)
-        kept, now = contenders(history), best(history)
+        kept, now = can_still_win(history), best(history)
         for valid in range(2**7):
             winner = best([*history, measured(99, valid, 0, 0.0, 9.0, 7)])
             assert winner.step in kept | {99}
@@ -170,7 +170,7 @@ def test_few_are_kept_of_a_long_run_that_has_nothing_left_to_learn():
         for step in range(1, 61):
             valid = sum(1 << row for row in range(ROWS) if rng.gauss(0, 0.5) > hard[row])
             history.append(measured(step, valid, rng.randrange(60, 70), rng.random()))
-            most = max(most, len(contenders(history)))
+            most = max(most, len(can_still_win(history)))
         assert most <= 10
 
 
@@ -195,7 +195,7 @@ def test_the_rows_are_in_the_order_of_the_file_whichever_process_has_them(monkey
         state=SimpleNamespace(fn="validate"), is_global_zero=False,
     )  # fmt: skip
     for numbers, others in (([1, 2, 3, 4, 5, 6, 7], []), ([7, 3, 1, 5], [6, 4, 2]), ([], [2, 1, 3, 7, 6, 5, 4])):
-        module = SimpleNamespace(trainer=trainer, _judged=[(n, verdicts[n]) for n in numbers])
+        module = SimpleNamespace(trainer=trainer, _checked=[(n, verdicts[n]) for n in numbers])
         monkeypatch.setattr(
             "formtune.model.module.all_gather", lambda _, part, others=others: [(n, verdicts[n]) for n in others] + part
         )

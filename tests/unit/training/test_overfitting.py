@@ -21,7 +21,7 @@ from formtune.formats import JsonSchema
 from formtune.model import FormatModule, Lora
 from formtune.training import checkpoint
 from formtune.training.callbacks import OverfittingWatch
-from formtune.training.diagnosis import LASTING, diagnose, should_stop
+from formtune.training.diagnosis import PATIENCE, diagnose, should_stop
 from formtune.training.validations import Validation, reason
 
 
@@ -110,7 +110,7 @@ def test_a_loss_too_low_to_matter_is_not_compared():
 def test_not_learning_and_too_early():
     flat = [2.0, 1.999, 2.001, 2.0, 1.998]
     assert diagnose(history(flat, flat)).text == "not learning: neither loss has fallen in 5 validations"
-    assert [kind(flat[:n], flat[:n]) for n in (1, 2, 3, 4)] == ["too early"] * LASTING + ["not learning"]
+    assert [kind(flat[:n], flat[:n]) for n in (1, 2, 3, 4)] == ["too early"] * PATIENCE + ["not learning"]
 
 
 def test_a_run_that_rises_on_validation_rows_from_the_start_is_overfitting():
@@ -275,7 +275,7 @@ class Half(L.Callback):
             text = ("no JSON", row.target, '{"n":-1,"s":""}')[row.number % 3]
             return outcome(row, text, pl_module.format.check(text, target=row.target), pl_module.format)
 
-        pl_module._judge = lambda rows, decoded: [(row.number, judge(row)) for row in rows]
+        pl_module._check = lambda rows, decoded: [(row.number, judge(row)) for row in rows]
 
 
 @pytest.mark.slow
