@@ -98,7 +98,7 @@ def main() -> None:
     if args.share == "nothing":
         from formtune.model import packing
 
-        packing.GAIN = float("inf")
+        packing.MIN_SAVED = float("inf")
     module = (ConstantRate if args.constant else FormatModule)(
         base=args.model,
         format=JsonSchema({"type": "object"}),

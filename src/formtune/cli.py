@@ -104,6 +104,6 @@ def _run(args: list[str]) -> int:
         check_configs(args)
         return importlib.import_module(COMMANDS[name].module).run(name, rest) or 0
     else:
-        near = did_you_mean(name, COMMANDS) or f"; put one of these first: {', '.join(COMMANDS)}"
+        near = did_you_mean(name, COMMANDS) or f"; the first word must be a command: {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {name!r}{near}")
     return 0

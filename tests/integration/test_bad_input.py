@@ -247,7 +247,7 @@ def test_prompts_longer_than_the_context_are_refused_by_their_line(work, record_
 SCHEMAS = [
     (29, "schema with an unknown type", {"type": "strng"}, ["schema.json: $.type: not a JSON Schema", "'strng' is not one of"]),
     (29, "schema with a mistyped keyword", {"requierd": ["a"]}, ["$.requierd: not a keyword", "did you mean 'required'?"]),
-    (29, "schema that is a list", [], ["schema.json: expected an object as schema"]),
+    (29, "schema that is a list", [], ["schema.json: the schema must be a JSON object"]),
     (29, "schema that accepts everything", {"$schema": "http://json-schema.org/draft-07/schema#"}, ["the schema checks nothing"]),
     (29, "schema whose $schema is a number", {"$schema": 7}, ["schema.json: "]),
     (30, "remote $ref", {"$ref": "https://example.com/x.json"}, ["points to nothing in the schema; copy what it names"]),

@@ -222,9 +222,9 @@ HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "numpy")
         (
             ["quux"],
             2,
-            "unknown command 'quux'; put one of these first: init, audit, train, fit, validate",
+            "unknown command 'quux'; the first word must be a command: init, audit, train, fit, validate",
         ),
-        (["-c", "small.yaml", "fit"], 2, "unknown command '-c'; put one of these first: init"),
+        (["-c", "small.yaml", "fit"], 2, "unknown command '-c'; the first word must be a command: init"),
         (["train", "-c"], 2, "-c: name the YAML of a task"),
         (["train", "-c", "gone.yaml"], 2, "gone.yaml: No such file"),
         (["train", "--config=broken.yaml"], 2, "broken.yaml:1: not valid YAML"),

@@ -55,7 +55,7 @@ class FormtuneCLI(LightningCLI):
     """Runs the Lightning commands from one YAML per task, with overrides on the command line."""
 
     def __init__(self, args: list[str], signals: Signals) -> None:
-        self.words, self.signals = args, signals
+        self.argv, self.signals = args, signals
         full_keys = {"allow_abbrev": False}  # a mistyped key could be an abbreviation of another
         command, description = args[0], COMMANDS[args[0]].description
         super().__init__(
@@ -83,7 +83,7 @@ class FormtuneCLI(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Only the command that is called: a parser takes about 0.1 seconds to build."""
         loaders = {"datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
-        return {self.words[0]: loaders | {"model", "ckpt_path", "weights_only", "verbose", "return_predictions"}}
+        return {self.argv[0]: loaders | {"model", "ckpt_path", "weights_only", "verbose", "return_predictions"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
@@ -125,10 +125,13 @@ class FormtuneCLI(LightningCLI):
         for key in ("task", "run"):
             if leaves_folder(config[key] or "."):
                 raise UserError(f"{key}: {config[key]} is a path; give a name")
-        self.full: dict[str, Any] = {}  # values without --quick, for the next command
+        self.without_quick: dict[str, Any] = {}  # values without --quick, for the next command
         if config.quick:
             most = config.data.max_evaluation_rows
-            self.full = {"baselines": f"[{','.join(config.baselines)}]", "data.max_evaluation_rows": most or "null"}
+            self.without_quick = {
+                "baselines": f"[{','.join(config.baselines)}]",
+                "data.max_evaluation_rows": most or "null",
+            }
             config.baselines, config.data.max_evaluation_rows = [], min(most or QUICK_ROWS, QUICK_ROWS)
         take_settings(config.model)
         trainer_checks.complete_trainer(config.trainer)
@@ -150,7 +153,7 @@ class FormtuneCLI(LightningCLI):
         external = trainer_checks.launched_externally()
         if launched is None and config.run is None and external:
             raise UserError("run: processes from torchrun or srun must agree on a folder; name it with --run")
-        # Of processes from torchrun, a slow one could see the run that rank 0 has just begun.
+        # Under torchrun only rank 0 chooses: a slower rank would find the run that rank 0 has just created.
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         if launched is None and (config.resume or not external or rank == "0"):
             config.run = choose_run(LOGS / config.task, config.run, config.resume, lambda: self._dump(config))
@@ -160,8 +163,8 @@ class FormtuneCLI(LightningCLI):
         config.data.date = config.data.date or self.folder.date or today()  # the day on which the run began
         self.checkpoint = newest(self.folder.path / "checkpoints")
         options = {"--run": ["--run", config.run], "--resume": ["--resume"]}
-        words = [word for name, option in options.items() if name not in self.words for word in option]
-        self.signals.remedy = f"continue with: {shlex.join(['formtune', *self.words, *words])}"
+        words = [word for name, option in options.items() if name not in self.argv for word in option]
+        self.signals.remedy = f"continue with: {shlex.join(['formtune', *self.argv, *words])}"
 
     def _choose_weights(self, config: Namespace, files: list[Path]) -> None:
         run = self.run = measured_run(files, LOGS / config.task / config.run if config.run else None)
@@ -172,9 +175,9 @@ class FormtuneCLI(LightningCLI):
         if self.checkpoint or config.ckpt_path == "base":
             config.model.adapter = None
         untuned = f"adapter {config.model.adapter}" if config.model.adapter else "untuned base"
-        self.measured = str(self.checkpoint or untuned)
+        self.evaluated = str(self.checkpoint or untuned)
         best = ", the run's best checkpoint" if self.checkpoint and config.ckpt_path in (None, "best") else ""
-        rank_zero_only(print)(f"evaluating: {self.measured}{best}", flush=True)
+        rank_zero_only(print)(f"evaluating: {self.evaluated}{best}", flush=True)
         config.trainer.default_root_dir = str(LOGS / config.task)
         if config.target_precision is not None and self.subcommand == "predict":
             config.min_confidence = minimum_confidence(config, run)
@@ -233,7 +236,7 @@ class FormtuneCLI(LightningCLI):
         with self.folder.locked() if writes else contextlib.nullcontext():
             result = train(
                 trainer, model, datamodule, self.folder, self._final_config, baselines, config.baseline_rows,
-                self.checkpoint, self.full, next_step, optional("report.report", "write_report"),
+                self.checkpoint, self.without_quick, next_step, optional("report.report", "write_report"),
             )  # fmt: skip
         if writes and result:
             print_result(result, self.folder.path)
@@ -252,7 +255,7 @@ class FormtuneCLI(LightningCLI):
         rows = model.counts["format/exact"][1]
         result = {"result": model.evaluation, "counts": {"result": model.counts}, "rows": rows}
         split = "validation" if self.subcommand == "validate" else "test"
-        rank_zero_only(print_result)(result, None, split, self.measured)
+        rank_zero_only(print_result)(result, None, split, self.evaluated)
         words = "train -c TASK.yaml"
         if self.checkpoint:
             named = self.config[self.subcommand].ckpt_path
@@ -272,10 +275,10 @@ class FormtuneCLI(LightningCLI):
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise UserError(f"answers: {path} is a folder, or its folder is not writable")
         self.trainer.predict(model, datamodule, return_predictions=False, ckpt_path=self.checkpoint)
-        more = {} if self.checkpoint else {"model": self.measured}
+        more = {} if self.checkpoint else {"model": self.evaluated}
         if self.trainer.is_global_zero:
             files = write_answers(path, model.outcomes, config.min_confidence, more).items()
-            print(f"answers of {self.measured}: {', '.join(f'{count:,} in {file}' for file, count in files)}")
+            print(f"answers of {self.evaluated}: {', '.join(f'{count:,} in {file}' for file, count in files)}")
             print("next: look at answers with an invalid format or a low confidence; --min_confidence separates them")
 
     def _final_config(self) -> str:

@@ -188,7 +188,7 @@ def _usual_style(
     for mixture in mixed:
         usual = next(iter(mixture.forms))
         for form, places in mixture.minority.items():
-            detail = f"{mixture.what} of {mixture.path or 'the answer'}: {form}, most rows have {usual}"
+            detail = f"{mixture.what} of {mixture.path or 'the answer'}: {form} (most rows: {usual})"
             for place in places:
                 details.setdefault(place, detail)
     unusual = []

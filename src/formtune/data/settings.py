@@ -50,8 +50,8 @@ class DataSettings:
         split_column: Column of train that says in which split a row is, in place of shares: train, validation or test.
         clean: Cleaning steps for inputs, here and in `predict`.
         repair_answers: Repairs of answers, made only if the answer then has a valid format.
-        near_duplicates: Minimum Jaccard index of character 5-grams of near-duplicates; 1 leaves only inputs that differ
-            in nothing but case, punctuation and spacing.
+        near_duplicates: Jaccard index of character 5-grams from which two inputs are near-duplicates; with 1, they must
+            be equal up to case, punctuation and spacing.
         bad_rows: If answers break the format, mix styles or are too long: refuse to train, or drop the rows.
         max_synthetic: Maximum share of rows written by models, among the training rows with a `columns.source`.
         max_length: Maximum tokens of prompt and answer together; longer rows are bad rows and never truncated.

@@ -16,7 +16,8 @@ HEADLINES = ("format/exact", "format/loose", "joint/exact", "content/field_f1", 
 def print_result(result: dict[str, Any], folder: Path | None, split: str = "test", measured: str | None = None) -> None:
     """Print the headlines of each evaluation, the worst fields, the failures by kind, and the run's files.
 
-    `result` is as in `metrics.json`, or has one evaluation called `result`, of the model `measured`.
+    `result` is the content of `metrics.json`; for a single evaluation its metrics are under `result`, and `measured`
+    names the weights.
     """
     columns = {name: result[name] for name in (*EVALUATIONS, "result") if name in result}
     first, counts = next(iter(columns.values())), result["counts"]
@@ -42,7 +43,7 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
     training = result["training"]
     files = {"checkpoint": f"checkpoints/step-{training['best_step']}.ckpt", "adapter": "adapter"}
     files |= {"report": "report.html"} if (folder / "report.html").exists() else {}
-    files |= {"figures": "metrics.json", "configuration": "config.yaml"}
+    files |= {"metrics": "metrics.json", "configuration": "config.yaml"}
     echo(f"{training['steps']} steps in {training['seconds']:.0f} s; {training['best_reason']}")
     echo(f"diagnosis: {training['diagnosis']}")
     if training["next"]:

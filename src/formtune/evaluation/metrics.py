@@ -59,7 +59,7 @@ class LossMetrics(Metric):
 
 
 def ratios(counts: Counts) -> dict[str, float]:
-    """Each figure: a number of answers for `fail/*`, else a ratio; 0/0 is NaN without rows, else 0."""
+    """Each figure: a number of answers for `fail/*`, else a ratio; 0/0 is NaN if there are no rows, else 0."""
     none = 0.0 if counts.get("format/exact", (0, 0))[1] else math.nan
     return {
         name: float(count) if name.startswith("fail/") else count / total if total else none

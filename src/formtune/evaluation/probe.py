@@ -7,7 +7,7 @@ from formtune.base.row import Row, quantile
 
 # Only the format is checked: a model trained on short inputs often answers long ones in prose.
 ROWS = 48  # for each length
-LONGER = 1.1  # maximum length of a prompt, as a multiple of the length to try
+MAX_RATIO = 1.1  # maximum length of a prompt, as a multiple of the length to try
 
 
 def probe_lengths(train: Sequence[int], production: Sequence[int], context: int) -> dict[str, int]:
@@ -36,5 +36,5 @@ def probe_rows(
             turns = [*rest, question | {"content": content}, answer]
             conversations.append((turns, row.where, row.schema, row.tools))
         encoded = renderer.encode(conversations)
-        longer[name] = [row for row in encoded if isinstance(row, Row) and len(row.prompt_ids) <= LONGER * tokens]
+        longer[name] = [row for row in encoded if isinstance(row, Row) and len(row.prompt_ids) <= MAX_RATIO * tokens]
     return {name: rows for name, rows in longer.items() if rows}

@@ -69,10 +69,10 @@ def schema_nodes(node: Any, path: str = "$") -> Iterator[tuple[str, dict[str, An
 
 
 def read_draft(schema: Any, name: str) -> tuple[dict[str, Any], list[str]]:
-    """The schema in draft 2020-12 with checked keywords only, and notes on what is not checked; raises UserError."""
+    """The schema as draft 2020-12 with only its checked keywords, and notes on the others; raises UserError."""
     # Nodes are translated in place: no object may be in the schema twice.
     if not isinstance(schema, dict):
-        raise UserError(f"{name}: expected an object as schema, got {schema!r:.40}")
+        raise UserError(f"{name}: the schema must be a JSON object, got {schema!r:.40}")
     draft = re.match(r"https?://json-schema\.org/draft[-/]0?([\d-]+)", str(schema.get("$schema")))
     number = draft[1] if draft else "2020-12"
     root, unchecked = copy.deepcopy(schema), list[str]()
@@ -95,7 +95,7 @@ def _mistakes(schema: dict[str, Any], draft: str) -> Iterator[str]:
         yield f"{error.json_path}: not a JSON Schema ({error.message:.150}{cause})"
     for path, node in schema_nodes(schema):
         if node is not schema and not str(node.get("$id", "#")).startswith("#"):
-            yield f"{path}.$id: an address within a schema is not supported; remove it and refer by #/$defs/name"
+            yield f"{path}.$id: `$id` in a subschema is not supported; remove it and refer by #/$defs/name"
         for key in node:
             if key in _REFUSED and (key, node[key]) != ("nullable", False):
                 yield f"{path}.{key}: not supported; use {_REFUSED[key]}"

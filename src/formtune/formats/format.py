@@ -179,7 +179,7 @@ class Format(ABC):
             extra = Problem("extra_text", f"{(text[:start] or text[end:])[:60]!r} is outside the document")
             if not problems:
                 return True, value, [extra]
-            # A part of a broken document is not the document.
+            # JSON inside a truncated or malformed document does not count.
             if first is None and not re.search(r"[\[{]", text[answer_start(text) : start]):
                 first = True, value, [extra, *problems]
         return first or ((False, None, [Problem("syntax", errors[0])]) if text else empty)

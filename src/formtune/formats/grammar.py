@@ -99,16 +99,16 @@ def learn_orders(values: Iterable[Any]) -> Orders:
     orders: Orders = {}
     stack = [("", value) for value in values]
     while stack:
-        holder, value = stack.pop()
+        parent_key, value = stack.pop()
         if isinstance(value, list):
-            stack += [(holder, item) for item in value]
+            stack += [(parent_key, item) for item in value]
         elif isinstance(value, dict):
             stack += value.items()
-            keys, counts = list(value), orders.setdefault(holder, {})
+            keys, counts = list(value), orders.setdefault(parent_key, {})
             for key, following in pairwise(keys):
                 after = counts.setdefault(key, {})
                 after[following] = after.get(following, 0) + 1
-    return {holder: counts for holder, counts in orders.items() if len(counts) <= MAX_NAMES}
+    return {parent_key: counts for parent_key, counts in orders.items() if len(counts) <= MAX_NAMES}
 
 
 class OrderedRules:
@@ -153,20 +153,20 @@ class OrderedRules:
         objects: dict[int, tuple[dict[str, Any], Counter[tuple[str, str]]]] = {}
         seen, stack = set[tuple[int, str]](), [(self._root, "")]
         while stack:
-            node, holder = stack.pop()
-            if not isinstance(node, dict) or (id(node), holder) in seen:
+            node, parent_key = stack.pop()
+            if not isinstance(node, dict) or (id(node), parent_key) in seen:
                 continue
-            seen.add((id(node), holder))
-            stack += [(inner, holder) for inner in self._same_place(node)]
+            seen.add((id(node), parent_key))
+            stack += [(inner, parent_key) for inner in self._same_place(node)]
             stack += [(inner, key) for key, inner in node.get("properties", {}).items()]
             if node.get("properties"):
                 pairs = objects.setdefault(id(node), (node, Counter()))[1]
-                for key, following in (orders or {}).get(holder, {}).items():
+                for key, following in (orders or {}).get(parent_key, {}).items():
                     pairs.update({(key, other): count for other, count in following.items()})
         is_moved = False
         for number, (node, pairs) in objects.items():
             declared = list(node["properties"])
-            keys, agrees = _arranged(declared, pairs)
+            keys, agrees = _majority_order(declared, pairs)
             if len(declared) > 1 and (orders is None or not agrees):
                 self._free.add(number)
             is_moved |= keys != declared
@@ -228,12 +228,12 @@ class OrderedRules:
         return f'"{{" {name}key::0x0 "}}"' + ("" if required else ' | "{" "}"')
 
     def _array(self, node: dict[str, Any]) -> str:
-        fewest, most = int(node.get("minItems", 0)), node.get("maxItems", "")
-        if most != "" and most < max(fewest, 1):
+        min_items, max_items = int(node.get("minItems", 0)), node.get("maxItems", "")
+        if max_items != "" and max_items < max(min_items, 1):
             return ""
-        count = f"{max(fewest - 1, 0)},{most and int(most) - 1}"
+        count = f"{max(min_items - 1, 0)},{max_items and int(max_items) - 1}"
         item = self._rule(node["items"])
-        return f'OPEN {item} (COMMA {item}){{{count}}} "]"' + ("" if fewest else ' | OPEN "]"')
+        return f'OPEN {item} (COMMA {item}){{{count}}} "]"' + ("" if min_items else ' | OPEN "]"')
 
     def _json(self, node: Any) -> str:
         if not isinstance(node, dict):
@@ -245,7 +245,7 @@ class OrderedRules:
         return f"%json {text}"
 
 
-def _arranged(keys: list[str], pairs: Pairs) -> tuple[list[str], bool]:
+def _majority_order(keys: list[str], pairs: Pairs) -> tuple[list[str], bool]:
     """The keys in the order of most pairs, unchanged if these contradict; and whether all pairs have that order."""
     counts = {(a, b): count for (a, b), count in pairs.items() if a in keys and b in keys}
     majority = {(a, b) for (a, b), count in counts.items() if count > counts.get((b, a), 0)}

@@ -18,7 +18,7 @@ from formtune.formats.bounded import bounded_validator, time_limit
 from formtune.formats.dialect import KEYWORDS, TYPES, read_draft
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
 from formtune.formats.grammar import OrderedRules, Orders, closed
-from formtune.formats.places import Part, Places, is_array, is_label
+from formtune.formats.places import Places, Subschema, is_array, is_label
 from formtune.formats.strict_json import find_documents, loads_strict, value_spans
 
 MAX_CHARACTERS = 2_000_000  # of a schema's file
@@ -67,7 +67,7 @@ class JsonSchema(Format):
             paths = ", ".join(sorted(unknown))
             raise UserError(f"data.format.sets, derived: {name} declares no array, or no value, at {paths}")
 
-    def _adopt(self, schema: Any, name: str) -> list[tuple[str, list[Part], bool]]:
+    def _adopt(self, schema: Any, name: str) -> list[tuple[str, list[Subschema], bool]]:
         """Set the schema to validate with; returns its places, see `Places.paths`."""
         self.schema, keys = unwrap(schema)
         self.per_row = False

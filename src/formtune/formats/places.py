@@ -12,7 +12,7 @@ MAX_WAYS = 1000  # of combining alternatives at one place; each union multiplies
 _ANY = object()  # stands for any value
 _CHILDREN = ("properties", "prefixItems", "items")
 
-Part = dict[str, Any]
+Subschema = dict[str, Any]
 Ordered = tuple[int, bool, Any]  # number of undeclared keys, whether keys were moved, and the value in order
 
 
@@ -25,7 +25,7 @@ class Places:
 
     def paths(
         self, nodes: Sequence[Any], path: str = "", above: frozenset[int] = frozenset(), in_array: bool = False
-    ) -> Iterator[tuple[str, list[Part], bool]]:
+    ) -> Iterator[tuple[str, list[Subschema], bool]]:
         """Every dotted path that may hold a value, some twice: its parts, and whether it is within an array."""
         parts = self._parts(nodes)
         new = [part for part in parts if id(part) not in above]
@@ -49,8 +49,8 @@ class Places:
         # Parts come from top to bottom, with one valid alternative of each union; llguidance writes the same order.
         return self._ordered(value, [self._root], {})[2]
 
-    def _parts(self, nodes: Sequence[Any]) -> list[Part]:
-        parts: dict[int, Part] = {}
+    def _parts(self, nodes: Sequence[Any]) -> list[Subschema]:
+        parts: dict[int, Subschema] = {}
         stack = [*reversed(nodes)]
         while stack:
             node = stack.pop()
@@ -59,7 +59,7 @@ class Places:
                 stack += reversed([option for options in self._added(node, _ANY) for option in options or ()])
         return [*parts.values()]
 
-    def _added(self, node: Part, value: Any) -> Iterator[Sequence[Any] | None]:
+    def _added(self, node: Subschema, value: Any) -> Iterator[Sequence[Any] | None]:
         """For each keyword that adds parts: the parts of which one applies to `value`; None for the node itself."""
         first = next((key for key in _CHILDREN if key in node), None)
         for key, inner in node.items():
@@ -79,13 +79,13 @@ class Places:
     def _holds(self, node: Any, value: Any) -> bool:
         return value is _ANY or self._validator.evolve(schema=node).is_valid(value)
 
-    def _ways(self, node: Any, value: Any) -> list[list[Part]]:
+    def _choices(self, node: Any, value: Any) -> list[list[Subschema]]:
         """Each way to choose one alternative of every union: the parts that then apply."""
         seconds_left()
         if not isinstance(node, dict):
             return [[]]
         groups = [
-            [[node]] if options is None else [way for option in options for way in self._ways(option, value)]
+            [[node]] if options is None else [way for option in options for way in self._choices(option, value)]
             for options in self._added(node, value)
         ]
         return [list(chain(*ways)) for ways in islice(product(*groups), MAX_WAYS)]
@@ -95,11 +95,11 @@ class Places:
             return 0, False, value
         place = (id(value), *map(id, nodes))  # alternatives that refer to themselves meet the same place again
         if place not in done:
-            orders = [self._arranged(value, way, done) for way in self._ways({"allOf": nodes}, value)]
+            orders = [self._arranged(value, way, done) for way in self._choices({"allOf": nodes}, value)]
             done[place] = min(orders, key=lambda order: order[:2])
         return done[place]
 
-    def _arranged(self, value: Any, way: list[Part], done: dict[Any, Ordered]) -> Ordered:
+    def _arranged(self, value: Any, way: list[Subschema], done: dict[Any, Ordered]) -> Ordered:
         if isinstance(value, list):
             items = [self._ordered(item, [_item(part, i) for part in way], done) for i, item in enumerate(value)]
             return sum(item[0] for item in items), any(item[1] for item in items), [item[2] for item in items]
@@ -117,21 +117,21 @@ class Places:
         return unknown, moved, {key: order[2] for key, order in inner.items()}
 
 
-def is_array(part: Part) -> bool:
+def is_array(part: Subschema) -> bool:
     return "array" in types(part) or "items" in part or "prefixItems" in part
 
 
-def is_label(part: Part) -> bool:
+def is_label(part: Subschema) -> bool:
     """Whether a part lists the allowed values."""
     allowed = part.get("enum", [part.get("const")])
     return "boolean" in types(part) or any(isinstance(value, str | int | float) for value in allowed)
 
 
-def _is_value(part: Part) -> bool:
+def _is_value(part: Subschema) -> bool:
     """Whether a part describes something other than an object and null."""
     return is_array(part) or is_label(part) or not {"object", "null"}.issuperset(types(part))
 
 
-def _item(part: Part, index: int) -> Any:
+def _item(part: Subschema, index: int) -> Any:
     first = part.get("prefixItems", ())
     return first[index] if index < len(first) else part.get("items", True)

@@ -30,8 +30,8 @@ _PARAMETERS = JsonSchema()
 class ToolCalls(Format):
     """Calls of the row's `tools` as the chat template writes them, and nothing around them.
 
-    Each call names one of the tools, with arguments that its `parameters` allow. The answer to a row without tools is
-    text. The document is a list of objects with `name` and `arguments`, or the text.
+    Each call names one of the tools, with arguments that conform to its `parameters`. The answer to a row without tools
+    is text. The document is a list of objects with `name` and `arguments`, or the text.
 
     Args:
         syntax: How the chat template writes calls: in `<tool_call>` tags (hermes: Qwen), as JSON with `name` and

@@ -155,7 +155,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def difference(expected: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str | None:
-    """The first parameter that only one of two models has, or whose shapes differ; None if there is none."""
+    """The first parameter that only one of two state dicts has, or whose shape differs; None if there is none."""
     shapes = ({(name, tensor.shape) for name, tensor in state.items()} for state in (expected, loaded))
     return min((name for name, _ in set.symmetric_difference(*shapes)), default=None)
 

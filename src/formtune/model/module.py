@@ -55,11 +55,11 @@ class FormatModule(L.LightningModule):
         tokens_per_micro_batch: Maximum tokens of a forward pass, a shared prefix counted once; 16 times as many in
             evaluation, which keeps no activations. Lower it if memory runs out; the result stays the same.
         gradient_checkpointing: Compute activations twice instead of keeping them: less memory, a third slower.
-        compile: Compile the layers with torch.compile: about a minute at the start, then each step is shorter.
+        compile: Compile the layers with torch.compile: about a minute at the start, then faster steps.
         quantize: Load the frozen base in 4 bits (QLoRA, arXiv:2305.14314); needs the extra `qlora`.
         constrained: Use constrained decoding in every evaluation and in `predict`: only tokens that can still lead to a
-            valid format are allowed. Training and losses stay the same. JSON keys come in the order of the training
-            targets, or in any if these differ. Needs the extra `constrained`.
+            valid format are allowed. Training and losses stay the same. JSON keys follow the order of the
+            training targets; if the targets differ, any order is allowed. Needs the extra `constrained`.
         metrics: Custom metrics, each a `torchmetrics.Metric` whose `update` takes answers and targets as two lists of
             strings; logged as `custom/` and the name of the class.
     """

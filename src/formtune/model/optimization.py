@@ -49,10 +49,10 @@ def build_optimizer(
     built._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     schedule, steps = scheduler(built), trainer.estimated_stepping_batches
     if (total := getattr(schedule, "total_steps", steps)) < steps < float("inf"):
-        raise UserError(f"model.scheduler: total_steps is {total}, but the run has {steps} steps; set it to these")
+        raise UserError(f"model.scheduler: total_steps is {total}, but the run has {steps} steps; set it to {steps}")
     if isinstance(schedule, CosineWithWarmup):
         if steps == float("inf"):
-            raise UserError("trainer.max_steps: set it; the learning-rate schedule needs to know the last step")
+            raise UserError("trainer.max_steps: set it; the cosine schedule needs the number of steps")
         schedule.start(int(steps))
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from formtune.base.row import Row
 
-GAIN = 1 / 8  # least share of the tokens that continue a segment: sharing fewer is slower than computing them again
+MIN_SAVED = (
+    1 / 8
+)  # least share of the tokens that continue a segment: sharing fewer is slower than computing them again
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def _lay_out(rows: Sequence[Row], order: list[int], common: list[int]) -> Packed
             return
         shared, first = min(common[a : b - 1]), len(segments)
         saved = (shared - depth) * (b - a - 1)
-        gains = saved > GAIN * (sum(map(len, inputs[a:b])) - shared * (b - a))
+        gains = saved > MIN_SAVED * (sum(map(len, inputs[a:b])) - shared * (b - a))
         if gains:
             add(inputs[a][depth:shared], depth)
         for x, y in pairwise([a, *(i + 1 for i in range(a, b - 1) if common[i] == shared), b]):

@@ -30,15 +30,15 @@ ERRORS = {  # the first that still improves says how much longer to train
 Step = tuple[str, dict[str, Any]]  # what to do, and the keys to change; none if the rows should change
 
 
-def next_step(history: Sequence[Validation], trainer: Any, command: str, full: Mapping[str, Any]) -> str:
-    """What to do after a run of `train` or `fit`, and the command that does it; the keys in `full` undo `--quick`."""
+def next_step(history: Sequence[Validation], trainer: Any, command: str, without_quick: Mapping[str, Any]) -> str:
+    """What to do after `train` or `fit`, and the command that does it; the keys in `without_quick` undo `--quick`."""
     chosen, folder = best(history), Path(trainer.default_root_dir)
     if chosen and chosen.rows - chosen.joint <= FEW_WRONG * chosen.rows:
         what = f"keep the best checkpoint ({chosen.joint} of {chosen.rows} validation rows are right)"
         words = ["export" if command == "train" else "test", str(folder)]
     else:
         what, keys = _change(history, chosen, trainer)
-        keys |= full if keys else {}
+        keys |= without_quick if keys else {}
         words = [command if keys else "audit", "-c", str(folder / "config.yaml")]
         words += [word for key, value in keys.items() for word in (f"--{key}", str(value))]
     return f"{what}: {shlex.join(['formtune', *words])}"

@@ -26,7 +26,7 @@ from formtune.report.failures import MAX_CHARACTERS, MAX_VALUES, failures, slice
 from formtune.report.paired_tests import rate_difference, verdict
 
 POINTS = 100  # of the risk-coverage curve
-WHAT = {"exact": "have a valid format", "joint": "are right"}  # rates of outcomes in words
+IN_WORDS = {"exact": "have a valid format", "joint": "are right"}  # rates of outcomes in words
 PACKAGES = ("torch", "lightning", "transformers", "peft", "tokenizers")
 
 
@@ -71,7 +71,7 @@ def page(run: Run) -> str:
     gallery = failures(run.outcomes["after"], run.format, run.train)
     return render(
         "report/report.html.jinja",
-        **_facts(run),
+        **_template_values(run),
         conclusion=conclusion(run),
         kind_names=KINDS,
         config=yaml.safe_load(run.config),
@@ -88,7 +88,7 @@ def page(run: Run) -> str:
 
 def card(run: Run) -> str:
     """The model card, in Markdown with the metadata that a hub reads."""
-    return render("report/card.md.jinja", **_facts(run))
+    return render("report/card.md.jinja", **_template_values(run))
 
 
 def conclusion(run: Run) -> tuple[bool, str]:
@@ -99,9 +99,9 @@ def conclusion(run: Run) -> tuple[bool, str]:
         worse = "Do not use it" if count < majority * rows else "No better than the majority answer"
         return False, f"{worse}: {count / rows:.1%} of the answers are right, and {constant}."
     parts = []
-    for name, what in WHAT.items():
+    for name, what in IN_WORDS.items():
         count, rows = rate(run.outcomes["after"], name)
-        way, best, _, compared = max(_against(run, name), key=itemgetter(1))
+        way, best, _, compared = max(_comparisons(run, name), key=itemgetter(1))
         parts += [compared, f"{count / rows:.1%} of the answers {what}, against {best:.1%} before ({EVALUATIONS[way]})"]
     form, valid, content, right = parts
     if content in ("better", "worse"):
@@ -115,14 +115,14 @@ def conclusion(run: Run) -> tuple[bool, str]:
 def headline(run: Run) -> list[str]:
     """Whether the tuned model is better than the best prompt and the constrained base: a line for each rate."""
     lines = []
-    for name, what in WHAT.items():
+    for name, what in IN_WORDS.items():
         count, total = rate(run.outcomes["after"], name)
         tuned = rate_text(count, total, f" of the answers {what}")
         if "after_constrained" in run.outcomes:
             tuned += f", {rate_text(*rate(run.outcomes['after_constrained'], name), ' constrained')}"
         against = [
             f"{EVALUATIONS[way]} {before:.1%}{f' of {rows:,} rows' if rows != total else ''} ({compared})"
-            for way, before, rows, compared in _against(run, name)
+            for way, before, rows, compared in _comparisons(run, name)
         ]
         if name == "joint" and (majority := _majority(run)):
             against.append(f"majority answer {majority:.1%}")
@@ -130,7 +130,7 @@ def headline(run: Run) -> list[str]:
     return lines
 
 
-def _against(run: Run, name: str) -> Iterator[tuple[str, float, int, str]]:
+def _comparisons(run: Run, name: str) -> Iterator[tuple[str, float, int, str]]:
     """Each way to use the base: its rate, its rows, and whether the tuned model is better on the rows of both.
 
     They are the best prompt, and the constrained base and the adapter at the start if they were measured.
@@ -148,7 +148,7 @@ def _majority(run: Run) -> float:
     return float(right / rows)
 
 
-def _facts(run: Run) -> dict[str, Any]:
+def _template_values(run: Run) -> dict[str, Any]:
     names = [name for name in EVALUATIONS if name in run.outcomes]
     return {
         "run": run,

@@ -48,9 +48,9 @@ class Timing(Callback):
         batch = model.collate(rows[:EVALUATION_ROWS], evaluation=True)
         few = model.collate(rows[:ROWS], evaluation=True)
         forward, decoded = (self._answer(trainer, model, rows[:ROWS], limit) for limit in (1, TOKENS + 1))
-        # Seconds of a row: many rows that share a prefix compute it once.
-        self.forced = forward / _tokens([few]) * _tokens([batch]) / len(batch.rows)
-        self.token = max(decoded - forward, 0.0) / TOKENS / len(few.rows)
+        # Per row of a full batch, whose rows share a prefix that is computed once.
+        self.seconds_per_row = forward / _tokens([few]) * _tokens([batch]) / len(batch.rows)
+        self.seconds_per_token = max(decoded - forward, 0.0) / TOKENS / len(few.rows)
 
     def _train(self, trainer: Any, model: Any, batches: Sequence[Any]) -> float:
         started = _now()
@@ -91,9 +91,9 @@ def plan(
     validated = min(len(rows["validation"]), int(sum(trainer.num_val_batches)) * EVALUATION_ROWS)
     sizes = [len(row.target_ids) for row in rows["train"]]
     # An untuned base rarely ends its answers; a tuned model decodes few tokens after its first mismatch.
-    untuned = timing.forced + untuned_limit(model, max(sizes)) * timing.token
-    tuned = timing.forced + quantile(sizes, 50) / 2 * timing.token
-    seconds = {"training": steps * timing.step + validations * validated * (timing.forced + tuned)}
+    untuned = timing.seconds_per_row + untuned_limit(model, max(sizes)) * timing.seconds_per_token
+    tuned = timing.seconds_per_row + quantile(sizes, 50) / 2 * timing.seconds_per_token
+    seconds = {"training": steps * timing.step + validations * validated * (timing.seconds_per_row + tuned)}
     if baselines is not None:
         measured = ["zero-shot", *baselines, *(["adapter"] if model.adapter else [])]
         seconds["baselines"] = (len(measured) * min(max_rows, tested) + validated) * untuned

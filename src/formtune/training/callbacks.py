@@ -105,7 +105,7 @@ class OverfittingWatch(Callback):
 
 
 class Signals(Callback):
-    """In training, lets the current step finish; otherwise, and at a second Ctrl-C, stops at once."""
+    """Stops a run on a signal: in training after the step, which is saved; else, or at a second Ctrl-C, at once."""
 
     def __init__(self) -> None:
         self.remedy = ""  # how to continue, for the last line
@@ -141,7 +141,7 @@ class Signals(Callback):
         self._in_loop = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.install()  # again: Lightning has just installed handlers that communicate and kill
+        self.install()  # again: Lightning has just replaced them
         self._in_loop = True
 
     # An evaluation has nothing to save and its batches can take minutes, so a single process stops at once.
@@ -162,7 +162,7 @@ class Signals(Callback):
 class StepsBar(TQDMProgressBar):
     """One line: steps, rows, training loss, and the time left at the mean speed so far, validations included.
 
-    Where nothing can be drawn, as in a file, a line is printed every 50 steps.
+    If the output is not a terminal, a line is printed every 50 steps.
     """
 
     BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} rows |{bar}| {elapsed}"

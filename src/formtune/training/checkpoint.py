@@ -29,7 +29,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     Args:
         every_n_seconds: Seconds of training between two checkpoints, the most that a killed run loses.
-        save_last: Newest checkpoints to keep; if the newest is damaged, the next one is used.
+        save_last: Number of newest checkpoints to keep; if the newest is damaged, the next one is used.
     """
 
     def __init__(self, every_n_seconds: NonNegativeFloat = 30.0, save_last: PositiveInt = 2) -> None:
@@ -77,7 +77,7 @@ class BestCheckpoint(ModelCheckpoint):
         if trainer.fast_dev_run:
             return
         if trainer.is_global_zero and not self.folder.parent.exists():
-            raise Fault(f"{self.folder}: No such file or directory: the run's folder was removed")
+            raise Fault(f"{self.folder}: the run's folder was removed during training")
         self.seconds = time.monotonic() - self._began
         self.stopped = trainer.should_stop and trainer.global_step < trainer.estimated_stepping_batches
         trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt")

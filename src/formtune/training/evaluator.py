@@ -14,7 +14,7 @@ from formtune.data.preparation import production_rows, sample
 from formtune.errors import UserError
 from formtune.evaluation import baselines as prompting
 from formtune.evaluation.outcomes import EVALUATIONS, Outcome, rate, write_outcomes
-from formtune.evaluation.probe import LONGER, probe_lengths, probe_rows
+from formtune.evaluation.probe import MAX_RATIO, probe_lengths, probe_rows
 from formtune.evaluation.selective import confidences, summary
 from formtune.files import read_entry, write_entry
 from formtune.model import FormatModule
@@ -92,14 +92,14 @@ class Evaluator:
         validation = self._test("tuned, on the validation rows", rows, Decoding(logged=False))
         if self._writes:
             write_outcomes(self.folder / "outcomes" / "validation.jsonl", validation)
-            if confidences(self.outcomes["after"]):  # not for answers from a custom callback
+            if confidences(self.outcomes["after"]):  # none if a callback replaced the answers
                 self.result["confidence"] = summary(validation, self.outcomes["after"])
 
     def probe(self) -> list[dict[str, Any]]:
         """Valid format on extended test rows, up to production's P99 and beyond the training rows."""
         production = production_rows(self.settings)
         train, longer = ([len(row.prompt_ids) for row in rows] for rows in (self.train_rows, production))
-        lengths = probe_lengths(train, longer, int((self.model.context - self._longest) / LONGER))
+        lengths = probe_lengths(train, longer, int((self.model.context - self._longest) / MAX_RATIO))
         texts = [row.input for row in production or self.train_rows]
         probes = []
         for name, rows in probe_rows(self.test_rows, texts, lengths, self.settings.renderer).items():

@@ -50,7 +50,7 @@ class LazyMLflow(MLFlowLogger):
 
 
 def make_loggers(names: Name | Sequence[Name], task: str, run: str, step: int | None) -> list[Logger]:
-    """The loggers of a run; a resumed run logs from `step` on again."""
+    """The loggers of a run; a resumed run logs from `step` on."""
     names = [names] if isinstance(names, str) else names
     for name in {"wandb", "mlflow"} & {*names}:
         if find_spec(name) is None:

@@ -37,7 +37,7 @@ def train(
     baselines: Sequence[Baseline] | None,  # what to measure besides the zero-shot base; None only fits
     baseline_rows: int,  # test rows that the baselines are measured on, at most
     checkpoint: Path | None,  # to resume from
-    full: dict[str, Any],  # values without --quick of the keys that it changes; else empty
+    without_quick: dict[str, Any],  # values without --quick of the keys that it changes; else empty
     next_step: Callable[..., str] | None = None,  # what to do after the run, in one line
     report: Callable[[Evaluator], None] | None = None,  # writes the report, from all measurements
 ) -> dict[str, Any] | None:
@@ -60,7 +60,7 @@ def train(
     evaluator.baselines(baselines, baseline_rows)
 
     # Training; the curves start at the untuned base, or the adapter
-    if checkpoint is None and not full:
+    if checkpoint is None and not without_quick:
         trainer.validate(model, datamodule, verbose=False)
     before = time.monotonic() - began
     _fit(trainer, model, datamodule, checkpoint)
@@ -70,7 +70,7 @@ def train(
 
     # The best checkpoint; its adapter is written before the test
     history, checkpoints = callback(trainer, OverfittingWatch).history, callback(trainer, BestCheckpoint)
-    chosen, advice = best(history), next_step(history, trainer, "train", full) if next_step else ""
+    chosen, advice = best(history), next_step(history, trainer, "train", without_quick) if next_step else ""
     if chosen is None:
         raise UserError(f"{reason(history)}; {advice}".removesuffix("; "))
     model.load_state_dict(read(Path(checkpoints.best_model_path))["state_dict"])
@@ -82,7 +82,7 @@ def train(
     # The tuned model on the test rows, and on longer inputs
     evaluator.tuned()
     result = evaluator.result
-    result["probe"] = [] if full else evaluator.probe()
+    result["probe"] = [] if without_quick else evaluator.probe()
     result["rows"] = result["counts"]["after"]["format/exact"][1]
     result["data"] = evaluator.splits.key  # as in audit.json
     result["training"] = origin | {

@@ -107,7 +107,7 @@ def test_a_fixed_format_is_the_format_of_every_row():
 UNREADABLE = {
     "none": (None, "the row has no schema; write it into the column that data.columns.schema names"),
     "no JSON": ('{"type": obj}', "the row's schema: not valid JSON"),
-    "a list": ("[1]", r"expected an object as schema, got \[1\]"),
+    "a list": ("[1]", r"the schema must be a JSON object, got \[1\]"),
     "a file's name": ("schema.json", "the row's schema: not valid JSON"),
     "a typo": ('{"type":"object","propertys":{}}', r"\$.propertys: not a keyword"),
     "nulls of a table": ('{"type":"object","properties":{"a":null}}', "not a JSON Schema"),
@@ -249,7 +249,7 @@ def test_prompts_have_their_schema_and_one_without_is_refused(settings, task):
     rows = prompt_rows(prepared)
     assert [row.schema for row in rows] == list(ANSWERS) and prepared.ignored["prompts"] == {}
     assert [row.messages[0]["content"] for row in rows] == [f"Keep {schema}." for schema in ANSWERS]
-    for bad, reason in ((None, "has no schema"), ("[]x", "not valid JSON"), ([3], "expected an object")):
+    for bad, reason in ((None, "has no schema"), ("[]x", "not valid JSON"), ([3], "must be a JSON object")):
         path = task[1]("bad.jsonl", [*prompts, {"prompt": "p", "schema": bad}])
         with pytest.raises(UserError, match=f"bad.jsonl:4: .*{reason}"):
             prompt_rows(settings([record(0)], prompts=path))

@@ -165,7 +165,7 @@ def test_other_drafts_are_refused_with_what_to_write(draft):
         ({"$dynamicRef": "#x", "$defs": {"x": {"$dynamicAnchor": "x"}}}, r"\$\.\$dynamicRef: not supported; use \$ref"),
         ({"$ref": "#x", "$defs": {"x": {"$anchor": "x"}}}, r"\$\.\$ref: '#x' points to nothing in the schema; copy what it names"),
         ({"$id": "http://a/b", "$ref": "http://a/b#/$defs/x", "$defs": {"x": TEXT}}, "points to nothing in the schema"),
-        ({"$ref": "#/$defs/x", "$defs": {"x": {"$id": "x"}}}, r"\$\.\$defs\.x\.\$id: an address within a schema is not supported"),
+        ({"$ref": "#/$defs/x", "$defs": {"x": {"$id": "x"}}}, r"\$\.\$defs\.x\.\$id: `\$id` in a subschema is not supported"),
     ],
 )  # fmt: skip
 def test_references_that_are_not_pointers_are_refused(schema, message):
@@ -246,7 +246,7 @@ def test_a_schema_is_taken_out_of_the_request_that_holds_it(wrapped, keys):
 def test_a_schema_that_accepts_everything_is_refused(schema):
     with pytest.raises(UserError, match="the schema checks nothing, so any JSON would be valid"):
         JsonSchema(schema)
-    with pytest.raises(UserError, match="expected an object as schema, got True"):
+    with pytest.raises(UserError, match="the schema must be a JSON object, got True"):
         JsonSchema(True)
 
 

@@ -128,7 +128,7 @@ def test_tools_in_other_layouts_are_checked_by_their_own_schema():
 
 @pytest.mark.parametrize("parameters", ["json:JSONDecoder", "/etc/hostname", "per row", ["a"]])
 def test_parameters_are_data_and_neither_a_file_nor_a_class(parameters):
-    with pytest.raises(UserError, match="^the parameters of f: expected an object as schema"):
+    with pytest.raises(UserError, match="^the parameters of f: the schema must be a JSON object"):
         ToolCalls().of_row(json.dumps([{"name": "f", "parameters": parameters}]))
 
 
