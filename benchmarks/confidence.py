@@ -114,7 +114,7 @@ def main() -> None:
         print(f"| {name} | {figure['aurc']:.4f} | {figure['ece']:.1%} |" if "ece" in figure
               else f"| {name} | {figure['aurc']:.4f} | |")  # fmt: skip
     if args.out:
-        args.out.write_text(json.dumps({"rows": len(rows), "figures": figures, "each": rows}, indent=1) + "\n")
+        args.out.write_text(json.dumps({"rows": len(rows), "metrics": figures, "each": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

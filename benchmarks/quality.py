@@ -135,7 +135,7 @@ def train(config: Path, out: Path, seed: int, options: list[str]) -> dict[str, A
 def rows_of_table(folder: Path, seed: int, usage: dict[str, Any]) -> list[str]:
     """A line for each way of asking the model that a run has measured."""
     from formtune.evaluation.outcomes import read_outcomes
-    from formtune.report.comparison import figures
+    from formtune.report.comparison import metrics_of
 
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     lines = []
@@ -144,7 +144,7 @@ def rows_of_table(folder: Path, seed: int, usage: dict[str, Any]) -> list[str]:
         if not path.is_file():
             continue
         outcomes = read_outcomes(path)
-        measured = figures(outcomes)
+        measured = metrics_of(outcomes)
         cells = [
             f"{measured[key]['value']:.1%} ({' to '.join(f'{100 * end:.1f}' for end in measured[key]['interval'])})"
             for key in COLUMNS

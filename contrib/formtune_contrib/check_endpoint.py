@@ -23,7 +23,7 @@ from formtune.evaluation.selective import aurc, calibration_error, confidences
 from formtune.files import LOGS, write_json
 from formtune.formats import KINDS, Format
 from formtune.formats.json_schema import JsonSchema
-from formtune.report.comparison import figures, figures_table
+from formtune.report.comparison import metrics_of, metrics_table
 from formtune_contrib.endpoint import Endpoint
 
 
@@ -68,7 +68,7 @@ def run(command: str, args: list[str]) -> int:
         "endpoint": endpoint.url, "model": endpoint.model, "data": splits.key, "rows": len(outcomes),
         "concurrency": config.concurrency, "constrained": config.constrained,
         "prompts": "same tokens" if endpoint.ids else "same number of tokens",
-        "figures": figures(outcomes),
+        "metrics": metrics_of(outcomes),
         "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
         "confidence": {"aurc": aurc(rated), "calibration_error": calibration_error(rated)} if rated else None,
         "latency_s": {f"P{p}": float(np.percentile(latencies, p)) for p in (50, 95)},
@@ -77,8 +77,8 @@ def run(command: str, args: list[str]) -> int:
     }  # fmt: skip
     write_outcomes(folder / "outcomes" / "after.jsonl", outcomes)
     write_json(folder / "endpoint.json", result)
-    title, column = f"Served model, on {len(rows):,} test rows", {"name": endpoint.model, "figures": result["figures"]}
-    Console().print(figures_table(title, [column]))
+    title, column = f"Served model, on {len(rows):,} test rows", {"name": endpoint.model, "metrics": result["metrics"]}
+    Console().print(metrics_table(title, [column]))
     print(f"prompts: {result['prompts']} as formtune's in every row")
     print("kinds: " + ", ".join(f"{kind} {count:,}" for kind, count in result["kinds"].items()))
     quality = "AURC {aurc:.4f}, expected calibration error {calibration_error:.1%}"
@@ -89,7 +89,7 @@ def run(command: str, args: list[str]) -> int:
     for failed in worst_first(outcomes)[:3]:
         print(f"{failed.where}: {failed.kind}: {failed.detail}\n  target {failed.target!r}\n  answer {failed.answer!r}")
     print(f"answers: {folder / 'outcomes/after.jsonl'} (formtune compare RUN {folder})")
-    exact = result["figures"]["format/exact"]["value"]
+    exact = result["metrics"]["format/exact"]["value"]
     if exact < config.min_exact:
         print(f"format/exact {exact:.1%} is below --min_exact {config.min_exact:.1%}")
     return int(exact < config.min_exact)

@@ -95,8 +95,8 @@ def objections_to(deployment: registry.Deployment, exported: Exported) -> list[s
             remedy = f"run formtune export {exported.folder.parent} first, to evaluate it unconstrained"
             raise UserError(f"the run was evaluated with constrained decoding; {remedy}")
         read_runs([str(exported.outcomes)])  # refuses a missing file
-        figures = exported.outcomes.with_name(f"{exported.folder.name}.json")
-        if figures.is_file() and (reason := json.loads(figures.read_text(encoding="utf-8"))["refused"]):
+        metrics = exported.outcomes.with_name(f"{exported.folder.name}.json")
+        if metrics.is_file() and (reason := json.loads(metrics.read_text(encoding="utf-8"))["refused"]):
             objections.append(f"its export was refused: {reason}")
         if current is None:
             return objections
@@ -105,7 +105,7 @@ def objections_to(deployment: registry.Deployment, exported: Exported) -> list[s
         comparison = compare(read_runs([str(deployment.outcomes(current)), str(exported.outcomes)]))
         print_comparison(comparison)
         for name in IN_WORDS:
-            difference = comparison["runs"][1]["figures"][name]["difference"]
+            difference = comparison["runs"][1]["metrics"][name]["difference"]
             if difference["verdict"] == "worse":
                 objections.append(f"{name} is worse than {current}'s (p = {difference['p']:.2g})")
     except UserError as error:

@@ -26,7 +26,7 @@ def fit(*extra):
     return main(["train", "-c", "small.yaml", "--run", "one", *extra])
 
 
-def test_fit_leaves_an_adapter_that_peft_loads_alone_and_figures_before_and_after(project, base, capsys):
+def test_fit_leaves_an_adapter_that_peft_loads_alone_and_metrics_before_and_after(project, base, capsys):
     assert fit("--trainer.val_check_interval", "2", "--model.optimizer.lr", "0.01") == 0
     run = project / "logs/small/one"
     result = json.loads((run / "metrics.json").read_text())
@@ -49,7 +49,7 @@ def test_fit_leaves_an_adapter_that_peft_loads_alone_and_figures_before_and_afte
     assert f"\n{run} against {run}:before: format/exact " in output
     assert re.search(r"^few rows: \d\d to train on", output, re.M)
     for when, compared in zip(("before", "after"), json.loads(Path("gain.json").read_text())["runs"], strict=True):
-        figures = {name: figure["value"] for name, figure in compared["figures"].items()}
+        figures = {name: figure["value"] for name, figure in compared["metrics"].items()}
         assert figures == pytest.approx({name: result[when][name] for name in figures})
 
     code = (
@@ -70,7 +70,7 @@ def test_fit_leaves_an_adapter_that_peft_loads_alone_and_figures_before_and_afte
     assert float(out.stdout) == pytest.approx(float(tuned(torch.tensor([[5, 6, 7]])).logits.double().sum()))
 
 
-def test_the_best_checkpoint_gives_the_exported_figures_again_and_predict_checks_answers(project, capsys):
+def test_the_best_checkpoint_gives_the_exported_metrics_again_and_predict_checks_answers(project, capsys):
     assert fit() == 0
     run = project / "logs/small/one"
     checkpoint = (

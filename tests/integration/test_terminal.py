@@ -56,7 +56,7 @@ def test_no_word_is_broken_in_the_middle(name, width, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", str(columns))
         SHOWN[name]()
         lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
-        assert all(len(line) <= columns for line in lines if not line.startswith(("next:", "figures:")))
+        assert all(len(line) <= columns for line in lines if not line.startswith(("next:", "metrics:")))
         words.append(
             {
                 word

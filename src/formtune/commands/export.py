@@ -54,17 +54,17 @@ def run(command: str, args: list[str]) -> None:
     from formtune.export.exporter import JUDGED, FinishedRun, export
     from formtune.export.measure import Closeness
 
-    figures = export(FinishedRun(config.run), kind, config.max_loss, **options)
-    print(f"{name}: {target}, {figures['bytes'] / 1e6:,.1f} MB of weights")
-    constrained = figures.get("constrained_tokens_per_second")
-    speed = f"{figures['tokens_per_second']:,.0f} tokens/s"
+    metrics = export(FinishedRun(config.run), kind, config.max_loss, **options)
+    print(f"{name}: {target}, {metrics['bytes'] / 1e6:,.1f} MB of weights")
+    constrained = metrics.get("constrained_tokens_per_second")
+    speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
     speed += f" (constrained: {constrained:,.0f})" if constrained else ""
     print(f"speed: {speed}, one answer, input as long as production's P95")
-    print(f"against the float32 adapter: {Closeness(**figures['closeness'])}")
+    print(f"against the float32 adapter: {Closeness(**metrics['closeness'])}")
     for rate in JUDGED:
-        right, rows, gained, lost = figures[rate].values()
+        right, rows, gained, lost = metrics[rate].values()
         print(f"{rate} {right / rows:.1%} of {rows:,} test rows, {gained} gained, {lost} lost against the run")
     others = "; prompts have the same tokens, so others differ by rounding" if options else ""
-    print(f"{figures['same_answers']:,} of {rows:,} answers are identical to the run's{others}")
+    print(f"{metrics['same_answers']:,} of {rows:,} answers are identical to the run's{others}")
     if "promote" in COMMANDS:  # of an optional package
         print(f"next: formtune promote {config.run} --as {name} --to production, or formtune serve {target}")

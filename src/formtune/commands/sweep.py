@@ -1,4 +1,4 @@
-"""`formtune sweep`: one `formtune train` for each point and seed, their figures, and the chosen point."""
+"""`formtune sweep`: one `formtune train` for each point and seed, their metrics, and the chosen point."""
 
 import contextlib
 import hashlib
@@ -78,8 +78,8 @@ def run(command: str, args: list[str]) -> int:
             # A point with a failed seed would be compared by its successful ones.
             complete = [point for point in measured if point.seeds == len(seeds)]
             chosen, why = choose(complete) if complete else (None, "Nothing chosen: no point has finished all seeds.")
-            figures = [asdict(point) for point in measured]
-            summary = {"points": figures, "chosen": chosen, "reason": why, "seeds": seeds, "failed": failed}
+            metrics = [asdict(point) for point in measured]
+            summary = {"points": metrics, "chosen": chosen, "reason": why, "seeds": seeds, "failed": failed}
             # The configuration last: a folder that has one and no sweep.json is a run.
             (folder / "config.yaml").unlink(missing_ok=True)
             write_json(folder / "sweep.json", summary)
@@ -128,6 +128,6 @@ def _train(runs: Mapping[Path, list[str]], folder: Path, same_rows: bool) -> lis
         if same_rows and len(set(rows.values())) > 1:
             raise UserError(f"{folder}: the rows changed after its first runs; delete it to begin again")
         best, seconds = ended["training"]["best"], ended["training"]["seconds"]
-        figures = f"format/exact {best['exact'] / best['rows']:.1%}, field F1 {best['field_f1']:.1%} on validation"
-        print(f"{path.name}: {figures}, {seconds:.0f} s ({len(rows) + len(failed)}/{len(runs)})", flush=True)
+        metrics = f"format/exact {best['exact'] / best['rows']:.1%}, field F1 {best['field_f1']:.1%} on validation"
+        print(f"{path.name}: {metrics}, {seconds:.0f} s ({len(rows) + len(failed)}/{len(runs)})", flush=True)
     return failed

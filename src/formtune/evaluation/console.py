@@ -32,10 +32,10 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
     custom = [name for name in first if name.startswith("custom/")]
     fields = sorted((name for name in first if name.startswith(FIELD)), key=result.get("after", first).__getitem__)
     fields = fields[:MAX_FIELDS] if len(columns) <= 3 else []  # with five columns they would not fit into 80 characters
-    kinds = [name for name in first if name.startswith("fail/") and any(figures[name] for figures in columns.values())]
+    kinds = [name for name in first if name.startswith("fail/") and any(metrics[name] for metrics in columns.values())]
     ends = ((custom or HEADLINES)[-1], *fields[-1:])
     for name in (*HEADLINES, *custom, *fields, *kinds):
-        cells = [_cell(name, figures[name]) if name in figures else "-" for figures in columns.values()]
+        cells = [_cell(name, metrics[name]) if name in metrics else "-" for metrics in columns.values()]
         table.add_row(name.replace(FIELD, "field "), *cells, end_section=name in ends)
     Console().print(table)
     if folder is None:

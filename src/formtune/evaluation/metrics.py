@@ -13,7 +13,7 @@ from formtune.formats import KINDS, Format
 
 EXACT = torch.float32 if torch.backends.mps.is_available() else torch.double  # Apple GPUs have no float64
 
-Counts = dict[str, tuple[float, int]]  # numerator and denominator of each figure
+Counts = dict[str, tuple[float, int]]  # numerator and denominator of each metric
 
 
 def count(outcomes: Sequence[Outcome], format: Format) -> Counts:
@@ -59,7 +59,7 @@ class LossMetrics(Metric):
 
 
 def ratios(counts: Counts) -> dict[str, float]:
-    """Each figure: a number of answers for `fail/*`, else a ratio; 0/0 is NaN if there are no rows, else 0."""
+    """Each metric: a number of answers for `fail/*`, else a ratio; 0/0 is NaN if there are no rows, else 0."""
     none = 0.0 if counts.get("format/exact", (0, 0))[1] else math.nan
     return {
         name: float(count) if name.startswith("fail/") else count / total if total else none
@@ -68,9 +68,9 @@ def ratios(counts: Counts) -> dict[str, float]:
 
 
 class Scores(nn.Module):
-    """All figures of an evaluation: of the outcomes, the losses and the custom metrics.
+    """All metrics of an evaluation: of the outcomes, the losses and the custom metrics.
 
-    A custom metric is named `custom/` and its class, or the figure's name if `compute` returns several.
+    A custom metric is named `custom/` and its class, or the metric's name if `compute` returns several.
     """
 
     def __init__(self, format: Format, metrics: Sequence[Metric]) -> None:
@@ -84,11 +84,11 @@ class Scores(nn.Module):
 
     @property
     def names(self) -> set[str]:
-        """Names of all figures of a validation except custom metrics, for checks before the run."""
+        """Names of all metrics of a validation except custom metrics, for checks before the run."""
         return {*LossMetrics.names, *count((), self.format)}
 
     def compute(self, outcomes: Sequence[Outcome], local: Sequence[Outcome]) -> tuple[dict[str, float], Counts]:
-        """Every figure, with its counts unless it is custom, from the outcomes of all processes and those of this one.
+        """Every metric, with its counts unless it is custom, from the outcomes of all processes and those of this one.
 
         All metrics are then reset.
         """
@@ -98,7 +98,7 @@ class Scores(nn.Module):
         with torch.inference_mode(False), torch.no_grad(), as_user_error("model.metrics: a metric failed", expected):
             if local:
                 self.custom.update([one.answer for one in local], [one.target for one in local])
-            figures = ratios(counts) | {name: float(value) for name, value in self.custom.compute().items()}
+            metrics = ratios(counts) | {name: float(value) for name, value in self.custom.compute().items()}
             self.custom.reset()
         self.losses.reset()
-        return figures, counts
+        return metrics, counts

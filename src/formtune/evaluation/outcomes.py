@@ -1,4 +1,4 @@
-"""The outcome of each row: one record, from which every figure and comparison is computed."""
+"""The outcome of each row: one record, from which every metric and comparison is computed."""
 
 import io
 import json

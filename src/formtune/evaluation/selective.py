@@ -72,8 +72,8 @@ def coverage_and_precision(rows: Confidences, minimum: float) -> dict[str, Any]:
     """Coverage, and precision with its interval, if answers of at least this confidence are accepted."""
     verdicts = [is_right for confidence, is_right in rows if confidence >= minimum]
     count, right = len(verdicts), sum(verdicts)
-    figures = {"min_confidence": minimum, "accepted": count, "coverage": count / len(rows)}
-    return figures | {"precision": right / count if count else None, "interval": wilson_interval(right, count)}
+    metrics = {"min_confidence": minimum, "accepted": count, "coverage": count / len(rows)}
+    return metrics | {"precision": right / count if count else None, "interval": wilson_interval(right, count)}
 
 
 def summary(validation: Sequence[Outcome], test: Sequence[Outcome]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class FinishedRun:
 
 
 def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict[str, Any]:
-    """Make one kind and return its figures; its folder is kept if it loses at most `max_loss` of the rows."""
+    """Make one kind and return its metrics; its folder is kept if it loses at most `max_loss` of the rows."""
     from peft import PeftConfig
 
     name, tuned = folder_name(kind, **options), run.tuned
@@ -89,27 +89,27 @@ def export(run: FinishedRun, kind: str, max_loss: float, **options: Any) -> dict
         folder = tuned.adapter if kind == "adapter" else make(tuned, kind, Path(scratch), **options)
         if kind == "gguf":
             write_usage(folder, run.exported, tuned.schema, tuned.rows)
-        figures, outcomes = measured(run, kind, folder, max_loss)
+        metrics, outcomes = measured(run, kind, folder, max_loss)
         # Also for refused exports, which have no manifest.
         write_outcomes(run.folder / "outcomes" / f"{name}.jsonl", outcomes)
-        write_json(run.folder / "outcomes" / f"{name}.json", figures)
-        if figures["refused"]:
-            raise UserError(f"--as {name}: refused, {figures['refused']}")
+        write_json(run.folder / "outcomes" / f"{name}.json", metrics)
+        if metrics["refused"]:
+            raise UserError(f"--as {name}: refused, {metrics['refused']}")
         trained, packages = run.exported.manifest, EXTRAS.get(kind, ("", ()))[1]
-        write_manifest(folder, kind, tuned.base, trained["data"], figures, packages, trained.get("training"))
+        write_manifest(folder, kind, tuned.base, trained["data"], metrics, packages, trained.get("training"))
         if kind != "adapter":
             folder.replace(run.folder / name)
-    return figures
+    return metrics
 
 
 def measured(run: FinishedRun, kind: str, folder: Path, max_loss: float) -> tuple[dict[str, Any], list[Outcome]]:
-    """The figures of an export, with the reason if it is refused, and the outcomes of the test rows."""
+    """The metrics of an export, with the reason if it is refused, and the outcomes of the test rows."""
     rows = run.tuned.rows
     closeness, answers, speeds = measure_fresh(run.tuned, kind, folder)
     outcomes = [check_answer(row, answer, run.renderer, run.format) for row, answer in zip(rows, answers, strict=True)]
     pairs = list(zip(outcomes if run.constrained else run.outcomes, outcomes, strict=True))
     broken = run.tuned.bounds(kind).violation(closeness)
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")),
         **speeds,
         "closeness": asdict(closeness),
@@ -120,12 +120,12 @@ def measured(run: FinishedRun, kind: str, folder: Path, max_loss: float) -> tupl
         right = operator.attrgetter(RATES[name])
         changes = Counter((right(a), right(b)) for a, b in pairs)
         count, gained, lost = rate(outcomes, RATES[name])[0], changes[False, True], changes[True, False]
-        figures[name] = {"right": count, "rows": len(rows), "gained": gained, "lost": lost}
+        metrics[name] = {"right": count, "rows": len(rows), "gained": gained, "lost": lost}
         # One row may always be lost: rounding costs one too, and the share of a hundred rows or fewer is less than one.
         if lost - gained > max(1, max_loss * len(rows)):
             fall = f"falls from {count + lost - gained} to {count} of {len(rows)} rows"
-            figures["refused"] = figures["refused"] or f"{name} {fall}, more than --max_loss {max_loss}"
-    return figures, outcomes
+            metrics["refused"] = metrics["refused"] or f"{name} {fall}, more than --max_loss {max_loss}"
+    return metrics, outcomes
 
 
 def merged(tuned: Reference) -> Any:

@@ -67,7 +67,7 @@ class Closeness:
         return f"logits {self.relative_max:.1e} apart, KL {self.kl:.1e}, top-1 {self.top1:.1%}"
 
     def violation(self, closeness: Closeness) -> str | None:
-        """The figures and the bounds if one is broken, also by NaN; else None."""
+        """The metrics and the bounds if one is broken, also by NaN; else None."""
         kept = closeness.relative_max <= self.relative_max and closeness.kl <= self.kl and closeness.top1 >= self.top1
         return None if kept else f"{closeness}; the limits are {self}"
 

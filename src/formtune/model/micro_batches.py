@@ -25,7 +25,7 @@ from formtune.model.loss import Predictions, predict, summed_loss
 class Decoding:
     constrained: bool = False  # constrained decoding, even if `model.constrained` is off
     max_new_tokens: int | None = None  # limit of an answer; None for the model's
-    logged: bool = True  # whether the figures go to the logger
+    logged: bool = True  # whether the metrics go to the logger
     untuned: bool = False  # whether the base answers, without `model.adapter`
 
 

@@ -194,14 +194,14 @@ class FormatModule(L.LightningModule):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        figures = {"train/loss": strategy.reduce(nats, reduce_op="sum") / tokens, "train/learning_rate": rate}
-        figures["train/tokens_per_second"] = all_tokens / (time.perf_counter() - started)
+        metrics = {"train/loss": strategy.reduce(nats, reduce_op="sum") / tokens, "train/learning_rate": rate}
+        metrics["train/tokens_per_second"] = all_tokens / (time.perf_counter() - started)
         if self.skipped:
-            figures["train/skipped_steps"] = float(self.skipped)
-        self.log_dict(figures, prog_bar=True, batch_size=1)
+            metrics["train/skipped_steps"] = float(self.skipped)
+        self.log_dict(metrics, prog_bar=True, batch_size=1)
         # Lightning would log values after step 100 as step 99.
         self.log("step", float(self.trainer.global_step), batch_size=1)
-        return {"loss": figures["train/loss"]}  # for callbacks
+        return {"loss": metrics["train/loss"]}  # for callbacks
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Clip the gradients, or drop them all if one is non-finite."""

@@ -18,7 +18,7 @@ from formtune.evaluation.statistics import wilson_interval
 from formtune.report.paired_tests import f1_difference, f1_interval, rate_difference, verdict
 
 FIELDS = 20  # most frequent fields of rows with their own schemas
-IN_WORDS = ("format/exact", "joint/exact")  # figures in the sentence below the table
+IN_WORDS = ("format/exact", "joint/exact")  # metrics in the sentence below the table
 
 Run = tuple[str, list[Outcome]]  # as named on the command line, and its test rows in the same order for all runs
 
@@ -41,14 +41,14 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
-    """Every figure of every run; those of each further run with their differences from the first."""
+    """Every metric of every run; those of each further run with their differences from the first."""
     first = runs[0][1]
-    columns = [{"name": runs[0][0], "figures": figures(first)}]
-    columns += [{"name": name, "figures": figures(outcomes, first)} for name, outcomes in runs[1:]]
+    columns = [{"name": runs[0][0], "metrics": metrics_of(first)}]
+    columns += [{"name": name, "metrics": metrics_of(outcomes, first)} for name, outcomes in runs[1:]]
     return {"rows": len(first), "runs": columns}
 
 
-def figures(outcomes: Sequence[Outcome], first: Sequence[Outcome] = ()) -> dict[str, Any]:
+def metrics_of(outcomes: Sequence[Outcome], first: Sequence[Outcome] = ()) -> dict[str, Any]:
     """Every rate and field F1 as `value` and `interval`, with the `difference` from a first run on the same rows."""
     result: dict[str, Any] = {}
     before = _by_row(first)
@@ -66,23 +66,23 @@ def figures(outcomes: Sequence[Outcome], first: Sequence[Outcome] = ()) -> dict[
 def print_comparison(comparison: dict[str, Any]) -> None:
     """Print what `compare` returns: one table, and one sentence for each run after the first."""
     first, *others = comparison["runs"]
-    Console().print(figures_table(f"Comparison on {comparison['rows']:,} test rows", comparison["runs"]))
+    Console().print(metrics_table(f"Comparison on {comparison['rows']:,} test rows", comparison["runs"]))
     for run in others:
         parts = []
         for name in IN_WORDS:
-            difference = run["figures"][name]["difference"]
+            difference = run["metrics"][name]["difference"]
             size = f" by {100 * abs(difference['value']):.1f} points ({_p(difference)})"
             parts.append(f"{name} {difference['verdict']}{size * difference['significant']}")
         echo(f"{run['name']} against {first['name']}: {'; '.join(parts)}")
 
 
-def figures_table(title: str, runs: Sequence[dict[str, Any]]) -> Table:
-    """A table with a column for each run's `name` and `figures`."""
+def metrics_table(title: str, runs: Sequence[dict[str, Any]]) -> Table:
+    """A table with a column for each run's `name` and `metrics`."""
     table = Table(Column("metric", no_wrap=True), title=title, title_justify="left")
     for run in runs:
         table.add_column(wrap(run["name"]), justify="right")
-    for name in dict.fromkeys(name for run in runs for name in run["figures"]):
-        cells = [_cell(run["figures"].get(name)) for run in runs]
+    for name in dict.fromkeys(name for run in runs for name in run["metrics"]):
+        cells = [_cell(run["metrics"].get(name)) for run in runs]
         table.add_row(Text(name.replace(FIELD, "field ")), *cells, end_section=name == F1)
     return table
 
@@ -109,11 +109,11 @@ def _by_row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def _cell(figure: dict[str, Any] | None) -> str:
-    if figure is None:
+def _cell(metric: dict[str, Any] | None) -> str:
+    if metric is None:
         return "-"
-    low, high = figure["interval"]
-    cell, difference = f"{figure['value']:.1%} ({100 * low:.1f} to {100 * high:.1f})", figure.get("difference")
+    low, high = metric["interval"]
+    cell, difference = f"{metric['value']:.1%} ({100 * low:.1f} to {100 * high:.1f})", metric.get("difference")
     return cell + (f"\n{difference['verdict'].partition(' with ')[0]}, {_p(difference)}" if difference else "")
 
 

@@ -21,7 +21,7 @@ from formtune.evaluation.selective import calibration, confidences, selective_ri
 from formtune.evaluation.statistics import rate_text, wilson_interval
 from formtune.files import write_atomic
 from formtune.formats import KINDS, Format
-from formtune.report.comparison import figures
+from formtune.report.comparison import metrics_of
 from formtune.report.failures import MAX_CHARACTERS, MAX_VALUES, failures, slices
 from formtune.report.paired_tests import rate_difference, verdict
 
@@ -157,7 +157,7 @@ def _template_values(run: Run) -> dict[str, Any]:
         "headline": headline(run),
         "names_of": EVALUATIONS,
         "evaluations": {name: f"{EVALUATIONS[name]}, {len(run.outcomes[name]):,} rows" for name in names},
-        "figures": {name: figures(run.outcomes[name]) for name in names},
+        "metrics": {name: metrics_of(run.outcomes[name]) for name in names},
         "field": FIELD,
         "custom": [name for name in run.result["after"] if name.startswith("custom/")],
         "versions": {"formtune": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -166,7 +166,7 @@ def _template_values(run: Run) -> dict[str, Any]:
 
 
 def _slices(run: Run) -> Iterator[tuple[str, str, list[str], set[str]]]:
-    """Group and name of each slice, the number of its rows with three figures of base and tuned model, its rows."""
+    """Group and name of each slice, the number of its rows with three metrics of base and tuned model, its rows."""
     tuned = run.outcomes["after"]
     longest = max((len(row.prompt_ids) for row in run.train), default=0)
     for group, name, rows in slices(tuned, run.format, longest):

@@ -1,5 +1,5 @@
 """The points of a grid, their runs, and the chosen point: the smallest within one standard error of the best (Breiman
-et al. 1984) on the validation rows, so that the test figures stay unbiased."""
+et al. 1984) on the validation rows, so that the test metrics stay unbiased."""
 
 import contextlib
 import hashlib
@@ -82,7 +82,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class PointResult:
-    """The figures of a point's finished runs: those of their best checkpoints, and the means on the test rows."""
+    """The metrics of a point's finished runs: those of their best checkpoints, and the means on the test rows."""
 
     name: str
     seeds: int

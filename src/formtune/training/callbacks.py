@@ -94,8 +94,8 @@ class OverfittingWatch(Callback):
             log_table(trainer, "diagnosis", ("diagnosis",), [(now.text,)])
         if trainer.state.fn != "fit":
             return
-        figures = "  ".join(f"{name} {float(metrics[name]):.4f}" for name in PRINTED)
-        lines = [f"step {trainer.global_step}  {figures}"]
+        printed = "  ".join(f"{name} {float(metrics[name]):.4f}" for name in PRINTED)
+        lines = [f"step {trainer.global_step}  {printed}"]
         if self.patience and should_stop(history, self.patience):
             trainer.should_stop = True
             lines.append(f"stopped at step {trainer.global_step}: {now.text}")

@@ -92,8 +92,8 @@ def train(
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "best_step": chosen.step,
         "best_reason": reason(history),
-        "best": chosen.figures() | {"loss": chosen.val_loss},
-        "history": [validation.figures() for validation in history],
+        "best": chosen.to_dict() | {"loss": chosen.val_loss},
+        "history": [validation.to_dict() for validation in history],
         "diagnosis": diagnose(history).text,
         "next": advice,
     }

@@ -1,4 +1,4 @@
-"""The figures of each validation, and the choice of the best checkpoint."""
+"""The metrics of each validation, and the choice of the best checkpoint."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -35,7 +35,7 @@ class Validation:
         """Sort key among candidates: most right answers, then highest field F1, lowest loss, earliest step."""
         return (-self.joint, -self.field_f1, self.val_loss, self.step)
 
-    def figures(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         names = ("step", "train_loss", "val_loss", "exact", "joint", "rows", "field_f1")
         return {name: getattr(self, name) for name in names}
 
@@ -47,7 +47,7 @@ def fewer(rows: int, others: int) -> bool:
 
 
 def best(history: Iterable[Validation]) -> Validation | None:
-    """The best checkpoint, None if no validation gave finite figures.
+    """The best checkpoint, None if no validation gave finite metrics.
 
     It is the first in `order` of those within one standard error of the most rows in valid format, see `fewer`.
     """
@@ -88,8 +88,8 @@ def reason(history: Sequence[Validation]) -> str:
         "last": history[-1],
     }
     for name, other in others.items():
-        figures = f"step {other.step} ({other.joint} right, {other.exact} valid)"
-        parts.append(f"{name}: {'the same' if other is chosen else figures}")
+        metrics = f"step {other.step} ({other.joint} right, {other.exact} valid)"
+        parts.append(f"{name}: {'the same' if other is chosen else metrics}")
     return "; ".join(parts)
 
 

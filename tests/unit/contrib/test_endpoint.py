@@ -43,7 +43,7 @@ def test_served_answers_are_checked_as_a_runs_and_can_be_compared_with_it(check,
     assert [it.input for it in outcomes] == [f"number {n}" for n in range(200, 200 + ROWS)]
     assert [it.kind for it in outcomes if not it.exact] == ["extra_text"] and outcomes[3].loose
     result = json.loads(Path("logs/small/endpoint/endpoint.json").read_text())
-    exact = result["figures"]["format/exact"]
+    exact = result["metrics"]["format/exact"]
     assert exact["value"] == 11 / 12 and exact["interval"][0] < 11 / 12 < exact["interval"][1]
     assert result["kinds"] == {"ok": 11, "extra_text": 1} and result["rows"] == ROWS
     assert 0.01 <= result["latency_s"]["P50"] <= result["latency_s"]["P95"] and result["requests_per_s"] > 0

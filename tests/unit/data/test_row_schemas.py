@@ -298,7 +298,7 @@ def test_outcomes_keep_the_schema_and_runs_are_compared_field_by_field_of_it(tmp
     for name, outcomes in (("a", worse), ("b", better[::-1])):
         write_outcomes(tmp_path / f"{name}.jsonl", outcomes)
     compared = compare(read_runs([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]))
-    first, second = (run["figures"] for run in compared["runs"])
+    first, second = (run["metrics"] for run in compared["runs"])
     assert [first[f"content/field_acc/{name}"]["value"] for name in ("n", "color")] == [0.5, 0]
     assert [second[f"content/field_acc/{name}"]["value"] for name in ("n", "color")] == [1, 1]
     assert first["joint/exact"]["value"] == 0.5 and second["joint/exact"]["value"] == 1
@@ -314,7 +314,7 @@ def test_a_table_has_the_most_frequent_fields_of_many_schemas(tmp_path):
     outcomes = [answered(schema, answer, answer, f"f:{n}") for n, (schema, answer) in enumerate(pairs)]
     write_outcomes(tmp_path / "a.jsonl", outcomes)
     [run] = compare(read_runs([str(tmp_path / "a.jsonl")]))["runs"]
-    fields = [name for name in run["figures"] if name.startswith("content/field_acc/")]
+    fields = [name for name in run["metrics"] if name.startswith("content/field_acc/")]
     assert len(fields) == FIELDS and fields[0] == "content/field_acc/n"
 
 

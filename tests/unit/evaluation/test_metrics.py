@@ -30,7 +30,7 @@ def measured(outcomes):
     return ratios(count(outcomes, FORMAT))
 
 
-def test_figures_equal_a_plain_loop():
+def test_metrics_equal_a_plain_loop():
     values, n = measured(OUTCOMES), len(OUTCOMES)
     assert values["format/exact"] == pytest.approx(sum(v.kind in ("ok", "content") for v in OUTCOMES) / n)
     assert values["format/loose"] == pytest.approx(sum(v.loose for v in OUTCOMES) / n)

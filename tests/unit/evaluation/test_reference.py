@@ -1,4 +1,4 @@
-"""Verdicts and figures are those of the `jsonschema` library and of a plain count, on thousands of documents."""
+"""Verdicts and metrics are those of the `jsonschema` library and of a plain count, on thousands of documents."""
 
 import json
 import random
@@ -140,7 +140,7 @@ def values(document, path=()):
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_verdicts_and_figures_are_those_of_jsonschema_and_of_a_plain_count(name):
+def test_verdicts_and_metrics_are_those_of_jsonschema_and_of_a_plain_count(name):
     schema, dice = SCHEMAS[name], random.Random(name)
     format, judge = JsonSchema(schema), Draft202012Validator(schema, format_checker=FormatChecker())
     outcomes, rows = [], 1200

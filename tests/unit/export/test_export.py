@@ -114,7 +114,7 @@ def test_plain_peft_and_transformers_load_what_was_exported_where_there_is_no_fo
 
 
 @pytest.mark.slow
-def test_an_export_holds_its_figures_its_manifest_and_answers_that_compare_reads(run, capsys):
+def test_an_export_holds_its_metrics_its_manifest_and_answers_that_compare_reads(run, capsys):
     assert export(run) == 0 and export(run, "--as", "merged") == 0
     output = capsys.readouterr().out
     assert "top-1 100.0%" in output and " tokens/s, one answer" in output

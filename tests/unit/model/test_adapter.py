@@ -1,4 +1,4 @@
-"""Training that begins from a trained adapter: the same tensors, its own figures beside the base's, exact resume."""
+"""Training that begins from a trained adapter: the same tensors, its own metrics beside the base's, exact resume."""
 
 import json
 import shutil

@@ -253,7 +253,7 @@ def test_a_run_against_itself_cannot_be_told(runs, capsys):
         in output
     )
     assert re.search(r"format/exact .* 90.0% \(86.1 to 92.9\) ", output) and "cannot tell, p = 1.000" in output
-    first, second = (run["figures"].values() for run in json.loads(Path("new/comparison.json").read_text())["runs"])
+    first, second = (run["metrics"].values() for run in json.loads(Path("new/comparison.json").read_text())["runs"])
     assert {figure["difference"]["verdict"] for figure in second} == {"cannot tell with 300 rows"}
     assert not any("difference" in figure for figure in first)
     assert [p.name for p in Path("new").iterdir()] == ["comparison.json"]
@@ -276,14 +276,14 @@ def test_clearly_better_and_worse_and_before_and_a_file(runs, capsys):
     names = [
         "format/exact", "format/loose", "joint/exact", "content/field_f1", "content/field_acc/a", "content/field_acc/b",
     ]  # fmt: skip
-    assert comparison["rows"] == 300 and [list(one["figures"]) for one in comparison["runs"]] == [names] * 4
+    assert comparison["rows"] == 300 and [list(one["metrics"]) for one in comparison["runs"]] == [names] * 4
     assert [one["name"] for one in comparison["runs"]] == [one, two, f"{two}:before", f"{two}/outcomes/after.jsonl"]
-    first = {name: figure["difference"] for name, figure in comparison["runs"][1]["figures"].items()}
+    first = {name: figure["difference"] for name, figure in comparison["runs"][1]["metrics"].items()}
     assert first["format/exact"]["p"] == pytest.approx(2 / 2**20)
     assert first["format/loose"]["verdict"] == "cannot tell with 300 rows"
     assert first["content/field_acc/b"]["verdict"] == first["content/field_f1"]["verdict"] == "better"
     assert first["content/field_f1"]["value"] == pytest.approx(20 / 600)
-    f1 = comparison["runs"][1]["figures"]["content/field_f1"]
+    f1 = comparison["runs"][1]["metrics"]["content/field_f1"]
     assert f1["value"] == field_f1(read_outcomes(Path(two, "outcomes/after.jsonl"))) == pytest.approx(590 / 600)
     assert f1["interval"][0] < f1["value"] < f1["interval"][1]
     assert main(["compare", two, one]) == 0
@@ -319,7 +319,7 @@ def test_fields_that_only_one_run_has_are_shown_and_not_compared(runs, capsys):
     assert main(["compare", one, two, "--out", "comparison.json"]) == 0
     output = capsys.readouterr().out
     assert re.search(r"field b .* 92.0% \(.*\) │ +- │", output) and re.search(r"field c .* - │ +94.0% \(", output)
-    figures = json.loads(Path("comparison.json").read_text())["runs"][1]["figures"]
+    figures = json.loads(Path("comparison.json").read_text())["runs"][1]["metrics"]
     assert [name for name in figures if "acc" in name and "difference" in figures[name]] == ["content/field_acc/a"]
 
 

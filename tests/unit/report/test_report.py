@@ -179,7 +179,7 @@ def test_the_page_begins_with_a_verdict_in_one_sentence_against_the_best_baselin
     )
 
 
-def test_three_figures_with_intervals_and_the_next_command_follow_the_verdict():
+def test_three_metrics_with_intervals_and_the_next_command_follow_the_verdict():
     run = run_of(answers(300, 50, 50), answers(300, 280, 240))
     run.result["training"]["next"] = "raise the rank: formtune train -c a.yaml"
     top = page(run).partition("<nav")[0]

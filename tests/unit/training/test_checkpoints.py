@@ -86,7 +86,7 @@ def test_a_later_reference_brings_back_what_was_behind():
     assert can_still_win([right, behind, later]) >= {2}
 
 
-def test_nan_is_never_best_and_without_finite_figures_there_is_no_best():
+def test_nan_is_never_best_and_without_finite_metrics_there_is_no_best():
     nan = measured(1, first(119), 99, loss=math.nan)
     assert best([nan]) is None and can_still_win([nan]) == set() and best([]) is None
     assert reason([nan]) == "no best checkpoint: no validation had a finite loss"

@@ -44,7 +44,7 @@ def kind(*args, **kwargs):
 FALLING = [2.0, 1.0, 0.8, 0.7, 0.6, 0.5, 0.4]
 
 
-def test_overfitting_names_its_figures():
+def test_overfitting_names_its_metrics():
     val = [2.0, 1.0, 0.80, 0.86, 0.88, 0.90]
     diagnosis = diagnose(history(FALLING[:6], val, exact=[10, 70, 90, 90, 91, 90]))
     assert diagnosis.kind == "overfitting"
