@@ -565,7 +565,7 @@ def test_a_missing_model_is_named_without_using_the_network(work, record_propert
         (53, "no tokens per micro-batch", ["--model.tokens_per_micro_batch", "0"], ["model.tokens_per_micro_batch"]),
         (53, "validation after every 0 steps", ["--trainer.val_check_interval", "0"], ["trainer.val_check_interval: 0"]),
         (53, "no rows per step", ["--data.rows_per_step", "0"], ["data.rows_per_step"]),
-        (53, "shares that leave no training rows", ["--data.validation", "0.6", "--data.test", "0.6"], ["data.validation, data.test: the two shares"]),
+        (53, "shares that leave no training rows", ["--data.validation", "0.6", "--data.test", "0.6"], ["data.validation, data.test: the two fractions"]),
         (55, "bf16-true", ["--trainer.precision", "bf16-true"], ["trainer.precision: bf16-true would store"]),
         (56, "16-true on CPU", ["--trainer.precision", "16-true"], ["trainer.precision: 16-true would store"]),
         (57, "unknown key on the command line", ["--model.lora.rnak", "3"], ["did you mean model.lora.r"]),

@@ -21,7 +21,7 @@ def run(command: str, args: list[str]) -> None:
     kinds = (*KINDS, "gguf-adapter")
     parser.add_argument("--as", metavar="KIND", dest="kind", choices=kinds, default="adapter", help="Kind of export "
                         f"(default: %(default)s): {', '.join(kinds)}")  # fmt: skip
-    parser.add_argument("--max_loss", metavar="SHARE", type=float, default=0.01, help="Share of the test rows that "
+    parser.add_argument("--max_loss", metavar="SHARE", type=float, default=0.01, help="Fraction of the test rows that "
                         "format/exact and joint/exact may lose (default: %(default)s)")  # fmt: skip
     parser.add_argument("--quant", choices=QUANTIZATIONS, help="With --as gguf and gguf-adapter (default: q8_0)")
     parser.add_argument(
@@ -29,7 +29,7 @@ def run(command: str, args: list[str]) -> None:
     )
     config = parser.parse_args(args)
     if not 0 <= config.max_loss < 1:
-        raise UserError("--max_loss: a share of the test rows, from 0 and below 1, such as 0.01")
+        raise UserError("--max_loss: a fraction of the test rows, from 0 and below 1, such as 0.01")
     kind, _, separate = config.kind.partition("-")
     if missing := missing_package(kind):
         raise UserError(f"--as {config.kind}: {missing}")

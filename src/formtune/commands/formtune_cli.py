@@ -107,7 +107,7 @@ class FormtuneCLI(LightningCLI):
                             "least this confidence to answers.accepted.jsonl, the others to answers.review.jsonl "
                             "(named after --answers)")  # fmt: skip
         parser.add_argument("--target_precision", type=OpenUnitInterval | None, help="Choose --min_confidence so that "
-                            "this share of the accepted validation answers is right")  # fmt: skip
+                            "this fraction of the accepted validation answers is right")  # fmt: skip
         parser.add_argument("--ckpt_path", type=str | None, help="Weights to evaluate: best (default with a run), "
                             "last, base (the untuned base, default without a run), or a checkpoint file")  # fmt: skip
         parser.link_arguments("model.base", "data.tokenizer")

@@ -90,9 +90,9 @@ def run(command: str, args: list[str]) -> int:
         raise UserError(f"{folder}: this sweep is already running") from None
     print("The choice uses validation rows only. Validation (test):")
     for point in measured:
-        shares = ", ".join(f"{metric} {point.validation[metric]} ({point.test[metric]:.1%})" for metric in METRICS)
+        fractions = ", ".join(f"{metric} {point.validation[metric]} ({point.test[metric]:.1%})" for metric in METRICS)
         size = f"{point.seeds} of {len(seeds)} seeds, {point.trainable_parameters:,} trainable parameters"
-        print(f"{point.name}: {shares}, {size}")
+        print(f"{point.name}: {fractions}, {size}")
     echo(why)
     print(f"report: {folder / 'report.html'}\nfigures: {folder / 'sweep.json'}")
     remedy = f"look at {folder}/*/output.log, then repeat the command"

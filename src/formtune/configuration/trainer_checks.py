@@ -69,11 +69,13 @@ def check_trainer(config: Namespace, command: str) -> None:
     if trainer.max_steps == -1 and trainer.max_epochs == -1 and not timed:
         raise UserError("trainer.max_epochs: with -1 the schedule has no last step; set this key or trainer.max_steps")
     if not isinstance(trainer.val_check_interval, int | float | None):
-        raise UserError("trainer.val_check_interval: set steps, or a share of an epoch; the clocks of processes differ")
+        raise UserError(
+            "trainer.val_check_interval: set steps, or a fraction of an epoch; the clocks of processes differ"
+        )
     if trainer.check_val_every_n_epoch not in (None, 1) or (
         trainer.check_val_every_n_epoch and isinstance(trainer.val_check_interval, int)
     ):
-        remedy = "with null, val_check_interval counts steps; with 1, it must be a share of an epoch, such as 0.5"
+        remedy = "with null, val_check_interval counts steps; with 1, it must be a fraction of an epoch, such as 0.5"
         raise UserError(f"trainer.check_val_every_n_epoch: use null or 1; {remedy}")
     if trainer.default_root_dir:
         raise UserError("trainer.default_root_dir: runs are in logs/TASK/RUN; set task and run instead")

@@ -15,7 +15,7 @@ from formtune.errors import UserError
 # Reasons that point to a mistake in the data or the settings; others, such as duplicates and leaks, are ordinary.
 BAD = ("schema", "format", "style", "too_long", "unfit")
 MAX_BAD_SHARE = 0.1  # of the rows, for dropping them to be a remedy
-MAX_DEVIATIONS = 4  # standard deviations between the actual and the requested share of a split
+MAX_DEVIATIONS = 4  # standard deviations between the actual and the requested fraction of a split
 
 
 def check_rows(settings: DataSettings, splits: Splits) -> None:
@@ -33,9 +33,9 @@ def blockers(settings: DataSettings, splits: Splits) -> list[str]:
     for rows in _kinds(bad):
         lines.append(f"{rows[0].where}: {rows[0].detail} ({len(rows):,} such rows); {_remedy(settings, rows)}{drop}")
     empty = [name for name, rows in splits.rows.items() if not rows]
-    # If train is empty, its shares are empty for the same reason.
-    empty = [name for name in empty if "train" not in empty or name not in settings.shares]
-    lines += [_empty_split(settings, splits, name) for name in empty] or uneven_shares(splits, settings.shares)
+    # If train is empty, its fractions are empty for the same reason.
+    empty = [name for name in empty if "train" not in empty or name not in settings.fractions]
+    lines += [_empty_split(settings, splits, name) for name in empty] or uneven_fractions(splits, settings.fractions)
     inputs = quantile([len(row) for row in ([] if empty else production_rows(settings))], 95)
     answers = quantile([len(row.target_ids) for row in splits.rows.get("train", ())], 99)
     if inputs and inputs + answers > settings.limit:
@@ -72,7 +72,7 @@ def _remedy(settings: DataSettings, rows: Sequence[Quarantined]) -> str:
 
 
 def _empty_split(settings: DataSettings, splits: Splits, name: str) -> str:
-    from_train = ("train", *settings.shares)
+    from_train = ("train", *settings.fractions)
     source = from_train if name in from_train else (name,)
     lost = [row for row in splits.quarantine if row.split in source]
     read, reasons = sum(splits.read[split] for split in source), Splits(quarantine=lost).quarantined
@@ -82,21 +82,22 @@ def _empty_split(settings: DataSettings, splits: Splits, name: str) -> str:
         most = max(_kinds(lost), key=len)
         line += f", such as {most[0].where}: {most[0].detail}"
         remedy = _remedy(settings, most) if most[0].reason in BAD else ""
-    return f"{line}; {remedy or 'add rows, or name a file or a larger share'}"
+    return f"{line}; {remedy or 'add rows, or name a file or a larger fraction'}"
 
 
-def uneven_shares(splits: Splits, shares: Mapping[str, float]) -> list[str]:
-    """A line if chance does not explain a split's distance from the requested share."""
-    total = sum(len(splits.rows[name]) for name in ("train", *shares))
+def uneven_fractions(splits: Splits, fractions: Mapping[str, float]) -> list[str]:
+    """A line if chance does not explain a split's distance from the requested fraction."""
+    total = sum(len(splits.rows[name]) for name in ("train", *fractions))
     groups = min(splits.groups or total, total)
     parts, is_even = [], True
-    for name, share in shares.items():
-        actual, deviation = len(splits.rows[name]) / total, sqrt(share * (1 - share) / groups)
-        is_even &= abs(actual - share) <= max(share / 2, MAX_DEVIATIONS * deviation)
-        parts.append(f"{name} {actual:.0%} instead of {share:.0%}")
+    for name, fraction in fractions.items():
+        actual, deviation = len(splits.rows[name]) / total, sqrt(fraction * (1 - fraction) / groups)
+        is_even &= abs(actual - fraction) <= max(fraction / 2, MAX_DEVIATIONS * deviation)
+        parts.append(f"{name} {actual:.0%} instead of {fraction:.0%}")
     if is_even:
         return []
     return [
-        f"data.{next(iter(shares))}: {', '.join(parts)} of {total:,} rows, since near-duplicates and rows of one group "
-        "stay in one split; set data.near_duplicates: 1, put shared text into data.system, or name a file per split"
+        f"data.{next(iter(fractions))}: {', '.join(parts)} of {total:,} rows, since near-duplicates and rows of one "
+        "group stay in one split; set data.near_duplicates: 1, put shared text into data.system, or name a file per "
+        "split"
     ]

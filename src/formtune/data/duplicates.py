@@ -33,7 +33,7 @@ MIN_RATIO = 0.8  # of the counts of neighboring windows in a run (lower to highe
 RUN_SHARE, MIN_INPUTS = 0.02, 20  # share and number of the sampled inputs that contain a run, at least
 # A piece, such as "Message:", is shorter: nearly all inputs contain its words equally often and in the same order.
 PIECE_SHARE = 0.9  # of the sampled inputs, at least
-MIN_SHARED = 0.65  # median share of shared letters in an input; with less, the words of pieces belong to the message
+MIN_SHARED = 0.65  # median fraction of shared letters in an input; with less, the words of pieces belong to the message
 MAX_SAMPLE = 4000  # inputs
 
 # Scripts without spaces between words: each letter is a word.

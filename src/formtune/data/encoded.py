@@ -34,7 +34,7 @@ class Splits:
     quarantine: list[Quarantined] = field(default_factory=list)
     mixtures: list[Mixture] = field(default_factory=list)
     groups: float = 0.0  # effective number of groups (Kish: (sum n)**2 / sum n**2); 0 if unknown
-    shared: float = 0.0  # share of the inputs' text that many inputs share, see `split_shared`
+    shared: float = 0.0  # fraction of the inputs' text that many inputs share, see `split_shared`
     orders: Orders = field(default_factory=dict)  # key orders of training targets
     key: str = ""  # content hash of the rows
     ignored: Counter[str] = field(default_factory=Counter)  # number of rows by key that is not read
@@ -74,7 +74,7 @@ def cache_path(examples: Sequence[Example], settings: DataSettings) -> Path | No
     if format.is_custom:
         return None
     inputs = [
-        [settings.shares, settings.clean, settings.repair_answers, settings.near_duplicates],
+        [settings.fractions, settings.clean, settings.repair_answers, settings.near_duplicates],
         [settings.limit, settings.max_new_tokens, settings.date, format.to_dict()],
         [type(tokenizer).__qualname__, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template],
         [{name: str(token) for name, token in tokenizer.special_tokens_map.items()}, tokenizer.split_special_tokens],

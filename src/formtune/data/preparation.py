@@ -57,7 +57,7 @@ def read_splits(settings: DataSettings) -> tuple[list[Example], Counter[str]]:
     if settings.split_column:
         examples.sort(key=lambda example: [*settings.sources].index(example.split))
         present = {example.split for example in examples}
-        settings.shares = {name: share for name, share in settings.shares.items() if name not in present}
+        settings.fractions = {name: fraction for name, fraction in settings.fractions.items() if name not in present}
     if settings.group and not any(example.group for example in examples):
         raise UserError(f"data.group: no row has a value in the column `{settings.group}`; name another column")
     if settings.train_on == "all":
@@ -138,10 +138,10 @@ def _prepare(settings: DataSettings, examples: Sequence[Example]) -> Splits:
             invalid.append(checked)
     mixed = mixtures(valid, settings.format)
     usual, unusual = _usual_style(settings, valid, mixed)
-    chosen, splits = select(usual, settings.near_duplicates, settings.format.sets, any(settings.shares.values()))
+    chosen, splits = select(usual, settings.near_duplicates, settings.format.sets, any(settings.fractions.values()))
     splits.quarantine, splits.mixtures = [*invalid, *unusual, *splits.quarantine], mixed
     splits.read, splits.repairs = Counter(example.split for example in examples), repairs
-    test, validation = settings.shares.get("test", 0.0), settings.shares.get("validation", 0.0)
+    test, validation = settings.fractions.get("test", 0.0), settings.fractions.get("validation", 0.0)
     train = [example for example in chosen if example.split == "train"]
     sizes = Counter(example.group or example.where for example in train).values()
     splits.groups = sum(sizes) ** 2 / max(sum(size**2 for size in sizes), 1)

@@ -37,8 +37,8 @@ class DataSettings:
         format: The format that every answer must have, training targets included.
         train: File (.jsonl, .json, .csv, .tsv, .parquet, also compressed), folder or glob of such files, or a list of
             these, each alone or as `{path: FILE, weight: 2.5}`; a dataset folder, Hub id, or a Source.
-        validation: As train, for validation; or a share of train's inputs to split off.
-        test: As train, for the final test; or a share of train's inputs to split off.
+        validation: As train, for validation; or a fraction of train's inputs to split off.
+        test: As train, for the final test; or a fraction of train's inputs to split off.
         prompts: Inputs for `predict`, of the same kinds as train; no answers needed.
         production: Inputs from production, of the same kinds as train, to compare the rows with.
         tokenizer: Model folder or Hub id of the tokenizer (follows `model.base`).
@@ -47,13 +47,13 @@ class DataSettings:
         columns: Columns of the conversation; known layouts, such as ShareGPT's, are recognized without it.
         train_on: The last answer of a conversation, or all: each is then a separate row, in every split.
         group: Column, such as a customer id; rows with equal values stay in one split.
-        split_column: Column of train that says in which split a row is, in place of shares: train, validation or test.
+        split_column: Column of train that names the split of a row, instead of fractions: train, validation or test.
         clean: Cleaning steps for inputs, here and in `predict`.
         repair_answers: Repairs of answers, made only if the answer then has a valid format.
         near_duplicates: Jaccard index of character 5-grams from which two inputs are near-duplicates; with 1, they must
             be equal up to case, punctuation and spacing.
         bad_rows: If answers break the format, mix styles or are too long: refuse to train, or drop the rows.
-        max_synthetic: Maximum share of rows written by models, among the training rows with a `columns.source`.
+        max_synthetic: Maximum fraction of rows written by models, among the training rows with a `columns.source`.
         max_length: Maximum tokens of prompt and answer together; longer rows are bad rows and never truncated.
         max_new_tokens: Maximum tokens of an answer (follows `model.max_new_tokens`).
         max_evaluation_rows: Maximum of validation and of test rows, the same ones in every run; None uses all.
@@ -88,10 +88,10 @@ class DataSettings:
         # An input in several splits stays in the first, in this order.
         files, self.weights = read_weights(train)
         self.sources: dict[str, Any] = {"test": test, "validation": validation, "train": files}
-        shares = {"validation": validation, "test": test}
-        self.shares = {name: share for name, share in shares.items() if isinstance(share, float)}
-        if sum(self.shares.values()) >= 1:
-            raise UserError("data.validation, data.test: the two shares leave no rows to train on")
+        fractions = {"validation": validation, "test": test}
+        self.fractions = {name: fraction for name, fraction in fractions.items() if isinstance(fraction, float)}
+        if sum(self.fractions.values()) >= 1:
+            raise UserError("data.validation, data.test: the two fractions leave no rows to train on")
         self.format, self.prompts, self.production, self.base = format, prompts, production, tokenizer
         self.system, self.columns = system_prompt(system, format.to_dict()), columns or Columns()
         self.template, self.train_on, self.group = read_template(chat_template), train_on, group

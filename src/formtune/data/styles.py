@@ -9,9 +9,9 @@ from typing import Any
 from formtune.data.cleaning import Example
 from formtune.formats import Format
 
-MIN_DATES = 0.8  # share of dates among the strings of a date field
-MIN_COPIED = 0.95  # share of strings that are in their prompts, from which a field is copied
-MIN_PRESENT = 0.95  # share of the objects that have a key, from which its position is a style
+MIN_DATES = 0.8  # fraction of dates among the strings of a date field
+MIN_COPIED = 0.95  # fraction of strings that are in their prompts, from which a field is copied
+MIN_PRESENT = 0.95  # fraction of the objects that have a key, from which its position is a style
 
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')  # in JSON
 

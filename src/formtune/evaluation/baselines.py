@@ -18,7 +18,7 @@ from formtune.formats import Format
 from formtune.formats.content import leaves
 
 SHOTS = 4  # training rows in the prompt; fewer if they do not fit
-ENOUGH = 0.95  # share of right answers with which prompting may be enough
+ENOUGH = 0.95  # fraction of right answers with which prompting may be enough
 FOLDER = Path(".cache/baseline")
 MAX_ENTRIES = 24  # measurements that it keeps
 PACKAGES = ("torch", "transformers", "tokenizers")  # whose versions may change an answer

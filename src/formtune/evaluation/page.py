@@ -15,7 +15,7 @@ def render(template: str, /, **values: Any) -> str:
         loader=PackageLoader("formtune", "."), autoescape=select_autoescape(["html.jinja"]),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    templates.filters["percent"] = lambda share: f"{share:.1%}"
+    templates.filters["percent"] = lambda fraction: f"{fraction:.1%}"
     templates.filters["thousands"] = lambda number: f"{number:,}"
     style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     # By hash: text of a row or a model that got around the escaping would still not run.

@@ -27,7 +27,7 @@ def confidences(outcomes: Sequence[Outcome], field: str | None = None) -> list[t
 
 
 def selective_risk(rows: Confidences) -> np.ndarray:
-    """The share of wrong answers among the k most confident ones, for each k from 1 to all."""
+    """The fraction of wrong answers among the k most confident ones, for each k from 1 to all."""
     # Answers of equal confidence have no order: each counts as their mean.
     confidence, right = np.array(rows, dtype=float).T
     _, group = np.unique(-confidence, return_inverse=True)
@@ -41,7 +41,7 @@ def aurc(rows: Confidences) -> float:
 
 
 def calibration(rows: Confidences) -> list[tuple[int, float, float]]:
-    """For each bin with rows, from low to high: their number, their mean confidence, and the share that is right."""
+    """For each bin with rows, from low to high: their number, their mean confidence, and the fraction that is right."""
     table = np.array(sorted(rows), dtype=float)
     starts = np.searchsorted(table[:, 0] * BINS, np.arange(1, BINS))  # the last bin includes 1
     bins = [part for part in np.split(table, starts) if len(part)]
@@ -80,15 +80,15 @@ def summary(validation: Sequence[Outcome], test: Sequence[Outcome]) -> dict[str,
     """For `metrics.json`: thresholds chosen on the validation rows, all else measured on the test rows."""
     rows, chosen_on = confidences(test), confidences(validation)
     fields = {name: confidences(test, name) for name in dict.fromkeys(name for o in test for name in o.fields)}
-    share = {name: float(np.mean([right for _, right in field])) for name, field in fields.items()}
-    worst = sorted((name for name in fields if share[name] < 1), key=share.__getitem__)[:FIELDS]
+    fraction = {name: float(np.mean([right for _, right in field])) for name, field in fields.items()}
+    worst = sorted((name for name in fields if fraction[name] < 1), key=fraction.__getitem__)[:FIELDS]
     return {
         "aurc": aurc(rows),
         "calibration_error": calibration_error(rows),
         "validation_rows": len(chosen_on),
         "accept": [_accept(chosen_on, rows, target) for target in TARGETS],
         "fields": {
-            name: {"right": share[name], **_accept(confidences(validation, name), fields[name], FIELD_TARGET)}
+            name: {"right": fraction[name], **_accept(confidences(validation, name), fields[name], FIELD_TARGET)}
             for name in worst
         },
     }

@@ -121,7 +121,7 @@ def measured(run: FinishedRun, kind: str, folder: Path, max_loss: float) -> tupl
         changes = Counter((right(a), right(b)) for a, b in pairs)
         count, gained, lost = rate(outcomes, RATES[name])[0], changes[False, True], changes[True, False]
         metrics[name] = {"right": count, "rows": len(rows), "gained": gained, "lost": lost}
-        # One row may always be lost: rounding costs one too, and the share of a hundred rows or fewer is less than one.
+        # One row may always be lost: rounding costs one too, and of a hundred rows the bound may be less than one.
         if lost - gained > max(1, max_loss * len(rows)):
             fall = f"falls from {count + lost - gained} to {count} of {len(rows)} rows"
             metrics["refused"] = metrics["refused"] or f"{name} {fall}, more than --max_loss {max_loss}"

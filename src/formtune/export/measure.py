@@ -59,9 +59,9 @@ class Reference:
 class Closeness:
     """How close a model is to its reference, or must be; NaN if a logit is not finite."""
 
-    relative_max: float = math.inf  # largest difference of two logits, as a share of the largest logit
+    relative_max: float = math.inf  # largest difference of two logits, as a fraction of the largest logit
     kl: float = math.inf  # Kullback-Leibler divergence from the reference, mean over tokens, in nats
-    top1: float = 0.0  # share of tokens whose most likely token is the same
+    top1: float = 0.0  # fraction of tokens whose most likely token is the same
 
     def __str__(self) -> str:
         return f"logits {self.relative_max:.1e} apart, KL {self.kl:.1e}, top-1 {self.top1:.1%}"

@@ -18,7 +18,7 @@ class CosineWithWarmup(LRScheduler):
 
     Args:
         optimizer: Optimizer whose learning rate it sets.
-        warmup: Share of all steps in which the learning rate rises.
+        warmup: Fraction of all steps in which the learning rate rises.
     """
 
     def __init__(self, optimizer: Optimizer, warmup: ClosedUnitInterval = 0.1) -> None:

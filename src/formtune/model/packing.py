@@ -22,7 +22,7 @@ from formtune.base.row import Row
 
 MIN_SAVED = (
     1 / 8
-)  # least share of the tokens that continue a segment: sharing fewer is slower than computing them again
+)  # least fraction of the tokens that continue a segment: sharing fewer is slower than computing them again
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,16 +18,16 @@ from formtune.formats.format import unfenced
 from formtune.formats.strict_json import loads_strict
 
 MIN_VALUES = 10  # to infer a rule about them
-MAX_NEW_SHARE = 0.01  # chance that the next value is new: about the share of values seen once (Good-Turing)
+MAX_NEW_SHARE = 0.01  # chance that the next value is new: about the fraction of values seen once (Good-Turing)
 MAX_CHOICES, MIN_REPEATS = 200, 10  # values of an enum, and occurrences of each on average
-MIN_COPIED = 0.8  # share of values that are in their inputs, from which a field is copied and no enum
+MIN_COPIED = 0.8  # fraction of values that are in their inputs, from which a field is copied and no enum
 NAMES = ("date", "date-time", "time", "uuid", "ipv4", "email")
 TYPES = {str: "string", int: "integer", float: "number", dict: "object", list: "array", bool: "boolean"}
 
 Values = Sequence[tuple[Any, str]]  # each with the input of its document
 Records = Sequence[tuple[dict[str, Any], str]]
 
-MIN_FIT = 0.9  # share of the answers that a format must accept
+MIN_FIT = 0.9  # fraction of the answers that a format must accept
 MAX_LABEL = 80  # characters of a label
 MIN_WORDS = 5  # of a shared instruction
 PROMPTS = ("prompt", "subject", "title", "instruction", "question", "query", "input", "text", "utterance", "sentence",

@@ -71,7 +71,7 @@ def train(run: Path, arguments: Sequence[str]) -> tuple[int, str]:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Mean of a share over seeds, and its standard error."""
+    """Mean of a fraction over seeds, and its standard error."""
 
     mean: float
     standard_error: float
@@ -96,19 +96,19 @@ class PointResult:
 def summarize(name: str, results: Sequence[dict[str, Any]]) -> PointResult:
     training = [result["training"] for result in results]
     best, rows = [each["best"] for each in training], training[0]["best"]["rows"]
-    shares = {FORMAT: [b["exact"] / rows for b in best], CONTENT: [b["field_f1"] for b in best]}
+    fractions = {FORMAT: [b["exact"] / rows for b in best], CONTENT: [b["field_f1"] for b in best]}
     return PointResult(
         name, len(results), training[0]["trainable_parameters"], rows, fmean(b["loss"] for b in best),
-        validation={metric: estimate(values, rows) for metric, values in shares.items()},
+        validation={metric: estimate(values, rows) for metric, values in fractions.items()},
         test={metric: fmean(result["after"][metric] for result in results) for metric in METRICS},
     )  # fmt: skip
 
 
-def estimate(shares: Sequence[float], rows: int) -> Estimate:
+def estimate(fractions: Sequence[float], rows: int) -> Estimate:
     """Mean and standard error over seeds; with one seed the error of a rate over rows, an approximation for F1."""
-    mean = fmean(shares)
-    if len(shares) > 1:
-        return Estimate(mean, stdev(shares) / math.sqrt(len(shares)))
+    mean = fmean(fractions)
+    if len(fractions) > 1:
+        return Estimate(mean, stdev(fractions) / math.sqrt(len(fractions)))
     return Estimate(mean, math.sqrt(mean * (1 - mean) / rows))
 
 
@@ -133,5 +133,5 @@ def choose(points: Sequence[PointResult]) -> tuple[str, str]:
 def _within_one_standard_error(points: Sequence[PointResult], metric: str) -> list[PointResult]:
     best = max((p.validation[metric] for p in points), key=lambda e: (e.mean, e.standard_error))
     # One row never decides, as for checkpoints: seeds may agree by chance, with a standard error of 0.
-    margin = max(best.standard_error, 1 / points[0].rows) + 1e-9  # a row's share is rounded
+    margin = max(best.standard_error, 1 / points[0].rows) + 1e-9  # a row's fraction is rounded
     return [point for point in points if point.validation[metric].mean >= best.mean - margin]

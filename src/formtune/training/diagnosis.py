@@ -70,9 +70,9 @@ def should_stop(history: Sequence[Validation], validations: int) -> bool:
     return all(end > 0 and diagnose(history[:end]).kind in ("overfitting", "saturated") for end in ends)
 
 
-def exceeds(change: float, value: float, share: float) -> bool:
-    """Whether a change exceeds a share of a value, and `FLOOR`."""
-    return change > max(share * value, FLOOR)
+def exceeds(change: float, value: float, fraction: float) -> bool:
+    """Whether a change exceeds a fraction of a value, and `FLOOR`."""
+    return change > max(fraction * value, FLOOR)
 
 
 def _fell(lowest: float, new: float) -> bool:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from conftest import SCHEMA, SHARED, WORDY, pair
 from formtune.audit.findings import _histogram, audit, compare_inputs, page, ungrounded
 from formtune.cli import main
-from formtune.data.blockers import uneven_shares
+from formtune.data.blockers import uneven_fractions
 from formtune.data.cleaning import Example
 from formtune.data.encoded import Splits
 from formtune.data.preparation import load_splits
@@ -484,12 +484,12 @@ def test_a_share_far_from_what_was_asked_for_blocks(task):
     assert line.startswith("data.validation: validation ")
     assert main(["audit", "-c", "t.yaml", "--data.near_duplicates", "1"]) == 0
     splits = Splits(rows={"train": [None] * 130, "validation": [None] * 12, "test": [None] * 257})
-    [line] = uneven_shares(splits, {"validation": 0.1, "test": 0.1})
+    [line] = uneven_fractions(splits, {"validation": 0.1, "test": 0.1})
     assert line.startswith("data.validation: validation 3% instead of 10%, test 64% instead of 10% of 399 rows")
     assert "set data.near_duplicates: 1" in line
-    assert not uneven_shares(splits, {})
+    assert not uneven_fractions(splits, {})
     even = Splits(rows={"train": [None] * 330, "validation": [None] * 28, "test": [None] * 42})
-    assert not uneven_shares(even, {"validation": 0.1, "test": 0.1})
+    assert not uneven_fractions(even, {"validation": 0.1, "test": 0.1})
 
 
 def test_every_kind_of_bad_row_has_its_own_line_count_and_remedy(task):
@@ -533,7 +533,7 @@ def test_an_empty_split_is_one_line_with_the_reason(task, capsys):
     lines = read(folder)["blockers"]
     assert [line.partition(": ")[0] for line in lines] == ["data.validation", "data.test"]
     assert all(
-        line.endswith("(5 read; none quarantined); add rows, or name a file or a larger share") for line in lines
+        line.endswith("(5 read; none quarantined); add rows, or name a file or a larger fraction") for line in lines
     )
     task(rows, format=labels)
     assert main(["audit", "-c", "t.yaml", "--data.test", "0"]) == 1

@@ -7,7 +7,7 @@ import pytest
 
 from conftest import WORDY, selected
 from formtune.audit.findings import ungrounded
-from formtune.data.blockers import _remedy, blockers, uneven_shares
+from formtune.data.blockers import _remedy, blockers, uneven_fractions
 from formtune.data.cleaning import Example, Quarantined
 from formtune.data.encoded import Splits
 from formtune.data.preparation import load_splits, read_splits
@@ -203,7 +203,7 @@ def test_a_column_says_in_which_split_a_row_is(prepare, base):
     assert splits.read == {"test": 20, "validation": 20, "train": 40} and not splits.ignored
     lines = {name: {(int(place) - 1) % 4 for place in members} for name, members in places(splits).items()}
     assert lines == {"test": {3}, "validation": {1}, "train": {0, 2}}
-    # A split that the column does not name is a share of train.
+    # A split that the column does not name is a fraction of train.
     splits = prepare(rows("train", "train", "train", "test"), split_column="part")
     assert splits.read == {"test": 20, "train": 60} and 0 < len(splits.rows["validation"]) < 30
     # Settings are read more than once, by `formtune init` with other limits.
@@ -334,8 +334,8 @@ def test_an_empty_split_names_what_became_of_its_rows(task, base, monkeypatch):
 
 def test_with_few_groups_shares_may_deviate_more():
     rows = {"train": [None] * 400, "validation": [None] * 100, "test": [None] * 100}
-    assert uneven_shares(Splits(rows=rows), {"validation": 0.1, "test": 0.1})
-    assert not uneven_shares(Splits(rows=rows, groups=60), {"validation": 0.1, "test": 0.1})
+    assert uneven_fractions(Splits(rows=rows), {"validation": 0.1, "test": 0.1})
+    assert not uneven_fractions(Splits(rows=rows, groups=60), {"validation": 0.1, "test": 0.1})
 
 
 def test_a_missing_group_in_a_table_is_no_group(tmp_path, base):

@@ -233,7 +233,7 @@ def test_a_run_that_was_checked_on_some_of_its_test_rows_is_compared_on_them(run
 @pytest.mark.parametrize("share", ["1", "-0.1", "5"])
 def test_a_loss_that_is_no_share_is_refused(run, capsys, share):
     assert export(run, "--as", "merged", f"--max_loss={share}") == 2
-    assert "--max_loss: a share of the test rows" in capsys.readouterr().err
+    assert "--max_loss: a fraction of the test rows" in capsys.readouterr().err
 
 
 @pytest.mark.slow

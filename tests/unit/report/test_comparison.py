@@ -95,7 +95,7 @@ def test_runs_swapped_say_the_opposite(pairs):
 
 
 def power(gained, lost, rows, tries=2000):
-    """Share of drawn test sets of `rows` rows on which the exact test is below 0.05."""
+    """Fraction of drawn test sets of `rows` rows on which the exact test is below 0.05."""
     drawn = np.random.default_rng(7).multinomial(rows, [gained, lost, 1 - gained - lost], tries)
     pairs, times = np.unique(drawn[:, :2], axis=0, return_counts=True)
     return sum(times[[stats.binomtest(int(g), int(g + n)).pvalue < 0.05 for g, n in pairs]]) / tries
