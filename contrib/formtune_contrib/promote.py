@@ -7,7 +7,7 @@ from pathlib import Path
 from formtune.commands import COMMANDS
 from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
-from formtune.evaluation.outcomes import read_outcomes, write_outcomes
+from formtune.evaluation.outcomes import rate, read_outcomes, write_outcomes
 from formtune.export.exported import Exported, read_manifest, verify
 from formtune.report.comparison import IN_WORDS, compare, print_comparison, read_runs
 from formtune_contrib import registry
@@ -94,7 +94,9 @@ def objections_to(deployment: registry.Deployment, exported: Exported) -> list[s
         if not exported.outcomes.is_file() and exported.config["model"].get("constrained"):
             remedy = f"run formtune export {exported.folder.parent} first, to evaluate it unconstrained"
             raise UserError(f"the run was evaluated with constrained decoding; {remedy}")
-        read_runs([str(exported.outcomes)])  # refuses a missing file
+        [(_, outcomes)] = read_runs([str(exported.outcomes)])
+        if not rate(outcomes, "exact")[0]:
+            objections.append("none of its answers to the test rows has a valid format")
         metrics = exported.outcomes.with_name(f"{exported.folder.name}.json")
         if metrics.is_file() and (reason := json.loads(metrics.read_text(encoding="utf-8"))["refused"]):
             objections.append(f"its export was refused: {reason}")

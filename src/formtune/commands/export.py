@@ -51,7 +51,7 @@ def run(command: str, args: list[str]) -> None:
     if kind != "adapter" and target.exists():
         raise UserError(f"{target}: exists; remove it to export again")
     # Several seconds: torch, transformers.
-    from formtune.export.exporter import JUDGED, FinishedRun, export
+    from formtune.export.exporter import COMPARED, FinishedRun, export
     from formtune.export.measure import Closeness
 
     metrics = export(FinishedRun(config.run), kind, config.max_loss, **options)
@@ -61,7 +61,7 @@ def run(command: str, args: list[str]) -> None:
     speed += f" (constrained: {constrained:,.0f})" if constrained else ""
     print(f"speed: {speed}, one answer, input as long as production's P95")
     print(f"against the float32 adapter: {Closeness(**metrics['closeness'])}")
-    for rate in JUDGED:
+    for rate in COMPARED:
         right, rows, gained, lost = metrics[rate].values()
         print(f"{rate} {right / rows:.1%} of {rows:,} test rows, {gained} gained, {lost} lost against the run")
     others = "; prompts have the same tokens, so others differ by rounding" if options else ""

@@ -94,8 +94,10 @@ def run(command: str, args: list[str]) -> int:
         size = f"{point.seeds} of {len(seeds)} seeds, {point.trainable_parameters:,} trainable parameters"
         print(f"{point.name}: {fractions}, {size}")
     echo(why)
-    print(f"report: {folder / 'report.html'}\nfigures: {folder / 'sweep.json'}")
-    remedy = f"look at {folder}/*/output.log, then repeat the command"
+    print(f"report: {folder / 'report.html'}\nmetrics: {folder / 'sweep.json'}")
+    remedy = (
+        f"look at {folder}/*/output.log, then repeat the command" if failed else "sweep with more trainer.max_epochs"
+    )
     print(f"next: {f'formtune train -c {folder}/config.yaml' if chosen else remedy}")
     return int(bool(failed))
 

@@ -25,7 +25,7 @@ from formtune.model.lora import load_base
 from formtune.model.micro_batches import check_answer
 from formtune.training.manifest import CARD, NAME, base_files, write_manifest
 
-JUDGED = ("format/exact", "joint/exact")
+COMPARED = ("format/exact", "joint/exact")
 CALIBRATION = 128  # rows
 
 
@@ -116,7 +116,7 @@ def measured(run: FinishedRun, kind: str, folder: Path, max_loss: float) -> tupl
         "same_answers": sum(a.answer == b.answer for a, b in pairs),
         "refused": f"its logits differ from the adapter's in float32: {broken}" if broken else None,
     }
-    for name in JUDGED:
+    for name in COMPARED:
         right = operator.attrgetter(RATES[name])
         changes = Counter((right(a), right(b)) for a, b in pairs)
         count, gained, lost = rate(outcomes, RATES[name])[0], changes[False, True], changes[True, False]

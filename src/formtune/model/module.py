@@ -254,8 +254,7 @@ class FormatModule(L.LightningModule):
 
     def _decode(self, batch: Batch, losses: LossMetrics | None = None) -> list[Decoded]:
         """The greedy answers, in the order of the rows; the targets' loss goes to `losses`."""
-        constrained = any(batch.limits) and (self.constrained or batch.decoding.constrained)
-        grammar = self.grammar if constrained else None
+        grammar = self.grammar if any(batch.limits) and (self.constrained or batch.decoding.constrained) else None
         stop = self.renderer.stop_ids
         model = self.model.disable_adapter() if batch.decoding.untuned else contextlib.nullcontext()
         named = explain_out_of_memory(batch.rows, self.tokens_per_micro_batch)
@@ -280,15 +279,17 @@ class FormatModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved: Any = checkpoint.get("formtune")
-        resumes = self.trainer.state.fn == "fit"
-        check_identity(saved, self._identity, resumes)
+        check_identity(saved, self._identity, resumes := self.trainer.state.fn == "fit")
         self.orders = saved["orders"]  # of the training targets, also for prompts alone
         self.__dict__.pop("grammar", None)
         if resumes:
             self.skipped, self.skipped_in_a_row = saved["skipped"]
 
+    @classmethod
+    def load_from_checkpoint(cls, *_: Any, **__: Any) -> Any:
+        raise UserError("a checkpoint has the adapters alone: build FormatModule(...), give ckpt_path to the trainer")
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The adapters alone, without the frozen base."""
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in self._trained}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:

@@ -112,8 +112,10 @@ def estimate(fractions: Sequence[float], rows: int) -> Estimate:
     return Estimate(mean, math.sqrt(mean * (1 - mean) / rows))
 
 
-def choose(points: Sequence[PointResult]) -> tuple[str, str]:
-    """The name of the chosen point, and why."""
+def choose(points: Sequence[PointResult]) -> tuple[str | None, str]:
+    """The name of the chosen point, None if no point gives a valid format, and why."""
+    if not any(point.validation[FORMAT].mean for point in points):
+        return None, "Nothing chosen: no answer of any point has a valid format. Train longer first."
     valid = _within_one_standard_error(points, FORMAT)
     right = _within_one_standard_error(valid, CONTENT)
 
@@ -121,10 +123,8 @@ def choose(points: Sequence[PointResult]) -> tuple[str, str]:
         return (point.trainable_parameters, *(-point.validation[metric].mean for metric in METRICS), point.loss)
 
     chosen = min(right, key=smallest)
-    none_valid = not any(point.validation[FORMAT].mean for point in points)
-    nothing = "No point has an answer with a valid format, so train longer first. " if none_valid else ""
     return chosen.name, (
-        f"{nothing}{chosen.name} is chosen: it has the fewest parameters ({chosen.trainable_parameters:,}) of those "
+        f"{chosen.name} is chosen: it has the fewest parameters ({chosen.trainable_parameters:,}) of those "
         f"within one standard error, or one row, of the best format/exact ({', '.join(p.name for p in valid)}) and "
         f"then of the best field F1 ({', '.join(p.name for p in right)})."
     )

@@ -86,6 +86,14 @@ def test_a_worse_run_is_refused_unless_forced_with_a_reason_which_is_recorded(lo
     )
 
 
+def test_a_run_without_a_valid_answer_is_not_promoted_even_if_nothing_is_deployed(logs, capsys):
+    path = logs / "good/outcomes/after.jsonl"
+    outcomes = [json.loads(line) | {"kind": "syntax"} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(one) + "\n" for one in outcomes))
+    assert promote("good") == 2 and current() is None
+    assert "none of its answers to the test rows has a valid format" in capsys.readouterr().err
+
+
 def test_an_adapter_whose_export_was_refused_is_not_promoted_silently(logs, capsys):
     (logs / "good/outcomes/adapter.json").write_text(json.dumps({"refused": "another model"}))
     assert promote("good") == 2

@@ -54,6 +54,11 @@ def train(base, task):
     return lambda **options: run(base, folder, write, **options)
 
 
+def test_load_from_checkpoint_says_how_to_load_a_checkpoint():
+    with pytest.raises(UserError, match="give ckpt_path to the trainer"):
+        FormatModule.load_from_checkpoint("step-1.ckpt")
+
+
 def test_a_step_does_not_depend_on_how_it_is_split_into_micro_batches(train):
     whole, split = (flat(train(tokens_per_micro_batch=n)[1]) for n in (16384, 50))
     start = flat(train(steps=1, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))[1])
