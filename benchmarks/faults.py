@@ -226,7 +226,7 @@ def main() -> None:
             place.mkdir()
             kills = Kills(place, str(base), number, ("--trainer.max_epochs", "24"), seed=1)
             kills.make(max(int(share * options.kills), 1))
-            figures["kills"][signal.Signals(number).name] = kills.to_dict()
+            figures["kills"][signal.Signals(number).name] = kills.figures()
             FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
         (folder / "foreign").mkdir()
         figures["foreign"] = foreign_temporary_folder(folder / "foreign", str(base), max(options.kills * 12 // 100, 1))

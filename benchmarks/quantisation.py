@@ -16,7 +16,7 @@ from typing import Any
 
 from formtune.errors import UserError
 from formtune.export.exported import KINDS
-from formtune.export.exporter import JUDGED, FinishedRun, export
+from formtune.export.exporter import COMPARED, FinishedRun, export
 from formtune.export.quantize import folder_name, missing_package
 
 DOCS = Path(__file__).parents[1] / "docs" / "deployment.md"
@@ -24,7 +24,7 @@ MARKS = ("<!-- quantisation: begin -->", "<!-- quantisation: end -->")
 MAX_LOSS = 0.01
 QUANTS = ("q8_0", "q4_k_m")  # of GGUF
 SPEEDS = ("tokens_per_second", "constrained_tokens_per_second")
-COLUMNS = ("kind", *JUDGED, "weights", "tokens/s", "KL", "top-1")
+COLUMNS = ("kind", *COMPARED, "weights", "tokens/s", "KL", "top-1")
 
 
 def table(run: Path) -> str:
@@ -45,7 +45,7 @@ def table(run: Path) -> str:
 
 
 def _cells(kind: str, figures: dict[str, Any]) -> list[str]:
-    rates = (figures[name] for name in JUDGED)
+    rates = (figures[name] for name in COMPARED)
     closeness = figures["closeness"]
     return [
         kind + (" (refused)" if figures["refused"] else ""),

@@ -64,11 +64,11 @@ def run(command: str, args: list[str]) -> int:
     failed = [name for name in targets if any(c.target == name and c.verdict == "fails" for c in checks)]
     path = LOGS / config.task / "preflight.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    metrics = {"targets": targets, "failed": failed, "input_tokens": length}
-    write_json(path, metrics | {"checks": [c._asdict() for c in checks]})
+    summary = {"targets": targets, "failed": failed, "input_tokens": length}
+    write_json(path, summary | {"checks": [c._asdict() for c in checks]})
     for c in checks:
         echo(f"{c.target}, {c.check}, {c.verdict}: {c.detail}", "green" if c.verdict == "ok" else "yellow")
-    print(f"metrics: {path}")
+    print(f"checks: {path}")
     untried = [c.target for c in checks if c.verdict == "not tried"]
     note = f"; not tried: {', '.join(untried)}" if untried else ""
     echo(f"verdict: {'failed' if failed else 'passed'} for {', '.join(failed or targets)}{note}", "bold")

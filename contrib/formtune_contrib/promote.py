@@ -9,7 +9,7 @@ from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import rate, read_outcomes, write_outcomes
 from formtune.export.exported import Exported, read_manifest, verify
-from formtune.report.comparison import IN_WORDS, compare, print_comparison, read_runs
+from formtune.report.comparison import COMPARED, compare, print_comparison, read_runs
 from formtune_contrib import registry
 
 
@@ -106,7 +106,7 @@ def objections_to(deployment: registry.Deployment, exported: Exported) -> list[s
             objections.append(f"the format differs from that of {current}, which downstream code parses")
         comparison = compare(read_runs([str(deployment.outcomes(current)), str(exported.outcomes)]))
         print_comparison(comparison)
-        for name in IN_WORDS:
+        for name in COMPARED:
             difference = comparison["runs"][1]["metrics"][name]["difference"]
             if difference["verdict"] == "worse":
                 objections.append(f"{name} is worse than {current}'s (p = {difference['p']:.2g})")

@@ -44,7 +44,7 @@ examples:
   formtune train -c configs/demo.yaml --model.lora.r 32
   formtune fit -c configs/demo.yaml --print_config=skip_default
   formtune test logs/demo/RUN
-  formtune compare logs/demo/r16 logs/demo/r32
+  formtune predict logs/demo/RUN prompts.jsonl
 
 One YAML describes a task; every key can also be set on the command line. README.md shows a full run and how to start
 with your own rows; configs/ has example YAMLs."""

@@ -36,5 +36,7 @@ def as_user_error(what: str, remedy: str = "") -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the error's name if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, with the error's name if that is not a sentence."""
+    name = type(error).__name__
+    text = f"{name}: {error}" if isinstance(error, KeyError) else str(error).strip() or name
+    return text.splitlines()[0]

@@ -249,7 +249,7 @@ def test_a_schedule_of_torch_replaces_the_cosine(task_yaml):
     assert state["factor"] == 1.0
 
 
-def test_commands_take_a_run_and_measure_its_best_checkpoint_and_try_shows_both_models(task_yaml, capsys, monkeypatch):
+def test_commands_take_a_run_and_measure_its_best_checkpoint(task_yaml, capsys):
     assert main(["train", "-c", task_yaml, "--run", "one"]) == 0
     result = json.loads(Path("logs/small/one/metrics.json").read_text())
     capsys.readouterr()
@@ -261,6 +261,12 @@ def test_commands_take_a_run_and_measure_its_best_checkpoint_and_try_shows_both_
     assert len(Path("a.jsonl").read_text().splitlines()) == 1
     assert main(["test", "logs/small/two"]) == 2
     assert "logs/small/two: not a run" in capsys.readouterr().err
+
+
+@pytest.mark.contrib
+def test_try_shows_the_answers_of_both_models(task_yaml, capsys, monkeypatch):
+    assert main(["train", "-c", task_yaml, "--run", "one", "--baselines", "[]"]) == 0
+    capsys.readouterr()
     monkeypatch.setattr("sys.stdin", io.StringIO("number 5\n"))
     assert main(["try", "logs/small/one"]) == 0
     out = capsys.readouterr().out

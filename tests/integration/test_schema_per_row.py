@@ -139,6 +139,7 @@ def test_a_server_is_sent_each_rows_schema_and_checked_by_it(run, base):
     assert {body["messages"][0]["content"] for body in server.requests} == {f"Keep {text}." for text in TEXTS}
 
 
+@pytest.mark.contrib
 def test_try_takes_the_schema_from_a_file(run, monkeypatch, capfd):
     prompts = iter(["row 1 of 1"])
 

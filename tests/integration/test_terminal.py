@@ -14,13 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from formtune.audit.findings import print_audit
 from formtune.cli import main
 from formtune.commands import COMMANDS
 from formtune.configuration.terminal import wrap
 from formtune.evaluation.console import HEADLINES, print_result
 from formtune.evaluation.outcomes import EVALUATIONS, Outcome, write_outcomes
-from formtune.report.comparison import compare, print_comparison
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 ROWS = [Outcome(f"t:{i}", "", 9, f"{i}", "{}", "{}", "ok", "", True, 1, 2, {"customer.name": i > 9}) for i in range(30)]
@@ -36,13 +34,22 @@ def result(views):
 
 def audited():
     settings = SimpleNamespace(ignored={}, format=SimpleNamespace(notes=[SENTENCE]), columns=SimpleNamespace(notes={}))
-    print_audit({"blockers": [SENTENCE], "warnings": [SENTENCE], "verdict": "blocked"}, settings, None, Path("logs"))
+    findings = pytest.importorskip("formtune.audit.findings")
+    findings.print_audit(
+        {"blockers": [SENTENCE], "warnings": [SENTENCE], "verdict": "blocked"}, settings, None, Path("logs")
+    )
+
+
+def compared():
+    comparison = pytest.importorskip("formtune.report.comparison")
+    runs = [(f"logs/demo/2026112{n}-041835", ROWS) for n in range(3)]
+    comparison.print_comparison(comparison.compare(runs))
 
 
 SHOWN = {
     "train": lambda: print_result(result([*EVALUATIONS][:5]), Path("logs/demo/run")),
     "test": lambda: print_result(result([*EVALUATIONS][:3]), Path("logs/demo/run")),
-    "compare": lambda: print_comparison(compare([(f"logs/demo/2026112{n}-041835", ROWS) for n in range(3)])),
+    "compare": compared,
     "audit": audited,
 }
 

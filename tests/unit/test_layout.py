@@ -99,8 +99,7 @@ def test_the_package_root_holds_the_entry_point_errors_and_files_alone():
 
 def test_no_two_files_have_the_same_name():
     names = collections.Counter(path.name for path in modules().values() if not path.name.startswith("__"))
-    optional = {"audit.py", "sweep.py", "export.py", "report.py"}
-    assert not [name for name, count in names.items() if count > 1 and name not in optional]
+    assert not [name for name, count in names.items() if count > 1]
 
 
 @pytest.mark.parametrize("folder", OPTIONAL, ids=lambda folder: folder.name)

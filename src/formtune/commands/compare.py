@@ -12,7 +12,7 @@ from formtune.report.comparison import compare, print_comparison, read_runs
 HELP = """\
 Each further RUN is compared with the first one, row by row, so all must have been tested on the same rows.
 
-  97.3% (94.9 to 98.6)   the metric and its 95 % interval: Wilson's for a rate, a bootstrap over rows for field F1
+  97.3% (94.9 to 98.6)   the value and its 95 % interval: Wilson's for a rate, a bootstrap over rows for field F1
   better, p = 0.002      equal runs differ this much or more in 2 of 1,000 cases; below 0.05: better or worse
                          (exact McNemar test for rates, randomization test for field F1)
   cannot tell            chance alone can explain the difference; about this many test rows would decide

@@ -21,8 +21,8 @@ def run(command: str, args: list[str]) -> None:
     kinds = (*KINDS, "gguf-adapter")
     parser.add_argument("--as", metavar="KIND", dest="kind", choices=kinds, default="adapter", help="Kind of export "
                         f"(default: %(default)s): {', '.join(kinds)}")  # fmt: skip
-    parser.add_argument("--max_loss", metavar="SHARE", type=float, default=0.01, help="Fraction of the test rows that "
-                        "format/exact and joint/exact may lose (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--max_loss", metavar="FRACTION", type=float, default=0.01, help="Fraction of the test rows "
+                        "that format/exact and joint/exact may lose (default: %(default)s)")  # fmt: skip
     parser.add_argument("--quant", choices=QUANTIZATIONS, help="With --as gguf and gguf-adapter (default: q8_0)")
     parser.add_argument(
         "--converter", metavar="PATH", help="With --as gguf and gguf-adapter: convert_hf_to_gguf.py of llama.cpp"

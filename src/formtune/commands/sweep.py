@@ -130,6 +130,6 @@ def _train(runs: Mapping[Path, list[str]], folder: Path, same_rows: bool) -> lis
         if same_rows and len(set(rows.values())) > 1:
             raise UserError(f"{folder}: the rows changed after its first runs; delete it to begin again")
         best, seconds = ended["training"]["best"], ended["training"]["seconds"]
-        metrics = f"format/exact {best['exact'] / best['rows']:.1%}, field F1 {best['field_f1']:.1%} on validation"
-        print(f"{path.name}: {metrics}, {seconds:.0f} s ({len(rows) + len(failed)}/{len(runs)})", flush=True)
+        text = f"format/exact {best['exact'] / best['rows']:.1%}, field F1 {best['field_f1']:.1%} on validation"
+        print(f"{path.name}: {text}, {seconds:.0f} s ({len(rows) + len(failed)}/{len(runs)})", flush=True)
     return failed

@@ -97,7 +97,7 @@ def check_trainer(config: Namespace, command: str) -> None:
 def check_callbacks(trainer: Any, names: Set[str]) -> None:
     """Refuse an unsupported callback, or one that monitors a metric not in `names`."""
     names = names | {"epoch", "step", "train/loss", "train/eval_loss", "val/loss_gap"}
-    custom = "custom/"  # prefix of custom metrics, whose metrics get their names in a validation
+    custom = "custom/"  # prefix of custom metrics, whose names are known only after a validation
     for callback in trainer.callbacks:
         kind, monitor = type(callback).__name__, getattr(callback, "monitor", None)
         if isinstance(callback, known.StochasticWeightAveraging | known.WeightAveraging):

@@ -119,7 +119,7 @@ class FormatDataModule(L.LightningDataModule):
         return DataLoader(rows, batch_size=EVALUATION_ROWS, collate_fn=collate)  # type: ignore[arg-type]
 
     def training_sample(self) -> list[Row]:
-        """This process's fraction of a fixed sample of training rows, as many as validation sees."""
+        """This process's part of a fixed sample of training rows, as many as validation sees."""
         trainer: Any = self.trainer
         validated, rows = int(sum(trainer.num_val_batches)) * EVALUATION_ROWS, self.rows["train"]
         if batches := trainer.overfit_batches:  # the only batches trained on: a number or a share
@@ -129,7 +129,7 @@ class FormatDataModule(L.LightningDataModule):
         return self._share(sample(rows, min(len(self.rows["validation"]), validated)))
 
     def _collate(self, rows: list[Row], evaluation: bool = False, decoding: Any = None) -> Any:
-        """This process's fraction of the rows, as the model's batch; the rows themselves without a model."""
+        """This process's part of the rows, as the model's batch; the rows themselves without a model."""
         if self.trainer is None:
             return rows
         model: Any = self.trainer.lightning_module

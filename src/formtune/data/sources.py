@@ -269,7 +269,7 @@ def weighted(
     rows: Sequence[Row], entry_of: Mapping[str, str], weights: Mapping[str, float]
 ) -> tuple[list[Row], dict[str, dict[str, float]]]:
     """Each row as often as its entry's weight says, and counts by entry; `entry_of` maps a file to its entry."""
-    # The fraction is a fraction of the rows, drawn once, so that every epoch and a resumed run have the same rows.
+    # The fractional part is a sample of the rows, drawn once, so that every epoch and a resumed run have the same rows.
     entries = [entry_of[row.where.rpartition(":")[0].removesuffix("[train]")] for row in rows]
     times, counts = [int(weights[entry]) for entry in entries], {}
     for name, weight in weights.items():

@@ -70,7 +70,7 @@ def ratios(counts: Counts) -> dict[str, float]:
 class Scores(nn.Module):
     """All metrics of an evaluation: of the outcomes, the losses and the custom metrics.
 
-    A custom metric is named `custom/` and its class, or the metric's name if `compute` returns several.
+    A custom metric is named `custom/` and its class, or the value's name if `compute` returns several.
     """
 
     def __init__(self, format: Format, metrics: Sequence[Metric]) -> None:

@@ -47,7 +47,7 @@ class FinishedRun:
             raise UserError(f"model.base: {base} is not the base of {exported.folder}; its files differ")
         if exported.format != self.format.to_dict():
             raise UserError(f"{folder / 'config.yaml'}: the format has changed since the run; train again")
-        # An export is checked without constrained decoding, so its reference must be too.
+        # An export is evaluated without constrained decoding, so its reference must be too.
         unconstrained = folder / "outcomes" / "adapter.jsonl"
         self.constrained = task.model.constrained and not unconstrained.is_file()
         measured = task.model.constrained and not self.constrained
@@ -121,7 +121,7 @@ def measured(run: FinishedRun, kind: str, folder: Path, max_loss: float) -> tupl
         changes = Counter((right(a), right(b)) for a, b in pairs)
         count, gained, lost = rate(outcomes, RATES[name])[0], changes[False, True], changes[True, False]
         metrics[name] = {"right": count, "rows": len(rows), "gained": gained, "lost": lost}
-        # One row may always be lost: rounding costs one too, and of a hundred rows the bound may be less than one.
+        # One row may always be lost: rounding costs one too, and `max_loss` may be less than one row.
         if lost - gained > max(1, max_loss * len(rows)):
             fall = f"falls from {count + lost - gained} to {count} of {len(rows)} rows"
             metrics["refused"] = metrics["refused"] or f"{name} {fall}, more than --max_loss {max_loss}"

@@ -24,7 +24,7 @@ from formtune.formats.content import typed
 CHECK_SECONDS = 0.5  # CPU time, so that a busy machine changes no verdict; an ordinary check takes 0.0001
 MAX_REPEATS = 100_000  # repetitions in a pattern; the `regex` package expands those that must match
 
-_DEADLINE: ContextVar[float] = ContextVar("end", default=1e9)
+_DEADLINE: ContextVar[float] = ContextVar("deadline", default=1e9)
 _PROBING: ContextVar[bool] = ContextVar("probing", default=False)  # True while the alternatives of a union are tried
 
 _ECMA = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|[$.]", re.S)
@@ -43,7 +43,7 @@ _IN_CLASS = re.compile(r"(^\[\^?-?|\\.|\[:\^?\w+:\])|--|[\[&~]", re.S)
 # In a character class: a hyphen beside an escape such as \d, which is no range; other escapes are kept.
 _NO_RANGE = re.compile(r"(\\[dDwWsS])-(?!\])|\\.|(?<!\[)-(?=\\[dDwWsS])", re.S)
 _ANCHORS = {r"\A": "^", r"\Z": "$", r"\z": "$"}  # not in ECMA-262, but widely used
-_DEADLINES = {"$": r"\Z", r"\b": r"(?a:\b)", r"\B": r"(?a:\B)"}
+_ANCHOR_PATTERNS = {"$": r"\Z", r"\b": r"(?a:\b)", r"\B": r"(?a:\B)"}
 
 _TIME = r"\d\d:\d\d:\d\d(?:\.\d+)?(?:[zZ]|[+-]\d\d:\d\d)"
 
@@ -103,7 +103,7 @@ def escape_class(text: str) -> str:
 @lru_cache(maxsize=1000)
 def compile_ecma(pattern: str) -> Any:
     """Compile a pattern as ECMA-262 defines it: `$` matches only at the end, not before a final line feed."""
-    return compile_pattern(_ECMA.sub(lambda match: _DEADLINES.get(match[0], match[0]), ecma(pattern)))
+    return compile_pattern(_ECMA.sub(lambda match: _ANCHOR_PATTERNS.get(match[0], match[0]), ecma(pattern)))
 
 
 def ecma(pattern: str) -> str:

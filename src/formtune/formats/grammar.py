@@ -192,9 +192,11 @@ class OrderedRules:
 
     def _body(self, node: Any, name: str, keywords: set[str]) -> str:
         # Every object is a rule: in a union, the keys of a %json would be other tokens than those of a rule.
+        if not {"properties", "$ref"} & {key for _, inner in schema_nodes(node) for key in inner}:
+            return self._json(node)
         if keywords in ({"anyOf"}, {"oneOf"}):
             return " | ".join(self._rule(option) for key in keywords for option in node[key])
-        kinds, body = {*types(node)} if keywords else set(), ""
+        kinds, body = {*types(node)}, ""
         if "properties" in keywords <= {"type", "properties", "required", "additionalProperties"}:
             body = self._object(node, name) if kinds <= {"object", *_SCALARS} and node["properties"] else ""
         elif "items" in keywords <= {"type", "items", "minItems", "maxItems"} and kinds <= {"array", *_SCALARS}:

@@ -1,4 +1,4 @@
-"""A causal language model under LoRA, trained on answers and checked by its format."""
+"""A causal language model under LoRA, trained on answers whose format is checked."""
 
 from formtune.model.lora import Lora
 from formtune.model.module import FormatModule

@@ -7,6 +7,7 @@ alpha/r h_i B_i^T to its base layer's output in place.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -90,6 +91,8 @@ def load_base(base: str, dtype: torch.dtype, quantize: str | None, device: torch
     logging.disable_progress_bar()
     extra: dict[str, Any] = {}
     if quantize:
+        if find_spec("bitsandbytes") is None:
+            raise UserError("model.quantize: 4-bit needs bitsandbytes; pip install -e '.[qlora]'")
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
         extra = {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4)}
     with device, as_user_error(f"model.base: {base} cannot be loaded"):

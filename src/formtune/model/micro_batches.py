@@ -109,7 +109,11 @@ class MicroBatches:
 
     def __init__(self, model: Any) -> None:
         self.base = model.get_base_model() if hasattr(model, "peft_config") else model
-        self.vocabulary, self.device = self.base.get_input_embeddings().num_embeddings, self.base.device
+        self.vocabulary = self.base.get_input_embeddings().num_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
 
     def split(self, rows: Sequence[Row], tokens: int, extra: int = 0) -> Iterator[Any]:
         """Micro-batches of at most `tokens` tokens, where each row counts `extra` tokens more than it has."""

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from formtune.base.row import Row
 
-MIN_SAVED = (
-    1 / 8
-)  # least fraction of the tokens that continue a segment: sharing fewer is slower than computing them again
+# A prefix is shared if that saves at least this fraction of the tokens that continue it; else sharing is slower.
+MIN_SAVED = 1 / 8
 
 
 @dataclass(frozen=True, slots=True)

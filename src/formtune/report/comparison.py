@@ -18,7 +18,7 @@ from formtune.evaluation.statistics import wilson_interval
 from formtune.report.paired_tests import f1_difference, f1_interval, rate_difference, verdict
 
 FIELDS = 20  # most frequent fields of rows with their own schemas
-IN_WORDS = ("format/exact", "joint/exact")  # metrics in the sentence below the table
+COMPARED = ("format/exact", "joint/exact")  # metrics in the sentence below the table
 
 Run = tuple[str, list[Outcome]]  # as named on the command line, and its test rows in the same order for all runs
 
@@ -69,7 +69,7 @@ def print_comparison(comparison: dict[str, Any]) -> None:
     Console().print(metrics_table(f"Comparison on {comparison['rows']:,} test rows", comparison["runs"]))
     for run in others:
         parts = []
-        for name in IN_WORDS:
+        for name in COMPARED:
             difference = run["metrics"][name]["difference"]
             size = f" by {100 * abs(difference['value']):.1f} points ({_p(difference)})"
             parts.append(f"{name} {difference['verdict']}{size * difference['significant']}")

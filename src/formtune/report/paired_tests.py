@@ -55,7 +55,7 @@ def f1_interval(counts: np.ndarray) -> Interval:
     """95 % interval of micro F1 by bootstrap; `counts`, of shape (2, rows), are shared values and values of both."""
     if counts.shape[1] < 2:
         return 0.0, 1.0
-    # Not BCa: it is undefined if no resample is below or above the metric, as often near an F1 of 1.
+    # Not BCa: it is undefined if no resample is below or above the value, as often near an F1 of 1.
     drawn = stats.bootstrap(
         tuple(counts), _f1, paired=True, vectorized=True, confidence_level=CONFIDENCE, method="percentile",
         batch=max(1, _ELEMENTS // counts.size), rng=0,

@@ -20,7 +20,7 @@ class Diagnosis(NamedTuple):
     """What the validations so far show."""
 
     kind: Literal["too early", "learning", "overfitting", "saturated", "not learning", "diverged"]
-    text: str  # one line, with its metrics
+    text: str  # one line, with the numbers
     improving: tuple[str, ...] = ()  # what has improved recently
 
 
@@ -31,8 +31,8 @@ def diagnose(history: Sequence[Validation]) -> Diagnosis:
     finite = [v for v in history if v.is_finite]
     start, last = (finite or history)[0], history[-1]
     if not last.is_finite or exceeds(last.train_loss - start.train_loss, start.train_loss, DIVERGENCE):
-        metrics = f"train {last.train_loss:.4g}, validation {last.val_loss:.4g}, {start.train_loss:.4g} at the start"
-        return Diagnosis("diverged", f"diverged: losses {metrics}")
+        losses = f"train {last.train_loss:.4g}, validation {last.val_loss:.4g}, {start.train_loss:.4g} at the start"
+        return Diagnosis("diverged", f"diverged: losses {losses}")
 
     train, loss = [v.train_loss for v in finite], [v.val_loss for v in finite]
     gains = {  # index of the last improvement of each, 0 for none

@@ -88,8 +88,8 @@ def reason(history: Sequence[Validation]) -> str:
         "last": history[-1],
     }
     for name, other in others.items():
-        metrics = f"step {other.step} ({other.joint} right, {other.exact} valid)"
-        parts.append(f"{name}: {'the same' if other is chosen else metrics}")
+        text = f"step {other.step} ({other.joint} right, {other.exact} valid)"
+        parts.append(f"{name}: {'the same' if other is chosen else text}")
     return "; ".join(parts)
 
 

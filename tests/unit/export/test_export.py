@@ -237,7 +237,9 @@ def test_a_loss_that_is_no_share_is_refused(run, capsys, share):
 
 
 @pytest.mark.slow
-def test_a_run_checked_under_constrained_decoding_is_measured_without_before_anything_is_compared_with_it(run, capsys):
+def test_a_run_evaluated_under_constrained_decoding_is_measured_without_before_anything_is_compared_with_it(
+    run, capsys
+):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"]["constrained"] = True
     (run / "config.yaml").write_text(yaml.safe_dump(config))
