@@ -165,7 +165,7 @@ NAMED = [
     (["--trainer.callbacks+=EarlyStoping"], "trainer.callbacks: no class 'EarlyStoping'; did you mean EarlyStopping?"),
     (["--trainer.callbacks+=EarlyStopping"], "trainer.callbacks: the argument monitor is missing"),
     (["--trainer.callbacks+=ModelSummary", "--trainer.callbacks.max_dept=1"], "did you mean trainer.callbacks.max_depth?"),
-    (["--trainer.callbacks+=classes.Raises"], "trainer.callbacks: Raises: 'the table is empty'"),
+    (["--trainer.callbacks+=classes.Raises"], "trainer.callbacks: Raises: KeyError: 'the table is empty'"),
     (["--trainer.callbacks+=classes.Raise"], "module 'classes' has no attribute 'Raise'; did you mean Raises?"),
     (["--trainer.callbacks+=classes.Other"], "trainer.callbacks: must name a subclass of Callback"),
     (["--trainer.callbacks+=broken.Any"], "trainer.callbacks: No module named 'nothing_here'; pip install nothing_here, or"),
