@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from formtune.errors import UserError
+from formtune.evaluation.outcomes import COMPARED
 from formtune.export.exported import KINDS
-from formtune.export.exporter import COMPARED, FinishedRun, export
+from formtune.export.exporter import FinishedRun, export
 from formtune.export.quantize import folder_name, missing_package
 
 DOCS = Path(__file__).parents[1] / "docs" / "deployment.md"

@@ -271,3 +271,20 @@ def selected(cut=True, **splits):
     chosen, selection = select([row for rows in splits.values() for row in rows], 0.8, cut=cut)
     selection.examples = {name: [row for row in chosen if row.split == name] for name in splits}
     return selection
+
+
+def outcome(number, kind="ok", tokens=10, origin="", target='{"n":1,"s":"a"}', answer=None):
+    """An outcome with two fields, of which `n` is right only if the whole answer is."""
+    from formtune.evaluation.outcomes import Outcome
+
+    answer = target if answer is None else answer
+    return Outcome(
+        f"f:{number}", origin, tokens, f"input {number}", target, answer, kind, "why", kind in ("ok", "content"),
+        2 if kind == "ok" else 1, 4, {"n": kind == "ok", "s": True},
+    )  # fmt: skip
+
+
+def answers(rows, exact, right):
+    """The first ones in a valid format, of these the first ones right, too."""
+    kinds = ["ok"] * right + ["content"] * (exact - right) + ["syntax"] * (rows - exact)
+    return [outcome(n, kind) for n, kind in enumerate(kinds)]

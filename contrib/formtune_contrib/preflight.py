@@ -11,7 +11,6 @@ from formtune.base.row import quantile
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
 from formtune.configuration.terminal import echo
-from formtune.configuration.yaml_file import config_paths
 from formtune.data.preparation import encode_inputs, production_rows
 from formtune.errors import UserError, first_line
 from formtune.export.quantize import missing_package
@@ -19,6 +18,7 @@ from formtune.export.rules import MERGED, TARGETS, check
 from formtune.files import LOGS, write_json
 from formtune.model.adapter import take_settings
 from formtune.model.lora import Lora, lora_config
+from formtune_contrib import task_file
 from formtune_contrib.trial import ANSWER, attempt
 
 RENDERED_PROMPTS = 16  # prompts that llama.cpp must render as training does
@@ -72,6 +72,5 @@ def run(command: str, args: list[str]) -> int:
     untried = [c.target for c in checks if c.verdict == "not tried"]
     note = f"; not tried: {', '.join(untried)}" if untried else ""
     echo(f"verdict: {'failed' if failed else 'passed'} for {', '.join(failed or targets)}{note}", "bold")
-    task = (config_paths(args) or ["TASK.yaml"])[-1]
-    print(f"next: {'change what fails' if failed else f'formtune train -c {task}'}")
+    print(f"next: {'change what fails' if failed else f'formtune train -c {task_file(args)}'}")
     return int(bool(failed))

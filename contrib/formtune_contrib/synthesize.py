@@ -13,13 +13,13 @@ from jsonargparse.typing import PositiveInt
 from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
 from formtune.configuration.terminal import progress
-from formtune.configuration.yaml_file import config_paths
 from formtune.data.cleaning import Example, repair, repair_answer
 from formtune.data.duplicates import near_pairs, split_shared
 from formtune.data.preparation import read_examples, read_splits, with_rendered_answer
 from formtune.data.selection import input_keys
 from formtune.data.sources import read_records
 from formtune.errors import UserError
+from formtune_contrib import task_file
 from formtune_contrib.endpoint import Client, Refused
 
 BAD_PROMPT = (400, 413, 422)  # HTTP statuses for one prompt, such as a too long one; others apply to all
@@ -100,8 +100,7 @@ def run(command: str, args: list[str]) -> None:
     print(f"{path}: {count:,} rows; not asked: {len(prompts) - len(new):,} near-duplicates{reasons}")
     if columns.source is None:
         print("to count rows by author, set data.columns.source: source in the task")
-    task = (config_paths(args) or ["TASK.yaml"])[-1]
-    print(f"next: read some of the rows, add {path} to data.train, then formtune audit -c {task}")
+    print(f"next: read some of the rows, add {path} to data.train, then formtune audit -c {task_file(args)}")
 
 
 def _append(path: Path, row: Any) -> None:

@@ -51,7 +51,8 @@ def run(command: str, args: list[str]) -> None:
     if kind != "adapter" and target.exists():
         raise UserError(f"{target}: exists; remove it to export again")
     # Several seconds: torch, transformers.
-    from formtune.export.exporter import COMPARED, FinishedRun, export
+    from formtune.evaluation.outcomes import COMPARED
+    from formtune.export.exporter import FinishedRun, export
     from formtune.export.measure import Closeness
 
     metrics = export(FinishedRun(config.run), kind, config.max_loss, **options)

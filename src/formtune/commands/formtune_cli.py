@@ -223,8 +223,8 @@ class FormtuneCLI(LightningCLI):
         """Run `train` or `fit`; with --dry_run print an estimate."""
         config, all_stages = self.config[self.subcommand], self.subcommand == "train"
         trainer: Any = self.trainer
-        before_training = optional("export.rules", "before_training")
-        for line in before_training(model.base, model.lora) if before_training and all_stages else ():
+        before_training = optional("export.rules", "before_training") if all_stages else None
+        for line in before_training(model.base, model.lora) if before_training else ():
             rank_zero_only(print)(f"preflight: {line}")
         baselines = config.baselines if all_stages else None
         if config.dry_run:

@@ -24,6 +24,7 @@ EVALUATIONS = {  # the evaluations of the test rows, and how they are displayed
     "after_constrained": "tuned constrained",
 }
 RATES = {"format/exact": "exact", "format/loose": "loose", "joint/exact": "joint"}  # attributes of `Outcome`
+COMPARED = ("format/exact", "joint/exact")  # rates that say whether one model is worse than another
 FIELD = "content/field_acc/"  # before a field's name
 F1 = "content/field_f1"
 

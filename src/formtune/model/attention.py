@@ -34,14 +34,17 @@ def attention_forward(
     scaling: float | None = None, sliding_window: int | None = None, attend: Attend | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """An attention implementation of transformers; `attend` reaches it as a keyword argument of the decoder."""
-    if attend is None:  # rows are not packed, for example if a callback calls the model
-        options |= {"scaling": scaling, "sliding_window": sliding_window}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[return-value]
     unsupported = {name: options.get(name) for name in ("softcap", "s_aux", "position_bias")}
-    unsupported["mask"] = attention_mask if attention_mask is not None and attention_mask.numel() else None
+    unsupported["mask"] = attention_mask if attend and attention_mask is not None and attention_mask.numel() else None
     if names := [name for name, value in unsupported.items() if value is not None]:
         raise NotImplementedError(f"packed attention does not support: {', '.join(names)}")
-    return attend(module.layer_idx, query, key, value, scaling, sliding_window).transpose(1, 2), None
+    if attend is not None:
+        return attend(module.layer_idx, query, key, value, scaling, sliding_window).transpose(1, 2), None
+    # Rows are not packed, for example if a callback calls the model.
+    if attention_mask is None and sliding_window is not None and key.size(2) > sliding_window:
+        raise NotImplementedError("this call needs a mask for its window: call set_attn_implementation('sdpa') first")
+    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    return out, None
 
 
 class PackedAttention:

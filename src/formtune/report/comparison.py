@@ -13,12 +13,11 @@ from rich.text import Text
 
 from formtune.configuration.terminal import echo, wrap
 from formtune.errors import UserError
-from formtune.evaluation.outcomes import EVALUATIONS, F1, FIELD, RATES, Outcome, field_f1, read_outcomes
+from formtune.evaluation.outcomes import COMPARED, EVALUATIONS, F1, FIELD, RATES, Outcome, field_f1, read_outcomes
 from formtune.evaluation.statistics import wilson_interval
 from formtune.report.paired_tests import f1_difference, f1_interval, rate_difference, verdict
 
 FIELDS = 20  # most frequent fields of rows with their own schemas
-COMPARED = ("format/exact", "joint/exact")  # metrics in the sentence below the table
 
 Run = tuple[str, list[Outcome]]  # as named on the command line, and its test rows in the same order for all runs
 

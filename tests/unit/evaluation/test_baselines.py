@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import SCHEMA, byte_tokenizer, pair
+from conftest import SCHEMA, answers, byte_tokenizer, outcome, pair
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.cli import main
@@ -17,7 +17,6 @@ from formtune.evaluation import baselines as baseline
 from formtune.evaluation.baselines import choose_shots, constant_answer, few_shot_rows, prompting_verdict
 from formtune.evaluation.outcomes import (
     EVALUATIONS,
-    Outcome,
     field_f1,
     paired,
     rate,
@@ -27,20 +26,6 @@ from formtune.evaluation.outcomes import (
 )
 from formtune.evaluation.probe import probe_lengths, probe_rows
 from formtune.formats import JsonSchema, Labels
-
-
-def outcome(number, kind="ok", tokens=10, origin="", target='{"n":1,"s":"a"}', answer=None):
-    answer = target if answer is None else answer
-    return Outcome(
-        f"f:{number}", origin, tokens, f"input {number}", target, answer, kind, "why", kind in ("ok", "content"),
-        2 if kind == "ok" else 1, 4, {"n": kind == "ok", "s": True},
-    )  # fmt: skip
-
-
-def answers(rows, exact, right):
-    """The first ones in a valid format, of these the first ones right, too."""
-    kinds = ["ok"] * right + ["content"] * (exact - right) + ["syntax"] * (rows - exact)
-    return [outcome(n, kind) for n, kind in enumerate(kinds)]
 
 
 def test_outcomes_survive_the_disk_and_a_foreign_file_is_named(tmp_path):

@@ -16,33 +16,16 @@ import pytest
 import yaml
 from markupsafe import escape
 
+from conftest import answers, outcome
 from formtune.base.row import Row
 from formtune.evaluation.baselines import best_prompt
 from formtune.evaluation.console import HEADLINES, print_result
-from formtune.evaluation.outcomes import (
-    EVALUATIONS,
-    Outcome,
-)
+from formtune.evaluation.outcomes import EVALUATIONS
 from formtune.evaluation.selective import summary
 from formtune.formats import KINDS, JsonSchema
 from formtune.report.failures import slices
 from formtune.report.report import Run, card, conclusion, headline, page
 from formtune.training.loggers import _cell
-
-
-def outcome(number, kind="ok", tokens=10, origin="", target='{"n":1,"s":"a"}', answer=None):
-    answer = target if answer is None else answer
-    return Outcome(
-        f"f:{number}", origin, tokens, f"input {number}", target, answer, kind, "why", kind in ("ok", "content"),
-        2 if kind == "ok" else 1, 4, {"n": kind == "ok", "s": True},
-    )  # fmt: skip
-
-
-def answers(rows, exact, right):
-    """The first ones in a valid format, of these the first ones right, too."""
-    kinds = ["ok"] * right + ["content"] * (exact - right) + ["syntax"] * (rows - exact)
-    return [outcome(n, kind) for n, kind in enumerate(kinds)]
-
 
 FORMAT = JsonSchema({"properties": {"n": {"type": "integer"}, "s": {"enum": ["a", "b"]}}})
 
