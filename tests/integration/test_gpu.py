@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from conftest import byte_tokenizer, tiny_model
+from conftest import SHAPES, byte_tokenizer, tiny_model
 from formtune.base.row import Row
 from formtune.cli import main
 from formtune.model.lora import Lora, add_lora
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 # FlexAttention has no kernel for heads of fewer than 16 numbers.
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
+WIDER = {"gpt2": {"n_embd": 64}, "qwen3": WIDE | {"head_dim": 16}, "gemma3_text": WIDE | {"head_dim": 16}}
 FIT = ("train", "-c", "small.yaml", "--baselines", "[]", "--seed_everything", "3")
 
 
@@ -30,8 +31,8 @@ def base(tmp_path_factory):
     return str(folder)
 
 
-def losses_and_gradients(device, micro_batches_of, rows):
-    model = add_lora(tiny_model(**WIDE), Lora(r=4, dropout=0.0)).to(device)
+def losses_and_gradients(shape, device, micro_batches_of, rows):
+    model = add_lora(tiny_model(shape, **WIDER.get(shape, WIDE)), Lora(r=4, dropout=0.0)).to(device)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -39,34 +40,34 @@ def losses_and_gradients(device, micro_batches_of, rows):
     trained = [p for p in model.parameters() if p.requires_grad]
     micro_batches = micro_batches_of(model)
     loss, gradients = 0.0, [torch.zeros_like(p) for p in trained]
-    for group in micro_batches.split(rows, 200):
+    for group in micro_batches.split(rows, 400):
         part = micro_batches.loss(group)
         loss += float(part.detach())
         for total, gradient in zip(gradients, torch.autograd.grad(part, trained), strict=True):
             total += gradient
-    return loss, torch.cat([gradient.flatten().cpu() for gradient in gradients])
+    return micro_batches, loss, torch.cat([gradient.flatten().cpu() for gradient in gradients])
 
 
-def test_shared_prefixes_give_the_losses_and_gradients_of_the_cpu():
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shared_prefixes_give_the_losses_and_gradients_of_the_cpu(shape):
     generator = torch.Generator().manual_seed(0)
 
     def ids(count):
         return torch.randint(3, 259, (count,), generator=generator).tolist()
 
-    prefix = ids(40)
-    rows = [Row(prefix + ids(9), ids(7), "", "", "f:1") for _ in range(12)]
+    prefixes = [ids(40), ids(170)]  # the longer one fills a block of the mask
+    rows = [Row(prefixes[n % 2] + ids(5 + n), ids(7), "", "", "f:1") for n in range(24)]
 
     def usual(model):
         model.get_base_model().set_attn_implementation("sdpa")
         return MicroBatches(model)
 
-    expected = losses_and_gradients("cpu", usual, rows)
+    _, loss, expected = losses_and_gradients(shape, "cpu", usual, rows)
     for micro_batches_of in (choose_micro_batches, usual):
-        loss, gradients = losses_and_gradients("cuda", micro_batches_of, rows)
-        assert abs(loss - expected[0]) <= 1e-4 * expected[0]
-        assert (gradients - expected[1]).norm() <= 1e-3 * expected[1].norm()
-    model = add_lora(tiny_model(**WIDE), Lora(r=4)).to("cuda")
-    assert isinstance(choose_micro_batches(model), SharedPrefixes)
+        kind, on_gpu, gradients = losses_and_gradients(shape, "cuda", micro_batches_of, rows)
+        assert isinstance(kind, SharedPrefixes) or micro_batches_of is usual
+        assert abs(on_gpu - loss) <= 1e-4 * loss
+        assert (gradients - expected).norm() <= 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -97,3 +98,11 @@ def test_constrained_decoding_gives_valid_answers(write_project):
         json.loads(line)["kind"] for line in (folder / "logs/small/one/outcomes/after.jsonl").read_text().splitlines()
     ]
     assert kinds and set(kinds) <= {"ok", "content", "truncated"}
+
+
+def test_a_base_in_four_bits_is_trained_and_compiled_layers_are(write_project):
+    pytest.importorskip("bitsandbytes", reason="needs the extra `qlora`")
+    folder = write_project({"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed", "max_steps": 4})
+    for run, flag in (("four", ["--model.quantize", "4bit"]), ("compiled", ["--model.compile", "true"])):
+        assert main([*FIT, "--run", run, *flag]) == 0
+        assert (folder / f"logs/small/{run}/adapter/adapter_model.safetensors").is_file()

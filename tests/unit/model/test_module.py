@@ -107,9 +107,13 @@ def test_a_compiled_step_is_the_same_step(tmp_path, task, monkeypatch):
     torch.testing.assert_close(plain, compiled, rtol=0, atol=1e-5)
 
 
-def test_a_base_in_four_bits_is_trained_through(train):
+def test_a_base_in_four_bits_is_trained_through(task, tmp_path):
     pytest.importorskip("bitsandbytes", reason="needs the extra `qlora`")
-    _, module, _ = train(steps=2, quantize="4bit")
+    folder, write = task
+    base = str(tmp_path / "base")
+    tiny_model(hidden_size=64, intermediate_size=128).save_pretrained(base)  # bitsandbytes takes blocks of 64 weights
+    byte_tokenizer().save_pretrained(base)
+    _, module, _ = run(base, folder, write, steps=2, quantize="4bit")
     assert any("4bit" in type(m).__name__ for m in module.modules())
     assert any(p.abs().max() > 0 for name, p in module.named_parameters() if "lora_B" in name)
 
