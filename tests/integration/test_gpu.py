@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 # FlexAttention has no kernel for heads of fewer than 16 numbers.
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
-WIDER = {"gpt2": {"n_embd": 64}, "qwen3": WIDE | {"head_dim": 16}, "gemma3_text": WIDE | {"head_dim": 16}}
+DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}  # `load_base` switches the base's own off
+WIDER = {"gpt2": {"n_embd": 64} | DROPOUT, "qwen3": WIDE | {"head_dim": 16}, "gemma3_text": WIDE | {"head_dim": 16}}
 FIT = ("train", "-c", "small.yaml", "--baselines", "[]", "--seed_everything", "3")
 
 
