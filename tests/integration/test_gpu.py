@@ -15,7 +15,10 @@ from formtune.model.micro_batches import MicroBatches
 from formtune.model.shared_prefixes import SharedPrefixes, choose_micro_batches
 from formtune.training.checkpoint import BestCheckpoint
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: make test-gpu")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: make test-gpu"),
+    pytest.mark.filterwarnings("error:flex_attention called without torch.compile"),
+]
 
 # FlexAttention has no kernel for heads of fewer than 16 numbers.
 WIDE = {"hidden_size": 64, "intermediate_size": 96}

@@ -26,7 +26,14 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, float | None, int | None], Tenso
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_flex = functools.cache(lambda: torch.compile(flex_attention, dynamic=True))
+
+
+@functools.cache
+def _flex() -> Callable[..., Any]:
+    # One kernel for each dtype, window, gradient mode and number of blocks (1 or more). Beyond PyTorch's limit of 8,
+    # calls would run unfused, with all scores in memory.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def attention_forward(

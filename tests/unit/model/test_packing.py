@@ -1,7 +1,10 @@
 """Rows that share a prefix are computed together, and neither the loss nor the gradients change."""
 
+import functools
 import random
+import warnings
 from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from conftest import FAMILIES, SHAPES, pair, shared, tiny_model
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
+from formtune.model import attention
 from formtune.model.attention import PackedAttention, _block_mask
 from formtune.model.lora import Lora, add_lora
 from formtune.model.micro_batches import MicroBatches
@@ -254,3 +258,21 @@ def test_rows_of_a_model_that_ignores_the_attention_mask_are_computed_alone(monk
     with pytest.warns(UserWarning, match="each row is computed alone"):
         micro_batches = choose_micro_batches(model)
     assert [len(part.rows) for part in micro_batches.split(random_rows(1), 10**6)] == [1] * 12
+
+
+def test_every_kind_of_packed_sequence_gets_a_kernel_of_its_own_on_a_gpu(monkeypatch):
+    # Kernels are counted here without a GPU: PyTorch warns if it calls the unfused function instead.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # PyTorch's
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", False)
+    flex = attention._flex.__wrapped__()
+    sizes = [(3, 20), (12, 150)]  # one block of the mask, and several
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="flex_attention called without torch.compile")
+        for (count, length), window, dtype, scale in product(
+            sizes, (None, 8), (torch.float32, torch.bfloat16), (None, 0.5)
+        ):
+            [packed] = pack([row([*range(length), n], [1, 2]) for n in range(count)], 10**6)
+            query = torch.randn(1, 4, packed.ids.size(1), 16, dtype=dtype)
+            mask = _block_mask(packed, window, query)
+            flex(query, query[:, :2], query[:, :2], block_mask=mask, scale=scale, enable_gqa=True)
