@@ -18,7 +18,7 @@ from formtune.evaluation.metrics import LossMetrics
 from formtune.evaluation.outcomes import Outcome, confidence, outcome
 from formtune.formats import Format
 from formtune.model.constrained import Grammar
-from formtune.model.loss import Predictions, predict, summed_loss
+from formtune.model.loss import NO_LABEL, Predictions, predict, summed_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Padded:
     sizes: list[int]  # for each row the number of its labels, at least 1
     ids: Tensor  # -1 for padding, (rows, columns); the last column, which predicts nothing, is removed
     predicting: Tensor  # which of the last columns predict a label, (rows, label columns)
-    targets: Tensor  # the labels, row after row, -1 for rows without a target, (labels,)
+    targets: Tensor  # the labels, row after row, NO_LABEL for rows without a target, (labels,)
 
 
 class MicroBatches:
@@ -204,7 +204,7 @@ class MicroBatches:
 
 def _pad(rows: Sequence[Row], group: list[int]) -> Padded:
     prompts = [torch.tensor(rows[i].prompt_ids) for i in group]
-    labels = [torch.tensor(rows[i].target_ids or [-1]) for i in group]
+    labels = [torch.tensor(rows[i].target_ids or [NO_LABEL]) for i in group]
     targets = pad_sequence(labels, batch_first=True, padding_value=-1)
     before = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
     predicting = targets >= 0

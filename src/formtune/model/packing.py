@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from formtune.base.row import Row
+from formtune.model.loss import NO_LABEL
 
 # A prefix is shared if that saves at least this fraction of the tokens that continue it; else sharing is slower.
 MIN_SAVED = 1 / 8
@@ -43,7 +44,7 @@ class Packed:
     ids: Tensor  # token ids, (1, tokens)
     positions: Tensor  # of each token in its own row, (1, tokens)
     predicting: Tensor  # indices of the tokens that predict labels, row after row, (labels,)
-    targets: Tensor  # the labels, -1 for rows without a target, (labels,)
+    targets: Tensor  # the labels, NO_LABEL for rows without a target, (labels,)
     segments: list[Segment]  # the trie's nodes, depth first
     leaves: list[Segment]  # for each row the segment that it owns; its last tokens predict the row's labels
 
@@ -117,7 +118,7 @@ def _lay_out(rows: Sequence[Row], order: list[int], common: list[int]) -> Packed
             segments[first] = replace(segments[first], stop=len(ids))
 
     lay_out(0, len(order), 0)
-    labels = [rows[i].target_ids or [-1] for i in order]
+    labels = [rows[i].target_ids or [NO_LABEL] for i in order]
     pairs = list(zip(leaves, labels, strict=True))
     return Packed(
         rows=order,

@@ -260,6 +260,7 @@ def test_rows_of_a_model_that_ignores_the_attention_mask_are_computed_alone(monk
     assert [len(part.rows) for part in micro_batches.split(random_rows(1), 10**6)] == [1] * 12
 
 
+@pytest.mark.slow
 def test_every_kind_of_packed_sequence_gets_a_kernel_of_its_own_on_a_gpu(monkeypatch):
     # Kernels are counted here without a GPU: PyTorch warns if it calls the unfused function instead.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
