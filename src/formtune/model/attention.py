@@ -28,11 +28,15 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def raise_recompile_limit() -> None:
+    """Let torch.compile keep 64 kernels of a function: beyond its limit of 8, calls silently run uncompiled."""
+    torch._dynamo.config.recompile_limit = 64
+
+
 @functools.cache
 def _flex() -> Callable[..., Any]:
-    # One kernel for each dtype, window, gradient mode and number of blocks (1 or more). Beyond PyTorch's limit of 8,
-    # calls would run unfused, with all scores in memory.
-    torch._dynamo.config.recompile_limit = 64
+    # A kernel for each dtype, window, gradient mode and number of blocks (1 or more); uncompiled, all scores are kept.
+    raise_recompile_limit()
     return torch.compile(flex_attention, dynamic=True)
 
 

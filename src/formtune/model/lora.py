@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from formtune.base.folder import check_folder
 from formtune.errors import UserError, as_user_error
+from formtune.model.attention import raise_recompile_limit
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,23 @@ class SharedInput:
     """x A^T of layers that are called one after the other with the same tensor."""
 
     def __init__(self, layers: list["LoraLinear"]) -> None:
-        self.layers = layers
+        # Layers are named by their index: torch.compile would compile each decoder layer anew for objects as keys.
+        self.layers, self.sharing = layers, list(range(len(layers)))
         self._input: Tensor | None = None
-        self._waiting: dict[LoraLinear, Tensor] = {}
+        self._waiting: dict[int, Tensor] = {}
 
-    def down(self, layer: "LoraLinear", x: Tensor) -> Tensor:
+    def down(self, index: int, x: Tensor) -> Tensor:
         """x A^T of one layer, shape (..., r), with dropout in training."""
-        if self._input is not x or layer not in self._waiting:
-            if layer is not self.layers[0]:
-                return F.linear(layer.lora_dropout["default"](x), layer.lora_a)
+        if self._input is not x or index not in self._waiting:
+            dropout = self.layers[index].lora_dropout["default"]
+            if index != self.sharing[0]:
+                return F.linear(dropout(x), self.layers[index].lora_a)
             # A layer that did not use its part last time has another input; from now on it computes alone.
-            self.layers = [sharing for sharing in self.layers if sharing not in self._waiting]
-            weights = [sharing.lora_a for sharing in self.layers]
-            h = F.linear(layer.lora_dropout["default"](x), torch.cat(weights))
-            self._waiting = dict(zip(self.layers, h.split([len(w) for w in weights], -1), strict=True))
-        h = self._waiting.pop(layer)
+            self.sharing = [i for i in self.sharing if i not in self._waiting]
+            weights = [self.layers[i].lora_a for i in self.sharing]
+            h = F.linear(dropout(x), torch.cat(weights))
+            self._waiting = dict(zip(self.sharing, h.split([len(w) for w in weights], -1), strict=True))
+        h = self._waiting.pop(index)
         self._input = x if self._waiting else None  # frees the activation as soon as possible
         return h
 
@@ -69,6 +72,7 @@ class LoraLinear(Linear):
     """PEFT's LoRA layer, computed together with those that share its input; parameter names stay the same."""
 
     shared: SharedInput
+    index: int  # in `shared.layers`
 
     @property
     def lora_a(self) -> Tensor:
@@ -78,7 +82,7 @@ class LoraLinear(Linear):
         if self.disable_adapters or self.merged or args or kwargs or self.active_adapters != ["default"]:
             return super().forward(x, *args, **kwargs)
         out = self.base_layer(x)
-        h, up = self.shared.down(self, x).to(out.dtype), self.lora_B["default"].weight.to(out.dtype)
+        h, up = self.shared.down(self.index, x).to(out.dtype), self.lora_B["default"].weight.to(out.dtype)
         out.view(-1, out.size(-1)).addmm_(h.reshape(-1, h.size(-1)), up.T, alpha=self.scaling["default"])
         return out
 
@@ -146,8 +150,8 @@ def add_lora(model: Any, lora: Lora, quantized: bool = False) -> Any:
         for width in {layer.in_features for layer in layers}:
             group = [layer for layer in layers if layer.in_features == width]
             shared = SharedInput(group)
-            for layer in group:
-                layer.shared = shared
+            for index, layer in enumerate(group):
+                layer.shared, layer.index = shared, index
     return tuned
 
 
@@ -155,6 +159,13 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile each decoder layer: a compiled model would be recompiled for each kind of call."""
+    raise_recompile_limit()
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True)
 
 
 def difference(expected: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str | None:

@@ -25,7 +25,7 @@ from formtune.formats import Format
 from formtune.formats.grammar import Orders
 from formtune.model.adapter import TrainedAdapter
 from formtune.model.constrained import Grammar
-from formtune.model.lora import Lora, add_lora, decoder_layers, difference, load_base, lora_config
+from formtune.model.lora import Lora, add_lora, compile_layers, difference, load_base, lora_config
 from formtune.model.micro_batches import Batch, Decoded, Decoding, MicroBatches, check_answer, explain_out_of_memory
 from formtune.model.optimization import CosineWithWarmup, build_optimizer, check_optimizer
 from formtune.model.ranks import ShardedBase, all_gather, uneven_counts, with_dummies
@@ -140,8 +140,8 @@ class FormatModule(L.LightningModule):
         self._trained = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
         if isinstance(strategy, ShardedBase):
             strategy.shard(self, self.model)
-        for layer in decoder_layers(self.model) if self.compile_layers else ():
-            layer.compile(dynamic=True)  # a compiled model would be recompiled for each kind of call
+        if self.compile_layers:
+            compile_layers(self.model)
 
     @functools.cached_property
     def grammar(self) -> Grammar:

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from conftest import SHAPES, tiny_model
 from formtune.errors import UserError
-from formtune.model.lora import Lora, LoraLinear, add_lora, load_base, target_names
+from formtune.model.attention import raise_recompile_limit
+from formtune.model.lora import Lora, LoraLinear, add_lora, decoder_layers, load_base, target_names
 
 CPU = torch.device("cpu")
 ATTENTION = {
@@ -85,9 +87,9 @@ def test_query_key_and_value_drop_the_same_elements_and_each_step_others():
     with torch.no_grad():
         for layer in layers:
             layer.lora_A["default"].weight.copy_(layers[0].lora_A["default"].weight)
-    first = [layer.shared.down(layer, x) for layer in layers]
+    first = [layer.shared.down(layer.index, x) for layer in layers]
     assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
-    assert not torch.equal(first[0], layers[0].shared.down(layers[0], x))
+    assert not torch.equal(first[0], layers[0].shared.down(0, x))
 
 
 def test_a_layer_with_another_input_is_computed_on_its_own():
@@ -95,9 +97,9 @@ def test_a_layer_with_another_input_is_computed_on_its_own():
     q, k = attention.q_proj, attention.k_proj
     for _ in range(2):
         x, y = torch.randn(3, 32), torch.randn(3, 32)
-        torch.testing.assert_close(q.shared.down(q, x), x @ q.lora_A["default"].weight.T)
-        torch.testing.assert_close(k.shared.down(k, y), y @ k.lora_A["default"].weight.T)
-    assert q.shared.layers == [q]
+        torch.testing.assert_close(q.shared.down(q.index, x), x @ q.lora_A["default"].weight.T)
+        torch.testing.assert_close(k.shared.down(k.index, y), y @ k.lora_A["default"].weight.T)
+    assert q.shared.sharing == [q.index]
 
 
 def test_a_frozen_bases_own_dropout_is_off(tmp_path):
@@ -126,3 +128,18 @@ def test_lora_options_reach_peft(lora):
     config = add_lora(tiny_model(), lora).peft_config["default"]
     assert (config.use_rslora, config.use_dora) == (lora.rslora, lora.dora)
     assert config.lora_alpha == 32
+
+
+@pytest.mark.slow
+def test_compiled_code_serves_all_layers():
+    def kernels(layers):
+        torch._dynamo.reset()
+        counter, model = CompileCounter(), add_lora(tiny_model(num_hidden_layers=layers), Lora(r=4))
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=True, backend=counter)
+        for _ in range(3):
+            model(torch.tensor([[5, 6, 7, 8]]), use_cache=False).logits.sum().backward()
+        return counter.frame_count
+
+    raise_recompile_limit()
+    assert kernels(4) == kernels(9)
