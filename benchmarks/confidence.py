@@ -28,13 +28,13 @@ import torch
 from peft import PeftModel
 
 from formtune.configuration.task import read_run
+from formtune.constrained.decoder import Grammar
 from formtune.data.preparation import load_splits
-from formtune.evaluation.selective import aurc, calibration_error
+from formtune.evaluation.outcomes import check_answer
 from formtune.formats import Format
-from formtune.model.constrained import Grammar
 from formtune.model.lora import load_base
-from formtune.model.micro_batches import check_answer
-from formtune.model.shared_prefixes import choose_micro_batches
+from formtune.model.micro_batches import choose_micro_batches
+from formtune.report.selective import aurc, calibration_error
 
 PROBABILITIES = ("product", "value product", "minimum", "value minimum")  # of the whole answer, more or less
 

@@ -36,8 +36,8 @@ from typing import Any
 import numpy as np
 
 from formtune.data.cleaning import Example, repair
-from formtune.data.duplicates import PERMUTATIONS, SHINGLE, band_size, components, near_pairs
-from formtune.data.selection import select
+from formtune.data.selection import components, select
+from formtune.quality.duplicates import PERMUTATIONS, SHINGLE, band_size, near_pairs
 
 THRESHOLD = 0.8
 STEPS = ("encoding", "unicode", "control", "edges")

@@ -23,9 +23,8 @@ from formtune.base.row import Row
 from formtune.data.datamodule import EVALUATION_ROWS
 from formtune.evaluation.metrics import LossMetrics
 from formtune.model.lora import load_base
-from formtune.model.micro_batches import MicroBatches
+from formtune.model.micro_batches import MicroBatches, choose_micro_batches
 from formtune.model.module import EVALUATION_FACTOR, PARITY_ROWS
-from formtune.model.shared_prefixes import choose_micro_batches
 
 
 def decode(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import runpy
 import tempfile
 from importlib.util import find_spec
@@ -21,6 +22,8 @@ import yaml
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from formtune.base.row import Row
 
 settings.register_profile("untimed", deadline=None)  # other processes may slow a machine down
 settings.load_profile("untimed")
@@ -52,6 +55,25 @@ SHAPES = {
 }
 # For `parametrize`: the quick tests take one family.
 FAMILIES = ["llama", *(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES if shape != "llama")]
+
+
+def row(prompt, target=()):
+    return Row(list(prompt), list(target), "", "", "f:1")
+
+
+def random_rows(seed, count=12, vocabulary=259, longest=12):
+    """Rows of a few system prompts, of few-shot prompts that continue them, and of nexample."""
+    rng = random.Random(seed)
+
+    def ids(n):
+        return [rng.randrange(3, vocabulary) for _ in range(n)]
+
+    beginnings = [ids(rng.randrange(20, 60)) for _ in range(rng.randrange(1, 4))]
+    beginnings += [beginnings[0] + ids(rng.randrange(5, 20)), []]
+    return [
+        row(rng.choice(beginnings) + ids(rng.randrange(1, longest)), ids(rng.randrange(1, longest)))
+        for _ in range(count)
+    ]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

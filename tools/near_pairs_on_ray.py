@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from formtune.data.duplicates import Pairs, bands, similar
+from formtune.quality.duplicates import Pairs, bands, similar
 
 BLOCK = 2000  # texts of a group, compared with all others at a time
 

@@ -14,11 +14,11 @@ from formtune.commands import COMMANDS
 from formtune.configuration.task import read_task, task_parser
 from formtune.configuration.terminal import progress
 from formtune.data.cleaning import Example, repair, repair_answer
-from formtune.data.duplicates import near_pairs, split_shared
 from formtune.data.preparation import read_examples, read_splits, with_rendered_answer
 from formtune.data.selection import input_keys
 from formtune.data.sources import read_records
 from formtune.errors import UserError
+from formtune.quality.duplicates import near_pairs, split_shared
 from formtune_contrib import task_file
 from formtune_contrib.endpoint import Client, Refused
 

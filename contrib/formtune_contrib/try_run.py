@@ -15,10 +15,11 @@ from formtune.data.cleaning import repair
 from formtune.data.shapes import row_schema
 from formtune.data.turns import read_tools
 from formtune.errors import UserError
+from formtune.evaluation.outcomes import check_answer
 from formtune.formats import ToolCalls
 from formtune.formats.json_schema import read_schema
 from formtune.model.lora import load_base
-from formtune.model.micro_batches import MicroBatches, check_answer
+from formtune.model.micro_batches import MicroBatches
 
 
 def run(command: str, args: list[str]) -> None:

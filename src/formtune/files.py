@@ -6,8 +6,11 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from formtune.errors import UserError
 
 LOGS = Path("logs")  # one folder per task, one folder per run
 
@@ -83,3 +86,12 @@ def own_code(*names: str) -> Iterator[Path]:
     package = Path(__file__).parent
     for folder in (package, *(package / name for name in names)):
         yield from sorted(folder.glob("*.py"))
+
+
+def optional(module: str, name: str, key: str = "") -> Any:
+    """What an optional folder of this package offers; if the folder was deleted None, or a UserError about `key`."""
+    if (Path(__file__).parent / f"{module.replace('.', '/')}.py").is_file():
+        return getattr(import_module(f"{__package__}.{module}"), name)
+    if key:
+        raise UserError(f"{key}: needs the optional folder `{module.partition('.')[0]}`, which was deleted")
+    return None

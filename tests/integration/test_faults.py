@@ -557,12 +557,12 @@ def test_a_loss_that_is_always_nan_names_no_best(work, monkeypatch, capfd):
 
 @pytest.mark.case("69", "out of memory")
 def test_lack_of_memory_names_the_longest_row_and_what_to_lower(work, monkeypatch, capfd):
-    from formtune.model.shared_prefixes import SharedPrefixes
+    from formtune.model.micro_batches import MicroBatches
 
     def full(*_, **__):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    at(monkeypatch, "on_train_start", 0, lambda *_: monkeypatch.setattr(SharedPrefixes, "loss", full))
+    at(monkeypatch, "on_train_start", 0, lambda *_: monkeypatch.setattr(MicroBatches, "loss", full))
     assert main([*FIT]) == 1
     line = one_line(capfd, "out of memory in a batch of 8 rows", "model.tokens_per_micro_batch (now 4096)")
     assert re.search(r"train\.jsonl:\d+ with \d+ tokens", line)

@@ -11,8 +11,8 @@ from conftest import SHAPES, byte_tokenizer, tiny_model
 from formtune.base.row import Row
 from formtune.cli import main
 from formtune.model.lora import Lora, add_lora
-from formtune.model.micro_batches import MicroBatches
-from formtune.model.shared_prefixes import SharedPrefixes, choose_micro_batches
+from formtune.model.micro_batches import MicroBatches, choose_micro_batches
+from formtune.packing.shared_prefixes import SharedPrefixes
 from formtune.training.checkpoint import BestCheckpoint
 
 pytestmark = [

@@ -4,12 +4,17 @@ import ast
 import collections
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from formtune import files
+from formtune.errors import UserError
+from formtune.files import optional
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, CONTRIB = ROOT / "src/formtune", ROOT / "contrib/formtune_contrib"
@@ -19,6 +24,9 @@ OPTIONAL = {  # folder: what is deleted with it
     PACKAGE / "start": [PACKAGE / "commands/init.py"],
     PACKAGE / "report": [PACKAGE / "commands/compare.py", CONTRIB],
     PACKAGE / "export": [PACKAGE / "commands/export.py", CONTRIB],
+    PACKAGE / "packing": [],
+    PACKAGE / "constrained": [],
+    PACKAGE / "quality": [CONTRIB],
     CONTRIB: [],
 }
 CORE = ("base", "configuration", "data", "evaluation", "formats", "model", "training")
@@ -71,7 +79,7 @@ def test_nothing_imports_the_entry_point():
 
 
 def test_the_core_imports_neither_an_optional_folder_nor_a_command():
-    beyond = {"audit", "sweep", "export", "demo", "start", "report", "commands", "formtune_contrib"}
+    beyond = {path.name for path in OPTIONAL} | {"demo", "commands"}
     for name, imported in imports().items():
         if folder(name) in CORE:
             assert not [one for one in imported if folder(one) in beyond], name
@@ -110,6 +118,21 @@ def test_nothing_imports_an_optional_folder_that_can_be_deleted(folder):
     assert gone
     for name, imported in imports().items():
         assert name in gone or not imported & gone, name
+
+
+def test_what_is_asked_of_an_optional_folder_exists_and_its_folder_can_be_deleted(monkeypatch):
+    calls = {
+        call for path in modules().values() for call in re.findall(r'optional\("(.*?)", "(.*?)"', path.read_text())
+    }
+    assert len(calls) >= 9
+    for module, name in calls:
+        assert PACKAGE / module.partition(".")[0] in OPTIONAL and callable(optional(module, name))
+    monkeypatch.setattr(files, "__file__", "/nowhere/files.py")
+    assert optional("packing.shared_prefixes", "share_prefixes") is None
+    with pytest.raises(
+        UserError, match="model.constrained: needs the optional folder `constrained`, which was deleted"
+    ):
+        optional("constrained.decoder", "Grammar", "model.constrained")
 
 
 @pytest.mark.slow

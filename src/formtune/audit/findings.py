@@ -24,7 +24,7 @@ from formtune.data.settings import DataSettings
 from formtune.data.table import print_data
 from formtune.errors import UserError
 from formtune.evaluation.page import render
-from formtune.files import write_atomic, write_json, write_lines
+from formtune.files import optional, write_atomic, write_json, write_lines
 from formtune.formats import Format, JsonSchema
 from formtune.formats.content import leaves
 
@@ -106,8 +106,8 @@ def ungrounded(examples: Iterable[Example], format: Format) -> dict[str, dict[st
 def _reordered(examples: Sequence[Example], format: Format) -> int:
     """The number of answers whose keys come in another order than the schema's; 0 if no grammar can force it."""
     try:
-        if not format.per_row:
-            format.grammar()
+        if not format.per_row and (grammar := optional("constrained.grammar", "grammar")):
+            grammar(format)
     except UserError:
         return 0
     reordered = 0

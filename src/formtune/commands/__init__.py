@@ -3,18 +3,12 @@
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Command(NamedTuple):
     module: str  # its `run(command, args)` runs the command
     description: str
-
-
-def optional(module: str, name: str) -> Any:
-    """A function of an optional folder of this package, None if the folder was deleted."""
-    file = Path(__file__).parents[1] / f"{module.replace('.', '/')}.py"
-    return getattr(import_module(f"formtune.{module}"), name) if file.is_file() else None
 
 
 CONTRIB = "formtune_contrib"  # optional, with a table of its own

@@ -19,14 +19,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from formtune.base.renderer import today
-from formtune.commands import COMMANDS, optional
+from formtune.commands import COMMANDS
 from formtune.configuration import trainer_checks
 from formtune.configuration.yaml_file import LINES
 from formtune.data.datamodule import FormatDataModule
 from formtune.errors import UserError
 from formtune.evaluation.console import print_result
 from formtune.evaluation.outcomes import write_answers
-from formtune.files import LOGS, leaves_folder
+from formtune.files import LOGS, leaves_folder, optional
 from formtune.model import FormatModule
 from formtune.model.adapter import take_settings
 from formtune.model.ranks import ShardedBase
@@ -228,8 +228,7 @@ class FormtuneCLI(LightningCLI):
             rank_zero_only(print)(f"preflight: {line}")
         baselines = config.baselines if all_stages else None
         if config.dry_run:
-            if not (plan := optional("start.plan", "plan")):
-                raise UserError("dry_run: the optional folder `start` is not installed")
+            plan = optional("start.plan", "plan", "dry_run")
             return plan(trainer, model, datamodule, self._final_config, baselines, config.baseline_rows)
         next_step = optional("report.next_step", "next_step")
         writes = trainer.is_global_zero and not trainer.fast_dev_run

@@ -4,11 +4,11 @@ import re
 import shlex
 from pathlib import Path
 
-from formtune.commands import COMMANDS, optional
+from formtune.commands import COMMANDS
 from formtune.commands.lightning import run as run_lightning
 from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
-from formtune.files import write_atomic
+from formtune.files import optional, write_atomic
 from formtune.start.proposal import propose, task_yaml
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"

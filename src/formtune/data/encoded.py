@@ -11,11 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from formtune.base.row import Row, shared
-from formtune.data.cleaning import Example, Quarantined
+from formtune.data.cleaning import Example, Mixture, Quarantined
 from formtune.data.settings import DataSettings
-from formtune.data.styles import Mixture
 from formtune.files import own_code, read_entry, write_entry
-from formtune.formats.grammar import Orders
+from formtune.formats.content import Orders
 
 FEW_ROWS = 500  # with fewer, a model mostly memorizes the examples
 CACHE = Path(".cache/encoded")  # in the working directory, like `logs`
@@ -81,7 +80,7 @@ def cache_path(examples: Sequence[Example], settings: DataSettings) -> Path | No
         [*map(version, PACKAGES), platform.python_version()],
     ]
     hashed = hashlib.blake2b(json.dumps(inputs).encode(), digest_size=16)
-    for path in own_code("base", "data", "formats"):
+    for path in own_code("base", "data", "formats", "quality"):
         hashed.update(path.read_bytes())
     for e in examples:
         row = [e.split, e.where, e.messages, e.origin, e.schema, e.tools, e.group]

@@ -11,16 +11,16 @@ from dataclasses import replace
 
 from formtune.base.row import SYSTEM_ROLES, Row, UnfitRow
 from formtune.configuration.terminal import progress
-from formtune.data.cleaning import Example, Quarantined, check_example, helpful_repair, repair
+from formtune.data.cleaning import Example, Mixture, Quarantined, check_example, helpful_repair, repair
 from formtune.data.encoded import Splits, cache_path, content_hash, read_cache, write_cache
 from formtune.data.selection import select
 from formtune.data.settings import DataSettings
 from formtune.data.shapes import row_schema, serialize
 from formtune.data.sources import Source, entries, read_records, weighted
-from formtune.data.styles import Mixture, mixtures
 from formtune.errors import UserError
+from formtune.files import optional
 from formtune.formats import ToolCalls
-from formtune.formats.grammar import learn_orders
+from formtune.formats.content import learn_orders
 
 # Names of the splits in file names and in columns.
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation")
@@ -136,7 +136,8 @@ def _prepare(settings: DataSettings, examples: Sequence[Example]) -> Splits:
             valid.append(checked)
         else:
             invalid.append(checked)
-    mixed = mixtures(valid, settings.format)
+    mixtures = optional("quality.styles", "mixtures")
+    mixed = mixtures(valid, settings.format) if mixtures else []
     usual, unusual = _usual_style(settings, valid, mixed)
     chosen, splits = select(usual, settings.near_duplicates, settings.format.sets, any(settings.fractions.values()))
     splits.quarantine, splits.mixtures = [*invalid, *unusual, *splits.quarantine], mixed

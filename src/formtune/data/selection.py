@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
 from formtune.data.cleaning import Example, Quarantined, folded
-from formtune.data.duplicates import components, near_pairs, split_shared
 from formtune.data.encoded import Splits
+from formtune.files import optional
 from formtune.formats.content import typed
 
 MAX_LINKS = 10  # continuations or groups of an input; with more it is an opening such as "hello", and joins nothing
@@ -65,7 +67,9 @@ def select(
     keyed = list(zip(examples, input_keys(examples), strict=True))
     inputs = {key: number for number, key in enumerate(dict.fromkeys(key for _, key in keyed))}
     hashes = [_unit_hash(key) for key in inputs]
-    parts = [(key, "") for key in inputs] if threshold >= 1 else list(split_shared(list(inputs), hashes))
+    parts, edges = [(key, "") for key in inputs], list[tuple[int, int]]()  # each input and its shared text; pairs
+    if threshold < 1 and (find := optional("quality.duplicates", "near_duplicates")):
+        parts, edges = find(list(inputs), hashes, threshold)
     rows = [
         _Row(
             example, inputs[key], parts[inputs[key]][1], hash(example.text),
@@ -74,9 +78,6 @@ def select(
         )
         for example, key in keyed
     ]  # fmt: skip
-    texts = [rest for rest, _ in parts]
-    left, right, _ = near_pairs(texts if threshold < 1 else [], threshold)
-    edges = list(zip(left.tolist(), right.tolist(), strict=True))
     near: dict[int, list[int]] = defaultdict(list)  # near-duplicates of each input
     for i, j in edges:
         near[i].append(j)
@@ -92,7 +93,7 @@ def select(
     for row in rows:
         for group, answer in row.answers:
             answers[group].setdefault(answer, row)
-    splits = Splits(shared=1 - sum(map(len, texts)) / max(sum(map(len, inputs)), 1))
+    splits = Splits(shared=1 - sum(len(rest) for rest, _ in parts) / max(sum(map(len, inputs)), 1))
     owners: dict[tuple[str, Any], _Row] = {}
     used: dict[int, list[_Row]] = defaultdict(list)
     chosen = []
@@ -125,6 +126,12 @@ def select(
     lowest |= {clusters[groups[name]]: _unit_hash(name) for name in sorted(groups, reverse=True)}
     splits.cluster = {row.example.where: lowest[row.cluster] for group in used.values() for row in group}
     return chosen, splits
+
+
+def components(count: int, left: Any, right: Any) -> Any:
+    """The cluster number of each of `count` texts; pairs join texts directly or in a chain."""
+    edges = csr_array((np.ones(len(left), np.bool_), (left, right)), shape=(count, count))
+    return connected_components(edges, directed=False)[1]
 
 
 def input_keys(examples: Sequence[Example]) -> list[str]:

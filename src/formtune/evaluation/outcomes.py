@@ -4,11 +4,13 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import accumulate
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.errors import UserError
 from formtune.files import write_lines
@@ -29,6 +31,16 @@ FIELD = "content/field_acc/"  # before a field's name
 F1 = "content/field_f1"
 
 DIGITS = 6  # of a probability
+
+Confidences = Sequence[tuple[float, bool]]  # the confidence of each answer, and whether the answer is right
+
+
+@dataclass(slots=True)
+class Decoded:
+    """An answer as decoded so far."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # of each token, given those before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +72,15 @@ class Outcome:
     def joint(self) -> bool:
         """Whether the format is valid and the content right."""
         return self.kind == "ok"
+
+
+def check_answer(row: Row, decoded: Decoded, renderer: Renderer, format: Format) -> Outcome:
+    """The outcome of a decoded answer."""
+    text, finished = renderer.answer(decoded.ids)
+    row_format = format.of_row(row.schema)
+    verdict = row_format.check(text, finished=finished, target=row.target)
+    pieces = renderer.pieces(decoded.ids) if verdict.exact else ()  # an invalid format has confidence 0
+    return outcome(row, text, verdict, row_format, confidence(pieces, decoded.logprobs, text, verdict, row_format))
 
 
 def outcome(
@@ -104,6 +125,29 @@ def confidence(
 
 def _product(logprobs: Iterable[float]) -> float:
     return round(math.exp(math.fsum(logprobs)), DIGITS)
+
+
+def confidences(outcomes: Sequence[Outcome], field: str | None = None) -> list[tuple[float, bool]]:
+    """The confidence of each answer, or of one field, and whether it is right; empty if no confidence is known."""
+    known = [o for o in outcomes if o.confidence is not None]
+    if field is None:
+        return [(o.confidence or 0.0, o.joint) for o in known]
+    return [((o.field_confidences or {}).get(field, 0.0), o.fields[field]) for o in known if field in o.fields]
+
+
+def threshold(rows: Confidences, target: float) -> float | None:
+    """The lowest confidence from which at least `target` of the answers are right; None if there is none.
+
+    One right and one wrong answer are added to those counted (Laplace's rule of succession). Confidence 0 means an
+    invalid format and is never accepted.
+    """
+    lowest, count, right = None, 0, 0
+    for confidence, group in groupby(sorted(rows, reverse=True), itemgetter(0)):
+        verdicts = [is_right for _, is_right in group]
+        count, right = count + len(verdicts), right + sum(verdicts)
+        if confidence > 0 and right + 1 >= target * (count + 2) - 1e-9:
+            lowest = confidence
+    return lowest
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:

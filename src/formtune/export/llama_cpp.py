@@ -16,6 +16,7 @@ from torch import Tensor
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row, with_json_arguments
 from formtune.errors import UserError
+from formtune.evaluation.outcomes import Decoded
 from formtune.export.gguf import ADAPTER, FILE
 from formtune.export.measure import (
     COMPARED_ROWS,
@@ -28,7 +29,6 @@ from formtune.export.measure import (
     last_logits,
     load,
 )
-from formtune.model.micro_batches import Decoded
 
 HOST = "127.0.0.1"
 LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy for requests to this machine

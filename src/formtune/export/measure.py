@@ -22,9 +22,9 @@ from torch import Tensor
 
 from formtune.base.row import Row, Tags
 from formtune.errors import UserError, first_line
+from formtune.evaluation.outcomes import Decoded
 from formtune.model.lora import load_base
-from formtune.model.micro_batches import Decoded, MicroBatches
-from formtune.model.shared_prefixes import ignores_padding
+from formtune.model.micro_batches import MicroBatches
 
 POSITIONS = 64  # the last of each row: the answer and the end of its prompt
 TOKENS = 16_384  # of one micro-batch, answers included
@@ -142,7 +142,7 @@ def measure(tuned: Reference, kind: str, folder: Path) -> tuple[Closeness, list[
     loaded = load(folder, tuned.base, dtype, tuned.quantize) if kind == "adapter" else load(folder)
     closeness = compare(expected, last_logits(loaded, tuned.compared))
     micro_batches, limits = MicroBatches(loaded), tuned.limits
-    micro_batches.alone = not ignores_padding(micro_batches)
+    micro_batches.alone = not micro_batches.ignores_padding()
     split = micro_batches.split(tuned.rows, TOKENS, max(limits, default=0))
     answers = micro_batches.decode(tuned.rows, split, tuned.stop, limits)
     return closeness, answers, {"tokens_per_second": _speed(loaded, tuned.timed)} if tuned.timed else {}

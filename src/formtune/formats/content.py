@@ -2,9 +2,15 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
+
+# Key of the object ("" for the root) -> one of its keys -> the next key -> count.
+Orders = dict[str, dict[str, dict[str, int]]]
+
+MAX_NAMES = 1000  # different keys of the objects at one key: more are data, not names
 
 _MISSING = object()
 
@@ -80,3 +86,20 @@ def _at(value: Any, path: str) -> Any:
             return _MISSING
         value = value[key]
     return value
+
+
+def learn_orders(values: Iterable[Any]) -> Orders:
+    """How often each key follows another, by the key of their object."""
+    orders: Orders = {}
+    stack = [("", value) for value in values]
+    while stack:
+        parent_key, value = stack.pop()
+        if isinstance(value, list):
+            stack += [(parent_key, item) for item in value]
+        elif isinstance(value, dict):
+            stack += value.items()
+            keys, counts = list(value), orders.setdefault(parent_key, {})
+            for key, following in pairwise(keys):
+                after = counts.setdefault(key, {})
+                after[following] = after.get(following, 0) + 1
+    return {parent_key: counts for parent_key, counts in orders.items() if len(counts) <= MAX_NAMES}

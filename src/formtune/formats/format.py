@@ -11,7 +11,6 @@ from typing import Any
 from formtune.errors import UserError
 from formtune.formats.bounded import CHECK_SECONDS, time_limit
 from formtune.formats.content import Comparison, compare
-from formtune.formats.grammar import Orders
 
 MAX_CHARACTERS = 100_000  # longer texts are not read: a verdict must be cheap whatever a model writes
 MAX_FENCES = 8  # code fences searched for a document
@@ -123,10 +122,6 @@ class Format(ABC):
         Lark rules in llguidance's dialect, of which `answer` is the whole text: `answer: "yes" | "no"`. They may allow
         less than the format, never more. Raises UserError if the format cannot be expressed.
         """
-        return None
-
-    def ordered_grammar(self, orders: Orders | None) -> str | None:
-        """As `grammar`, with JSON keys in these orders (None: any order); None if `grammar` allows them."""
         return None
 
     def to_dict(self) -> dict[str, Any]:

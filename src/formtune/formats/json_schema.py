@@ -17,7 +17,6 @@ from formtune.errors import UserError
 from formtune.formats.bounded import bounded_validator, time_limit
 from formtune.formats.dialect import KEYWORDS, TYPES, read_draft
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
-from formtune.formats.grammar import OrderedRules, Orders, closed
 from formtune.formats.places import Places, Subschema, is_array, is_label
 from formtune.formats.strict_json import find_documents, loads_strict, value_spans
 
@@ -72,10 +71,10 @@ class JsonSchema(Format):
         self.schema, keys = unwrap(schema)
         self.per_row = False
         try:
-            self._root, notes = read_draft(self.schema, name)
-            self._validator = bounded_validator(self._root)
+            self.root, notes = read_draft(self.schema, name)
+            self._validator = bounded_validator(self.root)
             self._places = Places(self._validator)
-            places = list(islice(self._places.paths([self._root]), MAX_PATHS))
+            places = list(islice(self._places.paths([self.root]), MAX_PATHS))
             with time_limit():
                 self._validator.is_valid({})
         except RecursionError:
@@ -89,7 +88,7 @@ class JsonSchema(Format):
         # One alternative with labels is enough: else the audit would call its labels invented.
         self.derived |= {path for path, parts, _ in places if any(map(is_label, parts))}
         # "See [1]" contains no document if the schema requires an object.
-        self._brackets = {"object": "{", "array": "["}.get(str(self._root.get("type")), "{[")
+        self._brackets = {"object": "{", "array": "["}.get(str(self.root.get("type")), "{[")
         return places
 
     @functools.lru_cache(maxsize=10_000)  # noqa: B019 - a format is kept as long as the process
@@ -126,13 +125,6 @@ class JsonSchema(Format):
 
     def value_spans(self, text: str) -> dict[str, tuple[int, int]]:
         return dict(value_spans(text))
-
-    def grammar(self) -> str:
-        return f"answer: %json {json.dumps(closed(self._root, self.canonical))}"
-
-    def ordered_grammar(self, orders: Orders | None) -> str | None:
-        # The order is part of a canonical format.
-        return None if self.canonical else OrderedRules(closed(self._root, canonical=False), orders).text
 
 
 def _problem(error: ValidationError) -> Problem:

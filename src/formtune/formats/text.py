@@ -11,7 +11,6 @@ import regex
 from formtune.errors import UserError
 from formtune.formats.bounded import CHECK_SECONDS, compile_pattern, escape_class, seconds_left
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
-from formtune.formats.grammar import Orders
 
 MAX_MATCHES = 64  # of a pattern, tried within other text
 
@@ -189,23 +188,6 @@ class Reasoning(Format):
         if not reasoning:
             raise SyntaxProblem(f"no {self.open}...{self.close} before the answer")
         return self.format.parse(answer)
-
-    def grammar(self) -> str | None:
-        return self._around(self.format.grammar())
-
-    def ordered_grammar(self, orders: Orders | None) -> str | None:
-        return self._around(self.format.ordered_grammar(orders))
-
-    def _around(self, rules: str | None) -> str | None:
-        if rules is None:
-            return None
-        opening, closing = (json.dumps(tag, ensure_ascii=False) if tag else "" for tag in (self.open, self.close))
-        # A tag may be a single token, which text does not match. Lazy: the first closing tag ends the reasoning.
-        return (
-            f"answer: {opening} reasoning SPACE? body\nreasoning: tagged | ( TEXT? {closing} )\n"
-            f"tagged[lazy]: TEXT? {closing}\nTEXT: /(?s:.+)/ & ~(ANY?{closing}ANY?)\nANY: /(?s:.+)/\n"
-            f"SPACE: /[ \\t\\r\\n]{{1,4}}/\nbody: %lark {{\nstart: answer\n{rules}\n}}"
-        )
 
     def _read(self, text: str) -> tuple[bool, Any, list[Problem]]:
         reasoning, answer = self.split(text)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from formtune.errors import UserError
 from formtune.formats.format import Format, Problem, SyntaxProblem, answer_start
-from formtune.formats.grammar import Orders
 from formtune.formats.json_schema import JsonSchema
 from formtune.formats.strict_json import loads_strict
 
@@ -48,29 +47,29 @@ class ToolCalls(Format):
     ) -> None:
         self.syntax, self.tool_choice = syntax, tool_choice
         self._calls, self.derived = JsonSchema(_CALLS), frozenset({"name"})
-        self._tools: dict[str, JsonSchema] = {}  # the parameters of the row's tools
+        self.parameters: dict[str, JsonSchema] = {}  # the parameters of the row's tools
 
     @functools.lru_cache(maxsize=1000)  # noqa: B019 - a format is kept as long as the process
     def of_row(self, schema: str | None) -> "ToolCalls":
         row_format = copy.copy(self)
-        row_format._tools = {}
+        row_format.parameters = {}
         for tool in json.loads(schema or "[]"):
             name, function = str(tool_name(tool)), tool.get("function", tool)
             try:
                 schemas = filter(None, map(function.get, ("parameters", "input_schema", "inputSchema")))
                 parameters = json.dumps(next(schemas, NO_PARAMETERS))
-                row_format._tools[name] = _PARAMETERS.of_row(parameters)  # type: ignore[assignment]
+                row_format.parameters[name] = _PARAMETERS.of_row(parameters)  # type: ignore[assignment]
             except UserError as error:
                 detail = str(error).removeprefix("the row's schema: ")
                 raise UserError(f"the parameters of {name}: {detail}") from None
-            row_format.derived |= {f"arguments.{path}" for path in row_format._tools[name].derived}
+            row_format.derived |= {f"arguments.{path}" for path in row_format.parameters[name].derived}
         return row_format
 
     def parse(self, text: str) -> Any:
         pattern = _SYNTAXES[self.syntax][1]
         matches, rest = pattern.findall(text), pattern.sub("", text)
         for name, (opening, _) in _SYNTAXES.items():
-            if opening.search(rest) and (name == self.syntax or (self._tools and not matches)):
+            if opening.search(rest) and (name == self.syntax or (self.parameters and not matches)):
                 remedy = f"; set data.format.init_args.syntax: {name}" if name != self.syntax else ", without its end"
                 raise SyntaxProblem(f"a tool call in the syntax of {name}{remedy}")
         if text != text.strip() or (matches and rest.strip()):
@@ -90,42 +89,23 @@ class ToolCalls(Format):
         if isinstance(value, str):
             if not value:
                 return [Problem("empty", "the answer is empty")]
-            if not self._tools or self.tool_choice == "auto":
+            if not self.parameters or self.tool_choice == "auto":
                 return []
             return [Problem("wrong_root", "text instead of a tool call; tool_choice: auto allows it")]
         if problems := self._calls.problems(value):
             return problems
         for number, call in enumerate(value):
-            if call["name"] not in self._tools:
-                names = ", ".join(map(repr, self._tools)) or "none"
+            if call["name"] not in self.parameters:
+                names = ", ".join(map(repr, self.parameters)) or "none"
                 problems.append(Problem("bad_value_form", f"$[{number}].name: {call['name']!r}; the tools are {names}"))
                 continue
-            for problem in self._tools[call["name"]].problems(call["arguments"]):
+            for problem in self.parameters[call["name"]].problems(call["arguments"]):
                 problems.append(Problem(problem.kind, f"$[{number}].arguments{problem.detail.removeprefix('$')}"))
         return problems
 
     def documents(self, text: str) -> Iterator[tuple[int, int]]:
         if spans := [match.span() for match in _SYNTAXES[self.syntax][1].finditer(text, answer_start(text))]:
             yield spans[0][0], spans[-1][1]
-
-    def grammar(self) -> str:
-        if self.syntax == "mistral" or self.tool_choice == "auto" or not self._tools:
-            need = "every row has tools, syntax is hermes or llama and tool_choice is required"
-            raise UserError(f"model.constrained: ToolCalls has a grammar only if {need}; turn constrained decoding off")
-        return self._rules([parameters.grammar() for parameters in self._tools.values()])
-
-    def ordered_grammar(self, orders: Orders | None) -> str:
-        return self._rules([tool.ordered_grammar(orders) or tool.grammar() for tool in self._tools.values()])
-
-    def _rules(self, arguments: list[str]) -> str:
-        key, calls, rules = "parameters" if self.syntax == "llama" else "arguments", [], []
-        for number, (name, grammar) in enumerate(zip(self._tools, arguments, strict=True)):
-            opening = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": '
-            calls.append(f'{json.dumps(opening, ensure_ascii=False)} arguments{number} "}}"')
-            rules.append(f"arguments{number}:" + grammar.removeprefix("answer:"))
-        tagged = 'tagged ("\\n" tagged)*\ntagged: ( "<tool_call>" "\\n" call "\\n" "</tool_call>" )'
-        answer = "call" if self.syntax == "llama" else tagged
-        return "\n".join([f"answer: {answer}", f"call: {' | '.join(calls)}", *rules])
 
 
 def tool_name(tool: Any) -> str | None:

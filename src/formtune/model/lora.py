@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from formtune.base.folder import check_folder
 from formtune.errors import UserError, as_user_error
-from formtune.model.attention import raise_recompile_limit
 
 
 @dataclass(frozen=True)
@@ -159,6 +158,11 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def raise_recompile_limit() -> None:
+    """Let torch.compile keep 64 kernels of a function: beyond its limit of 8, calls silently run uncompiled."""
+    torch._dynamo.config.recompile_limit = 64
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -3,21 +3,20 @@
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Self
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.errors import Fault
 from formtune.evaluation.metrics import LossMetrics
-from formtune.evaluation.outcomes import Outcome, confidence, outcome
-from formtune.formats import Format
-from formtune.model.constrained import Grammar
+from formtune.evaluation.outcomes import Decoded
+from formtune.files import optional
 from formtune.model.loss import NO_LABEL, Predictions, predict, summed_loss
 
 
@@ -43,18 +42,10 @@ class Batch:
         return self
 
 
-@dataclass(slots=True)
-class Decoded:
-    """An answer as decoded so far."""
-
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # of each token, given those before it; see `Predictions`
-
-
 class Answers:
     """The answers to the rows of a micro-batch, each decoded up to a token of `stop` or its limit."""
 
-    def __init__(self, rows: list[Row], limits: list[int], stop: Sequence[int], grammar: Grammar | None) -> None:
+    def __init__(self, rows: list[Row], limits: list[int], stop: Sequence[int], grammar: Any) -> None:
         self.decoded = [Decoded() for _ in rows]
         self.limits, self.stop, self.grammar = limits, stop, grammar
         self.matchers = [grammar.matcher(row) for row in rows] if grammar else []
@@ -103,7 +94,7 @@ class Padded:
 
 
 class MicroBatches:
-    """Padded rows of similar length, for any causal model; `SharedPrefixes` is faster where the model allows it."""
+    """Padded rows of similar length, for any causal model; the optional `SharedPrefixes` are faster."""
 
     alone = False  # whether each row is a micro-batch: the model computes other logits for padded rows
 
@@ -133,6 +124,14 @@ class MicroBatches:
         """A micro-batch whose result is not used, so that all ranks do the same number of forward passes (FSDP)."""
         return next(self.split([Row([0], [0], "", None, "")], 1))
 
+    @torch.no_grad()
+    def ignores_padding(self) -> bool:
+        """Whether the model computes the same logits for padded rows; recurrent ones may not."""
+        ids = [1 + i * 7919 % (self.vocabulary - 1) for i in range(24)]
+        [batch] = self.split([Row(ids, [], "", None, ""), Row(ids[:8], [], "", None, "")], 10**6)
+        alone = [self.base(torch.tensor([row], device=self.device), use_cache=False) for row in (ids, ids[:8])]
+        return logits_error(self._forward(batch)[1], torch.stack([output.logits[0, -1] for output in alone])) is None
+
     def loss(self, micro_batch: Any) -> Tensor:
         """The negative log-likelihood of all labels, in nats."""
         head, hidden, _ = self._forward(micro_batch)
@@ -146,7 +145,7 @@ class MicroBatches:
     @torch.no_grad()
     def decode(
         self, rows: Sequence[Row], micro_batches: Iterable[Any], stop: Sequence[int], limits: Sequence[int],
-        grammar: Grammar | None = None, losses: LossMetrics | None = None,
+        grammar: Any = None, losses: LossMetrics | None = None,
     ) -> list[Decoded]:  # fmt: skip
         """Greedy answers to the rows, each up to a token of `stop` or its limit; the targets' loss goes to `losses`."""
         # Up to the first mismatch, greedy decoding sees the tokens of the teacher-forced pass; generation resumes there
@@ -213,12 +212,25 @@ def _pad(rows: Sequence[Row], group: list[int]) -> Padded:
     return Padded(group, list(map(len, labels)), ids, predicting, targets[predicting])
 
 
-def check_answer(row: Row, decoded: Decoded, renderer: Renderer, format: Format) -> Outcome:
-    text, finished = renderer.answer(decoded.ids)
-    row_format = format.of_row(row.schema)
-    verdict = row_format.check(text, finished=finished, target=row.target)
-    pieces = renderer.pieces(decoded.ids) if verdict.exact else ()  # an invalid format has confidence 0
-    return outcome(row, text, verdict, row_format, confidence(pieces, decoded.logprobs, text, verdict, row_format))
+@torch.no_grad()
+def choose_micro_batches(model: Any) -> MicroBatches:
+    """How the rows of this model are computed: with shared prefixes if it allows them, else padded, else alone."""
+    training, share_prefixes = model.training, optional("packing.shared_prefixes", "share_prefixes")
+    model.eval()
+    micro_batches: MicroBatches | None = share_prefixes(model) if share_prefixes else None
+    if micro_batches is None:
+        micro_batches = MicroBatches(model)
+        micro_batches.alone = not micro_batches.ignores_padding()
+        if micro_batches.alone:
+            rank_zero_warn("each row is computed alone, which is slower: padding changes the model's logits")
+    model.train(training)
+    return micro_batches
+
+
+def logits_error(logits: Tensor, expected: Tensor) -> float | None:
+    """The relative error of logits, None if rounding explains it."""
+    error = float((logits.float() - expected.float()).norm() / expected.float().norm())
+    return None if error < (1e-3 if logits.dtype == torch.float32 else 0.05) else error
 
 
 @contextlib.contextmanager

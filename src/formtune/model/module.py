@@ -20,16 +20,15 @@ from formtune.base.renderer import Renderer, read_template
 from formtune.base.row import Row
 from formtune.errors import Fault, UserError
 from formtune.evaluation.metrics import LossMetrics, Scores, ratios
-from formtune.evaluation.outcomes import Outcome
+from formtune.evaluation.outcomes import Decoded, Outcome, check_answer
+from formtune.files import optional
 from formtune.formats import Format
-from formtune.formats.grammar import Orders
+from formtune.formats.content import Orders
 from formtune.model.adapter import TrainedAdapter
-from formtune.model.constrained import Grammar
 from formtune.model.lora import Lora, add_lora, compile_layers, difference, load_base, lora_config
-from formtune.model.micro_batches import Batch, Decoded, Decoding, MicroBatches, check_answer, explain_out_of_memory
+from formtune.model.micro_batches import Batch, Decoding, MicroBatches, choose_micro_batches, explain_out_of_memory
 from formtune.model.optimization import CosineWithWarmup, build_optimizer, check_optimizer
 from formtune.model.ranks import ShardedBase, all_gather, uneven_counts, with_dummies
-from formtune.model.shared_prefixes import choose_micro_batches
 
 EVALUATION_FACTOR = 16  # tokens of an evaluation micro-batch, answers included, as a multiple of a training one's
 MAX_SKIPPED = 20  # skipped steps in a row that abort a run; 16-mixed skips a few while it finds its scale
@@ -144,8 +143,8 @@ class FormatModule(L.LightningModule):
             compile_layers(self.model)
 
     @functools.cached_property
-    def grammar(self) -> Grammar:
-        return Grammar(self.format, self.renderer, self.orders)
+    def grammar(self) -> Any:
+        return optional("constrained.decoder", "Grammar", "model.constrained")(self.format, self.renderer, self.orders)
 
     @functools.cached_property
     def micro_batches(self) -> MicroBatches:

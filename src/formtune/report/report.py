@@ -15,15 +15,15 @@ import yaml
 from formtune import __version__
 from formtune.base.row import Row
 from formtune.evaluation.baselines import best_prompt
-from formtune.evaluation.outcomes import EVALUATIONS, FIELD, Outcome, field_f1, paired, rate
+from formtune.evaluation.outcomes import EVALUATIONS, FIELD, Outcome, confidences, field_f1, paired, rate
 from formtune.evaluation.page import render
-from formtune.evaluation.selective import calibration, confidences, selective_risk
 from formtune.evaluation.statistics import rate_text, wilson_interval
 from formtune.files import write_atomic
 from formtune.formats import KINDS, Format
 from formtune.report.comparison import metrics_of
 from formtune.report.failures import MAX_CHARACTERS, MAX_VALUES, failures, slices
 from formtune.report.paired_tests import rate_difference, verdict
+from formtune.report.selective import calibration, selective_risk, summary
 
 POINTS = 100  # of the risk-coverage curve
 IN_WORDS = {"exact": "have a valid format", "joint": "are right"}  # rates of outcomes in words
@@ -49,6 +49,8 @@ class Run:
 def write_report(evaluator: Any) -> None:
     """Write `report.html` into a run's folder, and the card into its adapter if there is one."""
     folder, settings = evaluator.folder, evaluator.settings
+    if confidences(evaluator.outcomes["after"]):  # none if a callback replaced the answers
+        evaluator.result["confidence"] = summary(evaluator.validation, evaluator.outcomes["after"])
     run = Run(
         name=f"{folder.parent.name}/{folder.name}",
         result=evaluator.result,

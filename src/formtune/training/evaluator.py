@@ -15,10 +15,8 @@ from formtune.errors import UserError
 from formtune.evaluation import baselines as prompting
 from formtune.evaluation.outcomes import EVALUATIONS, Outcome, rate, write_outcomes
 from formtune.evaluation.probe import MAX_RATIO, probe_lengths, probe_rows
-from formtune.evaluation.selective import confidences, summary
-from formtune.files import read_entry, write_entry
+from formtune.files import optional, read_entry, write_entry
 from formtune.model import FormatModule
-from formtune.model.constrained import Grammar
 from formtune.model.micro_batches import Decoding
 
 Baseline = Literal["few_shot", "constrained"]
@@ -64,7 +62,8 @@ class Evaluator:
         constrained = None
         if "constrained" in kinds and not self.model.constrained:  # else every evaluation is constrained
             try:
-                grammar = Grammar(format, renderer, self.splits.orders)
+                compiled = optional("constrained.decoder", "Grammar", "model.constrained")
+                grammar = compiled(format, renderer, self.splits.orders)
                 for row in test:
                     grammar.matcher(row)
             except UserError as error:
@@ -89,11 +88,9 @@ class Evaluator:
             outcomes = self._test(EVALUATIONS[name], self.test_rows, decoding)
             self._store(name, outcomes, self.model.evaluation, self.model.counts)
         rows = self.datamodule.rows["validation"]  # answered again: checkpoints contain verdicts, not confidences
-        validation = self._test("tuned, on the validation rows", rows, Decoding(logged=False))
+        self.validation = self._test("tuned, on the validation rows", rows, Decoding(logged=False))
         if self._writes:
-            write_outcomes(self.folder / "outcomes" / "validation.jsonl", validation)
-            if confidences(self.outcomes["after"]):  # none if a callback replaced the answers
-                self.result["confidence"] = summary(validation, self.outcomes["after"])
+            write_outcomes(self.folder / "outcomes" / "validation.jsonl", self.validation)
 
     def probe(self) -> list[dict[str, Any]]:
         """Valid format on extended test rows, up to production's P99 and beyond the training rows."""

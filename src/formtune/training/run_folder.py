@@ -11,8 +11,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from formtune.errors import UserError, as_user_error
-from formtune.evaluation.outcomes import read_outcomes
-from formtune.evaluation.selective import confidences, threshold
+from formtune.evaluation.outcomes import confidences, read_outcomes, threshold
 
 # Keys that change where a run is or how it is watched, but not what is trained.
 FREE = (

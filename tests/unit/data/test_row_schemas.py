@@ -18,7 +18,6 @@ from formtune.data.encoded import cache_path, content_hash
 from formtune.data.preparation import load_splits, prompt_rows
 from formtune.data.settings import DataSettings
 from formtune.data.shapes import row_schema
-from formtune.data.styles import mixtures
 from formtune.errors import UserError
 from formtune.evaluation.baselines import cache_entry, choose_shots, constant_answer, few_shot_rows, shots_by_schema
 from formtune.evaluation.metrics import count, ratios
@@ -180,6 +179,7 @@ def test_rows_with_other_schemas_are_neither_conflicts_nor_duplicates():
 
 
 def test_styles_are_compared_within_a_schema_and_layouts_over_all():
+    mixtures = pytest.importorskip("formtune.quality.styles").mixtures
     first = keys(a=DIGIT, b={"enum": ["Low", None]})
     second = keys(b={"enum": ["low"]}, a={"type": "number"})
     answers = [('{"a":1,"b":"Low"}', first)] * 5 + [('{"b":"low","a":1.0}', second)] * 3
@@ -365,11 +365,10 @@ def test_labels_and_invented_values_are_those_of_each_schema(settings):
 @pytest.mark.slow
 def test_each_answer_is_constrained_by_its_rows_schema():
     pytest.importorskip("llguidance", reason="needs the extra `constrained`")
-    from formtune.model import constrained
-    from formtune.model.constrained import Grammar
+    from formtune.constrained import decoder
 
     renderer = Renderer(byte_tokenizer())
-    grammar = Grammar(PER_ROW, renderer)
+    grammar = decoder.Grammar(PER_ROW, renderer)
     rows = [row(schema, f"f:{n}") for n, schema in enumerate([*ANSWERS, NUMBER])]
     torch.manual_seed(0)
     for _ in range(5):
@@ -384,12 +383,12 @@ def test_each_answer_is_constrained_by_its_rows_schema():
             text, finished = renderer.answer(ids)
             assert finished and PER_ROW.of_row(one.schema).check(text).exact, text
     assert grammar._compiled.cache_info().misses == 3, "each schema is compiled once"
-    assert grammar._compiled.cache_info().maxsize == constrained.MAX_SCHEMAS
+    assert grammar._compiled.cache_info().maxsize == decoder.MAX_SCHEMAS
 
 
 def test_a_row_whose_schema_has_no_grammar_is_named():
     pytest.importorskip("llguidance", reason="needs the extra `constrained`")
-    from formtune.model.constrained import Grammar
+    from formtune.constrained.decoder import Grammar
 
     grammar = Grammar(PER_ROW, Renderer(byte_tokenizer()))
     with pytest.raises(UserError, match="^f:9: .*a grammar needs the type of every value"):

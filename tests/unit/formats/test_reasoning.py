@@ -10,7 +10,7 @@ from conftest import SCHEMA
 from formtune.data.settings import system_prompt
 from formtune.errors import UserError
 from formtune.formats import JsonSchema, Labels, Reasoning, Regex, Tagged, ToolCalls
-from formtune.formats.grammar import learn_orders
+from formtune.formats.content import learn_orders
 
 ANSWER = '{"n":1,"s":"x"}'
 TARGET = f"<think>\nOne.\n</think>\n\n{ANSWER}"

@@ -104,14 +104,6 @@ def test_parameters_that_are_not_a_schema_are_refused_by_name():
         ToolCalls().of_row(tools)
 
 
-@pytest.mark.parametrize("format", [ToolCalls("mistral"), ToolCalls(tool_choice="auto")])
-def test_a_format_without_a_grammar_says_why(format):
-    with pytest.raises(UserError, match=r"has a grammar only if every row has tools, syntax is hermes or llama"):
-        format.of_row(TOOLS).grammar()
-    with pytest.raises(UserError, match="has a grammar only if every row has tools"):
-        ToolCalls().of_row(None).grammar()
-
-
 def test_a_call_without_end_takes_little_time():
     started = time.process_time()
     for text in ("<tool_call>" + "\n" * 50_000, "<tool_call>" * 9000):

@@ -6,8 +6,15 @@ from torch._dynamo.testing import CompileCounter
 
 from conftest import SHAPES, tiny_model
 from formtune.errors import UserError
-from formtune.model.attention import raise_recompile_limit
-from formtune.model.lora import Lora, LoraLinear, add_lora, decoder_layers, load_base, target_names
+from formtune.model.lora import (
+    Lora,
+    LoraLinear,
+    add_lora,
+    decoder_layers,
+    load_base,
+    raise_recompile_limit,
+    target_names,
+)
 
 CPU = torch.device("cpu")
 ATTENTION = {

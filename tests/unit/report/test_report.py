@@ -21,10 +21,10 @@ from formtune.base.row import Row
 from formtune.evaluation.baselines import best_prompt
 from formtune.evaluation.console import HEADLINES, print_result
 from formtune.evaluation.outcomes import EVALUATIONS
-from formtune.evaluation.selective import summary
 from formtune.formats import KINDS, JsonSchema
 from formtune.report.failures import slices
 from formtune.report.report import Run, card, conclusion, headline, page
+from formtune.report.selective import summary
 from formtune.training.loggers import _cell
 
 FORMAT = JsonSchema({"properties": {"n": {"type": "integer"}, "s": {"enum": ["a", "b"]}}})

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from formtune.base.row import Row
 from formtune.errors import first_line
-from formtune.model.attention import NAME, NO_MASK, CachedAttention, PackedAttention, attention_forward
-from formtune.model.micro_batches import Answers, MicroBatches
-from formtune.model.packing import Packed, pack
+from formtune.model.micro_batches import Answers, MicroBatches, logits_error
+from formtune.packing.attention import NAME, NO_MASK, CachedAttention, PackedAttention, attention_forward
+from formtune.packing.packed import Packed, pack
 
 
 class SharedPrefixes(MicroBatches):
@@ -53,38 +53,19 @@ class SharedPrefixes(MicroBatches):
         return out.last_hidden_state
 
 
-@torch.no_grad()
-def choose_micro_batches(model: Any) -> MicroBatches:
-    """Shared prefixes if the model computes the same logits with them, on a few dozen tokens; else padded rows."""
-    shared, padded, training = SharedPrefixes(model), MicroBatches(model), model.training
+def share_prefixes(model: Any) -> SharedPrefixes | None:
+    """Shared prefixes if the model, in evaluation mode, computes the same logits with them on a few dozen tokens."""
+    shared = SharedPrefixes(model)
     usual = shared.base.config._attn_implementation
-    model.eval()
     try:
         difference = _difference(shared)
     except Exception as error:  # an architecture can fail in any way on unknown keyword arguments
         difference = first_line(error)
-    if difference is not None:
-        shared.base.set_attn_implementation(usual)
-        padded.alone = not ignores_padding(padded)
-        how = "each row is computed alone" if padded.alone else "rows are padded"
-        rank_zero_warn(f"prefix sharing is off, which is slower; {how}: {difference}")
-    model.train(training)
-    return padded if difference is not None else shared
-
-
-@torch.no_grad()
-def ignores_padding(padded: MicroBatches) -> bool:
-    """Whether the model computes the same logits for padded rows; recurrent ones may not."""
-    ids = [1 + i * 7919 % (padded.vocabulary - 1) for i in range(24)]
-    [batch] = padded.split([Row(ids, [], "", None, ""), Row(ids[:8], [], "", None, "")], 10**6)
-    alone = [padded.base(torch.tensor([row], device=padded.device), use_cache=False) for row in (ids, ids[:8])]
-    return _error(padded._forward(batch)[1], torch.stack([output.logits[0, -1] for output in alone])) is None
-
-
-def _error(logits: Tensor, expected: Tensor) -> float | None:
-    """The relative error of logits, None if rounding explains it."""
-    error = float((logits.float() - expected.float()).norm() / expected.float().norm())
-    return None if error < (1e-3 if logits.dtype == torch.float32 else 0.05) else error
+    if difference is None:
+        return shared
+    shared.base.set_attn_implementation(usual)
+    rank_zero_warn(f"prefix sharing is off, which is slower: {difference}")
+    return None
 
 
 def _difference(shared: SharedPrefixes) -> str | None:
@@ -119,6 +100,6 @@ def _difference(shared: SharedPrefixes) -> str | None:
         return "the model does not pass its sliding window to the attention"
     for path, logits in zip(packed.paths(), alone, strict=True):
         same = torch.cat([together[segment.start : segment.end] for segment in path])
-        if (error := _error(same, logits)) is not None:
+        if (error := logits_error(same, logits)) is not None:
             return f"the model's logits differ by {error:.1%}"
     return None

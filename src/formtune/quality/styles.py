@@ -3,10 +3,9 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from formtune.data.cleaning import Example
+from formtune.data.cleaning import Example, Mixture
 from formtune.formats import Format
 
 MIN_DATES = 0.8  # fraction of dates among the strings of a date field
@@ -29,16 +28,6 @@ _DATES = {
     "D Month YYYY": rf"\d\d?(?:st|nd|rd|th)?\.? (?:of )?{_MONTH},? \d{{4}}",
     "Month D, YYYY": rf"{_MONTH} \d\d?(?:st|nd|rd|th)?,? \d{{4}}",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Mixture:
-    """A field, or the layout, that answers write in several styles."""
-
-    path: str  # dotted path of the field, "" for the whole answer
-    what: str  # layout, key order, empty, date or number
-    forms: dict[str, int]  # number of rows by style, the most frequent first
-    minority: dict[str, list[str]]  # for each other style, the places of the rows that use it
 
 
 def mixtures(examples: Sequence[Example], format: Format) -> list[Mixture]:

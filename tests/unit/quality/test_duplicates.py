@@ -11,10 +11,10 @@ from near_pairs_on_ray import near_pairs_on_ray
 
 from conftest import WORDY, selected
 from formtune.data.cleaning import Example
-from formtune.data.duplicates import (
+from formtune.data.selection import components
+from formtune.quality.duplicates import (
     SHINGLE,
     band_size,
-    components,
     near_pairs,
     shingles,
     similar,

@@ -1,16 +1,17 @@
-"""JSON Schemas as grammars for llguidance, which may allow less than their format, and more only where noted."""
+"""Formats as grammars for llguidance, which may allow less than their format, and more only where noted."""
 
 import copy
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from formtune.errors import UserError
+from formtune.formats import Format, JsonSchema, Reasoning, ToolCalls
 from formtune.formats.bounded import ecma, resolver
+from formtune.formats.content import Orders
 from formtune.formats.dialect import KEYWORDS, schema_nodes, types
 
 _DAYS = "(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
@@ -27,16 +28,54 @@ _FORMATS = {
     "uri": r"[A-Za-z][A-Za-z0-9+.-]*:[^\s<>\"{}|\\^`]+",
 }
 
-# Key of the object ("" for the root) -> one of its keys -> the next key -> count.
-Orders = dict[str, dict[str, dict[str, int]]]
 Pairs = dict[tuple[str, str], int]
 
-MAX_NAMES = 1000  # different keys of the objects at one key: more are data, not names
 MAX_KEYS = 64  # of an object in any order: llguidance's rules have one 64-bit parameter
 
 # Enough to indent; bounded, so that a model cannot fill its answer with whitespace.
 WHITESPACE = r"([\x20\x09]{1,2}|\x0D?\x0A[\x20\x09]{0,20})"
 _SCALARS = {"null", "string", "boolean", "integer"}
+
+
+def declared(schema: dict[str, Any]) -> str:
+    """The rules of a schema as `closed` returns it, with the keys in its own order."""
+    return f"answer: %json {json.dumps(schema)}"
+
+
+def grammar(format: Format, rules: Callable[[dict[str, Any]], str] = declared) -> str | None:
+    """The Lark rules of a format, see `Format.grammar`; `rules` are those of the JSON Schemas in it."""
+    if isinstance(format, JsonSchema):
+        schema = closed(format.root, format.canonical)
+        return declared(schema) if format.canonical else rules(schema)  # a canonical format includes the key order
+    if isinstance(format, Reasoning):
+        return _after_reasoning(format, grammar(format.format, rules))
+    return _tool_calls(format, rules) if isinstance(format, ToolCalls) else format.grammar()
+
+
+def _after_reasoning(format: Reasoning, rules: str | None) -> str | None:
+    if rules is None:
+        return None
+    opening, closing = (json.dumps(tag, ensure_ascii=False) if tag else "" for tag in (format.open, format.close))
+    # A tag may be a single token, which text does not match. Lazy: the first closing tag ends the reasoning.
+    return (
+        f"answer: {opening} reasoning SPACE? body\nreasoning: tagged | ( TEXT? {closing} )\n"
+        f"tagged[lazy]: TEXT? {closing}\nTEXT: /(?s:.+)/ & ~(ANY?{closing}ANY?)\nANY: /(?s:.+)/\n"
+        f"SPACE: /[ \\t\\r\\n]{{1,4}}/\nbody: %lark {{\nstart: answer\n{rules}\n}}"
+    )
+
+
+def _tool_calls(format: ToolCalls, rules: Callable[[dict[str, Any]], str]) -> str:
+    if format.syntax == "mistral" or format.tool_choice == "auto" or not format.parameters:
+        need = "every row has tools, syntax is hermes or llama and tool_choice is required"
+        raise UserError(f"model.constrained: ToolCalls has a grammar only if {need}; turn constrained decoding off")
+    key, calls, arguments = "parameters" if format.syntax == "llama" else "arguments", [], []
+    for number, (name, parameters) in enumerate(format.parameters.items()):
+        opening = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": '
+        calls.append(f'{json.dumps(opening, ensure_ascii=False)} arguments{number} "}}"')
+        arguments.append(f"arguments{number}:" + str(grammar(parameters, rules)).removeprefix("answer:"))
+    tagged = 'tagged ("\\n" tagged)*\ntagged: ( "<tool_call>" "\\n" call "\\n" "</tool_call>" )'
+    answer = "call" if format.syntax == "llama" else tagged
+    return "\n".join([f"answer: {answer}", f"call: {' | '.join(calls)}", *arguments])
 
 
 def closed(schema: dict[str, Any], canonical: bool) -> dict[str, Any]:
@@ -93,22 +132,6 @@ def _close(place: str, node: dict[str, Any], can_close: bool) -> None:
 
 def _is_object(node: dict[str, Any]) -> bool:
     return bool({"properties", "patternProperties"} & node.keys()) or "object" in types(node)
-
-
-def learn_orders(values: Iterable[Any]) -> Orders:
-    orders: Orders = {}
-    stack = [("", value) for value in values]
-    while stack:
-        parent_key, value = stack.pop()
-        if isinstance(value, list):
-            stack += [(parent_key, item) for item in value]
-        elif isinstance(value, dict):
-            stack += value.items()
-            keys, counts = list(value), orders.setdefault(parent_key, {})
-            for key, following in pairwise(keys):
-                after = counts.setdefault(key, {})
-                after[following] = after.get(following, 0) + 1
-    return {parent_key: counts for parent_key, counts in orders.items() if len(counts) <= MAX_NAMES}
 
 
 class OrderedRules:

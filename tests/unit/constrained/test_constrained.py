@@ -9,18 +9,15 @@ from dataclasses import replace
 import lightning.pytorch as L
 import pytest
 import torch
-from test_packing import random_rows, row
 
-from conftest import SCHEMA, SHAPES, byte_tokenizer, shared, tiny_model
+from conftest import SCHEMA, SHAPES, byte_tokenizer, random_rows, row, shared, tiny_model
 from formtune.base.renderer import Renderer
+from formtune.constrained.decoder import Grammar
 from formtune.data.datamodule import FormatDataModule
 from formtune.errors import UserError
 from formtune.formats import Format, JsonSchema, Labels, Regex, Tagged, ToolCalls
 from formtune.model import FormatModule
-from formtune.model.attention import CachedAttention
-from formtune.model.constrained import Grammar
-from formtune.model.micro_batches import MicroBatches
-from formtune.model.shared_prefixes import SharedPrefixes, choose_micro_batches
+from formtune.model.micro_batches import MicroBatches, choose_micro_batches
 
 pytest.importorskip("llguidance", reason="needs the extra `constrained`")
 
@@ -183,7 +180,6 @@ def test_answers_equal_those_of_a_naive_masked_loop(shape, name):
     expected = [naive(model, grammar, p, most) for p, most in zip(prompts, limits, strict=True)]
     rows = rows_of_every_kind(prompts, expected)
     micro_batches = choose_micro_batches(model)
-    assert isinstance(micro_batches, SharedPrefixes)
     assert answered(micro_batches, rows, grammar, limits) == expected
     assert answered(micro_batches, rows, grammar, limits, tokens=1) == expected
     model.set_attn_implementation("sdpa")
@@ -191,11 +187,12 @@ def test_answers_equal_those_of_a_naive_masked_loop(shape, name):
 
 
 def test_tokens_that_the_model_predicts_anyway_are_not_decoded_again(monkeypatch):
+    cached = pytest.importorskip("formtune.packing.attention").CachedAttention
     model, grammar = sharp_model("llama"), grammar_of(Regex(pattern=r"(?s).{1,8}"))
     prompts = [r.prompt_ids for r in random_rows(3, 8)]
     written = [naive(model, grammar, p, 20) for p in prompts]
-    fed, append, micro_batches = [], CachedAttention._append, choose_micro_batches(model)
-    monkeypatch.setattr(CachedAttention, "_append", lambda *a: fed.append((a[1] == 0) * len(a[0].at)) or append(*a))
+    fed, append, micro_batches = [], cached._append, choose_micro_batches(model)
+    monkeypatch.setattr(cached, "_append", lambda *a: fed.append((a[1] == 0) * len(a[0].at)) or append(*a))
     free = answered(micro_batches, [row(p) for p in prompts], None, [20] * len(prompts))
     pairs = [list(zip(a, b, strict=False)) for a, b in zip(free, written, strict=True)]
     same = [next(i for i, (a, b) in enumerate(both) if a != b) for both in pairs]

@@ -1,7 +1,6 @@
 """Rows that share a prefix are computed together, and neither the loss nor the gradients change."""
 
 import functools
-import random
 import warnings
 from contextlib import nullcontext
 from itertools import product
@@ -12,34 +11,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import FAMILIES, SHAPES, pair, shared, tiny_model
+from conftest import FAMILIES, SHAPES, pair, random_rows, row, shared, tiny_model
 from formtune.base.renderer import Renderer
-from formtune.base.row import Row
-from formtune.model import attention
-from formtune.model.attention import PackedAttention, _block_mask
 from formtune.model.lora import Lora, add_lora
-from formtune.model.micro_batches import MicroBatches
-from formtune.model.packing import pack
-from formtune.model.shared_prefixes import SharedPrefixes, choose_micro_batches
-
-
-def row(prompt, target=()):
-    return Row(list(prompt), list(target), "", "", "f:1")
-
-
-def random_rows(seed, count=12, vocabulary=259, longest=12):
-    """Rows of a few system prompts, of few-shot prompts that continue them, and of nexample."""
-    rng = random.Random(seed)
-
-    def ids(n):
-        return [rng.randrange(3, vocabulary) for _ in range(n)]
-
-    beginnings = [ids(rng.randrange(20, 60)) for _ in range(rng.randrange(1, 4))]
-    beginnings += [beginnings[0] + ids(rng.randrange(5, 20)), []]
-    return [
-        row(rng.choice(beginnings) + ids(rng.randrange(1, longest)), ids(rng.randrange(1, longest)))
-        for _ in range(count)
-    ]
+from formtune.model.micro_batches import MicroBatches, choose_micro_batches
+from formtune.packing import attention
+from formtune.packing.attention import PackedAttention, _block_mask
+from formtune.packing.packed import pack
+from formtune.packing.shared_prefixes import SharedPrefixes
 
 
 def tuned(model, **options):
@@ -204,7 +183,7 @@ def test_a_model_that_cannot_take_packed_rows_gets_padded_rows_and_a_warning():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **sizes))
     torch.nn.init.normal_(model.lm_head.weight, std=2.0)
     model = tuned(model)
-    with pytest.warns(UserWarning, match="prefix sharing is off, which is slower; rows are padded"):
+    with pytest.warns(UserWarning, match="prefix sharing is off, which is slower: the model"):
         micro_batches = choose_micro_batches(model)
     assert type(micro_batches) is MicroBatches
     rows = random_rows(1)

@@ -14,20 +14,26 @@ from conftest import SCHEMA, byte_tokenizer
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.errors import UserError
-from formtune.evaluation.outcomes import Outcome, confidence, read_outcomes, write_answers, write_outcomes
+from formtune.evaluation.outcomes import (
+    Outcome,
+    confidence,
+    confidences,
+    read_outcomes,
+    threshold,
+    write_answers,
+    write_outcomes,
+)
 from formtune.evaluation.outcomes import outcome as judge
-from formtune.evaluation.selective import (
+from formtune.evaluation.statistics import wilson_interval
+from formtune.formats import JsonSchema, Labels, Regex, Tagged
+from formtune.report.selective import (
     aurc,
     calibration,
     calibration_error,
-    confidences,
     coverage_and_precision,
     selective_risk,
     summary,
-    threshold,
 )
-from formtune.evaluation.statistics import wilson_interval
-from formtune.formats import JsonSchema, Labels, Regex, Tagged
 from formtune.training.run_folder import minimum_confidence
 
 HALF = math.log(0.5)

@@ -10,9 +10,10 @@ from test_constrained import ANY, DIGIT, RENDERER, UNIONS, closed, document, key
 
 from conftest import shared
 from formtune.base.renderer import Renderer
+from formtune.constrained.decoder import Grammar
+from formtune.constrained.grammar import MAX_KEYS
 from formtune.formats import JsonSchema
-from formtune.formats.grammar import MAX_KEYS, learn_orders
-from formtune.model.constrained import Grammar
+from formtune.formats.content import learn_orders
 
 pytest.importorskip("llguidance", reason="needs the extra `constrained`")
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
+from formtune.constrained.grammar import OrderedRules, declared, grammar
 from formtune.errors import UserError
 from formtune.formats import Format
-from formtune.formats.grammar import Orders
+from formtune.formats.content import Orders
 
 MAX_SCHEMAS = 256  # compiled schemas that are kept
 
@@ -54,16 +55,17 @@ class Grammar:
 
     def _compile(self, schema: str | None) -> Any:
         row_format = self._format.of_row(schema)
-        rules = row_format.grammar()
+        rules = grammar(row_format)
         if rules is None:
             raise UserError(f"model.constrained: {type(self._format).__name__} has no grammar; add a `grammar` method")
         matcher = self._matcher(rules)
         if matcher.is_error():
             raise UserError(f"model.constrained: the format cannot be written as a grammar ({_reason(matcher)})")
-        rules = row_format.ordered_grammar(self._orders)  # right only if llguidance accepts the schema as it is
-        if not rules:
+        # Right only if llguidance accepts the schema as it is.
+        in_order = grammar(row_format, lambda schema: OrderedRules(schema, self._orders).text or declared(schema))
+        if in_order == rules:
             return matcher
-        ordered = self._matcher(rules)
+        ordered = self._matcher(str(in_order))
         if ordered.is_error():
             rank_zero_warn(f"constrained decoding allows only the schema's key order ({_reason(ordered)})")
         return matcher if ordered.is_error() else ordered

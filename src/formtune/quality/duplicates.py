@@ -11,7 +11,6 @@ import numpy as np
 import rensa
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 
 from formtune.configuration.terminal import progress
 
@@ -38,6 +37,18 @@ MAX_SAMPLE = 4000  # inputs
 
 # Scripts without spaces between words: each letter is a word.
 _WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\s\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+")
+
+
+def near_duplicates(
+    texts: Sequence[str], hashes: Sequence[float], threshold: float
+) -> tuple[list[tuple[str, str]], list[tuple[int, int]]]:
+    """Each text and its shared runs, see `split_shared`; and the pairs of texts whose other parts are near-duplicates.
+
+    `hashes` order the texts; `threshold` is the Jaccard index from which two are near-duplicates.
+    """
+    parts = list(split_shared(texts, hashes))
+    left, right, _ = near_pairs([rest for rest, _ in parts], threshold)
+    return parts, list(zip(left.tolist(), right.tolist(), strict=True))
 
 
 def shingles(texts: Sequence[str]) -> tuple[NDArray[np.uint64], Indices]:
@@ -120,12 +131,6 @@ def _candidates(hashes: NDArray[np.uint64]) -> tuple[Indices, Indices]:
             shared.append(order[at] * len(order) + order[at + distance])
         pairs = np.unique(np.concatenate(shared))
     return pairs // max(len(hashes), 1), pairs % max(len(hashes), 1)
-
-
-def components(count: int, left: Indices, right: Indices) -> NDArray[np.int32]:
-    """The cluster number of each of `count` texts; pairs join texts directly or in a chain."""
-    edges = csr_array((np.ones(len(left), np.bool_), (left, right)), shape=(count, count))
-    return connected_components(edges, directed=False)[1]
 
 
 def split_shared(texts: Sequence[str], hashes: Sequence[float]) -> Iterator[tuple[str, str]]:

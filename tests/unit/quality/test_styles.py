@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from formtune.data.cleaning import Example
-from formtune.data.styles import mixtures
 from formtune.formats import JsonSchema
+from formtune.quality.styles import mixtures
 
 
 def minorities(answers, inputs=None, fields=()):

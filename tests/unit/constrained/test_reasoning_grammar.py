@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from conftest import SCHEMA, byte_tokenizer, shared
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
+from formtune.constrained.decoder import Grammar
+from formtune.constrained.grammar import grammar as rules_of
 from formtune.formats import Format, JsonSchema, Labels, Reasoning, Regex, Tagged, ToolCalls
-from formtune.formats.grammar import learn_orders
-from formtune.model.constrained import Grammar
+from formtune.formats.content import learn_orders
 
 pytest.importorskip("llguidance", reason="needs the extra `constrained`")
 
@@ -134,4 +135,4 @@ def test_a_format_without_a_grammar_has_none_after_reasoning_either():
         def parse(self, text):
             return text
 
-    assert Reasoning(Own()).grammar() is None and Reasoning(Own()).ordered_grammar(None) is None
+    assert rules_of(Reasoning(Own())) is None

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from formtune.model.packing import Packed, Segment
+from formtune.model.lora import raise_recompile_limit
+from formtune.packing.packed import Packed, Segment
 
 NAME = "formtune"  # of `attention_forward` in transformers
 NO_MASK = torch.empty(0, 0, 0, 0)  # of packed rows: transformers passes masks of this shape on, and builds none
@@ -26,11 +27,6 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, float | None, int | None], Tenso
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def raise_recompile_limit() -> None:
-    """Let torch.compile keep 64 kernels of a function: beyond its limit of 8, calls silently run uncompiled."""
-    torch._dynamo.config.recompile_limit = 64
 
 
 @functools.cache

@@ -1,29 +1,17 @@
 """Which answers to accept: risk and coverage, calibration, and the minimum confidence for a precision."""
 
 from collections.abc import Sequence
-from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
-from formtune.evaluation.outcomes import Outcome
+from formtune.evaluation.outcomes import Confidences, Outcome, confidences, threshold
 from formtune.evaluation.statistics import wilson_interval
 
 TARGETS = (0.9, 0.95, 0.98, 0.99, 0.995)  # precisions of the report's table
 FIELD_TARGET = 0.99  # precision of the table of fields
 FIELDS = 20  # of that table
 BINS = 10  # of the calibration, equally wide
-
-Confidences = Sequence[tuple[float, bool]]  # the confidence of each answer, and whether the answer is right
-
-
-def confidences(outcomes: Sequence[Outcome], field: str | None = None) -> list[tuple[float, bool]]:
-    """The confidence of each answer, or of one field, and whether it is right; empty if no confidence is known."""
-    known = [o for o in outcomes if o.confidence is not None]
-    if field is None:
-        return [(o.confidence or 0.0, o.joint) for o in known]
-    return [((o.field_confidences or {}).get(field, 0.0), o.fields[field]) for o in known if field in o.fields]
 
 
 def selective_risk(rows: Confidences) -> np.ndarray:
@@ -51,21 +39,6 @@ def calibration(rows: Confidences) -> list[tuple[int, float, float]]:
 def calibration_error(rows: Confidences) -> float:
     """Expected calibration error (Guo et al., 2017): the mean distance of confidence and precision over the rows."""
     return sum(count * abs(confidence - right) for count, confidence, right in calibration(rows)) / len(rows)
-
-
-def threshold(rows: Confidences, target: float) -> float | None:
-    """The lowest confidence from which at least `target` of the answers are right; None if there is none.
-
-    One right and one wrong answer are added to those counted (Laplace's rule of succession). Confidence 0 means an
-    invalid format and is never accepted.
-    """
-    lowest, count, right = None, 0, 0
-    for confidence, group in groupby(sorted(rows, reverse=True), itemgetter(0)):
-        verdicts = [is_right for _, is_right in group]
-        count, right = count + len(verdicts), right + sum(verdicts)
-        if confidence > 0 and right + 1 >= target * (count + 2) - 1e-9:
-            lowest = confidence
-    return lowest
 
 
 def coverage_and_precision(rows: Confidences, minimum: float) -> dict[str, Any]:

@@ -5,12 +5,11 @@ import weakref
 
 import pytest
 import torch
-from test_packing import random_rows, row
 
-from conftest import FAMILIES, tiny_model
-from formtune.model.attention import CachedAttention
-from formtune.model.micro_batches import MicroBatches
-from formtune.model.shared_prefixes import SharedPrefixes, choose_micro_batches
+from conftest import FAMILIES, random_rows, row, tiny_model
+from formtune.model.micro_batches import MicroBatches, choose_micro_batches
+from formtune.packing.attention import CachedAttention
+from formtune.packing.shared_prefixes import SharedPrefixes
 
 STOP = (7, 11)
 LIMIT = 12

@@ -1,0 +1,1 @@
+"""What whole sets of rows show: near-duplicates and mixed styles. Optional: without it, only equal inputs are found."""
