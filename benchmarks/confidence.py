@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from formtune.configuration.task import read_run
 from formtune.constrained.decoder import Grammar
 from formtune.data.preparation import load_splits
 from formtune.evaluation.outcomes import check_answer
@@ -35,6 +34,7 @@ from formtune.formats import Format
 from formtune.model.lora import load_base
 from formtune.model.micro_batches import choose_micro_batches
 from formtune.report.selective import aurc, calibration_error
+from formtune.tasks.parsers import read_run
 
 PROBABILITIES = ("product", "value product", "minimum", "value minimum")  # of the whole answer, more or less
 

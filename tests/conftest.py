@@ -255,8 +255,8 @@ def write_run(folder: Path, base: str, rows: list[tuple[str, bool]], rank: int =
     from peft import LoraConfig, get_peft_model
 
     from formtune.evaluation.outcomes import Outcome, write_outcomes
+    from formtune.export.manifest import write_manifest
     from formtune.formats import JsonSchema
-    from formtune.training.manifest import write_manifest
 
     adapter = folder / "adapter"
     torch.manual_seed(rank)

@@ -13,7 +13,6 @@ from rich.console import Console
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.commands import COMMANDS
-from formtune.configuration.task import read_task, task_parser
 from formtune.configuration.terminal import progress
 from formtune.data.blockers import check_rows
 from formtune.data.preparation import load_splits, sample
@@ -24,6 +23,7 @@ from formtune.formats import KINDS, Format
 from formtune.formats.json_schema import JsonSchema
 from formtune.report.comparison import metrics_of, metrics_table
 from formtune.report.selective import aurc, calibration_error, confidences
+from formtune.tasks.parsers import read_task, task_parser
 from formtune_contrib.endpoint import Endpoint
 
 

@@ -9,15 +9,14 @@ from pathlib import Path
 from formtune.base.folder import context_length, meta_model
 from formtune.base.row import quantile
 from formtune.commands import COMMANDS
-from formtune.configuration.task import read_task, task_parser
 from formtune.configuration.terminal import echo
 from formtune.data.preparation import encode_inputs, production_rows
 from formtune.errors import UserError, first_line
 from formtune.export.quantize import missing_package
 from formtune.export.rules import MERGED, TARGETS, check
-from formtune.files import LOGS, write_json
-from formtune.model.adapter import take_settings
+from formtune.files import LOGS, optional, write_json
 from formtune.model.lora import Lora, lora_config
+from formtune.tasks.parsers import read_task, task_parser
 from formtune_contrib import task_file
 from formtune_contrib.trial import ANSWER, attempt
 
@@ -35,7 +34,8 @@ def run(command: str, args: list[str]) -> int:
     uses = f"Planned uses of the adapter, of {', '.join(TARGETS)}"
     parser.add_argument("--for", type=str, default="merge,vllm", dest="targets", help=uses)
     config, settings = read_task(parser, args)
-    take_settings(config.model)
+    if config.model.adapter:
+        optional("warm_start.adapter", "take_settings", "model.adapter")(config.model)
     targets, base = [name.strip() for name in config.targets.split(",")], config.model.base
     if unknown := [name for name in targets if name not in TARGETS]:
         raise UserError(f"--for: no target {unknown[0]!r}; choose from {', '.join(TARGETS)}")

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 from formtune.commands import COMMANDS
-from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import COMPARED, rate, read_outcomes, write_outcomes
 from formtune.export.exported import Exported, read_manifest, verify
 from formtune.report.comparison import compare, print_comparison, read_runs
+from formtune.tasks.parsers import CommandParser
 from formtune_contrib import registry
 
 

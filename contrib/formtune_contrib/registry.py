@@ -21,8 +21,8 @@ from filelock import FileLock
 
 from formtune.errors import UserError, first_line
 from formtune.export.exported import Exported, verify
+from formtune.export.manifest import NAME
 from formtune.files import write_json
-from formtune.training.manifest import NAME
 
 DEPLOYMENTS = Path("deployments")
 

@@ -4,8 +4,8 @@ import shlex
 from pathlib import Path
 
 from formtune.commands import COMMANDS
-from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
+from formtune.tasks.parsers import CommandParser
 from formtune_contrib import server
 from formtune_contrib.registry import find_exported
 

@@ -20,10 +20,10 @@ from formtune.evaluation.outcomes import read_outcomes
 from formtune.export.exported import Exported
 from formtune.export.gguf import FILE
 from formtune.export.llama_cpp import HOST, LOCAL
+from formtune.export.manifest import base_files
 from formtune.export.quantize import missing_package
 from formtune.export.rules import refuse, vllm_rank
 from formtune.files import leaves_folder, write_json
-from formtune.training.manifest import base_files
 
 DTYPES = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}  # of the base under an adapter, by the run's precision
 CHECK = "check it: formtune check-endpoint http://{}:{}/v1 -c TASK.yaml --served_model {}"

@@ -11,14 +11,14 @@ from typing import Any
 from jsonargparse.typing import PositiveInt
 
 from formtune.commands import COMMANDS
-from formtune.configuration.task import read_task, task_parser
 from formtune.configuration.terminal import progress
 from formtune.data.cleaning import Example, repair, repair_answer
 from formtune.data.preparation import read_examples, read_splits, with_rendered_answer
 from formtune.data.selection import input_keys
 from formtune.data.sources import read_records
 from formtune.errors import UserError
-from formtune.quality.duplicates import near_pairs, split_shared
+from formtune.files import optional
+from formtune.tasks.parsers import read_task, task_parser
 from formtune_contrib import task_file
 from formtune_contrib.endpoint import Client, Refused
 
@@ -53,8 +53,8 @@ def run(command: str, args: list[str]) -> None:
     prompts = [replace(one, messages=[*one.messages, {"role": "assistant", "content": ""}]) for one in prompts]
     # A new row must not repeat a validation or test row either.
     keys = input_keys([replace(one, messages=repair(one.messages, settings.clean)) for one in (*known, *prompts)])
-    texts = [rest for rest, _ in split_shared(keys, range(len(keys)))]  # without text that many inputs share
-    repeats = set(near_pairs(texts, settings.near_duplicates)[1].tolist())
+    near = optional("quality.duplicates", "near_duplicates", "synthesize")
+    repeats = {second for _, second in near(keys, range(len(keys)), settings.near_duplicates)[1]}
     new = [example for i, example in enumerate(prompts, len(known)) if i not in repeats]
 
     client = Client(config.endpoint, config.teacher)

@@ -8,8 +8,6 @@ import torch
 from peft import PeftModel
 
 from formtune.commands import COMMANDS
-from formtune.configuration.parsing import CommandParser
-from formtune.configuration.task import read_run
 from formtune.configuration.terminal import echo
 from formtune.data.cleaning import repair
 from formtune.data.shapes import row_schema
@@ -20,6 +18,7 @@ from formtune.formats import ToolCalls
 from formtune.formats.json_schema import read_schema
 from formtune.model.lora import load_base
 from formtune.model.micro_batches import MicroBatches
+from formtune.tasks.parsers import CommandParser, read_run
 
 
 def run(command: str, args: list[str]) -> None:

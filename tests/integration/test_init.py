@@ -9,7 +9,7 @@ import yaml
 
 from conftest import pair
 from formtune.cli import main
-from formtune.configuration.task import read_task, task_parser
+from formtune.tasks.parsers import read_task, task_parser
 
 CITIES = ("Oslo", "Bern", "Rome", "Bonn", "Lima", "Kyiv")
 

@@ -26,9 +26,11 @@ OPTIONAL = {  # folder: what is deleted with it
     PACKAGE / "export": [PACKAGE / "commands/export.py", CONTRIB],
     PACKAGE / "packing": [],
     PACKAGE / "constrained": [],
-    PACKAGE / "quality": [CONTRIB],
+    PACKAGE / "quality": [],
+    PACKAGE / "warm_start": [],
     CONTRIB: [],
 }
+SHARED = (PACKAGE / "pages", PACKAGE / "tasks")  # by optional folders and their commands; deleted with the last of them
 CORE = ("base", "configuration", "data", "evaluation", "formats", "model", "training")
 
 
@@ -79,7 +81,7 @@ def test_nothing_imports_the_entry_point():
 
 
 def test_the_core_imports_neither_an_optional_folder_nor_a_command():
-    beyond = {path.name for path in OPTIONAL} | {"demo", "commands"}
+    beyond = {path.name for path in (*OPTIONAL, *SHARED)} | {"demo", "commands"}
     for name, imported in imports().items():
         if folder(name) in CORE:
             assert not [one for one in imported if folder(one) in beyond], name
@@ -139,7 +141,7 @@ def test_what_is_asked_of_an_optional_folder_exists_and_its_folder_can_be_delete
 def test_the_core_runs_the_demo_without_the_optional_folders(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "src/formtune", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    deleted = {path for folder, files in OPTIONAL.items() for path in (folder, *files)} - {CONTRIB}
+    deleted = {path for folder, files in OPTIONAL.items() for path in (folder, *files)} - {CONTRIB} | {*SHARED}
     for original in deleted:
         path = tmp_path / original.relative_to(ROOT)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -159,6 +161,10 @@ def test_the_core_runs_the_demo_without_the_optional_folders(tmp_path):
     assert "\n  train " in help_text and not [name for name in gone if f"\n  {name} " in help_text]
 
 
-def test_no_file_has_more_than_300_lines():
-    long = {path.name: count for path in modules().values() if (count := len(path.read_text().splitlines())) > 300}
-    assert not long
+def test_the_core_can_be_read_in_an_afternoon():
+    lines = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert not {path.name for path in CONTRIB.glob("*.py") if len(path.read_text().splitlines()) > 300}
+    assert not {path.name for path, count in lines.items() if count > 300}
+    deleted = {path for folder, files in OPTIONAL.items() for path in (folder, *files)} | {*SHARED}
+    core = [path for path in lines if not any(path.is_relative_to(one) for one in deleted)]
+    assert sum(lines[path] for path in core) <= 7500 and sum(lines.values()) <= 12_000

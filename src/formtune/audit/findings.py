@@ -23,10 +23,10 @@ from formtune.data.preparation import load_splits, production_rows
 from formtune.data.settings import DataSettings
 from formtune.data.table import print_data
 from formtune.errors import UserError
-from formtune.evaluation.page import render
 from formtune.files import optional, write_atomic, write_json, write_lines
 from formtune.formats import Format, JsonSchema
 from formtune.formats.content import leaves
+from formtune.pages.page import render
 
 MAX_LISTED = 8  # labels or words in a warning
 MIN_LABEL_SHARE = 0.1  # of the rows that each label would have if all had as many; a label with fewer is rare

@@ -4,8 +4,8 @@ import shlex
 
 from formtune.audit.findings import audit, print_audit, write_report
 from formtune.commands import COMMANDS
-from formtune.configuration.task import read_task, task_parser
 from formtune.files import LOGS
+from formtune.tasks.parsers import read_task, task_parser
 
 
 def run(command: str, args: list[str]) -> int:

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from formtune.commands import COMMANDS
-from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import EVALUATIONS
 from formtune.files import write_json
 from formtune.report.comparison import compare, print_comparison, read_runs
+from formtune.tasks.parsers import CommandParser
 
 HELP = """\
 Each further RUN is compared with the first one, row by row, so all must have been tested on the same rows.

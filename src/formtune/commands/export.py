@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from formtune.commands import COMMANDS
-from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
 from formtune.export.exported import KINDS
 from formtune.export.gguf import LORA_CONVERTER, QUANTIZATIONS, WRITTEN, converter_script, quantizer
 from formtune.export.quantize import folder_name, missing_package
+from formtune.tasks.parsers import CommandParser
 
 
 def run(command: str, args: list[str]) -> None:

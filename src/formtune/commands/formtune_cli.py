@@ -28,7 +28,6 @@ from formtune.evaluation.console import print_result
 from formtune.evaluation.outcomes import write_answers
 from formtune.files import LOGS, leaves_folder, optional
 from formtune.model import FormatModule
-from formtune.model.adapter import take_settings
 from formtune.model.ranks import ShardedBase
 from formtune.training import callback
 from formtune.training.callbacks import AnswerTable, OverfittingWatch, Signals, StepsBar
@@ -133,7 +132,8 @@ class FormtuneCLI(LightningCLI):
                 "data.max_evaluation_rows": most or "null",
             }
             config.baselines, config.data.max_evaluation_rows = [], min(most or QUICK_ROWS, QUICK_ROWS)
-        take_settings(config.model)
+        if config.model.adapter:
+            optional("warm_start.adapter", "take_settings", "model.adapter")(config.model)
         trainer_checks.complete_trainer(config.trainer)
         trainer_checks.check_trainer(config, str(self.subcommand))
         self.checkpoint: Path | None = None

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from formtune.commands import COMMANDS
 from formtune.commands.lightning import run as run_lightning
-from formtune.configuration.parsing import CommandParser
 from formtune.errors import UserError
 from formtune.files import optional, write_atomic
 from formtune.start.proposal import propose, task_yaml
+from formtune.tasks.parsers import CommandParser
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GENERIC = ("train", "rows", "data")  # names that do not describe a task

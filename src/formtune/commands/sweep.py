@@ -17,13 +17,13 @@ from filelock import FileLock, Timeout
 from formtune.base.renderer import today
 from formtune.commands import COMMANDS
 from formtune.commands.lightning import run as lightning
-from formtune.configuration.parsing import CommandParser
 from formtune.configuration.terminal import echo
 from formtune.configuration.yaml_file import config_paths
 from formtune.errors import UserError
-from formtune.evaluation.page import render
 from formtune.files import LOGS, write_atomic, write_json
+from formtune.pages.page import render
 from formtune.sweep.points import METRICS, RANKS, choose, grid, result, summarize, train
+from formtune.tasks.parsers import CommandParser
 from formtune.training.run_folder import RunFolder
 
 HELP = """\

@@ -1,6 +1,5 @@
 """Parsers that report a mistake in one line: the key, its `file:line`, and a similar key."""
 
-import argparse
 import difflib
 import re
 import sys
@@ -102,16 +101,6 @@ class OneLine:
             if failed and not isinstance(error, UserError):
                 raise failed[0] from error
             raise
-
-
-class CommandParser(OneLine, argparse.ArgumentParser):
-    """Reads the options of a command without a task."""
-
-    def __init__(self, command: str, description: str, usage: str | None = None, epilog: str | None = None) -> None:
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            f"formtune {command}", usage, description, epilog, formatter_class=formatter, allow_abbrev=False
-        )
 
 
 def did_you_mean(name: str, names: Collection[str]) -> str:

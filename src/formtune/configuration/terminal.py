@@ -1,7 +1,6 @@
 """Lines and names in the terminal, wrapped between words, and a progress bar."""
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -18,15 +17,6 @@ def echo(line: str, style: str = "") -> None:
     console, text = Console(highlight=False), Text(line)
     text.stylize(style, 0, line.find(":") + 1)
     console.print(text, soft_wrap=not console.is_terminal)
-
-
-def wrap(name: str, width: int = 12) -> Text:
-    """A name in lines of about `width` characters, broken after its separators."""
-    lines = [""]
-    for part in re.split(r"(?<=[/:_.-])", name):
-        lines += [""] * (len(lines[-1] + part) > width)
-        lines[-1] += part
-    return Text("\n".join(filter(None, lines)))
 
 
 def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:

@@ -14,10 +14,10 @@ from formtune.base.renderer import Renderer
 from formtune.base.row import Message, Row
 from formtune.data.settings import system_prompt
 from formtune.errors import UserError
-from formtune.evaluation.page import render
 from formtune.export.gguf import ADAPTER
+from formtune.export.manifest import CARD, NAME, file_hash
 from formtune.files import write_atomic, write_json
-from formtune.training.manifest import CARD, NAME, file_hash
+from formtune.pages.page import render
 
 KINDS = ("adapter", "merged", "int8", "nf4", "gptq", "awq", "gguf")
 CONTEXT = 8192  # tokens of a server's context, or more if the test rows need them: a longer context costs memory

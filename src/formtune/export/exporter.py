@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from formtune.base.folder import context_length, meta_model
-from formtune.configuration.task import read_run
 from formtune.data.preparation import load_splits, production_rows
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import COMPARED, RATES, Outcome, check_answer, rate, read_outcomes, write_outcomes
 from formtune.export.exported import Exported, write_usage
 from formtune.export.llama_cpp import measure_gguf
+from formtune.export.manifest import CARD, NAME, base_files, write_manifest
 from formtune.export.measure import COMPARED_ROWS, TIMED, Reference, call_fresh, measure, merge
 from formtune.export.quantize import EXTRAS, SCHEMES, folder_name
 from formtune.export.rules import refuse
 from formtune.files import write_json
 from formtune.model.lora import load_base
-from formtune.training.manifest import CARD, NAME, base_files, write_manifest
+from formtune.tasks.parsers import read_run
 
 CALIBRATION = 128  # rows
 

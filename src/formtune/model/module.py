@@ -24,7 +24,6 @@ from formtune.evaluation.outcomes import Decoded, Outcome, check_answer
 from formtune.files import optional
 from formtune.formats import Format
 from formtune.formats.content import Orders
-from formtune.model.adapter import TrainedAdapter
 from formtune.model.lora import Lora, add_lora, compile_layers, difference, load_base, lora_config
 from formtune.model.micro_batches import Batch, Decoding, MicroBatches, choose_micro_batches, explain_out_of_memory
 from formtune.model.optimization import CosineWithWarmup, build_optimizer, check_optimizer
@@ -84,7 +83,7 @@ class FormatModule(L.LightningModule):
     ) -> None:
         super().__init__()
         lora_config(meta_model(base), lora)  # checks the layers' names before the weights are read
-        self.adapter = TrainedAdapter(adapter) if adapter else None
+        self.adapter = optional("warm_start.adapter", "TrainedAdapter", "model.adapter")(adapter) if adapter else None
         if self.adapter:
             self.adapter.check(lora)
         check_optimizer(optimizer, scheduler)

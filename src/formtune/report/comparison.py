@@ -1,5 +1,6 @@
 """`formtune compare`: paired comparisons of runs on the same test rows."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from formtune.configuration.terminal import echo, wrap
+from formtune.configuration.terminal import echo
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import COMPARED, EVALUATIONS, F1, FIELD, RATES, Outcome, field_f1, read_outcomes
 from formtune.evaluation.statistics import wilson_interval
@@ -79,7 +80,7 @@ def metrics_table(title: str, runs: Sequence[dict[str, Any]]) -> Table:
     """A table with a column for each run's `name` and `metrics`."""
     table = Table(Column("metric", no_wrap=True), title=title, title_justify="left")
     for run in runs:
-        table.add_column(wrap(run["name"]), justify="right")
+        table.add_column(_wrap(run["name"]), justify="right")
     for name in dict.fromkeys(name for run in runs for name in run["metrics"]):
         cells = [_cell(run["metrics"].get(name)) for run in runs]
         table.add_row(Text(name.replace(FIELD, "field ")), *cells, end_section=name == F1)
@@ -118,3 +119,12 @@ def _cell(metric: dict[str, Any] | None) -> str:
 
 def _p(difference: dict[str, Any]) -> str:
     return "p < 0.001" if difference["p"] < 0.001 else f"p = {difference['p']:.3f}"
+
+
+def _wrap(name: str, width: int = 12) -> Text:
+    """A name in lines of about `width` characters, broken after its separators."""
+    lines = [""]
+    for part in re.split(r"(?<=[/:_.-])", name):
+        lines += [""] * (len(lines[-1] + part) > width)
+        lines[-1] += part
+    return Text("\n".join(filter(None, lines)))

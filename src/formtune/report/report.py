@@ -16,10 +16,10 @@ from formtune import __version__
 from formtune.base.row import Row
 from formtune.evaluation.baselines import best_prompt
 from formtune.evaluation.outcomes import EVALUATIONS, FIELD, Outcome, confidences, field_f1, paired, rate
-from formtune.evaluation.page import render
 from formtune.evaluation.statistics import rate_text, wilson_interval
 from formtune.files import write_atomic
 from formtune.formats import KINDS, Format
+from formtune.pages.page import render
 from formtune.report.comparison import metrics_of
 from formtune.report.failures import MAX_CHARACTERS, MAX_VALUES, failures, slices
 from formtune.report.paired_tests import rate_difference, verdict

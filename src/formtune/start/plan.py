@@ -1,30 +1,36 @@
 """`--dry_run`: steps, time and memory of a run on this machine, estimated from a few steps and answers."""
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from formtune.base.row import quantile
 from formtune.data.datamodule import EVALUATION_ROWS, FormatDataModule
 from formtune.errors import UserError
-from formtune.files import write_entry
+from formtune.files import read_entry, write_entry
 from formtune.model import FormatModule
 from formtune.model.micro_batches import Decoding
 from formtune.model.ranks import max_over_ranks
 from formtune.training.evaluator import untuned_limit
 from formtune.training.pipeline import peak_memory, prepare
-from formtune.training.run_folder import plan_entry
+from formtune.training.run_folder import FREE, leaves
 
 STEPS = 32  # whose micro-batches are counted
 MAX_TIMED, SECONDS = 8, 3  # steps that are timed, and about how long
 ROWS, TOKENS = 16, 8  # answers that are timed, and tokens of each
+# Keys that do not change the time of a run, and those that a dry run sets itself.
+UNPLANNED = (*FREE, "data.date", *(f"trainer.{key}" for key in ("logger", "callbacks", "enable_checkpointing", "min_")))
 
 
 class Timing(Callback):
@@ -103,7 +109,7 @@ def plan(
     estimates = {"steps": steps, "peak memory, GiB": peak_memory()}
     estimates |= {f"{name}, min": value / 60 for name, value in seconds.items()}
     if trainer.is_global_zero and datamodule.splits:
-        write_entry(plan_entry(config(), datamodule.splits.key), estimates, kept=24)
+        write_entry(_entry(config(), datamodule.splits.key), estimates, kept=24)
     rank_zero_only(print)(
         f"steps: {steps:,} with {datamodule.rows_per_step} rows each, {steps / trainer.num_training_batches:.3g} epochs"
         f"; each has {timing.tokens:,.0f} tokens, {timing.micro_batches:.1f} micro-batches, {timing.step:.2f} s\n"
@@ -123,3 +129,16 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def estimated(config: str, data: str, measured: dict[str, float]) -> dict[str, Any]:
+    """For `metrics.json`: what a dry run of this configuration (YAML) and these rows (content hash) estimated."""
+    estimates = read_entry(_entry(config, data)) or {}
+    pairs = {name: {"estimated": value, "measured": measured[name]} for name, value in estimates.items()}
+    return {"estimates": pairs} if pairs else {}
+
+
+def _entry(config: str, data: str) -> Path:
+    """The cache entry of the estimates."""
+    keys = [(key, value) for key, value in leaves(yaml.safe_load(config)) if not key.startswith(UNPLANNED)]
+    return Path(".cache/plan", f"{hashlib.sha256(json.dumps([keys, data], default=str).encode()).hexdigest()}.json")

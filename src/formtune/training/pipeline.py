@@ -15,7 +15,7 @@ from formtune.data.datamodule import FormatDataModule
 from formtune.data.encoded import FEW_ROWS
 from formtune.data.table import print_data
 from formtune.errors import UserError
-from formtune.files import read_entry, write_json
+from formtune.files import optional, write_json
 from formtune.model import FormatModule
 from formtune.training import callback
 from formtune.training.callbacks import OverfittingWatch
@@ -23,8 +23,7 @@ from formtune.training.checkpoint import BestCheckpoint, read
 from formtune.training.diagnosis import diagnose
 from formtune.training.evaluator import Baseline, Evaluator
 from formtune.training.loggers import save_config
-from formtune.training.manifest import write_manifest
-from formtune.training.run_folder import RunFolder, plan_entry
+from formtune.training.run_folder import RunFolder
 from formtune.training.validations import best, reason
 
 
@@ -100,9 +99,8 @@ def train(
     minutes = {"training": checkpoints.seconds, "baselines": before, "test": time.monotonic() - fitted}
     took = {"steps": steps, "peak memory, GiB": peak_memory()} | {f"{k}, min": s / 60 for k, s in minutes.items()}
     if writes:
-        if estimates := read_entry(plan_entry(config(), evaluator.splits.key)):
-            pairs = {name: {"estimated": value, "measured": took[name]} for name, value in estimates.items()}
-            result["estimates"] = pairs
+        if estimated := optional("start.plan", "estimated"):
+            result |= estimated(config(), evaluator.splits.key, took)
         if report:
             report(evaluator)
         write_json(folder.path / "metrics.json", result)  # last of all: it says that the run is finished
@@ -152,5 +150,6 @@ def export_adapter(module: FormatModule, folder: Path, config: Path, data: str |
     write_json(partial / "format.json", module.format.to_dict())
     shutil.copyfile(config, partial / "config.yaml")
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
-    write_manifest(partial, "adapter", module.base, data, training=origin)
+    if write_manifest := optional("export.manifest", "write_manifest"):
+        write_manifest(partial, "adapter", module.base, data, training=origin)
     partial.replace(folder)

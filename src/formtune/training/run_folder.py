@@ -1,8 +1,6 @@
 """The folder of one run, locked by one process at a time, and resumed with the same configuration only."""
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,6 @@ FREE = (
 # Keys that a resumed run may change if memory runs out: sums are rounded, and dropout drawn, in another order.
 MEMORY = ("model.tokens_per_micro_batch", "model.gradient_checkpointing")
 MAX_NAMED = 3  # differences in a message
-# Keys that do not change the time of a run, and those that a dry run sets itself.
-UNPLANNED = (*FREE, "data.date", *(f"trainer.{key}" for key in ("logger", "callbacks", "enable_checkpointing", "min_")))
 
 
 class RunFolder:
@@ -48,7 +44,7 @@ class RunFolder:
 
     def difference(self, config: str) -> str | None:
         """The keys, with both values, in which this run's configuration differs from another (YAML), or None."""
-        old, new = self.config(), dict(_leaves(yaml.safe_load(config)))
+        old, new = self.config(), dict(leaves(yaml.safe_load(config)))
         if None in (old.get("data.date"), new.get("data.date")):  # the template writes none, or the run's is used
             old["data.date"] = new["data.date"] = None
         keys = [key for key in new | old if old.get(key) != new.get(key) and not key.startswith((*FREE, *MEMORY))]
@@ -58,7 +54,7 @@ class RunFolder:
         """The run's configuration by dotted keys."""
         path = self.path / "config.yaml"
         with as_user_error(f"{path}: cannot be read", "; start a new run"):
-            return dict(_leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
+            return dict(leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -84,12 +80,6 @@ class RunFolder:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
             self._lock.release()
-
-
-def plan_entry(config: str, data: str) -> Path:
-    """The cache entry of the `--dry_run` estimates for a configuration and the content hash of its rows."""
-    keys = [(key, value) for key, value in _leaves(yaml.safe_load(config)) if not key.startswith(UNPLANNED)]
-    return Path(".cache/plan", f"{hashlib.sha256(json.dumps([keys, data], default=str).encode()).hexdigest()}.json")
 
 
 def choose_run(task: Path, name: str | None, resume: bool, config: Callable[[], str]) -> str | None:
@@ -140,9 +130,9 @@ def minimum_confidence(config: Any, run: Path | None) -> float:
     return minimum
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+            yield from leaves(inner, f"{path}.{key}" if path else str(key))
     else:
         yield path, value

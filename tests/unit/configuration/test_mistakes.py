@@ -7,8 +7,9 @@ import yaml
 from jsonargparse import Namespace
 
 from formtune.cli import main
-from formtune.configuration import parsing, task
+from formtune.configuration import parsing
 from formtune.configuration.parsing import did_you_mean
+from formtune.tasks import parsers
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -216,7 +217,7 @@ def test_audit_makes_nothing_that_only_training_needs(write_project, monkeypatch
 
 def test_the_keys_that_only_training_reads_are_complete():
     reference = yaml.safe_load((ROOT / "configs/reference.yaml").read_text())
-    all_keys = task.TRAINING | {"model.base", "model.chat_template", "model.max_new_tokens", "model", "data", "task"}
+    all_keys = parsers.TRAINING | {"model.base", "model.chat_template", "model.max_new_tokens", "model", "data", "task"}
     all_keys -= {"data.rows_per_step"}
     assert {*reference, *(f"model.{key}" for key in reference["model"])} | {"model.format"} == all_keys
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import write_run
 from formtune.cli import main
 from formtune.export.exported import verify
-from formtune.training.manifest import file_hash
+from formtune.export.manifest import file_hash
 from formtune_contrib import promote as command
 from formtune_contrib import registry
 from formtune_contrib.registry import Deployment

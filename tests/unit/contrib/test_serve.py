@@ -19,7 +19,7 @@ from conftest import byte_tokenizer, tiny_model, write_run, write_splits
 from formtune.cli import main
 from formtune.export import quantize
 from formtune.export.exported import Exported
-from formtune.training.manifest import write_manifest
+from formtune.export.manifest import write_manifest
 from formtune_contrib.server import link
 
 SOURCE = Path(__file__).resolve().parents[3] / "src"

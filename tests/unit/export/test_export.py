@@ -23,6 +23,7 @@ from formtune.export import exporter as exporting
 from formtune.export import measure as measure_module
 from formtune.export.exported import read_manifest, verify
 from formtune.export.exporter import FinishedRun
+from formtune.export.manifest import file_hash
 from formtune.export.measure import (
     EXACT,
     QUANTIZED,
@@ -37,7 +38,6 @@ from formtune.export.measure import (
     merge,
 )
 from formtune.model import lora
-from formtune.training.manifest import file_hash
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
 ROWS = [[(7 * i + 13 * j) % 250 for j in range(20)] for i in range(2)]
@@ -162,7 +162,7 @@ def _rewritten_adapter(**changes):
     """An adapter that PEFT loads without a word, in a folder whose manifest was written for it."""
 
     def change(run):
-        from formtune.training.manifest import write_manifest
+        from formtune.export.manifest import write_manifest
 
         data = read_manifest(run / "adapter")["data"]
         _edit(run / "adapter/adapter_config.json", lambda config: config | changes)

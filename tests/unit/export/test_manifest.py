@@ -7,7 +7,7 @@ import pytest
 from formtune.base.folder import identity
 from formtune.errors import UserError
 from formtune.export.exported import read_manifest, verify
-from formtune.training.manifest import base_files, file_hash, write_manifest
+from formtune.export.manifest import base_files, file_hash, write_manifest
 
 
 @pytest.fixture

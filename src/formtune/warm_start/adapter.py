@@ -90,7 +90,7 @@ class TrainedAdapter:
 def take_settings(model: Any) -> None:
     """Set the keys of `model.lora` that the user leaves unset to the values of `model.adapter`."""
     missing = [key for key in (*PEFT_TO_LORA.values(), "targets") if not is_set(f"model.lora.{key}")]
-    if model.adapter and missing:
+    if missing:
         settings = TrainedAdapter(model.adapter).settings
         for key in missing:
             model.lora[key] = settings[key]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import byte_tokenizer, tiny_model, train_small
 from formtune.cli import main
-from formtune.model.adapter import TrainedAdapter
+from formtune.warm_start.adapter import TrainedAdapter
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 FROM_ONE = ["-c", "next.yaml", "--model.adapter", "logs/small/one"]

@@ -1,6 +1,6 @@
-"""Reads the part of a task's YAML that describes its rows, for commands that load no model."""
+"""Parsers of the optional commands: without a task, or with the part of a task's YAML that describes its rows."""
 
-from argparse import SUPPRESS
+import argparse
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,16 @@ TRAINING = {
 }  # fmt: skip
 
 
+class CommandParser(OneLine, argparse.ArgumentParser):
+    """Reads the options of a command without a task."""
+
+    def __init__(self, command: str, description: str, usage: str | None = None, epilog: str | None = None) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            f"formtune {command}", usage, description, epilog, formatter_class=formatter, allow_abbrev=False
+        )
+
+
 class TaskParser(OneLine, ArgumentParser):
     """Reads a task's YAML without the keys that only training needs."""
 
@@ -38,7 +48,7 @@ def task_parser(command: str, description: str = "", used: Set[str] = frozenset(
     parser.add_argument("--model.max_new_tokens", type=int, default=256, help="Maximum tokens of an answer")
     parser.add_class_arguments(DataSettings, "data")
     for key in TRAINING - used:
-        parser.add_argument(f"--{key}", type=Any, help=SUPPRESS)
+        parser.add_argument(f"--{key}", type=Any, help=argparse.SUPPRESS)
     parser.link_arguments("model.base", "data.tokenizer")
     parser.link_arguments("model.chat_template", "data.chat_template")
     parser.link_arguments("model.max_new_tokens", "data.max_new_tokens")

@@ -1,0 +1,1 @@
+"""What the HTML pages of audit, sweep and report share."""

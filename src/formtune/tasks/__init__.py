@@ -1,0 +1,1 @@
+"""What the optional commands share: they read the rows of a task, or the configuration of a run, without a model."""
