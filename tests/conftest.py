@@ -62,7 +62,7 @@ def row(prompt, target=()):
 
 
 def random_rows(seed, count=12, vocabulary=259, longest=12):
-    """Rows of a few system prompts, of few-shot prompts that continue them, and of nexample."""
+    """Rows of a few system prompts, of few-shot prompts that continue them, and of none."""
     rng = random.Random(seed)
 
     def ids(n):

@@ -89,7 +89,7 @@ def own_code(*names: str) -> Iterator[Path]:
 
 
 def optional(module: str, name: str, key: str = "") -> Any:
-    """What an optional folder of this package offers; if the folder was deleted None, or a UserError about `key`."""
+    """What an optional folder of this package offers; if it was deleted, None, or a UserError that names `key`."""
     if (Path(__file__).parent / f"{module.replace('.', '/')}.py").is_file():
         return getattr(import_module(f"{__package__}.{module}"), name)
     if key:

@@ -132,8 +132,8 @@ class FormtuneCLI(LightningCLI):
                 "data.max_evaluation_rows": most or "null",
             }
             config.baselines, config.data.max_evaluation_rows = [], min(most or QUICK_ROWS, QUICK_ROWS)
-        if config.model.adapter:
-            optional("warm_start.adapter", "take_settings", "model.adapter")(config.model)
+        if config.model.adapter and (take_settings := optional("warm_start.adapter", "take_settings")):
+            take_settings(config.model)
         trainer_checks.complete_trainer(config.trainer)
         trainer_checks.check_trainer(config, str(self.subcommand))
         self.checkpoint: Path | None = None

@@ -1,4 +1,4 @@
-"""Lines and names in the terminal, wrapped between words, and a progress bar."""
+"""Lines in the terminal, and a progress bar."""
 
 import os
 import sys

@@ -43,13 +43,15 @@ def declared(schema: dict[str, Any]) -> str:
 
 
 def grammar(format: Format, rules: Callable[[dict[str, Any]], str] = declared) -> str | None:
-    """The Lark rules of a format, see `Format.grammar`; `rules` are those of the JSON Schemas in it."""
+    """The Lark rules of a format, see `Format.grammar`; `rules` writes those of each JSON Schema in it."""
+    if type(format).grammar is not Format.grammar:
+        return format.grammar()
     if isinstance(format, JsonSchema):
         schema = closed(format.root, format.canonical)
         return declared(schema) if format.canonical else rules(schema)  # a canonical format includes the key order
     if isinstance(format, Reasoning):
         return _after_reasoning(format, grammar(format.format, rules))
-    return _tool_calls(format, rules) if isinstance(format, ToolCalls) else format.grammar()
+    return _tool_calls(format, rules) if isinstance(format, ToolCalls) else None
 
 
 def _after_reasoning(format: Reasoning, rules: str | None) -> str | None:

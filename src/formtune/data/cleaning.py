@@ -48,16 +48,6 @@ class Quarantined:
     split: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Mixture:
-    """A field, or the layout, that answers write in several styles."""
-
-    path: str  # dotted path of the field, "" for the whole answer
-    what: str  # layout, key order, empty, date or number
-    forms: dict[str, int]  # number of rows by style, the most frequent first
-    minority: dict[str, list[str]]  # for each other style, the places of the rows that use it
-
-
 @dataclass(slots=True)
 class Example:
     """A conversation before it is encoded."""

@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from formtune.base.row import Row, shared
-from formtune.data.cleaning import Example, Mixture, Quarantined
+from formtune.data.cleaning import Example, Quarantined
 from formtune.data.settings import DataSettings
 from formtune.files import own_code, read_entry, write_entry
 from formtune.formats.content import Orders
@@ -20,7 +21,17 @@ FEW_ROWS = 500  # with fewer, a model mostly memorizes the examples
 CACHE = Path(".cache/encoded")  # in the working directory, like `logs`
 MAX_ENTRIES = 8  # of the cache; the least recently used are removed
 CACHED = ("rows", "read", "repairs", "quarantine", "mixtures", "groups", "shared", "orders", "key")
-PACKAGES = ("tokenizers", "transformers", "jinja2", "regex", "jsonschema", "referencing", "ftfy", "rensa")
+PACKAGES = ("tokenizers", "transformers", "jinja2", "regex", "jsonschema", "referencing", "ftfy")
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A field, or the layout, that answers write in several styles."""
+
+    path: str  # dotted path of the field, "" for the whole answer
+    what: str  # layout, key order, empty, date or number
+    forms: dict[str, int]  # number of rows by style, the most frequent first
+    minority: dict[str, list[str]]  # for each other style, the places of the rows that use it
 
 
 @dataclass(slots=True)
@@ -33,7 +44,7 @@ class Splits:
     quarantine: list[Quarantined] = field(default_factory=list)
     mixtures: list[Mixture] = field(default_factory=list)
     groups: float = 0.0  # effective number of groups (Kish: (sum n)**2 / sum n**2); 0 if unknown
-    shared: float = 0.0  # fraction of the inputs' text that many inputs share, see `split_shared`
+    shared: float = 0.0  # fraction of the inputs' text that many inputs share; 0 without the folder `quality`
     orders: Orders = field(default_factory=dict)  # key orders of training targets
     key: str = ""  # content hash of the rows
     ignored: Counter[str] = field(default_factory=Counter)  # number of rows by key that is not read
@@ -77,7 +88,7 @@ def cache_path(examples: Sequence[Example], settings: DataSettings) -> Path | No
         [settings.limit, settings.max_new_tokens, settings.date, format.to_dict()],
         [type(tokenizer).__qualname__, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template],
         [{name: str(token) for name, token in tokenizer.special_tokens_map.items()}, tokenizer.split_special_tokens],
-        [*map(version, PACKAGES), platform.python_version()],
+        [*map(version, PACKAGES), platform.python_version(), find_spec("rensa") and version("rensa")],
     ]
     hashed = hashlib.blake2b(json.dumps(inputs).encode(), digest_size=16)
     for path in own_code("base", "data", "formats", "quality"):

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from formtune.base.row import SYSTEM_ROLES, Row, UnfitRow
 from formtune.configuration.terminal import progress
-from formtune.data.cleaning import Example, Mixture, Quarantined, check_example, helpful_repair, repair
-from formtune.data.encoded import Splits, cache_path, content_hash, read_cache, write_cache
+from formtune.data.cleaning import Example, Quarantined, check_example, repair
+from formtune.data.encoded import Mixture, Splits, cache_path, content_hash, read_cache, write_cache
 from formtune.data.selection import select
 from formtune.data.settings import DataSettings
 from formtune.data.shapes import row_schema, serialize
@@ -136,9 +136,9 @@ def _prepare(settings: DataSettings, examples: Sequence[Example]) -> Splits:
             valid.append(checked)
         else:
             invalid.append(checked)
-    mixtures = optional("quality.styles", "mixtures")
-    mixed = mixtures(valid, settings.format) if mixtures else []
-    usual, unusual = _usual_style(settings, valid, mixed)
+    usual, unusual, mixed = valid, list[Quarantined](), list[Mixture]()
+    if by_style := optional("quality.styles", "by_style"):
+        usual, unusual, mixed = by_style(valid, settings.format, settings.repair_answers)
     chosen, splits = select(usual, settings.near_duplicates, settings.format.sets, any(settings.fractions.values()))
     splits.quarantine, splits.mixtures = [*invalid, *unusual, *splits.quarantine], mixed
     splits.read, splits.repairs = Counter(example.split for example in examples), repairs
@@ -179,26 +179,6 @@ def with_rendered_answer(settings: DataSettings, example: Example) -> Example | 
     if settings.format.tags and "tool_calls" not in messages[-1]:
         return replace(example, messages=[*example.messages[:-1], {"role": "assistant", "content": row.target}])
     return replace(example, rendered=row.target)
-
-
-def _usual_style(
-    settings: DataSettings, examples: Sequence[Example], mixed: Sequence[Mixture]
-) -> tuple[list[Example], list[Quarantined]]:
-    """The rows whose answers have the usual styles, and the others."""
-    details: dict[str, str] = {}
-    for mixture in mixed:
-        usual = next(iter(mixture.forms))
-        for form, places in mixture.minority.items():
-            detail = f"{mixture.what} of {mixture.path or 'the answer'}: {form} (most rows: {usual})"
-            for place in places:
-                details.setdefault(place, detail)
-    unusual = []
-    for example in (e for e in examples if e.where in details):
-        detail, fix = details[example.where], ""
-        if detail.startswith(("layout", "key order")):
-            fix = helpful_repair(example.target, settings.format.of_row(example.schema), settings.repair_answers)
-        unusual.append(example.quarantined("style", detail, fix=fix))
-    return [example for example in examples if example.where not in details], unusual
 
 
 def _encode(settings: DataSettings, examples: Sequence[Example]) -> Iterator[tuple[Example, Row | UnfitRow]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
@@ -67,7 +68,8 @@ def select(
     keyed = list(zip(examples, input_keys(examples), strict=True))
     inputs = {key: number for number, key in enumerate(dict.fromkeys(key for _, key in keyed))}
     hashes = [_unit_hash(key) for key in inputs]
-    parts, edges = [(key, "") for key in inputs], list[tuple[int, int]]()  # each input and its shared text; pairs
+    parts = [(key, "") for key in inputs]  # each input, and the text that it shares with many
+    edges: list[tuple[int, int]] = []  # near-duplicates
     if threshold < 1 and (find := optional("quality.duplicates", "near_duplicates")):
         parts, edges = find(list(inputs), hashes, threshold)
     rows = [
@@ -128,7 +130,7 @@ def select(
     return chosen, splits
 
 
-def components(count: int, left: Any, right: Any) -> Any:
+def components(count: int, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int32]:
     """The cluster number of each of `count` texts; pairs join texts directly or in a chain."""
     edges = csr_array((np.ones(len(left), np.bool_), (left, right)), shape=(count, count))
     return connected_components(edges, directed=False)[1]

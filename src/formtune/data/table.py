@@ -9,6 +9,7 @@ from formtune.base.row import quantile
 from formtune.configuration.terminal import echo
 from formtune.data.encoded import Splits
 from formtune.data.settings import DataSettings
+from formtune.files import optional
 
 MAX_COLUMNS = 20  # ignored columns listed in the terminal
 
@@ -37,6 +38,9 @@ def print_data(settings: DataSettings, splits: Splits | None, folder: Path | Non
             note: note and differs,
             f"encoded rows read from {splits.cached}": splits.cached,
             f"quarantined: {splits.quarantined}{listed}": splits.quarantined,
+            "near-duplicates are not compared: the optional folder `quality` was deleted": not (
+                settings.near_duplicates == 1 or optional("quality.duplicates", "near_duplicates")
+            ),
             f"shared text: {shared}; the near-duplicate comparison ignores it": splits.shared,
             f"inputs repaired: {repairs}": repairs,
         }

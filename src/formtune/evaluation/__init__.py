@@ -1,1 +1,1 @@
-"""Metrics, intervals, paired tests, slices and reports of a model's answers."""
+"""Metrics, outcomes, intervals and baselines of a model's answers."""

@@ -69,7 +69,7 @@ def cache_entry(base: str, rows: Sequence[Row], settings: dict[str, Any], format
     """The cache entry of a baseline, named by a hash of everything that decides its answers, code included."""
     inputs = [identity(base), settings, format.to_dict(), *map(version, PACKAGES)]
     hashed = hashlib.blake2b(json.dumps(inputs, default=str).encode(), digest_size=16)
-    for path in own_code("base", "model", "formats", "evaluation", "constrained", "packing"):
+    for path in own_code("base", "model", "formats", "evaluation", "constrained", "packing", "warm_start"):
         hashed.update(path.read_bytes())
     for row in rows:
         hashed.update(json.dumps([row.prompt_ids, row.target_ids, row.where, row.schema]).encode())

@@ -1,1 +1,1 @@
-"""Merge and quantize an adapter; keep the result only if it answers as the adapter does."""
+"""Manifests, and merged and quantized models, kept only if they answer as the adapter does. Optional."""

@@ -117,7 +117,7 @@ class Format(ABC):
         return {}
 
     def grammar(self) -> str | None:
-        """The format for constrained decoding, None if the format has no grammar.
+        """The format for constrained decoding; None without one, and for JSON, which `constrained.grammar` writes.
 
         Lark rules in llguidance's dialect, of which `answer` is the whole text: `answer: "yes" | "no"`. They may allow
         less than the format, never more. Raises UserError if the format cannot be expressed.

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -42,10 +42,23 @@ class Batch:
         return self
 
 
+class Constraint(Protocol):
+    """What constrained decoding asks of a grammar; `constrained.decoder.Grammar` is one."""
+
+    def matcher(self, row: Row) -> Any:
+        """The state of a row's answer."""
+
+    def accepted(self, matcher: Any, tokens: Sequence[int]) -> int:
+        """Add tokens to an answer; returns how many are allowed."""
+
+    def choose(self, matchers: Sequence[Any], logits: Tensor) -> tuple[list[int], list[float]]:
+        """Add the likeliest allowed token to each answer; returns the tokens and their log-probabilities."""
+
+
 class Answers:
     """The answers to the rows of a micro-batch, each decoded up to a token of `stop` or its limit."""
 
-    def __init__(self, rows: list[Row], limits: list[int], stop: Sequence[int], grammar: Any) -> None:
+    def __init__(self, rows: list[Row], limits: list[int], stop: Sequence[int], grammar: Constraint | None) -> None:
         self.decoded = [Decoded() for _ in rows]
         self.limits, self.stop, self.grammar = limits, stop, grammar
         self.matchers = [grammar.matcher(row) for row in rows] if grammar else []
@@ -145,7 +158,7 @@ class MicroBatches:
     @torch.no_grad()
     def decode(
         self, rows: Sequence[Row], micro_batches: Iterable[Any], stop: Sequence[int], limits: Sequence[int],
-        grammar: Any = None, losses: LossMetrics | None = None,
+        grammar: Constraint | None = None, losses: LossMetrics | None = None,
     ) -> list[Decoded]:  # fmt: skip
         """Greedy answers to the rows, each up to a token of `stop` or its limit; the targets' loss goes to `losses`."""
         # Up to the first mismatch, greedy decoding sees the tokens of the teacher-forced pass; generation resumes there

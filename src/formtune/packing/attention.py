@@ -18,7 +18,6 @@ from formtune.model.lora import raise_recompile_limit
 from formtune.packing.packed import Packed, Segment
 
 NAME = "formtune"  # of `attention_forward` in transformers
-NO_MASK = torch.empty(0, 0, 0, 0)  # of packed rows: transformers passes masks of this shape on, and builds none
 BLOCK = 128  # tokens on a side of a block that FlexAttention skips if nothing in it is seen
 GROWTH = 32  # tokens that the cache grows by at a time
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from formtune.base.row import Row
 from formtune.errors import first_line
 from formtune.model.micro_batches import Answers, MicroBatches, logits_error
-from formtune.packing.attention import NAME, NO_MASK, CachedAttention, PackedAttention, attention_forward
+from formtune.packing.attention import NAME, CachedAttention, PackedAttention, attention_forward
 from formtune.packing.packed import Packed, pack
 
 
@@ -46,7 +46,9 @@ class SharedPrefixes(MicroBatches):
         out = self.base.get_decoder()(
             input_ids=ids.to(self.device),
             position_ids=positions.to(self.device),
-            attention_mask=NO_MASK,
+            # transformers would build a mask for None. Not a constant of this file, which may be imported in inference
+            # mode: its tensors cannot be saved for a backward pass.
+            attention_mask=torch.empty(0, 0, 0, 0),
             use_cache=False,
             attend=attend,
         )
@@ -54,7 +56,10 @@ class SharedPrefixes(MicroBatches):
 
 
 def share_prefixes(model: Any) -> SharedPrefixes | None:
-    """Shared prefixes if the model, in evaluation mode, computes the same logits with them on a few dozen tokens."""
+    """Shared prefixes, or None with a warning if the model's logits on a few dozen tokens change with them.
+
+    The model must be in evaluation mode, and no gradients be computed.
+    """
     shared = SharedPrefixes(model)
     usual = shared.base.config._attn_implementation
     try:

@@ -1,1 +1,1 @@
-"""What the HTML pages of audit, sweep and report share."""
+"""Pages and files from templates, for audit, sweep, report and export."""

@@ -5,7 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from formtune.data.cleaning import Example, Mixture
+from formtune.data.cleaning import Example, Quarantined, helpful_repair
+from formtune.data.encoded import Mixture
 from formtune.formats import Format
 
 MIN_DATES = 0.8  # fraction of dates among the strings of a date field
@@ -28,6 +29,30 @@ _DATES = {
     "D Month YYYY": rf"\d\d?(?:st|nd|rd|th)?\.? (?:of )?{_MONTH},? \d{{4}}",
     "Month D, YYYY": rf"{_MONTH} \d\d?(?:st|nd|rd|th)?,? \d{{4}}",
 }
+
+
+def by_style(
+    examples: Sequence[Example], format: Format, repairs: Sequence[str]
+) -> tuple[list[Example], list[Quarantined], list[Mixture]]:
+    """The checked rows whose answers have the usual styles, the others, and the mixtures.
+
+    `repairs` are the repairs of answers that are on (`data.repair_answers`).
+    """
+    mixed = mixtures(examples, format)
+    details: dict[str, str] = {}
+    for mixture in mixed:
+        usual = next(iter(mixture.forms))
+        for form, places in mixture.minority.items():
+            detail = f"{mixture.what} of {mixture.path or 'the answer'}: {form} (most rows: {usual})"
+            for place in places:
+                details.setdefault(place, detail)
+    unusual = []
+    for example in (e for e in examples if e.where in details):
+        detail, fix = details[example.where], ""
+        if detail.startswith(("layout", "key order")):
+            fix = helpful_repair(example.target, format.of_row(example.schema), repairs)
+        unusual.append(example.quarantined("style", detail, fix=fix))
+    return [example for example in examples if example.where not in details], unusual, mixed
 
 
 def mixtures(examples: Sequence[Example], format: Format) -> list[Mixture]:

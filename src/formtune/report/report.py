@@ -23,7 +23,7 @@ from formtune.pages.page import render
 from formtune.report.comparison import metrics_of
 from formtune.report.failures import MAX_CHARACTERS, MAX_VALUES, failures, slices
 from formtune.report.paired_tests import rate_difference, verdict
-from formtune.report.selective import calibration, selective_risk, summary
+from formtune.report.selective import calibration, selective_risk
 
 POINTS = 100  # of the risk-coverage curve
 IN_WORDS = {"exact": "have a valid format", "joint": "are right"}  # rates of outcomes in words
@@ -49,8 +49,6 @@ class Run:
 def write_report(evaluator: Any) -> None:
     """Write `report.html` into a run's folder, and the card into its adapter if there is one."""
     folder, settings = evaluator.folder, evaluator.settings
-    if confidences(evaluator.outcomes["after"]):  # none if a callback replaced the answers
-        evaluator.result["confidence"] = summary(evaluator.validation, evaluator.outcomes["after"])
     run = Run(
         name=f"{folder.parent.name}/{folder.name}",
         result=evaluator.result,

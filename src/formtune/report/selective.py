@@ -50,8 +50,13 @@ def coverage_and_precision(rows: Confidences, minimum: float) -> dict[str, Any]:
 
 
 def summary(validation: Sequence[Outcome], test: Sequence[Outcome]) -> dict[str, Any]:
-    """For `metrics.json`: thresholds chosen on the validation rows, all else measured on the test rows."""
-    rows, chosen_on = confidences(test), confidences(validation)
+    """For `metrics.json`: thresholds chosen on the validation rows, all else measured on the test rows.
+
+    Empty if a callback has replaced the answers, whose confidence is then unknown.
+    """
+    if not (rows := confidences(test)):
+        return {}
+    chosen_on = confidences(validation)
     fields = {name: confidences(test, name) for name in dict.fromkeys(name for o in test for name in o.fields)}
     fraction = {name: float(np.mean([right for _, right in field])) for name, field in fields.items()}
     worst = sorted((name for name in fields if fraction[name] < 1), key=fraction.__getitem__)[:FIELDS]

@@ -1,1 +1,1 @@
-"""From a file of rows to a task: what `formtune init` guesses. Does not import torch."""
+"""What `formtune init` guesses from rows, and the estimates of `--dry_run`. Optional; only plan.py needs torch."""

@@ -62,8 +62,8 @@ class Evaluator:
         constrained = None
         if "constrained" in kinds and not self.model.constrained:  # else every evaluation is constrained
             try:
-                compiled = optional("constrained.decoder", "Grammar", "model.constrained")
-                grammar = compiled(format, renderer, self.splits.orders)
+                kind = optional("constrained.decoder", "Grammar", "model.constrained")
+                grammar = kind(format, renderer, self.splits.orders)
                 for row in test:
                     grammar.matcher(row)
             except UserError as error:
@@ -88,9 +88,12 @@ class Evaluator:
             outcomes = self._test(EVALUATIONS[name], self.test_rows, decoding)
             self._store(name, outcomes, self.model.evaluation, self.model.counts)
         rows = self.datamodule.rows["validation"]  # answered again: checkpoints contain verdicts, not confidences
-        self.validation = self._test("tuned, on the validation rows", rows, Decoding(logged=False))
+        validation = self._test("tuned, on the validation rows", rows, Decoding(logged=False))
         if self._writes:
-            write_outcomes(self.folder / "outcomes" / "validation.jsonl", self.validation)
+            write_outcomes(self.folder / "outcomes" / "validation.jsonl", validation)
+            summary = optional("report.selective", "summary")
+            if summary and (confidence := summary(validation, self.outcomes["after"])):
+                self.result["confidence"] = confidence
 
     def probe(self) -> list[dict[str, Any]]:
         """Valid format on extended test rows, up to production's P99 and beyond the training rows."""

@@ -141,7 +141,7 @@ def peak_memory() -> float:
 
 
 def export_adapter(module: FormatModule, folder: Path, config: Path, data: str | None, origin: dict[str, Any]) -> None:
-    """Write a folder that PEFT alone loads, with tokenizer, format, configuration and manifest, in one rename."""
+    """Write a folder that PEFT alone loads, with tokenizer, format and configuration, in one rename."""
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     # False: PEFT would otherwise ask a hub whether the base's vocabulary was resized.

@@ -73,6 +73,7 @@ def test_a_clean_task_is_ready_and_training_prepares_the_same_rows(task, capsys)
 
 
 def test_a_schema_without_a_grammar_is_audited_and_forces_no_order(task):
+    pytest.importorskip("formtune.constrained.grammar")
     folder = task([{"prompt": f"number {n}", "completion": json.dumps({"s": f"x{n}", "n": n})} for n in range(60)])
     (folder / "schema.json").write_text(
         json.dumps({"type": "object", "additionalProperties": {"type": ["string", "integer"]}})
@@ -95,6 +96,7 @@ def test_a_schema_without_a_grammar_is_audited_and_forces_no_order(task):
     ],
 )
 def test_what_blocks_an_audit_blocks_training_unless_it_is_dropped(task, capsys, bad, reason):
+    pytest.importorskip("formtune.quality.duplicates")
     folder = task([*(pair(n) for n in range(60)), bad])
     assert main(["audit", "-c", "t.yaml"]) == 1
     [blocker] = read(folder)["blockers"]
@@ -457,6 +459,7 @@ def test_labels_are_counted_by_split(task):
 
 
 def test_one_instruction_above_every_message_leaves_the_shares_as_asked_for(task, capsys):
+    pytest.importorskip("formtune.quality.duplicates")
     order = "Read the message and return a JSON object with the keys n and s, and nothing else around the object. " * 4
     words = WORDY[:12]
     rows = [
@@ -477,6 +480,7 @@ def test_one_instruction_above_every_message_leaves_the_shares_as_asked_for(task
 
 
 def test_a_share_far_from_what_was_asked_for_blocks(task):
+    pytest.importorskip("formtune.quality.duplicates")
     alike = [pair(n, f"the very same long text as tonight, but for what comes after it: {n}") for n in range(15)]
     folder = task([*(pair(n + 20, f"{n * 7919} and {n * n}") for n in range(30)), *alike])
     assert main(["audit", "-c", "t.yaml"]) == 1
@@ -493,6 +497,7 @@ def test_a_share_far_from_what_was_asked_for_blocks(task):
 
 
 def test_every_kind_of_bad_row_has_its_own_line_count_and_remedy(task):
+    pytest.importorskip("formtune.quality.duplicates")
     rows = [pair(n, f"{n * 7919} and {n * n}") for n in range(60)]
     rows += [{"prompt": f"fence {n}", "completion": '```\n{"n":1,"s":"a"}\n```'} for n in range(3)]
     rows += [{"prompt": "prose", "completion": "prose"}]

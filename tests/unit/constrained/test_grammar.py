@@ -6,7 +6,7 @@ import pytest
 
 from formtune.constrained.grammar import grammar
 from formtune.errors import UserError
-from formtune.formats import JsonSchema, ToolCalls
+from formtune.formats import JsonSchema, Reasoning, ToolCalls
 
 TOOLS = json.dumps([{"name": "f", "parameters": {"type": "object", "properties": {}}}])
 
@@ -32,3 +32,12 @@ def test_the_grammar_has_the_same_characters_as_the_check(pattern):
 def test_a_schema_whose_identifier_is_no_address_has_a_grammar(identifier):
     inner = {"type": "object", "properties": {"n": {"type": "integer"}}, "additionalProperties": False}
     assert grammar(JsonSchema({"$id": identifier, "definitions": {"a": inner}, "$ref": "#/definitions/a"}))
+
+
+def test_a_grammar_of_ones_own_replaces_that_of_the_base_class():
+    class Short(JsonSchema):
+        def grammar(self):
+            return 'answer: "{}"'
+
+    assert grammar(Short({"type": "object"})) == 'answer: "{}"'
+    assert 'answer: "{}"' in grammar(Reasoning(Short({"type": "object"})))

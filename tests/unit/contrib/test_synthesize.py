@@ -11,6 +11,8 @@ from chat_server import ChatServer
 from conftest import SCHEMA, pair
 from formtune.cli import main
 
+pytest.importorskip("formtune.quality.duplicates")
+
 PROMPTS = [f"{letter * 9} wants {n}" for n, letter in enumerate("ABCDEF")]
 
 

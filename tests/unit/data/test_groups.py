@@ -55,6 +55,7 @@ def places(splits):
 
 
 def test_near_duplicates_are_as_often_in_each_split_as_other_rows(prepare):
+    pytest.importorskip("formtune.quality.duplicates")
     texts = [
         f"please book table {n * 7919} for the {WORDY[n % 16]} {WORDY[n // 16]} party of ours on" for n in range(60)
     ]

@@ -365,8 +365,7 @@ def test_labels_and_invented_values_are_those_of_each_schema(settings):
 @pytest.mark.slow
 def test_each_answer_is_constrained_by_its_rows_schema():
     pytest.importorskip("llguidance", reason="needs the extra `constrained`")
-    from formtune.constrained import decoder
-
+    decoder = pytest.importorskip("formtune.constrained.decoder")
     renderer = Renderer(byte_tokenizer())
     grammar = decoder.Grammar(PER_ROW, renderer)
     rows = [row(schema, f"f:{n}") for n, schema in enumerate([*ANSWERS, NUMBER])]
@@ -388,9 +387,7 @@ def test_each_answer_is_constrained_by_its_rows_schema():
 
 def test_a_row_whose_schema_has_no_grammar_is_named():
     pytest.importorskip("llguidance", reason="needs the extra `constrained`")
-    from formtune.constrained.decoder import Grammar
-
-    grammar = Grammar(PER_ROW, Renderer(byte_tokenizer()))
+    grammar = pytest.importorskip("formtune.constrained.decoder").Grammar(PER_ROW, Renderer(byte_tokenizer()))
     with pytest.raises(UserError, match="^f:9: .*a grammar needs the type of every value"):
         grammar.matcher(row(json.dumps({"minLength": 1}), "f:9", target="1"))
 

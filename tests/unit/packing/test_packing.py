@@ -10,58 +10,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_micro_batches import assert_same, in_micro_batches, one_by_one, tuned
 
 from conftest import FAMILIES, SHAPES, pair, random_rows, row, shared, tiny_model
 from formtune.base.renderer import Renderer
-from formtune.model.lora import Lora, add_lora
 from formtune.model.micro_batches import MicroBatches, choose_micro_batches
-from formtune.packing import attention
+from formtune.packing import attention, packed, shared_prefixes
 from formtune.packing.attention import PackedAttention, _block_mask
 from formtune.packing.packed import pack
 from formtune.packing.shared_prefixes import SharedPrefixes
-
-
-def tuned(model, **options):
-    """Adapters whose B is not zero, so that all of them matter."""
-    model = add_lora(model, Lora(r=4, dropout=0.0, **options)).eval()
-    torch.manual_seed(1)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.1)
-    return model
-
-
-def one_by_one(model, rows):
-    """Summed loss and its gradients, each row alone through the model's usual forward pass."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    attention = model.get_base_model().config._attn_implementation
-    model.get_base_model().set_attn_implementation("sdpa")
-    total = torch.zeros(())
-    for example in rows:
-        logits = model(torch.tensor([example.prompt_ids + example.target_ids])).logits[
-            0, len(example.prompt_ids) - 1 : -1
-        ]
-        total = total + F.cross_entropy(logits.float(), torch.tensor(example.target_ids), reduction="sum")
-    grads = torch.autograd.grad(total, trained)
-    model.get_base_model().set_attn_implementation(attention)
-    return float(total.detach()), grads
-
-
-def in_micro_batches(model, micro_batches, rows, tokens):
-    trained = [p for p in model.parameters() if p.requires_grad]
-    total, grads = 0.0, [torch.zeros_like(p) for p in trained]
-    for group in micro_batches.split(rows, tokens):
-        loss = micro_batches.loss(group)
-        for whole, part in zip(grads, torch.autograd.grad(loss, trained), strict=True):
-            whole += part
-        total += float(loss.detach())
-    return total, grads
-
-
-def assert_same(actual, expected):
-    assert abs(actual[0] - expected[0]) <= 1e-5 * expected[0]
-    for got, want in zip(actual[1], expected[1], strict=True):
-        assert (got - want).norm() <= 1e-5 * want.norm()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -73,19 +30,6 @@ def test_loss_and_gradients_equal_those_of_one_row_at_a_time(shape, seed):
     expected = one_by_one(model, rows)
     for tokens in (10**6, 150, 1):
         assert_same(in_micro_batches(model, micro_batches, rows, tokens), expected)
-    assert_same(in_micro_batches(model, MicroBatches(_usual(model)), rows, 150), expected)
-
-
-def _usual(model):
-    model.get_base_model().set_attn_implementation("sdpa")
-    return model
-
-
-def test_the_model_is_left_in_the_mode_it_was_in():
-    model = add_lora(tiny_model(), Lora(r=4))
-    before = [module.training for module in model.modules()]
-    choose_micro_batches(model)
-    assert [module.training for module in model.modules()] == before and model.training
 
 
 TOKENIZERS = ["qwen3", "mistral-v3-instruct", "phi-3-mini-instruct", "smollm2-instruct", "gpt2"]
@@ -190,16 +134,6 @@ def test_a_model_that_cannot_take_packed_rows_gets_padded_rows_and_a_warning():
     assert_same(in_micro_batches(model, micro_batches, rows, 200), one_by_one(model, rows))
 
 
-@pytest.mark.parametrize("shape", ["bloom", "mamba"])
-def test_other_architectures_are_trained_in_padded_rows(shape):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    sizes = {"hidden_size": 32, "vocab_size": 259, "n_head": 4, "n_layer": 2, "num_hidden_layers": 2}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape, **sizes)).eval()
-    with pytest.warns(UserWarning, match="prefix sharing is off"):
-        assert type(choose_micro_batches(model)) is MicroBatches
-
-
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
 def test_the_loss_is_the_same_in_chunks_and_with_an_adapter_on_the_output_layer(targets, monkeypatch):
     from formtune.model import loss
@@ -225,20 +159,6 @@ def test_a_padded_forward_pass_of_a_callback_ignores_the_padding():
     torch.testing.assert_close(together[1, 2:], model(short).logits[0], atol=1e-5, rtol=1e-4)
 
 
-def test_rows_of_a_model_that_ignores_the_attention_mask_are_computed_alone(monkeypatch):
-    model = tuned(tiny_model())
-    decoder = type(model.get_base_model().get_decoder())
-    forward = decoder.forward
-
-    def without_mask(self, *args, attention_mask=None, position_ids=None, attend=None, **options):
-        return forward(self, *args, **options)
-
-    monkeypatch.setattr(decoder, "forward", without_mask)
-    with pytest.warns(UserWarning, match="each row is computed alone"):
-        micro_batches = choose_micro_batches(model)
-    assert [len(part.rows) for part in micro_batches.split(random_rows(1), 10**6)] == [1] * 12
-
-
 @pytest.mark.slow
 def test_every_kind_of_packed_sequence_gets_a_kernel_of_its_own_on_a_gpu(monkeypatch):
     # Kernels are counted here without a GPU: PyTorch warns if it calls the unfused function instead.
@@ -256,3 +176,8 @@ def test_every_kind_of_packed_sequence_gets_a_kernel_of_its_own_on_a_gpu(monkeyp
             query = torch.randn(1, 4, packed.ids.size(1), 16, dtype=dtype)
             mask = _block_mask(packed, window, query)
             flex(query, query[:, :2], query[:, :2], block_mask=mask, scale=scale, enable_gqa=True)
+
+
+def test_a_file_imported_in_inference_mode_has_no_tensors_that_training_would_save():
+    for module in (attention, packed, shared_prefixes):
+        assert not [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]

