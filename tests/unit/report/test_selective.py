@@ -69,6 +69,7 @@ def load(path):
 
 
 def test_the_benchmark_ranks_the_same_answers_by_each_definition():
+    pytest.importorskip("formtune.constrained.decoder")
     benchmark = load(Path(__file__).resolve().parents[3] / "benchmarks/confidence.py")
     format, text = JsonSchema(SCHEMA), '{"n":12,"s":"a"}'
     pieces = ['{"', "n", '":', "1", "2", ',"', "s", '":"', "a", '"}', "<|end|>"]
