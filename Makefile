@@ -34,7 +34,7 @@ train: $(INSTALLED) $(DEMO) ## The whole job on the demo, or on CONFIG=... ARGS=
 	$(BIN)/formtune train -c $(CONFIG) $(ARGS) --resume
 
 test: $(INSTALLED) ## Run the tests
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: $(INSTALLED) ## Run the quick tests
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' tests/unit $(ARGS)

@@ -16,7 +16,6 @@ import pytest
 
 from formtune.cli import main
 from formtune.commands import COMMANDS
-from formtune.configuration.terminal import wrap
 from formtune.evaluation.console import HEADLINES, print_result
 from formtune.evaluation.outcomes import EVALUATIONS, Outcome, write_outcomes
 
@@ -73,11 +72,6 @@ def test_no_word_is_broken_in_the_middle(name, width, capsys, monkeypatch):
             }
         )
     assert words[0] <= words[1]
-
-
-def test_a_name_is_broken_after_its_separators():
-    assert str(wrap("logs/demo/final:after_constrained")) == "logs/demo/\nfinal:after_\nconstrained"
-    assert str(wrap("r8")) == "r8"
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def metrics_table(title: str, runs: Sequence[dict[str, Any]]) -> Table:
     """A table with a column for each run's `name` and `metrics`."""
     table = Table(Column("metric", no_wrap=True), title=title, title_justify="left")
     for run in runs:
-        table.add_column(_wrap(run["name"]), justify="right")
+        table.add_column(wrap(run["name"]), justify="right")
     for name in dict.fromkeys(name for run in runs for name in run["metrics"]):
         cells = [_cell(run["metrics"].get(name)) for run in runs]
         table.add_row(Text(name.replace(FIELD, "field ")), *cells, end_section=name == F1)
@@ -121,7 +121,7 @@ def _p(difference: dict[str, Any]) -> str:
     return "p < 0.001" if difference["p"] < 0.001 else f"p = {difference['p']:.3f}"
 
 
-def _wrap(name: str, width: int = 12) -> Text:
+def wrap(name: str, width: int = 12) -> Text:
     """A name in lines of about `width` characters, broken after its separators."""
     lines = [""]
     for part in re.split(r"(?<=[/:_.-])", name):

@@ -19,7 +19,7 @@ from scipy import stats
 from formtune.cli import main
 from formtune.evaluation.outcomes import Outcome, field_f1, read_outcomes, write_outcomes
 from formtune.evaluation.statistics import wilson_interval
-from formtune.report.comparison import read_runs
+from formtune.report.comparison import read_runs, wrap
 from formtune.report.paired_tests import (
     Difference,
     f1_difference,
@@ -365,3 +365,8 @@ def test_an_answer_may_hold_any_end_of_line(tmp_path):
     rows = [row(0, False, answer="a\u2028b\x85c\r\nd\x0be\rf")]
     write_outcomes(tmp_path / "after.jsonl", rows)
     assert read_outcomes(tmp_path / "after.jsonl") == rows
+
+
+def test_a_name_is_broken_after_its_separators():
+    assert str(wrap("logs/demo/final:after_constrained")) == "logs/demo/\nfinal:after_\nconstrained"
+    assert str(wrap("r8")) == "r8"

@@ -350,9 +350,9 @@ def curves(folder):
 @pytest.mark.slow
 def test_two_processes_measure_the_same_as_one(project, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{Path(__file__).parents[2]}:{os.environ['PYTHONPATH']}")
-    half = "--trainer.callbacks+=test_overfitting.Half"
-    assert main(["train", "-c", "small.yaml", "--run", "on1", half]) == 0
-    arguments = ["--run", "on2", half, "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    half = "--trainer.callbacks+=test_overfitting.Half", "--baselines", "[]"
+    assert main(["train", "-c", "small.yaml", "--run", "on1", *half]) == 0
+    arguments = ["--run", "on2", *half, "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     done = subprocess.run(
         [sys.executable, "-m", "formtune", "train", "-c", "small.yaml", *arguments],
         capture_output=True,
