@@ -10,7 +10,7 @@ from peft import PeftModel
 from formtune.commands import COMMANDS
 from formtune.configuration.terminal import echo
 from formtune.data.cleaning import repair
-from formtune.data.shapes import row_schema
+from formtune.data.columns import row_schema
 from formtune.data.turns import read_tools
 from formtune.errors import UserError
 from formtune.evaluation.outcomes import check_answer

@@ -60,7 +60,7 @@ def main(args: list[str] | None = None) -> int:
     """Run a command line.
 
     Returns:
-        The exit code: 0, 2 for a user's mistake, 1 for a fault, 128 plus its number for a signal.
+        The exit code: 0, 2 for a user's mistake, 1 for a fault or a failed check, 128 plus its number for a signal.
     """
     args = sys.argv[1:] if args is None else args
     try:

@@ -1,4 +1,4 @@
-"""Atomic writes that are on disk when the call returns."""
+"""Atomic writes that are on disk when the call returns, cache entries, and the optional folders of this package."""
 
 import contextlib
 import hashlib

@@ -23,7 +23,7 @@ from formtune.base.row import (
     UnfitRow,
     check_turns,
     full_text,
-    shared,
+    interned,
     with_json_arguments,
 )
 from formtune.errors import UserError, as_user_error, first_line
@@ -66,7 +66,7 @@ class Renderer:
         if not tokenizer.is_fast:
             raise UserError("model.base: formtune needs a fast tokenizer (tokenizer.json); use another base")
         self.tokenizer = tokenizer
-        self.replaced = template not in (None, tokenizer.chat_template)  # whether a server of the base uses another one
+        self.replaced = template not in (None, tokenizer.chat_template)  # whether `template` is not the base's own
         if template is not None:
             tokenizer.chat_template = template
         self._key = "model.base" if template is None else "model.chat_template"
@@ -191,7 +191,7 @@ class Renderer:
             if (decoded := self.answer(target_ids)[0]) != target:
                 raise UnfitRow(f"the tokenizer turns the answer {target[:40]!r} into {decoded[:40]!r}")
         input = next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), "")
-        prompt_ids, target_ids = shared(prompt_ids), shared(target_ids)
+        prompt_ids, target_ids = interned(prompt_ids), interned(target_ids)
         return Row(prompt_ids, target_ids, input, target, where, number, messages=messages, schema=schema, tools=tools)
 
     def _with_reasoning(self, turn: Message) -> Message:

@@ -124,7 +124,7 @@ class FormtuneCLI(LightningCLI):
         for key in ("task", "run"):
             if leaves_folder(config[key] or "."):
                 raise UserError(f"{key}: {config[key]} is a path; give a name")
-        self.without_quick: dict[str, Any] = {}  # values without --quick, for the next command
+        self.without_quick: dict[str, Any] = {}  # the keys that --quick changes, with their values before
         if config.quick:
             most = config.data.max_evaluation_rows
             self.without_quick = {

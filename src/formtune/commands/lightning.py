@@ -15,7 +15,7 @@ from formtune.errors import Fault, UserError, first_line
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "Broken pipe")  # in messages
 QUIET = (
     ".*does not have many workers.*",
-    ".*your dataloader is not resumable.*",  # `Order` resumes it
+    ".*your dataloader is not resumable.*",  # `ResumableSampler` resumes it
     ".*`isinstance\\(treespec, LeafSpec\\)`.*",
     ".*args parameter is intended to run from within Python.*",
     ".*smaller than the logging interval.*",

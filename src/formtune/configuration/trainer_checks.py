@@ -106,7 +106,7 @@ def check_callbacks(trainer: Any, names: Set[str]) -> None:
             fault = "changes the rows of a step, which data.rows_per_step sets; remove it"
         elif isinstance(callback, known.LearningRateFinder | known.BatchSizeFinder):
             fault = (
-                "cannot set these keys; use formtune sweep --over model.optimizer.lr=..., model.tokens_per_micro_batch"
+                "cannot set formtune's keys; set model.tokens_per_micro_batch, compare rates with formtune sweep --over"
             )
         elif kind in ("LearningRateMonitor", "DeviceStatsMonitor") and not trainer.loggers:
             fault = "needs a logger; remove trainer.logger: false"
@@ -119,14 +119,14 @@ def check_callbacks(trainer: Any, names: Set[str]) -> None:
 
 
 def complete_trainer(trainer: Namespace) -> None:
-    """Set the hardware's precision, and of what is not set what follows from the other limits and intervals."""
+    """Set the precision that suits the hardware, and unset limits and intervals that follow from those that are set."""
     trainer.precision = ALIASES.get(trainer.precision, trainer.precision) or _default_precision(trainer.accelerator)
     if trainer.max_steps > 0 and is_set("trainer.max_steps") and not is_set("trainer.max_epochs"):
         trainer.max_epochs = -1
     if trainer.min_steps and not is_set("trainer.min_epochs"):
         trainer.min_epochs = 0  # Lightning's is 1
     if isinstance(trainer.val_check_interval, float) and not is_set("trainer.check_val_every_n_epoch"):
-        trainer.check_val_every_n_epoch = 1  # a share is of an epoch
+        trainer.check_val_every_n_epoch = 1  # a float is a fraction of an epoch
     if trainer.check_val_every_n_epoch == 1 and not is_set("trainer.val_check_interval"):
         trainer.val_check_interval = 1.0
 

@@ -61,7 +61,7 @@ class Grammar:
         matcher = self._matcher(rules)
         if matcher.is_error():
             raise UserError(f"model.constrained: the format cannot be written as a grammar ({_reason(matcher)})")
-        # Right only if llguidance accepts the schema as it is.
+        # Correct only if llguidance accepts the schema itself, which is checked above.
         in_order = grammar(row_format, lambda schema: OrderedRules(schema, self._orders).text or declared(schema))
         if in_order == rules:
             return matcher

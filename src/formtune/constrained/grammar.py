@@ -169,7 +169,7 @@ class OrderedRules:
         for key, name in self._terminals.items():
             text = json.dumps(json.dumps(key, ensure_ascii=False), ensure_ascii=False)
             lines.append(f'{name}: {text} SPACE? ":" SPACE?')
-        # llguidance skips no whitespace before a %json, so the terminals before it include whitespace.
+        # The terminals before a %json include the whitespace between the two.
         lines += ['OPEN: "[" SPACE?', 'COMMA: "," SPACE?', f"SPACE: /{WHITESPACE}/", f"%ignore /{WHITESPACE}/", "}"]
         return "\n".join(lines)
 

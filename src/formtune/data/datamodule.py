@@ -25,7 +25,7 @@ from formtune.files import write_lines
 EVALUATION_ROWS = 256  # of a batch; the model splits it further by tokens
 
 
-class Order(Sampler[int]):
+class ResumableSampler(Sampler[int]):
     """A permutation of the rows that depends on seed and epoch alone; a resumed run continues after `seen()` rows."""
 
     def __init__(self, rows: int, seed: int, seen: Callable[[], int] = lambda: 0, fixed: bool = False) -> None:
@@ -86,7 +86,7 @@ class FormatDataModule(L.LightningDataModule):
         rows: Any = self.rows["train"]
         trainer: Any = self.trainer
         overfit = bool(trainer and trainer.overfit_batches)
-        order = Order(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0)), self._rows_seen, overfit)
+        order = ResumableSampler(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0)), self._rows_seen, overfit)
         steps = BatchSampler(order, self.rows_per_step, drop_last=False)
         return DataLoader(rows, batch_sampler=steps, collate_fn=self._collate)
 
@@ -124,7 +124,7 @@ class FormatDataModule(L.LightningDataModule):
         validated, rows = int(sum(trainer.num_val_batches)) * EVALUATION_ROWS, self.rows["train"]
         if batches := trainer.overfit_batches:  # the only batches trained on: a number or a share
             batches *= 1 if isinstance(batches, int) else math.ceil(len(rows) / self.rows_per_step)
-            order = Order(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0)))
+            order = ResumableSampler(len(rows), int(os.environ.get("PL_GLOBAL_SEED", 0)))
             rows = [rows[i] for i in islice(order, int(batches) * self.rows_per_step)]
         return self._share(sample(rows, min(len(self.rows["validation"]), validated)))
 

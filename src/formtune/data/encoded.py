@@ -11,7 +11,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from formtune.base.row import Row, shared
+from formtune.base.row import Row, interned
 from formtune.data.cleaning import Example, Quarantined
 from formtune.data.settings import DataSettings
 from formtune.files import own_code, read_entry, write_entry
@@ -104,7 +104,7 @@ def read_cache(path: Path) -> Splits | None:
     if (stored := read_entry(path)) is None:
         return None
     stored["rows"] = {
-        name: [Row(shared(p), shared(t), *rest) for p, t, *rest in rows] for name, rows in stored["rows"].items()
+        name: [Row(interned(p), interned(t), *rest) for p, t, *rest in rows] for name, rows in stored["rows"].items()
     }
     records = {"quarantine": Quarantined, "mixtures": Mixture}
     stored |= {name: [record(*values) for values in stored[name]] for name, record in records.items()}

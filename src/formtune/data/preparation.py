@@ -12,10 +12,10 @@ from dataclasses import replace
 from formtune.base.row import SYSTEM_ROLES, Row, UnfitRow
 from formtune.configuration.terminal import progress
 from formtune.data.cleaning import Example, Quarantined, check_example, repair
+from formtune.data.columns import row_schema, serialize
 from formtune.data.encoded import Mixture, Splits, cache_path, content_hash, read_cache, write_cache
 from formtune.data.selection import select
 from formtune.data.settings import DataSettings
-from formtune.data.shapes import row_schema, serialize
 from formtune.data.sources import Source, entries, read_records, weighted
 from formtune.errors import UserError
 from formtune.files import optional
@@ -91,7 +91,7 @@ def read_examples(
                 messages[-1]["content"] = serialize(answer, row_format, where)
         ignored.update(sorted(unread - {settings.group, settings.split_column}))
         if (system := settings.system_of(schema)) and messages[0]["role"] not in SYSTEM_ROLES:
-            # The instruction must not come twice if every input begins with it.
+            # An input may already begin with the system prompt, which must not come twice.
             rest = messages[0]["content"].removeprefix(system)
             if not re.match(r"\w", rest) or system[-1:].isspace():  # "Answer" does not begin "Answers are due when?"
                 messages[0]["content"] = rest

@@ -26,7 +26,7 @@ class _Row:
     example: Example
     input: int  # number of its input; the same for inputs that differ only in case, punctuation and spacing
     task: str  # the instruction that its input shares with others
-    text: int  # hash of the exact input
+    text: int  # hash of `Example.text`: prompt and schema, with single spaces
     answer: int  # hash of the answer's content
     loose: int  # hash of the answer's content without case, punctuation and spacing
     cluster: int = -1  # number of its cluster
@@ -137,8 +137,8 @@ def components(count: int, left: NDArray[np.int64], right: NDArray[np.int64]) ->
 
 
 def input_keys(examples: Sequence[Example]) -> list[str]:
-    """`Example.key` of each input; with its system prompt, if the input has many that are twice as long as itself."""
-    # Such an input is only a question, such as "Extract the fields", about the text in the system prompt.
+    """`Example.key` of each input, with its system prompt if the input has many that are twice its length."""
+    # Such an input, for example "Extract the fields", only asks about the text in the system prompt.
     keys, prompts = [example.key for example in examples], [example.system for example in examples]
     systems: dict[str, set[str]] = defaultdict(set)
     for key, prompt in zip(keys, prompts, strict=True):

@@ -11,7 +11,7 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from formtune.base.folder import context_length
 from formtune.base.renderer import Renderer, read_template, today
 from formtune.data.cleaning import AnswerStep, Step
-from formtune.data.shapes import Columns
+from formtune.data.columns import Columns
 from formtune.data.sources import Source, read_weights
 from formtune.errors import UserError, as_user_error
 from formtune.formats import Format

@@ -181,7 +181,7 @@ def _parquet(path: str) -> Records:
 
 
 def _table_row(record: dict[str, Any]) -> dict[str, Any]:
-    """A row of a table, which gives tools and calls of different shapes the keys of all of them, as nulls."""
+    """A table row without the nulls in its tools and calls: a table gives each of them the keys of all."""
 
     def without_nulls(value: Any) -> Any:
         if isinstance(value, list):

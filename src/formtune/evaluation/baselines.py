@@ -51,7 +51,7 @@ def shots_by_schema(train: Sequence[Row], test: Sequence[Row], format: Format) -
 def few_shot_rows(
     test: Sequence[Row], shots: Mapping[str | None, Sequence[Row]], renderer: Renderer, context: int
 ) -> tuple[list[Row], int]:
-    """The test rows with as many shots as fit the context as earlier turns, and the number of shots."""
+    """The test rows with shots as earlier turns, as many as fit the context in every row, and their number."""
     for count in range(max(map(len, shots.values())), 0, -1):
         conversations = []
         for row in test:

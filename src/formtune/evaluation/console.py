@@ -31,7 +31,7 @@ def print_result(result: dict[str, Any], folder: Path | None, split: str = "test
         table.add_column((model or EVALUATIONS.get(column, column).replace(" ", "\n")) + sample, justify="right")
     custom = [name for name in first if name.startswith("custom/")]
     fields = sorted((name for name in first if name.startswith(FIELD)), key=result.get("after", first).__getitem__)
-    fields = fields[:MAX_FIELDS] if len(columns) <= 3 else []  # with five columns they would not fit into 80 characters
+    fields = fields[:MAX_FIELDS] if len(columns) <= 3 else []  # with more columns they would not fit into 80 characters
     kinds = [name for name in first if name.startswith("fail/") and any(metrics[name] for metrics in columns.values())]
     ends = ((custom or HEADLINES)[-1], *fields[-1:])
     for name in (*HEADLINES, *custom, *fields, *kinds):

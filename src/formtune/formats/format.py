@@ -113,14 +113,14 @@ class Format(ABC):
         return None
 
     def value_spans(self, text: str) -> dict[str, tuple[int, int]]:
-        """Spans of the values in a valid text, by dotted path; with the next character if that ends the value."""
+        """Spans of the values in a valid text, by dotted path, each up to and including the character that ends it."""
         return {}
 
     def grammar(self) -> str | None:
         """The format for constrained decoding; None without one, and for JSON, which `constrained.grammar` writes.
 
         Lark rules in llguidance's dialect, of which `answer` is the whole text: `answer: "yes" | "no"`. They may allow
-        less than the format, never more. Raises UserError if the format cannot be expressed.
+        less than the format, and should not allow more. Raises UserError if the format cannot be expressed.
         """
         return None
 

@@ -64,7 +64,7 @@ class JsonSchema(Format):
         arrays = {path for path, parts, _ in places if any(map(is_array, parts))}
         if unknown := (self.sets - arrays) | (self.derived - {path for path, *_ in places}):
             paths = ", ".join(sorted(unknown))
-            raise UserError(f"data.format.sets, derived: {name} declares no array, or no value, at {paths}")
+            raise UserError(f"data.format: {name} has no array (sets) or no value (derived) at {paths}")
 
     def _adopt(self, schema: Any, name: str) -> list[tuple[str, list[Subschema], bool]]:
         """Set the schema to validate with; returns its places, see `Places.paths`."""
@@ -118,7 +118,7 @@ class JsonSchema(Format):
         yield from find_documents(text, answer_start(text), self._brackets)
 
     def write(self, value: Any) -> str:
-        # An alternative that refers to itself gives no order, and neither do too many of them.
+        # If alternatives are recursive or too many, the document keeps its order.
         with suppress(RecursionError, TimeoutError), time_limit():
             value = self._places.ordered(value)
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

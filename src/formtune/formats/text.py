@@ -99,7 +99,7 @@ class Tagged(Format):
 
     def __init__(self, sections: list[str]) -> None:
         if not sections or len({s for s in sections if regex.fullmatch(r"[A-Za-z_][\w-]*", s)}) < len(sections):
-            raise UserError("data.format.sections: name at least one section; each once, letters, digits, _ and -")
+            raise UserError("data.format.sections: name at least one section, each once, in letters, digits, _ and -")
         self.sections = sections
         self.fields = tuple(sections)
 

@@ -46,24 +46,24 @@ class SharedInput:
     """x A^T of layers that are called one after the other with the same tensor."""
 
     def __init__(self, layers: list["LoraLinear"]) -> None:
-        # Layers are named by their index: torch.compile would compile each decoder layer anew for objects as keys.
+        # Layers are keyed by index: with objects as keys, torch.compile would recompile for each decoder layer.
         self.layers, self.sharing = layers, list(range(len(layers)))
         self._input: Tensor | None = None
-        self._waiting: dict[int, Tensor] = {}
+        self._unused: dict[int, Tensor] = {}
 
     def down(self, index: int, x: Tensor) -> Tensor:
         """x A^T of one layer, shape (..., r), with dropout in training."""
-        if self._input is not x or index not in self._waiting:
+        if self._input is not x or index not in self._unused:
             dropout = self.layers[index].lora_dropout["default"]
             if index != self.sharing[0]:
                 return F.linear(dropout(x), self.layers[index].lora_a)
             # A layer that did not use its part last time has another input; from now on it computes alone.
-            self.sharing = [i for i in self.sharing if i not in self._waiting]
+            self.sharing = [i for i in self.sharing if i not in self._unused]
             weights = [self.layers[i].lora_a for i in self.sharing]
             h = F.linear(dropout(x), torch.cat(weights))
-            self._waiting = dict(zip(self.sharing, h.split([len(w) for w in weights], -1), strict=True))
-        h = self._waiting.pop(index)
-        self._input = x if self._waiting else None  # frees the activation as soon as possible
+            self._unused = dict(zip(self.sharing, h.split([len(w) for w in weights], -1), strict=True))
+        h = self._unused.pop(index)
+        self._input = x if self._unused else None  # frees the activation as soon as possible
         return h
 
 
@@ -161,7 +161,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def raise_recompile_limit() -> None:
-    """Let torch.compile keep 64 kernels of a function: beyond its limit of 8, calls silently run uncompiled."""
+    """Let torch.compile keep 64 compiled versions of a function; beyond its default of 8, calls silently run eager."""
     torch._dynamo.config.recompile_limit = 64
 
 

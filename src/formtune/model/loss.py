@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Logits of a chunk: on a CPU 32 MiB in float32, since larger blocks are mapped anew each time, page by page.
+# Logits per chunk: on a CPU just under 32 MiB in float32, since malloc maps larger blocks anew each time.
 CHUNK_LOGITS = {"cpu": 2**23 - 2**10, "cuda": 2**25}
 NO_LABEL = -1
 

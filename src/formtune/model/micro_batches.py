@@ -161,7 +161,7 @@ class MicroBatches:
         grammar: Constraint | None = None, losses: LossMetrics | None = None,
     ) -> list[Decoded]:  # fmt: skip
         """Greedy answers to the rows, each up to a token of `stop` or its limit; the targets' loss goes to `losses`."""
-        # Up to the first mismatch, greedy decoding sees the tokens of the teacher-forced pass; generation resumes there
+        # Up to the first mismatch, greedy decoding sees the teacher-forced tokens; without one, nothing is generated.
         decoded = [Decoded() for _ in rows]
         for micro_batch in micro_batches:
             part = micro_batch.rows

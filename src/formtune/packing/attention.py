@@ -30,7 +30,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 @functools.cache
 def _flex() -> Callable[..., Any]:
-    # A kernel for each dtype, window, gradient mode and number of blocks (1 or more); uncompiled, all scores are kept.
+    # One kernel for each dtype, window, gradient mode and block count (1, or more); uncompiled, it stores all scores.
     raise_recompile_limit()
     return torch.compile(flex_attention, dynamic=True)
 

@@ -58,7 +58,7 @@ class SharedPrefixes(MicroBatches):
 def share_prefixes(model: Any) -> SharedPrefixes | None:
     """Shared prefixes, or None with a warning if the model's logits on a few dozen tokens change with them.
 
-    The model must be in evaluation mode, and no gradients be computed.
+    The model must be in evaluation mode, with gradients disabled.
     """
     shared = SharedPrefixes(model)
     usual = shared.base.config._attn_implementation

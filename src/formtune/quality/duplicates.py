@@ -104,8 +104,8 @@ def similar(texts: Sequence[str], left: Indices, right: Indices) -> NDArray[np.f
 def near_pairs(texts: Sequence[str], threshold: float) -> Pairs:
     """Pairs of texts whose Jaccard index reaches the threshold; no false positives, about 1 in 500 is missed.
 
-    Of more than `MAX_BUCKET` texts with one band, each is compared with that many, so that time stays linear in the
-    rows of a template. More pairs are missed there, such as a quarter of those of 3,000 rows just at the threshold.
+    If more than `MAX_BUCKET` texts share a band, each is compared with only that many, so that time stays linear for
+    rows of one template. More pairs are missed there: of 3,000 such rows, a quarter of the pairs at the threshold.
     """
     hashes = [bands(texts[start : start + TEXTS], threshold) for start in range(0, len(texts), TEXTS)]
     if not hashes:

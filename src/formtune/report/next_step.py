@@ -71,7 +71,7 @@ def _change(history: Sequence[Validation], chosen: Validation | None, trainer: A
         lowest = min(measured, key=lambda v: v.val_loss)
         epochs = max(1, math.ceil(max(lowest.step, chosen.step) / epoch))
         if epochs < math.ceil(trainer.global_step / epoch):
-            what = "train fewer epochs, so that the learning rate decays by the best step"
+            what = "train fewer epochs, so that the learning rate has decayed at the best step"
             return what, _epochs(trainer, epochs)
         if rank > LOWEST_RANK:
             return "lower the rank (training is already short)", _rank(trainer, rank // 2)
@@ -110,7 +110,7 @@ def _epochs(trainer: Any, number: int) -> dict[str, Any]:
 
 
 def _rank(trainer: Any, rank: int) -> dict[str, Any]:
-    # An adapter keeps its rank, so one of another rank starts from the base.
+    # An adapter's rank is fixed, so a run with another rank starts from the base.
     return {"model.lora.r": rank} | ({"model.adapter": "null"} if trainer.lightning_module.adapter else {})
 
 

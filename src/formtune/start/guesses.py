@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from formtune.base.row import Message
 from formtune.data.cleaning import Example
+from formtune.data.columns import Columns
 from formtune.data.preparation import SPLITS
-from formtune.data.shapes import Columns
 from formtune.data.turns import empty
 from formtune.errors import UserError
 from formtune.formats.bounded import FORMATS
@@ -20,7 +20,7 @@ from formtune.formats.strict_json import loads_strict
 MIN_VALUES = 10  # to infer a rule about them
 MAX_NEW_SHARE = 0.01  # chance that the next value is new: about the fraction of values seen once (Good-Turing)
 MAX_CHOICES, MIN_REPEATS = 200, 10  # values of an enum, and occurrences of each on average
-MIN_COPIED = 0.8  # fraction of values that are in their inputs, from which a field is copied and no enum
+MIN_COPIED = 0.8  # fraction of values found in their inputs from which a field is copied text, not an enum
 NAMES = ("date", "date-time", "time", "uuid", "ipv4", "email")
 TYPES = {str: "string", int: "integer", float: "number", dict: "object", list: "array", bool: "boolean"}
 

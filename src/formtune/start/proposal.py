@@ -27,7 +27,7 @@ from formtune.start.guesses import Guess, guess_columns, guess_format, guess_spl
 MAX_PROMPT = 4000  # characters of a system prompt that lists what is allowed
 SMALL_BASE = 2**30  # bytes of weights; a smaller base needs more than the defaults, see docs/training.md
 MIN_NEW_TOKENS = 16  # lowest max_new_tokens
-EPOCHS, ROWS_PER_STEP, INTERVAL, VALIDATIONS = 3, 16, 100, 4  # of training by default; and for a diagnosis
+EPOCHS, ROWS_PER_STEP, INTERVAL, VALIDATIONS = 3, 16, 100, 4  # defaults of training; validations for a diagnosis
 MAX_EVALUATED = 500  # rows of an evaluation
 NO_LIMIT = 10**6  # tokens
 WIDTH = 100  # characters of a comment's line
@@ -143,11 +143,9 @@ def check_limits(settings: DataSettings, guesses: list[Guess]) -> Splits:
             guesses.append(Guess("model.max_new_tokens", limit, f"twice the longest answer, {answer.where}"))
     steps = EPOCHS * -(-len(splits.training) // ROWS_PER_STEP)
     if steps < VALIDATIONS * INTERVAL:
-        interval, reason = (
-            max(steps // (VALIDATIONS + 1), 1),
-            f"of about {steps} steps; a diagnosis needs {VALIDATIONS}",
-        )
-        guesses.append(Guess("trainer.val_check_interval", interval, f"validations {reason} of them"))
+        interval = max(steps // (VALIDATIONS + 1), 1)
+        reason = f"the run has about {steps} steps, and a diagnosis needs {VALIDATIONS} validations"
+        guesses.append(Guess("trainer.val_check_interval", interval, reason))
     if (most := max(len(splits.rows.get(name, ())) for name in ("validation", "test"))) > MAX_EVALUATED:
         reason = f"drawn from up to {most:,} rows: evaluating all could take longer than training"
         guesses.append(Guess("data.max_evaluation_rows", MAX_EVALUATED, reason))

@@ -5,8 +5,8 @@ from typing import Literal, NamedTuple, TypeVar
 
 from formtune.training.validations import Validation, fewer
 
-PATIENCE = 3  # validations without improvement before a verdict; the last two of a run are close, and not independent
-# Shares of a loss. Small gains add up and keep a run going; overfitting must exceed the noise between validations, a
+PATIENCE = 3  # validations without improvement before a verdict; a run's last two can be a few steps apart
+# Fractions of a loss. GAIN is low because small gains add up; CHANGE must exceed the noise between validations, a
 # few percent.
 GAIN = 0.01
 CHANGE = 0.05

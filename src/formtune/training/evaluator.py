@@ -122,11 +122,11 @@ class Evaluator:
             "adapter": model.adapter.hash if model.adapter and name == "start" else None,
         }
         path = prompting.cache_entry(model.base, rows, settings, model.format)
-        # Custom code may have changed since. If only some processes read the entry, they would wait forever for those
-        # that measure: another run may write it in between.
+        # Not read with custom code, which may have changed since, or on several processes: if another run writes the
+        # entry meanwhile, only some of them would find it, and all would wait for each other forever.
         custom = bool(model.scores.custom) or model.format.is_custom
-        measured = custom or trainer.world_size > 1 or trainer.fast_dev_run
-        entry = None if measured else read_entry(path)
+        must_measure = custom or trainer.world_size > 1 or trainer.fast_dev_run
+        entry = None if must_measure else read_entry(path)
         if entry:
             values, counts, records = entry
             values = {name: values[name] for name in counts}  # without another run's custom metrics

@@ -36,7 +36,7 @@ def train(
     baselines: Sequence[Baseline] | None,  # what to measure besides the zero-shot base; None only fits
     baseline_rows: int,  # test rows that the baselines are measured on, at most
     checkpoint: Path | None,  # to resume from
-    without_quick: dict[str, Any],  # values without --quick of the keys that it changes; else empty
+    without_quick: dict[str, Any],  # the keys that --quick changes, with their values before; else empty
     next_step: Callable[..., str] | None = None,  # what to do after the run, in one line
     report: Callable[[Evaluator], None] | None = None,  # writes the report, from all measurements
 ) -> dict[str, Any] | None:

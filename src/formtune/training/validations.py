@@ -49,7 +49,7 @@ def fewer(rows: int, others: int) -> bool:
 def best(history: Iterable[Validation]) -> Validation | None:
     """The best checkpoint, None if no validation gave finite metrics.
 
-    It is the first in `order` of those within one standard error of the most rows in valid format, see `fewer`.
+    It is the first in `order` of those within one standard error of the most valid formats, see `fewer`.
     """
     if not (measured := _measured(history)):
         return None

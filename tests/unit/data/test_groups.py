@@ -6,7 +6,6 @@ from collections import defaultdict
 import pytest
 
 from conftest import WORDY, selected
-from formtune.audit.findings import ungrounded
 from formtune.data.blockers import _remedy, blockers, uneven_fractions
 from formtune.data.cleaning import Example, Quarantined
 from formtune.data.encoded import Splits
@@ -253,6 +252,7 @@ GROUNDED = [
 
 
 def test_values_of_any_earlier_turn_are_grounded():
+    ungrounded = pytest.importorskip("formtune.audit.findings").ungrounded
     format = JsonSchema(
         {
             "type": "object",

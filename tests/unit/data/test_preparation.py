@@ -8,7 +8,7 @@ import pytest
 
 from conftest import SCHEMA, WORDY, byte_tokenizer, pair, shared
 from formtune.data.cleaning import Example, check_example, repair, repair_answer
-from formtune.data.datamodule import FormatDataModule, Order
+from formtune.data.datamodule import FormatDataModule, ResumableSampler
 from formtune.errors import UserError
 from formtune.formats import JsonSchema, ToolCalls
 from formtune.training.pipeline import prepare
@@ -196,11 +196,11 @@ def test_if_no_row_is_left_the_error_names_the_reasons(data):
 
 
 def test_the_order_of_rows_is_a_function_of_seed_and_epoch():
-    order = Order(50, seed=3)
+    order = ResumableSampler(50, seed=3)
     first = list(order)
-    assert list(Order(50, seed=3)) == first and sorted(first) == list(range(50))
+    assert list(ResumableSampler(50, seed=3)) == first and sorted(first) == list(range(50))
     order.set_epoch(1)
-    assert list(order) != first and list(Order(50, seed=4)) != first
+    assert list(order) != first and list(ResumableSampler(50, seed=4)) != first
 
 
 def test_a_batch_is_the_rows_of_one_step_and_the_last_one_may_be_short(data):

@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from conftest import byte_tokenizer, selected
-from formtune.audit.findings import audit
 from formtune.base.renderer import Renderer
 from formtune.base.row import Row
 from formtune.data import Columns
 from formtune.data.cleaning import Example, Quarantined, check_example
+from formtune.data.columns import row_schema
 from formtune.data.encoded import cache_path, content_hash
 from formtune.data.preparation import load_splits, prompt_rows
 from formtune.data.settings import DataSettings
-from formtune.data.shapes import row_schema
 from formtune.errors import UserError
 from formtune.evaluation.baselines import cache_entry, choose_shots, constant_answer, few_shot_rows, shots_by_schema
 from formtune.evaluation.metrics import count, ratios
@@ -224,6 +223,7 @@ def test_rows_without_a_readable_schema_stop_training_with_file_and_line(setting
     rows = [record(n) for n in range(60)]
     del rows[4]["schema"]
     rows[5]["schema"] = {"type": "object", "propertys": {}}
+    audit = pytest.importorskip("formtune.audit.findings").audit
     findings, splits = audit(settings(rows))
     assert splits.reasons == {"schema": 2} and sum(map(len, splits.rows.values())) == 58
     [line] = findings["blockers"]
@@ -356,7 +356,7 @@ def test_labels_and_invented_values_are_those_of_each_schema(settings):
     free = keys(color={"type": "string"})
     rows = [record(n, COLOR) for n in range(20)]
     rows += [{"prompt": f"item {n * 7919}", "completion": '{"color":"teal"}', "schema": free} for n in range(20)]
-    findings, _ = audit(settings(rows))
+    findings, _ = pytest.importorskip("formtune.audit.findings").audit(settings(rows))
     assert set(findings["labels"]) == {"color"} and set(findings["labels"]["color"]["train"]) <= {"red", "blue"}
     assert {entry["value"] for entry in findings["ungrounded"]["color"]["rows"]} == {"teal"}
     assert findings["ungrounded"]["color"]["share"] == 1

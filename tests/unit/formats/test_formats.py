@@ -284,9 +284,9 @@ def test_what_lies_in_arrays_may_be_derived_or_a_set():
     target = '{"lines":[{"day":"2026-01-02","tags":[1,2]}]}'
     assert format.check(target.replace("[1,2]", "[2,1]"), target=target).joint
     assert format.derived == {"lines.day"}
-    with pytest.raises(UserError, match=r"no array, or no value, at lines\.day"):
+    with pytest.raises(UserError, match=r"no value \(derived\) at lines\.day"):
         JsonSchema({"properties": {"lines": lines}}, sets=["lines.day"])
-    with pytest.raises(UserError, match=r"no array, or no value, at lines\.night"):
+    with pytest.raises(UserError, match=r"no value \(derived\) at lines\.night"):
         JsonSchema({"properties": {"lines": lines}}, derived=["lines.night"])
 
 
@@ -507,7 +507,7 @@ def test_texts_that_are_not_json_are_checked_alike(format, text, kind, detail, l
         (lambda: Labels(["a", "a"]), "labels"),
         (lambda: Regex("("), "pattern"),
         (lambda: Tagged(["a b"]), "sections"),
-        (lambda: JsonSchema(SCHEMA, sets=["nope"]), "declares no array, or no value, at nope"),
+        (lambda: JsonSchema(SCHEMA, sets=["nope"]), "has no array \\(sets\\) or no value \\(derived\\) at nope"),
     ],
 )
 def test_a_format_that_makes_no_sense_is_refused(make, message):

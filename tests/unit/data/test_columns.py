@@ -9,9 +9,9 @@ import pytest
 from conftest import SCHEMA, pair
 from formtune.data import Columns
 from formtune.data.cleaning import check_example
+from formtune.data.columns import serialize
 from formtune.data.preparation import load_splits, read_examples
 from formtune.data.settings import DataSettings
-from formtune.data.shapes import serialize
 from formtune.data.sources import read_records
 from formtune.errors import UserError
 from formtune.formats import JsonSchema, Labels, Regex
