@@ -208,7 +208,7 @@ class Renderer:
             rest = [{name: value for name, value in turn.items() if name != key} for turn in turns]
             rest_of_tools = None if key == "tools" else tools
             if (rest, rest_of_tools) != (turns, tools) and self._try(rest, asks, rest_of_tools) == text:
-                raise UnfitRow(f"the chat template leaves out `{key}`; remove it, or use a base whose template has it")
+                raise UnfitRow(f"the chat template leaves out `{key}`; remove it, or set model.chat_template")
 
     def answer(self, ids: Sequence[int]) -> tuple[str, bool]:
         """The text of generated `ids` up to the first stop token, and whether there was one."""

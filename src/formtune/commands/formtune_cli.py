@@ -278,7 +278,9 @@ class FormtuneCLI(LightningCLI):
         if self.trainer.is_global_zero:
             files = write_answers(path, model.outcomes, config.min_confidence, more).items()
             print(f"answers of {self.evaluated}: {', '.join(f'{count:,} in {file}' for file, count in files)}")
-            print("next: look at answers with an invalid format or a low confidence; --min_confidence separates them")
+            what, least = "answers with an invalid format or a low confidence", config.min_confidence
+            separated = f"they are below {least:.6g}" if least is not None else "--min_confidence separates them"
+            print(f"next: look at {what}; {separated}")
 
     def _final_config(self) -> str:
         config = self.config[self.subcommand]

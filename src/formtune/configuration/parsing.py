@@ -21,7 +21,7 @@ USAGE = {
     "fit": "formtune fit -c TASK.yaml [--dry_run] [--key value ...]",
     "validate": "formtune validate RUN | -c TASK.yaml [--ckpt_path best|last|base|FILE] [--key value ...]",
     "test": "formtune test RUN | -c TASK.yaml [--ckpt_path best|last|base|FILE] [--key value ...]",
-    "predict": "formtune predict RUN PROMPTS | -c TASK.yaml [--answers FILE] [--key value ...]",
+    "predict": "formtune predict RUN PROMPTS | -c TASK.yaml [--answers FILE] [--target_precision P] [--key value ...]",
 }
 
 _UNKNOWN = (  # in a message of argparse or jsonargparse: the group of a key, and the key
@@ -35,6 +35,7 @@ _TYPES = {  # what a message expects, in words
     "int": "an integer", "float": "a number", "bool": "true or false", "str": "a string", "dict": "a mapping",
     "list": _LIST, "Sequence": _LIST, "Iterable": _LIST, "PositiveInt": "a positive integer",
     "NonNegativeFloat": "a number of at least 0", "ClosedUnitInterval": "a number from 0 to 1",
+    "OpenUnitInterval": "a number between 0 and 1",
 }  # fmt: skip
 
 

@@ -34,7 +34,9 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
             raise UserError(f"{path}: no test rows")
         first = first or rows
         if rows != first:
-            others = f"the {first.total():,} of {_path(arguments[0])}; compare runs with the same data and test split"
+            others = (
+                f"the {first.total():,} of {_path(arguments[0])}; compare runs with the same data, splits and --quick"
+            )
             raise UserError(f"{path}: {(rows & first).total():,} of its {rows.total():,} test rows are among {others}")
         runs.append((argument, outcomes))
     return runs

@@ -92,7 +92,7 @@ def test_earlier_calls_and_results_are_context(folder):
 @pytest.mark.parametrize(
     ("messages", "tools", "expected"),
     [
-        ([USER, {"role": "assistant", "content": "b"}], TOOLS, "leaves out `tools`; remove it, or use a base whose"),
+        ([USER, {"role": "assistant", "content": "b"}], TOOLS, "leaves out `tools`; remove it, or set model.chat"),
         ([USER, calls("Paris")], None, "leaves out `tool_calls`"),
         ([USER, calls("Paris"), USER, {"role": "assistant", "content": "b"}], None, "leaves out `tool_calls`"),
         ([USER, {"role": "assistant", "content": "b", "reasoning_content": "r"}], None, "out `reasoning_content`"),

@@ -309,7 +309,7 @@ def test_different_rows_are_refused_in_one_line(runs, capsys):
         assert main(["compare", one, runs("two", rows), "--out", "comparison.json"]) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert f"two/outcomes/after.jsonl: {common} of its {total} test rows are among the 300 of logs/one/" in line
-        assert line.endswith("compare runs with the same data and test split")
+        assert line.endswith("compare runs with the same data, splits and --quick")
     assert not Path("comparison.json").exists()
 
 
