@@ -17,12 +17,12 @@ from formtune.configuration.terminal import progress
 from formtune.data.blockers import check_rows
 from formtune.data.preparation import load_splits, sample
 from formtune.errors import UserError
-from formtune.evaluation.outcomes import Outcome, confidence, outcome, worst_first, write_outcomes
+from formtune.evaluation.outcomes import Outcome, confidence, confidences, outcome, worst_first, write_outcomes
 from formtune.files import LOGS, write_json
 from formtune.formats import KINDS, Format
 from formtune.formats.json_schema import JsonSchema
 from formtune.report.comparison import metrics_of, metrics_table
-from formtune.report.selective import aurc, calibration_error, confidences
+from formtune.report.selective import aurc, calibration_error
 from formtune.tasks.parsers import read_task, task_parser
 from formtune_contrib.endpoint import Endpoint
 

@@ -190,11 +190,11 @@ class OrderedRules:
                     pairs.update({(key, other): count for other, count in following.items()})
         is_moved = False
         for number, (node, pairs) in objects.items():
-            declared = list(node["properties"])
-            keys, agrees = _majority_order(declared, pairs)
-            if len(declared) > 1 and (orders is None or not agrees):
+            names = list(node["properties"])
+            keys, agrees = _majority_order(names, pairs)
+            if len(names) > 1 and (orders is None or not agrees):
                 self._free.add(number)
-            is_moved |= keys != declared
+            is_moved |= keys != names
             node["properties"] = {key: node["properties"][key] for key in keys}
         return is_moved
 
